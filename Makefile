@@ -1,0 +1,54 @@
+# `make demo` is all that a new clone needs. Variables: PYTHON=python3.12, PYTEST_ARGS="-k vae", DEMO=folder.
+PYTHON ?= python3
+DEMO ?= demo
+PYTEST_ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+# Written last, so an interrupted set-up is begun again; .unfinished marks an environment that cannot be trusted.
+STAMP := $(VENV)/.installed
+UNFINISHED := $(VENV)/.unfinished
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint format clean
+
+help:
+	@echo "make demo    set up $(VENV), then make images and take photos through the VAE, into $(DEMO)/"
+	@echo "make test    set up $(VENV), then run the tests"
+	@echo "make lint    ruff, mypy and the import contracts"
+	@echo "make format  let ruff rewrite what it can"
+	@echo "make clean   remove $(VENV), caches and built files"
+
+setup: $(STAMP)
+
+$(STAMP): requirements-lock.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and \
+	  "sdkit needs Python 3.10 or newer and $(PYTHON) is %d.%d: name another, as in make PYTHON=python3.12." % sys.version_info[:2])'
+	@if test -e $(UNFINISHED); then echo "Starting an interrupted set-up again."; rm -rf $(VENV); fi
+	@mkdir -p $(VENV) && rm -f $@ && touch $(UNFINISHED)
+	$(PYTHON) -m venv $(VENV)
+	@# The lock's versions need Python 3.11; 3.10 takes the newest that pyproject.toml allows it.
+	if $(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11))'; \
+	then $(BIN)/python -m pip install -r requirements-lock.txt && \
+	     $(BIN)/python -m pip install --no-deps --no-build-isolation --editable .; \
+	else $(BIN)/python -m pip install --editable '.[train,dev]'; fi
+	@mv $(UNFINISHED) $@
+
+demo: $(STAMP)
+	$(BIN)/python -m sdkit demo --out $(DEMO)
+
+test: $(STAMP)
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	find sdkit tests benchmarks -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true

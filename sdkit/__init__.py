@@ -1,0 +1,71 @@
+"""sdkit: encode and decode images, and make them from text, with Stable Diffusion 1.x / 2.x.
+
+Importing the package loads no heavy library: each room is imported when one of its names is first used (PEP 562).
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from sdkit.errors import ArgumentError, ImageError, LatentError, SdkitError, SourceError
+
+if TYPE_CHECKING:
+    from sdkit import guidance, images, latents, metrics, samplers
+    from sdkit.latents import Latent
+    from sdkit.models.text import TextEncoder
+    from sdkit.models.unet import UNet
+    from sdkit.models.vae import VAE
+    from sdkit.pipeline import StableDiffusion
+    from sdkit.samplers import Step
+    from sdkit.schedule import NoiseSchedule, Prediction
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ArgumentError",
+    "ImageError",
+    "Latent",
+    "LatentError",
+    "NoiseSchedule",
+    "Prediction",
+    "SdkitError",
+    "SourceError",
+    "StableDiffusion",
+    "Step",
+    "TextEncoder",
+    "UNet",
+    "VAE",
+    "__version__",
+    "guidance",
+    "images",
+    "latents",
+    "metrics",
+    "samplers",
+]
+
+_MODULES = {"guidance", "images", "latents", "metrics", "samplers"}
+_HOMES = {
+    "Latent": "sdkit.latents",
+    "NoiseSchedule": "sdkit.schedule",
+    "Prediction": "sdkit.schedule",
+    "StableDiffusion": "sdkit.pipeline",
+    "Step": "sdkit.samplers",
+    "TextEncoder": "sdkit.models.text",
+    "UNet": "sdkit.models.unet",
+    "VAE": "sdkit.models.vae",
+}
+
+if not TYPE_CHECKING:  # a type checker reads the imports above, and so finds a misspelt name
+
+    def __getattr__(name: str) -> object:
+        if name in _MODULES:
+            return import_module(f"{__name__}.{name}")
+        if name not in _HOMES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        globals()[name] = value = getattr(import_module(_HOMES[name]), name)
+        return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,62 @@
+"""Checks of what users hand in: each returns the value, or raises `ArgumentError` with a sentence that names it."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Collection, Sequence
+from numbers import Real
+from typing import Any
+
+import torch
+
+from sdkit.errors import ArgumentError
+
+
+def one_of(name: str, value: Any, choices: Collection[str]) -> str:
+    """`value`, one of `choices`."""
+    if not isinstance(value, str) or value not in choices:
+        raise ArgumentError(f"{name} {value!r} is not one of {', '.join(map(repr, choices))}.")
+    return value
+
+
+def whole(name: str, value: Any, low: int, high: int | None = None) -> int:
+    """A whole number (also NumPy's) from `low` to `high`."""
+    try:
+        n = operator.index(value)
+    except TypeError:
+        n = low - 1
+    if n < low or (high is not None and n > high):
+        span = f"of at least {low}" if high is None else f"from {low} to {high}"
+        raise ArgumentError(f"{name} must be a whole number {span}, not {value!r}.")
+    return n
+
+
+def number(name: str, value: Any, low: float = -math.inf, high: float = math.inf) -> float:
+    """A finite number from `low` to `high`."""
+    x = float(value) if isinstance(value, Real) else math.nan
+    if not math.isfinite(x) or not low <= x <= high:
+        if math.isinf(low) and math.isinf(high):
+            raise ArgumentError(f"{name} must be a finite number, not {value!r}.")
+        span = f"of at least {low:g}" if math.isinf(high) else f"from {low:g} to {high:g}"
+        raise ArgumentError(f"{name} must be a number {span}, not {value!r}.")
+    return x
+
+
+def strings(name: str, value: Any) -> list[str]:
+    """A string, or a list of at least one, as a list."""
+    items = [value] if isinstance(value, str) else list(value) if isinstance(value, (list, tuple)) else []
+    if not items or not all(isinstance(item, str) for item in items):
+        raise ArgumentError(f"{name} must be a string or a list of at least one string.")
+    return items
+
+
+def seeded(seed: int | Sequence[int], n: int) -> list[torch.Generator]:
+    """One CPU generator for each of n images: image i's from seed + i, or from the i-th of a list."""
+    seeds = list(seed) if isinstance(seed, (list, tuple)) else None
+    if seeds is not None and len(seeds) != n:
+        raise ArgumentError(f"{len(seeds)} seeds cannot serve {n} images: give one, or one for each.")
+    if seeds is None:
+        first = whole("seed", seed, 0, 2**63 - n)
+        seeds = [first + i for i in range(n)]
+    return [torch.Generator().manual_seed(whole("seed", value, 0, 2**63 - 1)) for value in seeds]

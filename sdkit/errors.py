@@ -1,0 +1,24 @@
+"""Errors that a user can cause: each carries one sentence that says what was wrong, with what, and what to do."""
+
+from __future__ import annotations
+
+
+class SdkitError(Exception):
+    """Base class of every error that sdkit raises on purpose. The command line prints it without a traceback, exit code
+    2."""
+
+
+class ArgumentError(SdkitError, ValueError):
+    """A parameter's value, type or shape cannot be used."""
+
+
+class SourceError(SdkitError):
+    """A model source cannot be found, read, or does not hold what was asked of it."""
+
+
+class ImageError(SdkitError):
+    """An image cannot be read, or cannot be used as one."""
+
+
+class LatentError(SdkitError):
+    """A latent file cannot be read, or belongs to another VAE."""

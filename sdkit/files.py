@@ -1,0 +1,81 @@
+"""Files: written whole or not at all, and found in folders."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+from collections.abc import Collection, Iterable, Iterator
+from pathlib import Path
+
+from sdkit.errors import SdkitError
+
+
+@contextlib.contextmanager
+def atomic_write(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path` for the body to write; it becomes `path` when the body ends well.
+
+    Whoever reads `path` sees the old file or the whole new one, also after a power cut. Whatever ends the body early
+    (Ctrl-C too) removes the temporary file and leaves `path` as it was. Missing parent folders are made.
+    An `OSError`, from here or from the body, is raised as a `SdkitError`.
+    """
+    target = Path(os.path.realpath(path))  # replace the file that a link points to, not the link
+    # A random name keeps processes apart, the leading dot hides it from `find`, the suffix tells writers the format.
+    temporary = target.parent / f".sdkit-{secrets.token_hex(8)}{target.suffix}"
+    try:
+        if target.exists() and not target.is_file():
+            raise SdkitError(f"cannot write {path}: it is {'a folder' if target.is_dir() else 'not a regular file'}.")
+        with contextlib.suppress(FileExistsError):  # where it is no folder, the writing below says so
+            target.parent.mkdir(parents=True)
+        yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.replace(target)
+        _sync_folder(target.parent)
+    except OSError as error:
+        raise SdkitError(f"cannot write {path}: {(error.strerror or str(error)).lower()}.") from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename in `folder` outlast a power cut, where the file system can."""
+    with contextlib.suppress(OSError):  # Windows and some network shares cannot; the file itself is whole by now
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def find(paths: Iterable[str | Path], suffixes: Collection[str]) -> list[Path]:
+    """Files as given, whatever their suffix, and files under given folders whose suffix (lower case) is in `suffixes`.
+
+    The order is that of `paths`, sorted within a folder. Hidden files and folders inside are skipped, repetitions too.
+    Raises `SdkitError` for a path that does not exist or cannot be read, and where nothing is found.
+    """
+    given = [Path(path) for path in paths]
+    found: list[Path] = []
+    for path in given:
+        found += _expand(path, suffixes)
+    if not found:
+        where = ", ".join(map(str, given)) or "an empty list of paths"
+        raise SdkitError(f"found no {'/'.join(sorted(suffixes))} file in {where}; name one, or another folder.")
+    return list(dict.fromkeys(found))
+
+
+def _expand(path: Path, suffixes: Collection[str]) -> list[Path]:
+    try:
+        if not path.is_dir():
+            path.stat()  # raises where there is no such file
+            return [path]
+        inside = [file for file in path.rglob("*") if file.suffix.lower() in suffixes and file.is_file()]
+    except OSError as error:
+        raise SdkitError(f"cannot read {path}: {(error.strerror or str(error)).lower()}; check the name.") from error
+    return sorted(file for file in inside if not any(part[0] == "." for part in file.relative_to(path).parts))
+
+
+def encodable(text: str) -> str:
+    """`text` with "?" for what UTF-8 cannot hold: lone surrogates, which stand for undecodable bytes of file names."""
+    return text.encode(errors="replace").decode()

@@ -1,0 +1,49 @@
+"""What every test stands on: no network, an empty Hub cache, the embedded model loaded once, and a few real photos."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import tempfile
+
+# Set before huggingface_hub and torch are first imported, which read these once. Subprocesses inherit them.
+_cache = tempfile.TemporaryDirectory(prefix="sdkit-tests-")
+atexit.register(_cache.cleanup)
+os.environ.update(HF_HUB_OFFLINE="1", HF_HOME=_cache.name, HF_HUB_CACHE=_cache.name + "/hub")
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
+
+import hypothesis  # noqa: E402
+import pytest  # noqa: E402
+import skimage.data  # noqa: E402
+from PIL import Image  # noqa: E402
+
+import sdkit  # noqa: E402
+
+# No deadline: a first call of torch is slow. Derandomized: a run of the suite is the same everywhere.
+hypothesis.settings.register_profile("sdkit", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("sdkit")
+
+
+@pytest.fixture(scope="session")
+def sd() -> sdkit.StableDiffusion:
+    """The embedded model, in float32 on the CPU."""
+    return sdkit.StableDiffusion.from_pretrained("emoji", dtype="fp32", device="cpu")
+
+
+@pytest.fixture(scope="session")
+def astronaut() -> Image.Image:
+    """A portrait, 512 x 512."""
+    return Image.fromarray(skimage.data.astronaut())
+
+
+@pytest.fixture(scope="session")
+def chelsea() -> Image.Image:
+    """A cat, 451 x 300 (width x height): neither is a multiple of 8."""
+    return Image.fromarray(skimage.data.chelsea())
+
+
+@pytest.fixture(scope="session")
+def coffee() -> Image.Image:
+    """A cup on a table, 600 x 400."""
+    return Image.fromarray(skimage.data.coffee())

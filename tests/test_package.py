@@ -1,0 +1,154 @@
+"""The package as a whole: what it exports, how fast it is imported, what a built wheel holds."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import sdkit
+
+ROOT = Path(__file__).parents[1]
+MODULES = sorted((ROOT / "sdkit").rglob("*.py"))
+HEAVY = ("torch", "numpy", "PIL", "diffusers", "transformers", "accelerate", "safetensors", "huggingface_hub", "tqdm")
+
+
+def run(*arguments: str) -> str:
+    """What a Python subprocess in the repository's root prints; it must end well."""
+    done = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def best_time(*arguments: str, runs: int = 5) -> float:
+    """Seconds of wall clock that the fastest of several runs took: the others measure the machine's other work."""
+    times = []
+    for _ in range(runs):
+        start = time.perf_counter()
+        run(*arguments)
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def test_importing_the_package_takes_under_300_ms() -> None:
+    assert best_time("-c", "import sdkit") < 0.3  # the interpreter's own start included
+
+
+def test_the_command_lines_help_takes_under_a_second() -> None:
+    assert best_time("-m", "sdkit", "--help") < 1.0
+
+
+@pytest.mark.parametrize("module", ["sdkit", "sdkit.cli"])
+def test_import_loads_no_heavy_library(module: str) -> None:
+    code = f"import sys, {module}; print(*sorted({{name.partition('.')[0] for name in sys.modules}} & {set(HEAVY)}))"
+    assert run("-c", code).split() == []
+
+
+def test_all_is_sorted_and_without_repetition() -> None:
+    assert sdkit.__all__ == sorted(set(sdkit.__all__))
+
+
+def test_all_matches_what_is_loaded_lazily_and_what_dir_lists() -> None:
+    lazy = {*sdkit._HOMES, *sdkit._MODULES}
+    eager = {name for name, value in vars(sdkit.errors).items() if isinstance(value, type)}
+    assert lazy | eager | {"__version__"} == set(sdkit.__all__)
+    assert set(sdkit.__all__) <= set(dir(sdkit))
+
+
+@pytest.mark.parametrize("name", sdkit.__all__)
+def test_each_exported_name_is_there_and_documented(name: str) -> None:
+    value = getattr(sdkit, name)
+    if name == "__version__":
+        return
+    assert value.__name__ in (name, f"sdkit.{name}")
+    # Dataclasses and named tuples write themselves a docstring, their signature, where there is none.
+    assert value.__doc__
+    assert not value.__doc__.startswith(f"{name}(")
+
+
+def test_an_unknown_name_reads_as_any_other_attribute_error() -> None:
+    with pytest.raises(AttributeError, match=r"^module 'sdkit' has no attribute 'VEA'$"):
+        _ = sdkit.VEA
+    with pytest.raises(ImportError, match="cannot import name 'VEA' from 'sdkit'"):
+        from sdkit import VEA  # noqa: F401
+
+
+def test_every_user_error_derives_from_sdkit_error() -> None:
+    errors = [value for value in vars(sdkit.errors).values() if isinstance(value, type)]
+    assert len(errors) > 1
+    assert all(issubclass(error, sdkit.SdkitError) for error in errors)
+    assert issubclass(sdkit.ArgumentError, ValueError)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_module_is_over_400_lines(path: Path) -> None:
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 400
+
+
+def test_the_package_is_under_5000_lines() -> None:
+    assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in MODULES) < 5000
+
+
+def imported_by(path: Path) -> set[str]:
+    """Top-level names of everything that a file imports, inside functions too."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            names.add(node.module.partition(".")[0])
+    return names
+
+
+def requirements() -> dict[str, set[str]]:
+    """Distribution names (normalised) in each list of requirements: pyproject's, its extras', and the lock's."""
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    lists = re.findall(r"^(\w+) = \[\n(.*?)^\]", text, flags=re.MULTILINE | re.DOTALL)
+    names = {name: re.findall(r'^    "([\w.-]+)[<>=]', body, flags=re.MULTILINE) for name, body in lists}
+    lock = (ROOT / "requirements-lock.txt").read_text(encoding="utf-8")
+    names["lock"] = re.findall(r"^([\w.-]+)==\S+$", lock, flags=re.MULTILINE)
+    return {name: {re.sub(r"[-_.]+", "-", item).lower() for item in items} for name, items in names.items()}
+
+
+def test_the_package_imports_only_what_it_requires() -> None:
+    imported = set().union(*map(imported_by, MODULES)) - set(sys.stdlib_module_names) - {"sdkit"}
+    distributions = {"PIL": "pillow", "huggingface_hub": "huggingface-hub"}
+    optional = {"skimage"}  # whose photos the demo takes where it is installed
+    assert {distributions.get(name, name) for name in imported} - optional <= requirements()["dependencies"]
+
+
+def test_torchvision_is_needed_nowhere() -> None:
+    assert all("torchvision" not in names for names in requirements().values())
+    for path in [*MODULES, *(ROOT / "tests").rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py")]:
+        assert "torchvision" not in imported_by(path), path
+
+
+def test_the_lock_names_every_direct_requirement_and_each_once() -> None:
+    names = requirements()
+    assert names["dependencies"] | names["train"] | names["dev"] <= names["lock"]
+    lock = (ROOT / "requirements-lock.txt").read_text(encoding="utf-8")
+    pinned = [line for line in lock.splitlines() if line and not line.startswith("#")]
+    assert all(re.fullmatch(r"[\w.-]+==[\w.]+", line) for line in pinned)  # no index, no URL, no hash, no local build
+    assert len(pinned) == len(names["lock"])
+    assert not any(name.startswith(("nvidia", "triton")) for name in names["lock"])
+
+
+def test_the_wheel_holds_the_package_whole_and_nothing_else(tmp_path: Path) -> None:
+    pytest.importorskip("hatchling")
+    run("-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path))
+    (wheel,) = tmp_path.glob(f"sdkit-{sdkit.__version__}-py3-none-any.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        packed = {name for name in archive.namelist() if ".dist-info/" not in name}
+        metadata = archive.read(f"sdkit-{sdkit.__version__}.dist-info/METADATA").decode()
+        entry_points = archive.read(f"sdkit-{sdkit.__version__}.dist-info/entry_points.txt").decode()
+    files = (path for path in (ROOT / "sdkit").rglob("*") if path.is_file() and "__pycache__" not in path.parts)
+    assert packed == {path.relative_to(ROOT).as_posix() for path in files}
+    assert {"sdkit/py.typed", "sdkit/assets/emoji/vae/diffusion_pytorch_model.safetensors"} <= packed
+    assert "License-Expression: Apache-2.0" in metadata
+    assert "sdkit = sdkit.cli:main" in entry_points
