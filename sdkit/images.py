@@ -1,0 +1,343 @@
+"""Images in and out: files, PIL images, uint8 arrays, float tensors; grids of them.
+
+Three representations:
+
+- PIL image, of any mode; `to_rgb` makes it 8-bit RGB, upright and opaque;
+- uint8 array (H, W), (H, W, 1|3|4) or (B, H, W, 1|3|4), in [0, 255];
+- float tensor (3, H, W) or (B, 3, H, W), in [-1, 1]: what the networks work in. x = uint8 / 127.5 - 1.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image, ImageColor, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+from PIL.PngImagePlugin import PngImageFile, PngInfo
+from torch import Tensor
+
+from sdkit.errors import ArgumentError, ImageError
+from sdkit.files import atomic_write, encodable
+
+OneImage: TypeAlias = "Image.Image | npt.NDArray[Any] | Tensor | str | Path"
+Images: TypeAlias = "OneImage | Sequence[OneImage]"
+
+READABLE = frozenset({".png", ".jpg", ".jpeg", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
+FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}  # that `save` writes
+OUTPUT_TYPES = ("pil", "np", "pt")
+TOLERANCE = 1e-2  # by which a tensor may leave [-1, 1]: rounding of half precision and of resampling
+
+
+def read(path: str | Path, background: str = "white") -> Image.Image:
+    """Read an image file (an animation's first frame) as `to_rgb` makes it. Raises `ImageError`, naming the file."""
+    with _opened(path) as image:
+        return to_rgb(image, background)
+
+
+@contextlib.contextmanager
+def _opened(path: str | Path) -> Iterator[Image.Image]:
+    try:
+        with Image.open(path) as image:
+            yield image
+    except ArgumentError:
+        raise  # the background's fault, not the file's
+    except ImageError as error:
+        raise ImageError(f"cannot read {path}: {error}") from error
+    except UnidentifiedImageError as error:
+        raise ImageError(f"{path} is not an image, or of a format that Pillow does not know.") from error
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ImageError(
+            f"{path} has too many pixels to be opened unasked; set PIL.Image.MAX_IMAGE_PIXELS higher if you trust it."
+        ) from error
+    except Exception as error:  # on broken files Pillow's readers raise nearly anything
+        raise ImageError(f"cannot read {path}: {_reason(error)}.") from error
+
+
+def _reason(error: Exception) -> str:
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return (text or type(error).__name__).rstrip(".").replace("\n", " ")
+
+
+def to_rgb(image: Image.Image, background: str = "white") -> Image.Image:
+    """A PIL image of any mode as 8-bit RGB: rotated as its EXIF says, transparency laid over `background`.
+
+    Grey of 16 bits (modes "I;16" and "I") is scaled from [0, 65535]; float (mode "F") from [0, 1] where no value is
+    above 1, else from [0, 255]. Raises `ImageError` for an image that is empty, broken or outside its range.
+    """
+    try:
+        upright = ImageOps.exif_transpose(image)
+    except Exception as error:  # as in `_opened`
+        raise ImageError(f"the image cannot be decoded ({_reason(error)}).") from error
+    if 0 in upright.size:
+        raise ImageError(f"an image of {upright.width} x {upright.height} pixels is empty.")
+    if upright.mode == "F" or upright.mode.startswith("I"):
+        return _from_levels(np.asarray(upright, dtype=np.float64), upright.mode).convert("RGB")
+    color = _color(background)
+    try:
+        if upright.has_transparency_data:
+            opaque = Image.new("RGBA", upright.size, color)
+            opaque.alpha_composite(upright.convert("RGBA"))
+            upright = opaque
+        rgb = upright.convert("RGB")
+    except ValueError as error:
+        raise ImageError(f"an image of mode {upright.mode} cannot be converted to RGB; do so elsewhere.") from error
+    rgb.info = {}  # the profile, the EXIF and the transparent colour were those of the file's pixels
+    return rgb
+
+
+def _from_levels(levels: npt.NDArray[np.float64], mode: str) -> Image.Image:  # (H, W) -> mode "L"
+    low, high = float(levels.min()), float(levels.max())
+    peak = 65535 if mode != "F" else 255 if high > 1 else 1
+    if not (low >= 0 and high <= peak):  # false for NaN too
+        raise ImageError(f"an image of mode {mode} has values from {low:g} to {high:g}; scale it to [0, {peak}] first.")
+    return Image.fromarray(np.round(levels * (255 / peak)).astype(np.uint8))
+
+
+def _color(color: str) -> tuple[int, int, int]:
+    try:
+        red, green, blue = ImageColor.getrgb(color)[:3]
+    except ValueError as error:
+        raise ArgumentError(f"{color!r} is not a colour; use a name or a form like '#ff8800'.") from error
+    return red, green, blue
+
+
+def to_tensors(images: Images) -> list[Tensor]:
+    """Anything that holds images, or a list of such things, as float32 tensors (3, H, W) in [-1, 1], one per image.
+
+    Sizes may differ. Paths are read; transparency is laid over white. Tensors keep their device and their gradient; one
+    out of range by less than 1e-2 is taken as it is. Raises `ImageError` for what is no image or is of doubtful range.
+    """
+    return [_to_tensor(image) if isinstance(image, Image.Image) else image for image in _flat(images)]
+
+
+def _to_tensor(rgb: Image.Image) -> Tensor:
+    levels = torch.from_numpy(np.array(rgb)).permute(2, 0, 1)  # (3, H, W)
+    return levels.contiguous().float() / 127.5 - 1
+
+
+def _flat(images: Images) -> list[Image.Image | Tensor]:
+    """One entry per image: RGB where it was 8-bit, a float32 tensor (3, H, W) where it was a tensor."""
+    if isinstance(images, Image.Image):
+        return [to_rgb(images)]
+    if isinstance(images, (str, Path)):
+        return [read(images)]
+    if isinstance(images, np.ndarray):
+        return [*_from_array(images)]
+    if isinstance(images, Tensor):
+        return [*_checked(images)]
+    if not isinstance(images, (list, tuple)):
+        raise ImageError(f"type {type(images).__name__} is no image; give PIL images, arrays, tensors or paths.")
+    if not images:
+        raise ImageError("the list of images is empty; give at least one.")
+    return [image for item in images for image in _flat(item)]
+
+
+def _from_array(array: npt.NDArray[Any]) -> list[Image.Image]:
+    if array.dtype != np.uint8:
+        raise ImageError(
+            f"an array of {array.dtype} has no certain range; give uint8 in [0, 255], "
+            "or a float tensor (B, 3, H, W) in [-1, 1]."
+        )
+    batch = array[None, ..., None] if array.ndim == 2 else array[None] if array.ndim == 3 else array
+    if batch.ndim != 4 or batch.shape[-1] not in (1, 3, 4) or 0 in batch.shape:
+        raise ImageError(f"an array of shape {array.shape} is no image; give (H, W), (H, W, 1|3|4), (B, H, W, 1|3|4).")
+    return [to_rgb(Image.fromarray(one[..., 0] if one.shape[-1] == 1 else one)) for one in batch]
+
+
+def _checked(x: Tensor) -> Tensor:  # -> (B, 3, H, W)
+    batch = x[None] if x.ndim == 3 else x
+    if batch.ndim != 4 or batch.shape[1] != 3 or 0 in batch.shape:
+        raise ImageError(f"a tensor of shape {tuple(x.shape)} is no image; give (3, H, W) or (B, 3, H, W), RGB.")
+    if not x.is_floating_point():
+        raise ImageError(f"a tensor of {x.dtype} is not in [-1, 1]; convert values in [0, 255] by x / 127.5 - 1.")
+    low, high = (float(bound) for bound in torch.aminmax(batch.detach().float()))
+    if not math.isfinite(low) or not math.isfinite(high):
+        raise ImageError("a tensor has values that are not finite; an image's are in [-1, 1].")
+    if low < -1 - TOLERANCE or high > 1 + TOLERANCE:
+        raise ImageError(
+            f"a tensor has values from {low:.4g} to {high:.4g}, outside [-1, 1]; "
+            "convert values in [0, 255] by x / 127.5 - 1, in [0, 1] by x * 2 - 1, and clamp what is slightly outside."
+        )
+    return batch.float()
+
+
+def to_uint8(x: Tensor) -> npt.NDArray[np.uint8]:
+    """Float tensor (B, 3, H, W) or (3, H, W) in [-1, 1] -> uint8 array (B, H, W, 3), clamped and rounded.
+
+    Inverts `to_tensors` exactly for all 256 levels. It still does where the tensor was stored as float16 or bfloat16 in
+    between, since the arithmetic here is float32: in [-1, 1] bfloat16 errs by at most 1/512, a quarter of the step from
+    one level to the next. (Arithmetic in bfloat16 would change levels.) Raises `ImageError` for NaN.
+    """
+    if not x.is_floating_point() or x.ndim not in (3, 4) or x.shape[-3] != 3:
+        raise ImageError(f"a tensor {tuple(x.shape)} of {x.dtype} is no image; give float (B, 3, H, W) in [-1, 1].")
+    batch = x.detach().float() if x.ndim == 4 else x.detach().float()[None]
+    if torch.isnan(batch).any():
+        raise ImageError("a tensor has values that are not numbers (NaN), which no pixel can show.")
+    levels = ((batch + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    return levels.permute(0, 2, 3, 1).contiguous().cpu().numpy()
+
+
+def to_pil(x: Tensor) -> list[Image.Image]:
+    """Float tensor (B, 3, H, W) or (3, H, W) in [-1, 1] -> RGB images; as `to_uint8`."""
+    return [Image.fromarray(levels) for levels in to_uint8(x)]
+
+
+def check_output_type(output_type: str, *more: str) -> None:
+    """Raise `ArgumentError` unless `output_type` is one that `from_tensors` makes, or one of `more`."""
+    choices = (*OUTPUT_TYPES, *more)
+    if output_type not in choices:
+        raise ArgumentError(f"output_type {output_type!r} is not one of {', '.join(map(repr, choices))}.")
+
+
+def from_tensors(images: Sequence[Tensor], output_type: str) -> Any:
+    """Tensors (3, H, W) in [-1, 1] as "pil": a list of RGB images; "np": uint8 (B, H, W, 3); "pt": (B, 3, H, W).
+
+    Where sizes differ, "np" and "pt" are lists of (H, W, 3) and (3, H, W). Raises `ArgumentError` for another type.
+    """
+    check_output_type(output_type)
+    same_size = len({image.shape for image in images}) == 1
+    if output_type == "pt":
+        return torch.stack(list(images)) if same_size else list(images)
+    levels = [to_uint8(image)[0] for image in images]
+    if output_type == "np":
+        return np.stack(levels) if same_size else levels
+    return [Image.fromarray(one) for one in levels]
+
+
+def save(image: Image.Image, path: str | Path, text: Mapping[str, str] | None = None) -> None:
+    """Write an image as RGB, whole or not at all, in the format of the path's suffix: .png, .jpg, .jpeg or .webp.
+
+    `text` goes into a PNG's text chunks (keys of 1 to 79 Latin letters); the other formats have no place for it and go
+    without. Raises `ArgumentError` for another suffix, `SdkitError` where the file cannot be written.
+    """
+    suffix = Path(path).suffix.lower()
+    if suffix not in FORMATS:
+        raise ArgumentError(f"cannot write {path}: its suffix is not one of {', '.join(FORMATS)}.")
+    options: dict[str, Any] = {"quality": 95}
+    if suffix == ".png":
+        options = {"pnginfo": PngInfo()}
+        for key, value in (text or {}).items():
+            options["pnginfo"].add_text(key, encodable(value))  # UTF-8 (iTXt) where Latin-1 does not hold it
+    encoded = io.BytesIO()  # so that an error below is one of the disk
+    to_rgb(image).save(encoded, FORMATS[suffix], **options)
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(encoded.getbuffer())
+
+
+def read_text(path: str | Path) -> dict[str, str]:
+    """The text chunks of a PNG; empty for another format. Raises `ImageError` for what is not a whole image."""
+    with _opened(path) as image:
+        image.load()
+        return {key: str(value) for key, value in image.text.items()} if isinstance(image, PngImageFile) else {}
+
+
+def grid(
+    images: Images,
+    columns: int | None = None,
+    *,
+    padding: int = 0,
+    background: str = "white",
+    captions: Sequence[str] = (),
+    row_labels: Sequence[str] = (),
+    column_labels: Sequence[str] = (),
+) -> Image.Image:
+    """Draw images side by side, row after row, each centred in a cell of the largest one's size.
+
+    columns        cells in a row; None: as many as there are column labels, else about as many as rows
+    padding        pixels between cells, and around the whole where it is labelled
+    captions       one for each image, below it
+    row_labels     one for each row, to its left
+    column_labels  one for each column, above it
+
+    Labels that are too long are wrapped, then shortened. Raises `ArgumentError` where their number does not fit.
+    """
+    pictures = [image if isinstance(image, Image.Image) else to_pil(image)[0] for image in _flat(images)]
+    columns = columns if columns is not None else len(column_labels) or math.ceil(math.sqrt(len(pictures)))
+    if columns < 1 or padding < 0:
+        raise ArgumentError(f"a grid needs at least 1 column and 0 pixels of padding, not {columns} and {padding}.")
+    rows = math.ceil(len(pictures) / columns)
+    for name, labels, wanted in (
+        ("captions", captions, len(pictures)),
+        ("row_labels", row_labels, rows),
+        ("column_labels", column_labels, columns),
+    ):
+        if len(labels) not in (0, wanted):
+            raise ArgumentError(f"a grid of {rows} x {columns} takes {wanted} {name}, not {len(labels)}.")
+
+    width, height = max(p.width for p in pictures), max(p.height for p in pictures)
+    pen = _Pen(width, background)
+    below = pen.wrap(captions, width)
+    above = pen.wrap(column_labels, width)
+    left = pen.wrap(row_labels, max(width, 8 * pen.size), max_lines=max(1, min(4, height // (2 * pen.size))))
+    margin = padding if captions or row_labels or column_labels else 0
+    x0 = margin + pen.width(left)
+    y0 = margin + pen.height(above)
+    x_step, y_step = width + padding, height + pen.height(below) + padding
+    size = (x0 + columns * x_step - padding + margin, y0 + rows * y_step - padding + margin)
+    sheet = Image.new("RGB", size, _color(background))
+    draw = ImageDraw.Draw(sheet)
+    for i, picture in enumerate(pictures):
+        x, y = x0 + i % columns * x_step, y0 + i // columns * y_step
+        sheet.paste(picture, (x + (width - picture.width) // 2, y + (height - picture.height) // 2))
+        if captions:
+            pen.write(draw, below[i], x + width / 2, y + height + pen.size / 4, anchor="ma")
+    for column, label in enumerate(above):
+        pen.write(draw, label, x0 + column * x_step + width / 2, margin + pen.height(above) / 2)
+    for row, label in enumerate(left):
+        pen.write(draw, label, margin + pen.width(left) / 2, y0 + row * y_step + height / 2)
+    return sheet
+
+
+class _Pen:
+    """Writes labels in a size that suits cells `width` pixels wide, in black or white, whichever stands out."""
+
+    def __init__(self, width: int, background: str) -> None:
+        self.size = max(round(1.2 * math.sqrt(width)), 11)  # pixels
+        self.font = ImageFont.load_default(self.size)
+        red, green, blue = _color(background)
+        self.ink = "black" if 0.299 * red + 0.587 * green + 0.114 * blue > 127 else "white"
+        self.canvas = ImageDraw.Draw(Image.new("L", (1, 1)))  # to measure on
+
+    def wrap(self, labels: Sequence[str], width: int, max_lines: int = 3) -> list[str]:
+        """Labels broken into lines of at most `width` pixels; what does not fit is cut off with an ellipsis."""
+        return [self._wrap(label, width, max_lines) for label in labels]
+
+    def _wrap(self, label: str, width: int, max_lines: int) -> str:
+        lines: list[str] = []
+        for word in label.split():
+            if lines and (self.font.getlength(f"{lines[-1]} {word}") <= width or len(lines) == max_lines):
+                lines[-1] += f" {word}"
+            else:
+                lines.append(word)
+        return "\n".join(self._shorten(line, width) for line in lines)
+
+    def _shorten(self, line: str, width: int) -> str:
+        if self.font.getlength(line) <= width:
+            return line
+        needed = (math.ceil(self.font.getlength(line[:n] + "…")) for n in range(1, len(line)))
+        fitting = sum(1 for _ in itertools.takewhile(lambda pixels: pixels <= width, needed))
+        return line[:fitting].rstrip() + "…"
+
+    def width(self, labels: Sequence[str]) -> int:
+        """Of a column that holds each of the wrapped labels, with a gap beside it; 0 without labels."""
+        return max((math.ceil(self._box(label)[0]) + self.size for label in labels), default=0)
+
+    def height(self, labels: Sequence[str]) -> int:
+        """Of a row that holds each of the wrapped labels, with gaps; 0 without labels."""
+        return max((math.ceil(self._box(label)[1]) + self.size // 2 for label in labels), default=0)
+
+    def _box(self, label: str) -> tuple[float, float]:
+        left, top, right, bottom = self.canvas.multiline_textbbox((0, 0), label or " ", font=self.font)
+        return right - left, bottom - top
+
+    def write(self, draw: ImageDraw.ImageDraw, label: str, x: float, y: float, anchor: str = "mm") -> None:
+        """Draw a wrapped label whose centre (or with anchor "ma" whose upper edge's) is (x, y)."""
+        draw.multiline_text((x, y), label, fill=self.ink, font=self.font, anchor=anchor, align="center")

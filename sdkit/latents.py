@@ -1,0 +1,130 @@
+"""The latent file: the scaled latents of one image, with what is needed to decode them.
+
+It is a safetensors file that any safetensors reader opens. It holds one tensor, `z` (C, h, w), in the dtype it was
+computed in, and these metadata, all strings:
+
+    format          "sdkit.latent"
+    format_version  "1"
+    height, width   of the image in pixels; of the `h * factor` rows that are decoded the first `height` are the image
+    factor          pixels per latent along each axis (8 in Stable Diffusion): h = ceil(height / factor), w likewise
+    vae             hash of the VAE's encoder side: equal hashes mean latents of one space
+    vae_name        what that VAE was loaded from
+    scale, shift    z = (raw - shift) * scale, where raw is what the VAE's own decoder takes
+    source          name of the image file (only where there was one)
+    sdkit           version of sdkit that wrote the file
+"""
+
+from __future__ import annotations
+
+import math
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from sdkit.errors import LatentError
+from sdkit.files import atomic_write, encodable
+
+FORMAT = "sdkit.latent"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Latent:
+    """Scaled latents of one image and where they come from. Raises `LatentError` where the parts do not fit."""
+
+    z: Tensor  # (C, h, w), floating point
+    height: int  # of the image, in pixels
+    width: int
+    vae: str  # identity hash of the VAE's encoder side
+    vae_name: str
+    scale: float
+    sdkit: str  # version that made it
+    shift: float = 0.0
+    factor: int = 8  # pixels per latent along each axis
+    source: str | None = None  # name of the image file
+
+    def __post_init__(self) -> None:
+        finite = math.isfinite(self.scale) and math.isfinite(self.shift)
+        if not finite or min(self.height, self.width, self.factor, self.scale) <= 0:
+            raise LatentError(
+                f"a latent of {self.height} x {self.width} pixels with factor {self.factor}, scale {self.scale} and "
+                f"shift {self.shift} cannot exist; all but the shift must be positive, and finite."
+            )
+        expected = (-(-self.height // self.factor), -(-self.width // self.factor))  # rounded up
+        if self.z.ndim != 3 or tuple(self.z.shape[1:]) != expected or len(self.z) == 0:
+            raise LatentError(
+                f"z has shape {tuple(self.z.shape)}, but the latents of {self.height} x {self.width} pixels have shape "
+                f"(C, {expected[0]}, {expected[1]}); encode the image again."
+            )
+        if not self.z.is_floating_point() or not torch.isfinite(self.z.float()).all():
+            raise LatentError("z is not made of finite floating point numbers; encode the image again.")
+
+
+def save(latent: Latent, path: str | Path) -> None:
+    """Write `latent` to `path`, whole or not at all. Raises `SdkitError` where the file cannot be written."""
+    metadata = {
+        "format": FORMAT,
+        "format_version": str(FORMAT_VERSION),
+        "height": str(latent.height),
+        "width": str(latent.width),
+        "factor": str(latent.factor),
+        "vae": latent.vae,
+        "vae_name": encodable(latent.vae_name),
+        "scale": repr(latent.scale),
+        "shift": repr(latent.shift),
+        "sdkit": latent.sdkit,
+    }
+    if latent.source is not None:
+        metadata["source"] = encodable(latent.source)
+    data = safetensors.torch.save({"z": latent.z.detach().cpu().contiguous()}, metadata)
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def load(path: str | Path) -> Latent:
+    """Read a latent file; `z` is on the CPU. Raises `LatentError` for what is no whole latent file of this version."""
+    try:
+        if not stat.S_ISREG(Path(path).stat().st_mode):
+            raise LatentError("this is not a file; give a latent file.")
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != FORMAT:
+                raise LatentError("this is not a latent file of sdkit; sdkit encode makes them.")
+            if int(metadata["format_version"]) > FORMAT_VERSION:
+                raise LatentError("this was written by a newer version of sdkit; update sdkit to read it.")
+            z = file.get_tensor("z").clone()  # a copy: the file may change or go
+        return Latent(
+            z=z,
+            height=int(metadata["height"]),
+            width=int(metadata["width"]),
+            vae=metadata["vae"],
+            vae_name=metadata["vae_name"],
+            scale=float(metadata["scale"]),
+            sdkit=metadata["sdkit"],
+            shift=float(metadata["shift"]),
+            factor=int(metadata["factor"]),
+            source=metadata.get("source"),
+        )
+    except LatentError as error:
+        raise LatentError(f"{path}: {error}") from None
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise LatentError(f"{path}: the file cannot be read ({reason}); check the name.") from error
+    except SafetensorError as error:
+        raise LatentError(f"{path}: this is not a whole safetensors file ({error}); encode the image again.") from error
+    except (KeyError, ValueError) as error:
+        raise LatentError(f"{path}: its metadata are damaged ({error}); encode the image again.") from error
+
+
+def check_vae(latent: Latent, identity: str, force: bool = False) -> None:
+    """Raise `LatentError` where the VAE with this identity hash did not make the latent, unless `force`."""
+    if latent.vae != identity and not force:
+        raise LatentError(
+            f"the latent was made by another VAE ({latent.vae_name}, {latent.vae[:12]}) than this one "
+            f"({identity[:12]}); decode it with that VAE, or force it."
+        )
