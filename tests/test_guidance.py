@@ -1,0 +1,340 @@
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers.guiders.adaptive_projected_guidance import MomentumBuffer, normalized_guidance
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sdkit.errors import ArgumentError
+from sdkit.guidance import APG, apg, cfg, guided, rescale
+from sdkit.samplers import SAMPLERS
+from sdkit.schedule import NoiseSchedule, Prediction
+
+from . import reference
+
+KINDS = ("epsilon", "v_prediction", "sample")
+SHAPE = (3, 4, 5, 6)  # (B, C, h, w)
+
+
+def normal(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
+
+
+COND, UNCOND = normal(1, 3, 7, 4), normal(2, 3, 7, 4)  # (B, L, D)
+
+
+class Model:
+    """A stand-in for the U-Net that remembers the batch and the timestep of each of its evaluations."""
+
+    def __init__(self, learned_range: bool = False) -> None:
+        self.batches: list[int] = []
+        self.timesteps: list[int] = []
+        self.learned_range = learned_range
+
+    def __call__(self, x_t: torch.Tensor, t: Any, cond: torch.Tensor) -> torch.Tensor:
+        assert len(x_t) == len(cond)
+        self.batches.append(len(x_t))
+        self.timesteps.append(int(torch.as_tensor(t).flatten()[0]))
+        return self.output(x_t, self.timesteps[-1], cond)
+
+    def output(self, x_t: torch.Tensor, t: int, cond: torch.Tensor) -> torch.Tensor:
+        c = cond.mean(dim=1)[:, :, None, None]  # (B, 4, 1, 1)
+        output = torch.tanh(x_t * c) + 0.5 * torch.cos(c * (1 + t / 500))
+        return torch.cat([output, torch.sin(x_t + c)], dim=1) if self.learned_range else output
+
+
+# Closed forms
+
+
+@settings(deadline=None, max_examples=30)
+@given(scale=st.floats(-2, 20), seed=st.integers(0, 2**31))
+def test_cfg_equals_the_closed_form(scale: float, seed: int) -> None:
+    uncond, cond = normal(seed, 2, *SHAPE, dtype=torch.float64)
+    torch.testing.assert_close(cfg(uncond, cond, scale), (1 - scale) * uncond + scale * cond, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(cfg(uncond, cond, 1.0), cond, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(cfg(uncond, cond, 0.0), uncond, rtol=1e-12, atol=1e-12)
+
+
+@settings(deadline=None, max_examples=30)
+@given(phi=st.floats(0, 1), scale=st.floats(1, 20), seed=st.integers(0, 2**31))
+def test_rescale_equals_diffusers(phi: float, scale: float, seed: int) -> None:
+    uncond, cond = normal(seed, 2, *SHAPE, dtype=torch.float64)
+    out = cfg(uncond, cond, scale)
+    torch.testing.assert_close(rescale(out, cond, phi), rescale_noise_cfg(out, cond, phi), rtol=1e-12, atol=1e-12)
+
+
+def test_rescale_restores_each_images_own_deviation() -> None:
+    cond = normal(0, *SHAPE, dtype=torch.float64) * torch.tensor([1.0, 5.0, 0.1])[:, None, None, None]
+    out = 3 * cond + 1
+    restored = rescale(out, cond, 1.0)
+    torch.testing.assert_close(restored.std(dim=(1, 2, 3)), cond.std(dim=(1, 2, 3)))
+    assert torch.equal(rescale(out, cond, 0.0), out)
+
+
+# Adaptive projected guidance
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    scale=st.floats(1, 15),
+    eta=st.floats(0, 1),
+    radius=st.sampled_from([0.0, 0.5, 5.0, 14.0, 1e3]),
+    momentum=st.sampled_from([0.0, -0.5, -0.75, 0.3]),
+    seed=st.integers(0, 2**31),
+)
+def test_apg_equals_the_papers_algorithm(scale: float, eta: float, radius: float, momentum: float, seed: int) -> None:
+    """Over three steps, each handing its running average to the next; also against diffusers' form of it."""
+    chosen = APG(eta=eta, norm_threshold=radius, momentum=momentum)
+    buffer = MomentumBuffer(momentum)
+    average: torch.Tensor | None = None
+    expected_average: Any = 0.0
+    for i in range(3):
+        uncond, cond = normal(seed + i, 2, *SHAPE, dtype=torch.float64)
+        out, average = apg(uncond, cond, scale, chosen, average)
+        expected, expected_average = reference.apg(
+            uncond.numpy(), cond.numpy(), scale, eta, radius, momentum, expected_average
+        )
+        np.testing.assert_allclose(out.numpy(), expected, rtol=1e-9, atol=1e-9)
+        np.testing.assert_allclose(average.numpy(), expected_average, rtol=1e-9, atol=1e-9)
+        theirs = normalized_guidance(cond, uncond, scale - 1, buffer, eta, radius, use_original_formulation=True)
+        torch.testing.assert_close(out, theirs, rtol=1e-9, atol=1e-9)
+
+
+@settings(deadline=None, max_examples=20)
+@given(scale=st.floats(1, 15), seed=st.integers(0, 2**31))
+def test_apg_without_its_three_parts_is_cfg_on_x0(scale: float, seed: int) -> None:
+    uncond, cond = normal(seed, 2, *SHAPE, dtype=torch.float64)
+    out, average = apg(uncond, cond, scale, APG(eta=1.0))
+    torch.testing.assert_close(out, cfg(uncond, cond, scale), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(average, cond - uncond)
+
+
+def test_apg_drops_the_part_parallel_to_the_conditional_prediction() -> None:
+    uncond, cond = normal(0, 2, *SHAPE, dtype=torch.float64)
+    update = apg(uncond, cond, 4.0, APG(eta=0.0))[0] - cond
+    np.testing.assert_allclose((update * cond).sum(dim=(1, 2, 3)).numpy(), 0, atol=1e-10)
+    parallel = apg(uncond, 2 * uncond, 4.0, APG(eta=0.0))[0]
+    torch.testing.assert_close(parallel, 2 * uncond)
+
+
+def test_apg_bounds_the_norm_of_each_image() -> None:
+    cond = normal(0, *SHAPE, dtype=torch.float64)
+    step = torch.tensor([0.01, 1.0, 100.0])[:, None, None, None] * normal(1, *SHAPE, dtype=torch.float64)
+    out, _ = apg(cond - step, cond, 2.0, APG(eta=1.0, norm_threshold=3.0))
+    norms = (out - cond).flatten(1).norm(dim=1)
+    assert norms[0] == pytest.approx(float(step[0].norm()))
+    assert norms[1:].tolist() == pytest.approx([3.0, 3.0])
+
+
+def test_apg_settings_are_frozen_and_by_keyword() -> None:
+    assert dataclasses.asdict(APG()) == {"eta": 0.0, "norm_threshold": 0.0, "momentum": 0.0}
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        APG().eta = 1.0  # type: ignore[misc]
+    with pytest.raises(TypeError):
+        APG(0.5)  # type: ignore[call-arg]
+
+
+# The predictor: what it returns
+
+
+def two_passes(
+    schedule: NoiseSchedule, model: Model, x_t: torch.Tensor, t: int, scale: float, phi: float = 0.0
+) -> Prediction:
+    """Guidance as it is written down: one pass for each condition, on the model's own output."""
+    cond, uncond = (model.output(x_t, t, c) for c in (COND, UNCOND))
+    output = uncond + scale * (cond - uncond)
+    if phi:
+        output = rescale_noise_cfg(output, cond, phi)
+    return schedule.prediction(output, x_t, t)
+
+
+def assert_same(a: Prediction, b: Prediction) -> None:
+    torch.testing.assert_close(a.x0, b.x0, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(a.eps, b.eps, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("scale", [0.0, 0.5, 3.0, 7.5])
+@pytest.mark.parametrize("phi", [0.0, 0.7])
+def test_one_batched_pass_equals_two_passes(kind: Any, scale: float, phi: float) -> None:
+    schedule = NoiseSchedule.scaled_linear(prediction_type=kind)
+    model = Model()
+    predict = guided(model, schedule, COND, UNCOND, scale, phi=phi)
+    for t in (900, 400, 3):
+        x_t = normal(t, *SHAPE)
+        assert_same(predict(x_t, t), two_passes(schedule, model, x_t, t, scale, phi))
+    assert model.batches == [6, 6, 6]
+    assert model.timesteps == [900, 400, 3]
+
+
+def test_scale_is_7_5_unless_given() -> None:
+    schedule = NoiseSchedule.scaled_linear()
+    x_t = normal(0, *SHAPE)
+    predict = guided(Model(), schedule, COND, UNCOND)
+    assert_same(predict(x_t, 500), two_passes(schedule, Model(), x_t, 500, 7.5))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("uncond", [None, UNCOND])
+def test_scale_1_is_the_conditional_prediction(kind: Any, uncond: torch.Tensor | None) -> None:
+    schedule = NoiseSchedule.scaled_linear(prediction_type=kind)
+    model = Model()
+    x_t = normal(0, *SHAPE)
+    got = guided(model, schedule, COND, uncond, 1.0, phi=0.7)(x_t, 300)
+    assert_same(got, schedule.prediction(model.output(x_t, 300, COND), x_t, 300))
+    assert model.batches == [3]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_guided_apg_works_on_x0_and_carries_its_average(kind: Any) -> None:
+    schedule = NoiseSchedule.scaled_linear(prediction_type=kind)
+    model = Model()
+    predict = guided(model, schedule, COND, UNCOND, 5.0, projected=APG(eta=0.3, norm_threshold=4.0, momentum=-0.5))
+    average: Any = 0.0
+    for t in (800, 500, 100):
+        x_t = normal(t, *SHAPE)
+        cond, uncond = (schedule.prediction(model.output(x_t, t, c), x_t, t).x0.numpy() for c in (COND, UNCOND))
+        x0, average = reference.apg(uncond, cond, 5.0, 0.3, 4.0, -0.5, average)
+        got = predict(x_t, t)
+        a = float(schedule.alphas_cumprod[t])
+        np.testing.assert_allclose(got.x0.numpy(), x0, rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(
+            got.eps.numpy(), (x_t.numpy() - math.sqrt(a) * x0) / math.sqrt(1 - a), rtol=1e-4, atol=2e-4
+        )
+    assert model.batches == [6, 6, 6]
+
+
+def test_each_predictor_has_its_own_average() -> None:
+    schedule = NoiseSchedule.scaled_linear()
+    x_t = normal(0, *SHAPE)
+
+    def make() -> Callable[[torch.Tensor, int], Prediction]:
+        return guided(Model(), schedule, COND, UNCOND, 5.0, projected=APG(momentum=-0.5))
+
+    first = make()
+    once = first(x_t, 700).x0
+    assert not torch.allclose(first(x_t, 700).x0, once)
+    assert torch.equal(make()(x_t, 700).x0, once)
+
+
+@pytest.mark.parametrize("projected", [None, APG(eta=0.0, norm_threshold=2.0)])
+def test_learned_variance_is_the_conditional_models_own(projected: APG | None) -> None:
+    """Extrapolated by the scale it would leave [-1, 1], between whose ends it interpolates log variances."""
+    schedule = NoiseSchedule.scaled_linear(variance_type="learned_range")
+    model = Model(learned_range=True)
+    x_t = normal(0, *SHAPE)
+    got = guided(model, schedule, COND, UNCOND, 7.5, projected=projected)(x_t, 500)
+    whole = model.output(x_t, 500, COND)
+    assert got.variance is not None
+    torch.testing.assert_close(got.variance, whole[:, 4:])
+    if projected is None:
+        assert_same(got, two_passes(schedule, Model(), x_t, 500, 7.5))
+
+
+def test_guidance_is_the_same_alone_and_in_a_batch() -> None:
+    schedule = NoiseSchedule.scaled_linear()
+    x_t = normal(0, *SHAPE)
+    for options in ({}, {"phi": 0.7}, {"projected": APG(eta=0.5, norm_threshold=2.0, momentum=-0.5)}):
+        whole = guided(Model(), schedule, COND, UNCOND, 6.0, **options)(x_t, 600)
+        for i in range(3):
+            one = slice(i, i + 1)
+            alone = guided(Model(), schedule, COND[one], UNCOND[one], 6.0, **options)(x_t[one], 600)
+            torch.testing.assert_close(alone.x0[0], whole.x0[i], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("projected", [None, APG(eta=0.2, norm_threshold=3.0, momentum=-0.5)])
+def test_guided_v_is_finite_at_zero_terminal_snr(projected: APG | None) -> None:
+    schedule = NoiseSchedule.scaled_linear(prediction_type="v_prediction").zero_terminal_snr()
+    x_t = normal(0, *SHAPE)
+    got = guided(Model(), schedule, COND, UNCOND, 7.5, projected=projected)(x_t, 999)
+    assert torch.isfinite(got.x0).all()
+    torch.testing.assert_close(got.eps, x_t)
+
+
+@pytest.mark.parametrize("options", [{}, {"phi": 0.7}, {"projected": APG(eta=0.0, norm_threshold=2.0)}])
+def test_guidance_between_equal_conditions_is_none(options: Any) -> None:
+    """The empty prompt guided by the empty prompt: an update of norm 0."""
+    schedule = NoiseSchedule.scaled_linear()
+    x_t = normal(0, *SHAPE)
+    got = guided(Model(), schedule, COND, COND, 7.5, **options)(x_t, 400)
+    assert_same(got, schedule.prediction(Model().output(x_t, 400, COND), x_t, 400))
+
+
+def test_guidance_without_an_unconditional_embedding_is_refused() -> None:
+    with pytest.raises(ArgumentError, match="unconditional"):
+        guided(Model(), NoiseSchedule.scaled_linear(), COND, None, 7.5)
+
+
+@pytest.mark.parametrize("interval", [(2.0, 1.0), (1.0, 1.0), (-1.0, 1.0)])
+def test_an_interval_that_cannot_be_is_refused(interval: tuple[float, float]) -> None:
+    with pytest.raises(ArgumentError, match="interval"):
+        guided(Model(), NoiseSchedule.scaled_linear(), COND, UNCOND, 7.5, interval=interval)
+
+
+# The predictor: what it costs
+
+
+@pytest.mark.parametrize("name", sorted(SAMPLERS))
+@pytest.mark.parametrize(("scale", "batch"), [(1.0, 3), (7.5, 6), (0.0, 6)])
+def test_one_evaluation_a_step(name: str, scale: float, batch: int) -> None:
+    schedule = NoiseSchedule.scaled_linear(prediction_type="v_prediction")
+    model = Model()
+    predict = guided(model, schedule, COND, UNCOND, scale)
+    pairs = schedule.timesteps(11)
+    assert len(list(SAMPLERS[name](predict, normal(0, *SHAPE), schedule, pairs))) == 11
+    assert model.batches == [batch] * 11
+    assert model.timesteps == [t for t, _ in pairs]
+
+
+@pytest.mark.parametrize("name", sorted(SAMPLERS))
+def test_an_interval_costs_two_batches_inside_and_one_outside(name: str) -> None:
+    schedule = NoiseSchedule.scaled_linear(prediction_type="v_prediction")
+    model = Model()
+    interval = (0.4, 5.0)
+    predict = guided(model, schedule, COND, UNCOND, 7.5, interval=interval)
+    pairs = schedule.timesteps(20)
+    list(SAMPLERS[name](predict, normal(0, *SHAPE), schedule, pairs))
+    alphas = np.cumprod(1 - reference.scaled_linear_betas(1000, 0.00085, 0.012))
+    sigmas = [math.sqrt((1 - alphas[t]) / alphas[t]) for t, _ in pairs]
+    inside = [interval[0] < sigma <= interval[1] for sigma in sigmas]
+    assert model.batches == [6 if within else 3 for within in inside]
+    assert 0 < sum(inside) < 20
+    assert sum(model.batches) == 20 * 3 + sum(inside) * 3
+
+
+def test_outside_the_interval_the_conditional_prediction_is_returned() -> None:
+    schedule = NoiseSchedule.scaled_linear()
+    x_t = normal(0, *SHAPE)
+    predict = guided(Model(), schedule, COND, UNCOND, 7.5, interval=(0.4, 5.0), phi=0.7)
+    assert_same(predict(x_t, 999), schedule.prediction(Model().output(x_t, 999, COND), x_t, 999))
+    assert_same(predict(x_t, 500), two_passes(schedule, Model(), x_t, 500, 7.5, 0.7))
+    assert_same(predict(x_t, 3), schedule.prediction(Model().output(x_t, 3, COND), x_t, 3))
+
+
+@pytest.mark.parametrize(
+    ("interval", "batch"),
+    [((0.5, 1.0), 6), ((1.0, 2.0), 3), ((1.0, math.inf), 3), ((0.0, 0.99), 3), ((0.0, math.inf), 6), (None, 6)],
+)
+def test_the_interval_is_open_below_and_closed_above(interval: tuple[float, float] | None, batch: int) -> None:
+    schedule = NoiseSchedule.from_betas([0.5, 0.5])
+    model = Model()
+    guided(model, schedule, COND, UNCOND, 7.5, interval=interval)(normal(0, *SHAPE), 0)  # sigma is exactly 1
+    assert model.batches == [batch]
+
+
+@pytest.mark.parametrize(("high", "batch"), [(5.0, 3), (math.inf, 6)])
+def test_the_interval_at_zero_terminal_snr(high: float, batch: int) -> None:
+    """There sigma is infinite, and no division by zero."""
+    schedule = NoiseSchedule.scaled_linear(prediction_type="v_prediction").zero_terminal_snr()
+    model = Model()
+    predict = guided(model, schedule, COND, UNCOND, 7.5, interval=(0.3, high))
+    assert torch.isfinite(predict(normal(0, *SHAPE), 999).x0).all()
+    assert model.batches == [batch]

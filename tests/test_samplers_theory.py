@@ -1,0 +1,215 @@
+"""Samplers on data drawn from N(MEAN, STD^2), of which the exact eps, v and x0 predictions are known.
+
+They are affine in x_t, and so is each step: a sampler's mean and variance follow exactly from a few runs, with no
+statistics. A scalar is an image of shape (1, 1, 1).
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from sdkit.samplers import ddim, ddim_step, ddpm, ddpm_step, dpmpp_2m
+from sdkit.schedule import NoiseSchedule, Prediction
+
+from . import reference
+
+MEAN, STD = 0.7, 0.4
+SAMPLERS: dict[str, Callable[..., Any]] = {
+    "ddim": ddim,
+    "ddim eta 1": lambda *args, **kwargs: ddim(*args, eta=1.0, **kwargs),
+    "ddpm": ddpm,
+    "ddpm fixed_large": lambda *args, **kwargs: ddpm(*args, variance_type="fixed_large", **kwargs),
+    "dpm++2m": dpmpp_2m,
+}
+Pairs = list[tuple[int, int]]
+
+
+def exact(schedule: NoiseSchedule, mean: float = MEAN, std: float = STD) -> Callable[[torch.Tensor, int], Prediction]:
+    """The perfect model of that data, asked in the schedule's own parameterisation."""
+
+    def predict(x_t: torch.Tensor, t: int) -> Prediction:
+        a, x = float(schedule.alphas_cumprod[t]), x_t.numpy()
+        x0, eps = reference.gaussian_x0(x, a, mean, std), reference.gaussian_eps(x, a, mean, std)
+        output = torch.from_numpy(reference.to_output(schedule.prediction_type, x0, eps, a))
+        return schedule.prediction(output.to(x_t.dtype), x_t, t)
+
+    return predict
+
+
+def column(values: Any) -> torch.Tensor:
+    return torch.as_tensor(values, dtype=torch.float64).reshape(-1, 1, 1, 1)  # (B, 1, 1, 1)
+
+
+def last(steps: Any) -> torch.Tensor:
+    return list(steps)[-1].x.flatten()  # (B,)
+
+
+# Order of convergence to the probability-flow ODE
+
+
+def dense(num_timesteps: int = 20_000, low: float = -3.0, high: float = 3.0) -> NoiseSchedule:
+    """Half the log-SNR, lambda, falls evenly from `high` at t = 0 to `low` at T - 1: so do its strides."""
+    a = 1 / (1 + np.exp(-2 * np.linspace(high, low, num_timesteps)))
+    return NoiseSchedule.from_betas(torch.from_numpy(1 - a / np.concatenate([[1.0], a[:-1]])))
+
+
+def strided(num_timesteps: int, n: int) -> Pairs:
+    """n even strides from T - 1 to 0: away from both ends, at which lambda is infinite."""
+    t = np.linspace(num_timesteps - 1, 0, n + 1).round().astype(int).tolist()
+    return list(itertools.pairwise(t))
+
+
+@pytest.mark.parametrize(("name", "order"), [("ddim", 1), ("dpm++2m", 2)])
+def test_error_falls_at_the_methods_order(name: str, order: int) -> None:
+    schedule = dense()
+    x_T = np.array([-2.0, -1.0, 0.5, 2.0])
+    a = schedule.alphas_cumprod
+    expected = reference.gaussian_flow(x_T, float(a[-1]), float(a[0]), MEAN, STD)
+    counts = [20, 40, 80, 160, 320]
+    errors = []
+    for n in counts:
+        x = last(SAMPLERS[name](exact(schedule), column(x_T), schedule, strided(20_000, n)))
+        errors.append(np.abs(x.numpy() - expected).max())
+    slope = -np.polyfit(np.log(counts), np.log(errors), 1)[0]
+    assert slope == pytest.approx(order, abs=0.15)
+    assert errors[-1] < {1: 5e-3, 2: 5e-5}[order]
+
+
+# Mean and variance
+
+RANDOM_STEPS: dict[str, Callable[..., torch.Tensor]] = {
+    "ddim eta 1": lambda _, prediction, a, a_prev, noise: ddim_step(prediction, a, a_prev, 1.0, noise),
+    "ddpm": lambda x_t, prediction, a, a_prev, noise: ddpm_step(x_t, prediction, a, a_prev, "fixed_small", noise),
+    "ddpm fixed_large": lambda x_t, prediction, a, a_prev, noise: ddpm_step(
+        x_t, prediction, a, a_prev, "fixed_large", noise
+    ),
+}
+
+
+def moments(name: str, schedule: NoiseSchedule, pairs: Pairs, mean: float, variance: float) -> tuple[float, float]:
+    """Mean and variance of the samples where x_T ~ N(mean, variance), exactly.
+
+    A deterministic sampler maps x_T to A x_T + b, which the loop over a batch of two tells. The others map x_t to
+    A x_t + b + c z in each step, which a step of a batch of three tells: the variance becomes A^2 variance + c^2.
+    """
+    if name not in RANDOM_STEPS:
+        b, b_plus_a = last(SAMPLERS[name](exact(schedule), column([0.0, 1.0]), schedule, pairs)).tolist()
+        return b + (b_plus_a - b) * mean, (b_plus_a - b) ** 2 * variance
+    for t, t_prev in pairs:
+        x_t = column([0.0, 1.0, 0.0])
+        noise = column([0.0, 0.0, 1.0]) if t_prev >= 0 else column([0.0, 0.0, 0.0])
+        a, a_prev = schedule.alpha_cumprod(t), schedule.alpha_cumprod(t_prev, final=1.0)
+        x_prev = RANDOM_STEPS[name](x_t, exact(schedule)(x_t, t), a, a_prev, noise)
+        b, b_plus_a, b_plus_c = x_prev.flatten().tolist()
+        mean, variance = b + (b_plus_a - b) * mean, (b_plus_a - b) ** 2 * variance + (b_plus_c - b) ** 2
+    return mean, variance
+
+
+def marginal(a: float) -> tuple[float, float]:
+    """Mean and variance of q(x_t)."""
+    return math.sqrt(a) * MEAN, a * STD**2 + 1 - a
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_mean_is_exact_and_variance_converges_at_the_methods_order(name: str) -> None:
+    """From q(x_t) at one end of the dense schedule to q(x_t) at the other. Ancestral sampling is of order 1, too."""
+    schedule = dense()
+    begin, end = (marginal(float(schedule.alphas_cumprod[t])) for t in (-1, 0))
+    counts = [20, 40, 80, 160, 320]
+    errors = []
+    for n in counts:
+        mean, variance = moments(name, schedule, strided(20_000, n), *begin)
+        assert mean == pytest.approx(end[0], abs=1e-9)
+        errors.append(abs(variance / end[1] - 1))
+    slope = -np.polyfit(np.log(counts), np.log(errors), 1)[0]
+    assert slope == pytest.approx(2 if name == "dpm++2m" else 1, abs=0.15)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+def test_mean_and_variance_of_the_data_are_reached_on_stable_diffusions_schedule(name: str, kind: Any) -> None:
+    """All the way to x0, from q(x_T); most of what is left is the last step's, to an infinite log-SNR."""
+    schedule = NoiseSchedule.scaled_linear(prediction_type=kind)
+    errors = []
+    for n in (10, 50, 200, 1000):
+        pairs = schedule.timesteps(n, "trailing")
+        mean, variance = moments(name, schedule, pairs, *marginal(float(schedule.alphas_cumprod[-1])))
+        assert mean == pytest.approx(MEAN, abs=1e-9)
+        errors.append(abs(variance / STD**2 - 1))
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < 0.03
+    assert errors[1] < 0.25
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_drawn_samples_have_the_right_mean_and_variance(name: str) -> None:
+    """2^16 scalars from 16 generators, against the exact moments of the same sampler: four standard errors each way."""
+    schedule = NoiseSchedule.scaled_linear(prediction_type="v_prediction")
+    pairs = schedule.timesteps(60, "trailing")
+    generators = [torch.Generator().manual_seed(i) for i in range(16)]
+    x_T = torch.stack([torch.randn(4, 32, 32, generator=generator) for generator in generators])
+    x = last(SAMPLERS[name](exact(schedule), x_T, schedule, pairs, generators=generators)).double()
+    mean, variance = moments(name, schedule, pairs, 0.0, 1.0)
+    assert float(x.mean()) == pytest.approx(mean, abs=4 * math.sqrt(variance / x.numel()))
+    assert float(x.var()) == pytest.approx(variance, rel=4 * math.sqrt(2 / x.numel()))
+    assert float(((x - mean) ** 3).mean()) / variance**1.5 == pytest.approx(0, abs=4 * math.sqrt(6 / x.numel()))
+    assert mean == pytest.approx(MEAN, abs=0.03)
+    assert math.sqrt(variance) == pytest.approx(STD, rel=0.12)
+
+
+# Zero terminal SNR: x_T holds nothing of the data, whose mean must come from the first step (Lin et al. 2023)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("n", [1, 2, 5, 30, 1000])
+def test_zero_terminal_snr_v_models_reach_the_mean_from_pure_noise(name: str, n: int) -> None:
+    schedule = NoiseSchedule.scaled_linear(
+        prediction_type="v_prediction", timestep_spacing="trailing"
+    ).zero_terminal_snr()
+    mean, variance = moments(name, schedule, schedule.timesteps(n), 0.0, 1.0)
+    assert mean == pytest.approx(MEAN, abs=1e-9)
+    assert variance >= 0
+    if n == 1000:
+        assert variance == pytest.approx(STD**2, rel=0.03)
+    if n == 1:
+        assert variance == pytest.approx(0, abs=1e-12)  # one step gives E[x0 | pure noise], the mean itself
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("n", [1, 2, 20])
+def test_zero_terminal_snr_loops_stay_finite(name: str, dtype: torch.dtype, n: int) -> None:
+    """In float32 too, where alphas near 0 and 1 cancel; and the brightness of drawn images is the data's."""
+    schedule = NoiseSchedule.scaled_linear(
+        prediction_type="v_prediction", timestep_spacing="trailing"
+    ).zero_terminal_snr()
+    generators = [torch.Generator().manual_seed(i) for i in range(4)]
+    x_T = torch.stack([torch.randn(4, 64, 64, generator=generator) for generator in generators]).to(dtype)
+    x_T = (x_T - x_T.mean()) / x_T.std()
+    pairs = schedule.timesteps(n)
+    for step in SAMPLERS[name](exact(schedule), x_T, schedule, pairs, generators=generators):
+        assert torch.isfinite(step.x).all()
+        assert torch.isfinite(step.x0).all()
+        assert step.x.dtype == dtype
+    assert float(step.x.mean()) == pytest.approx(MEAN, abs=4 * STD / math.sqrt(x_T.numel()))
+
+
+@pytest.mark.parametrize("name", ["ddim", "dpm++2m"])
+def test_the_classic_failure_is_seen(name: str) -> None:
+    """Pure noise at a leading timestep of the plain schedule misses a bright mean; zero SNR with trailing does not."""
+
+    def mean_of(schedule: NoiseSchedule) -> float:
+        predict = exact(schedule, mean=3.0, std=1.0)
+        return float(last(SAMPLERS[name](predict, column([0.0]), schedule, schedule.timesteps(10))))
+
+    old = NoiseSchedule.scaled_linear(prediction_type="v_prediction")
+    new = NoiseSchedule.scaled_linear(prediction_type="v_prediction", timestep_spacing="trailing").zero_terminal_snr()
+    assert abs(mean_of(old) - 3.0) > 0.1
+    assert abs(mean_of(new) - 3.0) < 1e-9
