@@ -1,0 +1,261 @@
+"""A model in diffusers layout: a pipeline's folder or one component's own, on disk or on the Hub (and in its cache)."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from sdkit.errors import SourceError
+from sdkit.models.single_file import ASSETS, NOUNS
+from sdkit.models.weights import check_fit, first_line, guarded, open_tensors, read_json
+
+if TYPE_CHECKING:
+    from transformers import CLIPTokenizer
+
+VOCABULARY = ASSETS / "clip_tokenizer"
+TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+MODULES = {
+    "AutoencoderKL": "diffusers.models.autoencoders.autoencoder_kl",
+    "AutoencoderTiny": "diffusers.models.autoencoders.autoencoder_tiny",
+    "UNet2DConditionModel": "diffusers.models.unets.unet_2d_condition",
+    "CLIPTextModel": "transformers",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """One part of a model: where diffusers keeps it, and what of its config matters to people."""
+
+    name: str
+    folder: str
+    classes: dict[str, str] = field(default_factory=dict)
+    """The class named in the config -> the class that loads it. Empty for the schedule, which is read as data."""
+    config: str = "config.json"
+    weights: tuple[str, ...] = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
+    shown: dict[str, Any] = field(default_factory=dict)
+    """Values of the config to show -> their defaults in diffusers."""
+
+    @property
+    def files(self) -> list[str]:
+        """Every small file that the part may need, in a pipeline's repository or in its own."""
+        names = [self.config, f"{self.folder}/{self.config}"]
+        if self is TEXT:
+            names += [f"{folder}{name}" for folder in ("", "tokenizer/") for name in TOKENIZER_FILES]
+        return names
+
+
+VAE = Part(
+    name="vae",
+    folder="vae",
+    classes={"AutoencoderKL": "AutoencoderKL", "AutoencoderTiny": "AutoencoderTiny"},
+    shown={"latent_channels": 4, "scaling_factor": 0.18215},
+)
+UNET = Part(
+    name="unet",
+    folder="unet",
+    classes={"UNet2DConditionModel": "UNet2DConditionModel"},
+    shown={"in_channels": 4, "cross_attention_dim": 1280, "sample_size": None},
+)
+TEXT = Part(
+    name="text",
+    folder="text_encoder",
+    classes={"CLIPTextModel": "CLIPTextModel", "CLIPModel": "CLIPTextModel"},
+    weights=("model.safetensors", "pytorch_model.bin"),
+    shown={"hidden_size": 512, "num_hidden_layers": 12, "max_position_embeddings": 77},
+)
+SCHEDULER = Part(
+    name="scheduler",
+    folder="scheduler",
+    config="scheduler_config.json",
+    shown={"prediction_type": "epsilon", "timestep_spacing": "leading", "rescale_betas_zero_snr": False},
+)
+PARTS = (VAE, UNET, TEXT, SCHEDULER)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """A source told apart by its kind ("embedded", "hub", "folder", "file"), before anything of it is read."""
+
+    name: str
+    kind: str
+    path: Path
+    """The folder or the file; unused for a Hub id, whose snapshot is known once it is fetched."""
+    revision: str | None = None
+
+    @property
+    def label(self) -> str:
+        """The source as messages name it."""
+        return repr(self.name)
+
+    def root(self, files: list[str]) -> Path:
+        """The folder that has those of `files` that exist, fetched if it is on the Hub."""
+        return fetch(self, files) if self.kind == "hub" else self.path
+
+
+def locate(place: Place, part: Part) -> Path:
+    """The folder with the part's config: a pipeline's subfolder or the place itself. Checks the class in the config."""
+    root = place.root(part.files)
+    for folder in (root / part.folder, root):
+        if (folder / part.config).is_file():
+            name = class_name(read_json(folder / part.config))
+            if part.classes and name not in part.classes:
+                raise _wrong(place, name, part)
+            return folder
+    if other := next((file for file in (root / "config.json", root / SCHEDULER.config) if file.is_file()), None):
+        raise _wrong(place, class_name(read_json(other)), part)
+    raise absent(place, f"{part.folder}/{part.config}")
+
+
+def class_name(config: dict[str, Any]) -> str:
+    """The class that a diffusers or transformers config was written for."""
+    return str(config.get("_class_name") or next(iter(config.get("architectures") or ()), "unknown network"))
+
+
+def _wrong(place: Place, name: str, part: Part) -> SourceError:
+    wanted = f" ({' or '.join(dict.fromkeys(part.classes.values()))})" if part.classes else ""
+    article = "an" if name.startswith(("A", "E", "I", "O", "un")) else "a"
+    return SourceError(f"{place.label} holds {article} {name}, not {NOUNS[part.name]}{wanted}; give another source.")
+
+
+def load_network(place: Place, part: Part, dtype: torch.dtype, variant: str | None) -> Any:
+    """The network of `part`, in eval mode on the CPU."""
+    folder = locate(place, part)
+    weights = _find_weights(place, part, folder, variant)
+    open_tensors(weights)  # so that damage is told in our words
+    name = part.classes[class_name(read_json(folder / part.config))]
+    with guarded(f"{NOUNS[part.name]} in {str(folder)!r}"):
+        network, info = getattr(import_module(MODULES[name]), name).from_pretrained(
+            str(folder),
+            torch_dtype=dtype,
+            variant=variant,
+            use_safetensors=weights.suffix == ".safetensors",
+            local_files_only=True,
+            output_loading_info=True,  # the libraries only warn of missing weights, and leave them random
+            ignore_mismatched_sizes=True,
+        )
+        unexpected = () if part is TEXT else info["unexpected_keys"]  # a whole CLIP model serves as a text encoder
+        problem = f"the weights in {str(weights)!r} do not fit the config.json beside them"
+        check_fit(info["missing_keys"], unexpected, info["mismatched_keys"], problem)
+    # Out of the mapped file, where tensors lie at odd addresses: on those, kernels differ in the last bit.
+    for parameter in network.parameters():
+        parameter.data = parameter.data.clone()
+    return network.eval()
+
+
+def _find_weights(place: Place, part: Part, folder: Path, variant: str | None) -> Path:
+    """The part's file of weights, safetensors rather than a pickle; downloaded if need be, and no other with it."""
+    names = [name.replace(".", f".{variant}.", 1) if variant else name for name in part.weights]
+    if found := next((folder / name for name in names if (folder / name).is_file()), None):
+        return found
+    inside = f"{part.folder}/" if folder.name == part.folder else ""
+    for name in names if place.kind == "hub" else ():
+        if (found := fetch(place, [inside + name]) / inside / name).is_file():
+            return found
+    raise absent(place, inside + names[0])
+
+
+def load_place_tokenizer(place: Place) -> CLIPTokenizer:
+    """The tokenizer that belongs to the text encoder of `place`: in the same folder, or in ../tokenizer."""
+    folder = locate(place, TEXT)
+    for candidate in (folder, folder.parent / "tokenizer"):
+        if any((candidate / name).is_file() for name in TOKENIZER_FILES[:3]):
+            return load_tokenizer(candidate)
+    raise absent(place, "tokenizer (vocab.json and merges.txt, or tokenizer.json)")
+
+
+def load_tokenizer(folder: Path) -> CLIPTokenizer:
+    """The tokenizer in `folder`; one that is only a tokenizer_config.json gets the embedded CLIP vocabulary."""
+    from transformers import CLIPTokenizer
+
+    own = any((folder / name).is_file() for name in TOKENIZER_FILES[:3])
+    options = {} if own else read_json(folder / "tokenizer_config.json")
+    options.pop("tokenizer_class", None)
+    with guarded(f"the tokenizer in {str(folder)!r}"):
+        source = folder if own else VOCABULARY
+        tokenizer: CLIPTokenizer = CLIPTokenizer.from_pretrained(str(source), local_files_only=True, **options)
+    return tokenizer
+
+
+def absent(place: Place, what: str) -> SourceError:
+    """The error for a place that lacks `what`."""
+    if place.kind == "hub":
+        if _reachable(place):
+            return SourceError(f"{place.label} has no {what} on the Hub; give another id, variant or revision.")
+        return SourceError(
+            f"the snapshot of {place.label} in the cache is incomplete: it lacks {what}, and the Hub cannot be "
+            "reached; load it once with a connection."
+        )
+    files = sorted(place.path.glob("*.safetensors"))
+    if files and not any((place.path / name).is_file() for name in ("model_index.json", "config.json")):
+        return SourceError(f"{place.label} has no {what}; give the file in it ({files[0].name}) if that is meant.")
+    return SourceError(f"{place.label} has no {what}; give a folder in diffusers layout, a single file or a Hub id.")
+
+
+def _reachable(place: Place) -> bool:
+    from huggingface_hub import HfApi
+
+    try:
+        HfApi().repo_info(place.name, revision=place.revision, timeout=10)
+    except Exception:  # noqa: BLE001 (whatever it is, the Hub did not answer)
+        return False
+    return True
+
+
+def fetch(place: Place, files: list[str]) -> Path:
+    """The snapshot of a Hub id with those of `files` that it has, from the cache where there is no network."""
+    from huggingface_hub import errors, snapshot_download
+
+    at = f"{place.label} (revision {place.revision!r})" if place.revision else place.label
+    try:
+        with _quiet_hub():
+            return Path(snapshot_download(place.name, revision=place.revision, allow_patterns=files))
+    except errors.LocalEntryNotFoundError as error:
+        if partial := getattr(error, "snapshot_path", None):
+            return Path(partial)  # it may have what is needed all the same; if not, `absent` says so
+        raise SourceError(
+            f"{at} is not in the cache, and the Hub cannot be reached; load it once with a connection."
+        ) from error
+    except Exception as error:  # the network can fail in as many ways as there are libraries below
+        raise SourceError(_hub_problem(place, at, error)) from error
+
+
+def _hub_problem(place: Place, at: str, error: Exception) -> str:
+    from huggingface_hub import errors
+
+    if isinstance(error, errors.HFValidationError):
+        return f"{place.label} is neither a path that exists nor a Hub id ({first_line(error)}); check its spelling."
+    if isinstance(error, errors.RevisionNotFoundError):
+        return f"{place.label} has no revision {place.revision!r} on the Hub; give a branch, tag or commit."
+    if isinstance(error, errors.GatedRepoError):
+        page = f"https://huggingface.co/{place.name}"
+        return f"{place.label} is gated; accept its terms at {page} and log in with `hf auth login`."
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return f"{place.label} is not on the Hub, or is private; check its spelling, or log in with `hf auth login`."
+    return f"{at} cannot be loaded from the Hub ({first_line(error)}); try again."
+
+
+@contextmanager
+def _quiet_hub() -> Iterator[None]:
+    """No log lines of huggingface_hub, and its progress bars only on a terminal."""
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    silence = not sys.stderr.isatty() and not are_progress_bars_disabled()
+    logger = logging.getLogger("huggingface_hub")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    if silence:
+        disable_progress_bars()
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        if silence:
+            enable_progress_bars()

@@ -1,0 +1,279 @@
+"""What a model source is: the embedded name, a Hub id, a diffusers folder or a single file. One resolver for them all.
+
+A path that exists wins over a Hub id. Nothing here runs code that came with a model: configs are JSON, weights are
+safetensors or weights-only pickles, and the classes they become are a fixed few.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+
+from sdkit.errors import ArgumentError, SourceError
+from sdkit.models import folder, single_file
+from sdkit.models.folder import PARTS, SCHEDULER, TEXT, TOKENIZER_FILES, UNET, VAE, Part, Place
+from sdkit.models.single_file import ASSETS
+from sdkit.models.weights import SUFFIXES, TensorFile, open_tensors, read_json
+
+if TYPE_CHECKING:
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+    from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+Source = str | os.PathLike[str]
+
+EMBEDDED = "emoji"
+KINDS = {"embedded": "the embedded model", "hub": "a Hub id", "folder": "a folder", "file": "a file"}
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+
+_probed: dict[tuple[Path, int, int], str] = {}  # a probe takes seconds, and a pipeline asks for U-Net and schedule
+
+
+@dataclass(frozen=True, kw_only=True)
+class Component:
+    """One part of a source. What cannot be known without downloading the weights is None."""
+
+    part: str
+    """"vae", "unet", "text" or "scheduler"."""
+    class_name: str
+    parameters: int | None = None
+    dtype: str | None = None
+    """Of most of the parameters as stored: "float32", "float16", ..."""
+    bytes: int | None = None
+    config: dict[str, Any]
+    """The values that matter: latent channels, scaling factor, cross-attention width, prediction type, ..."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Description:
+    """What a source is and holds, told without loading it."""
+
+    source: str
+    kind: str
+    """"embedded", "hub", "folder" or "file"."""
+    path: Path
+    """The folder or the file; of a Hub id, its snapshot in the cache."""
+    family: str | None
+    """For a file: the public config that fits it ("sd1", "sd2", "sd2-v"), or the folder given as config."""
+    components: tuple[Component, ...]
+
+
+def load_vae(
+    source: Source,
+    *,
+    dtype: torch.dtype = torch.float32,
+    revision: str | None = None,
+    variant: str | None = None,
+    config: Source | None = None,
+) -> AutoencoderKL | AutoencoderTiny:
+    """The VAE of `source`, in eval mode on the CPU.
+
+    source:   "emoji", a Hub id, a folder in diffusers layout (a pipeline's or the VAE's own), or a file in the original
+              layout (a whole checkpoint or a VAE alone).
+    dtype:    of the weights, whatever they are stored in.
+    revision: a branch, tag or commit, for a Hub id.
+    variant:  of the weights' name in diffusers layout, such as "fp16".
+    config:   for a file: a folder (or Hub id) in diffusers layout whose configs replace the embedded ones.
+
+    Raises SourceError, as the other loaders do, for anything that is missing, damaged or of another kind.
+    """
+    place = _resolve(source, revision=revision, variant=variant, config=config)
+    return cast("AutoencoderKL | AutoencoderTiny", _load(place, VAE, dtype, variant, config))
+
+
+def load_unet(
+    source: Source,
+    *,
+    dtype: torch.dtype = torch.float32,
+    revision: str | None = None,
+    variant: str | None = None,
+    config: Source | None = None,
+) -> UNet2DConditionModel:
+    """The U-Net of `source`, in eval mode on the CPU. Parameters as in `load_vae`."""
+    place = _resolve(source, revision=revision, variant=variant, config=config)
+    unet = cast("UNet2DConditionModel", _load(place, UNET, dtype, variant, config))
+    settings: Any = unet.config
+    if settings.addition_embed_type or settings.class_embed_type or settings.num_class_embeds:
+        raise SourceError(f"{place.label} holds a U-Net of Stable Diffusion XL or of another kind; give SD 1.x or 2.x.")
+    if settings.in_channels > settings.out_channels:
+        name = single_file.INPUTS.get(settings.in_channels, "another kind of model")
+        raise SourceError(
+            f"{place.label} looks like {name} ({settings.in_channels} input channels); give a text-to-image model."
+        )
+    return unet
+
+
+def load_text(
+    source: Source,
+    *,
+    dtype: torch.dtype = torch.float32,
+    revision: str | None = None,
+    variant: str | None = None,
+    config: Source | None = None,
+) -> tuple[CLIPTextModel, CLIPTokenizer]:
+    """The text encoder of `source`, in eval mode on the CPU, and its tokenizer. Parameters as in `load_vae`.
+
+    Of a text encoder's own folder, the tokenizer is looked for in it and in ../tokenizer.
+    """
+    place = _resolve(source, revision=revision, variant=variant, config=config)
+    if place.kind == "file":
+        file, configs = _open(place, config)
+        text = single_file.load_network(file, "text", configs, dtype)
+        tokenizer = folder.load_tokenizer(configs / "tokenizer")
+    else:
+        text = folder.load_network(place, TEXT, dtype, variant)
+        tokenizer = folder.load_place_tokenizer(place)
+    if len(tokenizer) > text.config.vocab_size:
+        raise SourceError(
+            f"the tokenizer of {place.label} has {len(tokenizer)} tokens, its text encoder {text.config.vocab_size}; "
+            "give the tokenizer that belongs to it."
+        )
+    return cast("CLIPTextModel", text), tokenizer
+
+
+def load_scheduler_config(
+    source: Source, *, revision: str | None = None, config: Source | None = None, prediction_type: str | None = None
+) -> dict[str, Any]:
+    """The noise schedule of `source` as diffusers writes it in scheduler_config.json.
+
+    The prediction type of a file is, the first that is known: `prediction_type`, its metadata, its marker keys
+    (`v_pred`, beside `ztsnr` for zero terminal SNR), the config's, and for SD 2.x what a run of its U-Net tells.
+    """
+    if prediction_type not in (None, *PREDICTION_TYPES):
+        raise ArgumentError(f"prediction_type {prediction_type!r} is not one of {', '.join(PREDICTION_TYPES)}.")
+    place = _resolve(source, revision=revision, config=config)
+    if place.kind != "file":
+        schedule = read_json(folder.locate(place, SCHEDULER) / SCHEDULER.config)
+        return schedule | ({"prediction_type": prediction_type} if prediction_type else {})
+    file, configs = _open(place, config)
+    single_file.require(file, "unet")
+    if not prediction_type:
+        unstated = config is None and configs.name == "sd2" and not single_file.marked_prediction(file)
+        prediction_type = _probe(file) if unstated else single_file.marked_prediction(file)
+    schedule = read_json(configs / SCHEDULER.folder / SCHEDULER.config)
+    if prediction_type:
+        schedule["prediction_type"] = prediction_type
+    if "ztsnr" in file.shapes:
+        schedule |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    return schedule
+
+
+def describe(source: Source, *, revision: str | None = None, config: Source | None = None) -> Description:
+    """What `source` is and holds, from its configs and headers alone. Of a Hub id no weights are downloaded."""
+    place = _resolve(source, revision=revision, config=config)
+    if place.kind == "file":
+        file, configs = _open(place, config)
+        path, family = place.path, configs.name if config is None else str(config)
+        components = tuple(_describe_file(file, configs))
+    else:
+        path, family = place.root([name for part in PARTS for name in part.files]), None
+        components = tuple(_describe_folder(path))
+        if not components:
+            raise folder.absent(place, "model in diffusers layout (vae/config.json, unet/config.json, ...)")
+    return Description(source=str(source), kind=place.kind, path=path, family=family, components=components)
+
+
+def _resolve(
+    source: Source, *, revision: str | None = None, variant: str | None = None, config: Source | None = None
+) -> Place:
+    """Tells the kinds of sources apart, and refuses options that this kind has no use for."""
+    if not isinstance(source, (str, os.PathLike)):
+        raise ArgumentError(f"a model source is a name, a path or a Hub id, not {type(source).__name__}.")
+    name = os.fspath(source)
+    place = Place(name=name, kind=_kind(source), path=Path(name).expanduser(), revision=revision)
+    unfit = {
+        "revision": revision is not None and place.kind != "hub",
+        "variant": variant is not None and place.kind == "file",
+        "config": config is not None and place.kind != "file",
+    }
+    if option := next((option for option, wrong in unfit.items() if wrong), None):
+        raise ArgumentError(f"{option}= has no meaning for {KINDS[place.kind]} such as {place.label}; leave it out.")
+    return Place(name=name, kind="embedded", path=ASSETS / name) if place.kind == "embedded" else place
+
+
+def _kind(source: Source) -> str:
+    name = os.fspath(source)
+    if source == EMBEDDED:  # the string; a Path of that name is a path
+        return "embedded"
+    path = Path(name).expanduser()
+    if name and path.exists():
+        return "folder" if path.is_dir() else "file"
+    is_path = not isinstance(source, str) or name.startswith((".", "/", "~")) or name.endswith(SUFFIXES) or "\\" in name
+    if "://" in name:
+        raise SourceError(f"{name!r} is a URL; give the Hub id alone (org/name), or the path of the downloaded file.")
+    if not is_path and name.count("/") == 1 and not name.endswith("/"):
+        return "hub"
+    if not is_path and name and "/" not in name:
+        raise SourceError(f"{name!r} is neither a path that exists nor a Hub id; did you mean 'org/{name}'?")
+    raise SourceError(f"the path {name!r} does not exist; give one that does, a Hub id (org/name) or {EMBEDDED!r}.")
+
+
+def _load(place: Place, part: Part, dtype: torch.dtype, variant: str | None, config: Source | None) -> Any:
+    if place.kind != "file":
+        return folder.load_network(place, part, dtype, variant)
+    file, configs = _open(place, config)
+    network = single_file.load_network(file, part.name, configs, dtype)
+    unstated = part is UNET and config is None and configs.name == "sd2" and not single_file.marked_prediction(file)
+    if unstated and _probe(file, network) == "v_prediction":
+        network.register_to_config(sample_size=read_json(ASSETS / "sd2-v" / "unet" / "config.json")["sample_size"])
+    return network
+
+
+def _open(place: Place, config: Source | None) -> tuple[TensorFile, Path]:
+    """A file, and the folder of configs for it: the user's own, or the public ones that its tensors' shapes ask for."""
+    file = open_tensors(place.path)
+    single_file.check_kind(file)
+    if config is None:
+        return file, ASSETS / single_file.family_of(file)
+    own = _resolve(config)
+    if own.kind == "file":
+        raise SourceError(f"config={own.label} is a file; give a folder (or a Hub id) in diffusers layout.")
+    files = [f"{part.folder}/{part.config}" for part in PARTS] + [f"tokenizer/{name}" for name in TOKENIZER_FILES]
+    return file, own.root(files)
+
+
+def _probe(file: TensorFile, unet: Any = None) -> str:
+    """The prediction type of an SD 2.x file that does not state it, from its U-Net (loaded for that unless given)."""
+    stat = file.path.stat()
+    identity = (file.path.resolve(), stat.st_size, stat.st_mtime_ns)
+    if identity not in _probed:
+        unet = unet or single_file.load_network(file, "unet", ASSETS / "sd2", torch.float32)
+        _probed[identity] = single_file.probe_prediction(unet)
+    return _probed[identity]
+
+
+def _describe_file(file: TensorFile, configs: Path) -> Iterator[Component]:
+    for part in (VAE, UNET, TEXT):
+        if keys := single_file.keys_of(file, part.name):
+            yield _component(part, read_json(configs / part.folder / part.config), file.summary(keys))
+    if single_file.keys_of(file, "unet"):
+        schedule = read_json(configs / SCHEDULER.folder / SCHEDULER.config)
+        unstated = configs == ASSETS / "sd2" and not single_file.marked_prediction(file)
+        stated = None if unstated else single_file.marked_prediction(file) or schedule.get("prediction_type")
+        yield _component(SCHEDULER, schedule | {"prediction_type": stated})
+
+
+def _describe_folder(root: Path) -> Iterator[Component]:
+    for part in PARTS:
+        inside = next((path for path in (root / part.folder, root) if (path / part.config).is_file()), None)
+        config = read_json(inside / part.config) if inside else {}
+        if inside is None or (part.classes and folder.class_name(config) not in part.classes):
+            continue
+        weights = next((inside / name for name in part.weights if part.classes and (inside / name).is_file()), None)
+        file = open_tensors(weights) if weights else None
+        yield _component(part, config, file.summary(file.shapes) if file else (None, None, None))
+
+
+def _component(
+    part: Part, config: dict[str, Any], weights: tuple[int | None, str | None, int | None] = (None, None, None)
+) -> Component:
+    shown = {key: config.get(key, default) for key, default in part.shown.items()}
+    parameters, dtype, size = weights
+    name = folder.class_name(config)
+    return Component(part=part.name, class_name=name, parameters=parameters, dtype=dtype, bytes=size, config=shown)

@@ -1,0 +1,88 @@
+"""Large images through a network in overlapping tiles, blended so that no seam shows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sdkit.progress import progress
+
+
+def tiled(run: Callable[[Tensor], Tensor], x: Tensor, *, tile: int, down: int = 1, up: int = 1) -> Tensor:
+    """`run(x)` for x (B, C, H, W), computed in square tiles of side `tile`, each overlapping the next by at least a
+    quarter; float32 on the CPU.
+
+    `run` changes the resolution by up / down. Overlaps are weighted by a ramp that falls to (almost) nothing at a
+    tile's edge, where the convolutions lacked their surroundings; weights are normalised, so that a constant stays
+    constant.
+    """
+    height, width = x.shape[2:]
+    boxes = [(top, left) for top in starts(height, tile, down) for left in starts(width, tile, down)]
+    total = weight = torch.empty(0)
+    for top, left in progress(boxes, description="tiles"):
+        y = run(x[:, :, top : top + tile, left : left + tile]).float().cpu()
+        if not total.numel():
+            total = torch.zeros(*y.shape[:2], height * up // down, width * up // down)
+            weight = torch.zeros(1, 1, *total.shape[2:])
+        rows, columns = y.shape[2:]
+        window = ramp(rows)[:, None] * ramp(columns)[None, :]
+        t, s = top * up // down, left * up // down
+        total[:, :, t : t + rows, s : s + columns] += window * y
+        weight[:, :, t : t + rows, s : s + columns] += window
+    return total / weight
+
+
+@contextmanager
+def whole_image_statistics(network: nn.Module, run: Callable[[Tensor], Tensor], x: Tensor, tile: int) -> Iterator[None]:
+    """While open, every GroupNorm of `network` uses the mean and variance it sees in the whole of x (B, C, H, W), not
+    in the tile at hand.
+
+    Without this each tile is normalised by its own content, and brightness and contrast differ from tile to tile. The
+    statistics come from one run over x thinned out to the size of a tile.
+    """
+    norms = [module for module in network.modules() if isinstance(module, nn.GroupNorm)]
+    seen: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+
+    def grouped(norm: nn.GroupNorm, h: Tensor) -> Tensor:  # (B, C, ...) -> (B, groups, the rest)
+        return h.float().reshape(len(h), norm.num_groups, -1)
+
+    def observe(norm: nn.GroupNorm, inputs: Any, _: Tensor) -> None:
+        variance, mean = torch.var_mean(grouped(norm, inputs[0]), dim=2, keepdim=True, correction=0)
+        seen[norm] = mean, torch.rsqrt(variance + norm.eps)
+
+    def replace(norm: nn.GroupNorm, inputs: Any, _: Tensor) -> Tensor:
+        h, (mean, scale) = inputs[0], seen[norm]
+        normal = ((grouped(norm, h) - mean) * scale).reshape(h.shape)
+        shape = (1, -1) + (1,) * (h.ndim - 2)
+        return (normal * norm.weight.reshape(shape) + norm.bias.reshape(shape)).to(h.dtype)
+
+    with ExitStack() as hooks:
+        for norm in norms:
+            hooks.enter_context(norm.register_forward_hook(observe))
+        run(F.interpolate(x, size=(min(tile, x.shape[2]), min(tile, x.shape[3])), mode="nearest"))
+    with ExitStack() as hooks:
+        for norm in norms:
+            hooks.enter_context(norm.register_forward_hook(replace))
+        yield
+
+
+def starts(length: int, tile: int, multiple: int) -> list[int]:
+    """Where tiles begin along one side: multiples of `multiple`, evenly spaced, overlapping by at least about a
+    quarter."""
+    if length <= tile:
+        return [0]
+    n = 1 + -(-(length - tile) // (tile * 3 // 4))
+    return [round(i * (length - tile) / (n - 1) / multiple) * multiple for i in range(n)]
+
+
+def ramp(n: int) -> Tensor:
+    """(n,) weights of a tile along one side: 1 in the middle, smoothly down to almost 0 over the outer quarter at both
+    ends."""
+    edge = max(1, n // 4)
+    distance = torch.minimum(torch.arange(n) + 0.5, n - 0.5 - torch.arange(n)) / edge
+    return torch.sin(distance.clamp(max=1) * torch.pi / 2) ** 2

@@ -1,0 +1,77 @@
+"""The denoising U-Net of Stable Diffusion: one call, in the model's own parameterisation."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from os import PathLike
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from sdkit.device import memory_format, resolve_device, resolve_dtype
+from sdkit.models.source import load_unet
+from sdkit.models.wrapper import Wrapper
+
+if TYPE_CHECKING:
+    from diffusers import UNet2DConditionModel
+
+
+class UNet(Wrapper):
+    """A `UNet2DConditionModel` that takes and gives float32 whatever it computes in.
+
+    Attributes: `network`, diffusers' own module; `channels` of its input (4); `width` D of the text embeddings it
+        attends to; `sample_size`, the side of the latents it was trained on.
+    """
+
+    def __init__(self, network: UNet2DConditionModel) -> None:
+        super().__init__()
+        config: Any = network.config
+        self.network = network
+        self.channels = int(config.in_channels)
+        self.width = int(config.cross_attention_dim)
+        self.sample_size = int(config.sample_size or 64)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | PathLike[str],
+        *,
+        dtype: str | torch.dtype = "auto",
+        device: str | torch.device = "auto",
+        revision: str | None = None,
+        variant: str | None = None,
+        config: str | PathLike[str] | None = None,
+        compile: bool = False,
+    ) -> UNet:
+        """Load a U-Net; parameters as in `sdkit.VAE.from_pretrained`."""
+        device = resolve_device(device)
+        dtype = resolve_dtype(dtype, device)
+        unet = cls(load_unet(source, dtype=dtype, revision=revision, variant=variant, config=config))
+        unet.eval().to(device=device, memory_format=memory_format(dtype))  # type: ignore[call-overload]
+        if compile:
+            unet.network.compile()
+        return unet
+
+    def forward(self, x_t: Tensor, t: int | Tensor, cond: Tensor) -> Tensor:
+        """The model's output, eps, v or x0 as it was trained, shaped like x_t (or with twice the channels where it
+        learned its variance), in x_t's dtype.
+
+        x_t: (B, 4, h, w). t: an integer or (B,). cond: (B, L, D) from `TextEncoder.encode`.
+        """
+        sample = x_t.to(self.device, self.dtype)
+        with self._one_time_embedding() if isinstance(t, int) else nullcontext():
+            output: Tensor = self.network(sample, t, encoder_hidden_states=cond.to(sample), return_dict=False)[0]
+        return output.to(x_t)
+
+    def _one_time_embedding(self) -> AbstractContextManager[Any]:
+        """Embed a timestep that the whole batch shares once, not once for each image.
+
+        Matrix products of a few rows round differently for 2 rows than for 8: of all the network's layers only those of
+        the time embedding are so small, and without them image i is the same to the bit, alone and in a batch.
+        (Compiled code would keep the hook: it does without.)
+        """
+        if self.network._compiled_call_impl is not None:
+            return nullcontext()
+        time_embedding: torch.nn.Module = self.network.time_embedding
+        return time_embedding.register_forward_pre_hook(lambda _, inputs: (inputs[0][:1], *inputs[1:]))

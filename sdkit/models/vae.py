@@ -1,0 +1,333 @@
+"""The variational autoencoder of Stable Diffusion: images to latents one eighth their size, and back.
+
+Three representations, each with its own name: pixels, float in [-1, 1], (B, 3, H, W); the posterior's raw `mean` and
+`logvar`, (B, 4, H/8, W/8); and latents `z`, which are z_raw * scale (Rombach et al. 2022,
+https://arxiv.org/abs/2112.10752, section 3.1 and appendix G: the scale makes their variance about 1). Only this module
+multiplies and divides by the scale.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from os import PathLike
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sdkit import images as image_io
+from sdkit.arguments import seeded, whole
+from sdkit.device import memory_format, resolve_device, resolve_dtype
+from sdkit.errors import ArgumentError
+from sdkit.images import Images
+from sdkit.models.source import load_vae
+from sdkit.models.tiling import tiled, whole_image_statistics
+from sdkit.models.wrapper import Wrapper
+from sdkit.progress import progress
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL, AutoencoderTiny
+
+PIXELS_AT_ONCE = 4 * 512 * 512
+"""Pixels that go through the network in one pass where no `batch_size` is given: activations take about 5 kB a pixel in
+float32."""
+TILED_FROM = 1536 * 1536
+"""Pixels of an image from which it is tiled by default."""
+DETERMINISTIC = -30.0
+"""Log-variance reported for autoencoders without a posterior (diffusers' own lower bound)."""
+
+
+class VAE(Wrapper):
+    """An `AutoencoderKL` (or `AutoencoderTiny`) with the process around it: any image in, scaled latents out, and back.
+
+    Attributes: `network`, diffusers' own module; `scale` and `shift`, from its config; `factor`, pixels a latent spans
+        on each side (8); `channels` of a latent (4); `identity`, a fingerprint of the encoder, by which latent files
+        know their VAE; `name`, where it came from.
+    """
+
+    def __init__(self, network: AutoencoderKL | AutoencoderTiny, *, name: str = "") -> None:
+        super().__init__()
+        config: Any = network.config
+        if "scaling_factor" not in config:
+            raise ArgumentError(
+                f"a {type(network).__name__} is not a VAE: give an AutoencoderKL or an AutoencoderTiny."
+            )
+        self.network = network
+        self.name = name
+        self.scale = float(config.scaling_factor)
+        self.shift = float(config.get("shift_factor") or 0.0)
+        self.channels = int(config.latent_channels)
+        self.factor = 2 ** (len(config.get("block_out_channels") or config.encoder_block_out_channels) - 1)
+        self.identity = fingerprint(network, self.scale, self.shift)
+        self._overflowed = False
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | PathLike[str],
+        *,
+        dtype: str | torch.dtype = "auto",
+        device: str | torch.device = "auto",
+        revision: str | None = None,
+        variant: str | None = None,
+        config: str | PathLike[str] | None = None,
+        compile: bool = False,
+    ) -> VAE:
+        """Load a VAE from any source that `sdkit.StableDiffusion.from_pretrained` takes, or a VAE's own folder, file or
+        Hub repository.
+
+        `dtype` "auto" is bfloat16 where the hardware multiplies it, else float32; `compile` runs it through
+        torch.compile. Raises SourceError where the source cannot be found or holds no VAE.
+        """
+        device = resolve_device(device)
+        dtype = resolve_dtype(dtype, device)
+        # Loaded in float32, so that the identity does not depend on the dtype asked for.
+        vae = cls(
+            load_vae(source, dtype=torch.float32, revision=revision, variant=variant, config=config), name=str(source)
+        )
+        vae.eval().to(device=device, dtype=dtype, memory_format=memory_format(dtype))  # type: ignore[call-overload]
+        if compile:
+            vae.network.encoder.compile()
+            vae.network.decoder.compile()
+        return vae
+
+    def encode(
+        self,
+        images: Images,
+        *,
+        sample: bool = True,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        seed: int | None = None,
+        batch_size: int | None = None,
+        tile: int | None = None,
+    ) -> Any:
+        """Scaled latents of images: (B, 4, H/8, W/8) float32; a list of (4, H/8, W/8) where the images differ in size.
+
+        images: a PIL image, a path, a uint8 array (B, H, W, 3), a float tensor (B, 3, H, W) in [-1, 1], or a list of
+            such. Any size: the right and lower edges are repeated up to a multiple of 8 (hand `size` to `decode` to
+            have them cropped off again).
+        sample: draw from the posterior; False takes its mean.
+        generator, seed: what the draws come from; image i uses `seed` + i, or its own of a list of generators.
+        batch_size: images in one pass; None fits it to their size.
+        tile: side, in pixels, of overlapping tiles that are encoded one by one and blended; None tiles images of more
+            than 2.3 megapixels, 0 none.
+        """
+        pixels = image_io.to_tensors(images)
+        generators = _generators(len(pixels), generator, seed)
+        means, logvars = self._moments(pixels, batch_size, tile)
+        latents = []
+        for mean, logvar, source in zip(means, logvars, generators, strict=True):
+            z = mean
+            if sample and not bool((logvar <= DETERMINISTIC).all()):
+                z = mean + torch.exp(logvar / 2) * torch.randn(mean.shape, generator=source).to(mean)
+            latents.append((z - self.shift) * self.scale)
+        return _stack(latents)
+
+    def moments(self, images: Images, *, batch_size: int | None = None, tile: int | None = None) -> Any:
+        """Mean and log-variance of the posterior, raw (not scaled), each (B, 4, H/8, W/8) float32, or lists where sizes
+        differ; see `encode`."""
+        means, logvars = self._moments(image_io.to_tensors(images), batch_size, tile)
+        return _stack(means), _stack(logvars)
+
+    def decode(
+        self,
+        z: Any,
+        *,
+        size: tuple[int, int] | Sequence[tuple[int, int]] | None = None,
+        output_type: str = "pil",
+        batch_size: int | None = None,
+        tile: int | None = None,
+    ) -> Any:
+        """Images of scaled latents (B, 4, h, w), (4, h, w) or a list of (4, h, w).
+
+        size: (height, width) in pixels to crop to, for all or for each; None keeps all of (8h, 8w).
+        output_type: "pil", a list of PIL images; "np", uint8 (B, H, W, 3); "pt", float32 (B, 3, H, W) clamped to [-1,
+            1]. The last two are lists where sizes differ.
+        batch_size, tile: as in `encode`.
+        """
+        image_io.check_output_type(output_type)
+        latents = self._latents(z)
+        sizes = self._sizes(size, latents)
+        raw = [latent / self.scale + self.shift for latent in latents]
+        decoded = [torch.empty(0)] * len(raw)
+        for chosen in progress(list(self._batches(raw, batch_size, self.factor**2)), description="decode"):
+            batch = self._tiled(self._decode, torch.stack([raw[i] for i in chosen]), tile, 1, self.factor)
+            for i, pixels in zip(chosen, batch, strict=True):
+                decoded[i] = pixels.clamp(-1, 1)[:, : sizes[i][0], : sizes[i][1]]
+        return image_io.from_tensors(decoded, output_type)
+
+    def reconstruct(
+        self,
+        images: Images,
+        *,
+        output_type: str = "pil",
+        sample: bool = False,
+        seed: int | None = None,
+        batch_size: int | None = None,
+        tile: int | None = None,
+    ) -> Any:
+        """Encode and decode: what the VAE keeps of `images`, each at its own size. Through the posterior's mean, or a
+        sample of it."""
+        pixels = image_io.to_tensors(images)
+        sizes = [(x.shape[1], x.shape[2]) for x in pixels]
+        z = self.encode(pixels, sample=sample, seed=seed, batch_size=batch_size, tile=tile)
+        return self.decode(z, size=sizes, output_type=output_type, batch_size=batch_size, tile=tile)
+
+    def forward(self, x: Tensor, eps: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Reconstruction (B, 3, H, W), mean and logvar (B, 4, H/8, W/8), with gradient, for training; eps draws from
+        the posterior, None takes its mean."""
+        mean, logvar = self._encode(x)
+        raw = mean if eps is None else mean + torch.exp(logvar / 2) * eps
+        return self._run_decoder(raw), mean, logvar
+
+    def _moments(
+        self, pixels: list[Tensor], batch_size: int | None, tile: int | None
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        padded = [self._pad(x) for x in pixels]
+        moments = [torch.empty(0)] * len(padded)
+        for chosen in progress(list(self._batches(padded, batch_size, 1)), description="encode"):
+            batch = self._tiled(self._encode_finite, torch.stack([padded[i] for i in chosen]), tile, self.factor, 1)
+            for i, both in zip(chosen, batch, strict=True):
+                moments[i] = both.clone()  # outside of inference mode, so that autograd takes it
+        means, logvars = zip(*(both.chunk(2) for both in moments), strict=True)
+        return list(means), list(logvars)
+
+    def _pad(self, x: Tensor) -> Tensor:
+        """(3, H, W) with its lower and right edges repeated up to a multiple of `factor`."""
+        height, width = x.shape[1:]
+        return F.pad(x[None], (0, -width % self.factor, 0, -height % self.factor), mode="replicate")[0]
+
+    def _batches(self, items: Sequence[Tensor], batch_size: int | None, area: int) -> Iterator[list[int]]:
+        """Indices of items to go through the network together: of one shape, and not more than fit."""
+        if batch_size is not None:
+            batch_size = whole("batch_size", batch_size, 1)
+        # A CPU is no faster in batches, and in half precision batches of different sizes round visibly differently.
+        one_by_one = self.device.type == "cpu" and self.dtype != torch.float32
+        shapes: dict[torch.Size, list[int]] = {}
+        for i, item in enumerate(items):
+            shapes.setdefault(item.shape, []).append(i)
+        for shape, indices in shapes.items():
+            n = batch_size or (1 if one_by_one else max(1, PIXELS_AT_ONCE // (shape[1] * shape[2] * area)))
+            yield from (indices[i : i + n] for i in range(0, len(indices), n))
+
+    @torch.inference_mode()
+    def _tiled(self, run: Callable[[Tensor], Tensor], x: Tensor, tile: int | None, down: int, up: int) -> Tensor:
+        """`run` over x (B, C, H, W), whole or in tiles; `tile` is in pixels, x in pixels (down = 8) or latents (up =
+        8)."""
+        if tile is None:
+            tile = 1024 if x.shape[2] * x.shape[3] * up**2 > TILED_FROM else 0
+        if tile == 0:
+            return run(x).float().cpu()
+        tile = whole("tile (0 is none)", tile, 16 * self.factor)
+        side = tile // self.factor * down
+        with whole_image_statistics(self.network, run, x, side):
+            return tiled(run, x, tile=side, down=down, up=up)
+
+    def _encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Raw mean and log-variance, float32, of pixels (B, 3, H, W)."""
+        encoded: Any = self.network.encode(x.to(self.device, self.dtype))
+        if hasattr(encoded, "latent_dist"):
+            return encoded.latent_dist.mean.float(), encoded.latent_dist.logvar.float()
+        return encoded.latents.float(), torch.full_like(encoded.latents, DETERMINISTIC, dtype=torch.float32)
+
+    def _run_decoder(self, raw: Tensor) -> Tensor:
+        decoded: Any = self.network.decode(raw.to(self.device, self.dtype))
+        return decoded.sample.float()  # type: ignore[no-any-return]
+
+    def _encode_finite(self, x: Tensor) -> Tensor:
+        return self._finite(lambda x: torch.cat(self._encode(x), dim=1), x)
+
+    def _decode(self, raw: Tensor) -> Tensor:
+        return self._finite(self._run_decoder, raw)
+
+    def _finite(self, run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """`run(x)`, with the images that overflow in float16 done again in float32 (SD 1.x and 2.x activations pass
+        65,504)."""
+        y = run(x)
+        if self.dtype != torch.float16:
+            return y
+        bad = ~torch.isfinite(y).flatten(1).all(dim=1)
+        if bool(bad.any()):
+            if not self._overflowed:
+                warnings.warn(
+                    "the VAE overflowed in float16; the images concerned are computed again in float32.", stacklevel=6
+                )
+                self._overflowed = True
+            try:
+                self.network.float()
+                y[bad] = run(x[bad])
+            finally:
+                self.network.half()  # every float16 number is a float32 number: the weights come back unchanged
+        return y
+
+    def _latents(self, z: Any) -> list[Tensor]:
+        batch = (
+            [z] if isinstance(z, Tensor) and z.ndim == 3 else list(z) if isinstance(z, (Tensor, list, tuple)) else []
+        )
+        if not batch:
+            raise ArgumentError(
+                "latents must be a tensor (B, 4, h, w) or a list of tensors (4, h, w), of at least one image."
+            )
+        for latent in batch:
+            shape = tuple(latent.shape) if isinstance(latent, Tensor) else type(latent).__name__
+            if (
+                not isinstance(latent, Tensor)
+                or latent.ndim != 3
+                or len(latent) != self.channels
+                or latent.numel() == 0
+            ):
+                raise ArgumentError(f"a latent of this VAE is a tensor ({self.channels}, h, w), not {shape}.")
+            if not latent.is_floating_point() or not bool(torch.isfinite(latent).all()):
+                raise ArgumentError("latents must be finite floating-point numbers.")
+        return [latent.detach().float() for latent in batch]
+
+    def _sizes(self, size: Any, latents: list[Tensor]) -> list[tuple[int, int]]:
+        full = [(x.shape[1] * self.factor, x.shape[2] * self.factor) for x in latents]
+        if size is None:
+            return full
+        try:
+            sizes = [tuple(one) for one in ([size] * len(latents) if isinstance(size[0], int) else size)]
+            fits = all(0 < h <= H and 0 < w <= W for (h, w), (H, W) in zip(sizes, full, strict=True))
+        except (TypeError, ValueError):
+            fits = False
+        if not fits:
+            raise ArgumentError(
+                "size must be (height, width) within the decoded image, one for all or one for each of "
+                f"{len(latents)}, not {size}."
+            )
+        return sizes
+
+
+def fingerprint(network: nn.Module, scale: float, shift: float) -> str:
+    """Identity of the side of a VAE that makes latents: SHA-256 over its encoder's weights, scale and shift; 16
+    hexadecimal digits.
+
+    The decoder is left out, because latents stay valid when it alone is fine-tuned (as in Stability's ft-mse VAE). Of
+    each tensor at most 4,096 evenly spaced values count, so that it takes milliseconds; training moves them all.
+    """
+    digest = hashlib.sha256(f"{scale:.6g} {shift:.6g}".encode())
+    for name, weight in sorted(network.state_dict().items()):
+        if name.startswith(("encoder.", "quant_conv.")):
+            flat = weight.detach().flatten()
+            values = flat[:: max(1, -(-len(flat) // 4096))].float().cpu().contiguous()
+            digest.update(f"{name} {tuple(weight.shape)}".encode() + values.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _generators(n: int, generator: Any, seed: int | None) -> list[torch.Generator | None]:
+    """One source of noise for each of n images."""
+    if seed is not None:
+        return list(seeded(seed, n))
+    if isinstance(generator, (list, tuple)):
+        if len(generator) != n:
+            raise ArgumentError(f"{len(generator)} generators cannot serve {n} images: give one, or one for each.")
+        return list(generator)
+    return [generator] * n
+
+
+def _stack(tensors: list[Tensor]) -> Any:
+    """One tensor where all have one shape, else the list."""
+    return torch.stack(tensors) if len({x.shape for x in tensors}) == 1 else tensors

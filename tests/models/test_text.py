@@ -1,0 +1,161 @@
+"""The text encoder against diffusers' own prompt encoding; long prompts; A1111's weights."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import sdkit
+from sdkit.models.text import parse_weights
+
+EMOJI = Path(sdkit.__file__).parent / "assets" / "emoji"
+
+
+@pytest.fixture(scope="module")
+def text(sd: sdkit.StableDiffusion) -> sdkit.TextEncoder:
+    return sd.text
+
+
+@pytest.fixture(scope="module")
+def pipe(sd: sdkit.StableDiffusion) -> Any:
+    return diffusers_pipeline(sd)
+
+
+def diffusers_pipeline(sd: sdkit.StableDiffusion, scheduler: Any = None) -> Any:
+    """diffusers' own pipeline on the same networks."""
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from diffusers import DDIMScheduler, StableDiffusionPipeline
+
+    if scheduler is None:
+        scheduler = DDIMScheduler.from_pretrained(EMOJI, subfolder="scheduler")
+    pipe = StableDiffusionPipeline(
+        vae=sd.vae.network,
+        text_encoder=sd.text.network,
+        tokenizer=sd.text.tokenizer,
+        unet=sd.unet.network,
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def theirs(pipe: Any, prompts: list[str], **kwargs: Any) -> Tensor:
+    embeddings: Tensor = pipe.encode_prompt(prompts, "cpu", 1, False, **kwargs)[0].detach()
+    return embeddings
+
+
+class TestAgainstDiffusers:
+    PROMPTS = ("a cat", "", "a red apple on a blue background")
+
+    def test_embeddings(self, text: sdkit.TextEncoder, pipe: Any) -> None:
+        ours = text.encode(self.PROMPTS)
+        assert ours.shape == (3, text.length, text.width)
+        torch.testing.assert_close(ours, theirs(pipe, list(self.PROMPTS)), atol=1e-5, rtol=0)
+
+    @pytest.mark.parametrize("clip_skip", [1, 2])
+    def test_clip_skip_leaves_out_the_last_layers(self, text: sdkit.TextEncoder, clip_skip: int) -> None:
+        """Against a network that never had those layers; diffusers' own clip_skip fails with transformers 5."""
+        shallow = copy.deepcopy(text.network)
+        layers = (shallow.text_model if hasattr(shallow, "text_model") else shallow).encoder.layers
+        del layers[-clip_skip:]
+        expected = sdkit.TextEncoder(shallow, text.tokenizer).encode(self.PROMPTS)
+        ours = text.encode(self.PROMPTS, clip_skip=clip_skip)
+        torch.testing.assert_close(ours, expected, atol=1e-5, rtol=0)
+        assert not torch.allclose(ours, text.encode(self.PROMPTS), atol=1e-2)
+
+
+class TestLongPrompts:
+    def test_chunks(self, text: sdkit.TextEncoder) -> None:
+        words = ["red", "apple", "blue", "cat"] * 20  # one token each
+        body = text.length - 2
+        for n, k in ((body, 1), (body + 1, 2), (2 * body, 2), (2 * body + 1, 3)):
+            prompt = " ".join(words[:n])
+            ids, _ = text.tokenize(prompt)
+            assert ids.shape == (1, k, text.length)
+            assert int(((ids != text.tokenizer.bos_token_id) & (ids != text.tokenizer.eos_token_id)).sum()) == n
+            parts = [" ".join(words[:n][i : i + body]) for i in range(0, n, body)]
+            by_hand = torch.cat([text.encode(part) for part in parts], dim=1)
+            torch.testing.assert_close(text.encode(prompt), by_hand, atol=1e-5, rtol=0)
+
+    def test_a_short_prompt_beside_a_long_one_is_padded_with_an_empty_chunk(self, text: sdkit.TextEncoder) -> None:
+        both = text.encode(["a cat", "a cat " * 20])
+        assert both.shape == (2, 2 * text.length, text.width)
+        alone = torch.cat([text.encode("a cat"), text.encode("")], dim=1)
+        torch.testing.assert_close(both[:1], alone, atol=1e-5, rtol=0)
+        torch.testing.assert_close(text.encode("a cat", chunks=2), alone, atol=1e-5, rtol=0)
+
+    def test_many_prompts(self, text: sdkit.TextEncoder) -> None:
+        prompts = [f"{n} red apples" for n in range(70)]
+        torch.testing.assert_close(text.encode(prompts)[-1:], text.encode(prompts[-1]), atol=1e-5, rtol=0)
+
+    def test_embeddings_can_enter_autograd(self, text: sdkit.TextEncoder) -> None:
+        weight = torch.ones(1, requires_grad=True)
+        (text.encode("a cat") * weight).sum().backward()
+        assert weight.grad is not None
+
+
+class TestWeighting:
+    # The first block is the documentation of A1111's own parser (its doctests), the rest follows from the same rules.
+    @pytest.mark.parametrize(
+        ("prompt", "pieces"),
+        [
+            ("normal text", [("normal text", 1.0)]),
+            ("an (important) word", [("an ", 1.0), ("important", 1.1), (" word", 1.0)]),
+            ("(unbalanced", [("unbalanced", 1.1)]),
+            (r"\(literal\]", [("(literal]", 1.0)]),
+            ("(unnecessary)(parens)", [("unnecessaryparens", 1.1)]),
+            (
+                "a (((house:1.3)) [on] a (hill:0.5), sun, (((sky))).",
+                [
+                    ("a ", 1.0),
+                    ("house", 1.5730000000000004),
+                    (" ", 1.1),
+                    ("on", 1.0),
+                    (" a ", 1.1),
+                    ("hill", 0.55),
+                    (", sun, ", 1.1),
+                    ("sky", 1.4641000000000006),
+                    (".", 1.1),
+                ],
+            ),
+            ("", []),
+            ("a:b", [("a:b", 1.0)]),
+            ("stray ) and ]", [("stray ) and ]", 1.0)]),
+            ("[[less]]", [("less", 1 / 1.21)]),
+            ("(x:1.3", [("x:1.3", 1.1)]),
+            ("(x:y)", [("x:y", 1.1)]),
+            (r"back\slash \\ end", [(r"back\slash \ end".replace(r"\s", "s", 1), 1.0)]),
+        ],
+    )
+    def test_parser(self, prompt: str, pieces: list[tuple[str, float]]) -> None:
+        parsed = parse_weights(prompt)
+        assert [text for text, _ in parsed] == [text for text, _ in pieces]
+        assert [weight for _, weight in parsed] == pytest.approx([weight for _, weight in pieces])
+
+    def test_off_unless_asked(self, text: sdkit.TextEncoder) -> None:
+        plain, weighted = text.encode("a (cat:1.5)"), text.encode("a (cat:1.5)", weighting=True)
+        assert not torch.allclose(plain, weighted, atol=1e-2)
+        assert (text.tokenize("a (cat:1.5)")[1] == 1).all()
+
+    def test_weights_scale_their_tokens_and_keep_the_mean(self, text: sdkit.TextEncoder) -> None:
+        plain, weighted = text.encode("a red cat"), text.encode("a (red:1.5) cat", weighting=True)
+        ids, weights = text.tokenize("a (red:1.5) cat", weighting=True)
+        assert torch.equal(ids, text.tokenize("a red cat")[0])
+        assert weights[0, 0, :6].tolist() == [1, 1, 1.5, 1, 1, 1]
+        ratio = weighted / plain
+        torch.testing.assert_close(ratio[0, 2] / ratio[0, 1], torch.full((text.width,), 1.5), atol=1e-4, rtol=0)
+        torch.testing.assert_close(weighted.mean(), plain.mean(), atol=1e-5, rtol=0)
+
+    def test_no_weights_change_nothing(self, text: sdkit.TextEncoder) -> None:
+        torch.testing.assert_close(text.encode("a cat", weighting=True), text.encode("a cat"), atol=1e-6, rtol=0)

@@ -1,0 +1,64 @@
+"""The U-Net wrapper against the network it holds."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+import sdkit
+
+
+@pytest.fixture(scope="module")
+def unet(sd: sdkit.StableDiffusion) -> sdkit.UNet:
+    return sd.unet
+
+
+def inputs(batch: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(batch, 4, 16, 16, generator=generator), torch.randn(batch, 32, 192, generator=generator)
+
+
+@torch.no_grad()
+def test_equals_the_network(unet: sdkit.UNet) -> None:
+    x_t, cond = inputs(3)
+    expected = unet.network(x_t, 500, encoder_hidden_states=cond).sample
+    torch.testing.assert_close(unet(x_t, 500, cond), expected, atol=1e-5, rtol=0)
+    t = torch.tensor([1, 500, 999])
+    expected = torch.cat([unet(x_t[i : i + 1], int(t[i]), cond[i : i + 1]) for i in range(3)])
+    torch.testing.assert_close(unet(x_t, t, cond), expected, atol=1e-5, rtol=0)
+    assert not torch.allclose(unet(x_t, 1, cond), unet(x_t, 500, cond), atol=1e-2)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@torch.no_grad()
+def test_the_same_to_the_bit_in_any_batch(unet: sdkit.UNet, dtype: str) -> None:
+    if dtype == "bf16":
+        unet = sdkit.UNet.from_pretrained("emoji", dtype=dtype, device="cpu")
+    x_t, cond = inputs(8)
+    whole = unet(x_t, 500, cond)
+    chosen = [6, 2]
+    assert torch.equal(unet(x_t[chosen], 500, cond[chosen]), whole[chosen])
+
+
+def test_float32_in_and_out_and_gradient(unet: sdkit.UNet) -> None:
+    half = sdkit.UNet.from_pretrained("emoji", dtype="bf16", device="cpu")
+    x_t, cond = inputs(2)
+    output = half(x_t, 500, cond)
+    assert output.dtype == torch.float32
+    assert (output - unet(x_t, 500, cond)).abs().max() < 0.1
+    trained = copy.deepcopy(unet)
+    trained(x_t, torch.tensor([3, 900]), cond).square().mean().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in trained.parameters())
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+@torch.no_grad()
+def test_compiled_gives_the_same(unet: sdkit.UNet) -> None:
+    compiled = sdkit.UNet.from_pretrained("emoji", dtype="fp32", device="cpu", compile=True)
+    x_t, cond = inputs(2)
+    torch.testing.assert_close(compiled(x_t, 500, cond), unet(x_t, 500, cond), atol=1e-4, rtol=0)
+    t = torch.tensor([3, 900])
+    torch.testing.assert_close(compiled(x_t, t, cond), unet(x_t, t, cond), atol=1e-4, rtol=0)
