@@ -1,0 +1,275 @@
+"""Text to image: the whole pipeline against diffusers', images alone and in batches, and what each step costs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers.models import AutoencoderKL, UNet2DConditionModel
+from diffusers.schedulers import DDIMScheduler
+from PIL import Image
+from torch import Tensor
+
+import sdkit
+from sdkit.guidance import APG
+from sdkit.samplers import SAMPLERS, Step
+from tests.models.test_text import EMOJI, diffusers_pipeline
+
+PROMPTS = ["a red apple on a blue background", "a cat", "green tree", "rocket"]
+NEGATIVES = ["blue", "", "a dog", "a red ball"]
+SD_SCHEDULER = {
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def sd_like(sd: sdkit.StableDiffusion) -> Callable[[str], tuple[sdkit.StableDiffusion, Any]]:
+    """A model with SD 1.x's block types and schedule, small and random, ours and diffusers'; by prediction type."""
+
+    def make(prediction_type: str) -> tuple[sdkit.StableDiffusion, Any]:
+        torch.manual_seed(0)
+        unet = UNet2DConditionModel(
+            sample_size=8,
+            block_out_channels=(32, 64, 64, 64),
+            layers_per_block=1,
+            cross_attention_dim=sd.text.width,
+            attention_head_dim=8,
+            norm_num_groups=16,
+        )
+        vae = AutoencoderKL(
+            block_out_channels=(16,) * 4,
+            down_block_types=["DownEncoderBlock2D"] * 4,
+            up_block_types=["UpDecoderBlock2D"] * 4,
+            latent_channels=4,
+            norm_num_groups=8,
+        )
+        scheduler = DDIMScheduler(**SD_SCHEDULER, prediction_type=prediction_type)
+        schedule = sdkit.NoiseSchedule.from_config(scheduler.config)
+        ours = sdkit.StableDiffusion(sdkit.VAE(vae.eval()), sd.text, sdkit.UNet(unet.eval()), schedule)
+        return ours, diffusers_pipeline(ours, scheduler)
+
+    return make
+
+
+def theirs(pipe: Any, **kwargs: Any) -> Tensor:
+    latents: Tensor = pipe(output_type="latent", **kwargs).images
+    return latents
+
+
+class TestAgainstDiffusers:
+    @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+    @pytest.mark.parametrize("scale", [1.0, 4.0, 7.5, 12.0])
+    def test_ddim_leading(self, sd_like: Any, prediction_type: str, scale: float) -> None:
+        ours, pipe = sd_like(prediction_type)
+        latents = torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+        common = {"negative_prompt": NEGATIVES, "num_inference_steps": 10, "guidance_scale": scale}
+        expected = theirs(pipe, prompt=PROMPTS, latents=latents.clone(), **common)
+        z = ours(PROMPTS, latents=latents, output_type="latent", **common)
+        torch.testing.assert_close(z, expected, atol=1e-4, rtol=0)
+
+    @pytest.mark.parametrize("scale", [1.0, 5.0, 7.5])
+    @pytest.mark.parametrize("spacing", ["leading", "trailing"])
+    def test_embedded_model(self, sd: sdkit.StableDiffusion, scale: float, spacing: str) -> None:
+        """Zero-terminal-SNR v-prediction. 20 steps divide 1000, so that diffusers' previous timestep is right in
+        trailing spacing too."""
+        config = DDIMScheduler.from_pretrained(EMOJI, subfolder="scheduler").config
+        pipe = diffusers_pipeline(sd, DDIMScheduler.from_config(config, timestep_spacing=spacing))
+        latents = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+        common = {"negative_prompt": ["blue", "dog"], "num_inference_steps": 20, "guidance_scale": scale}
+        expected = theirs(pipe, prompt=PROMPTS[:2], latents=latents.clone(), **common)
+        z = sd(PROMPTS[:2], latents=latents, spacing=spacing, output_type="latent", **common)
+        torch.testing.assert_close(z, expected, atol=1e-4, rtol=0)
+
+    def test_rescaled_guidance_and_image(self, sd: sdkit.StableDiffusion) -> None:
+        pipe = diffusers_pipeline(sd)
+        latents = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+        common = {"prompt": PROMPTS[0], "num_inference_steps": 10, "guidance_rescale": 0.7}
+        expected = pipe(latents=latents.clone(), output_type="np", **common).images
+        image = sd(latents=latents, output_type="np", **common)
+        assert np.abs(image - expected * 255).max() <= 1
+
+
+class TestBatches:
+    @pytest.mark.parametrize(("sampler", "eta"), [("ddim", 0.0), ("ddim", 0.7), ("ddpm", 0.0), ("dpm++2m", 0.0)])
+    def test_an_image_is_the_same_alone_and_anywhere_in_a_batch(
+        self, sd: sdkit.StableDiffusion, sampler: str, eta: float
+    ) -> None:
+        common = {"sampler": sampler, "eta": eta, "num_inference_steps": 10}
+        batch = sd(PROMPTS, seed=[5, 6, 7, 8], output_type="latent", **common)
+        turned = sd(PROMPTS[::-1], seed=[8, 7, 6, 5], output_type="latent", **common)
+        torch.testing.assert_close(turned.flip(0), batch, atol=1e-5, rtol=0)
+        for i, prompt in enumerate(PROMPTS):
+            alone = sd(prompt, seed=5 + i, output_type="latent", **common)
+            torch.testing.assert_close(alone[0], batch[i], atol=1e-5, rtol=0)
+        pixels = sd(PROMPTS, seed=5, output_type="pt", **common)
+        torch.testing.assert_close(sd(PROMPTS[2], seed=7, output_type="pt", **common)[0], pixels[2], atol=1e-5, rtol=0)
+
+    def test_a_long_prompt_in_the_batch_does_not_change_the_others(self, sd: sdkit.StableDiffusion) -> None:
+        long = "a red apple on a blue background, " * 8
+        common = {"num_inference_steps": 5, "output_type": "latent"}
+        batch = sd([long, "a cat", "a dog"], negative_prompt=["", "", long], **common)
+        for i, (prompt, negative) in enumerate([(long, ""), ("a cat", ""), ("a dog", long)]):
+            alone = sd(prompt, negative_prompt=negative, seed=i, **common)
+            torch.testing.assert_close(alone[0], batch[i], atol=1e-5, rtol=0)
+
+    def test_batch_size(self, sd: sdkit.StableDiffusion) -> None:
+        common = {"num_inference_steps": 4, "output_type": "latent"}
+        calls = count(sd, lambda: sd(PROMPTS, batch_size=3, **common))
+        assert calls == [6] * 4 + [2] * 4
+        torch.testing.assert_close(sd(PROMPTS, batch_size=3, **common), sd(PROMPTS, **common), atol=1e-5, rtol=0)
+
+    def test_copies_and_seeds(self, sd: sdkit.StableDiffusion) -> None:
+        common = {"num_inference_steps": 3, "output_type": "latent"}
+        four = sd(["a cat", "a dog"], num_images_per_prompt=2, seed=10, **common)
+        torch.testing.assert_close(four[1], sd("a cat", seed=11, **common)[0], atol=1e-5, rtol=0)
+        torch.testing.assert_close(four[2], sd("a dog", seed=12, **common)[0], atol=1e-5, rtol=0)
+        assert (four[0] - four[1]).abs().max() > 0.1
+        given = sd("a cat", num_images_per_prompt=2, seed=[7, 7], **common)
+        assert torch.equal(given[0], given[1])
+
+
+def count(sd: sdkit.StableDiffusion, run: Callable[[], object]) -> list[int]:
+    """Batch sizes of the U-Net's passes during `run`."""
+    sizes: list[int] = []
+    with sd.unet.network.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0]))):
+        run()
+    return sizes
+
+
+class TestCost:
+    def test_without_guidance_one_pass_of_the_batch_a_step(self, sd: sdkit.StableDiffusion) -> None:
+        assert count(sd, lambda: sd(PROMPTS, guidance_scale=1, num_inference_steps=5)) == [4] * 5
+
+    def test_with_guidance_one_pass_of_twice_the_batch(self, sd: sdkit.StableDiffusion) -> None:
+        assert count(sd, lambda: sd(PROMPTS, num_inference_steps=5)) == [8] * 5
+
+    def test_an_interval_costs_what_it_should(self, sd: sdkit.StableDiffusion) -> None:
+        pairs = sd.schedule.timesteps(10)
+        inside = [0.3 < sd.schedule.sigma(t) <= 5 for t, _ in pairs]
+        assert 2 <= sum(inside) <= 8
+        sizes = count(sd, lambda: sd("a cat", num_inference_steps=10, guidance_interval=(0.3, 5)))
+        assert sizes == [2 if guided else 1 for guided in inside]
+
+    def test_without_guidance_the_negative_prompt_is_not_even_encoded(self, sd: sdkit.StableDiffusion) -> None:
+        seen: list[tuple[int, ...]] = []
+        with sd.text.network.register_forward_pre_hook(lambda _, inputs: seen.append(tuple(inputs[0].shape))):
+            sd(["a cat"] * 3, guidance_scale=1, num_inference_steps=1)
+        assert seen == [(1, 32)]  # and a prompt that occurs thrice only once
+
+
+class TestSizes:
+    @pytest.mark.parametrize("size", [(128, 128), (96, 160), (100, 75), (8, 8), (17, 200)], ids=str)
+    def test_any_size(self, sd: sdkit.StableDiffusion, size: tuple[int, int]) -> None:
+        (image,) = sd("a cat", height=size[0], width=size[1], num_inference_steps=2)
+        assert image.size == (size[1], size[0])
+
+    def test_default_is_the_models_own_and_latents_give_theirs(self, sd: sdkit.StableDiffusion) -> None:
+        assert sd("a cat", num_inference_steps=1)[0].size == (128, 128)
+        assert sd("a cat", latents=torch.randn(1, 4, 6, 9), num_inference_steps=1)[0].size == (72, 48)
+
+
+class TestOutput:
+    def test_types_agree(self, sd: sdkit.StableDiffusion) -> None:
+        pil, array, pixels, z = (
+            sd(PROMPTS[:2], num_inference_steps=2, height=60, output_type=kind)
+            for kind in ("pil", "np", "pt", "latent")
+        )
+        assert [image.size for image in pil] == [(128, 60)] * 2
+        assert np.array_equal(np.stack([np.asarray(image) for image in pil]), array)
+        assert pixels.shape == (2, 3, 60, 128)
+        assert z.shape == (2, 4, 8, 16)
+        assert np.array_equal(sd.vae.decode(z, size=(60, 128), output_type="np"), array)
+        weight = torch.ones(1, requires_grad=True)
+        (z * weight).sum().backward()  # not an inference tensor
+
+    def test_deterministic(self, sd: sdkit.StableDiffusion) -> None:
+        common = {"sampler": "ddpm", "num_inference_steps": 5, "seed": 3}
+        assert sd("a cat", **common)[0].tobytes() == sd("a cat", **common)[0].tobytes()
+
+    def test_callback_sees_every_step(self, sd: sdkit.StableDiffusion) -> None:
+        steps: list[Step] = []
+        z = sd("a cat", num_inference_steps=4, callback=steps.append, output_type="latent")
+        assert [step.i for step in steps] == [0, 1, 2, 3]
+        assert [step.t for step in steps] == [t for t, _ in sd.schedule.timesteps(4)]
+        assert torch.equal(steps[-1].x, z)
+        assert steps[0].x0.shape == z.shape
+
+    def test_silent_when_not_a_terminal(self, sd: sdkit.StableDiffusion, capfd: pytest.CaptureFixture[str]) -> None:
+        sd("a cat", num_inference_steps=2)
+        assert capfd.readouterr() == ("", "")
+
+
+def background(image: Image.Image) -> np.ndarray:
+    """Mean colour of the four corners."""
+    pixels = np.asarray(image).astype(float)
+    return np.concatenate(
+        [pixels[a, b].reshape(-1, 3) for a in (slice(8), slice(-8, None)) for b in (slice(8), slice(-8, None))]
+    ).mean(0)
+
+
+class TestWhatIsDrawn:
+    """The embedded model draws the background it is told to; what it draws in front is a later model's concern."""
+
+    @pytest.mark.parametrize("sampler", SAMPLERS)
+    def test_samplers_agree_on_the_background(self, sd: sdkit.StableDiffusion, sampler: str) -> None:
+        colours = {"blue": (2, 0), "red": (0, 2), "yellow": (0, 2)}
+        images = sd([f"a cat on a {name} background" for name in colours], guidance_scale=5, sampler=sampler)
+        for image, (more, less) in zip(images, colours.values(), strict=True):
+            assert background(image)[more] > background(image)[less] + 60
+
+    def test_pure_noise_to_black_and_white(self, sd: sdkit.StableDiffusion) -> None:
+        """Needs the zero terminal SNR: models that never saw pure noise cannot reach either."""
+        black, white = sd(["a cat on a black background", "a cat on a white background"], guidance_scale=5)
+        assert background(black).mean() < 50
+        assert background(white).mean() > 225
+
+    def test_options_reach_the_sampler(self, sd: sdkit.StableDiffusion) -> None:
+        common = {"prompt": "a (cat:1.5) on a red background", "num_inference_steps": 5, "output_type": "latent"}
+        plain = sd(**common)
+        options: list[dict[str, Any]] = [
+            {"eta": 1.0},
+            {"spacing": "leading"},
+            {"guidance_rescale": 0.7},
+            {"guidance_interval": (0.5, 3.0)},
+            {"apg": APG(norm_threshold=5.0, momentum=-0.5)},
+            {"clip_skip": 1},
+            {"weighting": True},
+            {"negative_prompt": "red"},
+            {"sampler": "ddpm"},
+            {"sampler": "dpm++2m"},
+            {"guidance_scale": 2.0},
+        ]
+        for option in options:
+            assert (sd(**common, **option) - plain).abs().max() > 1e-2, option
+
+    def test_bfloat16_is_within_45_db(self, sd: sdkit.StableDiffusion) -> None:
+        fast = sdkit.StableDiffusion.from_pretrained("emoji", dtype="bf16", device="cpu")
+        exact, rounded = (model(PROMPTS, guidance_scale=5, output_type="np") for model in (sd, fast))
+        for a, b in zip(exact, rounded, strict=True):
+            assert 10 * np.log10(255**2 / np.mean((a.astype(float) - b) ** 2)) > 45
+
+
+def test_parts_that_do_not_belong_together(sd: sdkit.StableDiffusion) -> None:
+    unet = sdkit.UNet(UNet2DConditionModel(block_out_channels=(32,) * 4, norm_num_groups=8, cross_attention_dim=64))
+    with pytest.raises(sdkit.ArgumentError, match=r"width 64.*width|width 64"):
+        sdkit.StableDiffusion(sd.vae, sd.text, unet, sd.schedule)
+    nine = UNet2DConditionModel(block_out_channels=(32,) * 4, norm_num_groups=8, cross_attention_dim=192, in_channels=9)
+    with pytest.raises(sdkit.ArgumentError, match="9 channels"):
+        sdkit.StableDiffusion(sd.vae, sd.text, sdkit.UNet(nine), sd.schedule)
+
+
+def test_schedule_of_ones_own(sd: sdkit.StableDiffusion) -> None:
+    """A model is its four parts: another schedule can be put in."""
+    leading = replace(sd.schedule, timestep_spacing="leading")
+    other = sdkit.StableDiffusion(sd.vae, sd.text, sd.unet, leading)
+    common = {"num_inference_steps": 3, "output_type": "latent"}
+    assert torch.equal(other("a cat", **common), sd("a cat", spacing="leading", **common))
