@@ -88,6 +88,8 @@ def guided(
     phi = number("the guidance rescale (phi)", phi, 0, 1)
     if interval is not None and not (len(interval) == 2 and 0 <= interval[0] < interval[1]):
         raise ArgumentError(f"the guidance interval must be two noise levels, 0 <= low < high, not {interval}.")
+    if phi and projected is not None:
+        raise ArgumentError("guidance is either rescaled or projected (APG): give one of the two.")
     if scale != 1 and uncond is None:
         raise ArgumentError(
             "guidance with a scale other than 1 needs the unconditional embedding (that of the empty prompt)."

@@ -10,6 +10,7 @@ computed in, and these metadata, all strings:
     vae             hash of the VAE's encoder side: equal hashes mean latents of one space
     vae_name        what that VAE was loaded from
     scale, shift    z = (raw - shift) * scale, where raw is what the VAE's own decoder takes
+    dtype           what the VAE computed in, such as "bfloat16" (z itself is stored as it came out)
     source          name of the image file (only where there was one)
     sdkit           version of sdkit that wrote the file
 """
@@ -44,6 +45,7 @@ class Latent:
     vae_name: str
     scale: float
     sdkit: str  # version that made it
+    dtype: str  # what the VAE computed in
     shift: float = 0.0
     factor: int = 8  # pixels per latent along each axis
     source: str | None = None  # name of the image file
@@ -77,6 +79,7 @@ def save(latent: Latent, path: str | Path) -> None:
         "vae_name": encodable(latent.vae_name),
         "scale": repr(latent.scale),
         "shift": repr(latent.shift),
+        "dtype": latent.dtype,
         "sdkit": latent.sdkit,
     }
     if latent.source is not None:
@@ -106,6 +109,7 @@ def load(path: str | Path) -> Latent:
             vae_name=metadata["vae_name"],
             scale=float(metadata["scale"]),
             sdkit=metadata["sdkit"],
+            dtype=metadata["dtype"],
             shift=float(metadata["shift"]),
             factor=int(metadata["factor"]),
             source=metadata.get("source"),

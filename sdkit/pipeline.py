@@ -28,6 +28,9 @@ LATENTS_AT_ONCE = 4 * 64 * 64
 """Latent positions that are denoised together where no `batch_size` is given: four images of 512 x 512, sixty-four of
 128 x 128."""
 
+LONGEST_SIDE = 16384
+"""Pixels; memory runs out well before."""
+
 
 class StableDiffusion:
     """Stable Diffusion 1.x / 2.x: a VAE, a text encoder, a U-Net and the noise schedule that it was trained with."""
@@ -172,6 +175,10 @@ class StableDiffusion:
             return z
         return self.vae.decode(z, size=(height, width), output_type=output_type, batch_size=batch_size)
 
+    def images_at_once(self, height: int, width: int) -> int:
+        """How many images of this size, in pixels, are denoised together where no `batch_size` is given."""
+        return max(1, LATENTS_AT_ONCE * self.vae.factor**2 // max(1, height * width))
+
     def _prompts(
         self, prompt: str | Sequence[str], negative_prompt: str | Sequence[str] | None, copies: int
     ) -> tuple[list[str], list[str]]:
@@ -194,8 +201,8 @@ class StableDiffusion:
             if not isinstance(latents, Tensor) or latents.ndim != 4:
                 raise ArgumentError("latents must be a tensor (N, 4, h, w) of standard normal noise.")
             height, width = height or latents.shape[2] * factor, width or latents.shape[3] * factor
-        height = whole("height", side * factor if height is None else height, factor)
-        return height, whole("width", side * factor if width is None else width, factor)
+        height = whole("height", side * factor if height is None else height, factor, LONGEST_SIDE)
+        return height, whole("width", side * factor if width is None else width, factor, LONGEST_SIDE)
 
     def _noise(self, latents: Tensor | None, generators: list[torch.Generator], height: int, width: int) -> Tensor:
         """x_T (N, 4, ceil(H / 8), ceil(W / 8)), image i's from its own generator."""
@@ -244,7 +251,7 @@ class StableDiffusion:
         for i, (prompt, negative) in enumerate(zip(prompts, negatives, strict=True)):
             chunks = lengths[prompt] if scale == 1 else max(lengths[prompt], lengths[negative])
             groups.setdefault(chunks, []).append(i)
-        fitting = max(1, LATENTS_AT_ONCE // (x_T.shape[2] * x_T.shape[3]))
+        fitting = self.images_at_once(x_T.shape[2] * self.vae.factor, x_T.shape[3] * self.vae.factor)
         n = fitting if batch_size is None else whole("batch_size", batch_size, 1)
         for chunks, indices in sorted(groups.items()):
             yield from ((indices[i : i + n], chunks) for i in range(0, len(indices), n))

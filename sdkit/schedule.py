@@ -69,7 +69,7 @@ class NoiseSchedule:
     variance_type: str = "fixed_small"
     """variance of DDPM's reverse step: "fixed_small", "fixed_large" or "learned_range" """
     clip_x0: float | None = None
-    """bound to which samplers clamp the predicted x0 (models of pixels), None for latents"""
+    """the bound to hand to a sampler as its `clip_x0` (models of pixels), None for latents; the pipeline does so"""
     alphas_cumprod: Tensor = field(init=False, repr=False)
     """(T,) float64: the share of x0's variance left at each t"""
 
@@ -132,8 +132,11 @@ class NoiseSchedule:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> NoiseSchedule:
-        """A schedule from the contents of a diffusers `scheduler_config.json`, with that scheduler's own defaults for
-        absent keys."""
+        """A schedule from the contents of a diffusers `scheduler_config.json`.
+
+        Absent keys have that scheduler's own defaults, but a zero-terminal-SNR schedule is "trailing" unless it says
+        otherwise: "leading" never starts from pure noise, for which such models are made.
+        """
         name = config.get("_class_name", "DDIMScheduler")
         if config.get("thresholding"):
             raise ArgumentError("this model's scheduler asks for dynamic thresholding, which sdkit does not offer.")

@@ -30,6 +30,7 @@ def make(**changes: Any) -> Latent:
         "vae_name": "someone/some-vae",
         "scale": 0.18215,
         "sdkit": "0.1.0",
+        "dtype": "bfloat16",
         "source": "photo.jpg",
     }
     return Latent(**values | changes)
@@ -92,6 +93,7 @@ def test_others_can_read_the_file_with_safetensors_alone(tmp_path: Path) -> None
         "shift": "0.1",
         "source": "photo.jpg",
         "sdkit": "0.1.0",
+        "dtype": "bfloat16",
     }
     assert latents.__doc__ is not None
     assert all(f"    {key}" in latents.__doc__.replace(", ", "\n    ") for key in metadata)  # each is documented
@@ -151,7 +153,7 @@ def file_of(metadata: dict[str, str] | None, **tensors: torch.Tensor) -> bytes:
 def metadata_of(**changes: str) -> dict[str, str]:
     return {
         "format": "sdkit.latent", "format_version": "1", "height": "20", "width": "33", "factor": "8", "vae": "a",
-        "vae_name": "b", "scale": "0.2", "shift": "0.0", "sdkit": "0.1.0",
+        "vae_name": "b", "scale": "0.2", "shift": "0.0", "sdkit": "0.1.0", "dtype": "float32",
     } | changes  # fmt: skip
 
 

@@ -60,7 +60,7 @@ class VAE(Wrapper):
         self.scale = float(config.scaling_factor)
         self.shift = float(config.get("shift_factor") or 0.0)
         self.channels = int(config.latent_channels)
-        self.factor = 2 ** (len(config.get("block_out_channels") or config.encoder_block_out_channels) - 1)
+        self.factor: int = 2 ** (len(config.get("block_out_channels") or config.encoder_block_out_channels) - 1)
         self.identity = fingerprint(network, self.scale, self.shift)
         self._overflowed = False
 

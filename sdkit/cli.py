@@ -1,0 +1,352 @@
+"""The command line: one function a command, which parses, calls and prints; the work is in `sdkit.jobs`.
+
+Results go to stdout, progress and errors to stderr. Exit codes: 0 all done; 1 some inputs failed, the others are done;
+2 a user's error, told in one sentence; 130 stopped by Ctrl-C. Heavy libraries are imported by the commands using them,
+so that --help is quick.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import math
+import os
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from sdkit import __version__
+from sdkit.errors import ArgumentError, SdkitError
+from sdkit.files import find
+
+if TYPE_CHECKING:
+    from sdkit.jobs import Reconstruction, Report
+    from sdkit.models.vae import VAE
+    from sdkit.pipeline import StableDiffusion
+    from sdkit.recipe import Recipe
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code. `argv` None takes the process's own arguments."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal may not know every letter of a file name
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("default")
+            warnings.showwarning = _warn  # type: ignore[assignment]
+            code = _run(_parser().parse_args(argv))
+            sys.stdout.flush()
+            return code
+    except SystemExit:  # argparse's own, of --help and --version
+        return 0
+    except SdkitError as error:
+        if os.environ.get("SDKIT_DEBUG"):
+            raise
+        _complain(str(error))
+        return 2
+    except KeyboardInterrupt:
+        _complain("stopped; the files that were finished are whole.")
+        return 130
+    except BrokenPipeError:  # whoever read our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains while it exits
+        return 141
+
+
+def _run(args: argparse.Namespace) -> int:
+    try:
+        code: int = args.command(args)
+        return code
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        raise SdkitError("the memory does not suffice; give a smaller --batch-size, --tile or image size.") from error
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """torch has a class of its own for a GPU's memory, but tells only in words that the machine's is full."""
+    told = any(words in str(error) for words in ("can't allocate memory", "not enough memory"))
+    return told or isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+
+
+def _complain(sentence: str) -> None:
+    """One line on stderr, whatever is in the names it quotes."""
+    print("sdkit:", "".join(letter if letter.isprintable() else "?" for letter in sentence), file=sys.stderr)
+
+
+def _warn(message: Warning | str, _category: type[Warning], filename: str, *_: Any, **__: Any) -> None:
+    if Path(filename).is_relative_to(Path(__file__).parent):  # other libraries' warnings are for programmers
+        _complain(str(message))
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ArgumentError(f"{message}; see {self.prog} --help.")
+
+
+def generate(args: argparse.Namespace) -> int:
+    """Make images from prompts."""
+    from dataclasses import fields
+
+    from sdkit.jobs import generate_files, read_prompts
+    from sdkit.recipe import Recipe
+
+    if not args.prompts and not args.prompts_file and not args.from_image:
+        raise ArgumentError("there is no prompt; give one, --prompts FILE or --from IMAGE.png.")
+    prompts = args.prompts + (read_prompts(args.prompts_file) if args.prompts_file else [])
+    given = {field.name: getattr(args, field.name) for field in fields(Recipe) if field.name in args}
+    recipe = (Recipe.read(args.from_image) if args.from_image else Recipe()).but(**given)
+    sd, options = _load_sd(args, recipe), {"grid": args.grid, "batch_size": args.batch_size}
+    return _finish(generate_files(sd, prompts or [recipe.prompt], args.out, recipe, count=args.count, **options), [])
+
+
+def encode(args: argparse.Namespace) -> int:
+    """Encode images to latent files."""
+    from sdkit.images import READABLE
+    from sdkit.jobs import encode_files
+
+    find(args.paths, READABLE)  # told before a model is loaded, or even downloaded
+    sizes = {"batch_size": args.batch_size, "tile": args.tile}
+    report = encode_files(_load_vae(args), args.paths, args.out, sample=not args.mean, seed=args.seed, **sizes)
+    return _finish(report.done, report.failed)
+
+
+def decode(args: argparse.Namespace) -> int:
+    """Decode latent files to PNGs."""
+    from sdkit.jobs import decode_files
+
+    find(args.paths, {".safetensors"})
+    sizes = {"batch_size": args.batch_size, "tile": args.tile}
+    report = decode_files(_load_vae(args), args.paths, args.out, force=args.force, **sizes)
+    return _finish(report.done, report.failed)
+
+
+def reconstruct(args: argparse.Namespace) -> int:
+    """Take images through the VAE and back, and measure what it keeps."""
+    from sdkit.images import READABLE
+    from sdkit.jobs import reconstruct_files
+
+    find(args.paths, READABLE)
+    report = reconstruct_files(_load_vae(args), args.paths, args.out, batch_size=args.batch_size, tile=args.tile)
+    if args.json:
+        print(_json(_scores_as_dict(args.model, report)))
+    else:
+        _print_scores(report)
+    return _finish([], report.failed)
+
+
+def info(args: argparse.Namespace) -> int:
+    """Tell what a model source is and holds."""
+    from dataclasses import asdict
+
+    from sdkit.models.source import describe
+
+    description = describe(args.source, revision=args.revision, config=args.config)
+    if args.json:
+        print(_json(asdict(description)))
+        return 0
+    kind = f"{description.kind}, {description.family}" if description.family else description.kind
+    print(f"{description.source} ({kind}): {description.path}")
+    rows = [("part", "class", "parameters", "stored as", "config")]
+    for part in description.components:
+        count = "" if part.parameters is None else f"{part.parameters / 1e6:,.1f} M"
+        config = ", ".join(f"{key} {value}" for key, value in part.config.items())
+        rows.append((part.part, part.class_name, count, part.dtype or "", config))
+    _print_table(rows)
+    return 0
+
+
+def demo(args: argparse.Namespace) -> int:
+    """Generate a grid of images, and take photos through the VAE and back."""
+    from sdkit.images import READABLE
+    from sdkit.jobs import demo_files
+    from sdkit.recipe import Recipe
+
+    if args.photos:
+        find(args.photos, READABLE)
+    grid, kind, report = demo_files(_load_sd(args, Recipe(dtype=args.dtype)), args.out, args.photos)
+    print(f"Images generated from a few prompts: {grid}")
+    print(f"{kind}, encoded and decoded (the original on the left):")
+    _print_scores(report)
+    return _finish([], report.failed)
+
+
+def _load_vae(args: argparse.Namespace) -> VAE:
+    from sdkit.models.vae import VAE
+
+    return VAE.from_pretrained(
+        args.model, dtype=args.dtype, device=args.device, revision=args.revision, variant=args.variant,
+        config=args.config, compile=args.compile,
+    )  # fmt: skip
+
+
+def _load_sd(args: argparse.Namespace, recipe: Recipe) -> StableDiffusion:
+    from sdkit.pipeline import StableDiffusion
+
+    return StableDiffusion.from_pretrained(
+        recipe.model, dtype=recipe.dtype, device=args.device, revision=recipe.revision, variant=recipe.variant,
+        config=recipe.config, prediction_type=recipe.prediction_type, compile=args.compile,
+    )  # fmt: skip
+
+
+def _finish(done: Sequence[Path], failed: Sequence[tuple[Path, str]]) -> int:
+    """Print what was written, and what failed; the exit code."""
+    for path in done:
+        print(path)
+    for _, sentence in failed:
+        _complain(sentence)
+    return 1 if failed else 0
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, indent=2, default=str, allow_nan=False)
+
+
+def _print_table(rows: Sequence[Sequence[str]]) -> None:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def _print_scores(report: Report[Reconstruction]) -> None:
+    from sdkit.jobs import mean_scores
+
+    rows = [("image", "size", "PSNR (dB)", "SSIM", "written to")]
+    for one in report.done:
+        size = f"{one.width} x {one.height}"
+        rows.append((one.source.name, size, _number(one.psnr, 2), _number(one.ssim, 4), str(one.path)))
+    psnr, ssim = mean_scores(report.done)
+    rows.append(("mean", "", _number(psnr, 2), _number(ssim, 4), ""))
+    _print_table(rows)
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def _scores_as_dict(model: str, report: Report[Reconstruction]) -> dict[str, Any]:
+    """JSON has no infinity (the PSNR of equal images): it becomes null."""
+    from dataclasses import asdict
+
+    from sdkit.jobs import mean_scores
+
+    def finite(value: float | None) -> float | None:
+        return value if value is not None and math.isfinite(value) else None
+
+    psnr, ssim = mean_scores(report.done)
+    return {
+        "model": model,
+        "images": [asdict(one) | {"psnr": finite(one.psnr)} for one in report.done],
+        "mean": {"psnr": finite(psnr), "ssim": ssim},
+        "failed": [{"source": path, "error": sentence} for path, sentence in report.failed],
+    }
+
+
+def _parser() -> argparse.ArgumentParser:
+    about = "Stable Diffusion 1.x / 2.x: images from text, and through the VAE and back."
+    parser = _Parser(prog="sdkit", description=about, allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"sdkit {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for command, add_options in (
+        (generate, _generate_options),
+        (encode, _encode_options),
+        (decode, _decode_options),
+        (reconstruct, _reconstruct_options),
+        (info, _info_options),
+        (demo, _demo_options),
+    ):
+        summary = str(command.__doc__)
+        child = commands.add_parser(command.__name__, help=summary, description=summary, allow_abbrev=False)
+        child.set_defaults(command=command)
+        add_options(child.add_argument)
+    return parser
+
+
+Add = Callable[..., object]
+
+
+def _generate_options(add: Add) -> None:
+    """What belongs to a `Recipe` has its field's name and no default: only what is given overrides that of --from."""
+    unset: dict[str, Any] = {"default": argparse.SUPPRESS}
+    add("prompts", nargs="*", metavar="PROMPT", help="what to show; each makes --count images")
+    add("--prompts", dest="prompts_file", metavar="FILE", help='more prompts, one a line; "-" is stdin, # a comment')
+    add("--from", dest="from_image", metavar="IMAGE.png", help="make this image again, but for options given beside it")
+    add("--out", "-o", default="outputs", help="folder, or a .png for a single image (default: %(default)s)")
+    add("--count", type=int, default=1, metavar="N", help="images of each prompt, each with the next seed (default: 1)")
+    add("--grid", action="store_true", help="also write one picture of all images, labelled")
+    add("--batch-size", type=int, metavar="N", help="images at a time (default: as many as usually fit)")
+    add("--negative-prompt", metavar="TEXT", help="what to steer away from", **unset)
+    add("--steps", type=int, metavar="N", help="of the sampler (default: 30)", **unset)
+    add("--scale", type=float, metavar="S", help="of guidance; 1 is none (default: 7.5; emoji likes 5)", **unset)
+    add("--sampler", choices=("ddim", "ddpm", "dpm++2m"), help="(default: ddim)", **unset)
+    add("--eta", type=float, help="noise that ddim adds, from 0 (default) to 1", **unset)
+    add("--spacing", choices=("leading", "trailing", "linspace"), help="(default: the model's)", **unset)
+    add("--seed", type=int, metavar="N", help="of the first image (default: 0)", **unset)
+    add("--height", type=int, metavar="PIXELS", help="(default: the model's own)", **unset)
+    add("--width", type=int, metavar="PIXELS", help="(default: the model's own)", **unset)
+    add("--clip-skip", type=int, metavar="N", help="last text layers to pass over (default: 0)", **unset)
+    add("--weighting", action=argparse.BooleanOptionalAction, help="read (word:1.3) as A1111 does", **unset)
+    add("--rescale", type=float, metavar="PHI", help="guidance rescale, from 0 (default) to 1", **unset)
+    levels = "noise levels sigma between which to guide (default: all)"
+    add("--interval", nargs=2, type=float, metavar=("LO", "HI"), help=levels, **unset)
+    _model_options(add, **unset)
+    add("--prediction-type", metavar="KIND", help="of a single file: epsilon or v_prediction", **unset)
+
+
+def _encode_options(add: Add) -> None:
+    add("paths", nargs="+", metavar="IMAGE|FOLDER", help="folders are searched through")
+    _files_options(add, "latents")
+    add("--mean", action="store_true", help="the mean of the posterior, in place of a sample")
+    add("--seed", type=int, default=0, metavar="N", help="of the first image; the next ones follow (default: 0)")
+    _model_options(add)
+
+
+def _decode_options(add: Add) -> None:
+    add("paths", nargs="+", metavar="LATENT|FOLDER", help="what sdkit encode wrote; folders are searched through")
+    _files_options(add, "decoded")
+    add("--force", action="store_true", help="decode latents of another VAE, too")
+    _model_options(add)
+
+
+def _reconstruct_options(add: Add) -> None:
+    add("paths", nargs="+", metavar="IMAGE|FOLDER", help="folders are searched through")
+    _files_options(add, "reconstructions")
+    add("--json", action="store_true", help="print the scores as JSON; an infinite PSNR is null")
+    _model_options(add)
+
+
+def _info_options(add: Add) -> None:
+    add("source", metavar="SOURCE", help='"emoji", a Hub id, a diffusers folder or a single file')
+    add("--revision", help="branch, tag or commit of a Hub id")
+    add("--config", metavar="FOLDER", help="of configs, for a single file of unusual shape")
+    add("--json", action="store_true", help="print it as JSON")
+
+
+def _demo_options(add: Add) -> None:
+    add("photos", nargs="*", metavar="PHOTO", help="to encode and decode (default: scikit-image's photos)")
+    add("--out", "-o", default="demo", metavar="FOLDER", help="(default: %(default)s)")
+    _place_options(add, default="auto")
+
+
+def _files_options(add: Add, out: str) -> None:
+    add("--out", "-o", default=out, metavar="FOLDER", help="(default: %(default)s)")
+    add("--batch-size", type=int, metavar="N", help="images at a time (default: as many as usually fit)")
+    add("--tile", type=int, metavar="PIXELS", help="side of tiles; 0 is none (default: 1024 over 2.3 megapixels)")
+
+
+def _model_options(add: Add, **default: Any) -> None:
+    kinds = "a Hub id, a diffusers folder or a single file (default: emoji, which is embedded)"
+    add("--model", "-m", metavar="SOURCE", help=kinds, **{"default": "emoji", **default})
+    add("--revision", help="branch, tag or commit of a Hub id", **default)
+    add("--variant", help='of the weights, such as "fp16"', **default)
+    add("--config", metavar="FOLDER", help="of configs, for a single file of unusual shape", **default)
+    _place_options(add, **{"default": "auto", **default})
+
+
+def _place_options(add: Add, **default: Any) -> None:
+    add("--dtype", help="auto, fp32, bf16 or fp16 (default: auto)", **default)
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1 ... (default: auto)")
+    add("--compile", action="store_true", help="run the networks through torch.compile")

@@ -1,0 +1,83 @@
+"""How an image was made: kept in its PNG, from which `sdkit generate --from` makes it again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from sdkit import __version__, images
+from sdkit.errors import ImageError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """All that an image is made of: the text of its PNG, from which `sdkit generate --from` makes it again.
+
+    Values are explained, and checked, by `StableDiffusion` and its `from_pretrained`. None is the model's own.
+    """
+
+    prompt: str = ""
+    negative_prompt: str = ""
+    seed: int = 0
+    sampler: str = "ddim"
+    steps: int = 30
+    scale: float = 7.5
+    eta: float = 0.0
+    spacing: str | None = None
+    rescale: float = 0.0
+    interval: tuple[float, float] | None = None
+    clip_skip: int = 0
+    weighting: bool = False
+    height: int | None = None
+    width: int | None = None
+    model: str = "emoji"
+    revision: str | None = None
+    variant: str | None = None
+    config: str | None = None
+    prediction_type: str | None = None
+    dtype: str = "auto"
+
+    def text(self) -> dict[str, str]:
+        """The text chunks of a PNG."""
+        values = {key: value for key, value in asdict(self).items() if value is not None}
+        if self.interval is not None:
+            values["interval"] = " ".join(map(str, self.interval))
+        return {key: str(value) for key, value in values.items()} | {"sdkit": __version__}
+
+    @classmethod
+    def read(cls, path: str | Path) -> Recipe:
+        """The recipe in the text of a PNG. Raises `ImageError` for an image without one, and for damaged text."""
+        text = images.read_text(path)
+        if not {"prompt", "seed", "sdkit"} <= set(text):
+            raise ImageError(f"{path} does not say how it was made; give a PNG as sdkit generate wrote it.")
+        names = [field.name for field in fields(cls) if field.name in text]
+        return cls(**{name: _parsed(path, name, text[name]) for name in names})
+
+    def but(self, **changes: Any) -> Recipe:
+        """This recipe with some values changed; of another model, all that belonged to the old one is forgotten."""
+        if changes.get("model", self.model) != self.model:
+            of_model = ("spacing", "height", "width", "revision", "variant", "config", "prediction_type")
+            changes = dict.fromkeys(of_model) | changes
+        return replace(self, **changes)
+
+
+def _parsed(path: str | Path, name: str, value: str) -> Any:
+    try:
+        return _PARSERS.get(name, str)(value)
+    except (KeyError, ValueError) as error:
+        raise ImageError(f"{path} says {name} = {value[:40]!r}, which sdkit never writes; give another.") from error
+
+
+def _interval(text: str) -> tuple[float, float]:
+    low, high = map(float, text.split())
+    return low, high
+
+
+_PARSERS: dict[str, Callable[[str], Any]] = {
+    **dict.fromkeys(("seed", "steps", "clip_skip", "height", "width"), int),
+    **dict.fromkeys(("scale", "eta", "rescale"), float),
+    "interval": _interval,
+    "weighting": {"True": True, "False": False}.__getitem__,
+}

@@ -1,0 +1,416 @@
+"""The commands as a user runs them: most in this process, through `main`; what concerns a process, in another."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import sdkit
+from sdkit import images, latents
+from sdkit.cli import _parser, main
+from sdkit.recipe import Recipe
+from sdkit.samplers import SAMPLERS
+from sdkit.schedule import SPACINGS
+
+QUICK = ("--steps", "2", "--dtype", "fp32", "--device", "cpu")
+ROOT = Path(__file__).parents[1]
+
+
+class Ran(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+def opened(path: str | Path) -> Image.Image:
+    with Image.open(path) as image:
+        image.load()
+        return image
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., Ran]:
+    def call(*arguments: object) -> Ran:
+        code = main([str(argument) for argument in arguments])
+        return Ran(code, *capsys.readouterr())
+
+    return call
+
+
+@pytest.fixture
+def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, astronaut: Image.Image) -> Path:
+    """The current folder, with good and bad inputs of every kind."""
+    monkeypatch.chdir(tmp_path)
+    astronaut.resize((40, 24)).save("good.png")
+    astronaut.resize((16, 16)).save("photo.jpg")
+    Path("torn.png").write_bytes(Path("good.png").read_bytes()[:300])
+    Path("text.png").write_text("no image", encoding="utf-8")
+    Path("empty").mkdir()
+    Path("file").write_text("a cat", encoding="utf-8")
+    Path("comments.txt").write_text("# a\n\n  \n", encoding="utf-8")
+    Path("binary.txt").write_bytes(bytes(range(128, 256)))
+    fields = {
+        "vae": "f" * 16,
+        "vae_name": "other",
+        "scale": 1.0,
+        "sdkit": "0",
+        "dtype": "float32",
+        "height": 16,
+        "width": 16,
+    }
+    latents.save(latents.Latent(z=torch.zeros(4, 2, 2), **fields), "other.safetensors")
+    latents.save(latents.Latent(z=torch.zeros(8, 2, 2), **fields), "wide.safetensors")
+    Path("torn.safetensors").write_bytes(Path("other.safetensors").read_bytes()[:-9])
+    Path("weights.safetensors").write_bytes(b"\x02\0\0\0\0\0\0\0{}")
+    recipes = {
+        "seed": {"seed": "1; rm -rf /"},
+        "steps": {"steps": "9" * 5000},
+        "scale": {"scale": "much"},
+        "interval": {"interval": "1"},
+        "weighting": {"weighting": "maybe"},
+        "sampler": {"sampler": "../../x"},
+        "model": {"model": "../no/such/model"},
+    }
+    for name, text in recipes.items():
+        images.save(Image.new("RGB", (8, 8)), f"hostile-{name}.png", Recipe(prompt="a").text() | text)
+    return tmp_path
+
+
+def test_version_and_help(run: Callable[..., Ran]) -> None:
+    assert run("--version") == Ran(0, f"sdkit {sdkit.__version__}\n", "")
+    for command in ((), ("generate",), ("encode",), ("decode",), ("reconstruct",), ("info",), ("demo",)):
+        code, out, err = run(*command, "--help")
+        assert (code, err) == (0, "")
+        assert "usage: sdkit" in out
+
+
+def test_the_choices_in_the_help_are_all_there_are() -> None:
+    options = {action.dest: action for action in _parser()._subparsers._group_actions[0].choices["generate"]._actions}  # type: ignore[union-attr,index]
+    assert set(options["sampler"].choices or ()) == set(SAMPLERS)
+    assert set(options["spacing"].choices or ()) == set(SPACINGS)
+    assert set(Recipe.__dataclass_fields__) - {"prompt"} <= set(options)
+
+
+def test_generate_writes_pngs_that_say_how_they_were_made(run: Callable[..., Ran], work: Path) -> None:
+    arguments = ("a cat", "red apple", "--count", 2, "--seed", 5, "--scale", "4.5", "--sampler", "dpm++2m", *QUICK)
+    code, out, err = run("generate", *arguments, "--negative-prompt", "blue", "--grid")
+    assert (code, err) == (0, "")
+    paths = [Path(line) for line in out.splitlines()]
+    assert [path.as_posix() for path in paths] == [
+        "outputs/0001-a-cat-5.png",
+        "outputs/0002-a-cat-6.png",
+        "outputs/0003-red-apple-7.png",
+        "outputs/0004-red-apple-8.png",
+        "outputs/0005-grid.png",
+    ]
+    text = opened(paths[3]).text  # type: ignore[attr-defined]
+    expected = {"prompt": "red apple", "negative_prompt": "blue", "seed": "8", "sampler": "dpm++2m", "steps": "2"}
+    expected |= {"scale": "4.5", "model": "emoji", "sdkit": sdkit.__version__, "height": "128", "dtype": "float32"}
+    assert expected.items() <= text.items()
+    assert opened(paths[4]).width > 2 * 128
+
+
+def test_generate_from_makes_the_same_image_again(run: Callable[..., Ran], work: Path) -> None:
+    run("generate", "a ghost on a purple background", "--seed", 3, "--eta", "0.5", *QUICK)
+    (made,) = Path("outputs").iterdir()
+    assert run("generate", "--from", made, "-o", "again.png").code == 0
+    assert Path("again.png").read_bytes() == made.read_bytes()
+    assert run("generate", "--from", made, "--seed", 4, "-o", "other.png").code == 0
+    assert opened("other.png").text == opened(made).text | {"seed": "4"}  # type: ignore[attr-defined]
+    assert not np.array_equal(np.asarray(opened("other.png")), np.asarray(opened(made)))
+
+
+def test_prompts_come_from_files_and_from_stdin(
+    run: Callable[..., Ran], work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("prompts.txt").write_text("# two\na cat\n\na dog\n", encoding="utf-8")
+    assert len(run("generate", "a bird", "--prompts", "prompts.txt", *QUICK).out.splitlines()) == 3
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO("naïve\n".encode()), encoding="ascii"))
+    assert run("generate", "--prompts", "-", *QUICK).out == f"outputs{os.sep}0004-naïve-0.png\n"
+
+
+def test_photos_are_encoded_and_decoded(run: Callable[..., Ran], work: Path) -> None:
+    assert run("encode", "good.png", "photo.jpg", "--mean") == Ran(
+        0, f"latents{os.sep}good.safetensors\nlatents{os.sep}photo.safetensors\n", ""
+    )
+    assert run("decode", "latents").code == 0
+    assert opened("decoded/good.png").size == (40, 24)
+    assert run("decode", "other.safetensors", "--force").code == 0
+
+
+def test_reconstruct_prints_a_table_or_json(run: Callable[..., Ran], work: Path) -> None:
+    code, out, err = run("reconstruct", "good.png", "photo.jpg", "torn.png")
+    assert code == 1
+    assert [line.split()[0] for line in out.splitlines()] == ["image", "good.png", "photo.jpg", "mean"]
+    assert err.startswith("sdkit: cannot read torn.png")
+    code, out, err = run("reconstruct", "good.png", "photo.jpg", "torn.png", "--json")
+    found = json.loads(out)
+    assert (code, len(err.splitlines())) == (1, 1)
+    assert [one["source"] for one in found["images"]] == ["good.png", "photo.jpg"]
+    assert found["mean"]["psnr"] == pytest.approx(np.mean([one["psnr"] for one in found["images"]]))
+    assert found["failed"][0]["source"] == "torn.png"
+
+
+def test_json_has_no_infinity(run: Callable[..., Ran], work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sdkit.metrics.psnr", lambda x, y: torch.tensor([torch.inf]))
+    found = json.loads(run("reconstruct", "good.png", "--json").out, parse_constant=pytest.fail)
+    assert found["images"][0]["psnr"] is found["mean"]["psnr"] is None
+
+
+def test_info_as_table_and_as_json(run: Callable[..., Ran]) -> None:
+    code, out, err = run("info", "emoji")
+    assert (code, err) == (0, "")
+    assert "UNet2DConditionModel" in out
+    parts = {part["part"]: part for part in json.loads(run("info", "emoji", "--json").out)["components"]}
+    assert parts["scheduler"]["config"]["prediction_type"] == "v_prediction"
+
+
+def test_demo_shows_a_grid_and_photos(run: Callable[..., Ran], work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sdkit.jobs.DEMO_SUBJECTS", ("red apple", "ghost"))
+    monkeypatch.setattr("sdkit.jobs.DEMO_COLORS", ("white", "blue"))
+    code, out, err = run("demo", "good.png")
+    assert (code, err) == (0, "")
+    assert "photos given" in out
+    assert "good-reconstruction.png" in out
+    assert opened("demo/generated.png").width > 2 * 128
+    monkeypatch.setattr("sdkit.jobs.DEMO_PHOTOS", ("astronaut",))
+    assert "photos of scikit-image" in run("demo").out
+    monkeypatch.setitem(sys.modules, "skimage", None)
+    assert "generated images" in run("demo").out
+
+
+BAD = {
+    "no command": ((), 2, "COMMAND"),
+    "unknown command": (("paint", "a cat"), 2, "invalid choice: 'paint'"),
+    "unknown option": (("info", "emoji", "--color"), 2, "--color"),
+    "generate: no prompt": (("generate",), 2, "there is no prompt"),
+    "generate: prompt file missing": (("generate", "--prompts", "no.txt"), 2, "no such file"),
+    "generate: prompt file a folder": (("generate", "--prompts", "empty"), 2, "is a directory"),
+    "generate: prompt file without prompts": (
+        ("generate", "--prompts", "comments.txt"),
+        2,
+        "no prompt in comments.txt",
+    ),
+    "generate: prompt file binary": (("generate", "--prompts", "binary.txt"), 2, "not UTF-8"),
+    "generate: prompt not UTF-8": (("generate", "caf\udce9", *QUICK), 2, "prompt"),
+    "generate: from nothing": (("generate", "--from", "no.png"), 2, "no.png"),
+    "generate: from a JPEG": (("generate", "--from", "photo.jpg"), 2, "does not say how it was made"),
+    "generate: from a PNG without text": (("generate", "--from", "good.png"), 2, "does not say how it was made"),
+    "generate: from a torn PNG": (("generate", "--from", "torn.png"), 2, "torn.png"),
+    "generate: from no image": (("generate", "--from", "text.png"), 2, "is not an image"),
+    "generate: hostile seed": (("generate", "--from", "hostile-seed.png"), 2, "seed = '1; rm -rf /'"),
+    "generate: hostile steps": (("generate", "--from", "hostile-steps.png"), 2, "steps = '9999"),
+    "generate: hostile scale": (("generate", "--from", "hostile-scale.png"), 2, "scale = 'much'"),
+    "generate: hostile interval": (("generate", "--from", "hostile-interval.png"), 2, "interval = '1'"),
+    "generate: hostile weighting": (("generate", "--from", "hostile-weighting.png"), 2, "weighting = 'maybe'"),
+    "generate: hostile sampler": (("generate", "--from", "hostile-sampler.png"), 2, "sampler '../../x'"),
+    "generate: hostile model": (("generate", "--from", "hostile-model.png"), 2, "../no/such/model"),
+    "generate: unknown sampler": (("generate", "a", "--sampler", "euler"), 2, "invalid choice: 'euler'"),
+    "generate: unknown spacing": (("generate", "a", "--spacing", "log"), 2, "invalid choice: 'log'"),
+    "generate: steps 0": (("generate", "a", "--steps", "0"), 2, "from 1 to 1000, not 0"),
+    "generate: steps 5000": (("generate", "a", "--steps", "5000"), 2, "from 1 to 1000, not 5000"),
+    "generate: steps abc": (("generate", "a", "--steps", "abc"), 2, "invalid int value: 'abc'"),
+    "generate: steps 2.5": (("generate", "a", "--steps", "2.5"), 2, "invalid int value: '2.5'"),
+    "generate: height negative": (("generate", "a", "--height", "-64"), 2, "must be a whole number from 8 to 16384"),
+    "generate: height 0": (("generate", "a", "--height", "0"), 2, "must be a whole number from 8 to 16384"),
+    "generate: width 7": (("generate", "a", "--width", "7"), 2, "must be a whole number from 8 to 16384"),
+    "generate: width beyond reason": (
+        ("generate", "a", "--width", "999999999999"),
+        2,
+        "must be a whole number from 8 to 16384",
+    ),
+    "generate: scale nan": (("generate", "a", "--scale", "nan", *QUICK), 2, "guidance scale"),
+    "generate: scale inf": (("generate", "a", "--scale", "inf", *QUICK), 2, "guidance scale"),
+    "generate: eta 2": (("generate", "a", "--eta", "2"), 2, "eta must be a number from 0 to 1"),
+    "generate: eta nan": (("generate", "a", "--eta", "nan"), 2, "eta must be a number from 0 to 1"),
+    "generate: eta of another sampler": (("generate", "a", "--eta", "1", "--sampler", "ddpm"), 2, "belongs to sampler"),
+    "generate: rescale 2": (("generate", "a", "--rescale", "2", *QUICK), 2, "rescale"),
+    "generate: rescale nan": (("generate", "a", "--rescale", "nan", *QUICK), 2, "rescale"),
+    "generate: interval reversed": (("generate", "a", "--interval", "5", "1", *QUICK), 2, "guidance interval"),
+    "generate: interval nan": (("generate", "a", "--interval", "nan", "1", *QUICK), 2, "guidance interval"),
+    "generate: interval of one": (("generate", "a", "--interval", "5"), 2, "expected 2 arguments"),
+    "generate: seed -1": (("generate", "a", "--seed", "-1"), 2, "seed must be a whole number from 0"),
+    "generate: seed 2^63": (("generate", "a", "--seed", 2**63), 2, "seed must be a whole number from 0"),
+    "generate: count 0": (("generate", "a", "--count", "0"), 2, "count must be a whole number of at least 1"),
+    "generate: batch-size 0": (
+        ("generate", "a", "--batch-size", "0"),
+        2,
+        "batch_size must be a whole number of at least 1",
+    ),
+    "generate: clip-skip 99": (("generate", "a", "--clip-skip", "99", *QUICK), 2, "clip_skip"),
+    "generate: unknown model": (("generate", "a", "-m", "no-such-model"), 2, "no-such-model"),
+    "generate: unknown dtype": (("generate", "a", "--dtype", "int8"), 2, "dtype 'int8'"),
+    "generate: unknown device": (("generate", "a", "--device", "toaster"), 2, "device 'toaster'"),
+    "generate: unknown prediction type": (("generate", "a", "--prediction-type", "x"), 2, "prediction_type 'x'"),
+    "generate: out is a file": (("generate", "a", "--out", "file", *QUICK), 2, "cannot write into file"),
+    "generate: out below a file": (("generate", "a", "--out", "file/x", *QUICK), 2, "cannot write into file"),
+    "generate: out cannot be made": (("generate", "a", "--out", "/proc/outputs", *QUICK), 2, "cannot write into /proc"),
+    "generate: two images into one": (("generate", "a", "b", "-o", "x.png", *QUICK), 2, "cannot hold 2"),
+    "generate: out is a JPEG": (("generate", "a", "-o", "x.jpg", *QUICK), 2, "give a folder, or a .png"),
+    "encode: nothing given": (("encode",), 2, "required"),
+    "encode: missing file": (("encode", "no.png"), 2, "cannot read no.png: no such file"),
+    "encode: folder without images": (("encode", "empty"), 2, "in empty"),
+    "encode: no image": (("encode", "good.png", "text.png"), 1, "text.png is not an image"),
+    "encode: torn image": (("encode", "torn.png"), 1, "cannot read torn.png"),
+    "encode: name not UTF-8": (("encode", "caf\udce9.png"), 2, "caf?.png"),
+    "encode: name of two lines": (("encode", "a\nb.png"), 2, "a?b.png"),
+    "encode: name empty": (("encode", ""), 2, "empty"),
+    "encode: tile 5": (("encode", "good.png", "--tile", "5"), 2, "must be a whole number of at least 128"),
+    "encode: batch-size 0": (
+        ("encode", "good.png", "--batch-size", "0"),
+        2,
+        "batch_size must be a whole number of at least 1",
+    ),
+    "encode: seed -1": (("encode", "good.png", "--seed", "-1"), 2, "seed must be a whole number from 0"),
+    "encode: out is a file": (("encode", "good.png", "--out", "file"), 2, "cannot write into file"),
+    "encode: unknown dtype": (("encode", "good.png", "--dtype", "int8"), 2, "dtype 'int8'"),
+    "encode: unknown device": (("encode", "good.png", "--device", "toaster"), 2, "device 'toaster'"),
+    "encode: no model": (("encode", "good.png", "-m", "empty"), 2, "'empty' has no"),
+    "decode: missing file": (("decode", "no.safetensors"), 2, "no such file"),
+    "decode: folder without latents": (("decode", "empty"), 2, "found no .safetensors file"),
+    "decode: torn latent": (("decode", "torn.safetensors"), 1, "torn.safetensors"),
+    "decode: no latent": (("decode", "weights.safetensors"), 1, "not a latent file"),
+    "decode: an image": (("decode", "good.png"), 1, "good.png"),
+    "decode: another VAE's": (("decode", "other.safetensors"), 1, "made by another VAE"),
+    "decode: another shape's": (("decode", "wide.safetensors", "--force"), 1, "8 channels"),
+    "decode: tile -1": (
+        ("decode", "other.safetensors", "--force", "--tile", "-1"),
+        2,
+        "must be a whole number of at least 128",
+    ),
+    "decode: out is a file": (("decode", "other.safetensors", "--force", "-o", "file"), 2, "cannot write into file"),
+    "reconstruct: missing file": (("reconstruct", "no.png"), 2, "no such file"),
+    "reconstruct: torn image": (("reconstruct", "torn.png", "--json"), 1, "cannot read torn.png"),
+    "reconstruct: batch-size -1": (
+        ("reconstruct", "good.png", "--batch-size", "-1"),
+        2,
+        "batch_size must be a whole number of at least 1",
+    ),
+    "info: nothing there": (("info", "./nowhere"), 2, "nowhere"),
+    "info: an image": (("info", "good.png"), 2, "good.png"),
+    "info: an empty folder": (("info", "empty"), 2, "'empty' has no"),
+    "info: a revision of a folder": (("info", "emoji", "--revision", "main"), 2, "revision"),
+    "demo: missing photo": (("demo", "no.png"), 2, "no such file"),
+    "demo: unknown dtype": (("demo", "--dtype", "int8"), 2, "dtype 'int8'"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "code", "fragment"), BAD.values(), ids=BAD.keys())
+def test_bad_input_is_told_in_one_sentence(
+    run: Callable[..., Ran], work: Path, arguments: tuple[object, ...], code: int, fragment: str
+) -> None:
+    before = {path.name for path in work.rglob("*.png")}
+    found = run(*arguments)
+    assert found.code == code, found
+    assert len(found.err.splitlines()) == 1, found.err
+    assert found.err.startswith("sdkit: ")
+    assert found.err.endswith((".\n", "?\n")), found.err
+    assert fragment in found.err
+    assert "Traceback" not in found.err
+    if code == 2:
+        assert {path.name for path in work.rglob("*.png")} == before
+    assert not list(work.rglob(".sdkit-*"))
+
+
+def test_good_files_are_done_beside_bad_ones(run: Callable[..., Ran], work: Path) -> None:
+    code, out, err = run("encode", "text.png", "good.png", "torn.png")
+    assert (code, out) == (1, f"latents{os.sep}good.safetensors\n")
+    assert [line.split(":")[0] for line in err.splitlines()] == ["sdkit", "sdkit"]
+
+
+@pytest.mark.skipif(sys.platform in ("darwin", "win32"), reason="these file systems have no names that are not UTF-8")
+def test_names_that_are_not_utf8_are_taken(run: Callable[..., Ran], work: Path) -> None:
+    Path(os.fsdecode(b"caf\xe9.png")).write_bytes(Path("good.png").read_bytes())
+    assert run("encode", os.fsdecode(b"caf\xe9.png")) == Ran(0, "latents/caf\ufffd.safetensors\n", "")
+    assert run("decode", "latents") == Ran(0, "decoded/caf\ufffd.png\n", "")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+    ],
+)
+def test_lack_of_memory_is_told_in_one_sentence(
+    run: Callable[..., Ran], work: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fail(*arguments: object, **options: object) -> None:
+        raise error
+
+    monkeypatch.setattr("sdkit.models.vae.VAE.encode", fail)
+    found = run("encode", "good.png")
+    assert found[:2] == (2, "")
+    assert found.err == "sdkit: the memory does not suffice; give a smaller --batch-size, --tile or image size.\n"
+
+
+def test_a_bug_is_not_hidden(run: Callable[..., Ran], work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: object, **options: object) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr("sdkit.models.vae.VAE.encode", fail)
+    with pytest.raises(RuntimeError, match="a bug"):
+        run("encode", "good.png")
+
+
+def process(*arguments: str, **options: object) -> subprocess.Popen[bytes]:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "sdkit", *arguments]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)  # type: ignore[call-overload, no-any-return]
+
+
+def test_json_alone_is_on_stdout(work: Path) -> None:
+    with process("reconstruct", "good.png", "torn.png", "--json", cwd=work) as running:
+        out, err = running.communicate()
+    assert running.returncode == 1
+    assert len(json.loads(out)["images"]) == 1
+    assert err.startswith(b"sdkit: cannot read torn.png")
+    assert err.count(b"\n") == 1
+
+
+def test_a_users_error_ends_the_process_with_2(work: Path) -> None:
+    with process("generate", "a", "--steps", "0", cwd=work) as running:
+        out, err = running.communicate()
+    assert (running.returncode, out, err.count(b"\n")) == (2, b"", 1)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT to send")
+def test_ctrl_c_leaves_whole_files_only(work: Path) -> None:
+    arguments = ("generate", "a red apple", "--count", "500", "--batch-size", "1", "--steps", "2", "--dtype", "fp32")
+    with process(*arguments, cwd=work) as running:
+        deadline = time.monotonic() + 120
+        while len(list(work.glob("outputs/*.png"))) < 3 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        running.send_signal(signal.SIGINT)
+        out, err = running.communicate()
+    assert (running.returncode, out) == (130, b"")
+    assert err == b"sdkit: stopped; the files that were finished are whole.\n"
+    made = [path for path in (work / "outputs").iterdir() if path.is_file()]
+    assert 3 <= len(made) < 500
+    for path in made:
+        assert path.suffix == ".png"
+        opened(path).load()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows tells of a closed pipe in another way")
+def test_a_closed_pipe_ends_it_quietly(work: Path) -> None:
+    with process("info", "emoji", "--json", cwd=work) as running:
+        assert running.stdout is not None
+        assert running.stderr is not None
+        running.stdout.close()
+        err = running.stderr.read()
+    assert (running.returncode, err) == (141, b"")

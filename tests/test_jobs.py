@@ -1,0 +1,301 @@
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import skimage.metrics
+import torch
+from PIL import Image
+
+import sdkit
+from sdkit import images, latents
+from sdkit.jobs import (
+    decode_files,
+    encode_files,
+    generate_files,
+    mean_scores,
+    read_prompts,
+    reconstruct_files,
+)
+from sdkit.recipe import Recipe
+
+QUICK = Recipe(steps=3, scale=5.0)
+
+
+@pytest.fixture
+def photos(tmp_path: Path, astronaut: Image.Image, chelsea: Image.Image) -> Path:
+    """A folder with three images, one of them in a sub-folder, and two broken ones before them."""
+    folder = tmp_path / "photos"
+    (folder / "sub").mkdir(parents=True)
+    (folder / "a-broken.png").write_bytes(b"\x89PNG\r\n\x1a\n and no more")
+    (folder / "b-empty.jpg").write_bytes(b"")
+    astronaut.resize((64, 64)).save(folder / "face.png")
+    chelsea.crop((100, 50, 161, 93)).save(folder / "sub" / "cat.png")  # 61 x 43: no multiples of 8
+    astronaut.crop((0, 0, 40, 64)).save(folder / "sub" / "flag.webp", lossless=True)
+    (folder / "notes.txt").write_text("no image", encoding="utf-8")
+    return folder
+
+
+def opened(path: Path) -> Image.Image:
+    with Image.open(path) as image:
+        image.load()
+        return image
+
+
+def pixels(path: Path) -> np.ndarray:
+    return np.asarray(opened(path)).astype(int)
+
+
+def no_temporary_files(folder: Path) -> bool:
+    return not [path for path in folder.rglob("*") if path.name.startswith(".")]
+
+
+def test_encode_does_the_good_files_and_reports_the_broken_ones(
+    sd: sdkit.StableDiffusion, photos: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "latents"
+    report = encode_files(sd.vae, [photos], out)
+    assert report.done == [out / "face.safetensors", out / "sub/cat.safetensors", out / "sub/flag.safetensors"]
+    assert [path.name for path, _ in report.failed] == ["a-broken.png", "b-empty.jpg"]
+    assert all(str(path) in sentence and "\n" not in sentence for path, sentence in report.failed)
+    assert sorted(path for path in out.rglob("*") if path.is_file()) == report.done
+    cat = latents.load(out / "sub/cat.safetensors")
+    assert (cat.height, cat.width, tuple(cat.z.shape)) == (43, 61, (4, 6, 8))
+    assert (cat.vae, cat.scale, cat.source) == (sd.vae.identity, sd.vae.scale, "cat.png")
+
+
+def test_encoding_a_file_is_the_same_alone_and_among_others(
+    sd: sdkit.StableDiffusion, photos: Path, tmp_path: Path
+) -> None:
+    """Seeds count files, broken ones too: face.png is the third, cat.png the fourth."""
+    encode_files(sd.vae, [photos], tmp_path / "all", seed=10)
+    for name, seed in (("face.png", 12), ("sub/cat.png", 13)):
+        encode_files(sd.vae, [photos / name], tmp_path / "one", seed=seed)
+        alone = latents.load(tmp_path / "one" / Path(name).with_suffix(".safetensors").name).z
+        among = latents.load(tmp_path / "all" / Path(name).with_suffix(".safetensors")).z
+        torch.testing.assert_close(alone, among, rtol=0, atol=1e-5)
+
+
+def test_the_mean_is_that_of_the_vae(sd: sdkit.StableDiffusion, photos: Path, tmp_path: Path) -> None:
+    (path,) = encode_files(sd.vae, [photos / "face.png"], tmp_path, sample=False).done
+    mean, _ = sd.vae.moments(photos / "face.png")
+    torch.testing.assert_close(latents.load(path).z, (mean[0] - sd.vae.shift) * sd.vae.scale)
+
+
+def test_outputs_never_overwrite_one_another_or_an_input(
+    sd: sdkit.StableDiffusion, astronaut: Image.Image, tmp_path: Path
+) -> None:
+    small = astronaut.resize((16, 16))
+    for name in ("a.png", "a.jpg", "b.png", "x/c.png", "y/c.png", "A.webp"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        small.save(tmp_path / name)
+    given = [tmp_path / name for name in ("a.png", "a.jpg", "A.webp", "b.png", "x/c.png", "y/c.png")]
+    done = encode_files(sd.vae, given, tmp_path / "out").done
+    assert [path.name for path in done] == [
+        "a.png.safetensors",
+        "a.jpg.safetensors",
+        "A.webp.safetensors",
+        "b.safetensors",
+        "c.png.safetensors",
+        "c.png-1.safetensors",
+    ]
+    assert [latents.load(path).source for path in done] == [path.name for path in given]
+
+    small.save(tmp_path / "b-reconstruction.png")
+    before = (tmp_path / "b-reconstruction.png").read_bytes()
+    inputs = [tmp_path / "b.png", tmp_path / "b-reconstruction.png"]
+    done_files = [one.path.name for one in reconstruct_files(sd.vae, inputs, tmp_path).done]
+    assert done_files == ["b-1-reconstruction.png", "b-reconstruction-reconstruction.png"]
+    assert (tmp_path / "b-reconstruction.png").read_bytes() == before
+
+
+def test_a_second_run_does_not_take_what_the_first_one_wrote(
+    sd: sdkit.StableDiffusion, astronaut: Image.Image, tmp_path: Path
+) -> None:
+    astronaut.resize((16, 16)).save(tmp_path / "a.png")
+    first = reconstruct_files(sd.vae, [tmp_path], tmp_path / "out")
+    second = reconstruct_files(sd.vae, [tmp_path], tmp_path / "out")
+    assert (
+        [one.path for one in first.done] == [one.path for one in second.done] == [tmp_path / "out/a-reconstruction.png"]
+    )
+
+
+def test_decode_restores_sizes_and_equals_the_vae(sd: sdkit.StableDiffusion, photos: Path, tmp_path: Path) -> None:
+    encode_files(sd.vae, [photos], tmp_path / "latents")
+    report = decode_files(sd.vae, [tmp_path / "latents"], tmp_path / "decoded")
+    assert report.failed == []
+    assert {path.name: opened(path).size for path in report.done} == {
+        "face.png": (64, 64),
+        "cat.png": (61, 43),
+        "flag.png": (40, 64),
+    }
+    z = latents.load(tmp_path / "latents/sub/cat.safetensors").z
+    (expected,) = sd.vae.decode(z[None], size=(43, 61))
+    assert np.abs(pixels(tmp_path / "decoded/sub/cat.png") - np.asarray(expected)).max() <= 1
+
+
+def test_decode_reports_other_vaes_and_forces_them_where_it_can(sd: sdkit.StableDiffusion, tmp_path: Path) -> None:
+    fields = {"vae_name": "x", "scale": 1.0, "sdkit": "0", "dtype": "float32", "height": 16, "width": 16}
+    latents.save(latents.Latent(z=torch.zeros(4, 2, 2), vae="f" * 16, **fields), tmp_path / "other.safetensors")
+    latents.save(latents.Latent(z=torch.zeros(16, 2, 2), vae="f" * 16, **fields), tmp_path / "wide.safetensors")
+    (tmp_path / "torn.safetensors").write_bytes((tmp_path / "other.safetensors").read_bytes()[:-10])
+    refused = decode_files(sd.vae, [tmp_path], tmp_path / "out")
+    assert (refused.done, [path.name for path, _ in refused.failed]) == (
+        [],
+        ["other.safetensors", "torn.safetensors", "wide.safetensors"],
+    )
+    forced = decode_files(sd.vae, [tmp_path], tmp_path / "out", force=True)
+    assert [path.name for path in forced.done] == ["other.png"]
+    assert "16 channels" in dict(forced.failed)[tmp_path / "wide.safetensors"]
+
+
+def test_reconstructions_are_measured_as_scikit_image_does(
+    sd: sdkit.StableDiffusion, photos: Path, tmp_path: Path
+) -> None:
+    report = reconstruct_files(sd.vae, [photos], tmp_path / "out")
+    assert [one.source.name for one in report.done] == ["face.png", "cat.png", "flag.webp"]
+    assert len(report.failed) == 2
+    for one in report.done:
+        both = np.asarray(opened(one.path))
+        before, after = both[:, : one.width], both[:, -one.width :]
+        np.testing.assert_array_equal(before, pixels(one.source))
+        assert one.psnr == pytest.approx(skimage.metrics.peak_signal_noise_ratio(before, after), abs=1e-6)
+        ssim = skimage.metrics.structural_similarity(
+            before,
+            after,
+            channel_axis=-1,
+            data_range=255,
+            gaussian_weights=True,
+            sigma=1.5,
+            use_sample_covariance=False,
+        )
+        assert one.ssim == pytest.approx(ssim, abs=1e-4)
+    psnr, ssim_mean = mean_scores(report.done)
+    assert psnr == pytest.approx(np.mean([one.psnr for one in report.done]))
+    assert ssim_mean == pytest.approx(np.mean([one.ssim for one in report.done]))
+    assert mean_scores([]) == (None, None)
+
+
+def test_an_image_too_small_for_ssim_still_has_a_psnr(sd: sdkit.StableDiffusion, tmp_path: Path) -> None:
+    Image.new("RGB", (10, 30), "red").save(tmp_path / "tiny.png")
+    (one,) = reconstruct_files(sd.vae, [tmp_path / "tiny.png"], tmp_path / "out").done
+    assert one.ssim is None
+    assert math.isfinite(one.psnr)
+
+
+def test_files_are_written_batch_by_batch(
+    sd: sdkit.StableDiffusion, astronaut: Image.Image, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A job that is stopped half-way keeps what it finished, and holds only so many pixels at a time."""
+    for i in range(6):
+        astronaut.resize((32, 32)).save(tmp_path / f"{i}.png")
+    monkeypatch.setattr("sdkit.jobs.PIXELS_HELD", 2 * 32 * 32)
+    held = []
+    real = sd.vae.encode
+
+    def encode(pictures: list[Image.Image], **options: object) -> object:
+        held.append(len(pictures))
+        if len(held) == 3:
+            raise KeyboardInterrupt
+        return real(pictures, **options)
+
+    monkeypatch.setattr(sd.vae, "encode", encode)
+    with pytest.raises(KeyboardInterrupt):
+        encode_files(sd.vae, [tmp_path], tmp_path / "out")
+    assert held == [2, 2, 2]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [f"{i}.safetensors" for i in range(4)]
+
+
+@pytest.mark.parametrize(("sampler", "eta"), [("ddim", 0.0), ("ddim", 0.7), ("ddpm", 0.0), ("dpm++2m", 0.0)])
+def test_each_image_of_a_batch_is_made_again_alone(
+    sd: sdkit.StableDiffusion, tmp_path: Path, sampler: str, eta: float
+) -> None:
+    recipe = Recipe(steps=6, sampler=sampler, eta=eta, seed=3, negative_prompt="blue")
+    prompts = ["a red apple on a blue background", "cat", "a ghost", "pizza"]
+    for path in generate_files(sd, prompts, tmp_path / "four", recipe):
+        found = Recipe.read(path)
+        (again,) = generate_files(sd, [found.prompt], tmp_path / "again.png", found)
+        difference = np.abs(pixels(path) - pixels(again))
+        assert difference.max() <= 1  # batches of other sizes are added up in another order
+        assert (difference > 0).mean() < 1e-2
+        assert opened(path).text == opened(again).text  # type: ignore[attr-defined]
+
+
+def test_in_bfloat16_an_image_is_made_again_within_one_level(tmp_path: Path) -> None:
+    half = sdkit.StableDiffusion.from_pretrained("emoji", dtype="bf16", device="cpu")
+    path = generate_files(half, ["red apple", "cat", "ghost", "pizza"], tmp_path, Recipe(steps=6))[2]
+    (again,) = generate_files(half, ["ghost"], tmp_path / "again.png", Recipe.read(path))
+    assert np.abs(pixels(path) - pixels(again)).max() <= 2  # 1 was measured, over 30 steps
+
+
+def test_names_go_on_from_an_earlier_run_and_tell_prompt_and_seed(sd: sdkit.StableDiffusion, tmp_path: Path) -> None:
+    first = generate_files(sd, ["A cat, on/a \\mat!", ""], tmp_path, Recipe(steps=1, seed=7), count=2)
+    assert [path.name for path in first] == [
+        "0001-a-cat-on-a-mat-7.png",
+        "0002-a-cat-on-a-mat-8.png",
+        "0003-image-9.png",
+        "0004-image-10.png",
+    ]
+    (tmp_path / "0002-a-cat-on-a-mat-8.png").unlink()
+    second = generate_files(sd, ["../猫" * 200], tmp_path, Recipe(steps=1), grid=True)
+    assert re.fullmatch(r"0005-[猫-]+-0\.png", second[0].name)
+    assert second[1].name == "0006-grid.png"
+    assert all(path.parent == tmp_path for path in second)
+
+
+def test_the_size_is_recorded_and_kept(sd: sdkit.StableDiffusion, tmp_path: Path) -> None:
+    (path,) = generate_files(sd, ["x"], tmp_path / "x.png", Recipe(steps=1, height=50, width=43))
+    assert opened(path).size == (43, 50)
+    assert (Recipe.read(path).height, Recipe.read(path).width) == (50, 43)
+
+
+def test_a_recipe_goes_through_a_png_unchanged(tmp_path: Path) -> None:
+    recipe = Recipe(
+        prompt="naïve 猫\nsecond line",
+        negative_prompt="ünlike",
+        seed=2**62,
+        sampler="ddpm",
+        steps=7,
+        scale=1 / 3,
+        eta=0.25,
+        spacing="linspace",
+        rescale=0.7,
+        interval=(0.28, math.inf),
+        clip_skip=1,
+        weighting=True,
+        height=64,
+        width=72,
+        model="some/model",
+        revision="main",
+        variant="fp16",
+        config="folder",
+        prediction_type="epsilon",
+        dtype="float16",
+    )
+    images.save(Image.new("RGB", (8, 8)), tmp_path / "x.png", recipe.text())
+    assert Recipe.read(tmp_path / "x.png") == recipe
+    images.save(Image.new("RGB", (8, 8)), tmp_path / "y.png", Recipe(prompt="y").text())
+    assert Recipe.read(tmp_path / "y.png") == Recipe(prompt="y")
+    required = {"prompt", "negative_prompt", "seed", "sampler", "steps", "scale", "model", "sdkit"}
+    assert required <= set(Recipe().text())
+
+
+def test_another_model_takes_nothing_over_from_the_old_one() -> None:
+    recipe = Recipe(height=64, spacing="trailing", revision="main", steps=7)
+    assert recipe.but(model="other", width=72) == Recipe(model="other", width=72, steps=7)
+    assert recipe.but(model="emoji") == recipe
+
+
+def test_prompts_are_read_line_by_line(tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_bytes("\ufeffa cat\r\n\n  # no\n a dog \nnaïve #1".encode())
+    assert read_prompts(tmp_path / "p.txt") == ["a cat", "a dog", "naïve #1"]
+
+
+def test_nothing_half_written_stays_when_the_disk_is_full(sd: sdkit.StableDiffusion, tmp_path: Path) -> None:
+    with pytest.raises(sdkit.SdkitError, match="cannot write"):
+        generate_files(sd, ["x"], Path("/dev/full/x.png"), QUICK)
+    generate_files(sd, ["x"], tmp_path, QUICK)
+    assert no_temporary_files(tmp_path)
