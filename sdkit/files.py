@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import stat
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
@@ -55,7 +56,10 @@ def find(paths: Iterable[str | Path], suffixes: Collection[str]) -> list[Path]:
     The order is that of `paths`, sorted within a folder. Hidden files and folders inside are skipped, repetitions too.
     Raises `SdkitError` for a path that does not exist or cannot be read, and where nothing is found.
     """
-    given = [Path(path) for path in paths]
+    names = list(paths)
+    if not all(str(name) for name in names):
+        raise SdkitError("an empty name is no file or folder; check the names.")
+    given = [Path(name) for name in names]
     found: list[Path] = []
     for path in given:
         found += _expand(path, suffixes)
@@ -68,7 +72,8 @@ def find(paths: Iterable[str | Path], suffixes: Collection[str]) -> list[Path]:
 def _expand(path: Path, suffixes: Collection[str]) -> list[Path]:
     try:
         if not path.is_dir():
-            path.stat()  # raises where there is no such file
+            if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe or a device might never end
+                raise SdkitError(f"{path} is neither a regular file nor a folder; name one.")
             return [path]
         inside = [file for file in path.rglob("*") if file.suffix.lower() in suffixes and file.is_file()]
     except OSError as error:

@@ -282,8 +282,8 @@ def _targets(paths: Iterable[str | Path], suffixes: Collection[str], out: str | 
     Inputs that differ only in their suffix keep it in the output's name, and no input is ever overwritten. What an
     earlier run left in an `out` inside an input folder is no input.
     """
-    given, folder = [Path(path) for path in paths], Path(out)
-    sources = find(given, suffixes)
+    names, folder = list(paths), Path(out)
+    sources, given = find(names, suffixes), [Path(name) for name in names]
     _folder(folder)
     roots = {source: next((root for root in given if root in source.parents), source.parent) for source in sources}
     earlier = {source for source in sources if folder in source.parents and roots[source] in folder.parents}

@@ -206,3 +206,11 @@ def test_encodable() -> None:
     assert encodable(os.fsdecode(b"\xff.png")) == (
         "?.png" if os.name == "posix" else encodable(os.fsdecode(b"\xff.png"))
     )
+
+
+def test_find_refuses_what_is_neither_file_nor_folder(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(SdkitError, match="neither a regular file nor a folder"):
+        find([tmp_path / "pipe.png"], {".png"})
+    with pytest.raises(SdkitError, match="empty name"):
+        find([""], {".png"})
