@@ -8,7 +8,16 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from sdkit.errors import ArgumentError, ImageError, LatentError, SdkitError, SourceError
+from sdkit.errors import (
+    ArgumentError,
+    CacheError,
+    DataError,
+    ImageError,
+    LatentError,
+    SdkitError,
+    SourceError,
+    TrainingError,
+)
 
 if TYPE_CHECKING:
     from sdkit import guidance, images, latents, metrics, samplers
@@ -24,6 +33,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ArgumentError",
+    "CacheError",
+    "DataError",
     "ImageError",
     "Latent",
     "LatentError",
@@ -34,6 +45,7 @@ __all__ = [
     "StableDiffusion",
     "Step",
     "TextEncoder",
+    "TrainingError",
     "UNet",
     "VAE",
     "__version__",

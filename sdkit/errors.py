@@ -22,3 +22,15 @@ class ImageError(SdkitError):
 
 class LatentError(SdkitError):
     """A latent file cannot be read, or belongs to another VAE."""
+
+
+class DataError(SdkitError):
+    """A data set cannot be found or read, or holds nothing to train on."""
+
+
+class CacheError(SdkitError):
+    """A latent cache is damaged, or was made by other networks or settings than those asked for."""
+
+
+class TrainingError(SdkitError):
+    """A training run cannot start, go on, or resume."""

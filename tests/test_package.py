@@ -95,6 +95,14 @@ def test_the_package_is_under_5000_lines() -> None:
     assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in MODULES) < 5000
 
 
+def test_every_module_has_its_layer_in_the_import_contract() -> None:
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    (block,) = re.findall(r"^layers = \[\n(.*?)^\]", text, flags=re.MULTILINE | re.DOTALL)
+    layers = re.findall(r"[\w.]+", block)
+    modules = [path.relative_to(ROOT / "sdkit").with_suffix("") for path in MODULES if path.stem != "__init__"]
+    assert sorted(layers) == sorted(".".join(module.parts) for module in modules)
+
+
 def imported_by(path: Path) -> set[str]:
     """Top-level names of everything that a file imports, inside functions too."""
     names = set()
