@@ -219,8 +219,9 @@ def fetch(place: Place, files: list[str]) -> Path:
             try:
                 return Path(snapshot_download(place.name, revision=place.revision, allow_patterns=files))
             except errors.OfflineModeIsEnabled:  # huggingface_hub 1.x does not look into its cache for a commit
-                cached = {"revision": place.revision, "allow_patterns": files, "local_files_only": True}
-                return Path(snapshot_download(place.name, **cached))
+                return Path(
+                    snapshot_download(place.name, revision=place.revision, allow_patterns=files, local_files_only=True)
+                )
     except errors.LocalEntryNotFoundError as error:
         if partial := getattr(error, "snapshot_path", None):
             return Path(partial)  # it may have what is needed all the same; if not, `absent` says so

@@ -1,0 +1,46 @@
+"""The PatchGAN discriminator, which a VAE's reconstructions learn to pass."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from sdkit.errors import ImageError
+
+SMALLEST = 24  # pixels, that leave one logit
+
+
+class Discriminator(nn.Module):
+    """Logits (B, 1, H/8 - 2, W/8 - 2) for images (B, 3, H, W) in [-1, 1]: each says how real a patch of 70 x 70 looks.
+
+    Isola et al. 2017 (https://arxiv.org/abs/1611.07004, appendix 6.1.2) with the three layers of VQGAN (Esser et al.
+    2021), convolutions drawn from N(0, 0.02). GroupNorm in place of BatchNorm: a logit then depends on its own image
+    alone, and so not on how a batch is split over processes, accumulation and real and fake passes.
+    """
+
+    def __init__(self, channels: int = 64) -> None:
+        """`channels` after the first convolution, a multiple of 16; then twice, four and eight times as many."""
+        super().__init__()
+        layers: list[nn.Module] = [nn.Conv2d(3, channels, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
+        for stride in (2, 2, 1):
+            layers += [
+                nn.Conv2d(channels, 2 * channels, 4, stride=stride, padding=1, bias=False),
+                nn.GroupNorm(32, 2 * channels),
+                nn.LeakyReLU(0.2),
+            ]
+            channels *= 2
+        self.layers = nn.Sequential(*layers, nn.Conv2d(channels, 1, 4, padding=1))
+        for layer in self.layers:
+            if isinstance(layer, nn.Conv2d):
+                nn.init.normal_(layer.weight, 0.0, 0.02)
+            if isinstance(layer, nn.Conv2d) and layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits, (B, 1, H/8 - 2, W/8 - 2), of images (B, 3, H, W); raises ImageError under 24 pixels."""
+        if min(x.shape[2:]) < SMALLEST:
+            height, width = x.shape[2:]
+            raise ImageError(
+                f"the discriminator needs images of at least {SMALLEST} x {SMALLEST} pixels, not {width} x {height}."
+            )
+        logits: Tensor = self.layers(x)
+        return logits
