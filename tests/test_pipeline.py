@@ -89,6 +89,15 @@ class TestAgainstDiffusers:
         z = sd(PROMPTS[:2], latents=latents, spacing=spacing, output_type="latent", **common)
         torch.testing.assert_close(z, expected, atol=1e-4, rtol=0)
 
+    def test_diffusers_loads_the_embedded_folder_and_runs_it_unchanged(self, sd: sdkit.StableDiffusion) -> None:
+        from diffusers import StableDiffusionPipeline
+
+        pipe = StableDiffusionPipeline.from_pretrained(EMOJI)
+        pipe.set_progress_bar_config(disable=True)
+        latents = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+        common = {"prompt": "a cat", "latents": latents, "num_inference_steps": 2, "output_type": "latent"}
+        torch.testing.assert_close(sd(**common), pipe(**common).images, atol=1e-4, rtol=0)
+
     def test_rescaled_guidance_and_image(self, sd: sdkit.StableDiffusion) -> None:
         pipe = diffusers_pipeline(sd)
         latents = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))

@@ -23,6 +23,7 @@ from sdkit.arguments import seeded, whole
 from sdkit.device import memory_format, resolve_device, resolve_dtype
 from sdkit.errors import ArgumentError
 from sdkit.images import Images
+from sdkit.models.attention import quicken_attention
 from sdkit.models.source import load_vae
 from sdkit.models.tiling import tiled, whole_image_statistics
 from sdkit.models.wrapper import Wrapper
@@ -89,6 +90,7 @@ class VAE(Wrapper):
             load_vae(source, dtype=torch.float32, revision=revision, variant=variant, config=config), name=str(source)
         )
         vae.eval().to(device=device, dtype=dtype, memory_format=memory_format(dtype))  # type: ignore[call-overload]
+        quicken_attention(vae.network, dtype, device)
         if compile:
             vae.network.encoder.compile()
             vae.network.decoder.compile()

@@ -1,0 +1,59 @@
+"""Attention in pieces against PyTorch's own."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers.models import AutoencoderKL, UNet2DConditionModel
+
+import sdkit
+from sdkit.models import attention as module
+from sdkit.models.attention import attention, quicken_attention
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1, 8), (6, 64, 64, 16), (6, 64, 7, 16), (3, 100, 33, 40)], ids=str)
+@pytest.mark.parametrize("scores", [1, 50, 5000, 2**21])
+def test_equals_pytorchs(shape: tuple[int, int, int, int], scores: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "SCORES", scores)
+    n, rows, columns, d = shape
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(n, rows, d, generator=generator, dtype=torch.float64)
+    k, v = torch.randn(2, n, columns, d, generator=generator, dtype=torch.float64)
+    expected = F.scaled_dot_product_attention(q[None], k[None], v[None])[0]
+    torch.testing.assert_close(attention(q, k, v), expected, atol=1e-12, rtol=0)
+
+
+@pytest.mark.skipif(torch.cpu._is_amx_tile_supported(), reason="with AMX PyTorch's own attention is the faster")
+def test_networks_give_the_same_with_and_without_it() -> None:
+    torch.manual_seed(0)
+    small = {"block_out_channels": (32, 64), "norm_num_groups": 8}
+    unet = UNet2DConditionModel(
+        **small,
+        sample_size=8,
+        cross_attention_dim=24,
+        attention_head_dim=8,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    )
+    vae = AutoencoderKL(**small, down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2)
+    x, cond = torch.randn(2, 4, 8, 8), torch.randn(2, 5, 24)
+    for network, run in (
+        (unet, lambda: unet(x, 500, encoder_hidden_states=cond).sample),
+        (vae, lambda: vae.decode(x).sample),
+    ):
+        with torch.no_grad():
+            expected = run()
+            before = set(map(type, network.attn_processors.values()))
+            quicken_attention(network, torch.bfloat16, torch.device("cpu"))
+            assert set(map(type, network.attn_processors.values())) != before
+            torch.testing.assert_close(run(), expected, atol=1e-5, rtol=0)
+        run().sum().backward()  # with gradients it is diffusers' own
+        assert all(
+            p.grad is not None for name, p in network.named_parameters() if "to_q" in name and "encoder" not in name
+        )
+
+
+def test_only_where_it_is_the_faster() -> None:
+    unet = sdkit.UNet.from_pretrained("emoji", dtype="fp32", device="cpu").network
+    assert {type(processor).__name__ for processor in unet.attn_processors.values()} == {"AttnProcessor2_0"}
