@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from numbers import Real
 from typing import Any
 
@@ -55,7 +55,7 @@ def strings(name: str, value: Any) -> list[str]:
 
 def seeded(seed: int | Sequence[int], n: int) -> list[torch.Generator]:
     """One CPU generator for each of n images: image i's from seed + i, or from the i-th of a list."""
-    seeds = list(seed) if isinstance(seed, (list, tuple)) else None
+    seeds = list(seed) if isinstance(seed, Iterable) and not isinstance(seed, str) else None
     if seeds is not None and len(seeds) != n:
         raise ArgumentError(f"{len(seeds)} seeds cannot serve {n} images: give one, or one for each.")
     if seeds is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from sdkit.errors import ArgumentError
 from sdkit.schedule import NoiseSchedule, Predict, Prediction
 
 Model = Callable[[Tensor, int, Tensor], Tensor]
+TINY = 1e-30  # what divides in place of 0
 
 
 def cfg(uncond: Tensor, cond: Tensor, scale: float) -> Tensor:
@@ -30,7 +32,7 @@ def rescale(guided: Tensor, cond: Tensor, phi: float) -> Tensor:
     deviation.
     """
     dims = tuple(range(1, cond.ndim))
-    restored = guided * (cond.std(dims, keepdim=True) / guided.std(dims, keepdim=True))
+    restored = guided * (cond.std(dims, keepdim=True) / guided.std(dims, keepdim=True).clamp(min=TINY))
     return phi * restored + (1 - phi) * guided
 
 
@@ -61,7 +63,7 @@ def apg(
     if settings.norm_threshold > 0:
         norm = torch.linalg.vector_norm(update, dim=dims, keepdim=True)
         update = update * (settings.norm_threshold / norm).clamp(max=1)
-    unit = cond_x0 / torch.linalg.vector_norm(cond_x0, dim=dims, keepdim=True)
+    unit = cond_x0 / torch.linalg.vector_norm(cond_x0, dim=dims, keepdim=True).clamp(min=TINY)
     parallel = (update * unit).sum(dims, keepdim=True) * unit
     return cond_x0 + (scale - 1) * (update - parallel + settings.eta * parallel), average
 
@@ -84,10 +86,14 @@ def guided(
         level sigma = sqrt((1 - a) / a) lies outside `interval` = (low, high] (Kynkäänniemi et al. 2024,
         https://arxiv.org/abs/2404.07724), one pass over B. `phi` is `rescale`'s; `projected` replaces `cfg` by `apg`.
     """
-    scale = number("the guidance scale", scale)
+    scale = number("the guidance scale", scale, -1e6, 1e6)
     phi = number("the guidance rescale (phi)", phi, 0, 1)
-    if interval is not None and not (len(interval) == 2 and 0 <= interval[0] < interval[1]):
-        raise ArgumentError(f"the guidance interval must be two noise levels, 0 <= low < high, not {interval}.")
+    if interval is not None:
+        numbers = isinstance(interval, (tuple, list)) and all(isinstance(level, Real) for level in interval)
+        if not numbers or len(interval) != 2 or not 0 <= interval[0] < interval[1]:
+            raise ArgumentError(f"the guidance interval must be two noise levels, 0 <= low < high, not {interval}.")
+    if projected is not None and not isinstance(projected, APG):
+        raise ArgumentError(f"projected guidance takes its settings as sdkit.guidance.APG(...), not {projected!r}.")
     if phi and projected is not None:
         raise ArgumentError("guidance is either rescaled or projected (APG): give one of the two.")
     if scale != 1 and uncond is None:

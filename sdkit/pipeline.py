@@ -200,7 +200,8 @@ class StableDiffusion:
         if latents is not None:
             if not isinstance(latents, Tensor) or latents.ndim != 4:
                 raise ArgumentError("latents must be a tensor (N, 4, h, w) of standard normal noise.")
-            height, width = height or latents.shape[2] * factor, width or latents.shape[3] * factor
+            height = latents.shape[2] * factor if height is None else height
+            width = latents.shape[3] * factor if width is None else width
         height = whole("height", side * factor if height is None else height, factor, LONGEST_SIDE)
         return height, whole("width", side * factor if width is None else width, factor, LONGEST_SIDE)
 

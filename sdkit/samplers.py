@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sdkit.arguments import one_of
+from sdkit.arguments import number, one_of
 from sdkit.errors import ArgumentError
 from sdkit.schedule import VARIANCE_TYPES, NoiseSchedule, Predict, Prediction
 
@@ -44,7 +44,7 @@ def ddim_step(
 ) -> Tensor:
     """x_prev by DDIM (Song et al. 2021, https://arxiv.org/abs/2010.02502, eq. 12 and 16). eta = 0 is deterministic, eta
     = 1 is DDPM."""
-    sigma = eta * math.sqrt((1 - alpha_prev) / (1 - alpha) * (1 - alpha / alpha_prev))
+    sigma = eta * math.sqrt((1 - alpha_prev) / (1 - alpha) * (1 - alpha / alpha_prev)) if eta else 0.0
     direction = math.sqrt(max(1 - alpha_prev - sigma**2, 0.0))
     x_prev = math.sqrt(alpha_prev) * prediction.x0 + direction * prediction.eps
     return x_prev if noise is None else x_prev + sigma * noise
@@ -123,6 +123,7 @@ def ddim(
     clip_x0: float | None = None,
 ) -> Iterator[Step]:
     """DDIM, with `eta` in [0, 1] times DDPM's noise. Ends at the schedule's `final_alpha_cumprod`."""
+    eta = number("eta", eta, 0, 1)
     x = x_T
     for i, (t, t_prev) in enumerate(timesteps):
         alpha, alpha_prev = schedule.alpha_cumprod(t), schedule.alpha_cumprod(t_prev)

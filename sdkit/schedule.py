@@ -29,6 +29,24 @@ KINDS = {
     "sample": "sample",
 }
 SPACINGS = ("leading", "trailing", "linspace")
+KNOWN_SCHEDULERS = {
+    **dict.fromkeys(("DDIMScheduler", "DDPMScheduler", "PNDMScheduler", "LCMScheduler", "TCDScheduler"), "leading"),
+    **dict.fromkeys(
+        (
+            *("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "HeunDiscreteScheduler"),
+            *("DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler", "DPMSolverSDEScheduler"),
+            *("KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler", "LMSDiscreteScheduler"),
+            *("DEISMultistepScheduler", "UniPCMultistepScheduler"),
+        ),
+        "linspace",
+    ),
+}
+"""diffusers' schedulers for models such as Stable Diffusion, each with its default spacing."""
+LATENT_DEFAULTS = (
+    *("HeunDiscreteScheduler", "KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler"),
+    *("DPMSolverSDEScheduler", "LCMScheduler", "TCDScheduler"),
+)
+"""Those whose default betas are latent diffusion's."""
 VARIANCE_TYPES = ("fixed_small", "fixed_large", "learned_range")
 
 
@@ -80,7 +98,10 @@ class NoiseSchedule:
         one_of("prediction_type", self.prediction_type, KINDS)
         one_of("timestep_spacing", self.timestep_spacing, SPACINGS)
         one_of("variance_type", self.variance_type, VARIANCE_TYPES)
-        object.__setattr__(self, "betas", betas)
+        if betas[0] == 0 or bool((torch.cumprod(1 - betas[:-1], dim=0) == 0).any()):
+            raise ArgumentError("betas must begin above 0, and only the last may be 1.")
+        whole("steps_offset", self.steps_offset, 0)
+        object.__setattr__(self, "betas", betas.clone())
         object.__setattr__(self, "prediction_type", KINDS[self.prediction_type])
         object.__setattr__(self, "alphas_cumprod", torch.cumprod(1 - betas, dim=0))
 
@@ -94,7 +115,7 @@ class NoiseSchedule:
         cls, num_timesteps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02, **fields: Any
     ) -> NoiseSchedule:
         """Betas evenly spaced, as in DDPM (Ho et al. 2020, section 4)."""
-        return cls(betas=torch.linspace(beta_start, beta_end, num_timesteps, dtype=torch.float64), **fields)
+        return cls(betas=_linspace(beta_start, beta_end, num_timesteps), **fields)
 
     @classmethod
     def scaled_linear(
@@ -102,7 +123,7 @@ class NoiseSchedule:
     ) -> NoiseSchedule:
         """Square roots of the betas evenly spaced, as in latent diffusion (Rombach et al. 2022); the defaults are
         Stable Diffusion's."""
-        roots = torch.linspace(beta_start**0.5, beta_end**0.5, num_timesteps, dtype=torch.float64)
+        roots = _linspace(beta_start**0.5, beta_end**0.5, num_timesteps)
         return cls(betas=roots**2, **fields)
 
     @classmethod
@@ -110,7 +131,7 @@ class NoiseSchedule:
         cls, num_timesteps: int = 1000, s: float = 0.008, max_beta: float = 0.999, **fields: Any
     ) -> NoiseSchedule:
         """alphas_cumprod along a squared cosine (Nichol & Dhariwal 2021, https://arxiv.org/abs/2102.09672, eq. 17)."""
-        u = torch.arange(num_timesteps + 1, dtype=torch.float64) / num_timesteps
+        u = _linspace(0, 1, num_timesteps + 1)
         f = torch.cos((u + s) / (1 + s) * math.pi / 2) ** 2
         return cls(betas=(1 - f[1:] / f[:-1]).clamp(max=max_beta), **fields)
 
@@ -127,7 +148,12 @@ class NoiseSchedule:
         from sdkit.models.source import load_scheduler_config
 
         return cls.from_config(
-            load_scheduler_config(source, revision=revision, config=config, prediction_type=prediction_type)
+            load_scheduler_config(
+                source,
+                revision=revision,
+                config=config,
+                prediction_type=None if prediction_type is None else KINDS.get(prediction_type, prediction_type),
+            )
         )
 
     @classmethod
@@ -137,7 +163,9 @@ class NoiseSchedule:
         Absent keys have that scheduler's own defaults, but a zero-terminal-SNR schedule is "trailing" unless it says
         otherwise: "leading" never starts from pure noise, for which such models are made.
         """
-        name = config.get("_class_name", "DDIMScheduler")
+        name = config.get("_class_name", "")
+        if name and name not in KNOWN_SCHEDULERS:
+            raise ArgumentError(f"a schedule of {name} is not one of Stable Diffusion 1.x / 2.x, and cannot be used.")
         if config.get("thresholding"):
             raise ArgumentError("this model's scheduler asks for dynamic thresholding, which sdkit does not offer.")
         variance_type = str(config.get("variance_type") or "fixed_small").removesuffix("_log")
@@ -146,7 +174,9 @@ class NoiseSchedule:
         schedule = cls(
             betas=_betas_from_config(config),
             prediction_type=config.get("prediction_type", "epsilon"),
-            timestep_spacing=config.get("timestep_spacing", "trailing" if zero_snr else "leading"),
+            timestep_spacing=config.get(
+                "timestep_spacing", "trailing" if zero_snr else KNOWN_SCHEDULERS.get(name, "leading")
+            ),
             steps_offset=config.get("steps_offset", 0),
             set_alpha_to_one=config.get("set_alpha_to_one", name != "PNDMScheduler"),
             variance_type=variance_type,
@@ -196,7 +226,7 @@ class NoiseSchedule:
         Spacings are those of Lin et al. 2023, table 2: "leading" (Stable Diffusion's, never reaches T - 1), "trailing"
         (starts at T - 1: the one for zero-terminal-SNR models), "linspace" (both ends).
         """
-        T, spacing = self.num_timesteps, spacing or self.timestep_spacing
+        T, spacing = self.num_timesteps, self.timestep_spacing if spacing is None else spacing
         n = whole("the number of steps", n, 1, T)
         one_of("spacing", spacing, SPACINGS)
         if spacing == "leading":
@@ -255,16 +285,23 @@ class NoiseSchedule:
     def _signal_noise(self, t: int | Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """sqrt(a_t) and sqrt(1 - a_t), of float32 or wider, shaped to broadcast over (B, ...)."""
         a = self.alphas_cumprod[self._checked(t)]
-        shape = (-1,) + (1,) * (like.ndim - 1) if a.ndim else ()
+        shape = (-1,) + (1,) * (
+            like.ndim - 1
+        )  # a scalar would not widen half precision
         dtype = torch.promote_types(like.dtype, torch.float32)
         return a.sqrt().reshape(shape).to(like.device, dtype), (1 - a).sqrt().reshape(shape).to(like.device, dtype)
+
+
+def _linspace(start: float, end: float, n: int) -> Tensor:
+    return torch.linspace(start, end, whole("num_timesteps", n, 1), dtype=torch.float64)
 
 
 def _betas_from_config(config: Mapping[str, Any]) -> Tensor:
     if config.get("trained_betas") is not None:
         return torch.as_tensor(config["trained_betas"], dtype=torch.float64)
     T = config.get("num_train_timesteps", 1000)
-    span = {"beta_start": config.get("beta_start", 1e-4), "beta_end": config.get("beta_end", 0.02)}
+    start, end = (0.00085, 0.012) if config.get("_class_name") in LATENT_DEFAULTS else (1e-4, 0.02)
+    span = {"beta_start": config.get("beta_start", start), "beta_end": config.get("beta_end", end)}
     kind = config.get("beta_schedule", "linear")
     if kind == "linear":
         return NoiseSchedule.linear(T, **span).betas

@@ -338,3 +338,9 @@ def test_the_interval_at_zero_terminal_snr(high: float, batch: int) -> None:
     predict = guided(model, schedule, COND, UNCOND, 7.5, interval=(0.3, high))
     assert torch.isfinite(predict(normal(0, *SHAPE), 999).x0).all()
     assert model.batches == [batch]
+
+
+def test_nothing_to_divide_by_is_no_nan() -> None:
+    zero = torch.zeros(1, 4, 2, 2)
+    assert rescale(zero, zero, 0.7).isfinite().all()
+    assert apg(zero, zero, 5.0, APG(norm_threshold=1.0))[0].isfinite().all()

@@ -437,3 +437,51 @@ def test_prediction_of_a_half_precision_output_has_the_samples_precision(kind: A
     assert got.x0.dtype == got.eps.dtype == torch.float32
     torch.testing.assert_close(got.x0, expected.x0, rtol=1e-6, atol=1e-5)
     torch.testing.assert_close(got.eps, expected.eps, rtol=1e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "spacing", "set_alpha_to_one", "clip_x0"),
+    [
+        ("DDIMScheduler", "leading", True, 1.0),
+        ("DDPMScheduler", "leading", True, 1.0),
+        ("PNDMScheduler", "leading", False, None),
+        ("EulerDiscreteScheduler", "linspace", True, None),
+        ("DPMSolverMultistepScheduler", "linspace", True, None),
+        ("HeunDiscreteScheduler", "linspace", True, None),
+    ],
+)
+def test_from_config_fills_in_that_schedulers_own_defaults(
+    name: str, spacing: str, set_alpha_to_one: bool, clip_x0: float | None
+) -> None:
+    import diffusers.schedulers
+
+    schedule = NoiseSchedule.from_config({"_class_name": name})
+    theirs = getattr(diffusers.schedulers, name)()
+    assert (schedule.timestep_spacing, schedule.set_alpha_to_one, schedule.clip_x0) == (
+        spacing,
+        set_alpha_to_one,
+        clip_x0,
+    )
+    assert theirs.config.timestep_spacing == spacing
+    torch.testing.assert_close(schedule.alphas_cumprod, theirs.alphas_cumprod.double(), atol=2e-5, rtol=0)
+
+
+def test_from_config_without_a_class_clips_nothing_and_zero_snr_is_trailing() -> None:
+    assert NoiseSchedule.from_config({}).clip_x0 is None
+    assert NoiseSchedule.from_config({"rescale_betas_zero_snr": True}).timestep_spacing == "trailing"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_computed_in_float32_for_a_number_as_for_a_tensor(dtype: torch.dtype) -> None:
+    schedule = NoiseSchedule.scaled_linear()
+    x0, eps = torch.randn(2, 2, 4, 8, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
+    assert torch.equal(schedule.add_noise(x0, eps, 5), schedule.add_noise(x0, eps, torch.tensor([5, 5])))
+    assert torch.equal(schedule.velocity(x0, eps, 5), schedule.velocity(x0.float(), eps.float(), 5).to(dtype))
+    assert schedule.prediction(eps, x0, 5, "v").x0.dtype == torch.float32
+
+
+def test_a_schedule_keeps_its_betas_to_itself() -> None:
+    betas = torch.full((4,), 0.1, dtype=torch.float64)
+    schedule = NoiseSchedule.from_betas(betas)
+    betas.zero_()
+    assert (schedule.betas == 0.1).all()

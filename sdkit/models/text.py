@@ -88,7 +88,7 @@ class TextEncoder(Wrapper):
         prompts = strings("prompts", prompts)
         tokens = [self._tokens(prompt, weighting) for prompt in prompts]
         body = self.length - 2
-        k = max(chunks or 1, *(-(-len(row) // body) for row in tokens))
+        k = max(1 if chunks is None else whole("chunks", chunks, 1), *(-(-len(row) // body) for row in tokens))
         ids = torch.full((len(prompts), k, self.length), self.tokenizer.pad_token_id)
         weights = torch.ones(ids.shape)
         for b, row in enumerate(tokens):
@@ -116,32 +116,34 @@ class TextEncoder(Wrapper):
         return transformer.final_layer_norm(hidden).float()  # type: ignore[no-any-return]
 
 
-_SYNTAX = re.compile(r"\\.|[()\[\]]|:\s*([+-]?(?:\d+\.?\d*|\.\d+))\s*\)|[^\\()\[\]:]+|:|\\", re.DOTALL)
+_SYNTAX = re.compile(r"\\[()\[\]\\]|[()\[\]]|:\s*([+-]?(?:\d+\.?\d*|\.\d+))\s*\)|[^\\()\[\]:]+|:|\\", re.DOTALL)
 
 
 def parse_weights(prompt: str) -> list[tuple[str, float]]:
     """A1111's prompt syntax as (text, weight) pairs: `(a)` 1.1, `((a))` 1.21, `[a]` 1 / 1.1, `(a:1.3)` 1.3; `\\(`
     escapes; open brackets close at the end."""
     pieces: list[tuple[str, float]] = []
-    opened: list[tuple[str, int]] = []  # brackets not yet closed: which, and the first piece inside
+    opened: dict[str, list[int]] = {"(": [], "[": []}  # brackets not yet closed: the first piece inside
 
     def close(start: int, factor: float) -> None:
         pieces[start:] = [(text, weight * factor) for text, weight in pieces[start:]]
 
     for match in _SYNTAX.finditer(prompt):
         symbol = match[0]
-        if symbol in "([":
-            opened.append((symbol, len(pieces)))
-        elif match[1] is not None and opened and opened[-1][0] == "(":
-            close(opened.pop()[1], float(match[1]))
-        elif symbol == ")" and opened and opened[-1][0] == "(":
-            close(opened.pop()[1], 1.1)
-        elif symbol == "]" and opened and opened[-1][0] == "[":
-            close(opened.pop()[1], 1 / 1.1)
+        if symbol in opened:
+            opened[symbol].append(len(pieces))
+        elif match[1] is not None and opened["("]:
+            close(opened["("].pop(), float(match[1]))
+        elif symbol == ")" and opened["("]:
+            close(opened["("].pop(), 1.1)
+        elif symbol == "]" and opened["["]:
+            close(opened["["].pop(), 1 / 1.1)
         else:
-            pieces.append((symbol[1:] if symbol[0] == "\\" and len(symbol) > 1 else symbol, 1.0))
-    for bracket, start in reversed(opened):
-        close(start, 1.1 if bracket == "(" else 1 / 1.1)
+            pieces.append((symbol.removeprefix("\\"), 1.0))
+    for start in opened["("]:
+        close(start, 1.1)
+    for start in opened["["]:
+        close(start, 1 / 1.1)
     merged: list[tuple[str, float]] = []
     for text, weight in pieces:
         if merged and merged[-1][1] == weight:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -45,6 +46,7 @@ def whole_image_statistics(network: nn.Module, run: Callable[[Tensor], Tensor], 
     Without this each tile is normalised by its own content, and brightness and contrast differ from tile to tile. The
     statistics come from one run over x thinned out to the size of a tile.
     """
+    owner = threading.get_ident()  # another thread may use the network meanwhile, without tiles
     norms = [module for module in network.modules() if isinstance(module, nn.GroupNorm)]
     seen: dict[nn.Module, tuple[Tensor, Tensor]] = {}
 
@@ -52,20 +54,29 @@ def whole_image_statistics(network: nn.Module, run: Callable[[Tensor], Tensor], 
         return h.float().reshape(len(h), norm.num_groups, -1)
 
     def observe(norm: nn.GroupNorm, inputs: Any, _: Tensor) -> None:
+        if threading.get_ident() != owner:
+            return
         variance, mean = torch.var_mean(grouped(norm, inputs[0]), dim=2, keepdim=True, correction=0)
         seen[norm] = mean, torch.rsqrt(variance + norm.eps)
 
-    def replace(norm: nn.GroupNorm, inputs: Any, _: Tensor) -> Tensor:
+    def replace(norm: nn.GroupNorm, inputs: Any, output: Tensor) -> Tensor:
+        if threading.get_ident() != owner:
+            return output
         h, (mean, scale) = inputs[0], seen[norm]
         normal = ((grouped(norm, h) - mean) * scale).reshape(h.shape)
         shape = (1, -1) + (1,) * (h.ndim - 2)
         return (normal * norm.weight.reshape(shape) + norm.bias.reshape(shape)).to(h.dtype)
 
+    if not norms:
+        yield
+        return
     with ExitStack() as hooks:
+        hooks.enter_context(torch.compiler.set_stance("force_eager"))  # compiled code does not look for new hooks
         for norm in norms:
             hooks.enter_context(norm.register_forward_hook(observe))
         run(F.interpolate(x, size=(min(tile, x.shape[2]), min(tile, x.shape[3])), mode="nearest"))
     with ExitStack() as hooks:
+        hooks.enter_context(torch.compiler.set_stance("force_eager"))
         for norm in norms:
             hooks.enter_context(norm.register_forward_hook(replace))
         yield

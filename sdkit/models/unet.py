@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+import threading
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class UNet(Wrapper):
-    """A `UNet2DConditionModel` that takes and gives float32 whatever it computes in.
+    """A `UNet2DConditionModel` that gives back the dtype it was given, whatever it computes in.
 
     Attributes: `network`, diffusers' own module; `channels` of its input (4); `width` D of the text embeddings it
         attends to; `sample_size`, the side of the latents it was trained on.
@@ -30,8 +30,9 @@ class UNet(Wrapper):
         config: Any = network.config
         self.network = network
         self.channels = int(config.in_channels)
-        self.width = int(config.cross_attention_dim)
-        self.sample_size = int(config.sample_size or 64)
+        self.width = _one(config.cross_attention_dim)
+        self.sample_size = _one(config.sample_size or 64)
+        network.time_embedding.register_forward_pre_hook(_first_row)
 
     @classmethod
     def from_pretrained(
@@ -65,18 +66,25 @@ class UNet(Wrapper):
         x_t: (B, 4, h, w). t: an integer or (B,). cond: (B, L, D) from `TextEncoder.encode`.
         """
         sample = x_t.to(self.device, self.dtype)
-        with self._one_time_embedding() if isinstance(t, int) else nullcontext():
-            output: Tensor = self.network(sample, t, encoder_hidden_states=cond.to(sample), return_dict=False)[0]
+        _thread.shares_t = isinstance(t, int)
+        output: Tensor = self.network(sample, t, encoder_hidden_states=cond.to(sample), return_dict=False)[0]
         return output.to(x_t)
 
-    def _one_time_embedding(self) -> AbstractContextManager[Any]:
-        """Embed a timestep that the whole batch shares once, not once for each image.
 
-        Matrix products of a few rows round differently for 2 rows than for 8: of all the network's layers only those of
-        the time embedding are so small, and without them image i is the same to the bit, alone and in a batch.
-        (Compiled code would keep the hook: it does without.)
-        """
-        if self.network._compiled_call_impl is not None:
-            return nullcontext()
-        time_embedding: torch.nn.Module = self.network.time_embedding
-        return time_embedding.register_forward_pre_hook(lambda _, inputs: (inputs[0][:1], *inputs[1:]))
+def _one(value: Any) -> int:
+    """A number that configs may give once for each side or block."""
+    return int(value[0] if isinstance(value, (list, tuple)) else value)
+
+
+_thread = threading.local()
+
+
+def _first_row(_: torch.nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """Embed a timestep that the whole batch shares once, not once for each image.
+
+    Matrix products of a few rows round differently for 2 rows than for 8: of all the network's layers only those of the
+    time embedding are so small, and without them image i is the same to the bit, alone and in a batch.
+    """
+    if torch.compiler.is_compiling() or not getattr(_thread, "shares_t", False):
+        return None
+    return (inputs[0][:1], *inputs[1:])

@@ -9,6 +9,7 @@ multiplies and divides by the scale.
 from __future__ import annotations
 
 import hashlib
+import operator
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from os import PathLike
@@ -44,9 +45,11 @@ DETERMINISTIC = -30.0
 class VAE(Wrapper):
     """An `AutoencoderKL` (or `AutoencoderTiny`) with the process around it: any image in, scaled latents out, and back.
 
+    One may be used by several threads, in inference; its tensors come back on the CPU.
+
     Attributes: `network`, diffusers' own module; `scale` and `shift`, from its config; `factor`, pixels a latent spans
         on each side (8); `channels` of a latent (4); `identity`, a fingerprint of the encoder, by which latent files
-        know their VAE; `name`, where it came from.
+        know their VAE, taken when it was loaded; `name`, where it came from.
     """
 
     def __init__(self, network: AutoencoderKL | AutoencoderTiny, *, name: str = "") -> None:
@@ -179,8 +182,11 @@ class VAE(Wrapper):
         return self.decode(z, size=sizes, output_type=output_type, batch_size=batch_size, tile=tile)
 
     def forward(self, x: Tensor, eps: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Reconstruction (B, 3, H, W), mean and logvar (B, 4, H/8, W/8), with gradient, for training; eps draws from
-        the posterior, None takes its mean."""
+        """Reconstruction (B, 3, H, W), mean and logvar (B, 4, H/8, W/8), with gradient, for training.
+
+        x: pixels (B, 3, H, W), H and W multiples of 8. eps: standard normal noise that draws from the posterior; None
+        takes its mean.
+        """
         mean, logvar = self._encode(x)
         raw = mean if eps is None else mean + torch.exp(logvar / 2) * eps
         return self._run_decoder(raw), mean, logvar
@@ -259,11 +265,15 @@ class VAE(Wrapper):
                 )
                 self._overflowed = True
             try:
-                self.network.float()
-                y[bad] = run(x[bad])
+                self._convert(torch.float32)
+                y[bad] = run(x)[bad]  # the whole batch, for which tiles have statistics
             finally:
-                self.network.half()  # every float16 number is a float32 number: the weights come back unchanged
+                self._convert(torch.float16)  # each of its numbers is a float32 number: the weights are unchanged
         return y
+
+    def _convert(self, dtype: torch.dtype) -> None:
+        with torch.inference_mode(False):  # or the weights could never be trained again
+            self.network.to(dtype)
 
     def _latents(self, z: Any) -> list[Tensor]:
         batch = (
@@ -291,7 +301,8 @@ class VAE(Wrapper):
         if size is None:
             return full
         try:
-            sizes = [tuple(one) for one in ([size] * len(latents) if isinstance(size[0], int) else size)]
+            pairs = size if any(isinstance(one, Sequence) for one in size) else [size] * len(latents)
+            sizes = [(operator.index(height), operator.index(width)) for height, width in pairs]
             fits = all(0 < h <= H and 0 < w <= W for (h, w), (H, W) in zip(sizes, full, strict=True))
         except (TypeError, ValueError):
             fits = False
@@ -312,7 +323,7 @@ def fingerprint(network: nn.Module, scale: float, shift: float) -> str:
     """
     digest = hashlib.sha256(f"{scale:.6g} {shift:.6g}".encode())
     for name, weight in sorted(network.state_dict().items()):
-        if name.startswith(("encoder.", "quant_conv.")):
+        if name.removeprefix("_orig_mod.").startswith(("encoder.", "quant_conv.")):  # torch.compile puts that before
             flat = weight.detach().flatten()
             values = flat[:: max(1, -(-len(flat) // 4096))].float().cpu().contiguous()
             digest.update(f"{name} {tuple(weight.shape)}".encode() + values.numpy().tobytes())
@@ -321,13 +332,18 @@ def fingerprint(network: nn.Module, scale: float, shift: float) -> str:
 
 def _generators(n: int, generator: Any, seed: int | None) -> list[torch.Generator | None]:
     """One source of noise for each of n images."""
+    if seed is not None and generator is not None:
+        raise ArgumentError("the noise comes from a seed or from generators: give one of the two.")
     if seed is not None:
         return list(seeded(seed, n))
     if isinstance(generator, (list, tuple)):
         if len(generator) != n:
             raise ArgumentError(f"{len(generator)} generators cannot serve {n} images: give one, or one for each.")
-        return list(generator)
-    return [generator] * n
+    else:
+        generator = [generator] * n
+    if not all(one is None or isinstance(one, torch.Generator) for one in generator):
+        raise ArgumentError("generator must be a torch.Generator, or a list of one for each image.")
+    return list(generator)
 
 
 def _stack(tensors: list[Tensor]) -> Any:

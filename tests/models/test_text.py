@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import sdkit
+from sdkit.models.folder import load_tokenizer
 from sdkit.models.text import parse_weights
 
 EMOJI = Path(sdkit.__file__).parent / "assets" / "emoji"
@@ -105,6 +106,18 @@ class TestLongPrompts:
         assert weight.grad is not None
 
 
+@pytest.mark.parametrize(("family", "pad"), [("sd1", 49407), ("sd2", 0)])
+def test_padding_is_the_familys_own(family: str, pad: int) -> None:
+    """SD 1.x pads with the end mark, SD 2.x with "!"."""
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    size = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1, "num_hidden_layers": 1}
+    network = CLIPTextModel(CLIPTextConfig(**size))
+    tokenizer = load_tokenizer(EMOJI.parent / family / "tokenizer")
+    ids, _ = sdkit.TextEncoder(network, tokenizer).tokenize("a cat")
+    assert ids[0, 0, :5].tolist() == [49406, 320, 2368, 49407, pad]
+
+
 class TestWeighting:
     # The first block is the documentation of A1111's own parser (its doctests), the rest follows from the same rules.
     @pytest.mark.parametrize(
@@ -135,7 +148,9 @@ class TestWeighting:
             ("[[less]]", [("less", 1 / 1.21)]),
             ("(x:1.3", [("x:1.3", 1.1)]),
             ("(x:y)", [("x:y", 1.1)]),
-            (r"back\slash \\ end", [(r"back\slash \ end".replace(r"\s", "s", 1), 1.0)]),
+            (r"back\slash \\ end", [("backslash \\ end", 1.0)]),
+            (r"(cat\:1.3)", [("cat", 1.3)]),
+            ("(a [b) c]", [("a ", 1.1), ("b", 1.0), (" c", 1 / 1.1)]),
         ],
     )
     def test_parser(self, prompt: str, pieces: list[tuple[str, float]]) -> None:
@@ -156,6 +171,10 @@ class TestWeighting:
         ratio = weighted / plain
         torch.testing.assert_close(ratio[0, 2] / ratio[0, 1], torch.full((text.width,), 1.5), atol=1e-4, rtol=0)
         torch.testing.assert_close(weighted.mean(), plain.mean(), atol=1e-5, rtol=0)
+
+    def test_the_same_alone_and_in_a_batch(self, text: sdkit.TextEncoder) -> None:
+        both = text.encode(["a (red:1.5) cat", "[[[dog]]] (x:3)"], weighting=True)
+        torch.testing.assert_close(text.encode("a (red:1.5) cat", weighting=True), both[:1], atol=1e-5, rtol=0)
 
     def test_no_weights_change_nothing(self, text: sdkit.TextEncoder) -> None:
         torch.testing.assert_close(text.encode("a cat", weighting=True), text.encode("a cat"), atol=1e-6, rtol=0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -40,6 +41,19 @@ def test_the_same_to_the_bit_in_any_batch(unet: sdkit.UNet, dtype: str) -> None:
     whole = unet(x_t, 500, cond)
     chosen = [6, 2]
     assert torch.equal(unet(x_t[chosen], 500, cond[chosen]), whole[chosen])
+
+
+@torch.no_grad()
+def test_two_threads_may_share_it(unet: sdkit.UNet) -> None:
+    """One with a timestep for the whole batch, the other with one for each image."""
+    x_t, cond = inputs(4)
+    t = torch.tensor([1, 300, 600, 999])
+    expected = unet(x_t, t, cond)
+    with ThreadPoolExecutor(1) as pool:
+        sampling = pool.submit(lambda: [unet(x_t, 500, cond) for _ in range(20)])
+        while not sampling.done():
+            with torch.no_grad():
+                torch.testing.assert_close(unet(x_t, t, cond), expected, atol=1e-5, rtol=0)
 
 
 def test_float32_in_and_out_and_gradient(unet: sdkit.UNet) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import io
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import numpy as np
@@ -186,6 +187,12 @@ class TestImages:
         z = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
         assert [image.tobytes() for image in vae.decode(z)] == [image.tobytes() for image in vae.decode(z)]
 
+    def test_reconstruct_takes_the_mean_unless_asked(self, vae: sdkit.VAE, astronaut: Image.Image) -> None:
+        image = astronaut.resize((32, 32))
+        mean = vae.decode(vae.encode(image, sample=False), output_type="np")
+        assert np.array_equal(vae.reconstruct(image, output_type="np"), mean)
+        assert not np.array_equal(vae.reconstruct(image, output_type="np", sample=True, seed=0), mean)
+
     def test_output_types_agree(self, vae: sdkit.VAE) -> None:
         z = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
         pil, array, pixels = (vae.decode(z, output_type=kind, size=(60, 50)) for kind in ("pil", "np", "pt"))
@@ -262,6 +269,18 @@ class TestTiles:
         with passes(vae.network.decoder) as decoded:
             vae.decode(z[:, :, :150, :150])
         assert len(decoded) == 1
+        with passes(vae.network.encoder) as encoded:
+            vae.encode(torch.zeros(1, 3, 1600, 1600))
+        assert len(encoded) == 1 + 4
+
+    def test_another_thread_may_decode_meanwhile(self, vae: sdkit.VAE, whole: tuple[Tensor, np.ndarray]) -> None:
+        z, _ = whole
+        small = z[:, :, :16, :16]
+        expected = vae.decode(small, output_type="pt")
+        with ThreadPoolExecutor(1) as pool:
+            tiling = pool.submit(vae.decode, z, tile=128)
+            while not tiling.done():
+                torch.testing.assert_close(vae.decode(small, output_type="pt"), expected, atol=1e-5, rtol=0)
 
 
 class TestPrecision:
@@ -297,6 +316,22 @@ class TestPrecision:
         assert psnr(ours[1], exact.decode(z.half().float(), output_type="np")[1]) > 35
         assert psnr(ours[0], exact.decode(z, output_type="np")[0]) > 35
 
+    def test_float16_overflow_in_tiles_and_batches(self) -> None:
+        torch.manual_seed(0)
+        small = {**SD_VAE, "block_out_channels": [16] * 4, "layers_per_block": 1, "norm_num_groups": 4}
+        exact = sdkit.VAE(AutoencoderKL(**small).eval())
+        with torch.no_grad():
+            exact.network.decoder.conv_in.weight *= 1000
+        half = copy.deepcopy(exact).to(torch.float16)
+        z = torch.randn(3, 4, 24, 24, generator=torch.Generator().manual_seed(0))
+        z = z * torch.tensor([0.01, 100, 0.01])[:, None, None, None]
+        with pytest.warns(UserWarning, match=r"overflowed in float16"):
+            ours = half.decode(z, output_type="pt", batch_size=3, tile=128)
+        expected = exact.decode(z.half().float(), output_type="pt", batch_size=3, tile=128)
+        torch.testing.assert_close(ours, expected, atol=0.03, rtol=0)
+        half.float()(torch.zeros(1, 3, 32, 32))[0].sum().backward()  # its weights can still be trained
+        assert not any(p.is_inference() for p in half.parameters())
+
     def test_auto_is_bfloat16_only_where_the_hardware_has_it(self) -> None:
         cpu = sdkit.VAE.from_pretrained("emoji", device="cpu")
         native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
@@ -316,8 +351,13 @@ class TestIdentity:
         with torch.no_grad():
             network.encoder.conv_out.weight += 0.01
         assert sdkit.VAE(network).identity != vae.identity
+        for change in ({"scaling_factor": 0.18215}, {"shift_factor": 0.5}):
+            network = copy.deepcopy(vae.network)
+            network.register_to_config(**change)
+            assert sdkit.VAE(network).identity != vae.identity
         network = copy.deepcopy(vae.network)
-        network.register_to_config(scaling_factor=0.18215)
+        with torch.no_grad():
+            network.quant_conv.bias[-1] += 0.01
         assert sdkit.VAE(network).identity != vae.identity
 
 
