@@ -1,0 +1,194 @@
+"""Images in a folder or in tar shards, with their captions: found and listed, but not read."""
+
+from __future__ import annotations
+
+import json
+import os
+import tarfile
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from sdkit.errors import DataError
+from sdkit.files import encodable
+from sdkit.images import READABLE
+
+METADATA = "metadata.jsonl"
+CAPTION_KEYS = ("text", "caption", "captions", "prompt", "txt", "json")
+"""Names under which a caption is looked for where none is given, the first that is there."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """Where an image lies, and what it shows."""
+
+    name: str
+    path: str
+    caption: str
+    offset: int | None = None
+    """Of the image's first byte in a tar shard; None where `path` is the image itself."""
+    size: int | None = None
+
+
+def caption_of(value: Any, key: str | None = None) -> str:
+    """The caption in whatever a caption column holds: text, a list of texts (the first), fields (one of them)."""
+    if isinstance(value, Mapping):
+        keys = CAPTION_KEYS if key is None else (key,)
+        value = next((value[key] for key in keys if value.get(key) is not None), None)
+    if isinstance(value, (list, tuple)):
+        value = value[0] if value else None
+    return "" if value is None else encodable(str(value)).strip()
+
+
+def folder_rows(files: Iterable[Path], root: Path, caption_column: str | None) -> list[Row]:
+    """One row for each image file below `root`, and for each that a metadata.jsonl names, sorted by path.
+
+    A caption is that of the metadata.jsonl in the image's folder or above it, else the text in NAME.txt beside it.
+    """
+    stated = _read_metadata(root, caption_column)
+    texts = _Texts()
+    rows = []
+    for path in sorted({*files, *stated}):
+        caption = stated.get(path)
+        beside = path.with_suffix(".txt")
+        if caption is None and beside.is_file():
+            caption = texts.decode(str(beside), beside.read_bytes())
+        rows.append(Row(name=_relative(path, root), path=str(path), caption=caption or ""))
+    texts.check()
+    return rows
+
+
+def _relative(path: Path, root: Path) -> str:
+    return encodable(Path(os.path.relpath(path, root)).as_posix())
+
+
+def _read_metadata(root: Path, caption_column: str | None) -> dict[Path, str]:
+    """Image file -> caption, of every metadata.jsonl in or below `root`."""
+    captions: dict[Path, str] = {}
+    keys: set[str] = set()
+    files = [path for path in sorted(root.rglob(METADATA)) if not _hidden(path, root)]
+    for file in files:
+        for number, line in enumerate(_lines(file), start=1):
+            if not line.strip():
+                continue
+            where = f"{file}, line {number}"
+            fields = _fields(line, where)
+            path = Path(os.path.normpath(file.parent / fields.pop("file_name")))
+            if path in captions:
+                raise DataError(f"{where}: {path.name} has a caption already; leave one line for each image.")
+            keys |= fields.keys()
+            captions[path] = caption_of(fields, caption_column)
+    if caption_column is not None and caption_column not in keys:
+        have = ", ".join(map(repr, sorted(keys))) or "none"
+        raise DataError(f"no line of a {METADATA} in {root} has {caption_column!r}; the keys there: {have}.")
+    return captions
+
+
+def _hidden(path: Path, root: Path) -> bool:
+    return any(part[0] == "." for part in path.relative_to(root).parts)
+
+
+def _lines(file: Path) -> list[str]:
+    try:
+        return file.read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise DataError(f"cannot read {file}: {str(reason).lower()}.") from error
+
+
+def _fields(line: str, where: str) -> dict[str, Any]:
+    try:
+        fields = json.loads(line)
+    except ValueError as error:
+        raise DataError(f"{where}: this is not JSON ({error}); write one object a line.") from error
+    if not isinstance(fields, dict) or not isinstance(fields.get("file_name"), str) or not fields["file_name"]:
+        raise DataError(f'{where}: there is no file name; write {{"file_name": "a.jpg", "text": "what it shows"}}.')
+    return fields
+
+
+def tar_rows(shards: Iterable[Path], root: Path, caption_column: str | None) -> list[Row]:
+    """One row for each image in webdataset shards, in their order: KEY.jpg with the caption in KEY.txt or KEY.json.
+
+    The shards are only indexed; nothing is unpacked. An image of a key has its .txt as caption, else its .json's field.
+    """
+    rows: list[Row] = []
+    texts = _Texts()
+    keys: set[str] = set()
+    for shard in shards:
+        name = _relative(shard, root)
+        images: dict[str, list[tarfile.TarInfo]] = defaultdict(list)  # of each key, in order
+        captions: dict[str, str] = {}
+        for member, data in _members(shard):
+            path = PurePosixPath(member.name)
+            key = str(path.parent / path.name.partition(".")[0])
+            where = f"{name}/{member.name}"
+            if data is None:
+                images[key].append(member)
+            elif path.suffix.lower() == ".txt" and caption_column in (None, "txt"):
+                captions[key] = texts.decode(where, data)
+            elif path.suffix.lower() == ".json":
+                fields = texts.parse(where, data)
+                keys |= fields.keys()
+                captions.setdefault(key, caption_of(fields, caption_column))
+        rows += [
+            Row(name=encodable(f"{name}/{image.name}"), path=str(shard), caption=captions.get(key, ""),
+                offset=image.offset_data, size=image.size)
+            for key, found in images.items() for image in found
+        ]  # fmt: skip
+    texts.check()
+    if caption_column not in (None, "txt", *keys):
+        raise DataError(f"no .json in the shards of {root} has {caption_column!r}; the keys there: {sorted(keys)}.")
+    return rows
+
+
+def _members(shard: Path) -> Iterable[tuple[tarfile.TarInfo, bytes | None]]:
+    """The images of a shard (None for what is in them), and the .txt and .json files with what is in them."""
+    try:
+        with tarfile.open(shard, "r:") as archive:
+            for member in archive:
+                path = PurePosixPath(member.name)
+                if not member.isfile() or path.name.startswith("."):
+                    continue
+                if path.suffix.lower() in READABLE:
+                    yield member, None
+                elif path.suffix.lower() in (".txt", ".json"):
+                    file = archive.extractfile(member)
+                    yield member, file.read() if file else b""
+    except (tarfile.TarError, OSError) as error:
+        raise DataError(
+            f"{shard} is not a whole tar file ({error}); fetch it again, or take it out of the data."
+        ) from error
+
+
+class _Texts:
+    """Decodes caption files, and remembers those that it cannot, so that one sentence can name them all."""
+
+    def __init__(self) -> None:
+        self.bad: list[str] = []
+
+    def decode(self, name: str, data: bytes) -> str:
+        try:
+            return data.decode("utf-8-sig").strip()
+        except UnicodeDecodeError:
+            self.bad.append(name)
+            return ""
+
+    def parse(self, name: str, data: bytes) -> dict[str, Any]:
+        try:
+            fields = json.loads(data)
+        except ValueError:
+            fields = None
+        if not isinstance(fields, dict):
+            self.bad.append(name)
+            return {}
+        return fields
+
+    def check(self) -> None:
+        if self.bad:
+            more = f" and {len(self.bad) - 3} more" if len(self.bad) > 3 else ""
+            raise DataError(
+                f"the caption in {', '.join(self.bad[:3])}{more} cannot be read; save it as UTF-8 text "
+                "(.json: one object of fields)."
+            )

@@ -1,0 +1,281 @@
+"""A look at a data set before anything is trained on it, and what training would do with what it finds."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from sdkit.arguments import whole
+from sdkit.data.encoding import own_size
+from sdkit.data.examples import Example, Examples, open_examples
+from sdkit.data.shards import ahead
+from sdkit.data.transform import MAX_ENLARGEMENT, Transform, sides
+from sdkit.errors import ImageError
+from sdkit.models.folder import load_tokenizer
+from sdkit.models.single_file import ASSETS
+from sdkit.models.source import Source, load_text
+from sdkit.progress import progress
+
+SD_SIZE = 512
+NEAR_BITS = 4
+"""Bits of 64 in which the perceptual hashes of near duplicates differ at most ..."""
+NEAR_LEVELS = 12.0
+"""... and the mean difference of their 8 x 8 thumbnails, of 255."""
+SHOWN = 5
+
+FINDINGS = {
+    "unreadable": ("cannot be read", "training skips them, and names them in its report"),
+    "too_small": (f"too small (enlarged over {MAX_ENLARGEMENT} times)", "training skips them, and names them"),
+    "enlarged": ("smaller than the crop", "training enlarges them, and learns their blur"),
+    "no_caption": ("without a caption, or with an empty one", "training takes the empty prompt: they teach no words"),
+    "long_caption": (
+        "with a caption of more tokens than one chunk holds",
+        "training encodes them in several; nothing is cut",
+    ),
+    "duplicates": ("exact duplicates (equal pixels)", "training takes each: they count that much more"),
+    "near_duplicates": ("near duplicates (they look alike)", "training takes each: they count that much more"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """One kind of thing that was found."""
+
+    kind: str
+    """A key of `FINDINGS`."""
+    what: str
+    consequence: str
+    """What training does with it."""
+    names: tuple[str, ...] = ()
+    groups: tuple[tuple[str, ...], ...] = ()
+    """Of duplicates; the others have `names`."""
+    reasons: dict[str, str] = field(default_factory=dict)
+    """By name, where they differ."""
+
+    @property
+    def count(self) -> int:
+        """Images concerned."""
+        return len(self.names) + sum(map(len, self.groups))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """Images of one size."""
+
+    width: int
+    height: int
+    count: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckReport:
+    """What `check` found; `asdict` makes it JSON, `str` what a person reads."""
+
+    source: str
+    size: tuple[int, int]
+    """(height, width) of the crop in question."""
+    examples: int
+    usable: int
+    findings: tuple[Finding, ...]
+    shapes: tuple[Shape, ...]
+    """Of the readable images, the most frequent first."""
+
+    def asdict(self) -> dict[str, Any]:
+        """As plain lists and dictionaries."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        height, width = self.size
+        lines = [
+            f"{self.source}: {self.examples} images, {self.usable} of them usable for a crop of {width} x {height}"
+        ]
+        for found in self.findings:
+            lines.append(f"{found.count} {found.what}: {found.consequence}.")
+            listed = [f"{name}{f': {found.reasons[name]}' if name in found.reasons else ''}" for name in found.names]
+            listed += [", ".join(group) for group in found.groups]
+            lines += [f"    {one}" for one in listed[:SHOWN]]
+            lines += [f"    and {len(listed) - SHOWN} more"] if len(listed) > SHOWN else []
+        if not self.findings:
+            lines.append("nothing to complain of.")
+        if self.shapes:
+            common = ", ".join(f"{one.width} x {one.height} ({one.count})" for one in self.shapes[:SHOWN])
+            lines.append(f"{len(self.shapes)} sizes; the most frequent: {common}")
+            aspects = sorted(one.width / one.height for one in self.shapes for _ in range(one.count))
+            lines.append(
+                f"width / height from {aspects[0]:.2f} to {aspects[-1]:.2f}, median {aspects[len(aspects) // 2]:.2f}; "
+                "training crops what does not fit."
+            )
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Look:
+    """What is kept of an image."""
+
+    name: str
+    caption: str
+    size: tuple[int, int] = (0, 0)  # width, height
+    pixels: bytes = b""  # their hash
+    hash: int = 0  # perceptual
+    thumbnail: bytes = b""  # 8 x 8, RGB
+    error: str = ""
+
+
+def check(
+    data: str | os.PathLike[str],
+    *,
+    model: Source | None = None,
+    size: int | tuple[int, int] | None = None,
+    split: str = "train",
+    image_column: str | None = None,
+    caption_column: str | None = None,
+    streaming: bool = False,
+    workers: int = 4,
+) -> CheckReport:
+    """Read a data set once, and report what training on it would meet. Parameters as in `sdkit.data.cache`.
+
+    model: whose size and tokenizer count; None takes those of Stable Diffusion 1.x: 512 pixels, 77 tokens.
+    """
+    whole("workers", workers, 1)
+    transform = Transform(size=sides(size) if size is not None else own_size(model) if model else sides(SD_SIZE))
+    examples = open_examples(
+        data, split=split, image_column=image_column, caption_column=caption_column, streaming=streaming
+    )
+    if model:
+        text, tokenizer = load_text(model)
+        length = int(text.config.max_position_embeddings)
+    else:
+        tokenizer, length = load_tokenizer(ASSETS / "sd1" / "tokenizer"), 77
+    with ThreadPoolExecutor(workers) as pool:
+        total = len(examples) if isinstance(examples, Examples) else None
+        looks = list(progress(ahead(pool, _look, examples, 4 * workers), total, "check"))
+    readable = [look for look in looks if not look.error]
+    factors = {look: transform.enlargement(*look.size) for look in readable}
+    tokens = {look: n for look in looks if (n := _tokens(tokenizer, look.caption)) > length - 2}
+    findings = (
+        _finding("unreadable", {look: look.error for look in looks if look.error}),
+        _finding("too_small", too_small := [look for look, n in factors.items() if n > MAX_ENLARGEMENT]),
+        _finding("enlarged", [look for look, n in factors.items() if 1 < n <= MAX_ENLARGEMENT]),
+        _finding("no_caption", [look for look in looks if not look.caption]),
+        _finding("long_caption", {look: f"{n} tokens in {-(-n // (length - 2))} chunks" for look, n in tokens.items()}),
+        _finding("duplicates", groups=_equal(readable)),
+        _finding("near_duplicates", groups=_alike(readable)),
+    )
+    counts = Counter(look.size for look in readable).most_common()
+    return CheckReport(
+        source=os.fspath(data),
+        size=transform.size,
+        examples=len(looks),
+        usable=len(readable) - len(too_small),
+        findings=tuple(found for found in findings if found.count),
+        shapes=tuple(Shape(width=width, height=height, count=n) for (width, height), n in counts),
+    )
+
+
+def _finding(kind: str, looks: Collection[_Look] = (), groups: Sequence[Sequence[_Look]] = ()) -> Finding:
+    """A finding on `looks`, which may map each to its reason, or on groups of them."""
+    what, consequence = FINDINGS[kind]
+    return Finding(
+        kind=kind,
+        what=what,
+        consequence=consequence,
+        names=tuple(look.name for look in looks),
+        groups=tuple(tuple(look.name for look in group) for group in groups),
+        reasons={look.name: reason for look, reason in looks.items()} if isinstance(looks, Mapping) else {},
+    )
+
+
+def _tokens(tokenizer: Any, caption: str) -> int:
+    return len(tokenizer(caption, add_special_tokens=False, truncation=False, verbose=False).input_ids)
+
+
+def _look(example: Example) -> _Look:
+    try:
+        image = example.load()
+    except ImageError as error:
+        return _Look(name=example.name, caption=example.caption, error=str(error))
+    pixels = hashlib.sha256(f"{image.size}".encode() + image.tobytes()).digest()
+    thumbnail = image.resize((8, 8), Image.Resampling.BOX).tobytes()
+    return _Look(
+        name=example.name,
+        caption=example.caption,
+        size=image.size,
+        pixels=pixels,
+        hash=perceptual_hash(image),
+        thumbnail=thumbnail,
+    )
+
+
+_N = np.arange(32)
+_DCT = np.cos(math.pi / 32 * (_N + 0.5) * np.arange(8)[:, None])  # (8, 32): the lowest frequencies of the DCT-II
+
+
+def perceptual_hash(image: Image.Image) -> int:
+    """64 bits: which of the 8 x 8 lowest frequencies of the grey image, at 32 x 32, lie above their median.
+
+    pHash (Zauner 2010, Implementation and Benchmarking of Perceptual Image Hash Functions, section 3.2.1).
+    """
+    grey = np.asarray(image.convert("L").resize((32, 32), Image.Resampling.LANCZOS), dtype=np.float64)
+    frequencies = _DCT @ grey @ _DCT.T  # (8, 8)
+    bits = frequencies.ravel() > np.median(frequencies)
+    return int.from_bytes(np.packbits(bits).tobytes(), "big")
+
+
+def _equal(looks: Sequence[_Look]) -> list[list[_Look]]:
+    """Groups of two or more with the same pixels."""
+    groups: dict[bytes, list[_Look]] = defaultdict(list)
+    for look in looks:
+        groups[look.pixels].append(look)
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def _alike(looks: Sequence[_Look]) -> list[list[_Look]]:
+    """Groups of two or more that look alike, linked by pairs of them; of equal ones the first stands for all."""
+    distinct = list({look.pixels: look for look in reversed(looks)}.values())[::-1]
+    parent = list(range(len(distinct)))
+
+    def root(i: int) -> int:
+        while parent[i] != i:
+            parent[i] = i = parent[parent[i]]
+        return i
+
+    hashes = np.array([look.hash for look in distinct], dtype=np.uint64)
+    thumbnails = np.frombuffer(b"".join(look.thumbnail for look in distinct), np.uint8).reshape(len(distinct), -1)
+    for bucket in _buckets(hashes):
+        for k, i in enumerate(bucket[:-1]):
+            others = bucket[k + 1 :]
+            near = _bit_count(hashes[others] ^ hashes[i]) <= NEAR_BITS
+            levels = np.abs(thumbnails[others].astype(np.int16) - thumbnails[i]).mean(axis=1)
+            for j in others[near & (levels <= NEAR_LEVELS)]:
+                parent[root(int(j))] = root(int(i))
+    groups: dict[int, list[_Look]] = defaultdict(list)
+    for i, look in enumerate(distinct):
+        groups[root(i)].append(look)
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def _buckets(hashes: npt.NDArray[np.uint64]) -> Iterable[npt.NDArray[np.int64]]:
+    """Indices of hashes that agree in one of NEAR_BITS + 1 bands of bits, so that few pairs have to be compared: two
+    that differ in no more than NEAR_BITS bits agree in one (the pigeonhole principle)."""
+    edges = np.linspace(0, 64, NEAR_BITS + 2).astype(int)
+    for low, high in pairwise(edges):
+        band = (hashes >> np.uint64(low)) & np.uint64((1 << int(high - low)) - 1)
+        order = np.argsort(band, kind="stable")
+        starts = np.flatnonzero(np.diff(band[order])) + 1
+        yield from (bucket for bucket in np.split(order, starts) if len(bucket) > 1)
+
+
+def _bit_count(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:
+    bits = np.unpackbits(x[:, None].view(np.uint8), axis=1)
+    return np.asarray(bits.sum(axis=1), dtype=np.int64)

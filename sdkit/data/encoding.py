@@ -1,0 +1,246 @@
+"""Writing a latent cache: every image through the VAE once, every caption through the tokenizer.
+
+Its content depends on `Settings` alone: not on how many processes made it, nor on how often it was interrupted (to the
+bit on one kind of device, with as many threads a process; else to rounding). A shard holds `shard_size` successive
+examples; process r of n makes every n-th from the r-th. A shard that is there is whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, replace
+from datetime import timedelta
+from itertools import chain, count, islice
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sdkit import __version__
+from sdkit.arguments import whole
+from sdkit.data import manifest as manifests
+from sdkit.data.examples import Example, Examples, Stream, open_examples
+from sdkit.data.latent_cache import checksum, missing_files
+from sdkit.data.manifest import Manifest, Settings, Shard, Skipped, difference
+from sdkit.data.shards import ShardEncoder, header_of, save, shard_file
+from sdkit.data.transform import Transform, sides
+from sdkit.device import resolve_device, resolve_dtype
+from sdkit.errors import ArgumentError, CacheError, DataError, SdkitError
+from sdkit.models.source import Source, describe
+from sdkit.models.text import TextEncoder
+from sdkit.models.vae import VAE
+from sdkit.progress import progress
+
+EMPTY = "empty-prompt.safetensors"
+
+
+def cache(
+    model: Source,
+    data: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    size: int | tuple[int, int] | None = None,
+    crop: str = "center",
+    flip: bool = False,
+    augmentations: int = 1,
+    embeddings: bool = False,
+    split: str = "train",
+    image_column: str | None = None,
+    caption_column: str | None = None,
+    streaming: bool = False,
+    batch_size: int | None = None,
+    workers: int = 4,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "auto",
+    seed: int = 0,
+    shard_size: int = 1024,
+) -> Path:
+    """Encode images and captions once, for training: into the folder `out`, which `LatentCache` reads.
+
+    What is stored is the posterior's mean and log-variance (float16), raw, so that training draws a new sample each
+    time, and the captions' token ids. An image that cannot be read is skipped and named in manifest.json. The same call
+    again goes on where an earlier one was stopped; under `accelerate launch` the processes share the work.
+
+    size:          (height, width) in pixels, or one number; None takes the model's own.
+    crop, flip:    see `Transform`. augmentations: of each image, where there is chance in them.
+    embeddings:    store the text encoder's last hidden states too (float16), those of the empty prompt included.
+    split, image_column, caption_column, streaming: see `open_examples`.
+    batch_size:    images that go through the VAE in one pass; None fits it to their size.
+    workers:       threads that read and resize images.
+    dtype, device: what the VAE computes in and on; under `accelerate launch`, "auto" is the process's own device.
+    seed:          of the crops and flips.
+    shard_size:    images of one file, which is also what an interruption can lose.
+
+    Raises `CacheError` where `out` holds something else, `DataError` where no image can be used.
+    """
+    whole("augmentations", augmentations, 1)
+    whole("seed", seed, 0, 2**63 - 1)
+    whole("shard_size", shard_size, 1)
+    whole("workers", workers, 1)
+    if batch_size is not None:
+        whole("batch_size", batch_size, 1)
+    transform = Transform(size=sides(size) if size is not None else own_size(model), crop=crop, flip=flip)
+    if augmentations > 1 and not transform.random:
+        raise ArgumentError(f"{augmentations} augmentations would all be alike; take crop='random' or flip as well.")
+    folder = _folder(out)
+    processes = _Processes()
+    place = processes.device if device == "auto" else resolve_device(device)
+    examples = open_examples(
+        data, split=split, image_column=image_column, caption_column=caption_column, streaming=streaming
+    )
+    vae = VAE.from_pretrained(model, dtype=resolve_dtype(dtype, place), device=place)
+    # In float32: its fingerprint does not depend on the dtype then, and beside the VAE it costs little.
+    text = TextEncoder.from_pretrained(model, dtype="fp32", device=place if embeddings else "cpu")
+    if any(side % vae.factor for side in transform.size):
+        height, width = transform.size
+        raise ArgumentError(f"size {height} x {width} does not divide by {vae.factor}, as this VAE needs; change it.")
+    settings = Settings(
+        vae=vae.identity, scale=vae.scale, shift=vae.shift, factor=vae.factor, text=manifests.text_identity(text),
+        tokenizer=manifests.tokenizer_identity(text), embeddings=embeddings, size=transform.size, crop=crop, flip=flip,
+        augmentations=augmentations, seed=seed, dtype=str(vae.dtype).removeprefix("torch."), data=examples.identity,
+        shard_size=shard_size,
+    )  # fmt: skip
+    manifest = Manifest(settings=settings, sdkit=__version__, model=str(model), source=os.fspath(data))
+    with processes.main_first():
+        if _claim(folder, manifest, processes.main):
+            return folder
+    number = 0
+    with ThreadPoolExecutor(workers) as pool:
+        encoder = ShardEncoder(vae, text, transform, settings, pool, batch_size)
+        for number, rows in _shards(examples, shard_size):
+            path = folder / shard_file(number)
+            if number % processes.count == processes.index and header_of(path, settings) is None:
+                shown = progress(rows, description=f"shard {number + 1}") if processes.main else rows
+                save(path, *encoder.shard(shown), settings)
+        if processes.main and header_of(folder / EMPTY, settings) is None:
+            save(folder / EMPTY, encoder.prompts([""]), [], settings)
+    processes.wait()
+    if processes.main:
+        _finish(folder, manifest, number + 1)
+    processes.wait()
+    return folder
+
+
+def own_size(model: Source) -> tuple[int, int]:
+    """The side that the model's U-Net was trained at."""
+    parts = {component.part: component.config for component in describe(model).components}
+    side = parts.get("unet", {}).get("sample_size")
+    if not isinstance(side, int):
+        raise ArgumentError(f"the model {str(model)!r} does not say what size it is for; give size=.")
+    return 8 * side, 8 * side
+
+
+def _folder(out: str | os.PathLike[str]) -> Path:
+    if not isinstance(out, (str, os.PathLike)) or not os.fspath(out):
+        raise ArgumentError(f"out must be the folder to write the cache to, not {out!r}.")
+    return Path(out).expanduser()
+
+
+class _Processes:
+    """Those of one `accelerate launch`, or the only one."""
+
+    def __init__(self) -> None:
+        self.state: Any = None
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            from accelerate import PartialState
+            from accelerate.utils import parse_flag_from_env
+
+            # Resuming, one may have all the work that is left, and the others must not give up waiting.
+            self.state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=timedelta(days=7))
+        self.index: int = self.state.process_index if self.state else 0
+        self.count: int = self.state.num_processes if self.state else 1
+        self.main = self.index == 0
+
+    @property
+    def device(self) -> torch.device:
+        """Of this process."""
+        return torch.device(self.state.device) if self.state else resolve_device("auto")
+
+    def wait(self) -> None:
+        """Return when all have come here."""
+        if self.state:
+            self.state.wait_for_everyone()
+
+    def main_first(self) -> contextlib.AbstractContextManager[None]:
+        """The others enter the block when the main process has left it."""
+        first: contextlib.AbstractContextManager[None] = (
+            self.state.main_process_first() if self.state else contextlib.nullcontext()
+        )
+        return first
+
+
+def _claim(folder: Path, manifest: Manifest, main: bool) -> bool:
+    """Whether the cache is there already. Raises `CacheError` where `folder` holds another, or something else.
+
+    An unfinished manifest is written first, so that what was begun is known for what it is.
+    """
+    try:
+        inside = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    except OSError as error:
+        raise CacheError(f"cannot read {folder}: {(error.strerror or str(error)).lower()}.") from error
+    if folder.exists() and not folder.is_dir():
+        raise CacheError(f"{folder} is a file; name a folder for the cache.")
+    if manifests.NAME in inside:
+        made = Manifest.read(folder)
+        if found := difference(made.settings, asdict(manifest.settings)):
+            raise CacheError(
+                f"{folder} holds a cache (of {made.model}) made with {found} as asked for now; name another folder, or "
+                "delete that one."
+            )
+        if made.complete and not missing_files(folder, made):
+            return True
+    elif any(not name.startswith(".sdkit-") for name in inside):
+        raise CacheError(f"{folder} is not empty, and holds no latent cache; name another folder.")
+    if main:
+        for name in inside:
+            if name.startswith(".sdkit-"):  # left by a process that was killed while writing
+                (folder / name).unlink(missing_ok=True)
+        manifest.write(folder)
+    return False
+
+
+def _shards(examples: Examples | Stream, size: int) -> Iterator[tuple[int, Iterable[tuple[int, Example]]]]:
+    """(number, numbered examples) of each shard; those of a shard that nobody iterates over are not read."""
+    if isinstance(examples, Examples):
+        for number, start in enumerate(range(0, len(examples), size)):
+            indices = range(start, min(start + size, len(examples)))
+            yield number, ((i, examples[i]) for i in indices)
+        return
+    rows = enumerate(examples)
+    for number in count():
+        first = next(rows, None)
+        if first is None:
+            if number == 0:
+                raise DataError(f"there is no row in {examples.source}; name other data.")
+            return
+        shard = chain([first], islice(rows, size - 1))
+        yield number, shard
+        deque(shard, maxlen=0)
+
+
+def _finish(folder: Path, manifest: Manifest, shards: int) -> None:
+    """Write the complete manifest."""
+    files = [shard_file(number) for number in range(shards)]
+    headers = [header_of(folder / file, manifest.settings) or {} for file in [*files, EMPTY]]
+    if not all(headers):
+        raise SdkitError(f"a file of the cache {folder} vanished while it was made; run the same command again.")
+    entries = [
+        Shard(file=file, items=header["items"], bytes=(folder / file).stat().st_size, sha256=checksum(folder / file))
+        for file, header in zip([*files, EMPTY], headers, strict=True)
+    ]
+    skipped = tuple(Skipped(**one) for header in headers for one in header["skipped"])
+    images = sum(header["images"] for header in headers)
+    if not images:
+        raise DataError(
+            f"none of the {len(skipped)} images in {manifest.source} can be used; the first, {skipped[0].name}: "
+            f"{skipped[0].reason}"
+        )
+    replace(
+        manifest, complete=True, examples=images + len(skipped), images=images,
+        items=sum(header["items"] for header in headers), skipped=skipped, shards=tuple(entries[:-1]),
+        empty=entries[-1],
+    ).write(folder)  # fmt: skip

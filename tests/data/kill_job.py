@@ -1,0 +1,68 @@
+"""Makes the same cache in many folders, killed by SIGKILL at every point of it: `python kill_job.py DATA OUT`.
+
+OUT/N was killed before the N-th step of writing files (a file's fsync, its renaming, the fsync of the folder) and then
+resumed; the last one, with more steps than there are, was never killed. OUT/often was killed again and again.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets  # noqa: F401 - imported once, before the forks
+import torch
+
+import sdkit
+from sdkit.data import cache
+
+SETTINGS: dict[str, Any] = {"size": 16, "shard_size": 2, "dtype": "fp32", "device": "cpu"}
+
+
+def make(data: str, out: Path, kill_at: int = 0) -> bool:
+    """Make the cache in a process of its own, and whether that was killed, before its n-th step; 0 lets it live."""
+    child = os.fork()
+    if child:
+        status = os.waitpid(child, 0)[1]
+        killed = os.WIFSIGNALED(status)
+        assert os.WTERMSIG(status) == signal.SIGKILL if killed else status == 0
+        return killed
+    steps = 0
+
+    def killing(step: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*arguments: Any) -> Any:
+            nonlocal steps
+            steps += 1
+            if steps == kill_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return step(*arguments)
+
+        return run
+
+    os.fsync, Path.replace = killing(os.fsync), killing(Path.replace)  # type: ignore[method-assign]
+    cache("emoji", data, out, **SETTINGS)
+    os._exit(0)
+
+
+def main() -> None:
+    data, out = sys.argv[1], Path(sys.argv[2])
+    for part in (sdkit.VAE, sdkit.TextEncoder):  # loaded once, before the forks
+        part.from_pretrained = functools.cache(part.from_pretrained)  # type: ignore[method-assign,assignment]
+    sdkit.VAE.from_pretrained("emoji", dtype=torch.float32, device=torch.device("cpu"))
+    sdkit.TextEncoder.from_pretrained("emoji", dtype="fp32", device="cpu")
+    point = 1
+    while make(data, out / str(point), point):
+        assert not make(data, out / str(point))
+        point += 1
+    deaths = 0
+    while make(data, out / "often", 8):  # where one shard is written, and the next has not got its name yet
+        deaths += 1
+    print(point - 1, deaths)
+
+
+if __name__ == "__main__":
+    main()

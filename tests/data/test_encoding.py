@@ -1,0 +1,203 @@
+"""Making a latent cache: what is in it, interrupted anywhere, by several processes."""
+
+from __future__ import annotations
+
+import functools
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import sdkit
+from sdkit.data import LatentCache, Transform, cache, open_examples
+from sdkit.data.manifest import text_identity, tokenizer_identity
+from sdkit.data.transform import draw
+
+pytest.importorskip("datasets")
+
+ROOT, HERE = Path(sdkit.__file__).parents[1], Path(__file__).parent
+LONG = "red apple blue cat " * 16  # 64 tokens: 3 chunks of the embedded model
+FLOAT16 = {"rtol": 2.0**-10, "atol": 1e-5}  # its rounding, and float32's of another order of sums
+
+
+def make(data: Path, out: Path, **options: Any) -> LatentCache:
+    settings: dict[str, Any] = {"size": 16, "dtype": "fp32", "device": "cpu", "shard_size": 2, **options}
+    return LatentCache(cache("emoji", data, out, **settings))
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Seven small pictures, of which the fourth is broken and the last too small."""
+    folder, rng = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
+    for i in range(7):
+        pixels = rng.integers(0, 256, (3, 4, 3), np.uint8)
+        Image.fromarray(pixels).resize((150 - i, 20 + i)).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(f"a picture of {i}" if i != 1 else LONG)
+    (folder / "3.png").write_bytes((folder / "3.png").read_bytes()[:100])
+    Image.new("RGB", (1, 1)).save(folder / "6.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def made(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> LatentCache:
+    out = tmp_path_factory.mktemp("made") / "deep" / "cache"
+    return make(photos, out, crop="random", flip=True, augmentations=3, embeddings=True)
+
+
+class TestContent:
+    def test_order_and_names(self, made: LatentCache) -> None:
+        """That of the examples, each with its augmentations in a row; what is broken leaves no gap."""
+        assert len(made) == 15
+        expected = [(f"{i}.png", i, a) for i in (0, 1, 2, 4, 5) for a in range(3)]
+        assert [(item["name"], item["index"], item["augmentation"]) for item in made] == expected
+        assert made[-1]["name"] == "5.png"
+        with pytest.raises(IndexError):
+            made[15]
+
+    def test_moments_are_the_vaes_raw_ones_of_the_transformed_image(
+        self, made: LatentCache, photos: Path, sd: sdkit.StableDiffusion
+    ) -> None:
+        examples, transform = open_examples(photos), Transform(size=(16, 16), crop="random", flip=True)
+        different = set()
+        for item in made:
+            pixels = transform(examples[item["index"]].load(), draw(0, item["index"], item["augmentation"]))
+            mean, logvar = sd.vae.moments(pixels[None])
+            assert item["mean"].dtype == item["logvar"].dtype == torch.float32
+            torch.testing.assert_close(item["mean"], mean[0], **FLOAT16)
+            torch.testing.assert_close(item["logvar"], logvar[0], **FLOAT16)
+            different.add(item["mean"].numpy().tobytes())
+        assert len(different) > 12  # two draws may be alike
+
+    def test_captions(self, made: LatentCache, sd: sdkit.StableDiffusion) -> None:
+        for item in made:
+            caption = LONG.strip() if item["index"] == 1 else f"a picture of {item['index']}"
+            assert item["ids"].dtype == torch.int64
+            assert torch.equal(item["ids"], sd.text.tokenize(caption)[0][0])
+            assert item["embeddings"] is not None
+            torch.testing.assert_close(item["embeddings"], sd.text.encode(caption)[0], **FLOAT16)
+        assert made[3]["ids"].shape == (3, sd.text.length)
+
+    def test_the_empty_prompt(self, made: LatentCache, sd: sdkit.StableDiffusion) -> None:
+        empty = made.empty
+        assert torch.equal(empty["ids"], sd.text.tokenize("")[0][0])
+        assert empty["embeddings"] is not None
+        torch.testing.assert_close(empty["embeddings"], sd.text.encode("")[0], **FLOAT16)
+        # Repeated, it is the empty prompt in as many chunks.
+        torch.testing.assert_close(empty["embeddings"].repeat(3, 1), sd.text.encode("", chunks=3)[0], **FLOAT16)
+
+    def test_manifest(self, made: LatentCache, sd: sdkit.StableDiffusion) -> None:
+        manifest, settings = made.manifest, made.manifest.settings
+        assert (manifest.examples, manifest.images, manifest.items) == (7, 5, 15)
+        assert [one.name for one in manifest.skipped] == ["3.png", "6.png"]
+        assert "1 x 1 pixels are too few" in manifest.skipped[1].reason
+        assert (settings.vae, settings.scale, settings.factor) == (sd.vae.identity, sd.vae.scale, 8)
+        assert (settings.text, settings.tokenizer) == (text_identity(sd.text), tokenizer_identity(sd.text))
+        assert (settings.size, settings.crop, settings.flip, settings.seed) == ((16, 16), "random", True, 0)
+        assert (manifest.sdkit, manifest.model) == (sdkit.__version__, "emoji")
+        assert [one.items for one in manifest.shards] == [6, 3, 6, 0]
+
+    def test_the_defaults(self, photos: Path, tmp_path: Path) -> None:
+        """The model's own size, one augmentation, no embeddings."""
+        small = LatentCache(cache("emoji", photos, tmp_path / "c", device="cpu", dtype="fp32"))
+        assert small[0]["mean"].shape == (4, 16, 16)
+        assert (len(small), small.empty["embeddings"], small[0]["embeddings"]) == (5, None, None)
+
+    @pytest.mark.parametrize("options", [{"streaming": True}, {"batch_size": 1}, {"workers": 1}, {"shard_size": 100}])
+    def test_how_it_is_made_changes_nothing(
+        self, made: LatentCache, photos: Path, tmp_path: Path, options: Any
+    ) -> None:
+        other = make(photos, tmp_path, crop="random", flip=True, augmentations=3, **options)
+        for a, b in zip(made, other, strict=True):
+            torch.testing.assert_close(a["mean"], b["mean"], **FLOAT16)
+            assert (a["name"], a["augmentation"]) == (b["name"], b["augmentation"])
+
+    def test_another_seed(self, made: LatentCache, photos: Path, tmp_path: Path) -> None:
+        other = make(photos, tmp_path, crop="random", flip=True, augmentations=3, seed=1)
+        assert sum(torch.equal(a["mean"], b["mean"]) for a, b in zip(made, other, strict=True)) < 3
+
+    def test_a_vae_that_is_not_finite_skips_the_image(
+        self, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sd: sdkit.StableDiffusion
+    ) -> None:
+        moments = sdkit.VAE.moments
+
+        def overflowing(self: sdkit.VAE, images: Any, **options: Any) -> Any:
+            mean, logvar = moments(self, images, **options)
+            mean[1, 0, 0, 0] = 1e6  # over float16
+            return mean, logvar
+
+        monkeypatch.setattr(sdkit.VAE, "moments", overflowing)
+        spoilt = make(photos, tmp_path, shard_size=7)
+        assert [one.name for one in spoilt.manifest.skipped] == ["1.png", "3.png", "6.png"]
+        assert [item["name"] for item in spoilt] == ["0.png", "2.png", "4.png", "5.png"]
+        assert torch.equal(spoilt[1]["ids"], sd.text.tokenize("a picture of 2")[0][0])
+
+
+class TestAgain:
+    def test_the_same_call_does_nothing(self, photos: Path, tmp_path: Path) -> None:
+        make(photos, tmp_path)
+        before = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+        make(photos, tmp_path)
+        assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before
+
+    def test_only_what_is_missing_or_cut_short_is_made(self, photos: Path, tmp_path: Path) -> None:
+        make(photos, tmp_path)
+        before = content(tmp_path)
+        (tmp_path / "shard-00001.safetensors").unlink()
+        (tmp_path / "shard-00002.safetensors").write_bytes(before["shard-00002.safetensors"][:-7])
+        kept = (tmp_path / "shard-00000.safetensors").stat().st_mtime_ns
+        make(photos, tmp_path)
+        assert content(tmp_path) == before
+        assert (tmp_path / "shard-00000.safetensors").stat().st_mtime_ns == kept
+
+
+def run(*command: str) -> subprocess.CompletedProcess[str]:
+    """A Python program of this folder, or a module, in one thread: the sums of several are rounded in another order."""
+    path = f"{ROOT}{os.pathsep}{HERE}"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    whole = [sys.executable, *command]
+    return subprocess.run(whole, env=environment, cwd=HERE, capture_output=True, text=True, check=False, timeout=240)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_killed_at_any_point_and_resumed_it_is_as_if_never_stopped(photos: Path, tmp_path: Path) -> None:
+    """By SIGKILL. Seven files are written (two manifests, four shards, the empty prompt), in three steps each."""
+    done = run("kill_job.py", str(photos), str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    points, deaths = map(int, done.stdout.split())
+    assert (points, deaths) == (21, 5)
+    uninterrupted = content(tmp_path / "22")
+    assert len(uninterrupted) == 6
+    for name in [*map(str, range(1, 22)), "often"]:
+        assert content(tmp_path / name) == uninterrupted, name
+    LatentCache(tmp_path / "often").verify()
+
+
+class TestProcesses:
+    def launch(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        launcher = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--main_process_port", "0"]
+        return run(*launcher, "-m", "cache_job", *arguments)
+
+    def test_two_give_the_files_that_one_gives(self, photos: Path, tmp_path: Path) -> None:
+        settings = ["size=16", "shard_size=2", "embeddings=true", 'crop="random"', "augmentations=2"]
+        for start, out in ((functools.partial(run, "cache_job.py"), "one"), (self.launch, "two")):
+            done = start(str(photos), str(tmp_path / out), *settings)
+            assert done.returncode == 0, done.stderr
+        assert content(tmp_path / "two") == content(tmp_path / "one")
+        assert len(content(tmp_path / "one")) == 6
+
+    def test_an_error_ends_both_with_its_sentence(self, photos: Path, tmp_path: Path) -> None:
+        (tmp_path / "diary.txt").write_text("dear diary")
+        done = self.launch(str(photos), str(tmp_path), "size=16")
+        assert done.returncode != 0
+        assert f"{tmp_path} is not empty, and holds no latent cache; name another folder." in done.stderr
+        assert content(tmp_path) == {"diary.txt": b"dear diary"}

@@ -1,0 +1,198 @@
+"""Reading a latent cache: memory-mapped, checked against what a run needs, damage found."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import sdkit
+from sdkit.data import LatentCache, Transform, cache
+from sdkit.data.latent_cache import checksum
+from sdkit.data.manifest import Manifest, Settings, Shard
+from sdkit.data.shards import save
+
+pytest.importorskip("datasets")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    data, out = tmp_path_factory.mktemp("data"), tmp_path_factory.mktemp("cache")
+    for i in range(3):
+        Image.fromarray(np.full((16, 16, 3), 80 * i, np.uint8)).save(data / f"{i}.png")
+    return cache("emoji", data, out, size=16, dtype="fp32", device="cpu", shard_size=2, embeddings=True)
+
+
+@pytest.fixture
+def copy(folder: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(folder, tmp_path / "copy"))
+
+
+class TestDamage:
+    def test_whole(self, folder: Path) -> None:
+        LatentCache(folder).verify()
+
+    @pytest.mark.parametrize("file", ["shard-00001.safetensors", "empty-prompt.safetensors"])
+    @pytest.mark.parametrize("at", [3, -2])
+    def test_one_wrong_bit_is_found_by_checksum(self, copy: Path, file: str, at: int) -> None:
+        data = bytearray((copy / file).read_bytes())
+        data[at] ^= 1
+        (copy / file).write_bytes(data)
+        with pytest.raises(
+            sdkit.CacheError, match=rf"^{file} of the cache .* is damaged \(wrong checksum\); delete that"
+        ):
+            LatentCache(copy).verify()
+
+    @pytest.mark.parametrize("how", ["missing", "short"])
+    def test_a_file_that_is_not_whole_is_found_on_opening(self, copy: Path, how: str) -> None:
+        file = copy / "shard-00001.safetensors"
+        file.write_bytes(file.read_bytes()[:-1])
+        if how == "missing":
+            file.unlink()
+        with pytest.raises(sdkit.CacheError, match=r"^shard-00001.safetensors of the cache .* is missing or cut short"):
+            LatentCache(copy)
+
+    def test_a_header_that_is_damaged(self, copy: Path) -> None:
+        file = copy / "shard-00000.safetensors"
+        file.write_bytes(b"\xff" * 8 + file.read_bytes()[8:])
+        with pytest.raises(sdkit.CacheError, match=r"cannot read .*shard-00000.safetensors"):
+            LatentCache(copy)[0]
+
+    @pytest.mark.parametrize(
+        ("change", "fragment"),
+        [
+            (lambda fields: fields | {"format": "sdkit.other"}, "is not the manifest of a latent cache"),
+            (lambda fields: fields | {"format_version": 2}, "was written by a newer version of sdkit"),
+            (lambda fields: fields | {"complete": False}, "is not finished"),
+            (lambda fields: fields | {"unknown": 1}, "is damaged"),
+            (lambda fields: {key: fields[key] for key in fields if key != "settings"}, "is damaged"),
+            (lambda fields: fields | {"settings": None}, "is damaged"),
+            (lambda fields: [fields], "is damaged"),
+        ],
+    )
+    def test_manifests(self, copy: Path, change: Any, fragment: str) -> None:
+        path = copy / "manifest.json"
+        path.write_text(json.dumps(change(json.loads(path.read_text()))))
+        with pytest.raises(sdkit.CacheError, match=fragment):
+            LatentCache(copy)
+
+    def test_no_cache(self, tmp_path: Path) -> None:
+        with pytest.raises(sdkit.CacheError, match=r"there is no latent cache in .*; sdkit cache makes one\."):
+            LatentCache(tmp_path)
+        (tmp_path / "manifest.json").write_text("{")
+        with pytest.raises(sdkit.CacheError, match="is damaged"):
+            LatentCache(tmp_path)
+
+
+class TestCheckModel:
+    def test_what_matches(self, folder: Path) -> None:
+        made = LatentCache(folder)
+        settings = made.manifest.settings
+        made.check_model()
+        made.check_model(
+            vae=settings.vae, scale=settings.scale, tokenizer=settings.tokenizer, text=settings.text, augmentations=1,
+            transform=Transform(size=(16, 16)), data=settings.data, embeddings=True,
+        )  # fmt: skip
+
+    @pytest.mark.parametrize(
+        ("wanted", "fragment"),
+        [
+            ({"vae": "0123"}, r"the VAE [0-9a-f]{16}, not 0123"),
+            ({"scale": 0.18215}, r"scale 0\.47178, not 0\.18215"),
+            ({"tokenizer": "0123"}, r"the tokenizer [0-9a-f]{16}, not 0123"),
+            ({"text": "0123"}, r"the text encoder [0-9a-f]{16}, not 0123"),
+            ({"augmentations": 4}, r"augmentations 1, not 4"),
+            ({"data": "0123"}, r"the data \(names, captions, file sizes\) [0-9a-f]{16}, not 0123"),
+            ({"transform": Transform(size=(16, 24))}, r"size 16 x 16, not 16 x 24"),
+            ({"transform": Transform(size=(16, 16), crop="random")}, r"crop center, not random"),
+            ({"transform": Transform(size=(16, 16), flip=True)}, r"flip false, not true"),
+        ],
+    )
+    def test_what_does_not(self, folder: Path, wanted: dict[str, Any], fragment: str) -> None:
+        with pytest.raises(
+            sdkit.CacheError, match=rf"^the cache .* \(of emoji\) was made with {fragment}.* make another"
+        ):
+            LatentCache(folder).check_model(**wanted)
+
+    def test_the_text_encoder_matters_to_embeddings_only(self, folder: Path, copy: Path) -> None:
+        manifest = Manifest.read(copy)
+        replace(manifest, settings=replace(manifest.settings, embeddings=False)).write(copy)
+        LatentCache(copy).check_model(text="0123")
+        with pytest.raises(sdkit.CacheError, match=r"holds no text embeddings, which this run needs"):
+            LatentCache(copy).check_model(embeddings=True)
+
+
+READER = """
+import sys
+from pathlib import Path
+from sdkit.data import LatentCache
+
+def mebibytes(kind):
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(lines[kind].split()[0]) // 1024
+
+small, large = map(LatentCache, sys.argv[1:])
+for item in small:
+    item["mean"].sum()
+resident, held = mebibytes("VmRSS"), mebibytes("RssAnon")
+assert len(large) == 2048
+for i in range(0, 2048, 300):
+    large[i]["mean"].sum()
+print(mebibytes("VmRSS") - resident)
+for item in large:
+    item["mean"].sum()
+print(mebibytes("RssAnon") - held)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+def test_a_large_cache_is_not_brought_into_memory(folder: Path, tmp_path: Path) -> None:
+    """128 MiB in two shards: a few items leave most of it where it is. All items pass through mapped pages, which the
+    system takes back when it needs them; memory of the process's own does not grow."""
+    settings = replace(LatentCache(folder).manifest.settings, size=(512, 512), embeddings=False, shard_size=1024)
+    shards = tuple(fabricated(tmp_path / f"shard-{i}.safetensors", 1024, settings) for i in range(2))
+    shutil.copy(folder / "empty-prompt.safetensors", tmp_path)
+    manifest = replace(Manifest.read(folder), settings=settings, items=2048, shards=shards)
+    manifest.write(tmp_path)
+    command = [sys.executable, "-c", READER, str(folder), str(tmp_path)]
+    done = subprocess.run(command, cwd=Path(sdkit.__file__).parents[1], capture_output=True, text=True, check=True)
+    some, held = map(int, done.stdout.split())
+    assert some < 64  # MiB; the kernel maps up to 2 MiB around each page that is touched
+    assert held < 8
+
+
+def fabricated(path: Path, n: int, settings: Settings) -> Shard:
+    """A shard of n images of 512 x 512 pixels."""
+    moments = torch.zeros(n, 1, 4, 64, 64, dtype=torch.float16)
+    ends = torch.arange(1, n + 1)
+    tensors = {"mean": moments, "logvar": moments.clone()}
+    tensors |= {name: ends.clone() for name in ("index", "names_ends", "ids_ends")}
+    tensors |= {"names": torch.full((n,), ord("a"), dtype=torch.uint8), "ids": torch.zeros(n, 32, dtype=torch.int32)}
+    save(path, tensors, [], settings)
+    return Shard(file=path.name, items=n, bytes=path.stat().st_size, sha256=checksum(path))
+
+
+def test_it_travels_to_other_processes(folder: Path) -> None:
+    made = LatentCache(folder)
+    first = made[0]["mean"]
+    assert torch.equal(pickle.loads(pickle.dumps(made))[0]["mean"], first)
+
+
+def test_items_are_copies(folder: Path) -> None:
+    made = LatentCache(folder)
+    before = made[1]["mean"].clone()
+    made[1]["mean"].zero_()
+    made[1]["ids"].zero_()
+    assert torch.equal(made[1]["mean"], before)
+    assert made[1]["ids"].any()
+    made.verify()
