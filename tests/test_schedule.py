@@ -439,6 +439,7 @@ def test_prediction_of_a_half_precision_output_has_the_samples_precision(kind: A
     torch.testing.assert_close(got.eps, expected.eps, rtol=1e-6, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers' Heun with NumPy 2
 @pytest.mark.parametrize(
     ("name", "spacing", "set_alpha_to_one", "clip_x0"),
     [

@@ -1,0 +1,323 @@
+"""Fine-tuning: the words that every stage and the loop share."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import KW_ONLY, asdict, dataclass
+from functools import lru_cache
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
+
+from sdkit.errors import ArgumentError, SdkitError
+
+if TYPE_CHECKING:
+    import torch
+    from accelerate import Accelerator
+    from torch import Tensor, nn
+
+    Loss = Callable[[Mapping[str, nn.Module], dict[str, Any], int], tuple[Tensor, Mapping[str, float | Tensor]]]
+
+T = TypeVar("T")
+Samples = list[tuple[int, int]]  # (n, item): the n-th sample since the run began is example `item`
+
+# Names of diffusers.optimization.get_scheduler, but the one whose rules are a language of their own.
+LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopSettings:
+    """What the loop asks of every stage's settings, which are a subclass."""
+
+    max_steps: int = 1000  # optimizer steps in all
+    batch_size: int = 1  # of each process and micro-batch
+    gradient_accumulation_steps: int = 1  # micro-batches to an optimizer step
+    mixed_precision: str = "no"  # "no", "bf16" or "fp16" autocast; trained weights are float32 in each
+    seed: int = 0
+    lr_scheduler: str = "constant"  # one of LR_SCHEDULERS; counts optimizer steps, whatever else there is to count
+    lr_warmup_steps: int = 0
+    max_grad_norm: float | None = 1.0  # of each player; None does not clip
+    use_8bit_adam: bool = False  # AdamW of bitsandbytes
+    ema_decay: float = 0.9999
+    save_every: int = 100
+    keep_checkpoints: int = 2
+    validate_every: int = 100  # besides before the first and after the last step
+    num_workers: int = 2  # threads that load batches ahead; 0 loads none ahead
+    report_to: tuple[str, ...] = ()  # Accelerate's trackers, as "tensorboard" or "wandb"
+
+    # What a run may be taken up again with other values of; the first two as long as a step takes as many samples.
+    may_change: ClassVar[frozenset[str]] = frozenset({
+        *("batch_size", "gradient_accumulation_steps", "keep_checkpoints", "max_steps", "num_workers", "out_dir"),
+        *("report_to", "save_every", "validate_every"),
+    })  # fmt: skip
+
+    def __post_init__(self) -> None:
+        from sdkit.arguments import number, one_of, strings, whole  # which loads PyTorch
+
+        for name in ("max_steps", "batch_size", "gradient_accumulation_steps", "save_every", "keep_checkpoints"):
+            whole(name, getattr(self, name), 1)
+        whole("validate_every", self.validate_every, 1)
+        whole("num_workers", self.num_workers, 0)
+        whole("lr_warmup_steps", self.lr_warmup_steps, 0)
+        whole("seed", self.seed, 0, 2**31 - 1)
+        number("ema_decay", self.ema_decay, 0, 1)
+        if self.max_grad_norm is not None:
+            number("max_grad_norm", self.max_grad_norm, 1e-9)
+        one_of("mixed_precision", self.mixed_precision, ("no", "bf16", "fp16"))
+        one_of("lr_scheduler", self.lr_scheduler, LR_SCHEDULERS)
+        if self.report_to:
+            object.__setattr__(self, "report_to", tuple(strings("report_to", self.report_to)))
+
+    def accelerator(self, out_dir: Path) -> Accelerator:
+        """Accelerate's view of the processes, with precision and trackers as set here (not as in its configuration:
+        what trains is what config.json says)."""
+        from accelerate import Accelerator, DistributedType
+        from accelerate.state import AcceleratorState
+        from accelerate.utils import GradientAccumulationPlugin
+
+        AcceleratorState._reset_state()  # else a second run in this process could not have another precision
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "`log_with=")  # of a missing tracker, which is an error below
+                accelerator = Accelerator(
+                    mixed_precision=self.mixed_precision,
+                    gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # the loop counts for itself
+                    log_with=list(self.report_to) or None,
+                    project_dir=out_dir / "trackers",
+                )
+        except ValueError as error:  # fp16 without a GPU, a tracker that does not exist
+            raise ArgumentError(str(error)) from error
+        if len(accelerator.log_with) < len(set(self.report_to)):
+            missing = [name for name in self.report_to if name not in map(str, accelerator.log_with)]
+            raise ArgumentError(f"report_to names {missing[0]!r}, which is not installed; install it, or leave it out.")
+        if self.mixed_precision == "fp16" and accelerator.device.type == "cpu":  # Accelerate would use float32
+            raise ArgumentError("mixed_precision 'fp16' needs a GPU; use 'bf16' or 'no'.")
+        if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+            raise ArgumentError("checkpoints hold whole networks: launch with data parallelism, not FSDP or DeepSpeed.")
+        return accelerator
+
+    def optimizer(self, player: Player, device: torch.device) -> torch.optim.Optimizer:
+        """AdamW over what `player` trains."""
+        from torch.optim import AdamW
+
+        parameters = [p for p in player.network.parameters() if p.requires_grad]
+        options: dict[str, Any] = {
+            "lr": player.learning_rate, "betas": player.betas, "weight_decay": player.weight_decay
+        }  # fmt: skip
+        if not self.use_8bit_adam:
+            return AdamW(parameters, **options, fused=device.type == "cuda")
+        try:
+            library = import_module("bitsandbytes.optim")
+        except ImportError as error:
+            raise ArgumentError("use_8bit_adam needs bitsandbytes; install it, or leave it off.") from error
+        optimizer: torch.optim.Optimizer = library.AdamW8bit(parameters, **options)
+        return optimizer
+
+    def lr_factor(self, player: Player) -> Callable[[int], float]:
+        """What multiplies the learning rate in optimizer step n of `player`, counted from its first."""
+        import torch
+        from diffusers.optimization import get_scheduler
+
+        any_optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=player.learning_rate)
+        steps = self.max_steps - player.starts_at
+        try:
+            schedule = get_scheduler(
+                self.lr_scheduler, any_optimizer, num_warmup_steps=self.lr_warmup_steps, num_training_steps=steps
+            )
+        except ValueError as error:  # polynomial ends at 1e-7
+            raise ArgumentError(f"lr_scheduler {self.lr_scheduler}: {error}; take another, or another rate.") from error
+        factor: Callable[[int], float] = schedule.lr_lambdas[0]
+        return factor
+
+
+@dataclass(frozen=True)
+class Player:
+    """A network in training, with an optimizer and a loss of its own: a GAN has two.
+
+    What is trained are the network's parameters that require gradients when training begins. `loss(networks, batch,
+    step)` gives the loss, a mean over the batch, and its parts to be logged. It gets the networks of all players by
+    name, as prepared for many processes, and may only call them (`networks["unet"](...)`), for gradients are reduced
+    by what hooks on to that. `batch` lives as long as the optimizer step: an earlier player can leave things in it.
+    """
+
+    name: str
+    network: nn.Module
+    loss: Loss
+    _: KW_ONLY
+    learning_rate: float
+    starts_at: int = 0  # its first optimizer step; its learning-rate schedule counts from there
+    ema: bool = False
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.01
+
+
+class Trained:
+    """A player prepared for precision and processes, with what training adds to it."""
+
+    def __init__(self, player: Player, settings: LoopSettings, accelerator: Accelerator) -> None:
+        from sdkit.training.ema import EMA
+
+        self.player = player
+        self.parameters = [p for p in player.network.parameters() if p.requires_grad]
+        for p in self.parameters:
+            p.data = p.data.float()  # in half precision a small step rounds to nothing
+        optimizer = settings.optimizer(player, accelerator.device)
+        self.network, self.optimizer = accelerator.prepare(player.network.train(), optimizer)
+        self.ema = EMA(player.network, settings.ema_decay) if player.ema else None
+        self.lr_factor = settings.lr_factor(player)
+
+
+@contextlib.contextmanager
+def alone(turn: Trained, trained: Sequence[Trained], accelerator: Accelerator) -> Iterator[None]:
+    """Of `trained` only `turn` gathers gradients inside; the others let them through, to it, and reduce none."""
+    with contextlib.ExitStack() as stack:
+        for other in trained:
+            if other is not turn:
+                stack.enter_context(accelerator.no_sync(other.network))
+                for p in other.parameters:
+                    stack.callback(p.requires_grad_, True)
+                    p.requires_grad_(False)
+        yield
+
+
+class Stage(Protocol):
+    """What the loop is given to train."""
+
+    @property
+    def players(self) -> Sequence[Player]:
+        """Trained in this order in each optimizer step. The first one's metrics carry no name."""
+
+    @property
+    def size(self) -> int:
+        """The number of training examples."""
+
+    def batch(self, samples: Samples) -> dict[str, Any]:
+        """The batch of some samples (n, item): n counts samples since the run began, and is what noise may depend on
+        (with the seed); item is the index of the example. Called ahead, from other threads; the loop moves tensors to
+        the device."""
+
+    def names(self, samples: Samples) -> list[str]:
+        """What to call these samples in messages, as by their files."""
+
+    def validate(self, step: int) -> dict[str, float]:
+        """Metrics after `step` steps, the same on every process. Called on every process, with the averaged weights in
+        the networks, in evaluation mode and without gradients; a stage splits the work itself."""
+
+    def export(self, folder: Path) -> None:
+        """Fill an empty folder with the result. Called on the main process, in the state that `validate` finds."""
+
+
+class TrainingStopped(SdkitError):  # noqa: N818 - it is none
+    """The run was asked to stop, and did so with a checkpoint. `exit_code` is 128 and the signal's number."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+class StopSignals:
+    """SIGTERM and Ctrl-C as a wish that the loop looks at: `exit_code` is 0 until one came, then 128 and its number.
+
+    They are noted from entering to leaving; a second Ctrl-C raises KeyboardInterrupt.
+    """
+
+    def __init__(self) -> None:
+        self.exit_code = 0
+        self._interrupted = False
+
+    def __enter__(self) -> StopSignals:
+        in_main = threading.current_thread() is threading.main_thread()  # Python gives signals to no other thread
+        self._before = {n: signal.signal(n, self._note) for n in (signal.SIGTERM, signal.SIGINT) if in_main}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for which, handler in self._before.items():
+            signal.signal(which, handler)
+
+    def _note(self, which: int, _frame: object) -> None:
+        if which == signal.SIGINT and self._interrupted:
+            raise KeyboardInterrupt
+        if which == signal.SIGINT:
+            self._interrupted = True
+            os.write(2, b"\nsdkit: stopping after this step; Ctrl-C again leaves at once.\n")
+        self.exit_code = self.exit_code or 128 + which
+
+
+def samples_of(settings: LoopSettings, step: int, micro_batch: int, rank: int, world: int, size: int) -> Samples:
+    """The samples (n, item) of one micro-batch of one process.
+
+    Each optimizer step takes the next batch_size * gradient_accumulation_steps * world samples, however they are split;
+    each epoch is a permutation of its own of the `size` examples. So the step alone says where in the data a run is.
+    """
+    first = ((step * settings.gradient_accumulation_steps + micro_batch) * world + rank) * settings.batch_size
+    numbers = range(first, first + settings.batch_size)
+    return [(n, int(_permutation(settings.seed, n // size, size)[n % size])) for n in numbers]
+
+
+@lru_cache(maxsize=2)  # a batch can reach from one epoch into the next
+def _permutation(seed: int, epoch: int, size: int) -> Any:
+    import numpy as np
+
+    return np.random.default_rng((seed, epoch)).permutation(size)
+
+
+@contextlib.contextmanager
+def loaded_ahead(
+    stage: Stage, settings: LoopSettings, first_step: int, rank: int, world: int
+) -> Iterator[Iterator[tuple[Samples, dict[str, Any]]]]:
+    """Yield an iterator over this process's micro-batches from `first_step` to the last step, with their samples.
+    Threads load the next ones meanwhile."""
+    micro_batches = range(settings.gradient_accumulation_steps)
+    micro = ((step, i) for step in range(first_step, settings.max_steps) for i in micro_batches)
+    jobs = (samples_of(settings, step, i, rank, world, stage.size) for step, i in micro)
+    pool = ThreadPoolExecutor(max(1, settings.num_workers))
+
+    def batches() -> Iterator[tuple[Samples, dict[str, Any]]]:
+        waiting: deque[tuple[Samples, Future[dict[str, Any]]]] = deque()
+        for samples in jobs:
+            waiting.append((samples, pool.submit(stage.batch, samples)))
+            if len(waiting) > settings.num_workers:
+                samples, batch = waiting.popleft()
+                yield samples, batch.result()
+        for samples, batch in waiting:
+            yield samples, batch.result()
+
+    try:
+        yield batches()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+@contextlib.contextmanager
+def tracked(accelerator: Accelerator, settings: LoopSettings) -> Iterator[None]:
+    """The trackers that `settings` asks for take what `accelerator.log` gets inside."""
+    values = {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in asdict(settings).items()}
+    accelerator.init_trackers("sdkit", values)
+    try:
+        yield
+    finally:
+        for tracker in accelerator.trackers:
+            tracker.finish()
+
+
+def on_main(accelerator: Accelerator, do: Callable[[], T]) -> T:
+    """What `do` returns, called on the main process; every process gets it, or the `SdkitError` that it ended with."""
+    from accelerate.utils import broadcast_object_list
+
+    said: list[Any] = [None, None]
+    if accelerator.is_main_process:
+        try:
+            said[0] = do()
+        except SdkitError as error:
+            said[1] = error
+    result, failure = broadcast_object_list(said)
+    if failure:
+        raise failure
+    return result  # type: ignore[no-any-return]

@@ -1,0 +1,199 @@
+"""The training loop, one for every stage: it knows players, samples and steps, and nothing of diffusion."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import InitVar, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object, send_to_device, set_seed
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from sdkit.errors import TrainingError
+from sdkit.training import (
+    LoopSettings,
+    Samples,
+    Stage,
+    StopSignals,
+    Trained,
+    TrainingStopped,
+    alone,
+    loaded_ahead,
+    on_main,
+    tracked,
+)
+from sdkit.training.checkpoint import RunFolder, load, restore, rng_state, set_rng_state, snapshot
+
+BAD_STEPS = 10  # in a row, without a finite loss, end a run
+
+
+def fit(stage: Stage, settings: LoopSettings, out_dir: str | Path) -> Path:
+    """Train `stage` in the run folder `out_dir`, or go on with the run that is there, and return the folder.
+
+    Resuming is exact: a step depends on its number, the checkpoint, and settings that may not change, alone. Raises
+    TrainingStopped after SIGTERM or Ctrl-C, once a checkpoint is written, and TrainingError where it cannot go on.
+    """
+    accelerator = settings.accelerator(Path(out_dir))
+    run = RunFolder(Path(out_dir))
+    rank, world = accelerator.process_index, accelerator.num_processes
+    with ExitStack() as stack:
+        stack.callback(run.close)
+        start = on_main(accelerator, lambda: run.open(settings, world))
+        if start.step >= settings.max_steps and start.exported == start.step:
+            accelerator.print(f"{run.path} is finished: step {start.step}, see {run.result}.", file=sys.stderr)
+            return run.path
+        stop = stack.enter_context(StopSignals())
+        loop = _Loop(stage, settings, accelerator, run, stop, start.checkpoint)
+        stack.enter_context(tracked(accelerator, settings))
+        batches = stack.enter_context(loaded_ahead(stage, settings, loop.step, rank, world))
+        hidden = rank > 0 or None  # None: where stderr is no terminal
+        bar = stack.enter_context(tqdm(total=settings.max_steps, initial=loop.step, disable=hidden, desc="training"))
+        saved, validated, stopping = (loop.step if start.checkpoint else -1), start.validated, False
+        while True:
+            done = loop.step >= settings.max_steps
+            if (done or loop.step % settings.validate_every == 0) and not validated:
+                stopping = loop.validate()
+            if stopping or done:
+                break
+            loss, stopping = loop.train_step(batches)
+            bar.set_postfix(loss=f"{loss:.4g}", refresh=False)
+            bar.update()
+            if stopping or loop.step % settings.save_every == 0 or loop.step == settings.max_steps:
+                saved = loop.save()
+            validated = stopping  # the next run can do that
+        if saved < loop.step:
+            loop.save()
+        if stopping:
+            message = f"stopped after step {loop.step}, with a checkpoint; the same command goes on from there."
+            raise TrainingStopped(message, stop.exit_code or 143)  # 143: another process was told to
+        with loop.at_rest():
+            on_main(accelerator, lambda: run.export(stage.export, loop.step))
+    return run.path
+
+
+@dataclass
+class _Loop:
+    stage: Stage
+    settings: LoopSettings
+    accelerator: Accelerator
+    run: RunFolder
+    stop: StopSignals
+    checkpoint: InitVar[Path | None]
+
+    def __post_init__(self, checkpoint: Path | None) -> None:
+        set_seed(self.settings.seed, device_specific=True)
+        self.trained = [Trained(player, self.settings, self.accelerator) for player in self.stage.players]
+        self.networks: dict[str, nn.Module] = {t.player.name: t.network for t in self.trained}
+        self.step = self.skipped = self.skipped_in_a_row = 0
+        if checkpoint:
+            found = load(checkpoint)
+            restore(self.trained, self.accelerator, found)
+            self.step, (self.skipped, self.skipped_in_a_row) = found.step, found.state["skipped"]
+            self.accelerator.print(f"going on from {checkpoint}", file=sys.stderr)
+
+    def save(self) -> int:
+        checkpoint = snapshot(self.trained, self.accelerator, self.step, (self.skipped, self.skipped_in_a_row))
+        on_main(self.accelerator, lambda: self.run.save(checkpoint, self.settings.keep_checkpoints))
+        return self.step
+
+    def train_step(self, ahead: Iterator[tuple[Samples, dict[str, Any]]]) -> tuple[float, bool]:
+        """One optimizer step of each player. Returns the first one's loss, and whether any process is to stop."""
+        began, stopping = time.perf_counter(), False
+        loaded = [next(ahead) for _ in range(self.settings.gradient_accumulation_steps)]
+        batches = [send_to_device(batch, self.accelerator.device, non_blocking=True) for _, batch in loaded]
+        buffers = [(b, b.clone()) for network in self.networks.values() for b in network.buffers()]
+        line: dict[str, float] = {"step": self.step + 1}
+        bad: list[set[int]] = []  # of each player that made no step, the micro-batches here that are to blame
+        for t in self.trained:
+            if self.step >= t.player.starts_at:
+                values, blamed, stopping = self._turn(t, batches)
+                prefix = "" if t is self.trained[0] else f"{t.player.name}/"
+                line |= {prefix + key: value for key, value in values.items()}
+                bad += [] if blamed is None else [blamed]
+        self.step += 1
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if bad else 0
+        if bad:
+            line["skipped"] = self.skipped = self.skipped + 1
+            for buffer, before in buffers:
+                buffer.copy_(before)
+        self._log(line | {"seconds": time.perf_counter() - began})
+        if bad:
+            samples = [own for own, _ in loaded]
+            self._complain([samples[i] for i in set.union(*bad)], samples)
+        return line.get("loss", math.nan), stopping
+
+    def _turn(self, t: Trained, batches: Sequence[dict[str, Any]]) -> tuple[dict[str, float], set[int] | None, bool]:
+        """Returns means over all processes; None, or this process's bad micro-batches where the step was skipped; and
+        whether any process is to stop."""
+        device, rows = self.accelerator.device, list[Tensor]()
+        lr = t.player.learning_rate * t.lr_factor(self.step - t.player.starts_at)
+        for group in t.optimizer.param_groups:
+            group["lr"] = lr
+        with alone(t, self.trained, self.accelerator):
+            for i, batch in enumerate(batches):
+                with self.accelerator.no_sync(t.network) if i + 1 < len(batches) else nullcontext():
+                    loss, parts = t.player.loss(self.networks, batch, self.step)
+                    self.accelerator.backward(loss / len(batches))
+                values = [torch.as_tensor(v).detach().to(device, torch.float32) for v in (loss, *parts.values())]
+                rows.append(torch.stack(values))
+        limit = self.settings.max_grad_norm
+        norm = self.accelerator.clip_grad_norm_(t.parameters, math.inf if limit is None else limit).to(device)
+        local = torch.cat([torch.stack(rows).mean(0), norm[None], norm.new_tensor([self.stop.exit_code > 0])])
+        *means, grad_norm, stopping = self.accelerator.reduce(local, "mean").tolist()
+        line = {**dict(zip(("loss", *parts), means, strict=True)), "lr": lr, "grad_norm": grad_norm}
+        scaler, blamed = self.accelerator.scaler, None
+        if math.isfinite(means[0]) and (scaler or math.isfinite(grad_norm)):
+            t.optimizer.step()  # with a scaler, unless gradients overflowed, which is how it finds its scale
+            if t.ema and not t.optimizer.step_was_skipped:
+                t.ema.update()
+        else:
+            blamed = {i for i, row in enumerate(rows) if not math.isfinite(row[0])}
+            if scaler:
+                scaler.update()  # else it would not unscale the next gradients
+        t.optimizer.zero_grad()
+        return line, blamed, stopping > 0
+
+    def _complain(self, blamed: list[Samples], all_of_them: list[Samples]) -> None:
+        names = gather_object([name for samples in blamed for name in self.stage.names(samples)])
+        names = names or gather_object([name for samples in all_of_them for name in self.stage.names(samples)])
+        what = f"the loss or its gradient is not finite ({', '.join(dict.fromkeys(names))})"
+        if self.skipped_in_a_row >= BAD_STEPS:
+            raise TrainingError(f"in {BAD_STEPS} steps in a row {what}; look at them, or lower the learning rate.")
+        if self.accelerator.is_main_process:
+            warnings.warn(f"step {self.step} is skipped: {what}.", stacklevel=2)
+
+    def _log(self, line: Mapping[str, float]) -> None:
+        finite = {key: value for key, value in line.items() if math.isfinite(value)}
+        if self.accelerator.is_main_process:
+            self.run.log({key: finite.get(key) for key in line})
+        self.accelerator.log({key: value for key, value in finite.items() if key != "step"}, step=int(line["step"]))
+
+    @contextmanager
+    def at_rest(self) -> Iterator[None]:
+        """Averaged weights, evaluation mode, no gradients; the random numbers drawn inside are as if not drawn."""
+        rng = rng_state(self.accelerator.device)
+        with ExitStack() as stack, torch.no_grad():
+            for t in self.trained:
+                stack.enter_context(t.ema.swapped() if t.ema else nullcontext())
+                stack.callback(t.player.network.train)
+                t.player.network.eval()
+            yield
+        set_rng_state(rng, self.accelerator.device)
+
+    def validate(self) -> bool:
+        """Log the stage's metrics. Returns whether any process is to stop."""
+        began = time.perf_counter()
+        with self.at_rest():
+            metrics = {f"validation/{key}": value for key, value in self.stage.validate(self.step).items()}
+        self._log({"step": self.step, **metrics, "validation/seconds": time.perf_counter() - began})
+        wish = torch.tensor([float(self.stop.exit_code > 0)], device=self.accelerator.device)
+        return bool(self.accelerator.reduce(wish, "sum").item() > 0)

@@ -1,0 +1,630 @@
+from __future__ import annotations
+
+import inspect
+import json
+import math
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import accelerate.tracking
+import pytest
+import torch
+from accelerate import Accelerator
+from diffusers.optimization import get_scheduler
+from safetensors.torch import load_file
+
+from sdkit.errors import ArgumentError, DataError, TrainingError
+from sdkit.training import LR_SCHEDULERS, loop, samples_of
+from sdkit.training.checkpoint import checkpoints, newest, read_metrics
+
+from . import toy
+
+# Short, and yet with epochs that end inside a step (10 examples, 4 samples a step), dropout, and a late second player.
+RUN: dict[str, Any] = {
+    "max_steps": 9,
+    "batch_size": 2,
+    "gradient_accumulation_steps": 2,
+    "save_every": 2,
+    "keep_checkpoints": 1,
+    "validate_every": 4,
+    "dropout": 0.3,
+    "batch_norm": True,
+    "discriminator_starts_at": 3,
+    "lr_scheduler": "cosine",
+    "lr_warmup_steps": 2,
+}
+
+
+def fit(out: Path, at: Any = lambda name, k: None, **settings: Any) -> toy.Toy:
+    stage = toy.Toy(toy.ToySettings(**settings), at)
+    assert loop.fit(stage, stage.settings, out) == out
+    return stage
+
+
+def process(out: Path, settings: dict[str, Any], hook: str = "") -> Any:
+    """What trains in a process of its own, forked from one that has loaded the libraries."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([toy.__name__])
+    started = context.Process(target=toy.train, args=(out, toy.ToySettings(**settings), hook))
+    started.start()
+    return started
+
+
+def train(out: Path, settings: dict[str, Any], hook: str = "") -> int:
+    """The exit code of training in a process of its own; -N where signal N ended it."""
+    started = process(out, settings, hook)
+    started.join(60)
+    code: int = started.exitcode
+    return code
+
+
+def said(out: Path) -> str:
+    return out.with_suffix(".error").read_text().strip()
+
+
+def metrics(out: Path) -> list[dict[str, Any]]:
+    """All but how long it took."""
+    return [
+        {k: v for k, v in line.items() if not k.endswith("seconds")} for line in read_metrics(out / "metrics.jsonl")
+    ]
+
+
+def logged(out: Path, key: str = "loss") -> list[float]:
+    return [line[key] for line in metrics(out) if key in line]
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()}
+
+
+def everything(out: Path) -> tuple[dict[str, bytes], dict[str, bytes], list[dict[str, Any]]]:
+    """Of a run: last weights, averages, optimizer states, random numbers; result; metrics. To the bit."""
+    return files(out / "checkpoints"), files(out / "result"), metrics(out)
+
+
+def last(out: Path, name: str) -> dict[str, torch.Tensor]:
+    return load_file(checkpoints(out / "checkpoints")[0] / f"{name}.safetensors")
+
+
+def difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    assert one.keys() == other.keys()
+    return max(float((one[name] - other[name]).abs().max()) for name in one)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """As in the other processes: the order of a sum changes its last bits."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "uninterrupted"
+    assert train(out, RUN) == 0
+    return out
+
+
+# Ended and taken up again
+
+
+@pytest.mark.parametrize(
+    "hook",
+    [
+        "SIGKILL batch 2",  # before anything is saved
+        "SIGKILL generator 6",  # in the middle of a step's micro-batches
+        "SIGKILL discriminator 3",  # between the players' steps
+        "SIGKILL validate 2",
+        "SIGKILL os.mkdir:.sdkit- 2",  # a checkpoint is begun;
+        "SIGKILL open:state.json 2",  # its tensors are there;
+        "SIGKILL open:manifest.json 2",  # all but its checksums;
+        "SIGKILL os.rename:step- 2",  # it is whole, but for its name;
+        "SIGKILL os.rename:step- 3",  # it is there, and the old one too;
+        "SIGKILL os.remove:.safetensors 3",  # the old one is half removed
+        "SIGKILL export 1",
+        "SIGKILL validate 1;SIGKILL os.rename:step- 4",
+    ],
+)
+def test_a_killed_run_ends_as_one_never_stopped_to_the_bit(hook: str, uninterrupted: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    while hook:  # killed, taken up again, and killed again
+        first, _, hook = hook.partition(";")
+        assert train(out, RUN, first) == -signal.SIGKILL
+        assert not (out / "result").exists()
+        if "os.re" in first:  # known defect: the old checkpoint is deleted before the new one is whole
+            assert newest(out / "checkpoints")
+    assert train(out, RUN) == 0
+    assert everything(out) == everything(uninterrupted)
+    assert not [*tmp_path.rglob(".sdkit-*")]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_finishes_the_step_and_leaves_a_checkpoint(
+    number: signal.Signals, uninterrupted: Path, tmp_path: Path
+) -> None:
+    assert train(tmp_path / "run", RUN, f"{number.name} generator 5") == 128 + number  # in the first half of step 3
+    assert newest(tmp_path / "run" / "checkpoints").name == "step-00000003"  # type: ignore[union-attr]
+    assert "stopped after step 3, with a checkpoint" in said(tmp_path / "run")
+    assert train(tmp_path / "run", RUN, f"{number.name} validate 1") == 128 + number  # that of step 4
+    assert train(tmp_path / "run", RUN) == 0
+    assert everything(tmp_path / "run") == everything(uninterrupted)
+
+
+def test_a_second_ctrl_c_leaves_at_once(tmp_path: Path) -> None:
+    assert train(tmp_path / "run", RUN, "SIGINT generator 5;SIGTERM generator 5;SIGINT generator 6") == 130
+    assert [path.name for path in checkpoints(tmp_path / "run" / "checkpoints")] == ["step-00000002"]
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over(uninterrupted: Path, tmp_path: Path) -> None:
+    settings = RUN | {"keep_checkpoints": 3}
+    assert train(tmp_path / "run", settings, "SIGKILL generator 14") == -signal.SIGKILL
+    *_, before, damaged = sorted(checkpoints(tmp_path / "run" / "checkpoints"))
+    content = bytearray((damaged / "generator.ema.safetensors").read_bytes())
+    content[-3] ^= 1
+    (damaged / "generator.ema.safetensors").write_bytes(content)
+    with pytest.warns(
+        UserWarning, match=rf"{damaged} is damaged \(the checksum of generator.ema.safetensors is wrong\)"
+    ):
+        fit(tmp_path / "run", **RUN)
+    assert before.name == "step-00000004"
+    assert everything(tmp_path / "run") == everything(uninterrupted)
+
+
+def test_a_full_disk_leaves_the_last_good_checkpoint(uninterrupted: Path, tmp_path: Path) -> None:
+    assert train(tmp_path / "run", RUN, "FSIZE generator 6") == 2
+    assert "checkpoints/step-00000004: " in said(tmp_path / "run")
+    assert "earlier checkpoints are untouched" in said(tmp_path / "run")
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000002"]
+    assert train(tmp_path / "run", RUN) == 0
+    assert everything(tmp_path / "run") == everything(uninterrupted)
+
+
+def test_a_finished_run_is_left_alone_and_says_so(uninterrupted: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = files(uninterrupted)
+    stage = fit(uninterrupted, **RUN)
+    assert files(uninterrupted) == before
+    assert not stage.calls
+    assert capsys.readouterr().err == f"{uninterrupted} is finished: step 9, see {uninterrupted / 'result'}.\n"
+
+
+def test_more_steps_go_on_from_the_end_and_replace_the_result(tmp_path: Path) -> None:
+    constant = RUN | {"lr_scheduler": "constant"}
+    fit(tmp_path / "whole", **constant)
+    fit(tmp_path / "parts", **constant | {"max_steps": 5})
+    short = files(tmp_path / "parts" / "result")
+    fit(tmp_path / "parts", **constant)
+    assert files(tmp_path / "parts" / "result") == files(tmp_path / "whole" / "result") != short
+    assert files(tmp_path / "parts" / "checkpoints") == files(tmp_path / "whole" / "checkpoints")
+
+
+def test_resuming_sees_each_sample_of_each_epoch_once(tmp_path: Path) -> None:
+    """Known defect: resume starts the epoch again."""
+    settings = RUN | {"num_workers": 0, "lr_scheduler": "constant", "max_steps": 10}
+    one = fit(tmp_path / "run", **settings | {"max_steps": 4})  # 16 of 20 samples: in the middle of the second epoch
+    two = fit(tmp_path / "run", **settings)
+    numbers, items = zip(*(one.samples + two.samples), strict=True)
+    assert list(numbers) == list(range(40))
+    epochs = [items[start : start + 10] for start in range(0, 40, 10)]
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
+    assert len(set(epochs)) == 4  # each has an order of its own
+
+
+# What a step does
+
+
+def test_validation_does_not_touch_training(uninterrupted: Path, tmp_path: Path) -> None:
+    """Also where it draws random numbers: images of runs stay comparable."""
+    fit(tmp_path / "run", **RUN | {"validate_every": 1, "num_workers": 0})
+    assert files(tmp_path / "run" / "checkpoints") == files(uninterrupted / "checkpoints")
+    assert [line["step"] for line in metrics(tmp_path / "run") if "validation/mse" in line] == list(range(10))
+    assert [line["step"] for line in metrics(uninterrupted) if "validation/mse" in line] == [0, 4, 8, 9]
+
+
+def test_validation_and_result_are_of_the_averaged_weights(tmp_path: Path) -> None:
+    stage = fit(tmp_path / "run", max_steps=4, ema_decay=0.5)
+    averages, result = (
+        last(tmp_path / "run", "generator.ema"),
+        load_file(tmp_path / "run" / "result" / "toy.safetensors"),
+    )
+    assert averages.pop("num_updates") == 4
+    assert all(torch.equal(averages[name], result[name]) for name in averages)
+    assert difference(averages, {name: last(tmp_path / "run", "generator")[name] for name in averages}) > 1e-3
+    stage.generator.load_state_dict(result)
+    stage.generator.eval()
+    with torch.no_grad():
+        mse = stage.validate(4)["mse"]
+    assert mse == logged(tmp_path / "run", "validation/mse")[-1]
+
+
+def test_only_what_requires_gradients_is_trained_and_saved(tmp_path: Path) -> None:
+    """Known defect: `module.requires_grad = False` freezes nothing."""
+    untouched = toy.Toy(toy.ToySettings()).generator.state_dict()
+    stage = fit(tmp_path / "run", max_steps=3)
+    moved = {name for name, value in stage.generator.state_dict().items() if not torch.equal(value, untouched[name])}
+    assert moved == {"0.weight", "4.weight", "4.bias"} == set(last(tmp_path / "run", "generator"))
+    state = last(tmp_path / "run", "generator.optimizer")
+    assert set(state) == {f"{name}/{entry}" for name in moved for entry in ("step", "exp_avg", "exp_avg_sq")}
+
+
+@pytest.mark.parametrize("name", LR_SCHEDULERS)
+def test_learning_rates_follow_the_schedule_in_each_players_own_optimizer_steps(name: str, tmp_path: Path) -> None:
+    """Known defects: generator and discriminator counted alike; micro-batches counted."""
+    settings = {"lr_scheduler": name, "lr_warmup_steps": 2, "max_steps": 8, "discriminator_starts_at": 3}
+    fit(tmp_path / "run", gradient_accumulation_steps=2, **settings)
+    for key, rate, steps in (("lr", 1e-2, 8), ("discriminator/lr", 5e-3, 5)):
+        optimizer = torch.optim.SGD([torch.zeros(1)], lr=rate)
+        schedule = get_scheduler(name, optimizer, num_warmup_steps=2, num_training_steps=steps)
+        expected = []
+        for _ in range(steps):
+            expected += schedule.get_last_lr()
+            optimizer.step()
+            schedule.step()
+        assert logged(tmp_path / "run", key) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("limit", [None, 1e-3])
+def test_clipping_clips(limit: float | None, tmp_path: Path) -> None:
+    """Known defect: clipping over an exhausted iterator. After one step AdamW's average is 0.1 times the gradient."""
+    fit(tmp_path / "run", max_steps=1, max_grad_norm=limit, gradient_accumulation_steps=2)
+    for player, prefix in (("generator", ""), ("discriminator", "discriminator/")):
+        state = last(tmp_path / "run", f"{player}.optimizer")
+        taken = [10 * value.flatten() for name, value in state.items() if name.endswith("exp_avg")]
+        (norm,) = logged(tmp_path / "run", f"{prefix}grad_norm")
+        assert norm > 0.1
+        assert float(torch.cat(taken).norm()) == pytest.approx(limit or norm, rel=1e-3)
+
+
+def test_accumulated_gradients_are_those_of_the_whole_batch(tmp_path: Path) -> None:
+    plain = {"max_steps": 5, "max_grad_norm": None}
+    fit(tmp_path / "4", batch_size=4, **plain)
+    fit(tmp_path / "1", gradient_accumulation_steps=4, **plain)
+    for name in ("generator", "generator.ema", "discriminator"):
+        assert difference(last(tmp_path / "4", name), last(tmp_path / "1", name)) < 1e-5
+
+
+def test_weights_and_averages_are_float32_whatever_the_network_came_in(tmp_path: Path) -> None:
+    """Known defect: weights and averages in half precision, where small steps round to nothing."""
+    before = toy.Toy(toy.ToySettings(half=True)).generator[0].weight.detach().float()
+    fit(tmp_path / "run", half=True, max_steps=1, learning_rate=1e-6, mixed_precision="bf16")
+    for name in ("generator", "generator.ema", "generator.optimizer"):
+        assert {value.dtype for key, value in last(tmp_path / "run", name).items() if key != "num_updates"} == {
+            torch.float32
+        }
+    moved = (last(tmp_path / "run", "generator")["0.weight"] - before).abs()
+    assert float(moved.median()) == pytest.approx(1e-6, rel=0.05)  # AdamW's first step is one learning rate
+
+
+def test_the_first_player_lets_the_second_ones_gradients_alone(tmp_path: Path) -> None:
+    """The generator's loss goes through the discriminator, whose gradients must be of its own loss only."""
+    stage = fit(tmp_path / "run", max_steps=1, max_grad_norm=None, num_workers=0)
+    fresh = toy.Toy(stage.settings)
+    batch = fresh.batch(stage.samples)
+    fresh.generator_loss({"generator": fresh.generator, "discriminator": fresh.discriminator}, batch, 0)
+    loss, _ = fresh.discriminator_loss({"discriminator": fresh.discriminator}, batch, 0)
+    loss.backward()
+    state = last(tmp_path / "run", "discriminator.optimizer")
+    for name, p in fresh.discriminator.named_parameters():
+        assert p.grad is not None
+        torch.testing.assert_close(10 * state[f"{name}/exp_avg"], p.grad)
+
+
+def test_a_gradient_scaler_finds_its_scale_and_is_resumed(tmp_path: Path) -> None:
+    """That of fp16, here on the CPU, with two players and accumulation: steps that overflow change nothing."""
+
+    class Scaled(toy.ToySettings):
+        def accelerator(self, out_dir: Path) -> Accelerator:
+            accelerator = super().accelerator(out_dir)
+            accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**24, growth_interval=40)
+            accelerator.native_amp, accelerator.state._mixed_precision = True, "fp16"
+            return accelerator
+
+    def train(out: Path, steps: int) -> None:
+        settings = Scaled(max_steps=steps, save_every=1, keep_checkpoints=20, gradient_accumulation_steps=2)
+        loop.fit(toy.Toy(settings), settings, out)
+
+    train(tmp_path / "whole", 16)
+    train(tmp_path / "parts", 3)
+    train(tmp_path / "parts", 16)
+    assert files(tmp_path / "parts" / "checkpoints") == files(tmp_path / "whole" / "checkpoints")
+    overflowed = [line["grad_norm"] is None for line in metrics(tmp_path / "whole") if "loss" in line]
+    assert overflowed[0]
+    assert not overflowed[-1]
+    assert not any("skipped" in line for line in metrics(tmp_path / "whole"))
+    *_, first = checkpoints(tmp_path / "whole" / "checkpoints")
+    fresh = toy.Toy(toy.ToySettings()).generator[0].weight
+    assert torch.equal(load_file(first / "generator.safetensors")["0.weight"], fresh)
+    assert last(tmp_path / "whole", "generator.ema")["num_updates"] == 16 - sum(overflowed)
+
+
+# Losses that are not finite
+
+
+@pytest.mark.parametrize("kind", ["nan_samples", "steep_samples"])
+def test_a_step_without_a_finite_loss_is_skipped_counted_and_named(kind: str, tmp_path: Path) -> None:
+    """Sample 5 is in the second half of step 2; nothing of that step stays, in BatchNorm's statistics neither."""
+    settings = RUN | {"max_steps": 2, "discriminator": False, kind: (5,), "lr_warmup_steps": 0, "save_every": 1}
+    settings |= {"keep_checkpoints": 2}
+    item = samples_of(toy.ToySettings(**settings), 1, 0, 0, 1, 10)[1][1]
+    with pytest.warns(UserWarning, match="step 2 is skipped: the loss or its gradient is not finite") as caught:
+        fit(tmp_path / "run", **settings)
+    assert f"example-{item}.png" in str(caught[0].message)
+    named = str(caught[0].message).count(".png")
+    assert named == (2 if kind == "nan_samples" else 4)  # losses can be told apart by micro-batch, gradients cannot
+    line = next(line for line in metrics(tmp_path / "run") if line["step"] == 2)
+    assert line["skipped"] == 1
+    assert line["loss" if kind == "nan_samples" else "grad_norm"] is None
+    two, one = (files(folder) for folder in checkpoints(tmp_path / "run" / "checkpoints"))
+    for name in ("generator", "generator.optimizer", "generator.ema"):
+        assert one[f"{name}.safetensors"] == two[f"{name}.safetensors"]
+
+
+def test_too_many_bad_steps_in_a_row_end_the_run_with_the_files_names(tmp_path: Path) -> None:
+    settings = {
+        "max_steps": 40,
+        "batch_size": 2,
+        "save_every": 5,
+        "nan_samples": tuple(range(6, 100)),
+    }  # from step 4 on
+    files_named = r"in 10 steps in a row .* \(example-\d.png, example-\d.png\); look at them, or lower"
+    with pytest.raises(TrainingError, match=files_named), pytest.warns(UserWarning, match="is skipped"):
+        fit(tmp_path / "run", **settings)
+    assert [line["skipped"] for line in metrics(tmp_path / "run") if "skipped" in line] == list(range(1, 11))
+    with pytest.raises(TrainingError, match=files_named), pytest.warns(UserWarning, match="is skipped"):
+        fit(tmp_path / "run", **settings)  # which counts on from the checkpoint of step 10
+    assert metrics(tmp_path / "run")[-1] | {"step": 13, "skipped": 10} == metrics(tmp_path / "run")[-1]
+
+
+def test_good_steps_between_bad_ones_keep_a_run_going(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="is skipped"):
+        fit(tmp_path / "run", max_steps=30, discriminator=False, nan_samples=tuple(n for n in range(30) if n % 5))
+    assert metrics(tmp_path / "run")[-2]["skipped"] == 24
+
+
+# Many processes
+
+
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One `accelerate launch` of two processes, which train several runs one after another."""
+    folder = tmp_path_factory.mktemp("launched")
+    plain = {"max_steps": 6, "batch_size": 2, "lr_scheduler": "linear", "validate_every": 3}
+    dropout = RUN | {"gradient_accumulation_steps": 1, "lr_scheduler": "constant", "batch_norm": False}
+    scenarios: list[dict[str, Any]] = [
+        {"out": "plain", "settings": plain},
+        {"out": "whole", "settings": dropout},
+        {"out": "parts", "settings": dropout | {"max_steps": 5}},
+        {"out": "parts", "settings": dropout},
+        {"out": "nan", "settings": plain | {"nan_samples": [6]}},  # the second process's, in step 2
+        {"out": "stopped", "settings": plain, "hooks": {"1": "SIGTERM generator 2"}},
+        {"out": "other", "settings": plain},
+        {"out": "other", "settings": plain | {"learning_rate": 1.0}},
+    ]
+    for scenario in scenarios:
+        scenario["out"] = str(folder / scenario["out"])
+    (folder / "scenarios.json").write_text(json.dumps(scenarios))
+    # With --cpu, Accelerate starts one process, however many it is asked for, unless it is told of MPI.
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    environment = os.environ | {
+        "ACCELERATE_USE_CPU": "true",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(Path(toy.__file__).parents[2]),
+    }
+    command = [*launch, toy.__file__, str(folder / "scenarios.json")]
+    ran = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert ran.returncode == 0, ran.stderr
+    return folder
+
+
+def rank(out: Path, number: int) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    return json.loads((out / f"rank-{number}.json").read_text()), load_file(out / f"rank-{number}.safetensors")
+
+
+@pytest.mark.parametrize("split", [{"batch_size": 4}, {"batch_size": 2, "gradient_accumulation_steps": 2}])
+def test_two_processes_train_as_one(split: dict[str, int], launched: Path, tmp_path: Path) -> None:
+    """Known defects: the learning-rate schedule stepped once per process; data not sharded."""
+    fit(tmp_path / "run", max_steps=6, lr_scheduler="linear", validate_every=3, **split)
+    many, one = metrics(launched / "plain"), metrics(tmp_path / "run")
+    assert [line.keys() for line in many] == [line.keys() for line in one]
+    for key in one[1]:
+        assert logged(launched / "plain", key) == pytest.approx(logged(tmp_path / "run", key), abs=1e-5, rel=1e-5)
+    for name in ("generator", "generator.ema", "discriminator"):
+        assert difference(last(launched / "plain", name), last(tmp_path / "run", name)) < 1e-5
+
+
+def test_gradients_of_both_players_are_reduced(launched: Path) -> None:
+    """Known defect: networks called past DDP, so that the ranks drift apart."""
+    for name in ("plain", "whole", "nan"):
+        (_, zero), (_, one) = rank(launched / name, 0), rank(launched / name, 1)
+        assert {key.split("/")[0] for key in zero} == {"generator", "discriminator"}
+        assert difference(zero, one) == 0
+
+
+def test_processes_share_the_data_and_validation_and_one_writes(launched: Path) -> None:
+    """Known defects: no sharding; validation on the first process only; every process writes the result."""
+    (zero, _), (one, _) = rank(launched / "plain", 0), rank(launched / "plain", 1)
+    assert sorted(n for n, _ in zero["samples"] + one["samples"]) == list(range(24))
+    assert zero["calls"]["validate"] == one["calls"]["validate"] == 3
+    assert zero["calls"]["export"] == 1
+    assert "export" not in one["calls"]
+
+
+def test_every_process_resumes_with_its_own_random_numbers(launched: Path) -> None:
+    """Known defects: only the first process's are saved; all processes are seeded alike."""
+    (weights, result, lines), whole = everything(launched / "parts"), everything(launched / "whole")
+    assert (weights, result) == whole[:2]
+    assert [line for line in lines if "loss" in line] == [line for line in whole[2] if "loss" in line]
+    assert json.loads((launched / "parts" / "rank-1.json").read_text())["calls"]["generator"] == 4  # steps 6 to 9
+    rng = last(launched / "whole", "rng")
+    assert not torch.equal(rng["0/torch"], rng["1/torch"])
+
+
+def test_processes_agree_to_skip_and_to_stop(launched: Path) -> None:
+    (skipped,) = (line for line in metrics(launched / "nan") if "skipped" in line)
+    assert skipped["step"] == 2
+    (zero, _), (one, _) = rank(launched / "stopped", 0), rank(launched / "stopped", 1)
+    assert zero["exit_code"] == one["exit_code"] == 143
+    assert [path.name for path in checkpoints(launched / "stopped" / "checkpoints")] == ["step-00000002"]
+
+
+def test_an_error_of_the_first_process_ends_all_alike(launched: Path) -> None:
+    (zero, _), (one, _) = rank(launched / "other", 0), rank(launched / "other", 1)
+    assert zero["exit_code"] == one["exit_code"] == 2
+    assert zero["error"] == one["error"]
+    assert "learning_rate was 0.01, is 1.0" in one["error"]
+
+
+def test_a_run_goes_on_with_another_number_of_processes(launched: Path, tmp_path: Path) -> None:
+    """As long as an optimizer step takes as many samples."""
+    plain = {"max_steps": 6, "lr_scheduler": "linear", "validate_every": 3}
+    fit(launched / "stopped", batch_size=4, **plain)
+    fit(tmp_path / "whole", batch_size=4, **plain)
+    for name in ("generator", "discriminator"):
+        assert difference(last(launched / "stopped", name), last(tmp_path / "whole", name)) < 1e-5
+
+
+# Around the loop
+
+
+def test_two_runs_in_one_folder_at_once_are_refused(tmp_path: Path) -> None:
+    first = process(tmp_path / "run", RUN, "SIGSTOP generator 3")
+    try:
+        while not (tmp_path / "run" / "metrics.jsonl").exists():
+            time.sleep(0.02)
+        with pytest.raises(TrainingError, match=f"another process trains in {tmp_path / 'run'}; wait for it"):
+            fit(tmp_path / "run", **RUN)
+    finally:
+        first.kill()
+        first.join()
+    fit(tmp_path / "run", **RUN)  # a killed process holds no lock
+
+
+def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(TrainingError, match=r"cannot train in .*/file/run: not a directory; name a folder"):
+        fit(tmp_path / "file" / "run")
+    denied = "(permission denied|operation not permitted|read-only file system)"  # to nobody, to root, in a container
+    with pytest.raises(TrainingError, match=f"cannot train in /sys/sdkit-run: {denied}; name a folder that can be"):
+        fit(Path("/sys/sdkit-run"))
+
+
+def test_a_tracker_gets_what_is_logged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Recorder(accelerate.tracking.GeneralTracker):
+        name, requires_logging_directory, tracker, heard = "recorder", False, None, []
+
+        def __init__(self, run_name: str) -> None:
+            super().__init__()
+
+        def store_init_configuration(self, values: dict[str, Any]) -> None:
+            self.heard.append((None, values))
+
+        def log(self, values: dict[str, Any], step: int, **_: Any) -> None:
+            self.heard.append((step, values))
+
+        def finish(self) -> None:
+            self.heard.append(("finished", {}))
+
+    monkeypatch.setitem(accelerate.tracking.LOGGER_TYPE_TO_CLASS, "recorder", Recorder)
+    fit(tmp_path / "run", max_steps=2, report_to=("recorder",))
+    (first, settings), *lines, (end, _) = Recorder.heard
+    assert (first, end, settings["learning_rate"]) == (None, "finished", 1e-2)
+    assert [{"step": step, **values} for step, values in lines] == read_metrics(tmp_path / "run" / "metrics.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"report_to": "nothing"}, "nothing"),
+        (
+            {"report_to": ("comet_ml",)},
+            "report_to names 'comet_ml', which is not installed; install it, or leave it out",
+        ),
+        ({"mixed_precision": "fp16"}, "mixed_precision 'fp16' needs a GPU; use 'bf16' or 'no'"),
+        ({"use_8bit_adam": True}, "use_8bit_adam needs bitsandbytes; install it, or leave it off"),
+        ({"lr_scheduler": "polynomial", "learning_rate": 1e-9}, "lr_scheduler polynomial: lr_end"),
+    ],
+)
+def test_what_cannot_be_had_is_told_in_a_sentence(settings: dict[str, Any], sentence: str, tmp_path: Path) -> None:
+    if torch.cuda.is_available() and "mixed_precision" in settings:
+        pytest.skip("this machine can")
+    with pytest.raises(ArgumentError, match=sentence):
+        fit(tmp_path / "run", **settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"max_steps": 0}, "max_steps must be a whole number of at least 1, not 0"),
+        ({"batch_size": 1.5}, "batch_size must be a whole number of at least 1, not 1.5"),
+        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps must be"),
+        ({"save_every": 0}, "save_every must be"),
+        ({"keep_checkpoints": 0}, "keep_checkpoints must be"),
+        ({"validate_every": -1}, "validate_every must be"),
+        ({"num_workers": -1}, "num_workers must be"),
+        ({"lr_warmup_steps": -1}, "lr_warmup_steps must be"),
+        ({"seed": -1}, "seed must be a whole number from 0 to 2147483647, not -1"),
+        ({"ema_decay": 1.1}, "ema_decay must be a number from 0 to 1, not 1.1"),
+        ({"max_grad_norm": math.nan}, "max_grad_norm must be"),
+        ({"max_grad_norm": 0}, "max_grad_norm must be"),
+        ({"report_to": [7]}, "report_to must be a string or a list of at least one string"),
+        ({"mixed_precision": "fp8"}, "mixed_precision 'fp8' is not one of 'no', 'bf16', 'fp16'"),
+        ({"lr_scheduler": "sawtooth"}, "lr_scheduler 'sawtooth' is not one of 'constant'"),
+    ],
+)
+def test_settings_are_checked(settings: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ArgumentError, match=sentence):
+        toy.ToySettings(**settings)
+
+
+def test_an_error_in_a_loading_thread_ends_the_run_with_it(tmp_path: Path) -> None:
+    def broken(name: str, k: int) -> None:
+        if (name, k) == ("batch", 3):
+            raise DataError("there is no image left.")
+
+    with pytest.raises(DataError, match="there is no image left"):
+        fit(tmp_path / "run", broken)
+
+
+def test_training_in_another_thread_leaves_signals_alone(tmp_path: Path) -> None:
+    """As notebooks and servers do."""
+    before = signal.getsignal(signal.SIGINT)
+    thread = threading.Thread(target=fit, args=(tmp_path / "run",), kwargs={"max_steps": 2})
+    thread.start()
+    thread.join()
+    assert (tmp_path / "run" / "result").is_dir()
+    fit(tmp_path / "other", max_steps=2)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_the_bar_shows_loss_rate_and_time_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal:
+        text = ""
+        encoding = "utf-8"
+
+        def write(self, text: str) -> None:
+            Terminal.text += text
+
+        def flush(self) -> None: ...
+
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    fit(tmp_path / "run", at=lambda name, k: time.sleep(0.06), max_steps=4, num_workers=0)
+    assert "training:  50%|" in Terminal.text
+    assert "2/4 [00:00<00:00" in Terminal.text
+    assert "it/s, loss=" in Terminal.text
+
+
+def test_the_loop_is_short() -> None:
+    assert len(inspect.getsource(loop).splitlines()) < 200

@@ -1,0 +1,193 @@
+"""A stage small enough to be trained in a second: a regression with a discriminator, and hooks to end it anywhere.
+
+As a script, `accelerate launch --cpu --num_processes 2 toy.py SCENARIOS.json` trains one run after another.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import sys
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import diffusers.optimization  # noqa: F401 - imported once by the fork server, not by each of its children
+import torch
+from accelerate import PartialState
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from sdkit.errors import SdkitError
+from sdkit.training import LoopSettings, Player, Samples
+from sdkit.training.loop import fit
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToySettings(LoopSettings):
+    learning_rate: float = 1e-2
+    dropout: float = 0.0
+    batch_norm: bool = False
+    half: bool = False
+    discriminator: bool = True
+    discriminator_starts_at: int = 0
+    examples: int = 10
+    nan_samples: tuple[int, ...] = ()  # their loss is not a number
+    steep_samples: tuple[int, ...] = ()  # their loss is 0, its gradient is not a number
+
+
+class Toy:
+    """`at(name, k)` is called in the k-th call, from 1, of "batch", "generator", "discriminator", "validate" or
+    "export"."""
+
+    def __init__(self, settings: ToySettings, at: Callable[[str, int], None] = lambda name, k: None) -> None:
+        self.settings, self.at, self.calls = settings, at, Counter[str]()
+        self.samples: list[tuple[int, int]] = []
+        generator = torch.Generator().manual_seed(settings.seed)
+        self.x = torch.randn(settings.examples, 3, generator=generator)
+        self.y = torch.stack([self.x.sin().sum(1), self.x.prod(1)], dim=1)
+        torch.manual_seed(settings.seed)
+        self.generator = nn.Sequential(
+            nn.Linear(3, 16),
+            nn.BatchNorm1d(16) if settings.batch_norm else nn.Identity(),
+            nn.Tanh(),
+            nn.Dropout(settings.dropout),
+            nn.Linear(16, 2),
+        )
+        self.frozen = self.generator[0].bias.requires_grad_(False)
+        self.discriminator = nn.Sequential(nn.Linear(2, 8), nn.LeakyReLU(0.2), nn.Linear(8, 1))
+        if settings.half:
+            self.generator.to(torch.bfloat16)
+        rate = settings.learning_rate
+        self.players = [Player("generator", self.generator, self.generator_loss, learning_rate=rate, ema=True)]
+        if settings.discriminator:
+            second = Player("discriminator", self.discriminator, self.discriminator_loss, learning_rate=rate / 2)
+            self.players.append(replace(second, starts_at=settings.discriminator_starts_at))
+        self.size = settings.examples
+
+    def _called(self, name: str) -> None:
+        self.calls[name] += 1
+        self.at(name, self.calls[name])
+
+    def batch(self, samples: Samples) -> dict[str, Any]:
+        self._called("batch")
+        self.samples += samples
+        noise = [
+            torch.randn(3, generator=torch.Generator().manual_seed(7919 * n + self.settings.seed)) for n, _ in samples
+        ]
+        items = [item for _, item in samples]
+        return {"x": self.x[items] + 0.1 * torch.stack(noise), "y": self.y[items], "n": [n for n, _ in samples]}
+
+    def names(self, samples: Samples) -> list[str]:
+        return [f"example-{item}.png" for _, item in samples]
+
+    def generator_loss(
+        self, networks: Mapping[str, nn.Module], batch: dict[str, Any], step: int
+    ) -> tuple[Tensor, Mapping[str, float | Tensor]]:
+        self._called("generator")
+        fake = networks["generator"](batch["x"].to(self.generator[0].weight.dtype)).float()
+        batch["fake"] = fake.detach()
+        error = (fake - batch["y"]).square().mean(1)
+        loss = error.mean()
+        if {*batch["n"]} & {*self.settings.nan_samples}:
+            loss = loss * torch.nan
+        if {*batch["n"]} & {*self.settings.steep_samples}:
+            loss = (fake * 0).abs().sqrt().mean()  # the square root's slope at 0 is infinite
+        parts: dict[str, float | Tensor] = {"mse": loss.detach(), "weight": 0.1}
+        if self.settings.discriminator and step >= self.settings.discriminator_starts_at:
+            loss = loss - 0.1 * networks["discriminator"](fake).mean()
+        return loss, parts
+
+    def discriminator_loss(
+        self, networks: Mapping[str, nn.Module], batch: dict[str, Any], step: int
+    ) -> tuple[Tensor, Mapping[str, float | Tensor]]:
+        self._called("discriminator")
+        real, fake = networks["discriminator"](torch.cat([batch["y"], batch["fake"]])).chunk(2)
+        # Not the hinge loss, whose gradients at first cancel to what rounding leaves, which AdamW makes whole steps of.
+        return nn.functional.softplus(-real).mean() + nn.functional.softplus(fake).mean(), {}
+
+    def validate(self, step: int) -> dict[str, float]:
+        self._called("validate")
+        assert not self.generator.training
+        torch.rand(5)  # must not move the numbers that training draws
+        return {"mse": float((self.generator.float()(self.x) - self.y).square().mean())}
+
+    def export(self, folder: Path) -> None:
+        save_file(
+            {name: value.contiguous() for name, value in self.generator.state_dict().items()},
+            folder / "toy.safetensors",
+        )
+        self._called("export")
+
+
+def hooks(spec: str) -> Callable[[str, int], None]:
+    """From "SIGKILL batch 3" what sends that signal to this process in the third call of batch; from "SIGKILL
+    os.rename:step- 2", what does it before the second rename, as Python's audit events tell, of a path like that. For
+    "FSIZE", no file can grow beyond 9,000 bytes from there on. Several are separated by ";"."""
+    wishes = [(name, where, int(k)) for name, where, k in (part.split() for part in spec.split(";") if part)]
+    counts = Counter[str]()
+
+    def do(name: str) -> None:
+        if name == "FSIZE":
+            resource.setrlimit(resource.RLIMIT_FSIZE, (9000, resource.RLIM_INFINITY))
+        else:
+            os.kill(os.getpid(), getattr(signal, name))
+
+    def at(call: str, count: int) -> None:
+        for name, where, k in wishes:
+            if (call, count) == (where, k):
+                do(name)
+
+    def heard(event: str, args: tuple[object, ...]) -> None:
+        for name, where, k in wishes:
+            wanted, _, text = where.partition(":")
+            if event == wanted and any(text in str(arg) for arg in args):
+                counts[where] += 1
+                if counts[where] == k:
+                    do(name)
+
+    if ":" in spec:
+        sys.addaudithook(heard)
+    return at
+
+
+def train(out: Path, settings: ToySettings, hook: str = "") -> None:
+    """A process of its own: leaves with what the command line would leave with, and the error in OUT.error."""
+    torch.set_num_threads(1)
+    error = out.with_suffix(".error").open("w")
+    try:
+        fit(Toy(settings, hooks(hook)), settings, out)
+    except SdkitError as problem:
+        print(problem, file=error, flush=True)
+        raise SystemExit(getattr(problem, "exit_code", 2)) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+
+
+def launched(scenario: dict[str, Any]) -> None:
+    """One run of many processes, and what each of them knows at its end."""
+    rank, out, settings = (
+        PartialState(cpu=True).process_index,
+        Path(scenario["out"]),
+        ToySettings(**scenario["settings"]),
+    )
+    toy = Toy(settings, hooks(scenario.get("hooks", {}).get(str(rank), "")))
+    known: dict[str, Any] = {"exit_code": 0}
+    try:
+        fit(toy, settings, out)
+    except SdkitError as error:
+        known = {"exit_code": getattr(error, "exit_code", 2), "error": str(error)}
+    known |= {"samples": sorted(toy.samples), "calls": toy.calls}
+    (out / f"rank-{rank}.json").write_text(json.dumps(known))
+    weights = {f"{player.name}/{name}": p for player in toy.players for name, p in player.network.state_dict().items()}
+    save_file(weights, out / f"rank-{rank}.safetensors")
+
+
+if __name__ == "__main__":
+    for scenario in json.loads(Path(sys.argv[1]).read_text()):
+        launched(scenario)
+    PartialState().destroy_process_group()
