@@ -152,7 +152,7 @@ class NoiseSchedule:
                 source,
                 revision=revision,
                 config=config,
-                prediction_type=None if prediction_type is None else KINDS.get(prediction_type, prediction_type),
+                prediction_type=prediction_type,
             )
         )
 
@@ -285,9 +285,7 @@ class NoiseSchedule:
     def _signal_noise(self, t: int | Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """sqrt(a_t) and sqrt(1 - a_t), of float32 or wider, shaped to broadcast over (B, ...)."""
         a = self.alphas_cumprod[self._checked(t)]
-        shape = (-1,) + (1,) * (
-            like.ndim - 1
-        )  # a scalar would not widen half precision
+        shape = (-1,) + (1,) * (like.ndim - 1)  # a scalar would not widen half precision
         dtype = torch.promote_types(like.dtype, torch.float32)
         return a.sqrt().reshape(shape).to(like.device, dtype), (1 - a).sqrt().reshape(shape).to(like.device, dtype)
 

@@ -15,7 +15,16 @@ import torch
 
 from sdkit.errors import SourceError
 from sdkit.models.single_file import ASSETS, NOUNS
-from sdkit.models.weights import check_fit, first_line, guarded, open_tensors, read_json
+from sdkit.models.weights import (
+    check_fit,
+    clean,
+    first_line,
+    guarded,
+    is_file,
+    open_tensors,
+    read_config,
+    read_json,
+)
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
@@ -104,24 +113,26 @@ def locate(place: Place, part: Part) -> Path:
     """The folder with the part's config: a pipeline's subfolder or the place itself. Checks the class in the config."""
     root = place.root(part.files)
     for folder in (root / part.folder, root):
-        if (folder / part.config).is_file():
+        if is_file(folder / part.config):
             name = class_name(read_json(folder / part.config))
             if part.classes and name not in part.classes:
                 raise _wrong(place, name, part)
             return folder
-    if other := next((file for file in (root / "config.json", root / SCHEDULER.config) if file.is_file()), None):
+    if other := next((file for file in (root / "config.json", root / SCHEDULER.config) if is_file(file)), None):
         raise _wrong(place, class_name(read_json(other)), part)
     raise absent(place, f"{part.folder}/{part.config}")
 
 
 def class_name(config: dict[str, Any]) -> str:
     """The class that a diffusers or transformers config was written for."""
-    return str(config.get("_class_name") or next(iter(config.get("architectures") or ()), "unknown network"))
+    architectures = config.get("architectures")
+    names = [config.get("_class_name"), *(architectures if isinstance(architectures, list) else [])]
+    return clean(next((name for name in names if name and isinstance(name, str)), "unknown network"))
 
 
 def _wrong(place: Place, name: str, part: Part) -> SourceError:
     wanted = f" ({' or '.join(dict.fromkeys(part.classes.values()))})" if part.classes else ""
-    article = "an" if name.startswith(("A", "E", "I", "O", "un")) else "a"
+    article = "an" if name.lower().startswith(("a", "e", "i", "o", "unknown")) else "a"
     return SourceError(f"{place.label} holds {article} {name}, not {NOUNS[part.name]}{wanted}; give another source.")
 
 
@@ -130,7 +141,7 @@ def load_network(place: Place, part: Part, dtype: torch.dtype, variant: str | No
     folder = locate(place, part)
     weights = _find_weights(place, part, folder, variant)
     open_tensors(weights)  # so that damage is told in our words
-    name = part.classes[class_name(read_json(folder / part.config))]
+    name = part.classes[class_name(read_config(folder / part.config, part.name))]
     with guarded(f"{NOUNS[part.name]} in {str(folder)!r}"):
         network, info = getattr(import_module(MODULES[name]), name).from_pretrained(
             str(folder),
@@ -153,11 +164,11 @@ def load_network(place: Place, part: Part, dtype: torch.dtype, variant: str | No
 def _find_weights(place: Place, part: Part, folder: Path, variant: str | None) -> Path:
     """The part's file of weights, safetensors rather than a pickle; downloaded if need be, and no other with it."""
     names = [name.replace(".", f".{variant}.", 1) if variant else name for name in part.weights]
-    if found := next((folder / name for name in names if (folder / name).is_file()), None):
+    if found := next((folder / name for name in names if is_file(folder / name)), None):
         return found
     inside = f"{part.folder}/" if folder.name == part.folder else ""
     for name in names if place.kind == "hub" else ():
-        if (found := fetch(place, [inside + name]) / inside / name).is_file():
+        if is_file(found := fetch(place, [inside + name]) / inside / name):
             return found
     raise absent(place, inside + names[0])
 
@@ -166,7 +177,7 @@ def load_place_tokenizer(place: Place) -> CLIPTokenizer:
     """The tokenizer that belongs to the text encoder of `place`: in the same folder, or in ../tokenizer."""
     folder = locate(place, TEXT)
     for candidate in (folder, folder.parent / "tokenizer"):
-        if any((candidate / name).is_file() for name in TOKENIZER_FILES[:3]):
+        if any(is_file(candidate / name) for name in TOKENIZER_FILES[:3]):
             return load_tokenizer(candidate)
     raise absent(place, "tokenizer (vocab.json and merges.txt, or tokenizer.json)")
 
@@ -175,17 +186,24 @@ def load_tokenizer(folder: Path) -> CLIPTokenizer:
     """The tokenizer in `folder`; one that is only a tokenizer_config.json gets the embedded CLIP vocabulary."""
     from transformers import CLIPTokenizer
 
-    own = any((folder / name).is_file() for name in TOKENIZER_FILES[:3])
+    own = any(is_file(folder / name) for name in TOKENIZER_FILES[:3])
     options = {} if own else read_json(folder / "tokenizer_config.json")
     options.pop("tokenizer_class", None)
     with guarded(f"the tokenizer in {str(folder)!r}"):
         source = folder if own else VOCABULARY
         tokenizer: CLIPTokenizer = CLIPTokenizer.from_pretrained(str(source), local_files_only=True, **options)
+    for token in ("bos_token", "eos_token", "pad_token"):
+        if getattr(tokenizer, f"{token}_id") is None:
+            raise SourceError(f"the tokenizer in {str(folder)!r} has no {token}; correct its tokenizer_config.json.")
+    if not isinstance(length := tokenizer.model_max_length, (int, float)):
+        found = clean(repr(length))
+        raise SourceError(f"the tokenizer in {str(folder)!r} has model_max_length {found}, not a number; correct it.")
     return tokenizer
 
 
 def absent(place: Place, what: str) -> SourceError:
     """The error for a place that lacks `what`."""
+    what = clean(what)
     if place.kind == "hub":
         if _reachable(place):
             return SourceError(f"{place.label} has no {what} on the Hub; give another id, variant or revision.")
@@ -194,7 +212,7 @@ def absent(place: Place, what: str) -> SourceError:
             "reached; load it once with a connection."
         )
     files = sorted(place.path.glob("*.safetensors"))
-    if files and not any((place.path / name).is_file() for name in ("model_index.json", "config.json")):
+    if files and not any(is_file(place.path / name) for name in ("model_index.json", "config.json")):
         return SourceError(f"{place.label} has no {what}; give the file in it ({files[0].name}) if that is meant.")
     return SourceError(f"{place.label} has no {what}; give a folder in diffusers layout, a single file or a Hub id.")
 
@@ -236,7 +254,7 @@ def _hub_problem(place: Place, at: str, error: Exception) -> str:
     from huggingface_hub import errors
 
     if isinstance(error, errors.HFValidationError):
-        return f"{place.label} is neither a path that exists nor a Hub id ({first_line(error)}); check its spelling."
+        return f"{place.label} is neither a path that exists nor a Hub id (org/name); check its spelling."
     if isinstance(error, errors.RevisionNotFoundError):
         return f"{place.label} has no revision {place.revision!r} on the Hub; give a branch, tag or commit."
     if isinstance(error, errors.GatedRepoError):

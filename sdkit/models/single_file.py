@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from sdkit.errors import SourceError
-from sdkit.models.weights import TensorFile, check_fit, guarded, read_json
+from sdkit.models.weights import TensorFile, check_fit, clean, guarded, read_config
 
 ASSETS = Path(__file__).parent.parent / "assets"
 NOUNS = {"vae": "a VAE", "unet": "a U-Net", "text": "a CLIP text encoder", "scheduler": "a noise schedule"}
@@ -42,7 +42,14 @@ FOREIGN = (
 DIFFUSERS_NAMES = ("down_blocks.", "text_model.encoder.", "encoder.layers.", "decoder.layers.")
 WIDTHS = {768: "sd1", 1024: "sd2", 1280: "the refiner of Stable Diffusion XL", 2048: "Stable Diffusion XL"}
 INPUTS = {5: "a depth model", 7: "an upscaler", 8: "InstructPix2Pix", 9: "an inpainting model"}
-PREDICTIONS = {"epsilon": "epsilon", "eps": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction"}
+PREDICTIONS = {
+    "epsilon": "epsilon",
+    "eps": "epsilon",
+    "v_prediction": "v_prediction",
+    "v": "v_prediction",
+    "sample": "sample",
+    "x0": "sample",
+}
 
 
 def keys_of(file: TensorFile, part: str) -> list[str]:
@@ -82,21 +89,29 @@ def family_of(file: TensorFile) -> str:
 
     Raises SourceError where the sizes are of neither family, naming what the file looks like.
     """
-    latents = next((file.shapes[key][1] for key in keys_of(file, "vae") if key.endswith("decoder.conv_in.weight")), 4)
+    latents = next((_inputs(file, key) for key in keys_of(file, "vae") if key.endswith("decoder.conv_in.weight")), 4)
     if latents != 4:
         raise SourceError(f"{file.label} holds a VAE of another family: {latents} latent channels where SD has 4.")
-    channels = file.shapes.get(FIRST_CONV, (0, 4))[1]
+    channels = _inputs(file, FIRST_CONV) if FIRST_CONV in file.shapes else 4
     if channels != 4:
         name = INPUTS.get(channels, "another kind of model")
         raise SourceError(f"{file.label} looks like {name} ({channels} input channels); give a text-to-image model.")
     if unet := keys_of(file, "unet"):
-        width = next((file.shapes[key][-1] for key in unet if key.endswith(".attn2.to_k.weight")), 0)
+        width = next((_inputs(file, key) for key in unet if key.endswith(".attn2.to_k.weight")), 0)
         family = WIDTHS.get(width, "a model of another family")
         if family not in ("sd1", "sd2"):
             raise SourceError(f"{file.label} looks like {family} (cross-attention width {width}); SD has 768 or 1024.")
     else:
         family = "sd2" if any(key.startswith(OPEN_CLIP) for key in file.shapes) else "sd1"
     return "sd2-v" if family == "sd2" and marked_prediction(file) == "v_prediction" else family
+
+
+def _inputs(file: TensorFile, key: str) -> int:
+    """How many channels the layer takes whose weight is `key`."""
+    shape = file.shapes[key]
+    if len(shape) < 2:
+        raise SourceError(f"{file.label} is damaged, for its {clean(key)} is no matrix; download it again.")
+    return shape[1]
 
 
 def marked_prediction(file: TensorFile) -> str | None:
@@ -124,13 +139,13 @@ def load_network(file: TensorFile, part: str, configs: Path, dtype: torch.dtype)
     """The network `part` of the file, built from `configs` (a folder in diffusers layout), in eval mode."""
     from accelerate import init_empty_weights
 
-    tensors = file.read(require(file, part))
-    config = read_json(configs / ("text_encoder" if part == "text" else part) / "config.json")
+    keys = require(file, part)
+    config = read_config(configs / ("text_encoder" if part == "text" else part) / "config.json", part)
     against = f"the public config {configs.name!r}" if configs.parent == ASSETS else f"the config in {str(configs)!r}"
     with guarded(f"{NOUNS[part]} from {file.label}"):
         with init_empty_weights():
             network = _empty(part, config)
-        weights = _converted(part, tensors, network)
+        weights = _converted(part, file.read(keys), network)
         _fill(network, weights, dtype, f"the weights in {file.label} do not fit {against}")
     return network.eval()
 

@@ -7,6 +7,7 @@ safetensors or weights-only pickles, and the classes they become are a fixed few
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +15,12 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
+from sdkit.arguments import one_of
 from sdkit.errors import ArgumentError, SourceError
 from sdkit.models import folder, single_file
 from sdkit.models.folder import PARTS, SCHEDULER, TEXT, TOKENIZER_FILES, UNET, VAE, Part, Place
-from sdkit.models.single_file import ASSETS
-from sdkit.models.weights import SUFFIXES, TensorFile, open_tensors, read_json
+from sdkit.models.single_file import ASSETS, PREDICTIONS
+from sdkit.models.weights import SUFFIXES, TensorFile, find, is_file, open_tensors, read_config, read_json
 
 if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
@@ -30,9 +32,9 @@ Source = str | os.PathLike[str]
 
 EMBEDDED = "emoji"
 KINDS = {"embedded": "the embedded model", "hub": "a Hub id", "folder": "a folder", "file": "a file"}
-PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 
-_probed: dict[tuple[Path, int, int], str] = {}  # a probe takes seconds, and a pipeline asks for U-Net and schedule
+Identity = tuple[Path, int, int]
+_probed: dict[Identity, str] = {}  # a probe takes seconds, and a pipeline asks for U-Net and schedule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,19 +146,19 @@ def load_scheduler_config(
 
     The prediction type of a file is, the first that is known: `prediction_type`, its metadata, its marker keys
     (`v_pred`, beside `ztsnr` for zero terminal SNR), the config's, and for SD 2.x what a run of its U-Net tells.
+    `prediction_type` may be given in short: "eps", "v", "x0".
     """
-    if prediction_type not in (None, *PREDICTION_TYPES):
-        raise ArgumentError(f"prediction_type {prediction_type!r} is not one of {', '.join(PREDICTION_TYPES)}.")
+    if prediction_type is not None:
+        prediction_type = PREDICTIONS[one_of("prediction_type", prediction_type, PREDICTIONS)]
     place = _resolve(source, revision=revision, config=config)
     if place.kind != "file":
-        schedule = read_json(folder.locate(place, SCHEDULER) / SCHEDULER.config)
+        schedule = read_config(folder.locate(place, SCHEDULER) / SCHEDULER.config, "scheduler")
         return schedule | ({"prediction_type": prediction_type} if prediction_type else {})
     file, configs = _open(place, config)
     single_file.require(file, "unet")
     if not prediction_type:
-        unstated = config is None and configs.name == "sd2" and not single_file.marked_prediction(file)
-        prediction_type = _probe(file) if unstated else single_file.marked_prediction(file)
-    schedule = read_json(configs / SCHEDULER.folder / SCHEDULER.config)
+        prediction_type = _probe(file) if _unstated(file, configs) else single_file.marked_prediction(file)
+    schedule = read_config(configs / SCHEDULER.folder / SCHEDULER.config, "scheduler")
     if prediction_type:
         schedule["prediction_type"] = prediction_type
     if "ztsnr" in file.shapes:
@@ -186,7 +188,8 @@ def _resolve(
     if not isinstance(source, (str, os.PathLike)):
         raise ArgumentError(f"a model source is a name, a path or a Hub id, not {type(source).__name__}.")
     name = os.fspath(source)
-    place = Place(name=name, kind=_kind(source), path=Path(name).expanduser(), revision=revision)
+    path = _path(name)
+    place = Place(name=name, kind=_kind(source, path), path=path, revision=revision)
     unfit = {
         "revision": revision is not None and place.kind != "hub",
         "variant": variant is not None and place.kind == "file",
@@ -197,16 +200,26 @@ def _resolve(
     return Place(name=name, kind="embedded", path=ASSETS / name) if place.kind == "embedded" else place
 
 
-def _kind(source: Source) -> str:
+def _path(name: str) -> Path:
+    try:
+        return Path(name).expanduser()
+    except RuntimeError as error:  # ~somebody who has no account here
+        raise SourceError(f"the path {name!r} begins with a home folder that does not exist; check it.") from error
+
+
+def _kind(source: Source, path: Path) -> str:
     name = os.fspath(source)
     if source == EMBEDDED:  # the string; a Path of that name is a path
         return "embedded"
-    path = Path(name).expanduser()
-    if name and path.exists():
-        return "folder" if path.is_dir() else "file"
-    is_path = not isinstance(source, str) or name.startswith((".", "/", "~")) or name.endswith(SUFFIXES) or "\\" in name
     if "://" in name:
         raise SourceError(f"{name!r} is a URL; give the Hub id alone (org/name), or the path of the downloaded file.")
+    if name and (found := find(path)):
+        if stat.S_ISDIR(found.st_mode):
+            return "folder"
+        if stat.S_ISREG(found.st_mode):
+            return "file"
+        raise SourceError(f"{name!r} is a pipe or a device; give a folder, a regular file or a Hub id.")
+    is_path = not isinstance(source, str) or name.startswith((".", "/", "~")) or name.endswith(SUFFIXES) or "\\" in name
     if not is_path and name.count("/") == 1 and not name.endswith("/"):
         return "hub"
     if not is_path and name and "/" not in name:
@@ -219,8 +232,7 @@ def _load(place: Place, part: Part, dtype: torch.dtype, variant: str | None, con
         return folder.load_network(place, part, dtype, variant)
     file, configs = _open(place, config)
     network = single_file.load_network(file, part.name, configs, dtype)
-    unstated = part is UNET and config is None and configs.name == "sd2" and not single_file.marked_prediction(file)
-    if unstated and _probe(file, network) == "v_prediction":
+    if part is UNET and _unstated(file, configs) and _probe(file, network) == "v_prediction":
         network.register_to_config(sample_size=read_json(ASSETS / "sd2-v" / "unet" / "config.json")["sample_size"])
     return network
 
@@ -238,10 +250,20 @@ def _open(place: Place, config: Source | None) -> tuple[TensorFile, Path]:
     return file, own.root(files)
 
 
+def _identity(path: Path) -> Identity:
+    """Another one for another content."""
+    found = path.stat()
+    return path.resolve(), found.st_size, found.st_mtime_ns
+
+
+def _unstated(file: TensorFile, configs: Path) -> bool:
+    """Whether neither the file nor the user's own config says which prediction type it is: SD 2.x has both."""
+    return configs == ASSETS / "sd2" and not single_file.marked_prediction(file)
+
+
 def _probe(file: TensorFile, unet: Any = None) -> str:
     """The prediction type of an SD 2.x file that does not state it, from its U-Net (loaded for that unless given)."""
-    stat = file.path.stat()
-    identity = (file.path.resolve(), stat.st_size, stat.st_mtime_ns)
+    identity = _identity(file.path)
     if identity not in _probed:
         unet = unet or single_file.load_network(file, "unet", ASSETS / "sd2", torch.float32)
         _probed[identity] = single_file.probe_prediction(unet)
@@ -254,18 +276,18 @@ def _describe_file(file: TensorFile, configs: Path) -> Iterator[Component]:
             yield _component(part, read_json(configs / part.folder / part.config), file.summary(keys))
     if single_file.keys_of(file, "unet"):
         schedule = read_json(configs / SCHEDULER.folder / SCHEDULER.config)
-        unstated = configs == ASSETS / "sd2" and not single_file.marked_prediction(file)
-        stated = None if unstated else single_file.marked_prediction(file) or schedule.get("prediction_type")
+        marked = single_file.marked_prediction(file)
+        stated = None if _unstated(file, configs) else marked or schedule.get("prediction_type")
         yield _component(SCHEDULER, schedule | {"prediction_type": stated})
 
 
 def _describe_folder(root: Path) -> Iterator[Component]:
     for part in PARTS:
-        inside = next((path for path in (root / part.folder, root) if (path / part.config).is_file()), None)
+        inside = next((path for path in (root / part.folder, root) if is_file(path / part.config)), None)
         config = read_json(inside / part.config) if inside else {}
         if inside is None or (part.classes and folder.class_name(config) not in part.classes):
             continue
-        weights = next((inside / name for name in part.weights if part.classes and (inside / name).is_file()), None)
+        weights = next((inside / name for name in part.weights if part.classes and is_file(inside / name)), None)
         file = open_tensors(weights) if weights else None
         yield _component(part, config, file.summary(file.shapes) if file else (None, None, None))
 

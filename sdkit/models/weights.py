@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import pickle
+import stat
 import warnings
 import zipfile
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
@@ -16,13 +18,54 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from sdkit.errors import SdkitError, SourceError
 
 SUFFIXES = (".safetensors", ".ckpt", ".bin", ".pt", ".pth")
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
+LONGEST_QUOTE = 300
+
+
+def _number(value: Any, low: float = -1e12, high: float = 1e12) -> bool:
+    return type(value) in (int, float) and low <= value <= high  # NaN is in no range
+
+
+def _whole(value: Any) -> bool:
+    return type(value) is int and 1 <= value <= 1_000_000
+
+
+def _list_of(fits: Callable[[Any], bool], value: Any) -> bool:
+    return isinstance(value, list) and value != [] and all(map(fits, value))
+
+
+def _beta(value: Any) -> bool:
+    return _number(value, 0, 1)
+
+
+VALUES: dict[str, dict[str, tuple[str, Callable[[Any], bool]]]] = {
+    "vae": {
+        "scaling_factor": ("a number above 0", lambda x: _number(x, 1e-12)),
+        "shift_factor": ("a number or null", lambda x: x is None or _number(x)),
+    },
+    "unet": {
+        "sample_size": (
+            "a whole number, two of them or null",
+            lambda x: x is None or _whole(x) or (_list_of(_whole, x) and len(x) == 2),
+        ),
+        "cross_attention_dim": ("a whole number or a list", lambda x: _whole(x) or _list_of(_whole, x)),
+    },
+    "scheduler": {
+        "_class_name": ("a word", lambda x: isinstance(x, str)),
+        "num_train_timesteps": ("a whole number from 1", _whole),
+        "beta_start": ("a number from 0 to 1", _beta),
+        "beta_end": ("a number from 0 to 1", _beta),
+        "trained_betas": ("a list of numbers from 0 to 1 or null", lambda x: x is None or _list_of(_beta, x)),
+        "clip_sample_range": ("a number above 0", lambda x: _number(x, 1e-12)),
+    },
+}
+"""Of each part's config: what must be right for the package itself -> how a message puts it, and the check."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,15 +108,23 @@ def open_tensors(path: Path) -> TensorFile:
     """
     if path.suffix not in SUFFIXES:
         raise SourceError(f"{str(path)!r} is not a file of weights; give a {', '.join(SUFFIXES)} file or a folder.")
+    beginning = _read(path, 24)
+    if not beginning:
+        raise SourceError(f"{str(path)!r} is empty; download it again.")
+    if beginning == b"version https://git-lfs.":
+        raise SourceError(f"{str(path)!r} is a Git LFS pointer, not the weights; fetch them with `git lfs pull`.")
     try:
         return _open_safetensors(path) if path.suffix == ".safetensors" else _open_pickle(path)
-    except (pickle.UnpicklingError, LookupError, AttributeError) as error:
+    except (SdkitError, MemoryError):
+        raise
+    except (pickle.UnpicklingError, LookupError, AttributeError, TypeError) as error:
         raise SourceError(
             f"{str(path)!r} is a damaged pickle, or one that holds more than tensors and so could run code; "
             "sdkit executes none: use the model's .safetensors file."
         ) from error
-    except (SafetensorError, OSError, RuntimeError, ValueError, EOFError) as error:
-        raise SourceError(_unreadable(path, error)) from error
+    except Exception as error:  # whatever damage makes torch or safetensors raise
+        kind = f"damaged or not a {path.suffix} file"
+        raise SourceError(f"{str(path)!r} is {kind} ({first_line(error)}); download it again.") from error
 
 
 def _open_safetensors(path: Path) -> TensorFile:
@@ -107,37 +158,73 @@ def _open_pickle(path: Path) -> TensorFile:
     )
 
 
-def _unreadable(path: Path, error: Exception) -> str:
-    if isinstance(error, OSError) and not isinstance(error, EOFError) and not path.is_file():
-        return f"{str(path)!r} cannot be read ({first_line(error)}); check the path."
-    if not path.stat().st_size:
-        return f"{str(path)!r} is empty; download it again."
-    with path.open("rb") as file:
-        if file.read(24) == b"version https://git-lfs.":
-            return f"{str(path)!r} is a Git LFS pointer, not the weights; fetch them with `git lfs pull`."
-    return f"{str(path)!r} is damaged or not a {path.suffix} file ({first_line(error)}); download it again."
+def find(path: Path) -> os.stat_result | None:
+    """What is at `path`, None for nothing. Raises SourceError where that cannot be known, as in a folder that is closed
+    to this user."""
+    try:
+        return path.stat()
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a name that no file can have
+        return None
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
+def is_file(path: Path) -> bool:
+    """Whether `path` is a regular file: no folder, pipe or device. Raises SourceError where that cannot be known."""
+    found = find(path)
+    return found is not None and stat.S_ISREG(found.st_mode)
+
+
+def _read(path: Path, size: int = -1) -> bytes:
+    """The first `size` bytes of a regular file, or all."""
+    if not is_file(path):
+        problem = "is not a regular file" if find(path) else "does not exist"
+        raise SourceError(f"{str(path)!r} {problem}; give a source that has it.")
+    try:
+        with path.open("rb") as file:
+            return file.read(size)
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: OSError) -> SourceError:
+    reason = error.strerror or first_line(error)
+    return SourceError(f"{clean(str(path))!r} cannot be read ({reason}); check the path and its permissions.")
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in `path`. Raises SourceError where the file is missing or is something else."""
+    content = _read(path)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise SourceError(f"{str(path)!r} does not exist; give a folder that has it.") from error
-    except (OSError, ValueError, RecursionError) as error:
+        found = json.loads(content)
+    except (ValueError, RecursionError) as error:
         raise SourceError(f"{str(path)!r} is not valid JSON ({first_line(error)}); download it again.") from error
-    if not isinstance(content, dict):
+    if not isinstance(found, dict):
         raise SourceError(f"{str(path)!r} is not a config, for it holds no JSON object; download it again.")
-    return content
+    return found
+
+
+def read_config(path: Path, part: str) -> dict[str, Any]:
+    """The config of `part` ("vae", "unet", "text", "scheduler") in `path`.
+
+    Raises SourceError for a value that this package computes with and that is of another type or range; what is wrong
+    with others the libraries say.
+    """
+    config = read_json(path)
+    for key, (wanted, fits) in VALUES.get(part, {}).items():
+        if key in config and not fits(config[key]):
+            raise SourceError(f"{str(path)!r} has {key} {clean(repr(config[key]))}, not {wanted}; correct it.")
+    return config
 
 
 def check_fit(missing: Iterable[str], unexpected: Iterable[str], mismatched: Iterable[Any], problem: str) -> None:
     """Raises SourceError(`problem`) for weights that lack a tensor, have one of another shape, or one with no place."""
     for key, found, wanted in sorted(mismatched):
-        raise SourceError(f"{problem}: {key} is {_by(found)} instead of {_by(wanted)}.")
+        raise SourceError(f"{problem}: {clean(key)} is {_by(found)} instead of {_by(wanted)}.")
     for keys, what in ((sorted(missing), "missing"), (sorted(unexpected), "not part of that network")):
         if keys:
-            raise SourceError(f"{problem}: {keys[0]}{f' and {len(keys) - 1} more are' if keys[1:] else ' is'} {what}.")
+            verb = f"and {len(keys) - 1} more are" if keys[1:] else "is"
+            raise SourceError(f"{problem}: {clean(keys[0])} {verb} {what}.")
 
 
 def _by(shape: Iterable[int]) -> str:
@@ -146,17 +233,28 @@ def _by(shape: Iterable[int]) -> str:
 
 def first_line(error: BaseException) -> str:
     """The first line of a library's message, to be quoted inside a sentence."""
-    lines = (line.strip() for line in str(error).splitlines())
-    return next((line.rstrip(".") for line in lines if line), type(error).__name__)
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    begun = lines[0].endswith(":") and lines[1:]  # the second says what the first announces
+    return clean(" ".join(lines[:2] if begun else lines[:1]).rstrip(".:"))
+
+
+def clean(text: str) -> str:
+    """`text` as it may be quoted inside a sentence: without line breaks and control characters, and not too long."""
+    shown = "".join(letter if letter.isprintable() else " " for letter in text)
+    return shown if len(shown) <= LONGEST_QUOTE else f"{shown[:LONGEST_QUOTE]}..."
 
 
 @contextmanager
 def guarded(label: str) -> Iterator[None]:
-    """Keeps diffusers and transformers quiet for the time of a load, and makes one sentence of what they raise."""
+    """Keeps diffusers and transformers quiet for the time of a load, and makes one sentence of what they raise.
+
+    torch's default dtype, which diffusers leaves changed when a load fails, is put back.
+    """
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
     libraries = (diffusers_logging, transformers_logging)
+    dtype = torch.get_default_dtype()
     before = [(library.get_verbosity(), library.is_progress_bar_enabled()) for library in libraries]
     for library in libraries:
         library.set_verbosity(logging.CRITICAL)
@@ -170,6 +268,7 @@ def guarded(label: str) -> Iterator[None]:
     except Exception as error:  # whatever a damaged file makes a library raise
         raise SourceError(f"{label} cannot be loaded: {first_line(error)}.") from error
     finally:
+        torch.set_default_dtype(dtype)
         for library, (verbosity, progress_bar) in zip(libraries, before, strict=True):
             library.set_verbosity(verbosity)
             if progress_bar:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import pickle
 import socket
@@ -27,8 +28,9 @@ from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel
 
 from sdkit.errors import ArgumentError, SourceError
 from sdkit.models import folder, source
-from sdkit.models.single_file import ASSETS, probe_prediction
+from sdkit.models.single_file import ASSETS, PREDICTIONS, probe_prediction
 from sdkit.models.source import describe, load_scheduler_config, load_text, load_unet, load_vae
+from sdkit.schedule import KINDS
 from tests import original_layout
 
 LOADERS: dict[str, Callable[..., Any]] = {
@@ -449,6 +451,13 @@ def test_prediction_type_of_a_folder_can_be_overruled(sd1: Tiny) -> None:
     assert load_scheduler_config(sd1.folder, prediction_type="v_prediction")["prediction_type"] == "v_prediction"
 
 
+@pytest.mark.parametrize(("short", "long"), [("eps", "epsilon"), ("v", "v_prediction"), ("x0", "sample")])
+def test_prediction_types_in_short(sd1: Tiny, sd2: Tiny, short: str, long: str) -> None:
+    assert load_scheduler_config(sd1.folder, prediction_type=short)["prediction_type"] == long
+    assert load_scheduler_config(sd2.file, config=sd2.folder, prediction_type=short)["prediction_type"] == long
+    assert PREDICTIONS == KINDS  # those of sdkit.schedule, a layer above
+
+
 def identity_unet(sign: float) -> UNet2DConditionModel:
     """A U-Net that returns `sign` times its input: x and -x pass the last skip connection, silu(x) - silu(-x) = x."""
     unet = UNet2DConditionModel(
@@ -775,12 +784,25 @@ def changed(sd1: Tiny, to: Path, name: str, **values: Any) -> Path:
     return to
 
 
+def linked(path: Path, to: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.symlink_to(to)
+    return path
+
+
+def pipe(path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    os.mkfifo(path)
+    return path
+
+
 def vae_alone(sd1: Tiny, to: Path) -> Path:
     save_file(original_layout.vae(sd1.vae.state_dict(), prefix=""), to / "vae.safetensors")
     return to / "vae.safetensors"
 
 
 Case = tuple[str, Callable[[Tiny, Path], Any], str]
+SCHEDULE = "scheduler/scheduler_config.json"
 FOREIGN_NAMES = {
     "conditioner.embedders.1.model.ln_final.weight": "Stable Diffusion XL",
     "model.diffusion_model.joint_blocks.0.x": "Stable Diffusion 3",
@@ -790,6 +812,30 @@ FOREIGN_NAMES = {
     "emb_params": "a textual inversion embedding",
     "model.diffusion_model.label_emb.0.0.weight": "a class-conditioned model",
 }
+VALUES: list[tuple[str, str, str, list[Any], str]] = [
+    ("vae", "vae/config.json", "scaling_factor", ["big", None, 0, math.nan, math.inf, True, -1], "a number above 0"),
+    ("vae", "vae/config.json", "shift_factor", ["x", math.nan, [0]], "a number or null"),
+    (
+        "unet",
+        "unet/config.json",
+        "sample_size",
+        ["x", 0, [16], [16, 24, 8], 1.5],
+        "a whole number, two of them or null",
+    ),
+    ("unet", "unet/config.json", "cross_attention_dim", ["x", None, [], ["x"], 0], "a whole number or a list"),
+    ("scheduler", SCHEDULE, "num_train_timesteps", ["x", None, 0, 1e3, 10**400], "a whole number from 1"),
+    ("scheduler", SCHEDULE, "beta_start", ["x", -1, 2, math.nan], "a number from 0 to 1"),
+    ("scheduler", SCHEDULE, "beta_end", ["x", None], "a number from 0 to 1"),
+    (
+        "scheduler",
+        SCHEDULE,
+        "trained_betas",
+        [[1, "x"], [], 0.5, [2], [[0.1]]],
+        "a list of numbers from 0 to 1 or null",
+    ),
+    ("scheduler", SCHEDULE, "clip_sample_range", ["x", None, 0], "a number above 0"),
+    ("scheduler", SCHEDULE, "_class_name", [["DDIMScheduler"]], "a word"),
+]
 CASES: list[Case] = [
     ("vae", lambda m, p: p / "none", r"^the path '.*/none' does not exist"),
     ("vae", lambda m, p: "./none", r"^the path './none' does not exist"),
@@ -800,6 +846,29 @@ CASES: list[Case] = [
     ("vae", lambda m, p: "stable-diffusion", r"^'stable-diffusion' is neither a path .* did you mean 'org/"),
     ("vae", lambda m, p: "https://huggingface.co/a/b", r"^'https://huggingface.co/a/b' is a URL; give the Hub id"),
     ("vae", lambda m, p: "org/na me", r"^'org/na me' is neither a path that exists nor a Hub id"),
+    (
+        "vae",
+        lambda m, p: "org/na\nme",
+        r"^'org/na\\nme' is neither a path that exists nor a Hub id \(org/name\); check",
+    ),
+    ("vae", lambda m, p: "a\x1b[2J", r"^'a\\x1b\[2J' is neither a path that exists nor a Hub id"),
+    ("vae", lambda m, p: "a\x00/b", r"^'a\\x00/b' is neither a path that exists nor a Hub id"),
+    ("vae", lambda m, p: "~nouser/x", r"^the path '~nouser/x' begins with a home folder that does not exist; "),
+    ("vae", lambda m, p: "x" * 5000, r"^'x{300}\.\.\.' cannot be read \(File name too long\); check the path"),
+    ("vae", lambda m, p: "https://" + "x" * 5000, r"is a URL; give the Hub id"),
+    ("vae", lambda m, p: linked(p / "a", "a"), r"a' cannot be read \(Too many levels of symbolic links\); check"),
+    ("vae", lambda m, p: linked(p / "a.ckpt", "gone"), r"^the path '.*a.ckpt' does not exist"),
+    (
+        "vae",
+        lambda m, p: linked(p / "vae" / "config.json", "config.json").parents[1],
+        r"json' cannot be read \(Too many",
+    ),
+    ("vae", lambda m, p: linked(p / "vae" / "config.json", "gone").parents[1], r"' has no vae/config.json; give a "),
+    ("vae", lambda m, p: (p / "vae" / "config.json").mkdir(parents=True) or p, r"' has no vae/config.json; give a "),
+    ("vae", lambda m, p: pipe(p / "a.safetensors"), r"^'.*' is a pipe or a device; give a folder, a regular file or"),
+    ("vae", lambda m, p: pipe(p / "a"), r"^'.*' is a pipe or a device; "),
+    ("vae", lambda m, p: pipe(p / "vae" / "config.json").parents[1], r"' has no vae/config.json; give a folder"),
+    ("vae", lambda m, p: "/dev/null", r"^'/dev/null' is a pipe or a device; "),
     ("vae", lambda m, p: p, r"^'.*' has no vae/config.json; give a folder in diffusers layout"),
     ("scheduler", lambda m, p: p, r"^'.*' has no scheduler/scheduler_config.json; give a folder"),
     ("unet", lambda m, p: damaged(p / "m.safetensors", b"").parent, r"give the file in it \(m.safetensors\)"),
@@ -817,6 +886,36 @@ CASES: list[Case] = [
         r"^the tokenizer in '.*' cannot be loaded: ",
     ),
     ("unet", lambda m, p: spoiled(m, p / "a", "unet/config.json", "{}"), r"holds an unknown network, not a U-Net"),
+    (
+        "unet",
+        lambda m, p: spoiled(m, p / "a", "unet/config.json", '{"_class_name": "os.system"}'),
+        r"' holds an os\.system, not a U-Net",
+    ),
+    (
+        "unet",
+        lambda m, p: spoiled(m, p / "a", "unet/config.json", '{"_class_name": "A\\n\\u001b[2J"}'),
+        r"' holds an A  \[2J, not a U-Net",
+    ),
+    (
+        "text",
+        lambda m, p: changed(m, p / "a", "text_encoder/config.json", architectures=5),
+        r"' holds an unknown network, not a CLIP text encoder",
+    ),
+    (
+        "text",
+        lambda m, p: changed(m, p / "a", "text_encoder/config.json", num_hidden_layers="x"),
+        r"' cannot be loaded: Validation error for field 'num_hidden_layers': \w",
+    ),
+    (
+        "text",
+        lambda m, p: spoiled(m, p / "a", "tokenizer/tokenizer_config.json", '{"model_max_length": "x"}'),
+        r"^the tokenizer in '.*' has model_max_length 'x', not a number; correct it\.$",
+    ),
+    (
+        "text",
+        lambda m, p: spoiled(m, p / "a", "tokenizer/tokenizer_config.json", '{"pad_token": null}'),
+        r"^the tokenizer in '.*' has no pad_token; correct its tokenizer_config.json\.$",
+    ),
     (
         "vae",
         lambda m, p: changed(m, p / "a", "vae/config.json", down_block_types=["Odd"] * 4),
@@ -933,6 +1032,24 @@ CASES: list[Case] = [
     ("unet", lambda m, p, n=name: sketch(p / "a.safetensors", **{n: (1,)}), f"looks like {looks_like}")
     for name, looks_like in FOREIGN_NAMES.items()
 ]
+CASES += [
+    (
+        part,
+        lambda m, p, f=file, k=key, v=value: changed(m, p / "a", f, **{k: v}),
+        f" has {key} .*, not {wanted}; correct",
+    )
+    for part, file, key, values, wanted in VALUES
+    for value in values
+]
+CASES += [
+    (
+        "unet",
+        lambda m, p, k=key, s=shape: sketch(p / "a.safetensors", **{k: s}),
+        f"is damaged, for its {key} is no matrix",
+    )
+    for key in ("first_stage_model.decoder.conv_in.weight", CROSS, CONV_IN)
+    for shape in ((), (768,))
+]
 
 
 @pytest.mark.parametrize(("part", "make", "expected"), CASES, ids=[f"{i}-{c[0]}" for i, c in enumerate(CASES)])
@@ -965,7 +1082,11 @@ def test_error_sentences(
         (lambda m: load_vae(m.folder, revision="main"), "revision= has no meaning for a folder"),
         (lambda m: load_unet(m.file, variant="fp16"), "variant= has no meaning for a file"),
         (lambda m: load_unet(m.folder, config=m.folder), "config= has no meaning for a folder"),
-        (lambda m: load_scheduler_config("emoji", prediction_type="x"), "prediction_type 'x' is not one of epsilon, "),
+        (
+            lambda m: load_scheduler_config("emoji", prediction_type="x"),
+            "prediction_type 'x' is not one of 'epsilon', ",
+        ),
+        (lambda m: load_scheduler_config("emoji", prediction_type=["v"]), r"prediction_type \['v'\] is not one of "),
     ],
 )
 def test_unfit_arguments(sd1: Tiny, call: Callable[[Tiny], Any], expected: str) -> None:
@@ -998,7 +1119,53 @@ def test_unets_of_other_kinds_in_diffusers_layout(tmp_path: Path, options: dict[
 def test_config_must_be_a_folder_of_configs(sd1: Tiny, sd2: Tiny, tmp_path: Path) -> None:
     with pytest.raises(SourceError, match=r"^config='.*' is a file; give a folder"):
         load_vae(sd1.file, config=sd1.file)
-    with pytest.raises(SourceError, match=r"vae/config.json' does not exist; give a folder that has it"):
+    with pytest.raises(SourceError, match=r"vae/config.json' does not exist; give a source that has it"):
         load_vae(sd1.file, config=tmp_path)
     with pytest.raises(SourceError, match=r"do not fit the config in '.*': "):
         load_unet(sd1.file, config=sd2.folder)
+
+
+@pytest.mark.parametrize("wanted", [[16, 24], None])
+def test_sample_sizes_that_are_legal(sd1: Tiny, tmp_path: Path, wanted: Any) -> None:
+    assert (
+        load_unet(changed(sd1, tmp_path / "a", "unet/config.json", sample_size=wanted)).config["sample_size"] == wanted
+    )
+
+
+def test_configs_of_a_file_are_checked(sd1: Tiny, tmp_path: Path) -> None:
+    own = changed(sd1, tmp_path / "a", "vae/config.json", scaling_factor="big")
+    with pytest.raises(
+        SourceError, match=r"vae/config.json' has scaling_factor 'big', not a number above 0; correct it"
+    ):
+        load_vae(sd1.file, config=own)
+    pipe(tmp_path / "b" / "vae" / "config.json")
+    with pytest.raises(SourceError, match=r"vae/config.json' is not a regular file; give a source that has it\.$"):
+        load_vae(sd1.file, config=tmp_path / "b")
+
+
+@pytest.mark.parametrize("values", [{"norm_num_groups": "x"}, {"act_fn": "x"}, {"cross_attention_dim": 10**15}])
+def test_a_failed_load_leaves_the_default_dtype(sd1: Tiny, tmp_path: Path, values: dict[str, Any]) -> None:
+    where = changed(sd1, tmp_path / "a", "unet/config.json", **values)
+    with pytest.raises(SourceError):
+        load_unet(where, dtype=torch.bfloat16)
+    assert torch.get_default_dtype() == torch.float32
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="nothing is closed to the superuser")
+@pytest.mark.parametrize(
+    "closed",
+    ["", "vae", "vae/config.json", "vae/diffusion_pytorch_model.safetensors", "model.ckpt", "model.safetensors"],
+)
+def test_closed_to_this_user(sd1: Tiny, tmp_path: Path, closed: str) -> None:
+    where = copytree(sd1.folder, tmp_path / "a")
+    for name in ("model.ckpt", "model.safetensors"):
+        copy(sd1.file, where / name)
+    (where / closed).chmod(0)
+    try:
+        for call in (load_vae, describe):
+            with pytest.raises(
+                SourceError, match=r"^'.*' cannot be read \(Permission denied\); check the path and its"
+            ):
+                call(where / closed if closed.startswith("model") else where)
+    finally:
+        (where / closed).chmod(0o755)
