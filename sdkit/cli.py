@@ -1,24 +1,35 @@
 """The command line: one function a command, which parses, calls and prints; the work is in `sdkit.jobs`.
 
 Results go to stdout, progress and errors to stderr. Exit codes: 0 all done; 1 some inputs failed, the others are done;
-2 a user's error, told in one sentence; 130 stopped by Ctrl-C. Heavy libraries are imported by the commands using them,
-so that --help is quick.
+2 a user's error, told in one sentence (some errors have a code of their own); 130 stopped by Ctrl-C, 143 by SIGTERM,
+129 by SIGHUP. Heavy libraries are imported by the commands using them, so that --help is quick.
 """
 
 from __future__ import annotations
 
 import argparse
-import io
+import contextlib
 import json
 import math
 import os
-import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from sdkit import __version__
+from sdkit.console import (
+    Stopped,
+    complain,
+    flush,
+    mute_stdout,
+    prepare_streams,
+    printable,
+    say,
+    say_path,
+    say_table,
+    signals_raised,
+)
 from sdkit.errors import ArgumentError, SdkitError
 from sdkit.files import find
 
@@ -31,34 +42,35 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code. `argv` None takes the process's own arguments."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a terminal may not know every letter of a file name
+    prepare_streams()
     try:
-        with warnings.catch_warnings():
+        with signals_raised(), warnings.catch_warnings():
             warnings.simplefilter("default")
             warnings.showwarning = _warn  # type: ignore[assignment]
-            code = _run(_parser().parse_args(argv))
-            sys.stdout.flush()
-            return code
-    except SystemExit:  # argparse's own, of --help and --version
-        return 0
+            return _run(argv)
     except SdkitError as error:
         if os.environ.get("SDKIT_DEBUG"):
             raise
-        _complain(str(error))
-        return 2
+        complain(str(error))
+        return int(getattr(error, "exit_code", 2))
     except KeyboardInterrupt:
-        _complain("stopped; the files that were finished are whole.")
+        complain("stopped; the files that were finished are whole.")
         return 130
+    except Stopped as stop:
+        complain(f"{stop}; the files that were finished are whole.")
+        return 128 + stop.number
     except BrokenPipeError:  # whoever read our output has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains while it exits
+        mute_stdout()
         return 141
 
 
-def _run(args: argparse.Namespace) -> int:
+def _run(argv: Sequence[str] | None) -> int:
     try:
-        code: int = args.command(args)
+        code: int = 0
+        with contextlib.suppress(SystemExit):  # argparse's own, of --help and --version
+            args = _parser().parse_args(argv)
+            code = args.command(args)
+        flush()
         return code
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
@@ -72,14 +84,19 @@ def _is_out_of_memory(error: Exception) -> bool:
     return told or isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
 
 
-def _complain(sentence: str) -> None:
-    """One line on stderr, whatever is in the names it quotes."""
-    print("sdkit:", "".join(letter if letter.isprintable() else "?" for letter in sentence), file=sys.stderr)
+@contextlib.contextmanager
+def _failures_told(report: Report[Any]) -> Iterator[None]:
+    """Tell of inputs that failed, also where an error or Ctrl-C ends the job."""
+    try:
+        yield
+    finally:
+        for _, sentence in report.failed:
+            complain(sentence)
 
 
 def _warn(message: Warning | str, _category: type[Warning], filename: str, *_: Any, **__: Any) -> None:
     if Path(filename).is_relative_to(Path(__file__).parent):  # other libraries' warnings are for programmers
-        _complain(str(message))
+        complain(str(message))
 
 
 class _Parser(argparse.ArgumentParser):
@@ -91,7 +108,7 @@ def generate(args: argparse.Namespace) -> int:
     """Make images from prompts."""
     from dataclasses import fields
 
-    from sdkit.jobs import generate_files, read_prompts
+    from sdkit.jobs import Report, check_generation, generate_files, read_prompts
     from sdkit.recipe import Recipe
 
     if not args.prompts and not args.prompts_file and not args.from_image:
@@ -99,43 +116,57 @@ def generate(args: argparse.Namespace) -> int:
     prompts = args.prompts + (read_prompts(args.prompts_file) if args.prompts_file else [])
     given = {field.name: getattr(args, field.name) for field in fields(Recipe) if field.name in args}
     recipe = (Recipe.read(args.from_image) if args.from_image else Recipe()).but(**given)
-    sd, options = _load_sd(args, recipe), {"grid": args.grid, "batch_size": args.batch_size}
-    return _finish(generate_files(sd, prompts or [recipe.prompt], args.out, recipe, count=args.count, **options), [])
+    sizes = {"count": args.count, "batch_size": args.batch_size}
+    prompts = prompts or [recipe.prompt]
+    check_generation(prompts, args.out, recipe, **sizes)  # told before a model is loaded, or even downloaded
+    _check_place(recipe.dtype, args.device)
+    report = Report[Path](on_done=say_path)
+    generate_files(_load_sd(args, recipe), prompts, args.out, recipe, grid=args.grid, report=report, **sizes)
+    return 0
 
 
 def encode(args: argparse.Namespace) -> int:
     """Encode images to latent files."""
     from sdkit.images import READABLE
-    from sdkit.jobs import encode_files
+    from sdkit.jobs import Report, encode_files
 
-    find(args.paths, READABLE)  # told before a model is loaded, or even downloaded
-    sizes = {"batch_size": args.batch_size, "tile": args.tile}
-    report = encode_files(_load_vae(args), args.paths, args.out, sample=not args.mean, seed=args.seed, **sizes)
-    return _finish(report.done, report.failed)
+    report, options = Report[Path](on_done=say_path), _checked(args, READABLE) | {"seed": args.seed}
+    with _failures_told(report):
+        encode_files(_load_vae(args), args.paths, sample=not args.mean, report=report, **options)
+    return 1 if report.failed else 0
 
 
 def decode(args: argparse.Namespace) -> int:
     """Decode latent files to PNGs."""
-    from sdkit.jobs import decode_files
+    from sdkit.jobs import Report, decode_files
 
-    find(args.paths, {".safetensors"})
-    sizes = {"batch_size": args.batch_size, "tile": args.tile}
-    report = decode_files(_load_vae(args), args.paths, args.out, force=args.force, **sizes)
-    return _finish(report.done, report.failed)
+    report, options = Report[Path](on_done=say_path), _checked(args, {".safetensors"})
+    with _failures_told(report):
+        decode_files(_load_vae(args), args.paths, force=args.force, report=report, **options)
+    return 1 if report.failed else 0
 
 
 def reconstruct(args: argparse.Namespace) -> int:
     """Take images through the VAE and back, and measure what it keeps."""
     from sdkit.images import READABLE
-    from sdkit.jobs import reconstruct_files
+    from sdkit.jobs import Reconstruction, Report, reconstruct_files
 
-    find(args.paths, READABLE)
-    report = reconstruct_files(_load_vae(args), args.paths, args.out, batch_size=args.batch_size, tile=args.tile)
-    if args.json:
-        print(_json(_scores_as_dict(args.model, report)))
-    else:
-        _print_scores(report)
-    return _finish([], report.failed)
+    def show(**more: str) -> None:
+        if args.json:
+            say(_json(_scores_as_dict(args.model, report) | more))
+        elif report.done:
+            _print_scores(report)
+
+    report, options = Report[Reconstruction](), _checked(args, READABLE)
+    vae = _load_vae(args)
+    with _failures_told(report):
+        try:
+            reconstruct_files(vae, args.paths, report=report, **options)
+        except BaseException as error:
+            show(error=str(error) or "stopped")
+            raise
+        show()
+    return 1 if report.failed else 0
 
 
 def info(args: argparse.Namespace) -> int:
@@ -146,32 +177,52 @@ def info(args: argparse.Namespace) -> int:
 
     description = describe(args.source, revision=args.revision, config=args.config)
     if args.json:
-        print(_json(asdict(description)))
+        say(_json(asdict(description)))
         return 0
     kind = f"{description.kind}, {description.family}" if description.family else description.kind
-    print(f"{description.source} ({kind}): {description.path}")
+    say(printable(f"{description.source} ({kind}): {description.path}"))
     rows = [("part", "class", "parameters", "stored as", "config")]
     for part in description.components:
         count = "" if part.parameters is None else f"{part.parameters / 1e6:,.1f} M"
         config = ", ".join(f"{key} {value}" for key, value in part.config.items())
         rows.append((part.part, part.class_name, count, part.dtype or "", config))
-    _print_table(rows)
+    say_table(rows)
     return 0
 
 
 def demo(args: argparse.Namespace) -> int:
     """Generate a grid of images, and take photos through the VAE and back."""
     from sdkit.images import READABLE
-    from sdkit.jobs import demo_files
+    from sdkit.jobs import check_files, demo_files
     from sdkit.recipe import Recipe
 
     if args.photos:
         find(args.photos, READABLE)
+    check_files(args.out)
+    _check_place(args.dtype, args.device)
     grid, kind, report = demo_files(_load_sd(args, Recipe(dtype=args.dtype)), args.out, args.photos)
-    print(f"Images generated from a few prompts: {grid}")
-    print(f"{kind}, encoded and decoded (the original on the left):")
-    _print_scores(report)
-    return _finish([], report.failed)
+    with _failures_told(report):
+        say(printable(f"Images generated from a few prompts: {grid}"))
+        say(f"{kind}, encoded and decoded (the original on the left):")
+        _print_scores(report)
+    return 1 if report.failed else 0
+
+
+def _checked(args: argparse.Namespace, suffixes: Collection[str]) -> dict[str, Any]:
+    """The options of a job on files; what is wrong is told before a model is loaded, or even downloaded."""
+    from sdkit.jobs import check_files
+
+    find(args.paths, suffixes)
+    options = {"out": args.out, "batch_size": args.batch_size, "tile": args.tile}
+    check_files(**options, seed=getattr(args, "seed", 0))
+    _check_place(args.dtype, args.device)
+    return options
+
+
+def _check_place(dtype: str, device: str) -> None:
+    from sdkit.device import resolve_device, resolve_dtype
+
+    resolve_dtype(dtype, resolve_device(device))
 
 
 def _load_vae(args: argparse.Namespace) -> VAE:
@@ -192,23 +243,8 @@ def _load_sd(args: argparse.Namespace, recipe: Recipe) -> StableDiffusion:
     )  # fmt: skip
 
 
-def _finish(done: Sequence[Path], failed: Sequence[tuple[Path, str]]) -> int:
-    """Print what was written, and what failed; the exit code."""
-    for path in done:
-        print(path)
-    for _, sentence in failed:
-        _complain(sentence)
-    return 1 if failed else 0
-
-
 def _json(value: Any) -> str:
     return json.dumps(value, indent=2, default=str, allow_nan=False)
-
-
-def _print_table(rows: Sequence[Sequence[str]]) -> None:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
 def _print_scores(report: Report[Reconstruction]) -> None:
@@ -220,7 +256,7 @@ def _print_scores(report: Report[Reconstruction]) -> None:
         rows.append((one.source.name, size, _number(one.psnr, 2), _number(one.ssim, 4), str(one.path)))
     psnr, ssim = mean_scores(report.done)
     rows.append(("mean", "", _number(psnr, 2), _number(ssim, 4), ""))
-    _print_table(rows)
+    say_table(rows)
 
 
 def _number(value: float | None, digits: int) -> str:
@@ -281,9 +317,9 @@ def _generate_options(add: Add) -> None:
     add("--negative-prompt", metavar="TEXT", help="what to steer away from", **unset)
     add("--steps", type=int, metavar="N", help="of the sampler (default: 30)", **unset)
     add("--scale", type=float, metavar="S", help="of guidance; 1 is none (default: 7.5; emoji likes 5)", **unset)
-    add("--sampler", choices=("ddim", "ddpm", "dpm++2m"), help="(default: ddim)", **unset)
+    add("--sampler", help="ddim, ddpm or dpm++2m (default: ddim)", **unset)
     add("--eta", type=float, help="noise that ddim adds, from 0 (default) to 1", **unset)
-    add("--spacing", choices=("leading", "trailing", "linspace"), help="(default: the model's)", **unset)
+    add("--spacing", help="leading, trailing or linspace (default: the model's)", **unset)
     add("--seed", type=int, metavar="N", help="of the first image (default: 0)", **unset)
     add("--height", type=int, metavar="PIXELS", help="(default: the model's own)", **unset)
     add("--width", type=int, metavar="PIXELS", help="(default: the model's own)", **unset)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import secrets
 import stat
@@ -13,17 +14,20 @@ from sdkit.errors import SdkitError
 
 
 @contextlib.contextmanager
-def atomic_write(path: str | Path) -> Iterator[Path]:
+def atomic_write(path: str | Path, *, overwrite: bool = True) -> Iterator[Path]:
     """Yield a temporary path beside `path` for the body to write; it becomes `path` when the body ends well.
 
     Whoever reads `path` sees the old file or the whole new one, also after a power cut. Whatever ends the body early
     (Ctrl-C too) removes the temporary file and leaves `path` as it was. Missing parent folders are made.
-    An `OSError`, from here or from the body, is raised as a `SdkitError`.
+    An `OSError`, from here or from the body, is raised as a `SdkitError`; but with `overwrite=False` there is a
+    `FileExistsError` where `path` is taken, be it by another process in the last moment.
     """
     target = Path(os.path.realpath(path))  # replace the file that a link points to, not the link
     # A random name keeps processes apart, the leading dot hides it from `find`, the suffix tells writers the format.
     temporary = target.parent / f".sdkit-{secrets.token_hex(8)}{target.suffix}"
     try:
+        if not overwrite and os.path.lexists(path):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
         if target.exists() and not target.is_file():
             raise SdkitError(f"cannot write {path}: it is {'a folder' if target.is_dir() else 'not a regular file'}.")
         with contextlib.suppress(FileExistsError):  # where it is no folder, the writing below says so
@@ -31,13 +35,30 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         yield temporary
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
-        temporary.replace(target)
+        (Path.replace if overwrite else _claim)(temporary, target)
         _sync_folder(target.parent)
     except OSError as error:
+        if not overwrite and isinstance(error, FileExistsError):
+            raise
         raise SdkitError(f"cannot write {path}: {(error.strerror or str(error)).lower()}.") from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+def _claim(temporary: Path, target: Path) -> None:
+    """Rename, or raise `FileExistsError` where `target` exists: of two processes that try, one succeeds."""
+    try:
+        os.link(temporary, target)
+    except FileExistsError:
+        raise
+    except OSError:  # no hard links on this file system (FAT, some network shares): an empty file reserves the name
+        os.close(os.open(target, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+        try:
+            temporary.replace(target)
+        except BaseException:
+            target.unlink()
+            raise
 
 
 def _sync_folder(folder: Path) -> None:
@@ -54,7 +75,9 @@ def find(paths: Iterable[str | Path], suffixes: Collection[str]) -> list[Path]:
     """Files as given, whatever their suffix, and files under given folders whose suffix (lower case) is in `suffixes`.
 
     The order is that of `paths`, sorted within a folder. Hidden files and folders inside are skipped, repetitions too.
-    Raises `SdkitError` for a path that does not exist or cannot be read, and where nothing is found.
+    What lies in a folder and cannot be read (a dangling link, a pipe, a folder without permission) is among the files,
+    so that whoever reads them says so. Raises `SdkitError` for a path that does not exist or cannot be read, and where
+    nothing is found.
     """
     names = list(paths)
     if not all(str(name) for name in names):
@@ -75,10 +98,18 @@ def _expand(path: Path, suffixes: Collection[str]) -> list[Path]:
             if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe or a device might never end
                 raise SdkitError(f"{path} is neither a regular file nor a folder; name one.")
             return [path]
-        inside = [file for file in path.rglob("*") if file.suffix.lower() in suffixes and file.is_file()]
+        unreadable: list[OSError] = []
+        inside: list[Path] = []
+        for folder, folders, files in os.walk(path, onerror=unreadable.append):
+            folders[:] = [name for name in folders if not name.startswith(".")]
+            names = [name for name in files if not name.startswith(".") and Path(name).suffix.lower() in suffixes]
+            inside += [Path(folder, name) for name in names]
+        if unreadable and not inside:
+            raise unreadable[0]
     except OSError as error:
-        raise SdkitError(f"cannot read {path}: {(error.strerror or str(error)).lower()}; check the name.") from error
-    return sorted(file for file in inside if not any(part[0] == "." for part in file.relative_to(path).parts))
+        where = path if error.filename is None else error.filename
+        raise SdkitError(f"cannot read {where}: {(error.strerror or str(error)).lower()}; check the name.") from error
+    return sorted([*inside, *(Path(error.filename) for error in unreadable)])
 
 
 def encodable(text: str) -> str:

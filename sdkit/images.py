@@ -13,6 +13,7 @@ import contextlib
 import io
 import itertools
 import math
+import stat
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -45,6 +46,8 @@ def read(path: str | Path, background: str = "white") -> Image.Image:
 @contextlib.contextmanager
 def _opened(path: str | Path) -> Iterator[Image.Image]:
     try:
+        if not (stat.S_ISREG(mode := Path(path).stat().st_mode) or stat.S_ISDIR(mode)):  # a pipe might never end
+            raise ImageError("it is not a regular file.")
         with Image.open(path) as image:
             yield image
     except ArgumentError:
@@ -54,9 +57,8 @@ def _opened(path: str | Path) -> Iterator[Image.Image]:
     except UnidentifiedImageError as error:
         raise ImageError(f"{path} is not an image, or of a format that Pillow does not know.") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ImageError(
-            f"{path} has too many pixels to be opened unasked; set PIL.Image.MAX_IMAGE_PIXELS higher if you trust it."
-        ) from error
+        limit = (Image.MAX_IMAGE_PIXELS or 0) * (2 if isinstance(error, Image.DecompressionBombError) else 1)
+        raise ImageError(f"{path} has too many pixels (over {limit // 10**6} million); resize it first.") from error
     except Exception as error:  # on broken files Pillow's readers raise nearly anything
         raise ImageError(f"cannot read {path}: {_reason(error)}.") from error
 
@@ -212,11 +214,14 @@ def from_tensors(images: Sequence[Tensor], output_type: str) -> Any:
     return [Image.fromarray(one) for one in levels]
 
 
-def save(image: Image.Image, path: str | Path, text: Mapping[str, str] | None = None) -> None:
+def save(
+    image: Image.Image, path: str | Path, text: Mapping[str, str] | None = None, *, overwrite: bool = True
+) -> None:
     """Write an image as RGB, whole or not at all, in the format of the path's suffix: .png, .jpg, .jpeg or .webp.
 
     `text` goes into a PNG's text chunks (keys of 1 to 79 Latin letters); the other formats have no place for it and go
-    without. Raises `ArgumentError` for another suffix, `SdkitError` where the file cannot be written.
+    without. Raises `ArgumentError` for another suffix, `SdkitError` where the file cannot be written, and with
+    `overwrite=False` `FileExistsError` where there is one.
     """
     suffix = Path(path).suffix.lower()
     if suffix not in FORMATS:
@@ -228,7 +233,7 @@ def save(image: Image.Image, path: str | Path, text: Mapping[str, str] | None = 
             options["pnginfo"].add_text(key, encodable(value))  # UTF-8 (iTXt) where Latin-1 does not hold it
     encoded = io.BytesIO()  # so that an error below is one of the disk
     to_rgb(image).save(encoded, FORMATS[suffix], **options)
-    with atomic_write(path) as temporary:
+    with atomic_write(path, overwrite=overwrite) as temporary:
         temporary.write_bytes(encoded.getbuffer())
 
 

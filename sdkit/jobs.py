@@ -14,14 +14,15 @@ import re
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeAlias, TypeVar
 
 import torch
 from PIL import Image
+from torch import Tensor
 
 from sdkit import __version__, images, latents, metrics
 from sdkit.arguments import strings, whole
@@ -36,14 +37,25 @@ PIXELS_HELD = 2048 * 2048  # of input read before they go through a network: abo
 
 T = TypeVar("T")
 Sized = TypeVar("Sized", Image.Image, latents.Latent)  # have a width and a height
+Batch: TypeAlias = list[tuple[Path, Sized]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Report(Generic[T]):
     """What became of a job's inputs."""
 
-    done: list[T]
-    failed: list[tuple[Path, str]]  # each input that could not be used, and the sentence that says why
+    done: list[T] = field(default_factory=list)
+    failed: list[tuple[Path, str]] = field(default_factory=list)  # inputs that could not be used, and why not
+    on_done: Callable[[T], object] = lambda _: None  # called with each as soon as it is finished
+
+    def add(self, one: T) -> None:
+        """One more is finished."""
+        self.done.append(one)
+        self.on_done(one)
+
+    def fail(self, source: Path, error: SdkitError) -> None:
+        """An input cannot be used; the sentence names it."""
+        self.failed.append((source, str(error) if str(source) in str(error) else f"{source}: {error}"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +70,16 @@ class Reconstruction:
     ssim: float | None  # None for an image smaller than SSIM's window of 11 x 11 pixels
 
 
+def check_files(out: str | Path, *, batch_size: int | None = None, tile: int | None = None, seed: int = 0) -> None:
+    """Raise `SdkitError` where the jobs below cannot take these, which can be told before a model is loaded."""
+    whole("seed", seed, 0, 2**62)
+    if batch_size is not None:
+        whole("batch_size", batch_size, 1)
+    if tile:
+        whole("tile (0 is none)", tile, 128)
+    _folder(Path(out), make=False)
+
+
 def encode_files(
     vae: VAE,
     paths: Iterable[str | Path],
@@ -67,27 +89,32 @@ def encode_files(
     seed: int = 0,
     batch_size: int | None = None,
     tile: int | None = None,
+    report: Report[Path] | None = None,
 ) -> Report[Path]:
     """Images, or folders of them, to latent files in `out`, with the sub-folders that they had.
 
     The i-th file is drawn from the posterior with `seed` + i, even where files before it are broken; `sample=False`
-    takes the mean.
+    takes the mean. `report`, here and below, is one to add to, which tells of the work while it goes on.
     """
-    seed = whole("seed", seed, 0, 2**62)
-    targets, report = _targets(paths, images.READABLE, out, ".safetensors"), Report[Path](done=[], failed=[])
+    check_files(out, batch_size=batch_size, tile=tile, seed=seed)
+    targets, report = _targets(paths, images.READABLE, out, ".safetensors"), report or Report()
     seeds = {source: seed + i for i, source in enumerate(targets)}
-    for batch in _batches(targets, images.read, batch_size, report, "encode"):
+
+    def encode(batch: Batch[Image.Image]) -> list[Tensor]:
         generators = [torch.Generator().manual_seed(seeds[source]) for source, _ in batch]
         pictures = [image for _, image in batch]
-        zs = vae.encode(pictures, sample=sample, generator=generators, batch_size=batch_size, tile=tile)
-        for (source, image), z in zip(batch, zs, strict=True):
+        z: list[Tensor] = vae.encode(pictures, sample=sample, generator=generators, batch_size=batch_size, tile=tile)
+        return z
+
+    for batch in _batches(targets, images.read, batch_size, report, "encode"):
+        for source, image, z in _made(encode, batch, report):
             latent = latents.Latent(
                 z=z, height=image.height, width=image.width, vae=vae.identity, vae_name=vae.name, scale=vae.scale,
                 shift=vae.shift, factor=vae.factor, dtype=str(vae.dtype).removeprefix("torch."), sdkit=__version__,
                 source=source.name,
             )  # fmt: skip
             latents.save(latent, targets[source])
-            report.done.append(targets[source])
+            report.add(targets[source])
     return report
 
 
@@ -99,6 +126,7 @@ def decode_files(
     force: bool = False,
     batch_size: int | None = None,
     tile: int | None = None,
+    report: Report[Path] | None = None,
 ) -> Report[Path]:
     """Latent files, or folders of them, to PNGs in `out`, of the original sizes. `force` takes another VAE's too."""
 
@@ -109,13 +137,18 @@ def decode_files(
             raise LatentError(f"{len(latent.z)} channels of factor {latent.factor} do not fit this VAE; use another.")
         return latent
 
-    targets, report = _targets(paths, {".safetensors"}, out, ".png"), Report[Path](done=[], failed=[])
-    for batch in _batches(targets, load, batch_size, report, "decode"):
+    def decode(batch: Batch[latents.Latent]) -> list[Image.Image]:
         sizes = [(latent.height, latent.width) for _, latent in batch]
-        decoded = vae.decode([latent.z for _, latent in batch], size=sizes, batch_size=batch_size, tile=tile)
-        for (source, _), image in zip(batch, decoded, strict=True):
+        zs = [latent.z for _, latent in batch]
+        decoded: list[Image.Image] = vae.decode(zs, size=sizes, batch_size=batch_size, tile=tile)
+        return decoded
+
+    check_files(out, batch_size=batch_size, tile=tile)
+    targets, report = _targets(paths, {".safetensors"}, out, ".png"), report or Report()
+    for batch in _batches(targets, load, batch_size, report, "decode"):
+        for source, _, image in _made(decode, batch, report):
             images.save(image, targets[source])
-            report.done.append(targets[source])
+            report.add(targets[source])
     return report
 
 
@@ -126,19 +159,24 @@ def reconstruct_files(
     *,
     batch_size: int | None = None,
     tile: int | None = None,
+    report: Report[Reconstruction] | None = None,
 ) -> Report[Reconstruction]:
     """Images, or folders of them, through the VAE and back: in `out`, PNGs of originals beside reconstructions."""
-    targets = _targets(paths, images.READABLE, out, "-reconstruction.png")
-    report = Report[Reconstruction](done=[], failed=[])
+
+    def reconstruct(batch: Batch[Image.Image]) -> list[Image.Image]:
+        after: list[Image.Image] = vae.reconstruct([image for _, image in batch], batch_size=batch_size, tile=tile)
+        return after
+
+    check_files(out, batch_size=batch_size, tile=tile)
+    targets, report = _targets(paths, images.READABLE, out, "-reconstruction.png"), report or Report()
     for batch in _batches(targets, images.read, batch_size, report, "reconstruct"):
-        after = vae.reconstruct([image for _, image in batch], batch_size=batch_size, tile=tile)
-        for (source, x), y in zip(batch, after, strict=True):
+        for source, x, y in _made(reconstruct, batch, report):
             path = targets[source]
             images.save(images.grid([x, y], 2, padding=4), path)
             psnr = metrics.psnr(x, y).item()
             ssim = metrics.ssim(x, y).item() if min(x.size) >= metrics.WINDOW else None
             one = Reconstruction(source=source, path=path, height=x.height, width=x.width, psnr=psnr, ssim=ssim)
-            report.done.append(one)
+            report.add(one)
     return report
 
 
@@ -163,6 +201,20 @@ def read_prompts(path: str | Path) -> list[str]:
     return prompts
 
 
+def check_generation(
+    prompts: Sequence[str], out: str | Path, recipe: Recipe, *, count: int = 1, batch_size: int | None = None
+) -> int:
+    """How many images `generate_files` makes of these; raises what it would, but without a model."""
+    recipe.check()
+    n = len(strings("prompts", prompts)) * whole("count", count, 1)
+    if batch_size is not None:
+        whole("batch_size", batch_size, 1)
+    if _is_image_name(Path(out)) and (Path(out).suffix.lower() != ".png" or n > 1):
+        raise ArgumentError(f"{out} cannot hold {n} PNG image(s); give a folder, or a .png for a single image.")
+    _folder(_place(Path(out)), make=False)
+    return n
+
+
 def generate_files(
     sd: StableDiffusion,
     prompts: Sequence[str],
@@ -172,36 +224,36 @@ def generate_files(
     count: int = 1,
     grid: bool = False,
     batch_size: int | None = None,
+    report: Report[Path] | None = None,
 ) -> list[Path]:
     """`count` images of each prompt as PNGs that hold their recipes, numbered on from those in the folder `out`.
 
-    `out` may be a file name ending in .png, for a single image. Image i has the seed `recipe.seed` + i; `recipe.prompt`
-    is not used. `grid` adds one more picture, of all images with labels.
+    `out` may be a file name ending in .png, for a single image; in a folder nothing is overwritten, by several runs at
+    once neither. Image i has the seed `recipe.seed` + i; `recipe.prompt` is not used. `grid` adds one more picture, of
+    all images with labels.
     """
-    recipe = recipe or Recipe()
-    n = len(strings("prompts", prompts)) * whole("count", count, 1)
-    path_of = _names(Path(out), n)
+    recipe, report = recipe or Recipe(), report or Report()
+    n = check_generation(prompts, out, recipe, count=count, batch_size=batch_size)
+    _folder(_place(Path(out)))
     side = sd.unet.sample_size * sd.vae.factor
     fitting = sd.images_at_once(recipe.height or side, recipe.width or side)
-    at_once = fitting if batch_size is None else whole("batch_size", batch_size, 1)
+    at_once = batch_size or fitting
     wanted = ((prompt, recipe.seed + r * count + c) for r, prompt in enumerate(prompts) for c in range(count))
     batches = iter(lambda: list(itertools.islice(wanted, at_once)), [])
     made: dict[str, Image.Image] = {}  # by caption
-    written: list[Path] = []
     for batch in progress(batches, total=-(-n // at_once), description="generate"):
         for (prompt, seed), image in zip(batch, _generate(sd, batch, recipe), strict=True):
             one = replace(
                 recipe, prompt=prompt, seed=seed, height=image.height, width=image.width, model=sd.name,
                 spacing=recipe.spacing or sd.schedule.timestep_spacing, dtype=str(sd.unet.dtype).removeprefix("torch."),
             )  # fmt: skip
-            written.append(path_of(len(written) + 1, f"{_slug(prompt)}-{seed}"))
-            images.save(image, written[-1], one.text())
+            report.add(_save(image, Path(out), f"{_slug(prompt)}-{seed}", one.text()))
             made |= {f"seed {seed}: {prompt}": image} if grid else {}
     if grid:
-        written.append(path_of(len(written) + 1, "grid"))
-        columns = count if count > 1 else None
-        images.save(images.grid([*made.values()], columns, padding=6, captions=[*made]), written[-1])
-    return written
+        sheet = images.grid([*made.values()], count if count > 1 else None, padding=6, captions=[*made])
+        beside = Path(out).with_stem(f"{Path(out).stem}-grid") if _is_image_name(Path(out)) else Path(out)
+        report.add(_save(sheet, beside, "grid"))
+    return report.done
 
 
 def _generate(sd: StableDiffusion, batch: Sequence[tuple[str, int]], recipe: Recipe) -> list[Image.Image]:
@@ -238,27 +290,34 @@ def demo_files(
     with contextlib.suppress(ImportError):
         from skimage import data  # of the extra `dev`
 
-        kind, pictures = (
-            "photos of scikit-image",
-            {name: Image.fromarray(getattr(data, name)()) for name in DEMO_PHOTOS},
-        )
+        pictures = {name: Image.fromarray(getattr(data, name)()) for name in DEMO_PHOTOS}
+        kind = "photos of scikit-image"
     photos = [folder / "photos" / f"{name}.png" for name in pictures]
     for path, picture in zip(photos, pictures.values(), strict=True):
         images.save(picture, path)
     return folder / "generated.png", kind, reconstruct_files(sd.vae, photos, folder)
 
 
-def _names(out: Path, n: int) -> Callable[[int, str], Path]:
-    """What to call the i-th (from 1) of `n` images, given its stem; no file of the folder `out` has that name."""
-    suffix = out.suffix.lower()
-    if suffix in images.FORMATS and not out.is_dir():
-        if suffix != ".png" or n > 1:
-            raise ArgumentError(f"{out} cannot hold {n} PNG image(s); give a folder, or a .png for a single image.")
-        _folder(out.parent)
-        return lambda i, stem: out if i == 1 else out.with_stem(f"{out.stem}-{stem}")
-    numbers = [int(match[1]) for file in _folder(out).iterdir() if (match := re.match(r"(\d{4,9})-", file.name))]
-    last = max(numbers, default=0)
-    return lambda i, stem: out / f"{last + i:04d}-{stem}.png"
+def _is_image_name(out: Path) -> bool:
+    return out.suffix.lower() in images.FORMATS and not out.is_dir()
+
+
+def _place(out: Path) -> Path:
+    return out.parent if _is_image_name(out) else out
+
+
+def _save(image: Image.Image, out: Path, stem: str, text: Mapping[str, str] | None = None) -> Path:
+    """Write a PNG to `out`, or where that is a folder below the next number that no file in it has; its path."""
+    if _is_image_name(out):
+        images.save(image, out, text)
+        return out
+    while True:
+        names = [file.name for file in _folder(out).iterdir()]
+        last = max((int(match[1]) for name in names if (match := re.match(r"(\d{4,})-", name))), default=0)
+        path = out / f"{last + 1:04d}-{stem}.png"
+        with contextlib.suppress(FileExistsError):  # another run took the name meanwhile
+            images.save(image, path, text, overwrite=False)
+            return path
 
 
 def _slug(prompt: str) -> str:
@@ -266,11 +325,13 @@ def _slug(prompt: str) -> str:
     return re.sub(r"[\W_]+", "-", encodable(prompt).lower())[:40].strip("-") or "image"
 
 
-def _folder(path: Path) -> Path:
+def _folder(path: Path, make: bool = True) -> Path:
     """The folder, made where it is missing; refused now, not after the work, where nothing can be written into it."""
     try:
-        path.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path).close()
+        if make:
+            path.mkdir(parents=True, exist_ok=True)
+        nearest = next(folder for folder in (path, *path.parents) if folder.exists())
+        tempfile.TemporaryFile(dir=nearest).close()
     except OSError as error:
         raise SdkitError(f"cannot write into {path}: {str(error.strerror).lower()}; give another folder.") from error
     return path
@@ -300,17 +361,34 @@ def _targets(paths: Iterable[str | Path], suffixes: Collection[str], out: str | 
     return targets
 
 
+def _made(
+    make: Callable[[Batch[Sized]], Sequence[T]], batch: Batch[Sized], report: Report[Any]
+) -> Iterator[tuple[Path, Sized, T]]:
+    """Each input and what `make` makes of it; one by one where it refuses the batch, so that only the bad ones fail."""
+    try:
+        results = make(batch)
+    except SdkitError as error:
+        if len(batch) == 1:
+            report.fail(batch[0][0], error)
+            return
+        for one in batch:
+            yield from _made(make, [one], report)
+    else:
+        for (source, sized), result in zip(batch, results, strict=True):
+            yield source, sized, result
+
+
 def _batches(
     sources: Collection[Path], load: Callable[[Path], Sized], batch_size: int | None, report: Report[Any], name: str
-) -> Iterator[list[tuple[Path, Sized]]]:
+) -> Iterator[Batch[Sized]]:
     """The inputs that can be loaded, as many at a time as fit; the others go into the report."""
-    batch: list[tuple[Path, Sized]] = []
+    batch: Batch[Sized] = []
     held = 0
     for source in progress(sources, total=len(sources), description=name):
         try:
             batch.append((source, load(source)))
         except SdkitError as error:
-            report.failed.append((source, str(error) if str(source) in str(error) else f"{source}: {error}"))
+            report.fail(source, error)
             continue
         held += batch[-1][1].width * batch[-1][1].height
         if held >= PIXELS_HELD and len(batch) >= (batch_size or 1):

@@ -18,6 +18,7 @@ computed in, and these metadata, all strings:
 from __future__ import annotations
 
 import math
+import os
 import stat
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,13 +33,14 @@ from sdkit.files import atomic_write, encodable
 
 FORMAT = "sdkit.latent"
 FORMAT_VERSION = 1
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Latent:
     """Scaled latents of one image and where they come from. Raises `LatentError` where the parts do not fit."""
 
-    z: Tensor  # (C, h, w), floating point
+    z: Tensor  # (C, h, w), of a dtype in DTYPES
     height: int  # of the image, in pixels
     width: int
     vae: str  # identity hash of the VAE's encoder side
@@ -63,8 +65,11 @@ class Latent:
                 f"z has shape {tuple(self.z.shape)}, but the latents of {self.height} x {self.width} pixels have shape "
                 f"(C, {expected[0]}, {expected[1]}); encode the image again."
             )
-        if not self.z.is_floating_point() or not torch.isfinite(self.z.float()).all():
-            raise LatentError("z is not made of finite floating point numbers; encode the image again.")
+        if self.z.dtype not in DTYPES or not torch.isfinite(self.z).all():
+            raise LatentError(
+                "z is not made of finite floating point numbers (float16, bfloat16, float32 or float64); encode the "
+                "image again."
+            )
 
 
 def save(latent: Latent, path: str | Path) -> None:
@@ -92,7 +97,10 @@ def save(latent: Latent, path: str | Path) -> None:
 def load(path: str | Path) -> Latent:
     """Read a latent file; `z` is on the CPU. Raises `LatentError` for what is no whole latent file of this version."""
     try:
-        if not stat.S_ISREG(Path(path).stat().st_mode):
+        mode = Path(path).stat().st_mode
+        if stat.S_ISDIR(mode):
+            os.scandir(path).close()  # tells where it is the permission that is missing
+        if not stat.S_ISREG(mode):
             raise LatentError("this is not a file; give a latent file.")
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from sdkit import __version__, images
-from sdkit.errors import ImageError
+from sdkit.arguments import number, one_of, strings, whole
+from sdkit.errors import ArgumentError, ImageError
+from sdkit.models.source import EMBEDDED
+from sdkit.samplers import SAMPLERS
+from sdkit.schedule import SPACINGS
+
+LONGEST_SIDE = 16384  # pixels; the pipeline's own limit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,11 +46,33 @@ class Recipe:
     prediction_type: str | None = None
     dtype: str = "auto"
 
+    def check(self) -> None:
+        """Raise `ArgumentError` for what no model takes, which `StableDiffusion` would tell only once it is loaded."""
+        strings("prompt", self.prompt)
+        strings("negative_prompt", self.negative_prompt)
+        whole("seed", self.seed, 0, 2**63 - 1)
+        whole("steps", self.steps, 1, 1000)
+        one_of("sampler", self.sampler, SAMPLERS)
+        if number("eta", self.eta, 0, 1) and self.sampler != "ddim":
+            raise ArgumentError(f"eta belongs to sampler 'ddim'; '{self.sampler}' has none.")
+        one_of("spacing", self.spacing or SPACINGS[0], SPACINGS)
+        number("the guidance scale", self.scale, -1e6, 1e6)
+        number("the guidance rescale (phi)", self.rescale, 0, 1)
+        if self.interval is not None and not 0 <= self.interval[0] < self.interval[1]:
+            raise ArgumentError(
+                f"the guidance interval must be two noise levels, 0 <= low < high, not {self.interval}."
+            )
+        whole("clip_skip", self.clip_skip, 0)
+        for name, pixels in (("height", self.height), ("width", self.width)):
+            if pixels is not None:
+                whole(name, pixels, 8, LONGEST_SIDE)
+
     def text(self) -> dict[str, str]:
-        """The text chunks of a PNG."""
+        """The text chunks of a PNG; paths are absolute in it, since it is read elsewhere."""
         values = {key: value for key, value in asdict(self).items() if value is not None}
         if self.interval is not None:
             values["interval"] = " ".join(map(str, self.interval))
+        values |= {key: _anywhere(values[key]) for key in ("model", "config") if key in values}
         return {key: str(value) for key, value in values.items()} | {"sdkit": __version__}
 
     @classmethod
@@ -57,10 +86,16 @@ class Recipe:
 
     def but(self, **changes: Any) -> Recipe:
         """This recipe with some values changed; of another model, all that belonged to the old one is forgotten."""
-        if changes.get("model", self.model) != self.model:
+        if _anywhere(changes.get("model", self.model)) != _anywhere(self.model):
             of_model = ("spacing", "height", "width", "revision", "variant", "config", "prediction_type")
             changes = dict.fromkeys(of_model) | changes
         return replace(self, **changes)
+
+
+def _anywhere(source: str) -> str:
+    """A file or a folder by its absolute path; another source as it is."""
+    path = os.path.expanduser(source)  # noqa: PTH111 - pathlib's raise for unknown users and overlong names
+    return os.path.abspath(path) if source != EMBEDDED and os.path.exists(path) else source  # noqa: PTH100, PTH110
 
 
 def _parsed(path: str | Path, name: str, value: str) -> Any:

@@ -7,11 +7,14 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from sdkit.errors import SdkitError
+from sdkit import images, latents
+from sdkit.errors import ImageError, LatentError, SdkitError
 from sdkit.files import atomic_write, encodable, find
 
 posix = pytest.mark.skipif(os.name != "posix", reason="needs POSIX")
@@ -151,6 +154,47 @@ def test_two_processes_never_mix(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.parametrize("links", [True, False])
+def test_a_name_is_claimed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool) -> None:
+    """Of many threads that want it one gets it, on file systems with and without hard links."""
+
+    def refuse(*_: object) -> None:
+        raise PermissionError(1, "Operation not permitted")  # as on FAT
+
+    if not links:
+        monkeypatch.setattr("os.link", refuse)
+    start = threading.Barrier(8)
+
+    def write(number: int) -> bool:
+        start.wait()
+        try:
+            with atomic_write(tmp_path / "file", overwrite=False) as temporary:
+                temporary.write_text(str(number) * 1000)
+        except FileExistsError:
+            return False
+        return True
+
+    with ThreadPoolExecutor(8) as pool:
+        won = [number for number, success in enumerate(pool.map(write, range(8))) if success]
+    assert len(won) == 1
+    assert (tmp_path / "file").read_text() == str(won[0]) * 1000
+    assert list(tmp_path.iterdir()) == [tmp_path / "file"]
+
+
+def test_a_name_claimed_in_vain_is_given_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr("os.link", refuse)
+    monkeypatch.setattr("pathlib.Path.replace", refuse)
+    with (
+        pytest.raises(SdkitError, match=r"cannot write .*file: input/output error"),
+        atomic_write(tmp_path / "file", overwrite=False) as temporary,
+    ):
+        temporary.write_text("x")
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     for name in (
@@ -199,6 +243,44 @@ def test_find_says_what_is_missing(folder: Path) -> None:
     ):
         with pytest.raises(SdkitError, match=sentence):
             find(paths, {".png", ".gif"})
+
+
+@posix
+def test_find_keeps_what_cannot_be_read_for_the_reader_to_report(folder: Path) -> None:
+    (folder / "sub" / "dangling.png").symlink_to("nowhere")
+    (folder / "sub" / "loop.png").symlink_to("loop.png")
+    (folder / "sub" / "loop.txt").symlink_to("loop.txt")
+    os.mkfifo(folder / "sub" / "pipe.png")
+    names = ["c.jpg", "dangling.png", "loop.png", "pipe.png"]
+    assert find([folder / "sub"], {".png", ".jpg"}) == [folder / "sub" / name for name in names]
+
+
+@posix
+def test_find_tells_of_folders_that_it_may_not_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a folder that any user may enter: as root, who may read everything, another user is played."""
+    folder.chmod(0o755)
+    monkeypatch.chdir(folder)
+    Path("closed").mkdir()
+    Path("closed/x.png").touch()
+    Path("closed").chmod(0)
+    root = os.geteuid() == 0
+    if root:
+        os.seteuid(65534)
+    try:
+        if os.access("closed", os.R_OK, effective_ids=True):
+            pytest.skip("this user may read everything")
+        found = find(["."], {".png"})
+        with pytest.raises(SdkitError, match=r"^cannot read closed: permission denied; check the name"):
+            find(["closed"], {".png"})
+        with pytest.raises(ImageError, match="cannot read closed: Permission denied"):
+            images.read("closed")
+        with pytest.raises(LatentError, match=r"closed: the file cannot be read \(permission denied\)"):
+            latents.load("closed")
+    finally:
+        if root:
+            os.seteuid(0)
+        Path("closed").chmod(0o755)
+    assert found == [Path("a.PNG"), Path("b.png"), Path("closed"), Path("g.png/in.png")]
 
 
 def test_encodable() -> None:

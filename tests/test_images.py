@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -240,8 +241,17 @@ def test_what_is_no_image_file_is_one_sentence(tmp_path: Path) -> None:
 def test_decompression_bomb(tmp_path: Path) -> None:
     path = tmp_path / "bomb.png"
     Image.new("1", (20000, 10000)).save(path)  # 200 megapixels in a few kilobytes: over Pillow's own limit
-    with pytest.raises(ImageError, match=r"bomb\.png has too many pixels to be opened unasked; set PIL"):
+    with pytest.raises(ImageError, match=r"bomb\.png has too many pixels \(over 178 million\); resize it first\.$"):
         images.read(path)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs POSIX")
+@pytest.mark.timeout(20)
+def test_a_pipe_is_no_image_and_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    for read in (images.read, images.read_text):
+        with pytest.raises(ImageError, match=r"^cannot read .*pipe\.png: it is not a regular file\.$"):
+            read(tmp_path / "pipe.png")
 
 
 # --- to_tensors ---
@@ -444,6 +454,15 @@ def test_save_says_what_is_wrong(tmp_path: Path) -> None:
     with pytest.raises(ImageError, match=r"missing\.png"):
         images.read_text(tmp_path / "missing.png")
     assert [path.name for path in tmp_path.iterdir()] == ["folder.png"]
+
+
+def test_save_overwrites_only_where_it_may(tmp_path: Path) -> None:
+    images.save(Image.new("RGB", (2, 2)), tmp_path / "a.png")
+    with pytest.raises(FileExistsError):
+        images.save(Image.new("RGB", (3, 3)), tmp_path / "a.png", overwrite=False)
+    assert images.read(tmp_path / "a.png").size == (2, 2)
+    images.save(Image.new("RGB", (3, 3)), tmp_path / "a.png")
+    assert images.read(tmp_path / "a.png").size == (3, 3)
 
 
 # --- grid ---

@@ -2,17 +2,26 @@ from __future__ import annotations
 
 import math
 import re
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import skimage.metrics
 import torch
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 import sdkit
 from sdkit import images, latents
+from sdkit.errors import ArgumentError
 from sdkit.jobs import (
+    Report,
+    _generate,
     decode_files,
     encode_files,
     generate_files,
@@ -152,6 +161,85 @@ def test_decode_reports_other_vaes_and_forces_them_where_it_can(sd: sdkit.Stable
     assert "16 channels" in dict(forced.failed)[tmp_path / "wide.safetensors"]
 
 
+def test_one_bad_latent_does_not_take_the_others_along(
+    sd: sdkit.StableDiffusion, astronaut: Image.Image, tmp_path: Path
+) -> None:
+    folder = tmp_path / "latents"
+    for name in "abc":
+        astronaut.resize((16, 16)).save(tmp_path / f"{name}.png")
+    encode_files(sd.vae, [tmp_path / f"{name}.png" for name in "abc"], folder)
+    good = latents.load(folder / "b.safetensors")
+    latents.save(replace(good, z=good.z * 1e30), folder / "b.safetensors")
+    with safe_open(folder / "c.safetensors", "pt") as file:
+        metadata = file.metadata()
+    save_file({"z": good.z.to(torch.float8_e4m3fn)}, folder / "bb.safetensors", metadata)
+    report = decode_files(sd.vae, [folder], tmp_path / "out")
+    assert [path.name for path in report.done] == ["a.png", "c.png"]
+    assert [path.name for path, _ in report.failed] == ["bb.safetensors", "b.safetensors"]
+    assert all(str(path) in sentence and sentence.endswith(".") for path, sentence in report.failed)
+
+
+@pytest.mark.parametrize("job", ["encode", "reconstruct"])
+def test_one_image_that_the_vae_refuses_does_not_take_the_others_along(
+    sd: sdkit.StableDiffusion, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, job: str
+) -> None:
+    real = getattr(sd.vae, job)
+
+    def refuse(pictures: list[Image.Image], **options: object) -> object:
+        if any(picture.size == (61, 43) for picture in pictures):
+            raise sdkit.ImageError("not this one.")
+        return real(pictures, **options)
+
+    encode_files(sd.vae, [photos], tmp_path / "whole")
+    monkeypatch.setattr(sd.vae, job, refuse)
+    if job == "encode":
+        report: Report[Any] = encode_files(sd.vae, [photos], tmp_path / "out")
+    else:
+        report = reconstruct_files(sd.vae, [photos], tmp_path / "out")
+    assert len(report.done) == 2
+    assert dict(report.failed)[photos / "sub/cat.png"] == f"{photos / 'sub/cat.png'}: not this one."
+    for path in (tmp_path / "out").rglob("*.safetensors"):  # with the seeds that they would have had
+        whole = latents.load(tmp_path / "whole" / path.relative_to(tmp_path / "out"))
+        torch.testing.assert_close(latents.load(path).z, whole.z, rtol=0, atol=1e-5)
+
+
+def test_wrong_sizes_end_a_job_before_any_work(sd: sdkit.StableDiffusion, photos: Path, tmp_path: Path) -> None:
+    for options in ({"tile": 5}, {"tile": -256}, {"batch_size": 0}):
+        for job in (encode_files, reconstruct_files, decode_files):
+            with pytest.raises(ArgumentError, match=r"(tile|batch_size).* must be a whole number"):
+                job(sd.vae, [photos], tmp_path / "out", **options)  # type: ignore[operator]
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_report_tells_of_each_file_as_it_is_finished(sd: sdkit.StableDiffusion, photos: Path, tmp_path: Path) -> None:
+    told: list[tuple[Path, bool]] = []
+    report = Report[Path](on_done=lambda path: told.append((path, path.is_file())))
+    assert encode_files(sd.vae, [photos], tmp_path / "out", report=report) is report
+    assert told == [(path, True) for path in report.done]
+    assert len(told) == 3
+    assert len(report.failed) == 2
+
+
+def test_two_runs_into_one_folder_overwrite_nothing(sd: sdkit.StableDiffusion, tmp_path: Path) -> None:
+    start = threading.Barrier(4)
+
+    def run(_: int) -> list[Path]:
+        start.wait()
+        return generate_files(sd, ["x"], tmp_path, Recipe(steps=1, height=16, width=16), count=3, grid=True)
+
+    with ThreadPoolExecutor(4) as pool:
+        paths = [path for made in pool.map(run, range(4)) for path in made]
+    assert len(set(paths)) == 16
+    assert sorted(tmp_path.iterdir()) == sorted(paths)
+    assert sum(path.name.endswith("-grid.png") for path in paths) == 4
+
+
+def test_numbers_of_more_than_four_digits_are_counted(sd: sdkit.StableDiffusion, tmp_path: Path) -> None:
+    (tmp_path / "12345678901-x.png").touch()
+    (path,) = generate_files(sd, ["x"], tmp_path, Recipe(steps=1, height=16, width=16))
+    assert path.name == "12345678902-x-0.png"
+
+
 def test_reconstructions_are_measured_as_scikit_image_does(
     sd: sdkit.StableDiffusion, photos: Path, tmp_path: Path
 ) -> None:
@@ -281,6 +369,50 @@ def test_a_recipe_goes_through_a_png_unchanged(tmp_path: Path) -> None:
     assert Recipe.read(tmp_path / "y.png") == Recipe(prompt="y")
     required = {"prompt", "negative_prompt", "seed", "sampler", "steps", "scale", "model", "sdkit"}
     assert required <= set(Recipe().text())
+
+
+def test_a_recipe_names_files_and_folders_absolutely(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model.ckpt").touch()
+    (tmp_path / "emoji").mkdir()
+    (tmp_path / "configs").mkdir()
+    recipe = Recipe(model="./model.ckpt", config="configs", height=64)
+    assert recipe.text()["model"] == str(tmp_path / "model.ckpt")
+    assert recipe.text()["config"] == str(tmp_path / "configs")
+    assert Recipe().text()["model"] == "emoji"  # the embedded one, whatever lies here
+    assert Recipe(model="some/model").text()["model"] == "some/model"
+    assert replace(recipe, model=recipe.text()["model"]).but(model="model.ckpt").height == 64
+
+
+@pytest.mark.parametrize(
+    ("changes", "fragment"),
+    [
+        ({"steps": 0}, "steps"),
+        ({"sampler": "euler"}, "sampler"),
+        ({"eta": 2.0}, "eta"),
+        ({"eta": 0.5, "sampler": "ddpm"}, "eta"),
+        ({"spacing": "log"}, "spacing"),
+        ({"scale": math.nan}, "guidance scale"),
+        ({"scale": 1e7}, "guidance scale"),
+        ({"rescale": 2.0}, "guidance rescale"),
+        ({"interval": (5.0, 1.0)}, "guidance interval"),
+        ({"interval": (math.nan, 1.0)}, "guidance interval"),
+        ({"seed": -1}, "seed"),
+        ({"clip_skip": -1}, "clip_skip"),
+        ({"height": 7}, "height"),
+        ({"width": 16385}, "width"),
+        ({"negative_prompt": "\udce9"}, "negative_prompt"),
+    ],
+)
+def test_what_a_recipe_refuses_the_model_refuses_too(
+    sd: sdkit.StableDiffusion, tmp_path: Path, changes: dict[str, Any], fragment: str
+) -> None:
+    """So that the check, which is made before a model is loaded, is never stricter than the model."""
+    recipe = replace(Recipe(steps=1), **changes)
+    with pytest.raises(ArgumentError, match=fragment):
+        recipe.check()
+    with pytest.raises(ArgumentError):
+        _generate(sd, [("a", recipe.seed)], recipe)
 
 
 def test_another_model_takes_nothing_over_from_the_old_one() -> None:

@@ -134,6 +134,10 @@ def test_source_name_with_undecodable_bytes(tmp_path: Path) -> None:
         ({"z": torch.full((4, 3, 5), float("nan"))}, "z is not made of finite floating point numbers"),
         ({"z": torch.full((4, 3, 5), float("inf")).half()}, "z is not made of finite"),
         ({"z": torch.zeros(4, 3, 5, dtype=torch.int64)}, "z is not made of finite floating point"),
+        (
+            {"z": torch.zeros(4, 3, 5).to(torch.float8_e4m3fn)},
+            "z is not made of .*float16, bfloat16, float32 or float64",
+        ),
         ({"height": 0}, "a latent of 0 x 33 pixels .* cannot exist"),
         ({"factor": 0}, "factor 0, .* cannot exist"),
         ({"scale": 0.0}, "scale 0.0 .* cannot exist"),
@@ -189,6 +193,7 @@ WHOLE = file_of(metadata_of())
         (file_of(metadata_of(), z=make().z[0]), r"z has shape \(3, 5\)"),
         (file_of(metadata_of(height="200")), r"z has shape \(4, 3, 5\), but the latents of 200 x 33 pixels"),
         (file_of(metadata_of(factor="0")), "factor 0"),
+        (file_of(metadata_of(), z=make().z.to(torch.float8_e5m2)), "z is not made of finite"),
         (file_of(metadata_of(), z=make().z * float("nan")), "z is not made of finite"),
     ],
 )

@@ -59,3 +59,7 @@ def test_what_it_points_to_exists() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     for target in re.findall(r"^make (\w+)", README, flags=re.MULTILINE):
         assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
+
+
+def test_no_placeholder_is_left() -> None:
+    assert not re.search(r"`[A-Z]{3,}`|TODO|TBD", README)
