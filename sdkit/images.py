@@ -16,7 +16,7 @@ import math
 import stat
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, BinaryIO, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -37,16 +37,17 @@ OUTPUT_TYPES = ("pil", "np", "pt")
 TOLERANCE = 1e-2  # by which a tensor may leave [-1, 1]: rounding of half precision and of resampling
 
 
-def read(path: str | Path, background: str = "white") -> Image.Image:
+def read(path: str | Path | BinaryIO, background: str = "white") -> Image.Image:
     """Read an image file (an animation's first frame) as `to_rgb` makes it. Raises `ImageError`, naming the file."""
     with _opened(path) as image:
         return to_rgb(image, background)
 
 
 @contextlib.contextmanager
-def _opened(path: str | Path) -> Iterator[Image.Image]:
+def _opened(path: str | Path | BinaryIO) -> Iterator[Image.Image]:
     try:
-        if not (stat.S_ISREG(mode := Path(path).stat().st_mode) or stat.S_ISDIR(mode)):  # a pipe might never end
+        mode = Path(path).stat().st_mode if isinstance(path, (str, Path)) else stat.S_IFREG
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # a pipe might never end
             raise ImageError("it is not a regular file.")
         with Image.open(path) as image:
             yield image

@@ -196,6 +196,7 @@ WHOLE = file_of(metadata_of())
         (file_of(metadata_of(), z=make().z.to(torch.float8_e5m2)), "z is not made of finite"),
         (file_of(metadata_of(), z=make().z * float("nan")), "z is not made of finite"),
     ],
+    ids=lambda value: value[:40] if isinstance(value, str) else "data",
 )
 def test_what_cannot_be_loaded_is_one_sentence(tmp_path: Path, data: bytes, sentence: str) -> None:
     path = tmp_path / "a.safetensors"
