@@ -138,6 +138,7 @@ class StableDiffusion:
         x_T = self._noise(latents, generators, height, width)
         timesteps = self.schedule.timesteps(num_inference_steps, spacing)
         options = self._options(sampler, eta)
+        unet = torch.inference_mode()(self.unet)  # it alone: the tensors of a `Step` are ordinary ones
 
         def denoise(chosen: list[int], chunks: int) -> Tensor:
             """Scaled latents of the chosen images, all of whose prompts take `chunks` chunks of tokens."""
@@ -145,7 +146,7 @@ class StableDiffusion:
             cond = self._embed([prompts[i] for i in chosen], **encode)
             uncond = None if guidance_scale == 1 else self._embed([negatives[i] for i in chosen], **encode)
             predict = guided(
-                self.unet,
+                unet,
                 self.schedule,
                 cond,
                 uncond,
@@ -168,7 +169,7 @@ class StableDiffusion:
             return step.x
 
         z = torch.empty_like(x_T)
-        with torch.inference_mode():
+        with torch.no_grad():
             for chosen, chunks in self._batches(prompts, negatives, guidance_scale, weighting, x_T, batch_size):
                 z[chosen] = denoise(chosen, chunks).cpu()
         if output_type == "latent":

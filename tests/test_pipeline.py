@@ -211,6 +211,8 @@ class TestOutput:
         assert [step.t for step in steps] == [t for t, _ in sd.schedule.timesteps(4)]
         assert torch.equal(steps[-1].x, z)
         assert steps[0].x0.shape == z.shape
+        weight = torch.ones(1, requires_grad=True)
+        (steps[0].x0 * steps[0].x * weight).sum().backward()  # not inference tensors
 
     def test_silent_when_not_a_terminal(self, sd: sdkit.StableDiffusion, capfd: pytest.CaptureFixture[str]) -> None:
         sd("a cat", num_inference_steps=2)
