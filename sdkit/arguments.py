@@ -12,6 +12,9 @@ import torch
 
 from sdkit.errors import ArgumentError
 
+LONGEST_SIDE = 16384
+"""Pixels a side of the largest image; memory runs out well before."""
+
 
 def one_of(name: str, value: Any, choices: Collection[str]) -> str:
     """`value`, one of `choices`."""
@@ -41,6 +44,14 @@ def number(name: str, value: Any, low: float = -math.inf, high: float = math.inf
         span = f"of at least {low:g}" if math.isinf(high) else f"from {low:g} to {high:g}"
         raise ArgumentError(f"{name} must be a number {span}, not {value!r}.")
     return x
+
+
+def noise_levels(name: str, value: Any) -> tuple[float, float]:
+    """An interval (low, high] of noise levels; high may be infinite."""
+    numbers = isinstance(value, (tuple, list)) and all(isinstance(level, Real) for level in value)
+    if not numbers or len(value) != 2 or not 0 <= value[0] < value[1]:
+        raise ArgumentError(f"{name} must be two noise levels, 0 <= low < high, not {value}.")
+    return value[0], value[1]
 
 
 def strings(name: str, value: Any) -> list[str]:

@@ -5,12 +5,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from numbers import Real
 
 import torch
 from torch import Tensor
 
-from sdkit.arguments import number
+from sdkit.arguments import noise_levels, number
 from sdkit.errors import ArgumentError
 from sdkit.schedule import NoiseSchedule, Predict, Prediction
 
@@ -89,9 +88,7 @@ def guided(
     scale = number("the guidance scale", scale, -1e6, 1e6)
     phi = number("the guidance rescale (phi)", phi, 0, 1)
     if interval is not None:
-        numbers = isinstance(interval, (tuple, list)) and all(isinstance(level, Real) for level in interval)
-        if not numbers or len(interval) != 2 or not 0 <= interval[0] < interval[1]:
-            raise ArgumentError(f"the guidance interval must be two noise levels, 0 <= low < high, not {interval}.")
+        interval = noise_levels("the guidance interval", interval)
     if projected is not None and not isinstance(projected, APG):
         raise ArgumentError(f"projected guidance takes its settings as sdkit.guidance.APG(...), not {projected!r}.")
     if phi and projected is not None:

@@ -25,6 +25,7 @@ from PIL import Image, ImageColor, ImageDraw, ImageFont, ImageOps, UnidentifiedI
 from PIL.PngImagePlugin import PngImageFile, PngInfo
 from torch import Tensor
 
+from sdkit.arguments import one_of
 from sdkit.errors import ArgumentError, ImageError
 from sdkit.files import atomic_write, encodable
 
@@ -193,19 +194,12 @@ def to_pil(x: Tensor) -> list[Image.Image]:
     return [Image.fromarray(levels) for levels in to_uint8(x)]
 
 
-def check_output_type(output_type: str, *more: str) -> None:
-    """Raise `ArgumentError` unless `output_type` is one that `from_tensors` makes, or one of `more`."""
-    choices = (*OUTPUT_TYPES, *more)
-    if output_type not in choices:
-        raise ArgumentError(f"output_type {output_type!r} is not one of {', '.join(map(repr, choices))}.")
-
-
 def from_tensors(images: Sequence[Tensor], output_type: str) -> Any:
     """Tensors (3, H, W) in [-1, 1] as "pil": a list of RGB images; "np": uint8 (B, H, W, 3); "pt": (B, 3, H, W).
 
     Where sizes differ, "np" and "pt" are lists of (H, W, 3) and (3, H, W). Raises `ArgumentError` for another type.
     """
-    check_output_type(output_type)
+    one_of("output_type", output_type, OUTPUT_TYPES)
     same_size = len({image.shape for image in images}) == 1
     if output_type == "pt":
         return torch.stack(list(images)) if same_size else list(images)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sdkit import images as image_io
-from sdkit.arguments import number, one_of, seeded, strings, whole
+from sdkit.arguments import LONGEST_SIDE, number, one_of, seeded, strings, whole
 from sdkit.errors import ArgumentError
 from sdkit.guidance import APG, guided
 from sdkit.models.text import TextEncoder
@@ -27,9 +27,6 @@ from sdkit.schedule import NoiseSchedule
 LATENTS_AT_ONCE = 4 * 64 * 64
 """Latent positions that are denoised together where no `batch_size` is given: four images of 512 x 512, sixty-four of
 128 x 128."""
-
-LONGEST_SIDE = 16384
-"""Pixels; memory runs out well before."""
 
 
 class StableDiffusion:
@@ -131,7 +128,7 @@ class StableDiffusion:
         clip_skip, weighting: see `TextEncoder.encode`.
         batch_size: images denoised together; None fits it to their size.
         """
-        image_io.check_output_type(output_type, "latent")
+        one_of("output_type", output_type, (*image_io.OUTPUT_TYPES, "latent"))
         prompts, negatives = self._prompts(prompt, negative_prompt, num_images_per_prompt)
         height, width = self._size(height, width, latents)
         generators = seeded(seed, len(prompts))

@@ -9,13 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from sdkit import __version__, images
-from sdkit.arguments import number, one_of, strings, whole
+from sdkit.arguments import LONGEST_SIDE, noise_levels, number, one_of, strings, whole
 from sdkit.errors import ArgumentError, ImageError
 from sdkit.models.source import EMBEDDED
 from sdkit.samplers import SAMPLERS
 from sdkit.schedule import SPACINGS
-
-LONGEST_SIDE = 16384  # pixels; the pipeline's own limit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,10 +56,8 @@ class Recipe:
         one_of("spacing", self.spacing or SPACINGS[0], SPACINGS)
         number("the guidance scale", self.scale, -1e6, 1e6)
         number("the guidance rescale (phi)", self.rescale, 0, 1)
-        if self.interval is not None and not 0 <= self.interval[0] < self.interval[1]:
-            raise ArgumentError(
-                f"the guidance interval must be two noise levels, 0 <= low < high, not {self.interval}."
-            )
+        if self.interval is not None:
+            noise_levels("the guidance interval", self.interval)
         whole("clip_skip", self.clip_skip, 0)
         for name, pixels in (("height", self.height), ("width", self.width)):
             if pixels is not None:

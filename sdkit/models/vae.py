@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sdkit import images as image_io
-from sdkit.arguments import seeded, whole
+from sdkit.arguments import one_of, seeded, whole
 from sdkit.device import memory_format, resolve_device, resolve_dtype
 from sdkit.errors import ArgumentError
 from sdkit.images import Images
@@ -153,16 +153,13 @@ class VAE(Wrapper):
             1]. The last two are lists where sizes differ.
         batch_size, tile: as in `encode`.
         """
-        image_io.check_output_type(output_type)
+        one_of("output_type", output_type, image_io.OUTPUT_TYPES)
         latents = self._latents(z)
         sizes = self._sizes(size, latents)
         raw = [latent / self.scale + self.shift for latent in latents]
-        decoded = [torch.empty(0)] * len(raw)
-        for chosen in progress(list(self._batches(raw, batch_size, self.factor**2)), description="decode"):
-            batch = self._tiled(self._decode, torch.stack([raw[i] for i in chosen]), tile, 1, self.factor)
-            for i, pixels in zip(chosen, batch, strict=True):
-                decoded[i] = pixels.clamp(-1, 1)[:, : sizes[i][0], : sizes[i][1]]
-        return image_io.from_tensors(decoded, output_type)
+        decoded = self._each(self._decode, raw, batch_size, tile, 1, self.factor, "decode")
+        cropped = [x.clamp(-1, 1)[:, :height, :width] for x, (height, width) in zip(decoded, sizes, strict=True)]
+        return image_io.from_tensors(cropped, output_type)
 
     def reconstruct(
         self,
@@ -195,11 +192,7 @@ class VAE(Wrapper):
         self, pixels: list[Tensor], batch_size: int | None, tile: int | None
     ) -> tuple[list[Tensor], list[Tensor]]:
         padded = [self._pad(x) for x in pixels]
-        moments = [torch.empty(0)] * len(padded)
-        for chosen in progress(list(self._batches(padded, batch_size, 1)), description="encode"):
-            batch = self._tiled(self._encode_finite, torch.stack([padded[i] for i in chosen]), tile, self.factor, 1)
-            for i, both in zip(chosen, batch, strict=True):
-                moments[i] = both.clone()  # outside of inference mode, so that autograd takes it
+        moments = self._each(self._encode_finite, padded, batch_size, tile, self.factor, 1, "encode")
         means, logvars = zip(*(both.chunk(2) for both in moments), strict=True)
         return list(means), list(logvars)
 
@@ -207,6 +200,24 @@ class VAE(Wrapper):
         """(3, H, W) with its lower and right edges repeated up to a multiple of `factor`."""
         height, width = x.shape[1:]
         return F.pad(x[None], (0, -width % self.factor, 0, -height % self.factor), mode="replicate")[0]
+
+    def _each(
+        self,
+        run: Callable[[Tensor], Tensor],
+        items: Sequence[Tensor],
+        batch_size: int | None,
+        tile: int | None,
+        down: int,
+        up: int,
+        name: str,
+    ) -> list[Tensor]:
+        """`run` over each item (C, H, W), in batches; see `_tiled`."""
+        results = [torch.empty(0)] * len(items)
+        for chosen in progress(list(self._batches(items, batch_size, up**2)), description=name):
+            batch = self._tiled(run, torch.stack([items[i] for i in chosen]), tile, down, up)
+            for i, result in zip(chosen, batch, strict=True):
+                results[i] = result.clone()  # outside of inference mode, so that autograd takes it
+        return results
 
     def _batches(self, items: Sequence[Tensor], batch_size: int | None, area: int) -> Iterator[list[int]]:
         """Indices of items to go through the network together: of one shape, and not more than fit."""
