@@ -17,6 +17,7 @@ from sdkit import images as image_io
 from sdkit.arguments import LONGEST_SIDE, number, one_of, seeded, strings, whole
 from sdkit.errors import ArgumentError
 from sdkit.guidance import APG, guided
+from sdkit.models.lora import merge_lora, read_lora
 from sdkit.models.text import TextEncoder
 from sdkit.models.unet import UNet
 from sdkit.models.vae import VAE
@@ -86,6 +87,27 @@ class StableDiffusion:
             NoiseSchedule.from_pretrained(source, prediction_type=prediction_type, **where),
             name=str(source),
         )
+
+    def load_lora(
+        self,
+        source: str | PathLike[str],
+        scale: float = 1.0,
+        *,
+        filename: str | None = None,
+        revision: str | None = None,
+    ) -> None:
+        """Add `scale` times a LoRA to the weights of the U-Net and of the text encoder.
+
+        source: a file, a folder or a Hub id, in the layout of diffusers or of kohya (A1111, civitai).
+        filename: of the file in a folder or Hub repository, where it is not pytorch_lora_weights.safetensors.
+        revision: a branch, tag or commit, for a Hub id.
+
+        Sampling is as fast as without it. Several add up; the same one loaded with -scale undoes it, up to rounding.
+        Raises SourceError, and changes nothing, where it cannot be read or was made for another model.
+        """
+        scale = number("scale", scale)
+        lora = read_lora(source, filename=filename, revision=revision)
+        merge_lora(lora, self.unet.network, self.text.network, scale)
 
     def __call__(
         self,

@@ -144,13 +144,14 @@ def load_network(file: TensorFile, part: str, configs: Path, dtype: torch.dtype)
     against = f"the public config {configs.name!r}" if configs.parent == ASSETS else f"the config in {str(configs)!r}"
     with guarded(f"{NOUNS[part]} from {file.label}"):
         with init_empty_weights():
-            network = _empty(part, config)
+            network = empty(part, config)
         weights = _converted(part, file.read(keys), network)
         _fill(network, weights, dtype, f"the weights in {file.label} do not fit {against}")
     return network.eval()
 
 
-def _empty(part: str, config: dict[str, Any]) -> Any:
+def empty(part: str, config: dict[str, Any]) -> Any:
+    """The network `part` in the shape of its config, its weights not yet those of anything."""
     if part == "text":
         from transformers import CLIPTextConfig, CLIPTextModel
 

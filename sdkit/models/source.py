@@ -20,7 +20,7 @@ from sdkit.errors import ArgumentError, SourceError
 from sdkit.models import folder, single_file
 from sdkit.models.folder import PARTS, SCHEDULER, TEXT, TOKENIZER_FILES, UNET, VAE, Part, Place
 from sdkit.models.single_file import ASSETS, PREDICTIONS
-from sdkit.models.weights import SUFFIXES, TensorFile, find, is_file, open_tensors, read_config, read_json
+from sdkit.models.weights import SUFFIXES, TensorFile, find, guarded, is_file, open_tensors, read_config, read_json
 
 if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
@@ -164,6 +164,25 @@ def load_scheduler_config(
     if "ztsnr" in file.shapes:
         schedule |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
     return schedule
+
+
+def new_network(config: Source, part: str) -> Any:
+    """A network of the `part` ("vae" or "unet") in the shape that `config` gives, with weights drawn anew from torch's
+    global generator; in training mode, on the CPU.
+
+    config: a config.json of diffusers, or a folder with one, itself or in a subfolder of the part's name.
+    """
+    path = _path(os.fspath(config))
+    candidates = (path, path / "config.json", path / part / "config.json")
+    if not (file := next((candidate for candidate in candidates if is_file(candidate)), None)):
+        raise SourceError(
+            f"there is no config at {str(path)!r}; give a config.json of diffusers, or a folder with one."
+        )
+    kind = next(kind for kind in PARTS if kind.name == part)
+    if (name := folder.class_name(fields := read_config(file, part))) not in kind.classes:
+        raise SourceError(f"{str(file)!r} is the config of {name}, not of {' or '.join(kind.classes)}; give another.")
+    with guarded(f"the config {str(file)!r}"):
+        return single_file.empty(part, fields)
 
 
 def describe(source: Source, *, revision: str | None = None, config: Source | None = None) -> Description:

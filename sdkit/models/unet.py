@@ -59,15 +59,18 @@ class UNet(Wrapper):
             unet.network.compile()
         return unet
 
-    def forward(self, x_t: Tensor, t: int | Tensor, cond: Tensor) -> Tensor:
+    def forward(self, x_t: Tensor, t: int | Tensor, cond: Tensor, mask: Tensor | None = None) -> Tensor:
         """The model's output, eps, v or x0 as it was trained, shaped like x_t (or with twice the channels where it
         learned its variance), in x_t's dtype.
 
-        x_t: (B, 4, h, w). t: an integer or (B,). cond: (B, L, D) from `TextEncoder.encode`.
+        x_t: (B, 4, h, w). t: an integer or (B,). cond: (B, L, D) from `TextEncoder.encode`. mask: (B, L), True where
+        cond counts, for prompts of different lengths; None counts all.
         """
         sample = x_t.to(self.device, self.dtype)
         _thread.shares_t = isinstance(t, int)
-        output: Tensor = self.network(sample, t, encoder_hidden_states=cond.to(sample), return_dict=False)[0]
+        output: Tensor = self.network(
+            sample, t, encoder_hidden_states=cond.to(sample), encoder_attention_mask=mask, return_dict=False
+        )[0]
         return output.to(x_t)
 
 

@@ -125,10 +125,9 @@ class VAE(Wrapper):
         means, logvars = self._moments(pixels, batch_size, tile)
         latents = []
         for mean, logvar, source in zip(means, logvars, generators, strict=True):
-            z = mean
-            if sample and not bool((logvar <= DETERMINISTIC).all()):
-                z = mean + torch.exp(logvar / 2) * torch.randn(mean.shape, generator=source).to(mean)
-            latents.append((z - self.shift) * self.scale)
+            draws = sample and not bool((logvar <= DETERMINISTIC).all())
+            eps = torch.randn(mean.shape, generator=source).to(mean) if draws else None
+            latents.append(latents_of(mean, logvar, eps, self.scale, self.shift))
         return _stack(latents)
 
     def moments(self, images: Images, *, batch_size: int | None = None, tile: int | None = None) -> Any:
@@ -184,9 +183,17 @@ class VAE(Wrapper):
         x: pixels (B, 3, H, W), H and W multiples of 8. eps: standard normal noise that draws from the posterior; None
         takes its mean.
         """
-        mean, logvar = self._encode(x)
+        mean, logvar = self.posterior(x)
         raw = mean if eps is None else mean + torch.exp(logvar / 2) * eps
         return self._run_decoder(raw), mean, logvar
+
+    def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Raw mean and log-variance, (B, 4, H/8, W/8) float32, of pixels (B, 3, H, W), with gradient; H and W multiples
+        of 8."""
+        encoded: Any = self.network.encode(x.to(self.device, self.dtype))
+        if hasattr(encoded, "latent_dist"):
+            return encoded.latent_dist.mean.float(), encoded.latent_dist.logvar.float()
+        return encoded.latents.float(), torch.full_like(encoded.latents, DETERMINISTIC, dtype=torch.float32)
 
     def _moments(
         self, pixels: list[Tensor], batch_size: int | None, tile: int | None
@@ -245,19 +252,12 @@ class VAE(Wrapper):
         with whole_image_statistics(self.network, run, x, side):
             return tiled(run, x, tile=side, down=down, up=up)
 
-    def _encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Raw mean and log-variance, float32, of pixels (B, 3, H, W)."""
-        encoded: Any = self.network.encode(x.to(self.device, self.dtype))
-        if hasattr(encoded, "latent_dist"):
-            return encoded.latent_dist.mean.float(), encoded.latent_dist.logvar.float()
-        return encoded.latents.float(), torch.full_like(encoded.latents, DETERMINISTIC, dtype=torch.float32)
-
     def _run_decoder(self, raw: Tensor) -> Tensor:
         decoded: Any = self.network.decode(raw.to(self.device, self.dtype))
         return decoded.sample.float()  # type: ignore[no-any-return]
 
     def _encode_finite(self, x: Tensor) -> Tensor:
-        return self._finite(lambda x: torch.cat(self._encode(x), dim=1), x)
+        return self._finite(lambda x: torch.cat(self.posterior(x), dim=1), x)
 
     def _decode(self, raw: Tensor) -> Tensor:
         return self._finite(self._run_decoder, raw)
@@ -323,6 +323,12 @@ class VAE(Wrapper):
                 f"{len(latents)}, not {size}."
             )
         return sizes
+
+
+def latents_of(mean: Tensor, logvar: Tensor, eps: Tensor | None, scale: float, shift: float) -> Tensor:
+    """Scaled latents of a raw posterior: a sample of it by standard normal noise `eps`, its mean where that is None."""
+    raw = mean if eps is None else mean + torch.exp(logvar / 2) * eps
+    return (raw - shift) * scale
 
 
 def fingerprint(network: nn.Module, scale: float, shift: float) -> str:

@@ -23,10 +23,16 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from torch import Tensor, nn
 
+    from sdkit.training.config import UNetConfig, VAEConfig
+    from sdkit.training.unet import train_unet
+    from sdkit.training.vae import train_vae
+
     Loss = Callable[[Mapping[str, nn.Module], dict[str, Any], int], tuple[Tensor, Mapping[str, float | Tensor]]]
 
 T = TypeVar("T")
 Samples = list[tuple[int, int]]  # (n, item): the n-th sample since the run began is example `item`
+
+LOADERS = 4  # threads that load batches ahead, and batches that they load
 
 # Names of diffusers.optimization.get_scheduler, but the one whose rules are a language of their own.
 LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
@@ -36,25 +42,38 @@ LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "cosine
 class LoopSettings:
     """What the loop asks of every stage's settings, which are a subclass."""
 
-    max_steps: int = 1000  # optimizer steps in all
-    batch_size: int = 1  # of each process and micro-batch
-    gradient_accumulation_steps: int = 1  # micro-batches to an optimizer step
-    mixed_precision: str = "no"  # "no", "bf16" or "fp16" autocast; trained weights are float32 in each
+    max_steps: int = 1000
+    """Optimizer steps in all."""
+    batch_size: int = 1
+    """Samples of each process and micro-batch."""
+    gradient_accumulation_steps: int = 1
+    """Micro-batches to an optimizer step."""
+    mixed_precision: str = "no"
+    """Autocast to "bf16" or "fp16"; "no" is float32. Trained weights are float32 in each."""
     seed: int = 0
-    lr_scheduler: str = "constant"  # one of LR_SCHEDULERS; counts optimizer steps, whatever else there is to count
+    """Of everything that is drawn."""
+    lr_scheduler: str = "constant"
+    """constant, constant_with_warmup, linear, cosine, cosine_with_restarts or polynomial; counts optimizer steps."""
     lr_warmup_steps: int = 0
-    max_grad_norm: float | None = 1.0  # of each player; None does not clip
-    use_8bit_adam: bool = False  # AdamW of bitsandbytes
+    """Optimizer steps in which the learning rate rises from 0, for the schedules that have them."""
+    max_grad_norm: float | None = 1.0
+    """Gradients are clipped to it; None clips none."""
+    use_8bit_adam: bool = False
+    """AdamW of bitsandbytes, with its state in 8 bits."""
     ema_decay: float = 0.9999
+    """Of the moving average of the weights, which is what validation and result see; 0 has none."""
     save_every: int = 100
+    """Steps between checkpoints."""
     keep_checkpoints: int = 2
-    validate_every: int = 100  # besides before the first and after the last step
-    num_workers: int = 2  # threads that load batches ahead; 0 loads none ahead
-    report_to: tuple[str, ...] = ()  # Accelerate's trackers, as "tensorboard" or "wandb"
+    """The last N are kept."""
+    validate_every: int = 100
+    """Steps between validations; there is one before the first step and one after the last, too."""
+    report_to: tuple[str, ...] = ()
+    """Trackers that also get the metrics, such as tensorboard and wandb."""
 
     # What a run may be taken up again with other values of; the first two as long as a step takes as many samples.
     may_change: ClassVar[frozenset[str]] = frozenset({
-        *("batch_size", "gradient_accumulation_steps", "keep_checkpoints", "max_steps", "num_workers", "out_dir"),
+        *("batch_size", "gradient_accumulation_steps", "keep_checkpoints", "max_steps", "out_dir"),
         *("report_to", "save_every", "validate_every"),
     })  # fmt: skip
 
@@ -64,7 +83,6 @@ class LoopSettings:
         for name in ("max_steps", "batch_size", "gradient_accumulation_steps", "save_every", "keep_checkpoints"):
             whole(name, getattr(self, name), 1)
         whole("validate_every", self.validate_every, 1)
-        whole("num_workers", self.num_workers, 0)
         whole("lr_warmup_steps", self.lr_warmup_steps, 0)
         whole("seed", self.seed, 0, 2**31 - 1)
         number("ema_decay", self.ema_decay, 0, 1)
@@ -277,13 +295,13 @@ def loaded_ahead(
     micro_batches = range(settings.gradient_accumulation_steps)
     micro = ((step, i) for step in range(first_step, settings.max_steps) for i in micro_batches)
     jobs = (samples_of(settings, step, i, rank, world, stage.size) for step, i in micro)
-    pool = ThreadPoolExecutor(max(1, settings.num_workers))
+    pool = ThreadPoolExecutor(LOADERS)
 
     def batches() -> Iterator[tuple[Samples, dict[str, Any]]]:
         waiting: deque[tuple[Samples, Future[dict[str, Any]]]] = deque()
         for samples in jobs:
             waiting.append((samples, pool.submit(stage.batch, samples)))
-            if len(waiting) > settings.num_workers:
+            if len(waiting) > LOADERS:
                 samples, batch = waiting.popleft()
                 yield samples, batch.result()
         for samples, batch in waiting:
@@ -321,3 +339,21 @@ def on_main(accelerator: Accelerator, do: Callable[[], T]) -> T:
     if failure:
         raise failure
     return result  # type: ignore[no-any-return]
+
+
+__all__ = ["TrainingStopped", "UNetConfig", "VAEConfig", "train_unet", "train_vae"]
+
+_HOMES = {
+    "UNetConfig": "sdkit.training.config",
+    "VAEConfig": "sdkit.training.config",
+    "train_unet": "sdkit.training.unet",
+    "train_vae": "sdkit.training.vae",
+}
+
+if not TYPE_CHECKING:  # a type checker reads the imports above, and so finds a misspelt name
+
+    def __getattr__(name: str) -> object:
+        if name not in _HOMES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        globals()[name] = value = getattr(import_module(_HOMES[name]), name)
+        return value

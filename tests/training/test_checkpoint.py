@@ -328,7 +328,7 @@ def test_the_run_of_another_stage_is_not_written_over(begun: Path) -> None:
     "change",
     [
         {"max_steps": 50},
-        {"save_every": 3, "keep_checkpoints": 9, "validate_every": 2, "num_workers": 0},
+        {"save_every": 3, "keep_checkpoints": 9, "validate_every": 2},
         {"report_to": ("tensorboard",)},
     ],
 )

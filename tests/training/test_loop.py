@@ -209,10 +209,10 @@ def test_more_steps_go_on_from_the_end_and_replace_the_result(tmp_path: Path) ->
 
 def test_resuming_sees_each_sample_of_each_epoch_once(tmp_path: Path) -> None:
     """Known defect: resume starts the epoch again."""
-    settings = RUN | {"num_workers": 0, "lr_scheduler": "constant", "max_steps": 10}
+    settings = RUN | {"lr_scheduler": "constant", "max_steps": 10}
     one = fit(tmp_path / "run", **settings | {"max_steps": 4})  # 16 of 20 samples: in the middle of the second epoch
     two = fit(tmp_path / "run", **settings)
-    numbers, items = zip(*(one.samples + two.samples), strict=True)
+    numbers, items = zip(*sorted(one.samples + two.samples), strict=True)  # threads load them
     assert list(numbers) == list(range(40))
     epochs = [items[start : start + 10] for start in range(0, 40, 10)]
     assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
@@ -224,7 +224,7 @@ def test_resuming_sees_each_sample_of_each_epoch_once(tmp_path: Path) -> None:
 
 def test_validation_does_not_touch_training(uninterrupted: Path, tmp_path: Path) -> None:
     """Also where it draws random numbers: images of runs stay comparable."""
-    fit(tmp_path / "run", **RUN | {"validate_every": 1, "num_workers": 0})
+    fit(tmp_path / "run", **RUN | {"validate_every": 1})
     assert files(tmp_path / "run" / "checkpoints") == files(uninterrupted / "checkpoints")
     assert [line["step"] for line in metrics(tmp_path / "run") if "validation/mse" in line] == list(range(10))
     assert [line["step"] for line in metrics(uninterrupted) if "validation/mse" in line] == [0, 4, 8, 9]
@@ -306,7 +306,7 @@ def test_weights_and_averages_are_float32_whatever_the_network_came_in(tmp_path:
 
 def test_the_first_player_lets_the_second_ones_gradients_alone(tmp_path: Path) -> None:
     """The generator's loss goes through the discriminator, whose gradients must be of its own loss only."""
-    stage = fit(tmp_path / "run", max_steps=1, max_grad_norm=None, num_workers=0)
+    stage = fit(tmp_path / "run", max_steps=1, max_grad_norm=None)
     fresh = toy.Toy(stage.settings)
     batch = fresh.batch(stage.samples)
     fresh.generator_loss({"generator": fresh.generator, "discriminator": fresh.discriminator}, batch, 0)
@@ -570,7 +570,6 @@ def test_what_cannot_be_had_is_told_in_a_sentence(settings: dict[str, Any], sent
         ({"save_every": 0}, "save_every must be"),
         ({"keep_checkpoints": 0}, "keep_checkpoints must be"),
         ({"validate_every": -1}, "validate_every must be"),
-        ({"num_workers": -1}, "num_workers must be"),
         ({"lr_warmup_steps": -1}, "lr_warmup_steps must be"),
         ({"seed": -1}, "seed must be a whole number from 0 to 2147483647, not -1"),
         ({"ema_decay": 1.1}, "ema_decay must be a number from 0 to 1, not 1.1"),
@@ -620,7 +619,7 @@ def test_the_bar_shows_loss_rate_and_time_left(tmp_path: Path, monkeypatch: pyte
             return True
 
     monkeypatch.setattr(sys, "stderr", Terminal())
-    fit(tmp_path / "run", at=lambda name, k: time.sleep(0.06), max_steps=4, num_workers=0)
+    fit(tmp_path / "run", at=lambda name, k: time.sleep(0.06), max_steps=4)
     assert "training:  50%|" in Terminal.text
     assert "2/4 [00:00<00:00" in Terminal.text
     assert "it/s, loss=" in Terminal.text

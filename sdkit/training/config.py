@@ -1,0 +1,131 @@
+"""The settings of each stage: all that a run depends on, written to its config.json."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from sdkit.errors import ArgumentError
+from sdkit.training import LoopSettings
+
+AUGMENTATIONS = ("crop", "flip")
+RECONSTRUCTIONS = ("l1", "l2")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageSettings(LoopSettings):
+    """What both stages have."""
+
+    model: str | os.PathLike[str] = "emoji"
+    """What is fine-tuned: any source that `sdkit.StableDiffusion.from_pretrained` takes."""
+    data: str | os.PathLike[str]
+    """Images with captions, as `sdkit.data.open_examples` takes them."""
+    out_dir: str | os.PathLike[str]
+    """The run folder. A run that is there goes on."""
+    learning_rate: float = 1e-5
+    """Of AdamW, before its schedule."""
+    init: str | os.PathLike[str] | None = None
+    """A config.json of diffusers, or a folder with one: the network trains from nothing, in this shape."""
+    size: int | tuple[int, int] | None = None
+    """Of the training images in pixels, one number or (height, width); None takes the model's own."""
+    augment: tuple[str, ...] = ()
+    """Of crop (at random places, not the centre) and flip (left and right, half of the time)."""
+    gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass: less memory, about a third more time."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        from sdkit.arguments import number, one_of, strings
+        from sdkit.data.transform import sides
+
+        for name in ("model", "data", "out_dir"):
+            value = getattr(self, name)
+            if not isinstance(value, (str, os.PathLike)) or not os.fspath(value):
+                raise ArgumentError(f"{name} must be a path or a name, not {value!r}.")
+        if number("learning_rate", self.learning_rate, 0, 1) == 0:
+            raise ArgumentError("learning_rate must be above 0.")
+        if self.size is not None:
+            object.__setattr__(self, "size", sides(self.size))
+        object.__setattr__(self, "augment", tuple(strings("augment", self.augment)) if self.augment else ())
+        for name in self.augment:
+            one_of("augment", name, AUGMENTATIONS)
+
+    @property
+    def samples(self) -> Path:
+        """Where images that show progress go."""
+        return Path(self.out_dir) / "samples"
+
+
+@dataclass(frozen=True, kw_only=True)
+class VAEConfig(StageSettings):
+    """Settings of `train_vae`: the loss is reconstruction + lpips_weight * LPIPS + kl_weight * KL + disc_weight *
+    adversarial."""
+
+    train_encoder: bool = False
+    """Also what makes the latents, which U-Nets and caches made for this VAE may not survive."""
+    reconstruction: str = "l2"
+    """l1 (as in latent diffusion) or l2 (as in Stability's ft-mse)."""
+    lpips_weight: float = 0.1
+    """Without LPIPS reconstructions are blurred."""
+    lpips: str | os.PathLike[str] | None = None
+    """Its weights, as `sdkit.lpips.LPIPS.from_pretrained` takes them; None is what SDKIT_LPIPS names."""
+    kl_weight: float = 1e-6
+    """Beside a reconstruction loss summed over pixels, as in latent diffusion; counts where the encoder trains."""
+    disc_weight: float = 0.0
+    """Of the PatchGAN discriminator, times VQGAN's adaptive weight; 0 has none, latent diffusion 0.5."""
+    disc_start: int = 0
+    """The optimizer step from which the discriminator plays."""
+    validation_data: str | os.PathLike[str] | None = None
+    """Held-out images (the first 64 count); None holds out a twentieth of the data, at most 16."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        from sdkit.arguments import number, one_of, whole
+
+        one_of("reconstruction", self.reconstruction, RECONSTRUCTIONS)
+        for name in ("lpips_weight", "kl_weight", "disc_weight"):
+            number(name, getattr(self, name), 0)
+        whole("disc_start", self.disc_start, 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class UNetConfig(StageSettings):
+    """Settings of `train_unet`. `data` may be a latent cache, too, which trains several times as fast."""
+
+    lora_rank: int | None = None
+    """Train low-rank updates of the attention's projections, of this rank; None trains the whole network."""
+    train_text_encoder: bool = False
+    """Together with the U-Net."""
+    prediction_type: str | None = None
+    """What the network learns to predict: epsilon, v_prediction or sample (x0); None is the model's own."""
+    zero_snr: bool | None = None
+    """Shift the noise schedule so that its last step is pure noise (Lin et al. 2023); None is as the model's is."""
+    snr_gamma: float | None = None
+    """Min-SNR weights of the loss (Hang et al. 2023), whose gamma is 5; None weighs all timesteps alike."""
+    noise_offset: float = 0.0
+    """Of each channel's mean noise, for darker and brighter images: about 0.1."""
+    caption_dropout: float = 0.1
+    """Share of the samples whose caption is left out, which classifier-free guidance needs."""
+    validation_prompts: tuple[str, ...] = ()
+    """Images of them are made at each validation, always from the same seeds."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        from sdkit.arguments import number, one_of, strings, whole
+        from sdkit.schedule import KINDS
+
+        if self.lora_rank is not None:
+            whole("lora_rank", self.lora_rank, 1)
+            if self.init is not None:
+                raise ArgumentError("a network made from init= has nothing for LoRA to add to; leave one of them out.")
+        if self.prediction_type is not None:
+            kind = KINDS[one_of("prediction_type", self.prediction_type, KINDS)]
+            object.__setattr__(self, "prediction_type", kind)
+        if self.snr_gamma is not None:
+            number("snr_gamma", self.snr_gamma, 1e-3)
+        number("noise_offset", self.noise_offset, 0)
+        number("caption_dropout", self.caption_dropout, 0, 1)
+        if self.validation_prompts:
+            prompts = tuple(strings("validation_prompts", self.validation_prompts))
+            object.__setattr__(self, "validation_prompts", prompts)

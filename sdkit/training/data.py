@@ -1,0 +1,86 @@
+"""What the stages take from a data set: examples to learn from and examples held out, their pixels, their noise."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from torch import Tensor
+
+from sdkit.data.examples import Example, Examples
+from sdkit.data.transform import Transform, draw
+from sdkit.errors import DataError, ImageError
+from sdkit.files import atomic_write
+
+MOST_HELD_OUT, OF = 16, 20  # one image of 20, and not more than 16
+TRIES = 100  # images that cannot be used, one after another
+NOISE = 2**32 - 1  # where `draw` takes the number of an augmentation, of which no image has so many
+
+
+def split(n: int) -> tuple[npt.NDArray[np.int64], list[int]]:
+    """Indices of the images to learn from and of those to validate on, of n images in all.
+
+    Those to validate on are spread evenly, and held out; of fewer than 20 images none can be spared, and those to
+    validate on are learnt from as well.
+    """
+    count = min(MOST_HELD_OUT, n // OF) or min(MOST_HELD_OUT, n)
+    validation = [(2 * i + 1) * n // (2 * count) for i in range(count)]
+    everything = np.arange(n)
+    return (everything if n < OF else np.setdiff1d(everything, validation)), validation
+
+
+def noise_of(seed: int, n: int) -> torch.Generator:
+    """The source of all noise of the n-th sample of a run: it does not depend on batches and processes."""
+    return draw(seed, n, NOISE)
+
+
+class TrainingImages:
+    """The images of a data set as pixels. One that cannot be used is replaced by the next, and remembered."""
+
+    def __init__(self, examples: Examples, transform: Transform, seed: int) -> None:
+        self.examples, self.transform, self.seed = examples, transform, seed
+        self.skipped: dict[str, str] = {}  # by name, why
+
+    def load(self, indices: Sequence[int] | npt.NDArray[np.int64], i: int, augmentation: int) -> tuple[Tensor, Example]:
+        """Pixels (3, H, W) and example of indices[i], or of the first one after it that can be used."""
+        for j in range(min(TRIES, len(indices))):
+            index = int(indices[(i + j) % len(indices)])
+            example = self.examples[index]
+            try:
+                return self.transform(example.load(), draw(self.seed, index, augmentation)), example
+            except ImageError as error:
+                self._skip(example.name, str(error))
+        raise DataError(
+            f"{min(TRIES, len(indices))} images in a row in {self.examples.source} cannot be used: "
+            f"{next(iter(self.skipped.values()))} Look at the data with sdkit data check."
+        )
+
+    def _skip(self, name: str, reason: str) -> None:
+        if name not in self.skipped:
+            self.skipped[name] = reason
+            warnings.warn(f"{name} is skipped: {reason}", stacklevel=3)
+
+
+def report_skipped(skipped: dict[str, str], path: Path) -> None:
+    """Write to `path` which images were skipped by any process and why, also in earlier parts of the run. To be called
+    on every process."""
+    everywhere = dict(gather_object(list(skipped.items())))
+    if everywhere and PartialState().is_main_process:
+        before: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+        if before | everywhere != before:
+            with atomic_write(path) as temporary:
+                temporary.write_text(json.dumps(before | everywhere, indent=1, ensure_ascii=False) + "\n")
+
+
+def my_share(n: int) -> range:
+    """Those of n pieces of work that this process does."""
+    state = PartialState()
+    return range(state.process_index, n, state.num_processes)

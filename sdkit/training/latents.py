@@ -1,0 +1,119 @@
+"""What the U-Net learns from, example by example: posteriors and captions out of a latent cache, or images."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from sdkit.data import manifest
+from sdkit.data.encoding import own_size
+from sdkit.data.examples import open_examples
+from sdkit.data.latent_cache import Item, LatentCache, Prompt
+from sdkit.data.transform import Transform
+from sdkit.errors import ArgumentError
+from sdkit.models.text import TextEncoder
+from sdkit.models.vae import VAE
+from sdkit.training.config import UNetConfig
+from sdkit.training.data import TrainingImages, split
+
+Example = dict[str, Tensor]
+"""Its caption as `ids` (k, 77) and perhaps `embeddings` (77k, D); its image as raw `mean` and `logvar` (4, h, w), or as
+`pixels` (3, H, W)."""
+
+
+class CachedLatents:
+    """Out of a latent cache, which must have been made by the same networks."""
+
+    def __init__(self, config: UNetConfig, vae: VAE, text: TextEncoder) -> None:
+        self.cache = LatentCache(config.data)
+        made = self.cache.manifest.settings
+        # What the run does not ask for is as in the cache.
+        size: Any = config.size or made.size
+        transform = Transform(
+            size=size,
+            crop="random" if "crop" in config.augment else made.crop,
+            flip="flip" in config.augment or made.flip,
+        )
+        self.cache.check_model(
+            vae=vae.identity, scale=vae.scale, tokenizer=manifest.tokenizer_identity(text),
+            text=None if config.train_text_encoder else manifest.text_identity(text), transform=transform,
+        )  # fmt: skip
+        self._embedded = made.embeddings and not config.train_text_encoder
+        self.scale, self.shift = made.scale, made.shift
+        self.shape = (made.size[0] // made.factor, made.size[1] // made.factor)
+        train, held_out = split(self.cache.manifest.images)
+        copies = made.augmentations
+        self.train = (train[:, None] * copies + np.arange(copies)).ravel()
+        self.held_out = [image * copies for image in held_out]
+        self.empty = self._caption(self.cache.empty)
+        self.skipped = {one.name: one.reason for one in self.cache.manifest.skipped}
+
+    def load(self, item: int, epoch: int) -> Example:  # noqa: ARG002 - augmentations are examples of their own
+        """Example `item` of those to learn from."""
+        return self._example(int(self.train[item]))
+
+    def validation(self, i: int) -> Example:
+        """Held-out example i."""
+        return self._example(self.held_out[i])
+
+    def name(self, item: int) -> str:
+        """What to call example `item`."""
+        return self.cache[int(self.train[item])]["name"]
+
+    def _example(self, index: int) -> Example:
+        item = self.cache[index]
+        return {"mean": item["mean"], "logvar": item["logvar"], **self._caption(item)}
+
+    def _caption(self, of: Item | Prompt) -> Example:
+        embeddings = of["embeddings"] if self._embedded else None
+        return {"ids": of["ids"]} | ({} if embeddings is None else {"embeddings": embeddings})
+
+
+class ImageLatents:
+    """Straight from images: the VAE has to encode them at each step, but each epoch has crops and flips of its own."""
+
+    def __init__(self, config: UNetConfig, vae: VAE, text: TextEncoder) -> None:
+        size: Any = config.size or own_size(config.model)
+        if any(side % vae.factor for side in size):
+            raise ArgumentError(
+                f"size {size[0]} x {size[1]} does not divide by {vae.factor}, as this VAE needs; change it."
+            )
+        crop = "random" if "crop" in config.augment else "center"
+        transform = Transform(size=size, crop=crop, flip="flip" in config.augment)
+        self.images = TrainingImages(open_examples(config.data), transform, config.seed)
+        self.validation_images = TrainingImages(self.images.examples, Transform(size=size), seed=0)
+        self.scale, self.shift = vae.scale, vae.shift
+        self.shape = (size[0] // vae.factor, size[1] // vae.factor)
+        self.train, self.held_out = split(len(self.images.examples))
+        self._text, self._lock = text, threading.Lock()
+        self.empty = {"ids": self._ids("")}
+        self.skipped = self.images.skipped = self.validation_images.skipped
+
+    def load(self, item: int, epoch: int) -> Example:
+        """Example `item` of those to learn from, or the next one that can be used, as epoch `epoch` sees it."""
+        pixels, example = self.images.load(self.train, item, epoch)
+        return {"pixels": pixels, "ids": self._ids(example.caption)}
+
+    def validation(self, i: int) -> Example:
+        """Held-out example i."""
+        pixels, example = self.validation_images.load(self.held_out, i, 0)
+        return {"pixels": pixels, "ids": self._ids(example.caption)}
+
+    def name(self, item: int) -> str:
+        """What to call example `item`."""
+        return self.images.examples[int(self.train[item])].name
+
+    def _ids(self, caption: str) -> Tensor:
+        with self._lock:  # tokenizers are not for several threads
+            ids: Tensor = self._text.tokenize(caption)[0][0]
+        return ids
+
+
+def open_latents(config: UNetConfig, vae: VAE, text: TextEncoder) -> CachedLatents | ImageLatents:
+    """What `config.data` is: a folder with a cache's manifest, or else images."""
+    cached = (Path(config.data).expanduser() / manifest.NAME).is_file()
+    return (CachedLatents if cached else ImageLatents)(config, vae, text)

@@ -1,0 +1,236 @@
+"""Fine-tuning the VAE: pixels -> `VAE.forward` -> reconstruction, LPIPS, KL and adversarial loss."""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object, reduce
+from PIL import Image
+from torch import Tensor, nn
+
+from sdkit import images as image_io
+from sdkit.data.examples import open_examples
+from sdkit.data.transform import Transform
+from sdkit.errors import ArgumentError
+from sdkit.losses import adaptive_weight, hinge_discriminator, hinge_generator, kl, l1, l2
+from sdkit.lpips import LPIPS, VARIABLE
+from sdkit.lpips import SMALLEST as LPIPS_SMALLEST
+from sdkit.metrics import psnr, ssim
+from sdkit.models.discriminator import SMALLEST as DISCRIMINATOR_SMALLEST
+from sdkit.models.discriminator import Discriminator
+from sdkit.models.source import load_vae, new_network
+from sdkit.models.vae import VAE
+from sdkit.training import Player, Samples
+from sdkit.training.config import VAEConfig
+from sdkit.training.data import TrainingImages, my_share, noise_of, report_skipped, split
+from sdkit.training.loop import fit
+
+GAN_BETAS = (0.5, 0.9)  # of AdamW, as in VQGAN
+MOST_VALIDATED, SHOWN = 64, 8  # images
+TOLERATED_DRIFT = 0.1
+
+
+def train_vae(config: VAEConfig) -> Path:
+    """Fine-tune a VAE, or train one from nothing, and return the run folder; its result/ is the VAE as diffusers has
+    it.
+
+    The decoder alone trains by default: latents then mean what they meant, and U-Nets and caches stay valid. With
+    `train_encoder`, validation tells how far latents have moved from the starting VAE's. Running it again goes on where
+    an earlier run was stopped. Raises SdkitError in one sentence for what the user can put right, and TrainingStopped
+    after SIGTERM or Ctrl-C, once a checkpoint is written.
+    """
+    return fit(VAEStage(config), config, Path(config.out_dir))
+
+
+class VAEStage:
+    """What `sdkit.training.loop.fit` trains: a VAE, and the discriminator that it plays against."""
+
+    def __init__(self, config: VAEConfig) -> None:
+        self.config = config
+        with torch.random.fork_rng():
+            torch.manual_seed(config.seed)
+            network = load_vae(config.model) if config.init is None else new_network(config.init, "vae")
+            self.discriminator = Discriminator() if config.disc_weight else None
+        if type(network).__name__ != "AutoencoderKL":
+            raise ArgumentError(f"a {type(network).__name__} cannot be trained; give an AutoencoderKL.")
+        self.vae = VAE(network, name=str(config.model))
+        self.trains_encoder = config.train_encoder or config.init is not None
+        if not self.trains_encoder:
+            for part in (network.encoder, network.quant_conv):
+                if part is not None:
+                    part.requires_grad_(False)
+        if config.gradient_checkpointing:
+            network.enable_gradient_checkpointing()
+        # Beside the network, not in it: its encoder as it was, which the one in training is compared with.
+        self.start = VAE(copy.deepcopy(network)).eval().requires_grad_(False) if config.train_encoder else None
+        self.lpips = self.training_lpips = None
+        if config.lpips_weight or config.lpips or os.environ.get(VARIABLE):
+            self.lpips = LPIPS.from_pretrained(config.lpips)
+            self.training_lpips = copy.deepcopy(self.lpips)
+            if config.mixed_precision == "bf16":
+                self.training_lpips.bfloat16()
+        size = self._size()
+        transform = Transform(
+            size=size, crop="random" if "crop" in config.augment else "center", flip="flip" in config.augment
+        )
+        examples = held_out = open_examples(config.data)
+        self.train, self.held_out = split(len(examples))
+        if config.validation_data is not None:
+            held_out = open_examples(config.validation_data)
+            self.train, self.held_out = np.arange(len(examples)), [*range(min(MOST_VALIDATED, len(held_out)))]
+        self.images = TrainingImages(examples, transform, config.seed)
+        self.validation = TrainingImages(held_out, Transform(size=size), seed=0)
+        self.size = len(self.train)
+        self.players = [
+            Player("vae", self.vae, self.loss, learning_rate=config.learning_rate, ema=config.ema_decay > 0)
+        ]
+        if self.discriminator:
+            self.players.append(
+                Player(
+                    "discriminator", self.discriminator, self.discriminator_loss, learning_rate=config.learning_rate,
+                    starts_at=config.disc_start, betas=GAN_BETAS,
+                )
+            )  # fmt: skip
+
+    def _size(self) -> tuple[int, int]:
+        own: Any = self.vae.network.config.sample_size
+        size: Any = self.config.size or ((own, own) if isinstance(own, int) else tuple(own))
+        smallest = max(
+            11, LPIPS_SMALLEST if self.lpips else 0, DISCRIMINATOR_SMALLEST if self.discriminator else 0
+        )  # SSIM's window
+        if any(side % self.vae.factor or side < smallest for side in size):
+            raise ArgumentError(
+                f"size {size[0]} x {size[1]} must divide by {self.vae.factor} and be at least {smallest}; change it."
+            )
+        return size  # type: ignore[no-any-return]
+
+    def batch(self, samples: Samples) -> dict[str, Any]:
+        """Pixels (B, 3, H, W) and the noise of the posterior (B, 4, H/8, W/8) of samples (n, item)."""
+        pixels = [self.images.load(self.train, item, n // self.size)[0] for n, item in samples]
+        height, width = (side // self.vae.factor for side in self.images.transform.size)
+        eps = [
+            torch.randn(self.vae.channels, height, width, generator=noise_of(self.config.seed, n)) for n, _ in samples
+        ]
+        return {"pixels": torch.stack(pixels), "eps": torch.stack(eps)}
+
+    def names(self, samples: Samples) -> list[str]:
+        """Names of the examples of samples (n, item)."""
+        return [self.images.examples[int(self.train[item])].name for _, item in samples]
+
+    def loss(
+        self, networks: Mapping[str, nn.Module], batch: dict[str, Any], step: int
+    ) -> tuple[Tensor, Mapping[str, float | Tensor]]:
+        """Reconstruction, LPIPS and KL, as in latent diffusion (Rombach et al. 2022, appendix G), and the adversarial
+        loss with VQGAN's adaptive weight (Esser et al. 2021, eq. 7)."""
+        config, x = self.config, batch["pixels"]
+        y, mean, logvar = networks["vae"](x, batch["eps"])
+        loss = (l1 if config.reconstruction == "l1" else l2)(y, x)
+        parts: dict[str, float | Tensor] = {config.reconstruction: loss.detach()}
+        if config.lpips_weight and self.training_lpips:
+            lpips = self.training_lpips.to(x.device)(y, x).mean()
+            loss = loss + config.lpips_weight * lpips
+            parts["lpips"] = lpips.detach()
+        reconstruction = loss
+        if self.trains_encoder and config.kl_weight:
+            divergence = kl(mean, logvar)
+            loss = loss + config.kl_weight * divergence / x[0].numel()
+            parts["kl"] = divergence.detach()
+        if self.discriminator and step >= config.disc_start:
+            batch["reconstruction"] = y.detach()
+            adversarial = hinge_generator(networks["discriminator"](y))
+            weight = self._adaptive_weight(reconstruction * x[0].numel(), adversarial * x[0].numel())
+            loss = loss + config.disc_weight * weight * adversarial
+            parts |= {"adversarial": adversarial.detach(), "adaptive_weight": weight}
+        return loss, parts
+
+    def _adaptive_weight(self, reconstruction: Tensor, adversarial: Tensor) -> Tensor:
+        """Of losses summed over an image's values: the gradients of their means underflow in float16."""
+        last: nn.Conv2d = self.vae.network.decoder.conv_out
+        average = partial(reduce, reduction="mean") if PartialState().num_processes > 1 else None
+        return adaptive_weight(reconstruction, adversarial, last.weight, average)
+
+    def discriminator_loss(
+        self, networks: Mapping[str, nn.Module], batch: dict[str, Any], step: int
+    ) -> tuple[Tensor, Mapping[str, float | Tensor]]:
+        """The hinge loss on what the VAE's turn has just reconstructed."""
+        both = torch.cat([batch["pixels"], batch["reconstruction"]])
+        real, fake = networks["discriminator"](both).float().chunk(2)
+        return hinge_discriminator(real, fake), {"real": real.mean(), "fake": fake.mean()}
+
+    def validate(self, step: int) -> dict[str, float]:
+        """PSNR (dB), SSIM and LPIPS of held-out images through the posterior's mean, and a picture of some of them;
+        mean and standard deviation of their latents, and the scale that would make the latter 1.
+
+        Where the encoder trains, `latent_drift` is how far latents have moved from the starting VAE's: the root mean
+        square, in the standard deviation that those have.
+        """
+        mine = [(i, *self._measured(i)) for i in my_share(len(self.held_out))]
+        found = sorted(gather_object(mine), key=lambda one: one[0])
+        report_skipped(self.images.skipped | self.validation.skipped, Path(self.config.out_dir) / "skipped.json")
+        average = _average([measured for _, measured, _ in found])
+        metrics = {key: value for key, value in average.items() if key in ("psnr", "ssim", "lpips")}
+        std = _deviation(average, "")
+        metrics["latent_mean"] = (average["mean"] - self.vae.shift) * self.vae.scale
+        metrics["latent_std"], metrics["recommended_scale"] = std * self.vae.scale, 1 / std
+        if self.start:
+            metrics["latent_drift"] = math.sqrt(average["moved"]) / _deviation(average, "start_")
+        if PartialState().is_main_process:
+            self._show([pair for *_, pair in found if pair], step)
+            if metrics.get("latent_drift", 0) > TOLERATED_DRIFT:
+                warnings.warn(
+                    f"latents have moved by {metrics['latent_drift']:.2f} of their standard deviation: U-Nets and "
+                    "caches made for the starting VAE no longer fit.", stacklevel=2,
+                )  # fmt: skip
+        return metrics
+
+    def _measured(self, i: int) -> tuple[dict[str, float], tuple[Image.Image, Image.Image] | None]:
+        """What one held-out image tells, and, of the first ones, it and its reconstruction."""
+        x = self.validation.load(self.held_out, i, 0)[0][None].to(self.vae.device)
+        y, mean, logvar = self.vae(x)
+        y = y.clamp(-1, 1)
+        measured = {"psnr": float(psnr(x.cpu(), y.cpu())), "ssim": float(ssim(x.cpu(), y.cpu()))}
+        if self.lpips:
+            measured["lpips"] = float(self.lpips.to(x.device)(x, y))
+        measured |= _moments(mean, logvar, "")
+        if self.start:
+            start_mean, start_logvar = self.start.to(x.device).posterior(x)
+            measured |= _moments(start_mean, start_logvar, "start_")
+            measured["moved"] = float((mean - start_mean).square().mean())
+        return measured, (image_io.to_pil(x)[0], image_io.to_pil(y)[0]) if i < SHOWN else None
+
+    def _show(self, pairs: list[tuple[Image.Image, Image.Image]], step: int) -> None:
+        originals, reconstructions = zip(*pairs, strict=True)
+        rows = ("original", f"step {step}")
+        sheet = image_io.grid([*originals, *reconstructions], len(pairs), padding=4, row_labels=rows)
+        image_io.save(sheet, self.config.samples / f"step-{step:08d}.png")
+
+    def export(self, folder: Path) -> None:
+        """The VAE in diffusers layout. One that was trained from nothing gets the scale that its latents ask for."""
+        if self.config.init is not None:
+            average = _average([self._measured(i)[0] for i in range(len(self.held_out))])
+            self.vae.network.register_to_config(scaling_factor=1 / _deviation(average, ""))
+        self.vae.network.save_pretrained(folder)
+
+
+def _average(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    return {key: math.fsum(row[key] for row in rows) / len(rows) for key in rows[0]}
+
+
+def _moments(mean: Tensor, logvar: Tensor, prefix: str) -> dict[str, float]:
+    """First and second moment of samples of the posterior."""
+    return {f"{prefix}mean": float(mean.mean()), f"{prefix}square": float((mean.square() + logvar.exp()).mean())}
+
+
+def _deviation(moments: Mapping[str, float], prefix: str) -> float:
+    """Standard deviation, of moments averaged over images."""
+    return math.sqrt(max(moments[f"{prefix}square"] - moments[f"{prefix}mean"] ** 2, 1e-12))
