@@ -27,6 +27,7 @@ BLOCKS = (
     (512, 512, 512),
 )  # channels of VGG-16's convolutions, pooled between
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+SUPERFLUOUS = ("lins.", "scaling_layer.")  # in the package's state: the heads once more, and constants
 SMALLEST = 16  # pixels, of which four poolings leave one
 
 
@@ -67,8 +68,9 @@ class LPIPS(nn.Module):
         revision: a branch, tag or commit, for a Hub id.
 
         The file holds the 13 convolutions of torchvision's ImageNet VGG-16 as `features.N.weight` and `features.N.bias`
-        and LPIPS v0.1's five heads as `linK.weight`, (1, C, 1, 1), in any precision. Raises SourceError where it is not
-        given, missing, damaged or of another layout.
+        and LPIPS v0.1's five heads as `linK.weight`, (1, C, 1, 1), in any precision. What the package `lpips` has in
+        memory will do as well: `torch.save(lpips.LPIPS(net="vgg").state_dict(), "lpips.pt")`. Raises SourceError where
+        it is not given, missing, damaged or of another layout.
         """
         source = source or os.environ.get(VARIABLE)
         if not source:
@@ -80,12 +82,13 @@ class LPIPS(nn.Module):
         model = cls()
         names = {_file_key(key): key for key in model.state_dict()}
         wanted = {name: tuple(model.state_dict()[key].shape) for name, key in names.items()}
-        mismatched = [
-            (k, file.shapes[k], wanted[k]) for k in wanted.keys() & file.shapes if file.shapes[k] != wanted[k]
-        ]
+        stored = {_plain(key): key for key in file.shapes if not key.startswith(SUPERFLUOUS)}
+        shapes = {name: file.shapes[key] for name, key in stored.items()}
+        mismatched = [(k, shapes[k], wanted[k]) for k in wanted.keys() & shapes if shapes[k] != wanted[k]]
         problem = f"{file.label} does not hold the weights of LPIPS with VGG-16"
-        check_fit(wanted.keys() - file.shapes, file.shapes.keys() - wanted, mismatched, problem)
-        model.load_state_dict({names[name]: tensor for name, tensor in file.read(wanted).items()})
+        check_fit(wanted.keys() - shapes, shapes.keys() - wanted, mismatched, problem)
+        tensors = file.read(stored.values())
+        model.load_state_dict({names[name]: tensors[key] for name, key in stored.items()})
         return model
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
@@ -133,6 +136,12 @@ def _unit(h: Tensor) -> Tensor:  # (B, C, h, w)
 def _file_key(key: str) -> str:
     """The name in the file of one of the model's parameters: vgg.0.bias -> features.0.bias, heads.2 -> lin2.weight."""
     return key.replace("vgg.", "features.") if key.startswith("vgg.") else f"lin{key.removeprefix('heads.')}.weight"
+
+
+def _plain(key: str) -> str:
+    """The name in the file of what the package `lpips` calls `key`."""
+    key = re.sub(r"^net\.slice\d\.(\d+\.\w+)$", r"features.\1", key)
+    return re.sub(r"^(lin\d)\.model\.1\.weight$", r"\1.weight", key)
 
 
 def _locate(source: str | os.PathLike[str], filename: str, revision: str | None) -> Path:

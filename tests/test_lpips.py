@@ -194,6 +194,21 @@ class TestWeights:
         with pytest.raises(SourceError, match=r"'org/lpips' .* lacks? other\.safetensors|no other\.safetensors"):
             LPIPS.from_pretrained("org/lpips", filename="other.safetensors")
 
+    def test_from_the_state_of_the_package_lpips(self, random: LPIPS, tmp_path: Path) -> None:
+        """As lpips 0.1.4 names its parts: slices of VGG-16 with torchvision's numbers, heads twice, two constants."""
+        ends = (4, 9, 16, 23, 30)  # of the slices
+        state = {}
+        for key, value in random.vgg.state_dict().items():
+            layer = int(key.split(".")[0])
+            slice_ = 1 + sum(layer >= end for end in ends)
+            state[f"net.slice{slice_}.{key}"] = value
+        for i, head in enumerate(random.heads):
+            state |= {f"lin{i}.model.1.weight": head.data, f"lins.{i}.model.1.weight": head.data}
+        state |= {"scaling_layer.shift": torch.zeros(1, 3, 1, 1), "scaling_layer.scale": torch.ones(1, 3, 1, 1)}
+        torch.save(state, tmp_path / "lpips.pt")
+        loaded = LPIPS.from_pretrained(tmp_path / "lpips.pt").state_dict()
+        assert all(torch.equal(loaded[key], value) for key, value in random.state_dict().items())
+
     def test_none_given_is_one_sentence(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv("SDKIT_LPIPS", raising=False)
         with pytest.raises(SourceError, match=r"give the path or the Hub id .* environment variable SDKIT_LPIPS\.$"):
