@@ -1,0 +1,141 @@
+"""That training teaches: what is fine-tuned draws, reconstructs and remembers, and what begins from nothing learns."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import skimage.data
+import torch
+from PIL import Image
+from torch import Tensor
+
+import sdkit
+from sdkit.images import to_tensors
+from sdkit.training import UNetConfig, VAEConfig, train_unet, train_vae
+from sdkit.training.checkpoint import read_metrics
+
+from . import tiny
+
+SIDE = 128
+NEW = ("a zork", "a blick", "a frum", "a dwop")  # words that the embedded model has never seen
+OLD = ("a red apple", "a yellow star", "a blue heart", "a green tree", "a cat", "a pizza")
+OTHERS = (
+    *("a red car", "a yellow sun", "a dog", "a house", "a blue fish", "a purple grape"),
+    *("a green frog", "a pink flower", "an orange", "a moon", "a burger", "a bird"),
+)
+pytestmark = pytest.mark.slow
+
+
+def drawings() -> list[Image.Image]:
+    """A checkerboard, rings, stripes and a cross, 128 x 128."""
+    y, x = np.mgrid[0:SIDE, 0:SIDE]
+    masks = (
+        (x // 16 + y // 16) % 2 == 0,
+        np.hypot(x - 63.5, y - 63.5) // 10 % 2 == 0,
+        (x + y) // 14 % 2 == 0,
+        (abs(x - 63.5) < 14) | (abs(y - 63.5) < 14),
+    )
+    colours = (((200, 30, 30), 250), ((30, 60, 200), 250), ((20, 140, 50), 250), ((120, 40, 160), 250))
+    return [
+        Image.fromarray(np.where(mask[..., None], colour, ground).astype(np.uint8))
+        for mask, (colour, ground) in zip(masks, colours, strict=True)
+    ]
+
+
+def draw(sd: sdkit.StableDiffusion, prompts: tuple[str, ...]) -> Tensor:
+    images: Tensor = sd(list(prompts), num_inference_steps=20, guidance_scale=4, seed=7, output_type="pt")
+    return images
+
+
+def nearest(images: Tensor, among: Tensor) -> list[int]:
+    """For each image (N, 3, H, W) the index of the one of `among` that has the least squared difference."""
+    return torch.cdist(images.flatten(1), among.flatten(1)).argmin(1).tolist()
+
+
+def test_lora_learns_new_words_and_keeps_old_ones(tmp_path: Path) -> None:
+    """Four drawings with invented names, beside twelve pictures that the model itself draws (DreamBooth's prior
+    preservation, Ruiz et al. 2022). Each name then draws its own, and other prompts what they drew before."""
+    folder = tmp_path / "drawings"
+    folder.mkdir()
+    sd = sdkit.StableDiffusion.from_pretrained("emoji")
+    before = draw(sd, NEW + OLD)
+    own = list(zip(OTHERS, sd(list(OTHERS), num_inference_steps=20, guidance_scale=4, seed=100), strict=True))
+    for i, (caption, image) in enumerate(3 * list(zip(NEW, drawings(), strict=True)) + own):
+        image.save(folder / f"{i:02}.png")
+        (folder / f"{i:02}.txt").write_text(caption)
+    config = UNetConfig(
+        data=folder, out_dir=tmp_path / "run", lora_rank=16, learning_rate=2e-3, max_steps=250, batch_size=8,
+        ema_decay=0, save_every=1000, validate_every=1000, mixed_precision="bf16", lr_scheduler="cosine",
+    )  # fmt: skip
+    sd.load_lora(train_unet(config) / "result")
+    after = draw(sd, NEW + OLD)
+    sdkit.images.grid([*before, *after], columns=len(NEW + OLD)).save(tmp_path / "before-and-after.png")
+    known = torch.cat([torch.stack(to_tensors(drawings())), before[len(NEW) :]])
+    assert nearest(after, known) == list(range(len(NEW + OLD)))
+    assert nearest(before[: len(NEW)], known) != [0, 1, 2, 3]  # it could not draw them before
+
+
+def crops(folder: Path, names: tuple[str, ...], n: int) -> Path:
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(n):
+        photo = Image.fromarray(getattr(skimage.data, names[i % len(names)]()))
+        left, top = (int(rng.integers(0, room - 160)) for room in photo.size)
+        photo.crop((left, top, left + 160, top + 160)).save(folder / f"{i:03}.png")
+    return folder
+
+
+@pytest.mark.skipif(not tiny.LPIPS_WEIGHTS.exists(), reason="needs the weights of LPIPS in ../shared")
+def test_a_decoder_tuned_on_photos_gains_on_others(tmp_path: Path) -> None:
+    """The embedded VAE has seen no photo: its decoder gains 1 dB on photos that it was not tuned on."""
+    config = VAEConfig(
+        data=crops(tmp_path / "train", ("astronaut", "coffee"), 64), out_dir=tmp_path / "run", size=64,
+        validation_data=crops(tmp_path / "held-out", ("chelsea", "rocket"), 12), augment=("crop", "flip"),
+        lpips=tiny.LPIPS_WEIGHTS, lpips_weight=0.05, learning_rate=5e-4, max_steps=150, batch_size=8, ema_decay=0,
+        mixed_precision="bf16", lr_scheduler="cosine", save_every=1000, validate_every=1000,
+    )  # fmt: skip
+    run = train_vae(config)
+    first, last = (line for line in read_metrics(run / "metrics.jsonl") if "validation/psnr" in line)
+    assert last["validation/psnr"] > first["validation/psnr"] + 1
+    assert last["validation/lpips"] < first["validation/lpips"]
+
+
+def test_a_vae_and_a_unet_learn_from_nothing(tmp_path: Path) -> None:
+    """Discs of four colours: the VAE passes 25 dB, the U-Net a validation loss of 0.35, and what is asked for is drawn
+    in its colour."""
+    model, data = tiny.model(tmp_path / "model"), tiny.photos(tmp_path / "discs", 256)
+    common: dict[str, Any] = {"mixed_precision": "bf16", "lr_scheduler": "cosine", "save_every": 10**4}
+    vae = train_vae(
+        VAEConfig(
+            init=model / "vae", data=data, out_dir=tmp_path / "vae", learning_rate=2e-3, max_steps=600, batch_size=16,
+            lpips_weight=0, kl_weight=1e-3, validate_every=10**4, **common,
+        )
+    )  # fmt: skip
+    assert validation(vae, "psnr") > 25
+    for part in (vae / "result").iterdir():
+        part.rename(model / "vae" / part.name)
+    cache = sdkit.data.cache(model, data, tmp_path / "cache")
+    run = train_unet(
+        UNetConfig(
+            model=model, init=model / "unet", data=cache, out_dir=tmp_path / "unet", learning_rate=2e-3, max_steps=1500,
+            batch_size=32, train_text_encoder=True, prediction_type="v", validate_every=10**4, ema_decay=0.995,
+            **common,
+        )
+    )  # fmt: skip
+    assert validation(run, "loss") < 0.35
+    sd = sdkit.StableDiffusion.from_pretrained(run / "result", dtype="fp32")
+    colours = {"red": (220, 40, 40), "green": (40, 180, 60), "blue": (40, 70, 220), "yellow": (235, 205, 40)}
+    images = sd([f"a {name} disc" for name in colours], guidance_scale=3, output_type="np")
+    drawn = torch.tensor(images[:, 12:20, 12:20].reshape(4, -1, 3).astype(np.float32)).mean(1)
+    assert nearest(drawn, torch.tensor(list(colours.values())).float()) == [0, 1, 2, 3]
+
+
+def validation(run: Path, key: str) -> float:
+    """What the last validation measured."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    value: float = [line[f"validation/{key}"] for line in lines if f"validation/{key}" in line][-1]
+    return value
