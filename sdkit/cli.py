@@ -9,23 +9,26 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import math
 import os
 import warnings
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from sdkit import __version__
+from sdkit.cli_training import Add, add_command, add_training_commands
 from sdkit.console import (
     Stopped,
     complain,
     flush,
+    is_main_process,
+    left_alone,
     mute_stdout,
     prepare_streams,
     printable,
     say,
+    say_json,
     say_path,
     say_table,
     signals_raised,
@@ -51,17 +54,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SdkitError as error:
         if os.environ.get("SDKIT_DEBUG"):
             raise
-        complain(str(error))
-        return int(getattr(error, "exit_code", 2))
+        code, sentence = int(getattr(error, "exit_code", 2)), str(error)
     except KeyboardInterrupt:
-        complain("stopped; the files that were finished are whole.")
-        return 130
+        code, sentence = 130, "stopped; the files that were finished are whole."
     except Stopped as stop:
-        complain(f"{stop}; the files that were finished are whole.")
-        return 128 + stop.number
+        code, sentence = 128 + stop.number, f"{stop}; the files that were finished are whole."
     except BrokenPipeError:  # whoever read our output has seen enough
         mute_stdout()
         return 141
+    if is_main_process() or False:
+        complain(sentence)
+    return code
 
 
 def _run(argv: Sequence[str] | None) -> int:
@@ -153,7 +156,7 @@ def reconstruct(args: argparse.Namespace) -> int:
 
     def show(**more: str) -> None:
         if args.json:
-            say(_json(_scores_as_dict(args.model, report) | more))
+            say_json(_scores_as_dict(args.model, report) | more)
         elif report.done:
             _print_scores(report)
 
@@ -177,7 +180,7 @@ def info(args: argparse.Namespace) -> int:
 
     description = describe(args.source, revision=args.revision, config=args.config)
     if args.json:
-        say(_json(asdict(description)))
+        say_json(asdict(description))
         return 0
     kind = f"{description.kind}, {description.family}" if description.family else description.kind
     say(printable(f"{description.source} ({kind}): {description.path}"))
@@ -235,16 +238,17 @@ def _load_vae(args: argparse.Namespace) -> VAE:
 
 
 def _load_sd(args: argparse.Namespace, recipe: Recipe) -> StableDiffusion:
+    from sdkit.models.lora import merge_lora, read_lora
     from sdkit.pipeline import StableDiffusion
 
-    return StableDiffusion.from_pretrained(
+    lora = None if recipe.lora is None else read_lora(recipe.lora)  # first: it is smaller
+    sd = StableDiffusion.from_pretrained(
         recipe.model, dtype=recipe.dtype, device=args.device, revision=recipe.revision, variant=recipe.variant,
         config=recipe.config, prediction_type=recipe.prediction_type, compile=args.compile,
     )  # fmt: skip
-
-
-def _json(value: Any) -> str:
-    return json.dumps(value, indent=2, default=str, allow_nan=False)
+    if lora is not None:
+        merge_lora(lora, sd.unet.network, sd.text.network, recipe.lora_scale)
+    return sd
 
 
 def _print_scores(report: Report[Reconstruction]) -> None:
@@ -282,7 +286,7 @@ def _scores_as_dict(model: str, report: Report[Reconstruction]) -> dict[str, Any
 
 
 def _parser() -> argparse.ArgumentParser:
-    about = "Stable Diffusion 1.x / 2.x: images from text, and through the VAE and back."
+    about = "Stable Diffusion 1.x / 2.x: images from text, through the VAE and back, and fine-tuning."
     parser = _Parser(prog="sdkit", description=about, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"sdkit {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -294,14 +298,9 @@ def _parser() -> argparse.ArgumentParser:
         (info, _info_options),
         (demo, _demo_options),
     ):
-        summary = str(command.__doc__)
-        child = commands.add_parser(command.__name__, help=summary, description=summary, allow_abbrev=False)
-        child.set_defaults(command=command)
-        add_options(child.add_argument)
+        add_command(commands, command, add_options)
+    add_training_commands(commands)
     return parser
-
-
-Add = Callable[..., object]
 
 
 def _generate_options(add: Add) -> None:
@@ -330,6 +329,8 @@ def _generate_options(add: Add) -> None:
     add("--interval", nargs=2, type=float, metavar=("LO", "HI"), help=levels, **unset)
     _model_options(add, **unset)
     add("--prediction-type", metavar="KIND", help="of a single file: epsilon or v_prediction", **unset)
+    add("--lora", metavar="LORA", help="a file, a folder as sdkit train makes it, or a Hub id", **unset)
+    add("--lora-scale", type=float, metavar="S", help="how much of it to add (default: 1)", **unset)
 
 
 def _encode_options(add: Add) -> None:

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from sdkit.errors import SdkitError
+
+PATIENCE = 10
+"""Seconds in which a launcher notices that a process has ended, and ends the others."""
 
 
 def prepare_streams() -> None:
@@ -24,6 +29,23 @@ def prepare_streams() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal may not know every letter of a file name
+
+
+def is_main_process() -> bool:
+    """Whether this is the main one of the processes of an `accelerate launch`, or the only one."""
+    return os.environ.get("RANK", "0") == "0" or os.environ.get("WORLD_SIZE", "1") == "1"
+
+
+def left_alone() -> bool:
+    """Whether this process, which ends with an error, has to tell of it though it is not the main one.
+
+    What all processes meet, the main one tells; with that the launcher ends the others, which wait here.
+    """
+    try:
+        time.sleep(PATIENCE)
+    except KeyboardInterrupt:
+        return False
+    return True
 
 
 def printable(text: str) -> str:
@@ -60,6 +82,11 @@ def say_table(rows: Sequence[Sequence[str]]) -> None:
     widths = [max(map(len, column)) for column in zip(*clean, strict=True)]
     for row in clean:
         say("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def say_json(value: Any) -> None:
+    """A value as JSON, with strings for what JSON does not know (paths)."""
+    say(json.dumps(value, indent=2, default=str, allow_nan=False))
 
 
 def flush() -> None:

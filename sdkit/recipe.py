@@ -43,6 +43,8 @@ class Recipe:
     config: str | None = None
     prediction_type: str | None = None
     dtype: str = "auto"
+    lora: str | None = None
+    lora_scale: float = 1.0
 
     def check(self) -> None:
         """Raise `ArgumentError` for what no model takes, which `StableDiffusion` would tell only once it is loaded."""
@@ -59,6 +61,8 @@ class Recipe:
         if self.interval is not None:
             noise_levels("the guidance interval", self.interval)
         whole("clip_skip", self.clip_skip, 0)
+        if number("lora_scale", self.lora_scale) != 1 and self.lora is None:
+            raise ArgumentError("lora_scale belongs to a LoRA, and there is none; name one as lora.")
         for name, pixels in (("height", self.height), ("width", self.width)):
             if pixels is not None:
                 whole(name, pixels, 8, LONGEST_SIDE)
@@ -68,7 +72,7 @@ class Recipe:
         values = {key: value for key, value in asdict(self).items() if value is not None}
         if self.interval is not None:
             values["interval"] = " ".join(map(str, self.interval))
-        values |= {key: _anywhere(values[key]) for key in ("model", "config") if key in values}
+        values |= {key: _anywhere(values[key]) for key in ("model", "config", "lora") if key in values}
         return {key: str(value) for key, value in values.items()} | {"sdkit": __version__}
 
     @classmethod
@@ -84,7 +88,7 @@ class Recipe:
         """This recipe with some values changed; of another model, all that belonged to the old one is forgotten."""
         if _anywhere(changes.get("model", self.model)) != _anywhere(self.model):
             of_model = ("spacing", "height", "width", "revision", "variant", "config", "prediction_type")
-            changes = dict.fromkeys(of_model) | changes
+            changes = {**dict.fromkeys(of_model), "lora": None, "lora_scale": 1.0, **changes}
         return replace(self, **changes)
 
 
@@ -108,7 +112,7 @@ def _interval(text: str) -> tuple[float, float]:
 
 _PARSERS: dict[str, Callable[[str], Any]] = {
     **dict.fromkeys(("seed", "steps", "clip_skip", "height", "width"), int),
-    **dict.fromkeys(("scale", "eta", "rescale"), float),
+    **dict.fromkeys(("scale", "eta", "rescale", "lora_scale"), float),
     "interval": _interval,
     "weighting": {"True": True, "False": False}.__getitem__,
 }

@@ -7,6 +7,7 @@ import functools
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -95,10 +96,13 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, astronaut: Image.Image
 
 def test_version_and_help(run: Callable[..., Ran]) -> None:
     assert run("--version") == Ran(0, f"sdkit {sdkit.__version__}\n", "")
-    for command in ((), ("generate",), ("encode",), ("decode",), ("reconstruct",), ("info",), ("demo",)):
+    code, out, err = run("--help")
+    listed = re.findall(r"^    ([a-z]+)\b", out, flags=re.MULTILINE)
+    assert " ".join(listed) == "generate encode decode reconstruct info demo data cache train plot convert"
+    for command in ([], *([name] for name in listed), ["data", "check"], ["train", "vae"], ["train", "unet"]):
         code, out, err = run(*command, "--help")
         assert (code, err) == (0, "")
-        assert "usage: sdkit" in out
+        assert out.startswith(f"usage: {' '.join(['sdkit', *command])} ")
 
 
 def test_the_choices_in_the_help_are_all_there_are() -> None:

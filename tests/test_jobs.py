@@ -362,6 +362,8 @@ def test_a_recipe_goes_through_a_png_unchanged(tmp_path: Path) -> None:
         config="folder",
         prediction_type="epsilon",
         dtype="float16",
+        lora="some/lora",
+        lora_scale=-0.3,
     )
     images.save(Image.new("RGB", (8, 8)), tmp_path / "x.png", recipe.text())
     assert Recipe.read(tmp_path / "x.png") == recipe
@@ -376,9 +378,9 @@ def test_a_recipe_names_files_and_folders_absolutely(tmp_path: Path, monkeypatch
     (tmp_path / "model.ckpt").touch()
     (tmp_path / "emoji").mkdir()
     (tmp_path / "configs").mkdir()
-    recipe = Recipe(model="./model.ckpt", config="configs", height=64)
+    recipe = Recipe(model="./model.ckpt", config="configs", height=64, lora="configs")
     assert recipe.text()["model"] == str(tmp_path / "model.ckpt")
-    assert recipe.text()["config"] == str(tmp_path / "configs")
+    assert recipe.text()["config"] == recipe.text()["lora"] == str(tmp_path / "configs")
     assert Recipe().text()["model"] == "emoji"  # the embedded one, whatever lies here
     assert Recipe(model="some/model").text()["model"] == "some/model"
     assert replace(recipe, model=recipe.text()["model"]).but(model="model.ckpt").height == 64
@@ -416,9 +418,21 @@ def test_what_a_recipe_refuses_the_model_refuses_too(
 
 
 def test_another_model_takes_nothing_over_from_the_old_one() -> None:
-    recipe = Recipe(height=64, spacing="trailing", revision="main", steps=7)
+    recipe = Recipe(height=64, spacing="trailing", revision="main", steps=7, lora="some/lora", lora_scale=0.5)
     assert recipe.but(model="other", width=72) == Recipe(model="other", width=72, steps=7)
     assert recipe.but(model="emoji") == recipe
+
+
+def test_a_recipe_of_before_there_was_lora_is_read(tmp_path: Path) -> None:
+    text = {key: value for key, value in Recipe(prompt="a").text().items() if not key.startswith("lora")}
+    images.save(Image.new("RGB", (8, 8)), tmp_path / "x.png", text)
+    assert Recipe.read(tmp_path / "x.png") == Recipe(prompt="a")
+
+
+@pytest.mark.parametrize("changes", [{"lora_scale": 0.5}, {"lora": "some/lora", "lora_scale": math.inf}])
+def test_a_scale_needs_a_lora_and_is_finite(changes: dict[str, Any]) -> None:
+    with pytest.raises(ArgumentError, match="lora_scale"):
+        replace(Recipe(), **changes).check()
 
 
 def test_prompts_are_read_line_by_line(tmp_path: Path) -> None:

@@ -15,7 +15,8 @@ import pytest
 import sdkit
 
 ROOT = Path(__file__).parents[1]
-TRAINING = {"data", "training", "losses.py", "lpips.py", "discriminator.py", "lora.py"}  # the rooms that the extra `train` is for
+# The rooms that the extra `train` is for.
+TRAINING = {"data", "training", "losses.py", "lpips.py", "discriminator.py", "lora.py", "cli_training.py"}
 MODULES = sorted((ROOT / "sdkit").rglob("*.py"))
 HEAVY = ("torch", "numpy", "PIL", "diffusers", "transformers", "accelerate", "safetensors", "huggingface_hub", "tqdm")
 

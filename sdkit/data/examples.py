@@ -228,6 +228,15 @@ def open_examples(
     return (Stream if streaming else Examples)(table, "image", "caption", source)
 
 
+def check_source(data: str | os.PathLike[str]) -> None:
+    """Raise `DataError` for what cannot be a data set, going by its name alone."""
+    source = os.fspath(data)
+    parts = source.partition(":")[0].split("/")
+    hub = len(parts) == 2 and all(parts) and parts[0][0] not in ".~" and "://" not in source
+    if not hub and not Path(source).expanduser().exists():
+        raise DataError(f"{source!r} is neither a path that exists nor the id of a data set on the Hub (org/name).")
+
+
 def _kind(path: Path) -> tuple[str, list[Path]]:
     """What a path holds, and its files."""
     suffixes = {"a folder of images": images.READABLE, "parquet": {".parquet"}, "tar shards": {".tar"}}
@@ -265,10 +274,8 @@ def _table(rows: Sequence[Row]) -> Any:
 def _from_hub(
     source: str, split: str, image_column: str | None, caption_column: str | None, streaming: bool
 ) -> Examples | Stream:
+    check_source(source)
     name, _, config = source.partition(":")
-    parts = name.split("/")
-    if len(parts) != 2 or not all(parts) or parts[0][0] in ".~" or "://" in source:
-        raise DataError(f"{source!r} is neither a path that exists nor the id of a data set on the Hub (org/name).")
     dataset = _load(source, streaming, split, path=name, **({"name": config} if config else {}))
     return _columns(dataset, source, image_column, caption_column, streaming)
 

@@ -38,6 +38,7 @@ KEY = re.compile(
     r"(?:[._]lora(?:_linear_layer)?[._](?P<role>down|up|A|B)\.weight|\.alpha)"
 )
 """A tensor's name in any of the layouts; old files of diffusers have the U-Net's without a prefix."""
+KOHYA = ("lora_down.weight", "lora_up.weight", "alpha")
 ROLES = {"A": "down", "down": "down", "B": "up", "up": "up", None: "alpha"}
 # What attention processors were called before peft, underscores in place of dots -> the layer itself.
 OLD_NAMES = ((r"_processor_", "_"), (r"(attn\d_to_out)$", r"\1_0"), (r"self_attn_to_(\w+)$", r"self_attn_\1_proj"))
@@ -121,20 +122,39 @@ def save_lora(tensors: dict[str, Tensor], path: str | Path, layout: str = "diffu
     layout: "diffusers", for `load_lora` and diffusers' `load_lora_weights`; or "kohya", for these, A1111 and others.
     """
     one_of("layout", layout, LAYOUTS)
+    _check_name(path)
+    if layout == "kohya":
+        layers: dict[str, dict[str, Factors]] = {"unet": {}, "text_encoder": {}}
+        for (part, module), keys in _group(tensors, "the LoRA").items():
+            down, up = tensors[keys["down"]], tensors[keys["up"]]
+            layers[part][_plain(module)] = Factors(down=down, up=up, alpha=len(down))
+        tensors = _kohya(LoRA(label="the LoRA", **layers))
+    _write(tensors, path)
+
+
+def convert_lora(source: str | os.PathLike[str], path: str | Path) -> None:
+    """Write a LoRA, in any layout that `read_lora` reads, to one .safetensors file in kohya's."""
+    _check_name(path)
+    _write(_kohya(read_lora(source)), path)
+
+
+def _check_name(path: str | Path) -> None:
     if Path(path).suffix != ".safetensors":
         raise ArgumentError(f"a LoRA cannot be saved as {str(path)!r}; give a name that ends in .safetensors.")
-    data = safetensors.torch.save(_kohya(tensors) if layout == "kohya" else tensors, {"format": "pt"})
+
+
+def _write(tensors: dict[str, Tensor], path: str | Path) -> None:
+    data = safetensors.torch.save(tensors, {"format": "pt"})
     with atomic_write(path) as temporary:
         temporary.write_bytes(data)
 
 
-def _kohya(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def _kohya(lora: LoRA) -> dict[str, Tensor]:
     named: dict[str, Tensor] = {}
-    for (part, module), keys in _group(tensors, "the LoRA").items():
-        name = ("lora_unet_" if part == "unet" else "lora_te_") + module.replace(".", "_")
-        down, up = tensors[keys["down"]], tensors[keys["up"]]
-        alpha = torch.tensor(float(len(down)), dtype=down.dtype)
-        named |= {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up, f"{name}.alpha": alpha}
+    for prefix, layers in (("lora_unet_", lora.unet), ("lora_te_text_model_", lora.text_encoder)):
+        for name, x in layers.items():
+            alpha = torch.tensor(x.alpha, dtype=x.down.dtype)
+            named |= {f"{prefix}{name}.{key}": value for key, value in zip(KOHYA, (x.down, x.up, alpha), strict=True)}
     return named
 
 

@@ -250,11 +250,25 @@ def guarded(label: str) -> Iterator[None]:
 
     torch's default dtype, which diffusers leaves changed when a load fails, is put back.
     """
+    dtype = torch.get_default_dtype()
+    try:
+        with quiet():
+            yield
+    except (SdkitError, MemoryError):
+        raise
+    except Exception as error:  # whatever a damaged file makes a library raise
+        raise SourceError(f"{label} cannot be loaded: {first_line(error)}.") from error
+    finally:
+        torch.set_default_dtype(dtype)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No log lines, warnings and progress bars of diffusers and transformers inside."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
     libraries = (diffusers_logging, transformers_logging)
-    dtype = torch.get_default_dtype()
     before = [(library.get_verbosity(), library.is_progress_bar_enabled()) for library in libraries]
     for library in libraries:
         library.set_verbosity(logging.CRITICAL)
@@ -263,12 +277,7 @@ def guarded(label: str) -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
-    except (SdkitError, MemoryError):
-        raise
-    except Exception as error:  # whatever a damaged file makes a library raise
-        raise SourceError(f"{label} cannot be loaded: {first_line(error)}.") from error
     finally:
-        torch.set_default_dtype(dtype)
         for library, (verbosity, progress_bar) in zip(libraries, before, strict=True):
             library.set_verbosity(verbosity)
             if progress_bar:

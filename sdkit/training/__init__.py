@@ -16,6 +16,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
+from sdkit.console import is_main_process
 from sdkit.errors import ArgumentError, SdkitError
 
 if TYPE_CHECKING:
@@ -130,7 +131,7 @@ class LoopSettings:
             "lr": player.learning_rate, "betas": player.betas, "weight_decay": player.weight_decay
         }  # fmt: skip
         if not self.use_8bit_adam:
-            return AdamW(parameters, **options, fused=device.type == "cuda")
+            return AdamW(parameters, **options, fused=device.type in ("cpu", "cuda"))  # three times as fast
         try:
             library = import_module("bitsandbytes.optim")
         except ImportError as error:
@@ -264,7 +265,8 @@ class StopSignals:
             raise KeyboardInterrupt
         if which == signal.SIGINT:
             self._interrupted = True
-            os.write(2, b"\nsdkit: stopping after this step; Ctrl-C again leaves at once.\n")
+            if is_main_process():
+                os.write(2, b"\nsdkit: stopping after this step; Ctrl-C again leaves at once.\n")
         self.exit_code = self.exit_code or 128 + which
 
 

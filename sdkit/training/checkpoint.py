@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from sdkit import __version__
-from sdkit.errors import TrainingError
+from sdkit.errors import SdkitError, TrainingError
 from sdkit.files import atomic_write
 from sdkit.training import LoopSettings, Trained
 
@@ -61,8 +61,11 @@ def whole_folder(path: Path) -> Iterator[Path]:
         _sync(path.parent)
         if old:
             shutil.rmtree(old)
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
+    except (OSError, SafetensorError, SdkitError) as error:
+        cause = error.__cause__ if isinstance(error, SdkitError) else error  # what it names is not there any more
+        if not isinstance(cause, (OSError, SafetensorError)):
+            raise
+        reason = getattr(cause, "strerror", None) or str(cause)
         raise TrainingError(
             f"cannot write {path}: {reason.lower()}; earlier checkpoints are untouched, so make room and run again."
         ) from error
@@ -303,8 +306,9 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock.acquire()
             self._check(config, settings.may_change)
-            for unfinished in (*self.path.glob(".sdkit-*"), *self.checkpoints.glob(".sdkit-*")):
-                shutil.rmtree(unfinished)  # of a process that was killed
+            for folder in (self.path, self.checkpoints, self.path / "samples"):
+                for unfinished in folder.glob(".sdkit-*"):  # of a process that was killed
+                    shutil.rmtree(unfinished) if unfinished.is_dir() else unfinished.unlink()
             checkpoint = newest(self.checkpoints)
             step = int(checkpoint.name.removeprefix("step-")) if checkpoint else 0
             with atomic_write(self.path / "config.json") as temporary:

@@ -63,6 +63,11 @@ class TrainingImages:
             f"{next(iter(self.skipped.values()))} Look at the data with sdkit data check."
         )
 
+    def load_held_out(self, held_out: Sequence[int], i: int) -> tuple[Tensor, Example]:
+        """Pixels and example of held_out[i], or of the next one of them that can be used; of any image where none of
+        them can."""
+        return self.load(np.concatenate([held_out[i:], held_out[:i], np.arange(len(self.examples))]), 0, 0)
+
     def _skip(self, name: str, reason: str) -> None:
         if name not in self.skipped:
             self.skipped[name] = reason

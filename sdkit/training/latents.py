@@ -100,7 +100,7 @@ class ImageLatents:
 
     def validation(self, i: int) -> Example:
         """Held-out example i."""
-        pixels, example = self.validation_images.load(self.held_out, i, 0)
+        pixels, example = self.validation_images.load_held_out(self.held_out, i)
         return {"pixels": pixels, "ids": self._ids(example.caption)}
 
     def name(self, item: int) -> str:

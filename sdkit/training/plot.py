@@ -39,6 +39,8 @@ def plot(run: str | Path, out: str | Path | None = None) -> Path:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ArgumentError("plot needs matplotlib; install 'sdkit[train]'.") from error
+    if out is not None and Path(out).suffix.lower() != ".png":
+        raise ArgumentError(f"curves cannot be drawn into {str(out)!r}; give a name that ends in .png.")
     path = Path(run) / "metrics.jsonl"
     curves, skipped = _curves(path)
     if not curves:

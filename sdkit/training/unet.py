@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,7 +24,7 @@ from sdkit.models.source import load_scheduler_config, load_text, load_unet, loa
 from sdkit.models.text import TextEncoder
 from sdkit.models.unet import UNet
 from sdkit.models.vae import VAE, latents_of
-from sdkit.models.weights import guarded
+from sdkit.models.weights import quiet
 from sdkit.pipeline import StableDiffusion
 from sdkit.schedule import NoiseSchedule
 from sdkit.training import Player, Samples
@@ -73,6 +74,7 @@ class UNetStage:
         self.config = config
         self.vae = VAE(load_vae(config.model)).eval().requires_grad_(False)
         self.text = TextEncoder(*load_text(config.model)).eval().requires_grad_(False)
+        self.tokenizer = copy.deepcopy(self.text.tokenizer)  # as it was: what it would save changes when it is used
         self.latents = open_latents(config, self.vae, self.text)
         self.scheduler = _scheduler(config)
         self.schedule = NoiseSchedule.from_config(self.scheduler)
@@ -237,12 +239,12 @@ class UNetStage:
         if self.config.lora_rank is not None:
             save_lora(lora_tensors(self.unet.network, text and text.network), folder / LORA_FILE)
             return
-        with guarded("the result"):
+        with quiet():
             import diffusers
 
             scheduler = getattr(diffusers, self.scheduler.get("_class_name") or "DDIMScheduler")
             diffusers.StableDiffusionPipeline(
-                vae=self.vae.network, text_encoder=self.text.network, tokenizer=self.text.tokenizer,
+                vae=self.vae.network, text_encoder=self.text.network, tokenizer=self.tokenizer,
                 unet=self.unet.network, scheduler=scheduler.from_config(self.scheduler), safety_checker=None,
                 feature_extractor=None, requires_safety_checker=False,
             ).save_pretrained(folder)  # fmt: skip

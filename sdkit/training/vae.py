@@ -195,8 +195,8 @@ class VAEStage:
 
     def _measured(self, i: int) -> tuple[dict[str, float], tuple[Image.Image, Image.Image] | None]:
         """What one held-out image tells, and, of the first ones, it and its reconstruction."""
-        x = self.validation.load(self.held_out, i, 0)[0][None].to(self.vae.device)
-        y, mean, logvar = self.vae(x)
+        x = self.validation.load_held_out(self.held_out, i)[0][None].to(self.vae.device)
+        y, mean, logvar = VAE.forward(self.vae, x)  # in float32, which `self.vae(x)` would not be in mixed precision
         y = y.clamp(-1, 1)
         measured = {"psnr": float(psnr(x.cpu(), y.cpu())), "ssim": float(ssim(x.cpu(), y.cpu()))}
         if self.lpips:

@@ -79,6 +79,11 @@ def test_no_metrics_are_an_error(tmp_path: Path) -> None:
             plot(folder)
 
 
+def test_curves_are_a_png(tmp_path: Path) -> None:
+    with pytest.raises(ArgumentError, match=r"curves cannot be drawn into 'x.jpg'; give a name that ends in .png"):
+        plot(run(tmp_path / "run", [line(1)]), "x.jpg")
+
+
 def test_without_matplotlib_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ArgumentError, match="plot needs matplotlib"):

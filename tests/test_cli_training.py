@@ -1,0 +1,556 @@
+"""The commands around training as a user runs them: most in this process; what is stopped or launched, in others."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import sdkit
+from sdkit import console
+from sdkit.cli import _parser, main
+from sdkit.cli_training import _settings
+from sdkit.data import LatentCache, check
+from sdkit.training import UNetConfig, VAEConfig, train_unet
+from sdkit.training.checkpoint import checkpoints, read_metrics
+
+from .training import tiny, toy
+
+ROOT = Path(__file__).parents[1]
+STAGES = {"vae": VAEConfig, "unet": UNetConfig}
+SMALL = ("--model", "model", "--batch-size", "2", "--size", "32")
+LORA = ("train", "unet", "--data", "photos", "--lora-rank", "2", *SMALL)
+
+
+class Ran(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def run(capfd: pytest.CaptureFixture[str]) -> Callable[..., Ran]:
+    def call(*arguments: object) -> Ran:
+        code = main([str(argument) for argument in arguments])
+        return Ran(code, *capfd.readouterr())
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model, photos, and a LoRA trained from the command line in `run`, which have cost a while."""
+    folder = tmp_path_factory.mktemp("training")
+    tiny.model(folder / "model")
+    tiny.photos(folder / "photos", 6)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        steps = ("--max-steps", "4", "--save-every", "2", "--learning-rate", "0.1", "--ema-decay", "0")
+        assert main([*LORA, *steps, "--train-text-encoder", "--out-dir", "run"]) == 0
+    return folder
+
+
+@pytest.fixture
+def work(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder, with what `folder` has, and more of every kind."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("model", "photos", "run"):
+        Path(name).symlink_to(folder / name)
+    Path("empty").mkdir()
+    Path("file").write_text("no folder", encoding="utf-8")
+    return tmp_path
+
+
+# Help
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_help_tells_every_field_with_its_docstring_and_default(run: Callable[..., Ran], stage: str) -> None:
+    code, out, err = run("train", stage, "--help")
+    assert (code, err) == (0, "")
+    told = " ".join(out.split())
+    for field in fields(STAGES[stage]):
+        assert f"--{field.name.replace('_', '-')}" in told
+    assert "--batch-size N Samples of each process and micro-batch (default: 1)" in told  # inherited twice
+    assert "--max-grad-norm X Gradients are clipped to it; None clips none (default: 1.0)" in told
+    assert "--init PATH A config.json of diffusers, or a folder with one: the" in told
+    assert "--use-8bit-adam, --no-use-8bit-adam AdamW of bitsandbytes, with its state in 8 bits (default: no)" in told
+    assert "needed, here or in that file: --data PATH" in told
+    own = "Together with the U-Net (default: no)" if stage == "unet" else "(as in Stability's ft-mse) (default: l2)"
+    assert own in told
+
+
+def test_every_option_is_explained() -> None:
+    """A field without a docstring would be an option without help."""
+    train = _parser()._subparsers._group_actions[0].choices["train"]  # type: ignore[union-attr,index]
+    for stage in STAGES:
+        options = {option.dest: option for option in train._subparsers._group_actions[0].choices[stage]._actions}
+        for field in fields(STAGES[stage]):
+            assert len(options[field.name].help) > 15, field.name
+
+
+def test_help_is_quick_and_loads_no_heavy_library() -> None:
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        command = [sys.executable, "-X", "importtime", "-m", "sdkit", "train", "unet", "--help"]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        times.append(time.perf_counter() - start)
+    loaded = {line.rpartition("|")[2].strip().partition(".")[0] for line in done.stderr.splitlines()}
+    assert {"sdkit", "argparse"} <= loaded
+    assert not loaded & {"torch", "numpy", "PIL", "diffusers", "transformers", "accelerate", "datasets", "tqdm"}
+    assert min(times) < 0.5
+
+
+# Options
+
+
+def settings(stage: str, *arguments: str) -> VAEConfig | UNetConfig:
+    found = _settings(STAGES[stage], _parser().parse_args(["train", stage, *arguments]))
+    assert isinstance(found, (VAEConfig, UNetConfig))
+    return found
+
+
+COMMON: dict[str, tuple[str, Any]] = {
+    "model": ("a/b", "a/b"),
+    "data": ("photos", "photos"),
+    "out_dir": ("runs/a", "runs/a"),
+    "max_steps": ("7", 7),
+    "batch_size": ("3", 3),
+    "gradient_accumulation_steps": ("2", 2),
+    "mixed_precision": ("bf16", "bf16"),
+    "seed": ("5", 5),
+    "lr_scheduler": ("cosine", "cosine"),
+    "lr_warmup_steps": ("4", 4),
+    "max_grad_norm": ("none", None),
+    "use_8bit_adam": ("", True),
+    "ema_decay": ("0", 0.0),
+    "save_every": ("11", 11),
+    "keep_checkpoints": ("4", 4),
+    "validate_every": ("13", 13),
+    "report_to": ("tensorboard wandb", ("tensorboard", "wandb")),
+    "learning_rate": ("3e-4", 3e-4),
+    "size": ("64 96", (64, 96)),
+    "augment": ("crop flip", ("crop", "flip")),
+    "gradient_checkpointing": ("", True),
+}
+OWN: dict[str, dict[str, tuple[str, Any]]] = {
+    "vae": {
+        "init": ("config.json", "config.json"),
+        "train_encoder": ("", True),
+        "reconstruction": ("l1", "l1"),
+        "lpips_weight": ("0.5", 0.5),
+        "lpips": ("weights", "weights"),
+        "kl_weight": ("1e-3", 1e-3),
+        "disc_weight": ("0.5", 0.5),
+        "disc_start": ("9", 9),
+        "validation_data": ("others", "others"),
+    },
+    "unet": {
+        "lora_rank": ("8", 8),
+        "train_text_encoder": ("", True),
+        "prediction_type": ("v_prediction", "v_prediction"),
+        "zero_snr": ("", True),
+        "snr_gamma": ("5", 5.0),
+        "noise_offset": ("0.1", 0.1),
+        "caption_dropout": ("0", 0.0),
+        "validation_prompts": ("apple ghost", ("apple", "ghost")),
+    },
+}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_field_can_be_set(stage: str) -> None:
+    values = COMMON | OWN[stage]
+    assert values.keys() | ({"init"} if stage == "unet" else set()) == {field.name for field in fields(STAGES[stage])}
+    words = [w for name, (text, _) in values.items() for w in (f"--{name.replace('_', '-')}", *text.split())]
+    assert settings(stage, *words) == STAGES[stage](**{name: value for name, (_, value) in values.items()})
+    for name, (_, value) in values.items():
+        assert type(getattr(settings(stage, *words), name)) is type(value), name
+
+
+def test_what_is_not_given_is_the_default() -> None:
+    needed = {"data": "photos", "out_dir": "run"}
+    given = ("--data", "photos", "--out-dir", "run")
+    assert settings("unet", *given) == UNetConfig(**needed)
+    assert settings("unet", *given, "--size", "64", "--no-zero-snr") == UNetConfig(size=64, zero_snr=False, **needed)
+    assert settings("unet", "-m", "a", *given, "--size", "none") == UNetConfig(model="a", **needed)
+
+
+def test_settings_come_from_a_file_but_for_what_is_given(work: Path) -> None:
+    made = json.loads(Path("run/config.json").read_text(encoding="utf-8"))
+    again = settings("unet", "--config", "run/config.json")
+    assert again == UNetConfig(
+        model="model", data="photos", out_dir="run", max_steps=4, save_every=2, lora_rank=2, batch_size=2, size=32,
+        learning_rate=0.1, ema_decay=0.0, train_text_encoder=True,
+    )  # fmt: skip
+    plain = made["settings"] | {"zero_snr": None, "validation_prompts": ["a", "b"], "learning_rate": 1, "size": [40]}
+    Path("plain.json").write_text(json.dumps(plain), encoding="utf-8")
+    found = settings("unet", "--config", "plain.json", "--no-train-text-encoder", "--lora-rank", "none", "-o", "r")
+    assert found == UNetConfig(
+        model="model", data="photos", out_dir="r", max_steps=4, save_every=2, batch_size=2, size=40, learning_rate=1.0,
+        ema_decay=0.0, validation_prompts=("a", "b"),
+    )  # fmt: skip
+
+
+# What users get wrong
+
+
+def file(text: str, *more: str) -> tuple[str, ...]:
+    """The arguments of a command whose --config is `text`."""
+    return ("train", "unet", "--config", f"={text}", *more)
+
+
+GIVEN = ("--data", "photos", "--out-dir", "r", "--model", "nowhere")  # no model: it is not reached
+BAD: dict[str, tuple[tuple[str, ...], str]] = {
+    "train: no stage": (("train",), "required: COMMAND"),
+    "train: unknown stage": (("train", "text"), "invalid choice: 'text'"),
+    "train: nothing given": (("train", "unet"), "--data and --out-dir must be given"),
+    "train: no folder": (("train", "vae", "--data", "photos"), "--out-dir must be given"),
+    "train: option of the other stage": (("train", "vae", *GIVEN, "--lora-rank", "4"), "--lora-rank"),
+    "train: abbreviated": (("train", "unet", *GIVEN, "--lora", "4"), "--lora"),
+    "train: a word for a number": (("train", "unet", *GIVEN, "--max-steps", "many"), "invalid int value: 'many'"),
+    "train: a word for a number or none": (("train", "unet", *GIVEN, "--lora-rank", "x"), "invalid int value: 'x'"),
+    "train: none where there is none": (("train", "unet", *GIVEN, "--seed", "none"), "invalid int value: 'none'"),
+    "train: steps 0": (("train", "unet", *GIVEN, "--max-steps", "0"), "max_steps must be a whole number of at least 1"),
+    "train: rate nan": (("train", "unet", *GIVEN, "--learning-rate", "nan"), "learning_rate must be a number"),
+    "train: three sizes": (("train", "unet", *GIVEN, "--size", "8", "8", "8"), "size must be one number"),
+    "train: augment": (("train", "unet", *GIVEN, "--augment", "crop", "spin"), "augment 'spin' is not one of"),
+    "train: data missing": (("train", "unet", *GIVEN, "--data", "./no"), "neither a path that exists"),
+    "train: data missing, vae": (("train", "vae", *GIVEN, "--data", "no"), "neither a path that exists"),
+    "train: out is a file": (("train", "unet", *GIVEN, "--out-dir", "file"), "cannot write into file"),
+    "train: out below a file": (("train", "vae", *GIVEN, "--out-dir", "file/x"), "cannot write into file"),
+    "train: no model": (("train", "unet", *GIVEN), "nowhere"),
+    "config: missing": (("train", "unet", *GIVEN, "--config", "no.json"), "cannot read no.json: no such file"),
+    "config: a folder": (("train", "unet", *GIVEN, "--config", "empty"), "cannot read empty: is a directory"),
+    "config: not JSON": (file("{", *GIVEN), "config.json is not JSON"),
+    "config: deep": (file("[" * 99999, *GIVEN), "config.json is not JSON"),
+    "config: a list": (file("[1]", *GIVEN), "holds no settings"),
+    "config: settings no object": (file('{"settings": 3}', *GIVEN), "holds no settings"),
+    "config: unknown field": (file('{"steps": 3}', *GIVEN), "sets 'steps', which is no setting of this stage"),
+    "config: of the other stage": (
+        file('{"stage": "VAEConfig", "settings": {}}', *GIVEN), "settings of another stage, a VAEConfig; give a UNetC"
+    ),
+    "config: a string for a number": (file('{"max_steps": "9"}', *GIVEN), 'config.json: max_steps cannot be "9"'),
+    "config: true for a number": (file('{"max_steps": true}', *GIVEN), "config.json: max_steps cannot be true"),
+    "config: a string for a switch": (
+        file('{"train_text_encoder": "no"}', *GIVEN), 'train_text_encoder cannot be "no"'
+    ),
+    "config: a number for a path": (file('{"init": 5}', *GIVEN), "init cannot be 5"),
+    "config: null where there is none": (file('{"seed": null}', *GIVEN), "seed cannot be null"),
+    "config: one for several": (file('{"augment": "crop"}', *GIVEN), 'augment cannot be "crop"'),
+    "config: several for one": (file('{"model": ["a", "b"]}', *GIVEN), 'model cannot be ["a", "b"]'),
+    "config: of several one wrong": (file('{"augment": ["crop", 1]}', *GIVEN), 'augment cannot be ["crop", 1]'),
+    "config: NaN": (file('{"learning_rate": NaN}', *GIVEN), "learning_rate must be a number"),
+    "config: no folder": (file('{"data": "photos"}'), "--out-dir must be given"),
+    "data: no command": (("data",), "required: COMMAND"),
+    "data: missing": (("data", "check", "./no"), "neither a path that exists"),
+    "data: empty": (("data", "check", "empty"), "there is no image, .parquet or .tar file in empty"),
+    "data: size 0": (("data", "check", "photos", "--size", "0"), "size must be a whole number"),
+    "data: three sizes": (("data", "check", "photos", "--size", "8", "8", "8"), "size must be one number"),
+    "data: no model": (("data", "check", "photos", "--model", "nowhere"), "nowhere"),
+    "data: a column of a folder": (("data", "check", "photos", "--image-column", "x"), "has no meaning for a folder"),
+    "cache: nothing given": (("cache",), "required"),
+    "cache: no folder": (("cache", "photos"), "required: --out"),
+    "cache: data missing": (("cache", "./no", "-o", "c", "-m", "model"), "neither a path that exists"),
+    "cache: no model": (("cache", "photos", "-o", "c", "-m", "nowhere"), "nowhere"),
+    "cache: out is a file": (("cache", "photos", "-o", "file", "-m", "nowhere"), "cannot write into file"),
+    "cache: out holds something else": (("cache", "photos", "-o", "photos", "-m", "model"), "holds no latent cache"),
+    "cache: crop": (("cache", "photos", "-o", "c", "-m", "model", "--crop", "left"), "crop 'left' is not one of"),
+    "cache: augmentations alike": (
+        ("cache", "photos", "-o", "c", "-m", "model", "--augmentations", "2"), "would all be alike"
+    ),
+    "cache: dtype": (("cache", "photos", "-o", "c", "-m", "model", "--dtype", "int8"), "dtype 'int8'"),
+    "cache: device": (("cache", "photos", "-o", "c", "-m", "model", "--device", "toaster"), "device 'toaster'"),
+    "cache: size": (("cache", "photos", "-o", "c", "-m", "model", "--size", "36"), "does not divide by 8"),
+    "plot: nothing given": (("plot",), "required: RUN"),
+    "plot: no run": (("plot", "empty"), "holds no metrics"),
+    "plot: no PNG": (("plot", "run", "--out", "x.jpg"), "give a name that ends in .png"),
+    "plot: out is a folder": (("plot", "run", "--out", "empty"), "give a name that ends in .png"),
+    "plot: out below a file": (("plot", "run", "--out", "file/x.png"), "cannot write file/x.png"),
+    "convert: nothing given": (("convert", "run/result"), "required: OUT"),
+    "convert: no LoRA": (("convert", "nowhere", "x.safetensors"), "the LoRA 'nowhere' does not exist"),
+    "convert: a VAE": (
+        ("convert", "model/vae/diffusion_pytorch_model.safetensors", "x.safetensors"), "which is no part of a LoRA"
+    ),
+    "convert: a name": (("convert", "nowhere", "x.ckpt"), "give a name that ends in .safetensors"),
+    "generate: LoRA missing": (("generate", "a", "-m", "nowhere", "--lora", "no.safetensors"), "does not exist"),
+    "generate: LoRA scale nan": (("generate", "a", "--lora", "run/result", "--lora-scale", "nan"), "lora_scale must"),
+    "generate: scale without LoRA": (("generate", "a", "--lora-scale", "2"), "lora_scale belongs to a LoRA"),
+    "generate: LoRA of another model": (("generate", "a", "--lora", "run/result"), "was made for another model"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("arguments", "fragment"), BAD.values(), ids=BAD.keys())
+def test_bad_input_is_told_in_one_sentence(
+    run: Callable[..., Ran], work: Path, arguments: tuple[str, ...], fragment: str
+) -> None:
+    """Also that what can be told without a model is told without one: "nowhere" is none, and would be told of."""
+    for argument in arguments:
+        if argument.startswith("="):
+            Path("config.json").write_text(argument[1:], encoding="utf-8")
+    before = sorted(work.rglob("*"))
+    code, out, err = run(*("config.json" if argument.startswith("=") else argument for argument in arguments))
+    assert (code, out) == (2, ""), err
+    assert re.fullmatch(r"sdkit: [^\n]+[.?]\n", err), err
+    assert fragment in err
+    assert sorted(work.rglob("*")) == before
+
+
+# What they do
+
+
+def test_training_prints_the_result_and_the_same_command_finds_it_done(run: Callable[..., Ran], work: Path) -> None:
+    command = ("train", "vae", "--data", "photos", "--out-dir", "r", "--max-steps", 2, "--lpips-weight", 0, *SMALL)
+    assert run(*command) == Ran(0, f"r{os.sep}result\n", "")
+    made = Path("r/result/diffusion_pytorch_model.safetensors").stat().st_mtime_ns
+    assert run(*command) == Ran(0, f"r{os.sep}result\n", "r is finished: step 2, see r/result.\n")
+    assert Path("r/result/diffusion_pytorch_model.safetensors").stat().st_mtime_ns == made
+    sdkit.VAE.from_pretrained("r/result")
+    code, out, err = run("train", "vae", "--config", "r/config.json", "--max-steps", 3)  # goes on in the same folder
+    assert (code, out) == (0, f"r{os.sep}result\n")
+    assert err == "going on from r/checkpoints/step-00000002\n"
+    assert [line["step"] for line in read_metrics(Path("r/metrics.jsonl")) if "loss" in line] == [1, 2, 3]
+
+
+def test_the_command_trains_as_the_function_does(work: Path) -> None:
+    """With the options in the place of the fields: the run of `folder` again, to the bit."""
+    Path("again").mkdir()
+    config = settings("unet", "--config", "run/config.json", "--out-dir", "again/run")
+    assert isinstance(config, UNetConfig)
+    train_unet(config)
+    theirs, ours = (load_file(path / "result" / "pytorch_lora_weights.safetensors") for path in map(Path, (
+        "run", "again/run")))  # fmt: skip
+    assert theirs.keys() == ours.keys()
+    assert all(torch.equal(ours[name], value) for name, value in theirs.items())
+
+
+def test_cache_tells_what_it_made_and_what_it_skipped(run: Callable[..., Ran], work: Path) -> None:
+    tiny.photos(Path("images"), 9)
+    for i in range(7):
+        Path(f"images/{i:03}.png").write_bytes(b"torn")
+    command = ("cache", "images", "--model", "model", "--out", "c", "--size", 40, 32, "--crop", "random", "--flip")
+    code, out, err = run(*command, "--augmentations", 3, "--embeddings", "--seed", 4, "--dtype", "fp32")
+    assert (code, out) == (1, "c\n2 images, 3 times each; 7 skipped\n")
+    *named, more = err.splitlines()
+    assert [line.split(" is skipped: ")[0] for line in named] == [f"sdkit: 00{i}.png" for i in range(5)]
+    assert "is not an image" in named[0]
+    assert more == f"sdkit: 2 more are skipped; c{os.sep}manifest.json names them."
+    made = LatentCache("c").manifest.settings
+    assert (made.size, made.crop, made.flip, made.augmentations) == ((40, 32), "random", True, 3)
+    assert (made.embeddings, made.seed, made.dtype) == (True, 4, "float32")
+    assert run("cache", "photos", "--model", "model", "-o", "whole") == Ran(0, "whole\n6 images; 0 skipped\n", "")
+    assert LatentCache("whole").manifest.settings.size == (32, 32)
+    trained = run("train", "unet", "--data", "whole", "--out-dir", "r", "--max-steps", 1, "--model", "model")
+    assert (trained.code, trained.out) == (0, f"r{os.sep}result\n")
+    assert (work / "r" / "result" / "model_index.json").is_file()
+
+
+def test_data_check_prints_its_report(run: Callable[..., Ran], work: Path) -> None:
+    tiny.photos(Path("images"), 3)
+    Path("images/a\x1b[31m.png").write_bytes(b"torn")
+    expected = check("images", size=64, model="model")
+    code, out, err = run("data", "check", "images", "--size", 64, "--model", "model")
+    assert (code, err) == (0, "")
+    assert out == str(expected).replace("\x1b", "?") + "\n"
+    assert "3 smaller than the crop" in out
+    found = json.loads(run("data", "check", "images", "--size", 64, 64, "--model", "model", "--json").out)
+    assert found == json.loads(json.dumps(expected.asdict()))
+    assert "crop of 512 x 512" in run("data", "check", "images").out
+
+
+def test_curves_are_drawn(run: Callable[..., Ran], work: Path) -> None:
+    assert run("plot", "run", "--out", "curves.png") == Ran(0, "curves.png\n", "")
+    with Image.open("curves.png") as image:
+        assert image.width > 500
+    assert run("plot", "run").out == f"run{os.sep}metrics.png\n"
+    assert Path("run/metrics.png").read_bytes() == Path("curves.png").read_bytes()
+
+
+QUICK = ("--model", "model", "--steps", "3", "--dtype", "fp32", "--device", "cpu")
+
+
+def pixels(path: str | Path) -> np.ndarray[Any, Any]:
+    with Image.open(path) as image:
+        return np.asarray(image).astype(int)
+
+
+def test_images_remember_their_lora(run: Callable[..., Ran], work: Path) -> None:
+    assert run("generate", "a red disc", *QUICK, "-o", "plain.png").code == 0
+    assert run("generate", "a red disc", *QUICK, "--lora", "run/result", "--lora-scale", 3, "-o", "lora.png").code == 0
+    sd = sdkit.StableDiffusion.from_pretrained("model", dtype="fp32", device="cpu")
+    sd.load_lora("run/result", 3)
+    (expected,) = sd("a red disc", num_inference_steps=3, output_type="np")
+    np.testing.assert_array_equal(pixels("lora.png"), expected)
+    assert np.abs(pixels("plain.png") - expected).max() > 2  # of 255
+    with Image.open("lora.png") as image:
+        text = image.text  # type: ignore[attr-defined]
+    assert {"lora": str(work / "run" / "result"), "lora_scale": "3.0"}.items() <= text.items()
+    assert run("generate", "--from", "lora.png", "-o", "again.png").code == 0
+    assert Path("again.png").read_bytes() == Path("lora.png").read_bytes()
+    assert run("generate", "--from", "lora.png", "--lora-scale", 0, "-o", "off.png").code == 0
+    np.testing.assert_array_equal(pixels("off.png"), pixels("plain.png"))
+
+
+def test_a_converted_lora_does_the_same(run: Callable[..., Ran], work: Path) -> None:
+    """With an alpha that is not the rank too, which diffusers' layout has in its metadata."""
+    tensors = load_file("run/result/pytorch_lora_weights.safetensors")
+    config = json.dumps({"unet.r": 2, "unet.lora_alpha": 5, "text_encoder.r": 2, "text_encoder.lora_alpha": 3})
+    save_file(tensors, "scaled.safetensors", {"format": "pt", "lora_adapter_metadata": config})
+    weights = {}
+    for name in ("run/result", "scaled.safetensors"):
+        assert run("convert", name, "k/kohya.safetensors") == Ran(0, f"k{os.sep}kohya.safetensors\n", "")
+        written = load_file("k/kohya.safetensors")
+        assert all(re.match(r"lora_(unet_|te_text_model_encoder_)\w+\.(lora_down\.weight|lora_up\.weight|alpha)$", key)
+                   for key in written)  # fmt: skip
+        assert len(written) == 3 / 2 * len(tensors)
+        for source in (name, "k/kohya.safetensors"):
+            sd = sdkit.StableDiffusion.from_pretrained("model", dtype="fp32", device="cpu")
+            sd.load_lora(source)
+            weights[name, source] = torch.cat([p.flatten() for n in (sd.unet, sd.text) for p in n.parameters()])
+        assert torch.equal(weights[name, name], weights[name, "k/kohya.safetensors"])
+    assert not torch.equal(weights["run/result", "run/result"], weights["scaled.safetensors", "scaled.safetensors"])
+
+
+# Stopped, and taken up again
+
+
+def command(arguments: list[str], folder: Path, said: Path, hook: str, environment: dict[str, str]) -> None:
+    """A process of its own, with its output in files; `hook` as in `toy.hooks`."""
+    os.chdir(folder)
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    toy.hooks(hook)
+    for number, suffix in ((1, ".out"), (2, ".err")):
+        os.dup2(os.open(said.with_suffix(suffix), os.O_CREAT | os.O_WRONLY | os.O_TRUNC), number)
+    sys.exit(main(arguments))
+
+
+def started(*arguments: str, hook: str = "", said: str = "said", **environment: str) -> Any:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([toy.__name__, "sdkit.training.unet", "datasets", "peft"])
+    process = context.Process(target=command, args=(arguments, Path.cwd(), Path(said).resolve(), hook, environment))
+    process.start()
+    return process
+
+
+def ended(process: Any, said: str = "said") -> Ran:
+    process.join(120)
+    return Ran(process.exitcode, Path(f"{said}.out").read_text(), Path(f"{said}.err").read_text())
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals to send")
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGINT", 130)])
+def test_a_signal_leaves_a_checkpoint_and_the_same_command_goes_on(work: Path, name: str, code: int) -> None:
+    run = (*LORA, "--out-dir", "r", "--max-steps", "5", "--save-every", "2", "--validate-every", "9")
+    told = "sdkit: stopped after step 3, with a checkpoint; the same command goes on from there.\n"
+    noticed = "\nsdkit: stopping after this step; Ctrl-C again leaves at once.\n" if name == "SIGINT" else ""
+    # While the checkpoint of step 2 gets its name; the step that follows notices.
+    assert ended(started(*run, hook=f"{name} os.rename:step-00000002 1")) == Ran(code, "", noticed + told)
+    assert [path.name for path in checkpoints(Path("r/checkpoints"))] == ["step-00000003", "step-00000002"]
+    assert not Path("r/result").exists()
+    going_on = "going on from r/checkpoints/step-00000003\n"
+    assert ended(started(*run)) == Ran(0, f"r{os.sep}result\n", going_on)
+    assert [line["step"] for line in read_metrics(Path("r/metrics.jsonl")) if "loss" in line] == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals to send")
+def test_a_second_ctrl_c_leaves_at_once(work: Path) -> None:
+    run = (*LORA, "--out-dir", "r", "--max-steps", "9", "--save-every", "2", "--validate-every", "9")
+    hook = "SIGINT os.rename:step-00000002 1;SIGINT os.rename:step-00000003 1"
+    code, out, err = ended(started(*run, hook=hook))
+    assert (code, out) == (130, "")
+    assert [line[:15] for line in err.splitlines()] == ["", "sdkit: stopping", "sdkit: stopped;"]
+
+
+# Many processes
+
+
+def test_of_many_processes_the_main_one_tells_of_an_error(
+    run: Callable[..., Ran], work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wrong = ("train", "unet", *GIVEN, "--max-steps", "0")
+    other = started(*wrong, said="other", RANK="1", WORLD_SIZE="2")
+    assert ended(started(*wrong, RANK="0", WORLD_SIZE="2")).err.startswith("sdkit: max_steps must be")
+    other.join(1)
+    other.terminate()  # as the launcher does, once the main one has ended
+    assert ended(other, "other") == Ran(-signal.SIGTERM, "", "")
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(console, "PATIENCE", 0.01)  # with an error of its own it is not ended
+    assert run(*wrong).err.startswith("sdkit: max_steps must be")
+    monkeypatch.setenv("WORLD_SIZE", "1")  # as some leave it behind
+    monkeypatch.setattr(console, "PATIENCE", 1e6)
+    assert run(*wrong).err.startswith("sdkit: max_steps must be")
+
+
+@pytest.fixture
+def launch(work: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """`accelerate launch -m sdkit` with two processes on the CPU."""
+    # With --cpu, Accelerate starts one process, however many it is asked for, unless it is told of MPI.
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    launcher += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    running: list[subprocess.Popen[str]] = []
+
+    def start(*arguments: str) -> subprocess.Popen[str]:
+        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        running.append(subprocess.Popen([*launcher, "-m", "sdkit", *arguments], env=environment, **pipes))
+        return running[-1]
+
+    yield start
+    for process in running:
+        process.terminate()  # which it passes on
+        process.communicate()
+
+
+def sentences(err: str) -> list[str]:
+    """What sdkit itself said, without the launcher's log."""
+    return [line for line in err.splitlines() if line.startswith("sdkit: ")]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals to send")
+def test_a_launched_run_stops_and_goes_on_and_speaks_with_one_voice(
+    launch: Callable[..., subprocess.Popen[str]],
+) -> None:
+    steps = ("--save-every", "100000", "--validate-every", "100000", "--batch-size", "1", "--out-dir", "r")
+    first = launch(*LORA, *steps, "--max-steps", "100000")
+    metrics = Path("r/metrics.jsonl")
+    while not metrics.exists() or len(metrics.read_text().splitlines()) < 4:
+        assert first.poll() is None, first.communicate()
+        time.sleep(0.05)
+    first.send_signal(signal.SIGINT)
+    out, err = first.communicate(timeout=60)
+    done = read_metrics(metrics)[-1]["step"]
+    assert out == ""
+    assert sentences(err) == [
+        "sdkit: stopping after this step; Ctrl-C again leaves at once.",
+        f"sdkit: stopped after step {done}, with a checkpoint; the same command goes on from there.",
+    ]
+    second = launch(*LORA, *steps, "--max-steps", str(done + 1))
+    out, err = second.communicate(timeout=60)
+    assert (second.returncode, out) == (0, f"r{os.sep}result\n"), err
+    assert err.count("going on from") == 1
+    assert json.loads(Path("r/config.json").read_text())["samples_per_step"] == 2
+
+
+def test_a_launched_commands_error_is_told_once(launch: Callable[..., subprocess.Popen[str]]) -> None:
+    process = launch(*LORA, "--out-dir", "file")
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (1, "")  # the launcher's own
+    assert sentences(err) == ["sdkit: cannot write into file: not a directory; give another folder."]

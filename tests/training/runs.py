@@ -1,0 +1,176 @@
+"""Runs of the real stages in processes of their own, which can be ended anywhere; see `Runs`.
+
+As a script alone, it forks a process for each line of JSON that it reads; `accelerate launch runs.py SCENARIOS.json`
+trains one run after another in many processes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+# Whatever a run imports, before the forks.
+import datasets  # noqa: F401
+import peft  # noqa: F401
+import torch
+from accelerate import PartialState
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel  # noqa: F401
+from safetensors.torch import save, save_file
+from transformers import CLIPTextModel, CLIPTokenizer  # noqa: F401
+
+from sdkit.errors import SdkitError
+from sdkit.training import UNetConfig, VAEConfig, checkpoint, train_unet, train_vae
+from sdkit.training.ema import EMA
+from sdkit.training.loop import fit
+from sdkit.training.unet import UNetStage
+from sdkit.training.vae import VAEStage
+from tests.training import toy
+
+CALLS = ("batch", "loss", "discriminator_loss", "validate", "export")
+
+
+class Runs:
+    """Trains in forks of one process that has loaded the libraries."""
+
+    def __init__(self) -> None:
+        self._server = subprocess.Popen(
+            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment()
+        )
+
+    def __call__(self, stage: str, settings: dict[str, Any], hook: str = "") -> int:
+        """The exit code of a run of `stage` ("vae" or "unet"), whose number is then `process`; -N where signal N ended
+        it, or stopped it. `hook` as in `toy.hooks`, see `calling`."""
+        assert self._server.stdin
+        assert self._server.stdout
+        print(json.dumps({"stage": stage, "settings": settings, "hook": hook}, default=str), file=self._server.stdin)
+        self._server.stdin.flush()
+        code, self.process = map(int, self._server.stdout.readline().split())
+        return code
+
+    def said(self, settings: dict[str, Any]) -> str:
+        """The sentence that the last run ended with."""
+        return _sentence(settings).read_text()
+
+    def close(self) -> None:
+        assert self._server.stdin
+        assert self._server.stdout
+        self._server.stdin.close()
+        self._server.wait()
+        self._server.stdout.close()
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+
+
+def _sentence(settings: dict[str, Any]) -> Path:
+    return Path(f"{settings['out_dir']}.sentence")
+
+
+def config_of(stage: str, settings: dict[str, Any]) -> VAEConfig | UNetConfig:
+    settings = {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
+    return (VAEConfig if stage == "vae" else UNetConfig)(**settings)
+
+
+def calling(at: Callable[[str, int], None]) -> None:
+    """Have this process call `at(name, k)` in the k-th call of each method of a stage, of an average's `update`, and in
+    the middle of writing a checkpoint's k-th file ("half")."""
+    counts, lock = Counter[str](), threading.Lock()
+
+    def called(name: str) -> None:
+        with lock:  # batches come from several threads
+            counts[name] += 1
+            count = counts[name]
+        at(name, count)
+
+    def told(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*arguments: Any) -> Any:
+            called(name)
+            return method(*arguments)
+
+        return run
+
+    def in_two(tensors: dict[str, torch.Tensor], path: Path) -> None:
+        data = save(tensors)
+        path.write_bytes(data[: len(data) // 2])
+        called("half")
+        path.write_bytes(data)
+
+    for stage in (VAEStage, UNetStage):
+        for name in CALLS:
+            if hasattr(stage, name):
+                setattr(stage, name, told(name, getattr(stage, name)))
+    EMA.update = told("update", EMA.update)  # type: ignore[method-assign]
+    checkpoint.save_file = in_two  # type: ignore[assignment]
+
+
+def train(stage: str, settings: dict[str, Any], hook: str) -> int:
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    if hook:
+        calling(toy.hooks(hook))
+    config = config_of(stage, settings)
+    try:
+        train_vae(config) if isinstance(config, VAEConfig) else train_unet(config)
+    except SdkitError as error:
+        _sentence(settings).write_text(str(error))
+        return int(getattr(error, "exit_code", 2))
+    return 0
+
+
+def serve() -> None:
+    for line in sys.stdin:
+        child = os.fork()
+        if not child:
+            code = 1
+            with contextlib.suppress(BaseException):
+                with open(os.devnull, "w") as nothing, contextlib.redirect_stdout(nothing):
+                    code = train(**json.loads(line))
+            os._exit(code)
+        _, status = os.waitpid(child, os.WUNTRACED)
+        code = -os.WSTOPSIG(status) if os.WIFSTOPPED(status) else os.waitstatus_to_exitcode(status)
+        print(code, child, flush=True)
+
+
+def launched(scenario: dict[str, Any]) -> None:
+    """One run of many processes, and what each of them knows at its end."""
+    rank = PartialState(cpu=True).process_index
+    config = config_of(scenario["stage"], scenario["settings"])
+    stage = VAEStage(config) if isinstance(config, VAEConfig) else UNetStage(config)
+    samples: list[tuple[int, int]] = []
+    batch = stage.batch
+    stage.batch = lambda mine: samples.extend(mine) or batch(mine)  # type: ignore[func-returns-value,method-assign]
+    RENAMED.clear()
+    fit(stage, config, Path(config.out_dir))
+    out = Path(config.out_dir)
+    inside = sorted({path.relative_to(out).parts[0] for path in RENAMED if path.is_relative_to(out)})
+    (out / f"rank-{rank}.json").write_text(json.dumps({"samples": sorted(samples), "wrote": inside}))
+    weights = {
+        f"{player.name}/{name}": p for player in stage.players for name, p in player.network.state_dict().items()
+    }
+    save_file({name: p.contiguous() for name, p in weights.items()}, out / f"rank-{rank}.safetensors")
+
+
+RENAMED: list[Path] = []  # what this process has given its name, which is how all of a run's files come to be
+
+
+def launch(scenarios: list[dict[str, Any]]) -> None:
+    warnings.simplefilter("ignore")
+    sys.addaudithook(lambda event, args: RENAMED.append(Path(args[1])) if event == "os.rename" else None)
+    for scenario in scenarios:
+        launched(scenario)
+    PartialState().destroy_process_group()
+
+
+if __name__ == "__main__":
+    launch(json.loads(Path(sys.argv[1]).read_text())) if len(sys.argv) > 1 else serve()

@@ -1,0 +1,345 @@
+"""Whole runs of the real stages: killed anywhere and taken up again, and in two processes as in one."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from sdkit.data import cache
+from sdkit.lpips import LPIPS
+from sdkit.training.checkpoint import checkpoints, newest, read_metrics
+
+from . import runs as helper
+from . import tiny
+
+# 23 images, of which one is broken and one held out: epochs of 22, of which a step takes 4.
+RUN: dict[str, Any] = {
+    "max_steps": 8,
+    "batch_size": 2,
+    "gradient_accumulation_steps": 2,
+    "save_every": 2,
+    "keep_checkpoints": 1,
+    "validate_every": 4,
+    "lr_scheduler": "cosine",
+    "lr_warmup_steps": 2,
+    "learning_rate": 1e-3,
+    "size": tiny.SIZE,
+    "augment": ("crop", "flip"),
+    "seed": 7,
+}
+BROKEN = "005.png"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with dropout, images, a cache of them, and weights for LPIPS (random ones, which serve as well here)."""
+    folder = tmp_path_factory.mktemp("made")
+    tiny.model(folder / "model")
+    tiny.photos(folder / "photos", 23, size=40)
+    (folder / "photos" / "007.txt").write_text(" ".join(["a red disc beside a blue one"] * 8))  # two chunks of tokens
+    (folder / "photos" / BROKEN).write_bytes((folder / "photos" / BROKEN).read_bytes()[:60])
+    cache(
+        folder / "model", folder / "photos", folder / "cache", size=tiny.SIZE, crop="random", flip=True, augmentations=2,
+        dtype="fp32", device="cpu",
+    )  # fmt: skip
+    shutil.copytree(folder / "model", folder / "dropout")
+    for part, entry in (("unet", "dropout"), ("text_encoder", "attention_dropout")):
+        path = folder / "dropout" / part / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {entry: 0.2}))
+    torch.manual_seed(0)
+    state = LPIPS().state_dict().items()
+    names = {k: f"lin{k[6:]}.weight" if k.startswith("heads.") else k.replace("vgg", "features") for k, _ in state}
+    save_file({names[key]: value for key, value in state}, folder / "lpips.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(made: Path) -> Iterator[helper.Runs]:
+    one = helper.Runs()
+    yield one
+    one.close()
+
+
+def settings(made: Path, kind: str, out: Path, **changes: Any) -> tuple[str, dict[str, Any]]:
+    """Stage and settings of a kind of run: "vae", "unet" or "lora", the latter with " from a cache" or without."""
+    own: dict[str, Any] = {
+        "vae": {"disc_weight": 0.5, "disc_start": 3, "train_encoder": True, "lpips_weight": 0.0},
+        "unet": {"caption_dropout": 0.3, "snr_gamma": 5.0, "noise_offset": 0.1, "validation_prompts": ("a red disc",)},
+        "lora": {"caption_dropout": 0.3, "lora_rank": 2, "train_text_encoder": True},
+    }[kind.split()[0]]
+    data = made / ("cache" if "cache" in kind else "photos")
+    common = RUN | {"model": made / "dropout", "data": data, "out_dir": out}
+    return "vae" if kind == "vae" else "unet", common | own | changes
+
+
+def metrics(out: Path) -> list[dict[str, Any]]:
+    """All but how long it took."""
+    return [
+        {k: v for k, v in line.items() if not k.endswith("seconds")} for line in read_metrics(out / "metrics.jsonl")
+    ]
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()}
+
+
+def everything(out: Path) -> dict[str, Any]:
+    """Last weights, averages, optimizer states and random numbers; result; pictures; what was skipped; metrics: to the
+    bit."""
+    found: dict[str, Any] = {name: files(out / name) for name in ("checkpoints", "result", "samples")}
+    skipped = out / "skipped.json"
+    return found | {"metrics": metrics(out), "skipped": skipped.exists() and json.loads(skipped.read_text())}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(made: Path, run: helper.Runs) -> Callable[[str], dict[str, Any]]:
+    @functools.cache
+    def train(kind: str) -> dict[str, Any]:
+        stage, config = settings(made, kind, made / "uninterrupted" / kind)
+        assert run(stage, config) == 0
+        return everything(config["out_dir"])
+
+    return train
+
+
+# Ended and taken up again
+
+# Where it is killed, and the step of the newest checkpoint that is then there; 0 is none.
+POINTS = {
+    "os.rename:config.json 1": 0,  # before anything is there
+    "batch 3": 0,  # while examples are loaded
+    "loss 6": 2,  # in the middle of a step's micro-batches
+    "discriminator_loss 3": 4,
+    "update 3": 2,  # between the optimizer's step and the average's
+    "validate 2": 4,
+    "os.rename:samples 2": 4,  # a picture is written, but for its name
+    "os.mkdir:checkpoints/.sdkit- 2": 2,  # a checkpoint is begun;
+    "half 8": 2,  # one of its files is half written;
+    "os.rename:checkpoints/step- 2": 2,  # it is whole, but for its name;
+    "os.rename:checkpoints/step- 3": 4,  # it is there, and the old one too;
+    "os.remove:.safetensors 2": 4,  # the old one is half removed
+    "export 1": 8,
+    "os.rename:result 1": 8,  # the result is whole, but for its name
+}
+CACHE = " from a cache"
+KILLS = [("vae", point) for point in POINTS]
+for i, point in enumerate(point for point in POINTS if "discriminator" not in point):
+    KILLS += [("unet" + CACHE * (i % 2), point), ("lora" + CACHE * (1 - i % 2), point)]
+KILLS.remove(("lora", "os.rename:samples 2"))  # which has no prompts to draw
+
+
+@pytest.mark.parametrize(("kind", "point"), KILLS)
+def test_a_killed_run_ends_as_one_never_stopped_to_the_bit(
+    kind: str, point: str, made: Path, run: helper.Runs, uninterrupted: Any, tmp_path: Path
+) -> None:
+    """Known defects: resume raises, or starts the epoch again; a checkpoint that is not whole is taken for one."""
+    stage, config = settings(made, kind, tmp_path / "run")
+    assert run(stage, config, f"SIGKILL {point}") == -signal.SIGKILL
+    last = newest(tmp_path / "run" / "checkpoints")
+    assert (int(last.name[5:]) if last else 0) == POINTS[point]
+    assert not (tmp_path / "run" / "result").exists()
+    assert run(stage, config) == 0
+    again, whole = everything(tmp_path / "run"), uninterrupted(kind)
+    for what in whole:
+        assert again[what] == whole[what], what
+    assert not [*tmp_path.rglob(".sdkit-*")]
+
+
+def test_what_the_runs_above_go_through(made: Path, uninterrupted: Any) -> None:
+    """So that they would see it go wrong: each network, and dropout, moves; what is broken is skipped."""
+    names = {"vae": {"vae", "discriminator"}, "unet": {"unet"}, "lora": {"unet"}}
+    for kind in ("vae", "unet", "unet from a cache", "lora", "lora from a cache"):
+        found = uninterrupted(kind)
+        kept = {path.split("/")[1].split(".")[0] for path in found["checkpoints"]}
+        assert kept - {"manifest", "state"} == {"rng", *names[kind.split()[0]]}
+        assert {path.split("/")[0] for path in found["checkpoints"]} == {"step-00000008"}
+        assert [line["step"] for line in found["metrics"] if "validation/seconds" in line or "loss" not in line] == [
+            0,
+            4,
+            8,
+        ]
+        assert [*found["skipped"]] == [BROKEN]
+    assert {len(found["samples"]) for kind in ("vae", "unet") for found in [uninterrupted(kind)]} == {3}
+
+
+@pytest.mark.parametrize("kind", ["vae", "unet", "lora from a cache"])
+def test_a_full_disk_leaves_the_last_good_checkpoint(
+    kind: str, made: Path, run: helper.Runs, uninterrupted: Any, tmp_path: Path
+) -> None:
+    stage, config = settings(made, kind, tmp_path / "run")
+    assert run(stage, config, "FSIZE loss 6") == 2
+    assert "checkpoints/step-00000004: " in run.said(config)
+    assert run.said(config).endswith("earlier checkpoints are untouched, so make room and run again.")
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000002"]
+    assert run(stage, config) == 0
+    again, whole = everything(tmp_path / "run"), uninterrupted(kind)
+    assert again == whole
+
+
+@pytest.mark.parametrize("kind", ["vae", "unet", "lora from a cache"])
+def test_a_disk_that_fills_up_at_the_result_leaves_none(
+    kind: str, made: Path, run: helper.Runs, uninterrupted: Any, tmp_path: Path
+) -> None:
+    stage, config = settings(made, kind, tmp_path / "run")
+    assert run(stage, config, "FSIZE export 1") == 2
+    assert "run/result" in run.said(config)
+    assert "make room" in run.said(config)
+    assert not (tmp_path / "run" / "result").exists()
+    assert not [*tmp_path.rglob(".sdkit-*")]
+    assert run(stage, config) == 0
+    assert everything(tmp_path / "run") == uninterrupted(kind)
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over(
+    made: Path, run: helper.Runs, uninterrupted: Any, tmp_path: Path
+) -> None:
+    stage, config = settings(made, "unet from a cache", tmp_path / "run", keep_checkpoints=2)
+    assert run(stage, config, "SIGKILL loss 14") == -signal.SIGKILL
+    damaged, before = checkpoints(tmp_path / "run" / "checkpoints")
+    os.truncate(damaged / "unet.optimizer.safetensors", 1000)
+    with pytest.warns(
+        UserWarning, match=rf"{damaged} is damaged \(the checksum of unet.optimizer.safetensors is wrong"
+    ):
+        assert newest(tmp_path / "run" / "checkpoints") == before
+    assert run(stage, config | {"keep_checkpoints": 1}) == 0
+    assert everything(tmp_path / "run") == uninterrupted("unet from a cache")
+
+
+def test_two_runs_in_one_folder_at_once_are_refused(made: Path, run: helper.Runs, tmp_path: Path) -> None:
+    stage, config = settings(made, "unet from a cache", tmp_path / "run")
+    assert run(stage, config, "SIGSTOP loss 6") == -signal.SIGSTOP
+    stopped, before = run.process, files(tmp_path / "run")
+    try:
+        assert run(stage, config) == 2
+        assert run.said(config) == (
+            f"another process trains in {tmp_path / 'run'}; wait for it, or name another out_dir."
+        )
+        assert files(tmp_path / "run") == before
+    finally:
+        os.kill(stopped, signal.SIGKILL)
+    assert run(stage, config) == 0  # a killed process holds no lock
+
+
+# Many processes
+
+
+@pytest.fixture(scope="module")
+def launched(made: Path) -> Path:
+    """One `accelerate launch` of two processes, which train several runs one after another."""
+    folder = made / "launched"
+    wanted = [together(made, kind, folder / kind) for kind in TOGETHER]
+    for out, steps in (("whole", STEPS), ("parts", 3), ("parts", STEPS)):
+        changes: dict[str, Any] = {"model": made / "dropout", "lr_scheduler": "constant", "max_steps": steps}
+        wanted.append(together(made, "lora from a cache", folder / out, keep_checkpoints=1, **changes))
+    folder.mkdir()
+    scenarios = [{"stage": stage, "settings": config} for stage, config in wanted]
+    (folder / "scenarios.json").write_text(json.dumps(scenarios, default=str))
+    # With --cpu, Accelerate starts one process, however many it is asked for, unless it is told of MPI.
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    command = [*launch, helper.__file__, str(folder / "scenarios.json")]
+    environment = helper.environment() | {"ACCELERATE_USE_CPU": "true"}
+    ran = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert ran.returncode == 0, ran.stderr
+    return folder
+
+
+STEPS, DISC_START = 6, 4
+TOGETHER: dict[str, dict[str, Any]] = {
+    "vae": {"disc_start": DISC_START, "lpips_weight": 0.1, "learning_rate": 1e-4},
+    "unet": {},
+    "lora from a cache": {},
+}
+
+
+def together(made: Path, kind: str, out: Path, **changes: Any) -> tuple[str, dict[str, Any]]:
+    """Without dropout, of which each process has its own."""
+    own = {"model": made / "model", "max_steps": STEPS, "validate_every": 3, "gradient_accumulation_steps": 1}
+    own |= {"lr_scheduler": "linear", "keep_checkpoints": STEPS} | TOGETHER[kind] | changes
+    return settings(made, kind, out, **own | ({"lpips": made / "lpips.safetensors"} if kind == "vae" else {}))
+
+
+def at(out: Path, step: int, name: str) -> dict[str, torch.Tensor]:
+    return load_file(out / "checkpoints" / f"step-{step:08d}" / f"{name}.safetensors")
+
+
+def difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    assert one.keys() == other.keys()
+    return max(float((one[name] - other[name]).abs().max()) for name in one)
+
+
+@pytest.mark.parametrize("split", [{"batch_size": 4}, {"batch_size": 2, "gradient_accumulation_steps": 2}], ids=str)
+@pytest.mark.parametrize("kind", TOGETHER)
+def test_two_processes_train_as_one(
+    kind: str, split: dict[str, int], made: Path, run: helper.Runs, launched: Path, tmp_path: Path
+) -> None:
+    """Losses, validation and weights to 1e-5. Known defects: data not sharded; the same noise on each process; the
+    learning-rate schedule stepped once per process; networks called past DDP; validation on one process.
+
+    With accumulation VQGAN's adaptive weight is each micro-batch's own, and so the VAE is compared up to where the
+    discriminator begins.
+    """
+    stage, config = together(made, kind, tmp_path / "run", **split)
+    assert run(stage, config) == 0
+    end = DISC_START if kind == "vae" and len(split) > 1 else STEPS
+    many, one = ([line for line in metrics(out) if line["step"] <= end] for out in (launched / kind, tmp_path / "run"))
+    assert [line.keys() for line in many] == [line.keys() for line in one]
+    for left, right in zip(many, one, strict=True):
+        assert left == pytest.approx(right, abs=1e-5, rel=1e-5)
+    names = ["vae", "vae.ema", "discriminator"] if kind == "vae" else ["unet", "unet.ema"]
+    for name in names:
+        left, right = at(launched / kind, end, name), at(tmp_path / "run", end, name)
+        # The hinge loss's two sides cancel in the last bias, while both are within their margins: of the rounding that
+        # is left AdamW makes steps.
+        apart = [abs(float(weights.pop("layers.11.bias", torch.zeros(1)))) for weights in (left, right)]
+        assert max(apart) < 2 * (STEPS - DISC_START) * 1e-4
+        assert difference(left, right) < 1e-5
+    skipped = [json.loads((out / "skipped.json").read_text()) for out in (launched / kind, tmp_path / "run")]
+    assert skipped[0] == skipped[1] != {}
+    for drawn in (launched / kind / "samples").glob(f"step-{end:08d}.png"):
+        levels = [np.asarray(Image.open(path), float) for path in (drawn, tmp_path / "run" / "samples" / drawn.name)]
+        assert np.abs(levels[0] - levels[1]).max() <= 1
+
+
+@pytest.mark.parametrize("kind", TOGETHER)
+def test_every_process_has_the_same_networks(kind: str, launched: Path) -> None:
+    """Known defect: encode and decode called on the unwrapped model, so that the ranks drift apart."""
+    zero, one = (load_file(launched / kind / f"rank-{rank}.safetensors") for rank in (0, 1))
+    assert {name.split("/")[0] for name in zero} == ({"vae", "discriminator"} if kind == "vae" else {"unet"})
+    assert difference(zero, one) == 0
+
+
+@pytest.mark.parametrize("kind", TOGETHER)
+def test_processes_share_the_data_and_one_writes(kind: str, launched: Path) -> None:
+    """Known defects: data not sharded; every process writes the same output file."""
+    zero, one = (json.loads((launched / kind / f"rank-{rank}.json").read_text()) for rank in (0, 1))
+    numbers = sorted(n for n, _ in zero["samples"] + one["samples"])
+    assert numbers == list(range(4 * STEPS))
+    assert one["wrote"] == []
+    pictures = [] if kind == "lora from a cache" else ["samples"]
+    written = ["checkpoints", "config.json", "metrics.jsonl", "result", *pictures, "skipped.json"]
+    assert [name for name in zero["wrote"] if not name.startswith(".sdkit")] == written
+
+
+def test_two_processes_go_on_as_if_never_stopped(launched: Path) -> None:
+    """Known defect: only the first process's random numbers are saved."""
+    parts, whole = everything(launched / "parts"), everything(launched / "whole")
+    assert parts["checkpoints"] == whole["checkpoints"]
+    assert parts["result"] == whole["result"]
+    assert [line for line in parts["metrics"] if "loss" in line] == [
+        line for line in whole["metrics"] if "loss" in line
+    ]

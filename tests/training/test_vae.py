@@ -1,0 +1,597 @@
+"""The VAE stage against diffusers' network and its losses written out by hand: what moves which weights, what is logged,
+what is measured on held-out images, what is saved."""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn import functional as F
+
+import sdkit
+from sdkit.lpips import LPIPS
+from sdkit.metrics import psnr, ssim
+from sdkit.training import Trained, VAEConfig, alone, samples_of, train_vae
+from sdkit.training.checkpoint import read_metrics
+from sdkit.training.loop import fit
+from sdkit.training.vae import VAEStage
+
+from . import tiny
+
+VALUES = 3 * tiny.SIZE**2  # of an image
+LATENT = (4, tiny.SIZE // 8, tiny.SIZE // 8)
+
+
+@dataclass(frozen=True)
+class Kit:
+    model: Path
+    photos: Path
+    lpips: Path
+
+    def config(self, out: Path, **changes: Any) -> VAEConfig:
+        """Three steps on the tiny model, without LPIPS."""
+        settings: dict[str, Any] = {"batch_size": 2, "max_steps": 3, "learning_rate": 1e-3, "lpips_weight": 0.0}
+        return VAEConfig(**{"model": self.model, "data": self.photos, "out_dir": out} | settings | changes)
+
+
+@pytest.fixture(scope="module")
+def kit(tmp_path_factory: pytest.TempPathFactory) -> Kit:
+    folder = tmp_path_factory.mktemp("vae")
+    torch.manual_seed(0)
+    lpips = {
+        f"features.{key[4:]}" if key.startswith("vgg.") else f"lin{key[6:]}.weight": value.half()
+        for key, value in LPIPS().state_dict().items()
+    }
+    save_file(lpips, folder / "lpips_vgg16.safetensors")
+    photos = tiny.photos(folder / "photos", 40)
+    return Kit(tiny.model(folder / "model"), photos, folder / "lpips_vgg16.safetensors")
+
+
+@pytest.fixture(autouse=True)
+def no_weights_of_lpips_but_those_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SDKIT_LPIPS", raising=False)
+
+
+def pixels(*files: Path) -> Tensor:
+    """(B, 3, H, W) in [-1, 1]."""
+    arrays = [np.asarray(Image.open(file), np.float32) / 127.5 - 1 for file in files]
+    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
+
+
+def lines(out: Path, validation: bool = False) -> list[dict[str, float]]:
+    """Of metrics.jsonl, by step: those of training, or those of validation without their prefix."""
+    prefix = "validation/"
+    found = [line for line in read_metrics(out / "metrics.jsonl") if ("loss" in line) != validation]
+    return [{key.removeprefix(prefix): value for key, value in line.items()} for line in found]
+
+
+def saved(out: Path, step: int, name: str) -> dict[str, Tensor]:
+    file = out / "checkpoints" / f"step-{step:08}" / f"{name}.safetensors"
+    return {key.removeprefix("network."): value for key, value in load_file(file).items()}
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    return load_file(folder / "diffusion_pytorch_model.safetensors")
+
+
+def in_encoder(name: str) -> bool:
+    return name.startswith(("encoder.", "quant_conv."))
+
+
+def passed(network: Any, x: Tensor, eps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """diffusers' own network: reconstruction of a sample of the posterior, its mean and log-variance."""
+    mean, logvar = network.quant_conv(network.encoder(x)).chunk(2, dim=1)
+    return network.decode(mean + (logvar / 2).exp() * eps).sample, mean, logvar
+
+
+def kl_of(mean: Tensor, logvar: Tensor) -> Tensor:
+    """Of one image, in nats, summed over its latents; the mean over images."""
+    return 0.5 * (mean**2 + logvar.exp() - 1 - logvar).sum() / len(mean)
+
+
+class Turns:
+    """The players of a stage as the loop has them, on one batch."""
+
+    def __init__(self, stage: VAEStage) -> None:
+        self.stage, self.accelerator = stage, stage.config.accelerator(Path(stage.config.out_dir))
+        self.trained = [Trained(player, stage.config, self.accelerator) for player in stage.players]
+        self.networks = {t.player.name: t.network for t in self.trained}
+        self.batch = stage.batch([(0, 3), (1, 5)])
+
+    def gradients(self, turn: int = 0, step: int = 0) -> dict[str, dict[str, Tensor | None]]:
+        """Of every network of the stage after one backward pass of one player's loss."""
+        t = self.trained[turn]
+        with alone(t, self.trained, self.accelerator):
+            loss, _ = t.player.loss(self.networks, self.batch, step)
+            self.accelerator.backward(loss)
+        stage = self.stage
+        networks = {
+            "vae": stage.vae.network, "discriminator": stage.discriminator, "lpips": stage.training_lpips,
+            "start": stage.start,
+        }  # fmt: skip
+        found = {part: {name: p.grad for name, p in n.named_parameters()} for part, n in networks.items() if n}
+        for network in filter(None, networks.values()):
+            network.zero_grad(set_to_none=True)
+        return found
+
+
+def assert_near(found: Tensor, expected: Tensor, tolerance: float, name: str = "") -> None:
+    """Their difference is at most `tolerance` of the length of what is expected."""
+    assert found.isfinite().all(), name
+    assert (found - expected).norm() <= tolerance * expected.norm() + 1e-7, name
+
+
+TERMS: dict[str, dict[str, Any]] = {
+    "l1": {"reconstruction": "l1"},
+    "l2": {"reconstruction": "l2"},
+    "lpips": {"lpips_weight": 0.3},
+    "kl": {"kl_weight": 0.1 * VALUES},
+    "adversarial": {"disc_weight": 0.5},
+}
+
+
+class TestGradients:
+    """What each term of the loss pulls, in both players' turns: gradients without the term are taken from those with it,
+    and the rest equals the gradient of the term written out by hand (to 1e-3 of its length)."""
+
+    def by_hand(self, stage: VAEStage, batch: dict[str, Tensor], term: str) -> dict[str, Tensor]:
+        """The weighted gradient of one term alone, by parameter of the VAE."""
+        network: Any = copy.deepcopy(stage.vae.network).requires_grad_(True)
+        for p in network.parameters():
+            p.grad = None
+        x = batch["pixels"]
+        y, mean, logvar = passed(network, x, batch["eps"])
+        if term == "lpips":
+            loss = 0.3 * stage.lpips(y, x).mean()
+        elif term == "kl":
+            loss = 0.1 * VALUES * kl_of(mean, logvar) / VALUES
+        elif term == "adversarial":
+            loss = -stage.discriminator(y).mean()
+            last = network.decoder.conv_out.weight
+            pulls = [
+                torch.autograd.grad(one, last, retain_graph=True)[0].norm() for one in ((y - x).square().mean(), loss)
+            ]
+            loss = 0.5 * pulls[0] / pulls[1] * loss
+        else:
+            loss = (y - x).abs().mean() if term == "l1" else (y - x).square().mean()
+        loss.backward()
+        return {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in network.named_parameters()}
+
+    @pytest.mark.parametrize("train_encoder", [False, True], ids=["decoder", "encoder too"])
+    @pytest.mark.parametrize("term", TERMS)
+    def test_of_a_term_reaches_the_weights_that_it_should_and_no_others(
+        self, kit: Kit, tmp_path: Path, term: str, train_encoder: bool
+    ) -> None:
+        without = {"train_encoder": train_encoder, "kl_weight": 0.0}
+        changes = without | TERMS[term] | ({"lpips": kit.lpips} if term == "lpips" else {})
+        turns = Turns(VAEStage(kit.config(tmp_path, **changes)))
+        found = turns.gradients()
+        base = {} if term in ("l1", "l2") else Turns(VAEStage(kit.config(tmp_path, **without))).gradients()["vae"]
+        if term == "kl" and not train_encoder:  # nothing that trains has a part in it
+            assert all(base[k] is None if g is None else torch.equal(g, base[k]) for k, g in found["vae"].items())
+            return
+        expected = self.by_hand(turns.stage, turns.batch, term)
+        for name, gradient in found["vae"].items():
+            if in_encoder(name) and not train_encoder:
+                assert gradient is None, name
+                continue
+            gradient = gradient - base.get(name, 0)
+            if "to_k.bias" in name:  # of which a softmax takes no notice
+                assert gradient.abs().max() < 1e-6, name
+            elif term == "kl" and not in_encoder(name):
+                assert not gradient.any(), name
+            else:
+                assert expected[name].any(), name
+                assert_near(gradient, expected[name], 1e-3, name)
+        for part in ("discriminator", "lpips", "start"):
+            assert all(gradient is None for gradient in found.get(part, {}).values()), part
+        assert ("start" in found) == train_encoder
+
+    @pytest.mark.parametrize("train_encoder", [False, True], ids=["decoder", "encoder too"])
+    def test_in_the_discriminators_turn(self, kit: Kit, tmp_path: Path, train_encoder: bool) -> None:
+        changes = {"train_encoder": train_encoder, "lpips": kit.lpips, "lpips_weight": 0.1, "disc_weight": 0.5}
+        turns = Turns(VAEStage(kit.config(tmp_path, **changes)))
+        turns.gradients(0)  # leaves its reconstruction in the batch
+        found = turns.gradients(1)
+        for part in ("vae", "lpips", "start"):
+            assert all(gradient is None for gradient in found.get(part, {}).values()), part
+        twin: Any = copy.deepcopy(turns.stage.discriminator)
+        x = turns.batch["pixels"]
+        y = passed(turns.stage.vae.network, x, turns.batch["eps"])[0].detach()
+        (0.5 * (F.relu(1 - twin(x)).mean() + F.relu(1 + twin(y)).mean())).backward()
+        for name, p in twin.named_parameters():
+            gradient = found["discriminator"][name]
+            assert gradient is not None, name
+            # the last bias moves both sides alike, which inside both margins cancels
+            assert p.grad.any() or name == "layers.11.bias", name
+            assert_near(gradient, p.grad, 1e-3, name)
+
+    def test_checkpointing_changes_none(self, kit: Kit, tmp_path: Path) -> None:
+        settings = {"train_encoder": True, "kl_weight": 1.0, "disc_weight": 0.5}
+        plain, frugal = (
+            Turns(VAEStage(kit.config(tmp_path, gradient_checkpointing=on, **settings))) for on in (False, True)
+        )
+        saved: list[int] = []
+
+        def bytes_kept(turns: Turns) -> dict[str, Any]:
+            kept: dict[int, int] = {}
+
+            def pack(x: Tensor) -> Tensor:
+                kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+                return x
+
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+                turns.networks["vae"](turns.batch["pixels"], turns.batch["eps"])
+            saved.append(sum(kept.values()))
+            return turns.gradients()["vae"]
+
+        expected, found = bytes_kept(plain), bytes_kept(frugal)
+        assert saved[1] < 0.8 * saved[0]
+        for name, gradient in expected.items():
+            torch.testing.assert_close(found[name], gradient, atol=1e-5, rtol=1e-5)
+
+
+class TestLoss:
+    @pytest.mark.parametrize("whole", [False, True], ids=["decoder", "everything"])
+    def test_logged_is_what_latent_diffusion_has_it(self, kit: Kit, tmp_path: Path, whole: bool) -> None:
+        """Each step's line against the checkpoint before it, in diffusers' network, with the loss as Rombach et al. 2022
+        and VQGAN have it: summed over an image's values, KL over its latents. Ours is that over 3 H W. To 1e-4."""
+        changes: dict[str, Any] = {"lpips_weight": 0.1, "lpips": kit.lpips, "save_every": 1, "keep_checkpoints": 9}
+        if whole:
+            changes |= {"reconstruction": "l1", "train_encoder": True, "kl_weight": 2.5, "disc_weight": 0.5}
+        config = kit.config(tmp_path / "run", lr_scheduler="linear", learning_rate=1e-4, **changes)
+        stage = VAEStage(config)
+        network, judge = copy.deepcopy(stage.vae.network).train(), copy.deepcopy(stage.discriminator)
+        fit(stage, config, tmp_path / "run")
+        logged = lines(tmp_path / "run")
+        assert len(logged) == 3
+        for step, line in enumerate(logged):
+            if step:
+                network.load_state_dict(saved(tmp_path / "run", step, "vae"), strict=False)
+            samples = samples_of(config, step, 0, 0, 1, stage.size)
+            x = pixels(*(kit.photos / name for name in stage.names(samples)))
+            eps = torch.stack([torch.randn(LATENT, generator=sdkit.training.data.noise_of(0, n)) for n, _ in samples])
+            y, mean, logvar = passed(network, x, eps)
+            error = (y - x).abs() if whole else (y - x).square()
+            lpips = stage.lpips(y, x)
+            loss = nll = (error + 0.1 * lpips[:, None, None, None]).sum() / len(x)
+            expected = {"l1" if whole else "l2": error.mean(), "lpips": lpips.mean()}
+            if whole:
+                if step:
+                    judge.load_state_dict(saved(tmp_path / "run", step, "discriminator"))
+                adversarial = -judge(y).mean()
+                last = network.decoder.conv_out.weight
+                pulls = [torch.autograd.grad(one, last, retain_graph=True)[0].norm() for one in (nll, adversarial)]
+                weight = pulls[0] / VALUES / pulls[1]
+                loss = nll + 2.5 * kl_of(mean, logvar) + 0.5 * weight * VALUES * adversarial
+                hinge = 0.5 * (F.relu(1 - judge(x)).mean() + F.relu(1 + judge(y)).mean())
+                expected |= {"kl": kl_of(mean, logvar), "adversarial": adversarial, "adaptive_weight": weight}
+                expected |= {"discriminator/loss": hinge, "discriminator/real": judge(x).mean()}
+                expected |= {"discriminator/fake": judge(y).mean()}
+            expected["loss"] = loss / VALUES
+            rates = {"lr": 1e-4 * (3 - step) / 3}
+            rates |= {"discriminator/lr": rates["lr"]} if whole else {}
+            of_the_loop = {key for key in line if key.endswith("grad_norm")} | {"step", "seconds"}
+            assert line.keys() - of_the_loop == expected.keys() | rates.keys()
+            for key, value in (expected | rates).items():
+                assert line[key] == pytest.approx(float(torch.as_tensor(value).detach()), rel=1e-4, abs=1e-6), (step, key)
+
+    def test_latent_diffusions_kl_weight_is_small_beside_the_rest(self, kit: Kit, tmp_path: Path) -> None:
+        """The default, 1e-6 beside a sum over pixels: in a mean over them a hundred nats weigh 3e-8."""
+        settings = {"train_encoder": True, "save_every": 1}
+        stage = VAEStage(kit.config(tmp_path, **settings))
+        turns = Turns(stage)
+        loss, parts = stage.loss(turns.networks, turns.batch, 0)
+        assert parts["kl"] > 1
+        assert loss.item() == pytest.approx(float(parts["l2"]) + 1e-6 * float(parts["kl"]) / VALUES, rel=1e-6)
+
+
+def test_discriminator_starts_when_it_should(kit: Kit, tmp_path: Path) -> None:
+    """Before disc_start it is in no loss and does not move; its learning rate counts its own steps."""
+    config = kit.config(
+        tmp_path, max_steps=7, disc_weight=0.5, disc_start=3, lr_scheduler="linear", lr_warmup_steps=2, save_every=1,
+        keep_checkpoints=9, learning_rate=1e-2,
+    )  # fmt: skip
+    stage = VAEStage(config)
+    first = {name: value.clone() for name, value in stage.discriminator.state_dict().items()}
+    fit(stage, config, tmp_path)
+    logged = lines(tmp_path)
+    for step, line in enumerate(logged):
+        plays = step >= 3
+        for key in ("adversarial", "adaptive_weight", "discriminator/loss", "discriminator/lr"):
+            assert (key in line) == plays, (step, key)
+        assert plays or line["loss"] == pytest.approx(line["l2"], rel=1e-6)
+    for step in (1, 2, 3):
+        assert all(torch.equal(saved(tmp_path, step, "discriminator")[name], first[name]) for name in first)
+    moved = saved(tmp_path, 5, "discriminator")  # the first of its steps has a rate of 0, by the warm-up
+    assert not any(torch.equal(moved[name], first[name]) for name in first if name != "layers.11.bias")
+    rates = [line["lr"] for line in logged]
+    assert rates == pytest.approx([0, 0.005, 0.01, 0.008, 0.006, 0.004, 0.002])  # of 7 steps, 2 of warm-up
+    assert [line["discriminator/lr"] for line in logged[3:]] == pytest.approx([0, 0.005, 0.01, 0.005])  # of 4
+
+
+class TestWhatIsLeftAlone:
+    def test_the_encoder_of_a_run_of_the_decoder(self, kit: Kit, tmp_path: Path) -> None:
+        train_vae(kit.config(tmp_path, disc_weight=0.5, ema_decay=0.5))
+        before, after = weights(kit.model / "vae"), weights(tmp_path / "result")
+        assert before.keys() == after.keys()
+        for name in before:
+            # a softmax takes no notice of the key's bias, which AdamW moves by rounding errors alone
+            assert torch.equal(after[name], before[name]) == in_encoder(name) or "to_k.bias" in name, name
+        old, new = (sdkit.VAE.from_pretrained(f, dtype="fp32", device="cpu") for f in (kit.model, tmp_path / "result"))
+        assert new.identity == old.identity
+        assert new.scale == old.scale == 0.5
+
+    def test_nothing_where_the_encoder_trains(self, kit: Kit, tmp_path: Path) -> None:
+        with pytest.warns(UserWarning, match="latents have moved by"):
+            train_vae(kit.config(tmp_path, train_encoder=True, ema_decay=0.5))
+        before, after = weights(kit.model / "vae"), weights(tmp_path / "result")
+        assert not any(torch.equal(after[name], before[name]) for name in before)
+        old, new = (sdkit.VAE.from_pretrained(f, dtype="fp32", device="cpu") for f in (kit.model, tmp_path / "result"))
+        assert new.identity != old.identity
+
+
+class TestValidation:
+    def reconstructed(self, model: Path, files: list[Path]) -> Tensor:
+        vae = sdkit.VAE.from_pretrained(model, dtype="fp32", device="cpu")
+        y: Tensor = vae.reconstruct(files, output_type="pt")
+        return y
+
+    def outside(self, model: Path, files: list[Path]) -> dict[str, float]:
+        """The same numbers through the public VAE, and through diffusers' posterior."""
+        x = pixels(*files)
+        y = self.reconstructed(model, files)
+        folder = model / "vae" if (model / "vae").is_dir() else model
+        network = AutoencoderKL.from_pretrained(folder)
+        with torch.no_grad():
+            posterior = network.encode(x).latent_dist
+        raw = posterior.mean.double()
+        std = float((raw.square() + posterior.var.double()).mean() - raw.mean() ** 2) ** 0.5
+        return {
+            "psnr": float(psnr(x, y).mean()), "ssim": float(ssim(x, y).mean()),
+            "latent_mean": float(raw.mean()) * 0.5, "latent_std": std * 0.5, "recommended_scale": 1 / std,
+        }  # fmt: skip
+
+    def test_equals_what_the_public_vae_says_of_the_held_out_images(self, kit: Kit, tmp_path: Path) -> None:
+        """Of two of 40 images, to 1e-4, before and after; psnr in dB."""
+        train_vae(kit.config(tmp_path, train_encoder=True, learning_rate=1e-5, lpips=kit.lpips, validate_every=2))
+        files = [kit.photos / "010.png", kit.photos / "030.png"]
+        found = lines(tmp_path, validation=True)
+        assert [line["step"] for line in found] == [0, 2, 3]
+        for line, model in ((found[0], kit.model), (found[-1], tmp_path / "result")):
+            expected = self.outside(model, files)
+            expected["lpips"] = float(LPIPS.from_pretrained(kit.lpips)(pixels(*files), self.reconstructed(model, files)).mean())
+            for key, value in expected.items():
+                assert line[key] == pytest.approx(value, rel=1e-4), key
+            assert line.keys() == expected.keys() | {"step", "seconds", "latent_drift"}
+        for step in (0, 2, 3):
+            with Image.open(tmp_path / "samples" / f"step-{step:08}.png") as sheet:  # of two pairs
+                assert min(sheet.size) > 2 * tiny.SIZE
+        assert found[0]["psnr"] != found[-1]["psnr"]
+
+    def test_statistics_are_those_of_samples(self, kit: Kit, tmp_path: Path) -> None:
+        """Mean and deviation of 4,000 draws of the posterior of each image, through the public VAE: to 1 %."""
+        train_vae(kit.config(tmp_path, max_steps=1))
+        line = lines(tmp_path, validation=True)[0]
+        vae = sdkit.VAE.from_pretrained(kit.model, dtype="fp32", device="cpu")
+        mean, logvar = vae.moments([kit.photos / "010.png", kit.photos / "030.png"])
+        eps = torch.randn(4000, *mean.shape, generator=torch.Generator().manual_seed(0))
+        z = (mean + (logvar / 2).exp() * eps) * vae.scale
+        assert line["latent_std"] == pytest.approx(float(z.std()), rel=0.01)
+        assert line["latent_mean"] == pytest.approx(float(z.mean()), abs=0.01 * float(z.std()))
+        assert line["recommended_scale"] * float(z.std()) / vae.scale == pytest.approx(1, rel=0.01)
+
+    def test_held_out_images_are_in_no_batch(self, kit: Kit, tmp_path: Path) -> None:
+        config = kit.config(tmp_path, batch_size=19, max_steps=4, augment=("flip",))
+        stage = VAEStage(config)
+        held_out = pixels(kit.photos / "010.png", kit.photos / "030.png").flatten(1)
+        seen = set()
+        for step in range(4):  # two epochs
+            samples = samples_of(config, step, 0, 0, 1, stage.size)
+            seen |= {*stage.names(samples)}
+            batch = stage.batch(samples)["pixels"]
+            for x in (batch.flatten(1), batch.flip(3).flatten(1)):
+                assert torch.cdist(x, held_out).min() > 1
+        assert seen == {f"{i:03}.png" for i in range(40)} - {"010.png", "030.png"}
+
+    def test_images_of_ones_own(self, kit: Kit, tmp_path: Path) -> None:
+        """All of the data train, and of the other folder the first 64 validate."""
+        own = tiny.photos(tmp_path / "own", 66)
+        config = kit.config(tmp_path / "run", max_steps=1, validation_data=own)
+        stage = VAEStage(config)
+        assert stage.size == 40
+        assert {*stage.names([(0, item) for item in range(40)])} == {f"{i:03}.png" for i in range(40)}
+        fit(stage, config, tmp_path / "run")
+        expected = self.outside(kit.model, [own / f"{i:03}.png" for i in range(64)])
+        found = lines(tmp_path / "run", validation=True)[0]
+        for key in ("psnr", "ssim", "latent_mean", "latent_std"):
+            assert found[key] == pytest.approx(expected[key], rel=1e-4), key
+
+    def test_drift(self, kit: Kit, tmp_path: Path) -> None:
+        """0 at first, then growing, to what the result's latents of the held-out images say; warned of above 0.1."""
+        settings = {"train_encoder": True, "max_steps": 6, "validate_every": 2, "ema_decay": 0.0}
+        with pytest.warns(UserWarning) as warned:
+            train_vae(kit.config(tmp_path, learning_rate=3e-4, **settings))
+        drifts = [line["latent_drift"] for line in lines(tmp_path, validation=True)]
+        assert drifts[0] == 0
+        assert drifts == sorted(drifts)
+        assert drifts[-1] > 0.1
+        expected = [
+            f"latents have moved by {drift:.2f} of their standard deviation: U-Nets and caches made for the starting "
+            "VAE no longer fit."
+            for drift in drifts
+            if drift > 0.1
+        ]
+        assert [str(one.message) for one in warned] == expected
+        files = [kit.photos / "010.png", kit.photos / "030.png"]
+        (old, logvar), (new, _) = (
+            sdkit.VAE.from_pretrained(folder, dtype="fp32", device="cpu").moments(files)
+            for folder in (kit.model, tmp_path / "result")
+        )
+        std = float((old**2 + logvar.exp()).mean() - old.mean() ** 2) ** 0.5
+        assert drifts[-1] == pytest.approx(float((new - old).square().mean()) ** 0.5 / std, rel=1e-4)
+
+    def test_little_drift_is_no_warning(self, kit: Kit, tmp_path: Path) -> None:
+        train_vae(kit.config(tmp_path, train_encoder=True, learning_rate=1e-5))
+        assert 0 < lines(tmp_path, validation=True)[-1]["latent_drift"] < 0.1
+
+
+class TestFromNothing:
+    def test_trains_and_gets_the_scale_that_its_latents_ask_for(self, kit: Kit, tmp_path: Path) -> None:
+        config = kit.config(
+            tmp_path, init=kit.model / "vae" / "config.json", max_steps=30, batch_size=4, ema_decay=0.9,
+            reconstruction="l1", learning_rate=3e-3, save_every=1000,
+        )  # fmt: skip
+        train_vae(config)
+        losses = [line["loss"] for line in lines(tmp_path)]
+        assert np.mean(losses[-5:]) < 0.75 * np.mean(losses[:5])
+        validated = lines(tmp_path, validation=True)
+        assert validated[-1]["psnr"] > validated[0]["psnr"] + 2
+        assert "latent_drift" not in validated[-1]
+        scale = json.loads((tmp_path / "result" / "config.json").read_text())["scaling_factor"]
+        assert scale == pytest.approx(validated[-1]["recommended_scale"], rel=1e-6)
+        vae = sdkit.VAE.from_pretrained(tmp_path / "result", dtype="fp32", device="cpu")
+        z = vae.encode([kit.photos / f"{i:03}.png" for i in range(40)], seed=0)
+        assert float(z.std()) == pytest.approx(1, abs=0.1)  # two images have said so for all
+        before, after = weights(kit.model / "vae"), weights(tmp_path / "result")
+        assert not any(torch.equal(after[name], before[name]) for name in before if "norm" not in name)
+
+    def test_first_weights_are_the_seeds(self, kit: Kit, tmp_path: Path) -> None:
+        init = kit.model / "vae"
+        torch.manual_seed(7)
+        state = torch.get_rng_state()
+        one, two, other = (VAEStage(kit.config(tmp_path, init=init, seed=seed, disc_weight=0.5)) for seed in (3, 3, 4))
+        assert torch.equal(torch.get_rng_state(), state)
+        for part in ("vae", "discriminator"):
+            a, b, c = (getattr(stage, part).state_dict() for stage in (one, two, other))
+            assert all(torch.equal(a[name], b[name]) for name in a)
+            drawn = [name for name in a if "norm" not in name and a[name].any() and not (a[name] == 1).all()]
+            assert drawn
+            assert not any(torch.equal(a[name], c[name]) for name in drawn)
+
+
+class TestResult:
+    def test_loads_in_diffusers_and_here_alike(self, kit: Kit, tmp_path: Path) -> None:
+        train_vae(kit.config(tmp_path))
+        x = pixels(*sorted(kit.photos.glob("*.png"))[:3])
+        ours = sdkit.VAE.from_pretrained(tmp_path / "result", dtype="fp32", device="cpu")
+        theirs = AutoencoderKL.from_pretrained(tmp_path / "result")
+        with torch.no_grad():
+            expected = theirs(x).sample.clamp(-1, 1)
+        found = ours.reconstruct(x, output_type="pt")
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+        old = sdkit.VAE.from_pretrained(kit.model, dtype="fp32", device="cpu").reconstruct(x, output_type="pt")
+        assert (found - old).abs().max() > 1e-2
+
+    def test_holds_the_moving_average(self, kit: Kit, tmp_path: Path) -> None:
+        train_vae(kit.config(tmp_path, ema_decay=0.9))
+        result, average, last = (
+            weights(tmp_path / "result"), saved(tmp_path, 3, "vae.ema"), saved(tmp_path, 3, "vae"),
+        )  # fmt: skip
+        names = {name for name in result if not in_encoder(name)}
+        assert average.keys() - {"num_updates"} == names
+        assert all(torch.equal(result[name], average[name]) for name in names)
+        assert any(not torch.equal(result[name], last[name]) for name in names)
+
+    def test_holds_the_weights_themselves_where_there_is_none(self, kit: Kit, tmp_path: Path) -> None:
+        train_vae(kit.config(tmp_path, ema_decay=0.0))
+        assert not list((tmp_path / "checkpoints").glob("*/vae.ema.safetensors"))
+        last, result = saved(tmp_path, 3, "vae"), weights(tmp_path / "result")
+        assert all(torch.equal(result[name], last[name]) for name in last)
+
+
+def test_a_broken_image_is_left_out_and_named(kit: Kit, tmp_path: Path) -> None:
+    data = tiny.photos(tmp_path / "photos", 24)
+    (data / "003.png").write_bytes(b"no image")
+    (data / "012.png").write_bytes((data / "012.png").read_bytes()[:60])  # the one that is held out
+    with pytest.warns(UserWarning, match=r"^0(03|12)\.png is skipped: .*") as warned:
+        train_vae(kit.config(tmp_path / "run", data=data, batch_size=12, max_steps=4))
+    assert sorted(str(one.message)[:7] for one in warned) == ["003.png", "012.png"]
+    report = json.loads((tmp_path / "run" / "skipped.json").read_text())
+    assert report.keys() == {"003.png", "012.png"}
+    assert all("cannot" in reason or "not" in reason for reason in report.values())
+    assert len(lines(tmp_path / "run")) == 4
+
+
+class TestPrecision:
+    def test_bf16_keeps_weights_in_float32_and_the_losses(self, kit: Kit, tmp_path: Path) -> None:
+        """To 2 %, of five steps with every term."""
+        settings = {
+            "max_steps": 5, "train_encoder": True, "lpips_weight": 0.1, "lpips": kit.lpips, "disc_weight": 0.2,
+            "learning_rate": 1e-4,
+        }  # fmt: skip
+        losses = []
+        for precision in ("no", "bf16"):
+            config = kit.config(tmp_path / precision, mixed_precision=precision, **settings)
+            stage = VAEStage(config)
+            fit(stage, config, tmp_path / precision)
+            networks = [stage.vae, stage.discriminator]
+            assert {p.dtype for network in networks for p in network.parameters()} == {torch.float32}
+            assert {p.dtype for p in stage.lpips.parameters()} == {torch.float32}
+            for file in (tmp_path / precision).rglob("*.safetensors"):
+                if not file.name.startswith("rng") and file.name != "optimizer":
+                    kinds = {value.dtype for name, value in load_file(file).items() if name != "num_updates"}
+                    assert kinds == {torch.float32}, file
+            losses.append([line["loss"] for line in lines(tmp_path / precision)])
+        assert losses[1] == pytest.approx(losses[0], rel=0.02)
+        assert losses[1] != pytest.approx(losses[0], rel=1e-6)  # it was in another precision
+        assert lines(tmp_path / "bf16", validation=True)[0]["latent_drift"] == 0
+
+    def test_lpips_in_bf16_teaches_the_decoder_the_same(self, kit: Kit, tmp_path: Path, chelsea: Image.Image) -> None:
+        """Real weights, the embedded model's VAE, a cat: cosine of the gradients of the decoder's weights."""
+        if not tiny.LPIPS_WEIGHTS.is_file():
+            pytest.skip(f"the real weights of LPIPS are not at {tiny.LPIPS_WEIGHTS}")
+        config = kit.config(tmp_path, model="emoji", lpips=tiny.LPIPS_WEIGHTS, lpips_weight=1.0, mixed_precision="bf16")
+        stage = VAEStage(config)
+        assert {p.dtype for p in stage.training_lpips.parameters()} == {torch.bfloat16}
+        assert {p.dtype for p in stage.lpips.parameters()} == {torch.float32}
+        x = (
+            torch.from_numpy(np.asarray(chelsea.crop((150, 60, 278, 188)), np.float32)).permute(2, 0, 1)[None] / 127.5
+            - 1
+        )
+        y = stage.vae(x)[0]
+        trained = [p for p in stage.vae.parameters() if p.requires_grad]
+        half, full = (
+            torch.cat([g.flatten() for g in torch.autograd.grad(network(y, x).mean(), trained, retain_graph=True)])
+            for network in (stage.training_lpips, stage.lpips)
+        )
+        assert F.cosine_similarity(half, full, dim=0) > 0.99
+        assert half.norm() / full.norm() == pytest.approx(1, abs=0.05)
+
+
+class TestGolden:
+    """Ten steps in float32 on one thread, to 1e-3: what changes these numbers changes what is learnt."""
+
+    def losses(self, kit: Kit, out: Path, **changes: Any) -> list[dict[str, float]]:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            train_vae(kit.config(out, max_steps=10, seed=1, augment=("crop", "flip"), **changes))
+        finally:
+            torch.set_num_threads(threads)
+        return lines(out)
+
+    def test_decoder(self, kit: Kit, tmp_path: Path) -> None:
+        found = self.losses(kit, tmp_path, lpips_weight=0.1, lpips=kit.lpips)
+        assert [line["loss"] for line in found] == pytest.approx(GOLDEN_DECODER, rel=1e-3)
+
+    def test_everything_with_the_discriminator_from_step_5(self, kit: Kit, tmp_path: Path) -> None:
+        settings = {"train_encoder": True, "reconstruction": "l1", "kl_weight": 1.0, "disc_weight": 0.5}
+        found = self.losses(kit, tmp_path, disc_start=5, learning_rate=1e-5, **settings)
+        assert [line["loss"] for line in found] == pytest.approx(GOLDEN_ADVERSARIAL, rel=1e-3)
+        assert [line["discriminator/loss"] for line in found[5:]] == pytest.approx(GOLDEN_DISCRIMINATOR, rel=1e-3)
+
+
+GOLDEN_DECODER = [0.0] * 10
+GOLDEN_ADVERSARIAL = [0.0] * 10
+GOLDEN_DISCRIMINATOR = [0.0] * 5
