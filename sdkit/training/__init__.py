@@ -10,7 +10,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import KW_ONLY, asdict, dataclass
+from dataclasses import KW_ONLY, asdict, dataclass, replace
 from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
@@ -98,10 +98,18 @@ class LoopSettings:
         """Accelerate's view of the processes, with precision and trackers as set here (not as in its configuration:
         what trains is what config.json says)."""
         from accelerate import Accelerator, DistributedType
-        from accelerate.state import AcceleratorState
+        from accelerate.state import AcceleratorState, PartialState
         from accelerate.utils import GradientAccumulationPlugin
 
-        AcceleratorState._reset_state()  # else a second run in this process could not have another precision
+        from sdkit.training.sharding import set_up_fsdp
+
+        if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":  # which steps in the backward pass
+            raise ArgumentError(
+                "DeepSpeed does not work here; launch with FSDP (fsdp_version: 2), which shares as much."
+            )
+        # Else a second run in this process could not have another precision, nor FSDP again.
+        again = PartialState._shared_state.get("distributed_type") == DistributedType.FSDP
+        AcceleratorState._reset_state(reset_partial_state=again)
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "`log_with=")  # of a missing tracker, which is an error below
@@ -118,8 +126,10 @@ class LoopSettings:
             raise ArgumentError(f"report_to names {missing[0]!r}, which is not installed; install it, or leave it out.")
         if self.mixed_precision == "fp16" and accelerator.device.type == "cpu":  # Accelerate would use float32
             raise ArgumentError("mixed_precision 'fp16' needs a GPU; use 'bf16' or 'no'.")
-        if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-            raise ArgumentError("checkpoints hold whole networks: launch with data parallelism, not FSDP or DeepSpeed.")
+        if accelerator.distributed_type == DistributedType.FSDP:
+            set_up_fsdp(accelerator)
+            if self.use_8bit_adam:
+                raise ArgumentError("use_8bit_adam does not work with FSDP; leave it off.")
         return accelerator
 
     def optimizer(self, player: Player, device: torch.device) -> torch.optim.Optimizer:
@@ -163,7 +173,9 @@ class Player:
     What is trained are the network's parameters that require gradients when training begins. `loss(networks, batch,
     step)` gives the loss, a mean over the batch, and its parts to be logged. It gets the networks of all players by
     name, as prepared for many processes, and may only call them (`networks["unet"](...)`), for gradients are reduced
-    by what hooks on to that. `batch` lives as long as the optimizer step: an earlier player can leave things in it.
+    by what hooks on to that. (With FSDP they are copies: the stage's own networks have the trained weights in
+    `validate` and `export` alone.) `batch` lives as long as the optimizer step: an earlier player can leave things in
+    it.
     """
 
     name: str
@@ -178,26 +190,53 @@ class Player:
 
 
 class Trained:
-    """A player prepared for precision and processes, with what training adds to it."""
+    """A player prepared for precision and processes, with what training adds to it. Where processes share the weights,
+    its network is a copy of the stage's."""
 
     def __init__(self, player: Player, settings: LoopSettings, accelerator: Accelerator) -> None:
         from sdkit.training.ema import EMA
+        from sdkit.training.sharding import copy_to_split, is_sharded
 
-        self.player = player
-        self.parameters = [p for p in player.network.parameters() if p.requires_grad]
-        for p in self.parameters:
-            p.data = p.data.float()  # in half precision a small step rounds to nothing
+        for p in player.network.parameters():
+            if p.requires_grad:
+                p.data = p.data.float()  # in half precision a small step rounds to nothing
+        self.stages_network = player.network
+        if is_sharded(accelerator):
+            player = replace(player, network=copy_to_split(player.network, accelerator))
+        self.player, self.device = player, accelerator.device
         optimizer = settings.optimizer(player, accelerator.device)
         self.network, self.optimizer = accelerator.prepare(player.network.train(), optimizer)
+        self.parameters = [p for p in player.network.parameters() if p.requires_grad]
         self.ema = EMA(player.network, settings.ema_decay) if player.ema else None
         self.lr_factor = settings.lr_factor(player)
+
+    @contextlib.contextmanager
+    def at_rest(self) -> Iterator[None]:
+        """The stage's network has averaged weights and is in evaluation mode inside."""
+        from sdkit.training.sharding import gather
+
+        network = self.stages_network
+        with self.ema.swapped() if self.ema else contextlib.nullcontext():
+            if network is not self.player.network:
+                gather(self.player.network, network.to(self.device))
+            network.eval()
+            try:
+                yield
+            finally:
+                network.train()
+        if network is not self.player.network:
+            network.to("cpu")  # where it is in nobody's way
 
 
 @contextlib.contextmanager
 def alone(turn: Trained, trained: Sequence[Trained], accelerator: Accelerator) -> Iterator[None]:
     """Of `trained` only `turn` gathers gradients inside; the others let them through, to it, and reduce none."""
+    from sdkit.training.sharding import is_sharded, put_away
+
     with contextlib.ExitStack() as stack:
         for other in trained:
+            if is_sharded(accelerator):
+                stack.callback(put_away, other.network)
             if other is not turn:
                 stack.enter_context(accelerator.no_sync(other.network))
                 for p in other.parameters:

@@ -31,6 +31,7 @@ from sdkit import __version__
 from sdkit.errors import SdkitError, TrainingError
 from sdkit.files import atomic_write
 from sdkit.training import LoopSettings, Trained
+from sdkit.training.sharding import is_sharded, split_as, whole
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -172,6 +173,8 @@ def snapshot(trained: Sequence[Trained], accelerator: Accelerator, step: int, sk
         numbers[name] = {key: v for key, v in state.items() if not isinstance(v, Tensor)}  # as 8-bit AdamW's step
         if t.ema:
             tensors[f"{name}.ema"] = t.ema.state_dict()
+    if is_sharded(accelerator):
+        tensors = {file: _gathered(parts, accelerator) for file, parts in tensors.items()}
     scaler = accelerator.scaler.state_dict() if accelerator.scaler else None
     return Checkpoint(step=step, tensors=tensors, state={"skipped": skipped, "scaler": scaler, "optimizer": numbers})
 
@@ -185,7 +188,8 @@ def restore(trained: Sequence[Trained], accelerator: Accelerator, checkpoint: Ch
         _restore_network(t.player.network, checkpoint.tensors[name])
         _restore_optimizer(t, {**checkpoint.tensors[f"{name}.optimizer"], **checkpoint.state["optimizer"][name]})
         if t.ema:
-            t.ema.load_state_dict(checkpoint.tensors[f"{name}.ema"])
+            own = t.ema.state_dict()
+            t.ema.load_state_dict({n: split_as(v, own.get(n, v)) for n, v in checkpoint.tensors[f"{name}.ema"].items()})
     if accelerator.scaler:
         accelerator.scaler.load_state_dict(checkpoint.state["scaler"])
     mine = f"{accelerator.process_index}/"
@@ -197,6 +201,12 @@ def restore(trained: Sequence[Trained], accelerator: Accelerator, checkpoint: Ch
 def _files(trained: Sequence[Trained]) -> set[str]:
     names = {t.player.name for t in trained}
     return {"rng", *names, *(f"{n}.optimizer" for n in names), *(f"{t.player.name}.ema" for t in trained if t.ema)}
+
+
+def _gathered(tensors: Tensors, accelerator: Accelerator) -> Tensors:
+    """All of each tensor, on the CPU of the main process; nothing on the others."""
+    every = ((name, whole(value)) for name, value in tensors.items())
+    return {name: value.cpu() for name, value in every if accelerator.is_main_process}
 
 
 def _named(trained: Trained) -> list[tuple[str, nn.Parameter]]:
@@ -216,7 +226,7 @@ def _restore_network(network: nn.Module, tensors: Tensors) -> None:
     if {n: value.shape for n, value in present.items()} != {n: value.shape for n, value in tensors.items()}:
         raise TrainingError("the checkpoint is of other parameters than those in training; name another out_dir.")
     for name, value in present.items():
-        value.copy_(tensors[name])
+        value.copy_(split_as(tensors[name], value))
 
 
 def _restore_optimizer(trained: Trained, state: Mapping[str, Any]) -> None:
@@ -226,7 +236,9 @@ def _restore_optimizer(trained: Trained, state: Mapping[str, Any]) -> None:
     numbered: dict[int, dict[str, Any]] = {}
     for key, value in state.items():
         name, entry = key.rsplit("/", 1)
-        numbered.setdefault(numbers[parameters[name]], {})[entry] = value
+        p = parameters[name]
+        split = isinstance(value, Tensor) and value.shape == p.shape
+        numbered.setdefault(numbers[p], {})[entry] = split_as(value, p) if split else value
     settings = trained.optimizer.state_dict()["param_groups"]
     trained.optimizer.load_state_dict({"state": numbered, "param_groups": settings})
     for p, entries in trained.optimizer.state.items():

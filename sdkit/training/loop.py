@@ -32,6 +32,7 @@ from sdkit.training import (
     tracked,
 )
 from sdkit.training.checkpoint import RunFolder, load, restore, rng_state, set_rng_state, snapshot
+from sdkit.training.sharding import whole
 
 BAD_STEPS = 10  # in a row, without a finite loss, end a run
 
@@ -146,7 +147,8 @@ class _Loop:
                 values = [torch.as_tensor(v).detach().to(device, torch.float32) for v in (loss, *parts.values())]
                 rows.append(torch.stack(values))
         limit = self.settings.max_grad_norm
-        norm = self.accelerator.clip_grad_norm_(t.parameters, math.inf if limit is None else limit).to(device)
+        self.accelerator.unscale_gradients()
+        norm = whole(nn.utils.clip_grad_norm_(t.parameters, math.inf if limit is None else limit)).to(device)
         local = torch.cat([torch.stack(rows).mean(0), norm[None], norm.new_tensor([self.stop.exit_code > 0])])
         *means, grad_norm, stopping = self.accelerator.reduce(local, "mean").tolist()
         line = {**dict(zip(("loss", *parts), means, strict=True)), "lr": lr, "grad_norm": grad_norm}
@@ -183,9 +185,7 @@ class _Loop:
         rng = rng_state(self.accelerator.device)
         with ExitStack() as stack, torch.no_grad():
             for t in self.trained:
-                stack.enter_context(t.ema.swapped() if t.ema else nullcontext())
-                stack.callback(t.player.network.train)
-                t.player.network.eval()
+                stack.enter_context(t.at_rest())
             yield
         set_rng_state(rng, self.accelerator.device)
 

@@ -148,16 +148,12 @@ class VAEStage:
         if self.discriminator and step >= config.disc_start:
             batch["reconstruction"] = y.detach()
             adversarial = hinge_generator(networks["discriminator"](y))
-            weight = self._adaptive_weight(reconstruction * x[0].numel(), adversarial * x[0].numel())
+            vae: Any = getattr(networks["vae"], "module", networks["vae"])  # which DDP's wrapper has
+            last = vae.network.decoder.conv_out.weight
+            weight = _adaptive_weight(reconstruction * x[0].numel(), adversarial * x[0].numel(), last)
             loss = loss + config.disc_weight * weight * adversarial
             parts |= {"adversarial": adversarial.detach(), "adaptive_weight": weight}
         return loss, parts
-
-    def _adaptive_weight(self, reconstruction: Tensor, adversarial: Tensor) -> Tensor:
-        """Of losses summed over an image's values: the gradients of their means underflow in float16."""
-        last: nn.Conv2d = self.vae.network.decoder.conv_out
-        average = partial(reduce, reduction="mean") if PartialState().num_processes > 1 else None
-        return adaptive_weight(reconstruction, adversarial, last.weight, average)
 
     def discriminator_loss(
         self, networks: Mapping[str, nn.Module], batch: dict[str, Any], step: int
@@ -220,6 +216,12 @@ class VAEStage:
             average = _average([self._measured(i)[0] for i in range(len(self.held_out))])
             self.vae.network.register_to_config(scaling_factor=1 / _deviation(average, ""))
         self.vae.network.save_pretrained(folder)
+
+
+def _adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last: Tensor) -> Tensor:
+    """Of losses summed over an image's values: the gradients of their means underflow in float16."""
+    average = partial(reduce, reduction="mean") if PartialState().num_processes > 1 else None
+    return adaptive_weight(reconstruction, adversarial, last, average)
 
 
 def _average(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
