@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # whoever read our output has seen enough
         mute_stdout()
         return 141
-    if is_main_process() or False:
+    if is_main_process() or (code < 128 and left_alone()):
         complain(sentence)
     return code
 

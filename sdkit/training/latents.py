@@ -29,7 +29,7 @@ class CachedLatents:
     """Out of a latent cache, which must have been made by the same networks."""
 
     def __init__(self, config: UNetConfig, vae: VAE, text: TextEncoder) -> None:
-        self.cache = LatentCache(config.data)
+        self.cache = LatentCache(Path(config.data).expanduser())
         made = self.cache.manifest.settings
         # What the run does not ask for is as in the cache.
         size: Any = config.size or made.size

@@ -155,7 +155,7 @@ class _Loop:
         scaler, blamed = self.accelerator.scaler, None
         if math.isfinite(means[0]) and (scaler or math.isfinite(grad_norm)):
             t.optimizer.step()  # with a scaler, unless gradients overflowed, which is how it finds its scale
-            if t.ema and not t.optimizer.step_was_skipped:
+            if t.ema and math.isfinite(grad_norm):
                 t.ema.update()
         else:
             blamed = {i for i, row in enumerate(rows) if not math.isfinite(row[0])}

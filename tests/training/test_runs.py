@@ -49,17 +49,23 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model with dropout, images, a cache of them, and weights for LPIPS (random ones, which serve as well here)."""
     folder = tmp_path_factory.mktemp("made")
     tiny.model(folder / "model")
-    tiny.photos(folder / "photos", 23, size=40)
+    tiny.photos(folder / "photos", 23)
+    for path in (folder / "photos").glob("*.png"):  # wider than high, so that there is something to crop
+        Image.open(path).resize((48, 40)).save(path)
     (folder / "photos" / "007.txt").write_text(" ".join(["a red disc beside a blue one"] * 8))  # two chunks of tokens
     (folder / "photos" / BROKEN).write_bytes((folder / "photos" / BROKEN).read_bytes()[:60])
-    cache(
-        folder / "model", folder / "photos", folder / "cache", size=tiny.SIZE, crop="random", flip=True, augmentations=2,
-        dtype="fp32", device="cpu",
-    )  # fmt: skip
+    weights = folder / "model" / "vae" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(weights)
+    tensors["decoder.conv_out.weight"] *= 10  # pictures, not flat ones, of which normalisation makes much of rounding
+    save_file(tensors, weights, {"format": "pt"})
     shutil.copytree(folder / "model", folder / "dropout")
     for part, entry in (("unet", "dropout"), ("text_encoder", "attention_dropout")):
         path = folder / "dropout" / part / "config.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | {entry: 0.2}))
+    cache(
+        folder / "model", folder / "photos", folder / "cache", size=tiny.SIZE, crop="random", flip=True, augmentations=2,
+        dtype="fp32", device="cpu",
+    )  # fmt: skip
     torch.manual_seed(0)
     state = LPIPS().state_dict().items()
     names = {k: f"lin{k[6:]}.weight" if k.startswith("heads.") else k.replace("vgg", "features") for k, _ in state}
@@ -260,7 +266,9 @@ def launched(made: Path) -> Path:
 
 STEPS, DISC_START = 6, 4
 TOGETHER: dict[str, dict[str, Any]] = {
-    "vae": {"disc_start": DISC_START, "lpips_weight": 0.1, "learning_rate": 1e-4},
+    # The discriminator starts late: as long as both sides of the hinge loss are within their margins its gradients nearly
+    # cancel, and AdamW makes whole steps of the rounding that is left.
+    "vae": {"disc_start": DISC_START, "lpips_weight": 0.1, "learning_rate": 3e-5},
     "unet": {},
     "lora from a cache": {},
 }
@@ -302,12 +310,7 @@ def test_two_processes_train_as_one(
         assert left == pytest.approx(right, abs=1e-5, rel=1e-5)
     names = ["vae", "vae.ema", "discriminator"] if kind == "vae" else ["unet", "unet.ema"]
     for name in names:
-        left, right = at(launched / kind, end, name), at(tmp_path / "run", end, name)
-        # The hinge loss's two sides cancel in the last bias, while both are within their margins: of the rounding that
-        # is left AdamW makes steps.
-        apart = [abs(float(weights.pop("layers.11.bias", torch.zeros(1)))) for weights in (left, right)]
-        assert max(apart) < 2 * (STEPS - DISC_START) * 1e-4
-        assert difference(left, right) < 1e-5
+        assert difference(at(launched / kind, end, name), at(tmp_path / "run", end, name)) < 1e-5
     skipped = [json.loads((out / "skipped.json").read_text()) for out in (launched / kind, tmp_path / "run")]
     assert skipped[0] == skipped[1] != {}
     for drawn in (launched / kind / "samples").glob(f"step-{end:08d}.png"):
