@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+import os
 from collections.abc import Collection, Iterable, Sequence
 from numbers import Real
 from typing import Any
@@ -44,6 +45,20 @@ def number(name: str, value: Any, low: float = -math.inf, high: float = math.inf
         span = f"of at least {low:g}" if math.isinf(high) else f"from {low:g} to {high:g}"
         raise ArgumentError(f"{name} must be a number {span}, not {value!r}.")
     return x
+
+
+def flag(name: str, value: Any) -> bool:
+    """True or False: a word such as "no" would count as true."""
+    if not isinstance(value, bool):
+        raise ArgumentError(f"{name} must be True or False, not {value!r}.")
+    return value
+
+
+def path_or_name(name: str, value: Any) -> str:
+    """A path or a name, as a string; not an empty one."""
+    if not isinstance(value, (str, os.PathLike)) or not os.fspath(value):
+        raise ArgumentError(f"{name} must be a path or a name, not {value!r}.")
+    return os.fspath(value)
 
 
 def noise_levels(name: str, value: Any) -> tuple[float, float]:

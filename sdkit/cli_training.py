@@ -82,10 +82,12 @@ def cache(args: argparse.Namespace) -> int:
     options = ("crop", "flip", "augmentations", "embeddings", "batch_size", "dtype", "device", "seed")
     given = {name: getattr(args, name) for name in options}
     folder = cache(args.model, args.data, args.out, size=_size(args.size), **given, **_data_options(args))
-    return _tell_cache(folder, LatentCache(folder).manifest) if is_main_process() else 0
+    if is_main_process():
+        _tell_cache(folder, LatentCache(folder).manifest)
+    return 0  # a broken image ends no run, and no script that goes on from here
 
 
-def _tell_cache(folder: Path, made: Manifest) -> int:
+def _tell_cache(folder: Path, made: Manifest) -> None:
     say_path(folder)
     copies = made.settings.augmentations
     say(f"{made.images} images{f', {copies} times each' if copies > 1 else ''}; {len(made.skipped)} skipped")
@@ -93,7 +95,6 @@ def _tell_cache(folder: Path, made: Manifest) -> int:
         complain(f"{one.name} is skipped: {one.reason}")
     if len(made.skipped) > SHOWN:
         complain(f"{len(made.skipped) - SHOWN} more are skipped; {folder / 'manifest.json'} names them.")
-    return 1 if made.skipped else 0
 
 
 def train(stage: str, args: argparse.Namespace) -> int:
@@ -221,10 +222,7 @@ def _from_file(path: Path, stage: str, known: Mapping[str, _Field]) -> dict[str,
         raise ArgumentError(f"{path} holds no settings; give a run's config.json, or an object of them.")
     if unknown := [name for name in values if name not in known]:
         raise ArgumentError(f"{path} sets {unknown[0]!r}, which is no setting of this stage; leave it out.")
-    try:
-        return {name: known[name].value(value) for name, value in values.items()}
-    except ArgumentError as error:
-        raise ArgumentError(f"{path}: {error}") from error
+    return {name: known[name].value(value) for name, value in values.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -274,21 +272,10 @@ class _Field:
         return parse
 
     def value(self, found: Any) -> Any:
-        """The field's value, of what argparse or JSON made of it. Raises `ArgumentError` where it can be no such."""
-        if isinstance(found, list) and self.single and len(found) == 1:
-            found = found[0]
+        """What argparse or JSON found, as the field has it; whether it is right, the settings find out."""
         if isinstance(found, list):
-            fits = self.several and all(map(self._is_one, found))
-        else:
-            fits = (found is None and self.optional) or (self.single and self._is_one(found))
-        if not fits:
-            raise ArgumentError(f"{self.name} cannot be {json.dumps(found)}.")
-        return tuple(found) if isinstance(found, list) else found
-
-    def _is_one(self, value: Any) -> bool:
-        if self.kind is float:
-            return isinstance(value, (int, float)) and not isinstance(value, bool)
-        return type(value) is self.kind
+            return found[0] if self.single and len(found) == 1 else tuple(found)
+        return found
 
 
 def _fields(stage: type) -> dict[str, _Field]:

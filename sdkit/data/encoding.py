@@ -137,7 +137,7 @@ def own_size(model: Source) -> tuple[int, int]:
 def _folder(out: str | os.PathLike[str]) -> Path:
     if not isinstance(out, (str, os.PathLike)) or not os.fspath(out):
         raise ArgumentError(f"out must be the folder to write the cache to, not {out!r}.")
-    return Path(out).expanduser()
+    return Path(os.path.expanduser(out))  # noqa: PTH111 - Path's own fails for ~somebody who has no account here
 
 
 class _Processes:

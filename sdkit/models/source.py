@@ -178,9 +178,9 @@ def new_network(config: Source, part: str) -> Any:
         raise SourceError(
             f"there is no config at {str(path)!r}; give a config.json of diffusers, or a folder with one."
         )
-    kind = next(kind for kind in PARTS if kind.name == part)
-    if (name := folder.class_name(fields := read_config(file, part))) not in kind.classes:
-        raise SourceError(f"{str(file)!r} is the config of {name}, not of {' or '.join(kind.classes)}; give another.")
+    wanted = next(iter(next(kind for kind in PARTS if kind.name == part).classes))
+    if (name := folder.class_name(fields := read_config(file, part))) != wanted:
+        raise SourceError(f"{str(file)!r} is the config of {name}, not of {wanted}; give another.")
     with guarded(f"the config {str(file)!r}"):
         return single_file.empty(part, fields)
 

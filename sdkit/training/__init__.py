@@ -79,7 +79,7 @@ class LoopSettings:
     })  # fmt: skip
 
     def __post_init__(self) -> None:
-        from sdkit.arguments import number, one_of, strings, whole  # which loads PyTorch
+        from sdkit.arguments import flag, number, one_of, strings, whole  # which loads PyTorch
 
         for name in ("max_steps", "batch_size", "gradient_accumulation_steps", "save_every", "keep_checkpoints"):
             whole(name, getattr(self, name), 1)
@@ -91,6 +91,7 @@ class LoopSettings:
             number("max_grad_norm", self.max_grad_norm, 1e-9)
         one_of("mixed_precision", self.mixed_precision, ("no", "bf16", "fp16"))
         one_of("lr_scheduler", self.lr_scheduler, LR_SCHEDULERS)
+        flag("use_8bit_adam", self.use_8bit_adam)
         if self.report_to:
             object.__setattr__(self, "report_to", tuple(strings("report_to", self.report_to)))
 
@@ -99,10 +100,14 @@ class LoopSettings:
         what trains is what config.json says)."""
         from accelerate import Accelerator, DistributedType
         from accelerate.state import AcceleratorState, PartialState
+        from accelerate.tracking import LOGGER_TYPE_TO_CLASS
         from accelerate.utils import GradientAccumulationPlugin
 
+        from sdkit.arguments import one_of
         from sdkit.training.sharding import set_up_fsdp
 
+        for name in self.report_to:
+            one_of("report_to", name, LOGGER_TYPE_TO_CLASS)
         if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":  # which steps in the backward pass
             raise ArgumentError(
                 "DeepSpeed does not work here; launch with FSDP (fsdp_version: 2), which shares as much."

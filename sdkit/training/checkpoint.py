@@ -15,7 +15,7 @@ import secrets
 import shutil
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -305,6 +305,7 @@ class RunFolder:
         self.result = path / "result"
         self._lock = filelock.FileLock(path / ".lock", timeout=0)
         self._metrics: IO[str] | None = None
+        self._run = ""
 
     def open(self, settings: LoopSettings, processes: int) -> Start:
         """Lock the folder, and make it or see that it holds the run of `settings`, up to the fields that may change.
@@ -316,12 +317,15 @@ class RunFolder:
         config["settings"] = json.loads(json.dumps(asdict(settings), default=str))
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            self._check(config, settings.may_change)  # before anything is written into somebody else's folder
             self._lock.acquire()
-            self._check(config, settings.may_change)
+            config["run"] = self._run = self._check(config, settings.may_change)
             for folder in (self.path, self.checkpoints, self.path / "samples"):
                 for unfinished in folder.glob(".sdkit-*"):  # of a process that was killed
                     shutil.rmtree(unfinished) if unfinished.is_dir() else unfinished.unlink()
             checkpoint = newest(self.checkpoints)
+            if checkpoint and json.loads((checkpoint / STATE).read_text()).get("run") != self._run:
+                raise TrainingError(f"{checkpoint} is of another run; remove it, or name another out_dir.")
             step = int(checkpoint.name.removeprefix("step-")) if checkpoint else 0
             with atomic_write(self.path / "config.json") as temporary:
                 temporary.write_text(json.dumps(config, indent=2) + "\n")
@@ -338,7 +342,8 @@ class RunFolder:
         validated = any(key.startswith("validation/") for line in lines if line["step"] == step for key in line)
         return Start(step=step, checkpoint=checkpoint, validated=validated, exported=self._exported())
 
-    def _check(self, config: Mapping[str, Any], may_change: Collection[str]) -> None:
+    def _check(self, config: Mapping[str, Any], may_change: Collection[str]) -> str:
+        """The identity of the run that is here or would be, by which it knows its checkpoints."""
         try:
             old = json.loads((self.path / "config.json").read_text())
         except FileNotFoundError:
@@ -348,15 +353,17 @@ class RunFolder:
         used = [name for name in ("checkpoints", "samples", "result", "metrics.jsonl") if (self.path / name).exists()]
         if (old is None and used) or (old is not None and (not isinstance(old, dict) or "sdkit" not in old)):
             raise TrainingError(f"{self.path} holds files that are of no run of sdkit; name another out_dir.")
-        if old and checkpoints(self.checkpoints):  # without one there is nothing to lose
-            was, now = ({**c["settings"], **{k: v for k, v in c.items() if k != "settings"}} for c in (old, config))
-            free = {*may_change, "sdkit"}
-            for name in sorted(now.keys() & was.keys() - free):
-                if was[name] != now[name]:
-                    raise TrainingError(
-                        f"{self.path} holds another run: {name} was {was[name]!r}, is {now[name]!r}; name another "
-                        f"out_dir (only these may change: {', '.join(sorted(may_change))})."
-                    )
+        free = {*may_change, "sdkit", "settings"}
+        was, now = ({k: v for k, v in {**c["settings"], **c}.items() if k not in free} for c in (old or config, config))
+        if not old or not checkpoints(self.checkpoints):  # there is nothing to lose
+            return hashlib.sha256(json.dumps(now, sort_keys=True).encode()).hexdigest()[:16]
+        for name in sorted(now.keys() & was.keys()):
+            if was[name] != now[name]:
+                raise TrainingError(
+                    f"{self.path} holds another run: {name} was {was[name]!r}, is {now[name]!r}; name another "
+                    f"out_dir (only these may change: {', '.join(sorted(may_change))})."
+                )
+        return str(old.get("run"))
 
     def _rewind(self, step: int) -> list[dict[str, Any]]:
         """Drop the metrics of what came after the checkpoint, for it will come again."""
@@ -381,7 +388,7 @@ class RunFolder:
         """Write a checkpoint that the metrics on the disk reach up to."""
         assert self._metrics is not None
         os.fsync(self._metrics.fileno())
-        save(self.checkpoints, checkpoint, keep)
+        save(self.checkpoints, replace(checkpoint, state={**checkpoint.state, "run": self._run}), keep)
 
     def export(self, fill: Callable[[Path], None], step: int) -> None:
         """Make result/, whole or not at all."""

@@ -36,13 +36,13 @@ class StageSettings(LoopSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        from sdkit.arguments import number, one_of, strings
+        from sdkit.arguments import flag, number, one_of, path_or_name, strings
         from sdkit.data.transform import sides
 
-        for name in ("model", "data", "out_dir"):
-            value = getattr(self, name)
-            if not isinstance(value, (str, os.PathLike)) or not os.fspath(value):
-                raise ArgumentError(f"{name} must be a path or a name, not {value!r}.")
+        for name in ("model", "data", "out_dir", *(["init"] if self.init is not None else [])):
+            path_or_name(name, getattr(self, name))
+        object.__setattr__(self, "out_dir", os.path.expanduser(self.out_dir))  # noqa: PTH111 - never fails
+        self._keep_apart("data", self.data)
         if number("learning_rate", self.learning_rate, 0, 1) == 0:
             raise ArgumentError("learning_rate must be above 0.")
         if self.size is not None:
@@ -50,6 +50,16 @@ class StageSettings(LoopSettings):
         object.__setattr__(self, "augment", tuple(strings("augment", self.augment)) if self.augment else ())
         for name in self.augment:
             one_of("augment", name, AUGMENTATIONS)
+        flag("gradient_checkpointing", self.gradient_checkpointing)
+
+    def _keep_apart(self, name: str, data: str | os.PathLike[str]) -> None:
+        """Else a run that is taken up again would learn from the pictures of its own samples/."""
+        inner, outer = (Path(os.path.realpath(os.path.expanduser(path))) for path in (self.out_dir, data))  # noqa: PTH111
+        if outer.is_dir() and inner.is_relative_to(outer):
+            raise ArgumentError(
+                f"out_dir {str(self.out_dir)!r} lies in {name} {os.fspath(data)!r}, of which its pictures would become "
+                "a part; name another."
+            )
 
     @property
     def samples(self) -> Path:
@@ -73,7 +83,8 @@ class VAEConfig(StageSettings):
     kl_weight: float = 1e-6
     """Beside a reconstruction loss summed over pixels, as in latent diffusion; counts where the encoder trains."""
     disc_weight: float = 0.0
-    """Of the PatchGAN discriminator, times VQGAN's adaptive weight; 0 has none, latent diffusion 0.5."""
+    """Of the PatchGAN discriminator, times VQGAN's adaptive weight (of each micro-batch); 0 has none, latent diffusion
+    0.5."""
     disc_start: int = 0
     """The optimizer step from which the discriminator plays."""
     validation_data: str | os.PathLike[str] | None = None
@@ -81,8 +92,14 @@ class VAEConfig(StageSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        from sdkit.arguments import number, one_of, whole
+        from sdkit.arguments import flag, number, one_of, path_or_name, whole
 
+        for name in ("lpips", "validation_data"):
+            if (value := getattr(self, name)) is not None:
+                path_or_name(name, value)
+        if self.validation_data is not None:
+            self._keep_apart("validation_data", self.validation_data)
+        flag("train_encoder", self.train_encoder)
         one_of("reconstruction", self.reconstruction, RECONSTRUCTIONS)
         for name in ("lpips_weight", "kl_weight", "disc_weight"):
             number(name, getattr(self, name), 0)
@@ -112,9 +129,12 @@ class UNetConfig(StageSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        from sdkit.arguments import number, one_of, strings, whole
+        from sdkit.arguments import flag, number, one_of, strings, whole
         from sdkit.schedule import KINDS
 
+        flag("train_text_encoder", self.train_text_encoder)
+        if self.zero_snr is not None:
+            flag("zero_snr", self.zero_snr)
         if self.lora_rank is not None:
             whole("lora_rank", self.lora_rank, 1)
             if self.init is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch import Tensor
 
+from sdkit.data import manifest
 from sdkit.data.examples import Example, Examples
 from sdkit.data.transform import Transform, draw
 from sdkit.errors import DataError, ImageError
@@ -37,6 +39,11 @@ def split(n: int) -> tuple[npt.NDArray[np.int64], list[int]]:
     return (everything if n < OF else np.setdiff1d(everything, validation)), validation
 
 
+def is_cache(data: str | os.PathLike[str]) -> bool:
+    """Whether `data` is a folder with a latent cache, whole or not."""
+    return Path(os.path.expanduser(data), manifest.NAME).is_file()  # noqa: PTH111 - Path's own can fail
+
+
 def noise_of(seed: int, n: int) -> torch.Generator:
     """The source of all noise of the n-th sample of a run: it does not depend on batches and processes."""
     return draw(seed, n, NOISE)
@@ -51,16 +58,19 @@ class TrainingImages:
 
     def load(self, indices: Sequence[int] | npt.NDArray[np.int64], i: int, augmentation: int) -> tuple[Tensor, Example]:
         """Pixels (3, H, W) and example of indices[i], or of the first one after it that can be used."""
+        tried = set()
         for j in range(min(TRIES, len(indices))):
             index = int(indices[(i + j) % len(indices)])
+            tried.add(index)
             example = self.examples[index]
             try:
                 return self.transform(example.load(), draw(self.seed, index, augmentation)), example
             except ImageError as error:
                 self._skip(example.name, str(error))
+        name, reason = next(iter(self.skipped.items()))
         raise DataError(
-            f"{min(TRIES, len(indices))} images in a row in {self.examples.source} cannot be used: "
-            f"{next(iter(self.skipped.values()))} Look at the data with sdkit data check."
+            f"{len(tried)} images in a row in {self.examples.source} cannot be used: {name}: {reason.rstrip('.')}; "
+            "look at the data with sdkit data check."
         )
 
     def load_held_out(self, held_out: Sequence[int], i: int) -> tuple[Tensor, Example]:

@@ -18,7 +18,7 @@ from sdkit.errors import ArgumentError
 from sdkit.models.text import TextEncoder
 from sdkit.models.vae import VAE
 from sdkit.training.config import UNetConfig
-from sdkit.training.data import TrainingImages, split
+from sdkit.training.data import TrainingImages, is_cache, split
 
 Example = dict[str, Tensor]
 """Its caption as `ids` (k, 77) and perhaps `embeddings` (77k, D); its image as raw `mean` and `logvar` (4, h, w), or as
@@ -115,5 +115,4 @@ class ImageLatents:
 
 def open_latents(config: UNetConfig, vae: VAE, text: TextEncoder) -> CachedLatents | ImageLatents:
     """What `config.data` is: a folder with a cache's manifest, or else images."""
-    cached = (Path(config.data).expanduser() / manifest.NAME).is_file()
-    return (CachedLatents if cached else ImageLatents)(config, vae, text)
+    return (CachedLatents if is_cache(config.data) else ImageLatents)(config, vae, text)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from sdkit import images as image_io
 from sdkit.errors import ArgumentError
 from sdkit.losses import diffusion_loss, min_snr_weight
-from sdkit.models.lora import add_lora, lora_tensors, save_lora
+from sdkit.models.lora import TARGETS, add_lora, lora_tensors, save_lora
 from sdkit.models.source import load_scheduler_config, load_text, load_unet, load_vae, new_network
 from sdkit.models.text import TextEncoder
 from sdkit.models.unet import UNet
@@ -105,6 +105,11 @@ class UNetStage:
         for one in trained:
             if config.lora_rank is None:
                 one.requires_grad_(True)
+            elif config.lora_rank > (widest := _widest(one)):
+                raise ArgumentError(
+                    f"lora_rank {config.lora_rank} is above the width of this model's attention, {widest}, where LoRA "
+                    "saves nothing; give a smaller one."
+                )
             else:
                 add_lora(one, config.lora_rank)
             if config.gradient_checkpointing:
@@ -230,8 +235,9 @@ class UNetStage:
                 prompt, seed=seed, height=height, width=width, num_inference_steps=VALIDATION_STEPS,
                 guidance_scale=VALIDATION_SCALE, output_type="latent",
             )  # fmt: skip
-        image: Image.Image = self.vae.decode(z)[0]
-        return image
+        # What is no number any more is shown all the same: a run that went wrong is ended by the loop, which says why.
+        pixels = self.vae.decode(z.nan_to_num(0, 0, 0), output_type="pt")
+        return image_io.to_pil(pixels.nan_to_num(0))[0]
 
     def export(self, folder: Path) -> None:
         """LoRA's weights, or the whole pipeline in diffusers layout."""
@@ -264,6 +270,12 @@ def collated(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return batch | stacked | {"keys": keys, "mask": mask}
 
 
+def _widest(network: nn.Module) -> int:
+    """The highest rank that one of the layers that LoRA changes can have."""
+    layers = (layer for name, layer in network.named_modules() if name.endswith(TARGETS))
+    return max(min(layer.weight.shape) for layer in layers if isinstance(layer, nn.Linear))
+
+
 def _scheduler(config: UNetConfig) -> dict[str, Any]:
     """The model's scheduler config with what the run changes in it."""
     scheduler = dict(load_scheduler_config(config.model))
@@ -271,6 +283,10 @@ def _scheduler(config: UNetConfig) -> dict[str, Any]:
         scheduler["prediction_type"] = config.prediction_type
     if config.zero_snr is not None:
         scheduler["rescale_betas_zero_snr"] = config.zero_snr
-        if config.zero_snr:  # DDIM's, since PNDM has none; and its steps must begin with the last timestep
-            scheduler |= {"_class_name": "DDIMScheduler", "timestep_spacing": "trailing"}
+    if config.zero_snr:  # steps must begin with the last timestep
+        scheduler["timestep_spacing"] = "trailing"
+    if config.zero_snr or config.prediction_type == "sample":  # DDIM's: PNDM, which SD 1.x comes with, knows neither
+        stated = NoiseSchedule.from_config(scheduler)  # what is left out means other things to another scheduler
+        scheduler |= {"clip_sample": stated.clip_x0 is not None, "set_alpha_to_one": stated.set_alpha_to_one}
+        scheduler["_class_name"] = "DDIMScheduler"
     return scheduler

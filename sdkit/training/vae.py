@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from sdkit import images as image_io
 from sdkit.data.examples import open_examples
 from sdkit.data.transform import Transform
-from sdkit.errors import ArgumentError
+from sdkit.errors import ArgumentError, DataError
 from sdkit.losses import adaptive_weight, hinge_discriminator, hinge_generator, kl, l1, l2
 from sdkit.lpips import LPIPS, VARIABLE
 from sdkit.lpips import SMALLEST as LPIPS_SMALLEST
@@ -32,7 +32,7 @@ from sdkit.models.source import load_vae, new_network
 from sdkit.models.vae import VAE
 from sdkit.training import Player, Samples
 from sdkit.training.config import VAEConfig
-from sdkit.training.data import TrainingImages, my_share, noise_of, report_skipped, split
+from sdkit.training.data import TrainingImages, is_cache, my_share, noise_of, report_skipped, split
 from sdkit.training.loop import fit
 
 GAN_BETAS = (0.5, 0.9)  # of AdamW, as in VQGAN
@@ -62,7 +62,9 @@ class VAEStage:
             network = load_vae(config.model) if config.init is None else new_network(config.init, "vae")
             self.discriminator = Discriminator() if config.disc_weight else None
         if type(network).__name__ != "AutoencoderKL":
-            raise ArgumentError(f"a {type(network).__name__} cannot be trained; give an AutoencoderKL.")
+            raise ArgumentError(
+                f"{os.fspath(config.model)!r} holds an {type(network).__name__}, which cannot be trained; give an AutoencoderKL."
+            )
         self.vae = VAE(network, name=str(config.model))
         self.trains_encoder = config.train_encoder or config.init is not None
         if not self.trains_encoder:
@@ -83,6 +85,11 @@ class VAEStage:
         transform = Transform(
             size=size, crop="random" if "crop" in config.augment else "center", flip="flip" in config.augment
         )
+        for data in (config.data, config.validation_data):
+            if data is not None and is_cache(data):
+                raise DataError(
+                    f"{os.fspath(data)!r} is a latent cache, and a VAE learns from images; give those it was made of."
+                )
         examples = held_out = open_examples(config.data)
         self.train, self.held_out = split(len(examples))
         if config.validation_data is not None:
@@ -202,7 +209,7 @@ class VAEStage:
             start_mean, start_logvar = self.start.to(x.device).posterior(x)
             measured |= _moments(start_mean, start_logvar, "start_")
             measured["moved"] = float((mean - start_mean).square().mean())
-        return measured, (image_io.to_pil(x)[0], image_io.to_pil(y)[0]) if i < SHOWN else None
+        return measured, (image_io.to_pil(x)[0], image_io.to_pil(y.nan_to_num())[0]) if i < SHOWN else None
 
     def _show(self, pairs: list[tuple[Image.Image, Image.Image]], step: int) -> None:
         originals, reconstructions = zip(*pairs, strict=True)

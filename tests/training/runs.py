@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import signal
 import subprocess
 import sys
 import threading
@@ -133,9 +132,8 @@ def serve() -> None:
         child = os.fork()
         if not child:
             code = 1
-            with contextlib.suppress(BaseException):
-                with open(os.devnull, "w") as nothing, contextlib.redirect_stdout(nothing):
-                    code = train(**json.loads(line))
+            with contextlib.suppress(BaseException), contextlib.redirect_stdout(sys.stderr):
+                code = train(**json.loads(line))
             os._exit(code)
         _, status = os.waitpid(child, os.WUNTRACED)
         code = -os.WSTOPSIG(status) if os.WIFSTOPPED(status) else os.waitstatus_to_exitcode(status)

@@ -69,7 +69,7 @@ def test_lora_learns_new_words_and_keeps_old_ones(tmp_path: Path) -> None:
         (folder / f"{i:02}.txt").write_text(caption)
     config = UNetConfig(
         data=folder, out_dir=tmp_path / "run", lora_rank=16, learning_rate=2e-3, max_steps=250, batch_size=8,
-        ema_decay=0, save_every=1000, validate_every=1000, mixed_precision="bf16", lr_scheduler="cosine",
+        ema_decay=0, save_every=1000, validate_every=1000, lr_scheduler="cosine",
     )  # fmt: skip
     sd.load_lora(train_unet(config) / "result")
     after = draw(sd, NEW + OLD)
@@ -96,7 +96,7 @@ def test_a_decoder_tuned_on_photos_gains_on_others(tmp_path: Path) -> None:
         data=crops(tmp_path / "train", ("astronaut", "coffee"), 64), out_dir=tmp_path / "run", size=64,
         validation_data=crops(tmp_path / "held-out", ("chelsea", "rocket"), 12), augment=("crop", "flip"),
         lpips=tiny.LPIPS_WEIGHTS, lpips_weight=0.05, learning_rate=5e-4, max_steps=150, batch_size=8, ema_decay=0,
-        mixed_precision="bf16", lr_scheduler="cosine", save_every=1000, validate_every=1000,
+        lr_scheduler="cosine", save_every=1000, validate_every=1000,
     )  # fmt: skip
     run = train_vae(config)
     first, last = (line for line in read_metrics(run / "metrics.jsonl") if "validation/psnr" in line)
@@ -108,7 +108,7 @@ def test_a_vae_and_a_unet_learn_from_nothing(tmp_path: Path) -> None:
     """Discs of four colours: the VAE passes 25 dB, the U-Net a validation loss of 0.35, and what is asked for is drawn
     in its colour."""
     model, data = tiny.model(tmp_path / "model"), tiny.photos(tmp_path / "discs", 256)
-    common: dict[str, Any] = {"mixed_precision": "bf16", "lr_scheduler": "cosine", "save_every": 10**4}
+    common: dict[str, Any] = {"lr_scheduler": "cosine", "save_every": 10**4}
     vae = train_vae(
         VAEConfig(
             init=model / "vae", data=data, out_dir=tmp_path / "vae", learning_rate=2e-3, max_steps=600, batch_size=16,

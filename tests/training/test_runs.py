@@ -63,8 +63,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         path = folder / "dropout" / part / "config.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | {entry: 0.2}))
     cache(
-        folder / "model", folder / "photos", folder / "cache", size=tiny.SIZE, crop="random", flip=True, augmentations=2,
-        dtype="fp32", device="cpu",
+        folder / "model", folder / "photos", folder / "cache",
+        size=tiny.SIZE, crop="random", flip=True, augmentations=2, dtype="fp32", device="cpu",
     )  # fmt: skip
     torch.manual_seed(0)
     state = LPIPS().state_dict().items()
@@ -266,8 +266,8 @@ def launched(made: Path) -> Path:
 
 STEPS, DISC_START = 6, 4
 TOGETHER: dict[str, dict[str, Any]] = {
-    # The discriminator starts late: as long as both sides of the hinge loss are within their margins its gradients nearly
-    # cancel, and AdamW makes whole steps of the rounding that is left.
+    # The discriminator starts late: as long as both sides of the hinge loss are within their margins its gradients
+    # nearly cancel, and AdamW makes whole steps of the rounding that is left.
     "vae": {"disc_start": DISC_START, "lpips_weight": 0.1, "learning_rate": 3e-5},
     "unet": {},
     "lora from a cache": {},
