@@ -27,7 +27,8 @@ from sdkit.cli import _parser, main
 from sdkit.cli_training import _settings
 from sdkit.data import LatentCache, check
 from sdkit.training import UNetConfig, VAEConfig, train_unet
-from sdkit.training.checkpoint import checkpoints, read_metrics
+from sdkit.training.checkpoint import checkpoints
+from sdkit.training.run_folder import read_metrics
 
 from .training import tiny, toy
 

@@ -7,11 +7,8 @@ import os
 import signal
 import threading
 import warnings
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import KW_ONLY, asdict, dataclass, replace
-from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
@@ -32,8 +29,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 Samples = list[tuple[int, int]]  # (n, item): the n-th sample since the run began is example `item`
-
-LOADERS = 4  # threads that load batches ahead, and batches that they load
 
 # Names of diffusers.optimization.get_scheduler, but the one whose rules are a language of their own.
 LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
@@ -312,51 +307,6 @@ class StopSignals:
             if is_main_process():
                 os.write(2, b"\nsdkit: stopping after this step; Ctrl-C again leaves at once.\n")
         self.exit_code = self.exit_code or 128 + which
-
-
-def samples_of(settings: LoopSettings, step: int, micro_batch: int, rank: int, world: int, size: int) -> Samples:
-    """The samples (n, item) of one micro-batch of one process.
-
-    Each optimizer step takes the next batch_size * gradient_accumulation_steps * world samples, however they are split;
-    each epoch is a permutation of its own of the `size` examples. So the step alone says where in the data a run is.
-    """
-    first = ((step * settings.gradient_accumulation_steps + micro_batch) * world + rank) * settings.batch_size
-    numbers = range(first, first + settings.batch_size)
-    return [(n, int(_permutation(settings.seed, n // size, size)[n % size])) for n in numbers]
-
-
-@lru_cache(maxsize=2)  # a batch can reach from one epoch into the next
-def _permutation(seed: int, epoch: int, size: int) -> Any:
-    import numpy as np
-
-    return np.random.default_rng((seed, epoch)).permutation(size)
-
-
-@contextlib.contextmanager
-def loaded_ahead(
-    stage: Stage, settings: LoopSettings, first_step: int, rank: int, world: int
-) -> Iterator[Iterator[tuple[Samples, dict[str, Any]]]]:
-    """Yield an iterator over this process's micro-batches from `first_step` to the last step, with their samples.
-    Threads load the next ones meanwhile."""
-    micro_batches = range(settings.gradient_accumulation_steps)
-    micro = ((step, i) for step in range(first_step, settings.max_steps) for i in micro_batches)
-    jobs = (samples_of(settings, step, i, rank, world, stage.size) for step, i in micro)
-    pool = ThreadPoolExecutor(LOADERS)
-
-    def batches() -> Iterator[tuple[Samples, dict[str, Any]]]:
-        waiting: deque[tuple[Samples, Future[dict[str, Any]]]] = deque()
-        for samples in jobs:
-            waiting.append((samples, pool.submit(stage.batch, samples)))
-            if len(waiting) > LOADERS:
-                samples, batch = waiting.popleft()
-                yield samples, batch.result()
-        for samples, batch in waiting:
-            yield samples, batch.result()
-
-    try:
-        yield batches()
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
 
 
 @contextlib.contextmanager

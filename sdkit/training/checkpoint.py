@@ -1,4 +1,4 @@
-"""What a run keeps on disk: its folder, settings and metrics, and checkpoints of safetensors and JSON.
+"""Checkpoints of safetensors and JSON, written whole or not at all, from which a run goes on exactly.
 
 A checkpoint is a folder, written beside its place and renamed when it is whole, with the SHA-256 of each of its files.
 Nothing in it can execute code when it is loaded.
@@ -14,12 +14,11 @@ import random
 import secrets
 import shutil
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
-import filelock
 import numpy as np
 import torch
 from accelerate.utils import gather_object
@@ -27,10 +26,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from sdkit import __version__
 from sdkit.errors import SdkitError, TrainingError
-from sdkit.files import atomic_write
-from sdkit.training import LoopSettings, Trained
+from sdkit.training import Trained
 from sdkit.training.sharding import is_sharded, split_as, whole
 
 if TYPE_CHECKING:
@@ -271,139 +268,3 @@ def set_rng_state(state: Tensors, device: torch.device) -> None:
     torch.set_rng_state(state["torch"])
     if device.type == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"], device)
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl; one that was cut short by the end of its process is left out."""
-    lines = []
-    for line in path.read_text().splitlines() if path.is_file() else []:
-        with contextlib.suppress(ValueError):
-            entry = json.loads(line)
-            if isinstance(entry, dict) and "step" in entry:
-                lines.append(entry)
-    return lines
-
-
-@dataclass(frozen=True, kw_only=True)
-class Start:
-    """Where a run begins: after `step` steps, with that `checkpoint`, having `validated` that step; result/ is of step
-    `exported` (-1: none)."""
-
-    step: int
-    checkpoint: Path | None
-    validated: bool
-    exported: int
-
-
-class RunFolder:
-    """A run's folder as the main process holds it, from `open` to `close`: config.json, metrics.jsonl, checkpoints/,
-    samples/ and, at the end, result/."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.checkpoints = path / "checkpoints"
-        self.result = path / "result"
-        self._lock = filelock.FileLock(path / ".lock", timeout=0)
-        self._metrics: IO[str] | None = None
-        self._run = ""
-
-    def open(self, settings: LoopSettings, processes: int) -> Start:
-        """Lock the folder, and make it or see that it holds the run of `settings`, up to the fields that may change.
-
-        Raises TrainingError where the folder cannot be written, is in use, or holds anything else.
-        """
-        per_step = settings.batch_size * settings.gradient_accumulation_steps * processes
-        config = {"sdkit": __version__, "stage": type(settings).__name__, "samples_per_step": per_step}
-        config["settings"] = json.loads(json.dumps(asdict(settings), default=str))
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._check(config, settings.may_change)  # before anything is written into somebody else's folder
-            self._lock.acquire()
-            config["run"] = self._run = self._check(config, settings.may_change)
-            for folder in (self.path, self.checkpoints, self.path / "samples"):
-                for unfinished in folder.glob(".sdkit-*"):  # of a process that was killed
-                    shutil.rmtree(unfinished) if unfinished.is_dir() else unfinished.unlink()
-            checkpoint = newest(self.checkpoints)
-            if checkpoint and json.loads((checkpoint / STATE).read_text()).get("run") != self._run:
-                raise TrainingError(f"{checkpoint} is of another run; remove it, or name another out_dir.")
-            step = int(checkpoint.name.removeprefix("step-")) if checkpoint else 0
-            with atomic_write(self.path / "config.json") as temporary:
-                temporary.write_text(json.dumps(config, indent=2) + "\n")
-            lines = self._rewind(step if checkpoint else -1)
-            for name in ("checkpoints", "samples"):
-                (self.path / name).mkdir(exist_ok=True)
-        except filelock.Timeout as error:
-            raise TrainingError(
-                f"another process trains in {self.path}; wait for it, or name another out_dir."
-            ) from error
-        except OSError as error:
-            reason = (error.strerror or str(error)).lower()
-            raise TrainingError(f"cannot train in {self.path}: {reason}; name a folder that can be written.") from error
-        validated = any(key.startswith("validation/") for line in lines if line["step"] == step for key in line)
-        return Start(step=step, checkpoint=checkpoint, validated=validated, exported=self._exported())
-
-    def _check(self, config: Mapping[str, Any], may_change: Collection[str]) -> str:
-        """The identity of the run that is here or would be, by which it knows its checkpoints."""
-        try:
-            old = json.loads((self.path / "config.json").read_text())
-        except FileNotFoundError:
-            old = None
-        except ValueError:
-            old = {}
-        used = [name for name in ("checkpoints", "samples", "result", "metrics.jsonl") if (self.path / name).exists()]
-        if (old is None and used) or (old is not None and (not isinstance(old, dict) or "sdkit" not in old)):
-            raise TrainingError(f"{self.path} holds files that are of no run of sdkit; name another out_dir.")
-        free = {*may_change, "sdkit", "settings"}
-        was, now = ({k: v for k, v in {**c["settings"], **c}.items() if k not in free} for c in (old or config, config))
-        if not old or not checkpoints(self.checkpoints):  # there is nothing to lose
-            return hashlib.sha256(json.dumps(now, sort_keys=True).encode()).hexdigest()[:16]
-        for name in sorted(now.keys() & was.keys()):
-            if was[name] != now[name]:
-                raise TrainingError(
-                    f"{self.path} holds another run: {name} was {was[name]!r}, is {now[name]!r}; name another "
-                    f"out_dir (only these may change: {', '.join(sorted(may_change))})."
-                )
-        return str(old.get("run"))
-
-    def _rewind(self, step: int) -> list[dict[str, Any]]:
-        """Drop the metrics of what came after the checkpoint, for it will come again."""
-        path = self.path / "metrics.jsonl"
-        lines = [line for line in read_metrics(path) if line["step"] <= step]
-        with atomic_write(path) as temporary:
-            temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
-        self._metrics = path.open("a")
-        return lines
-
-    def log(self, line: Mapping[str, Any]) -> None:
-        """Append a line to metrics.jsonl."""
-        assert self._metrics is not None
-        try:
-            self._metrics.write(json.dumps(line, allow_nan=False) + "\n")
-            self._metrics.flush()
-        except OSError as error:
-            reason = (error.strerror or str(error)).lower()
-            raise TrainingError(f"cannot write {self._metrics.name}: {reason}; make room and run again.") from error
-
-    def save(self, checkpoint: Checkpoint, keep: int) -> None:
-        """Write a checkpoint that the metrics on the disk reach up to."""
-        assert self._metrics is not None
-        os.fsync(self._metrics.fileno())
-        save(self.checkpoints, replace(checkpoint, state={**checkpoint.state, "run": self._run}), keep)
-
-    def export(self, fill: Callable[[Path], None], step: int) -> None:
-        """Make result/, whole or not at all."""
-        with whole_folder(self.result) as temporary:
-            fill(temporary)
-            (temporary / "training.json").write_text(json.dumps({"step": step}))
-
-    def _exported(self) -> int:
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            return int(json.loads((self.result / "training.json").read_text())["step"])
-        return -1
-
-    def close(self) -> None:
-        """Let other processes have the folder."""
-        with contextlib.suppress(OSError):  # what a full disk refused was told when it was written
-            if self._metrics is not None:
-                self._metrics.close()
-        self._lock.release()

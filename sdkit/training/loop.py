@@ -19,19 +19,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from sdkit.errors import TrainingError
-from sdkit.training import (
-    LoopSettings,
-    Samples,
-    Stage,
-    StopSignals,
-    Trained,
-    TrainingStopped,
-    alone,
-    loaded_ahead,
-    on_main,
-    tracked,
-)
-from sdkit.training.checkpoint import RunFolder, load, restore, rng_state, set_rng_state, snapshot
+from sdkit.training import LoopSettings, Samples, Stage, StopSignals, Trained, TrainingStopped, alone, on_main, tracked
+from sdkit.training.batches import loaded_ahead
+from sdkit.training.checkpoint import load, restore, rng_state, set_rng_state, snapshot
+from sdkit.training.run_folder import RunFolder
 from sdkit.training.sharding import whole
 
 BAD_STEPS = 10  # in a row, without a finite loss, end a run

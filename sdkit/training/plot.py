@@ -12,7 +12,7 @@ import numpy as np
 
 from sdkit.errors import ArgumentError, TrainingError
 from sdkit.files import atomic_write
-from sdkit.training.checkpoint import read_metrics
+from sdkit.training.run_folder import read_metrics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -62,9 +62,8 @@ class VAEStage:
             network = load_vae(config.model) if config.init is None else new_network(config.init, "vae")
             self.discriminator = Discriminator() if config.disc_weight else None
         if type(network).__name__ != "AutoencoderKL":
-            raise ArgumentError(
-                f"{os.fspath(config.model)!r} holds an {type(network).__name__}, which cannot be trained; give an AutoencoderKL."
-            )
+            kind, label = type(network).__name__, os.fspath(config.model)
+            raise ArgumentError(f"{label!r} holds an {kind}, which cannot be trained; give an AutoencoderKL.")
         self.vae = VAE(network, name=str(config.model))
         self.trains_encoder = config.train_encoder or config.init is not None
         if not self.trains_encoder:

@@ -28,6 +28,7 @@ from safetensors.torch import save, save_file
 from transformers import CLIPTextModel, CLIPTokenizer  # noqa: F401
 
 from sdkit.errors import SdkitError
+from sdkit.lpips import LPIPS
 from sdkit.training import UNetConfig, VAEConfig, checkpoint, train_unet, train_vae
 from sdkit.training.ema import EMA
 from sdkit.training.loop import fit
@@ -74,6 +75,15 @@ def environment() -> dict[str, str]:
 
 def _sentence(settings: dict[str, Any]) -> Path:
     return Path(f"{settings['out_dir']}.sentence")
+
+
+def lpips_weights(path: Path) -> Path:
+    """A file of weights for LPIPS: random ones, which serve as well where nobody looks at the pictures."""
+    torch.manual_seed(0)
+    state = LPIPS().state_dict().items()
+    names = {k: f"lin{k[6:]}.weight" if k.startswith("heads.") else k.replace("vgg", "features") for k, _ in state}
+    save_file({names[key]: value for key, value in state}, path)
+    return path
 
 
 def config_of(stage: str, settings: dict[str, Any]) -> VAEConfig | UNetConfig:

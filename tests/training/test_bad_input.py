@@ -1,5 +1,5 @@
-"""What users get wrong in training: one sentence each, that names the culprit and says what to do, and nothing half-done
-that stays. Runs that are killed, full disks and two runs at once are in test_runs.py."""
+"""What users get wrong in training: one sentence each, that names the culprit and says what to do, and nothing stays
+half-done. Full disks and two runs at once are in test_runs.py."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import re
 import shutil
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +25,24 @@ import sdkit
 from sdkit.data import cache
 from sdkit.errors import CacheError, DataError, TrainingError
 from sdkit.training import UNetConfig, VAEConfig, train_unet, train_vae
-from sdkit.training.checkpoint import checkpoints, newest, read_metrics
+from sdkit.training.checkpoint import checkpoints, newest
+from sdkit.training.run_folder import read_metrics
 
 from . import tiny
+from .runs import lpips_weights
 
 ARGUMENT, SOURCE, DATA, CACHE, TRAINING = sdkit.ArgumentError, sdkit.SourceError, DataError, CacheError, TrainingError
 NAN, INF = float("nan"), float("inf")
 
 
 @pytest.fixture(autouse=True)
-def no_lpips(monkeypatch: pytest.MonkeyPatch) -> None:
+def setting(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No LPIPS but what a test names; one thread, which networks as small as these are faster with."""
     monkeypatch.delenv("SDKIT_LPIPS", raising=False)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def one_sentence(run: Callable[[], object], kind: type[sdkit.SdkitError], *fragments: str) -> None:
@@ -137,6 +144,7 @@ def kit(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("kit")
     tiny.model(folder / "model")
     tiny.photos(folder / "photos", 3)
+    lpips_weights(folder / "lpips.safetensors")
     cache(folder / "model", folder / "photos", folder / "cache", size=tiny.SIZE, dtype="fp32", device="cpu")
     return folder
 
@@ -235,7 +243,7 @@ CASES: list[tuple[str, str, Make, type[sdkit.SdkitError], tuple[str, ...]]] = [
     ("both", "empty folder", lambda k, p: {"data": folder(p / "d")}, DATA, ("there is no image, .parquet or",)),
     ("both", "no images", lambda k, p: {"data": folder(p / "d", a__txt=b"x")}, DATA, ("d; name other data",)),
     ("both", "dots only", lambda k, p: {"data": dots(p / "d")}, DATA,
-     ("2 images in a row in ", "a.png: 1 x 1 pixels are too few for a crop of 32 x 32", "; look at the data with sdkit")),
+     ("2 images in a row in ", "a.png: 1 x 1 pixels are too few for a crop of 32 x 32", "; look at the data with")),
     ("both", "broken images only", lambda k, p: {"data": folder(p / "d", a__png=b"x", b__jpg=b"")}, DATA,
      ("2 images in a row in ", "a.png is not an image", "; look at the data with sdkit data check")),
     ("both", "NaN pixels", lambda k, p: {"data": nan_pixels(p / "d")}, DATA, ("a.tiff", "values from nan to nan")),
@@ -287,6 +295,8 @@ CASES: list[tuple[str, str, Make, type[sdkit.SdkitError], tuple[str, ...]]] = [
      ("size 32 x 36", "divide by 8", "; change it")),
     ("vae", "too small for SSIM", lambda k, p: {"size": 8}, ARGUMENT,
      ("size 8 x 8 must divide by 8 and be at least 11",)),
+    ("vae", "too small for LPIPS", lambda k, p: {"size": 8, "lpips": k / "lpips.safetensors"}, ARGUMENT,
+     ("size 8 x 8 must divide by 8 and be at least 16; change it",)),
     ("vae", "too small for the discriminator", lambda k, p: {"size": 16, "disc_weight": 0.5}, ARGUMENT,
      ("size 16 x 16 must divide by 8 and be at least 24; change it",)),
     ("unet", "rank", lambda k, p: {"lora_rank": 10**9}, ARGUMENT, ("lora_rank 1000000000 is above", "attention, 32, ")),

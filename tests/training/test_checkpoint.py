@@ -19,11 +19,9 @@ from sdkit.errors import TrainingError
 from sdkit.training import Player, Trained
 from sdkit.training.checkpoint import (
     Checkpoint,
-    RunFolder,
     checkpoints,
     load,
     newest,
-    read_metrics,
     restore,
     rng_state,
     save,
@@ -31,6 +29,7 @@ from sdkit.training.checkpoint import (
     snapshot,
     whole_folder,
 )
+from sdkit.training.run_folder import RunFolder, read_metrics
 
 from .toy import ToySettings
 

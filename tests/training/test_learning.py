@@ -16,7 +16,7 @@ from torch import Tensor
 import sdkit
 from sdkit.images import to_tensors
 from sdkit.training import UNetConfig, VAEConfig, train_unet, train_vae
-from sdkit.training.checkpoint import read_metrics
+from sdkit.training.run_folder import read_metrics
 
 from . import tiny
 

@@ -22,8 +22,10 @@ from diffusers.optimization import get_scheduler
 from safetensors.torch import load_file
 
 from sdkit.errors import ArgumentError, DataError, TrainingError
-from sdkit.training import LR_SCHEDULERS, loop, samples_of
-from sdkit.training.checkpoint import checkpoints, newest, read_metrics
+from sdkit.training import LR_SCHEDULERS, loop
+from sdkit.training.batches import samples_of
+from sdkit.training.checkpoint import checkpoints, newest
+from sdkit.training.run_folder import read_metrics
 
 from . import toy
 

@@ -24,8 +24,8 @@ import sdkit
 from sdkit.data import cache
 from sdkit.errors import ArgumentError
 from sdkit.training import Trained, UNetConfig, train_unet
-from sdkit.training.checkpoint import read_metrics
 from sdkit.training.loop import fit
+from sdkit.training.run_folder import read_metrics
 from sdkit.training.unet import UNetStage
 
 from . import tiny

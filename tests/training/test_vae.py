@@ -21,10 +21,11 @@ from torch.nn import functional as F
 import sdkit
 from sdkit.lpips import LPIPS
 from sdkit.metrics import psnr, ssim
-from sdkit.training import Trained, VAEConfig, alone, samples_of, train_vae
-from sdkit.training.checkpoint import read_metrics
+from sdkit.training import Trained, VAEConfig, alone, train_vae
+from sdkit.training.batches import samples_of
 from sdkit.training.data import noise_of
 from sdkit.training.loop import fit
+from sdkit.training.run_folder import read_metrics
 from sdkit.training.vae import VAEStage
 
 from . import tiny
