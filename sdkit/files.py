@@ -112,6 +112,11 @@ def _expand(path: Path, suffixes: Collection[str]) -> list[Path]:
     return sorted([*inside, *(Path(error.filename) for error in unreadable)])
 
 
+def expanded(path: str | os.PathLike[str]) -> Path:
+    """`path` with ~ as the home folder; left as it is for ~somebody who has no account here, where Path's own fails."""
+    return Path(os.path.expanduser(path))  # noqa: PTH111
+
+
 def encodable(text: str) -> str:
     """`text` with "?" for what UTF-8 cannot hold: lone surrogates, which stand for undecodable bytes of file names."""
     return text.encode(errors="replace").decode()

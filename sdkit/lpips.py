@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sdkit.errors import ImageError, SourceError
+from sdkit.files import expanded
 from sdkit.models.folder import Place, absent, fetch
 from sdkit.models.weights import SUFFIXES, check_fit, open_tensors
 
@@ -145,7 +146,7 @@ def _plain(key: str) -> str:
 
 
 def _locate(source: str | os.PathLike[str], filename: str, revision: str | None) -> Path:
-    path = Path(source).expanduser()
+    path = expanded(source)
     if path.is_file():
         return path
     if isinstance(source, str) and HUB_ID.fullmatch(source) and not source.endswith(SUFFIXES) and not path.exists():

@@ -30,6 +30,7 @@ from sdkit.data.shards import ShardEncoder, header_of, save, shard_file
 from sdkit.data.transform import Transform, sides
 from sdkit.device import resolve_device, resolve_dtype
 from sdkit.errors import ArgumentError, CacheError, DataError, SdkitError
+from sdkit.files import expanded
 from sdkit.models.source import Source, describe
 from sdkit.models.text import TextEncoder
 from sdkit.models.vae import VAE
@@ -63,7 +64,8 @@ def cache(
 
     What is stored is the posterior's mean and log-variance (float16), raw, so that training draws a new sample each
     time, and the captions' token ids. An image that cannot be read is skipped and named in manifest.json. The same call
-    again goes on where an earlier one was stopped; under `accelerate launch` the processes share the work.
+    again goes on where an earlier one was stopped, and makes damaged files anew; under `accelerate launch` the
+    processes share the work.
 
     size:          (height, width) in pixels, or one number; None takes the model's own.
     crop, flip:    see `Transform`. augmentations: of each image, where there is chance in them.
@@ -137,7 +139,7 @@ def own_size(model: Source) -> tuple[int, int]:
 def _folder(out: str | os.PathLike[str]) -> Path:
     if not isinstance(out, (str, os.PathLike)) or not os.fspath(out):
         raise ArgumentError(f"out must be the folder to write the cache to, not {out!r}.")
-    return Path(os.path.expanduser(out))  # noqa: PTH111 - Path's own fails for ~somebody who has no account here
+    return expanded(out)
 
 
 class _Processes:
@@ -192,7 +194,11 @@ def _claim(folder: Path, manifest: Manifest, main: bool) -> bool:
                 "delete that one."
             )
         if made.complete and not missing_files(folder, made):
-            return True
+            damaged = [one.file for one in made.files if checksum(folder / one.file) != one.sha256] if main else []
+            if not damaged:
+                return True
+            for file in damaged:  # which makes it anew
+                (folder / file).unlink()
     elif any(not name.startswith(".sdkit-") for name in inside):
         raise CacheError(f"{folder} is not empty, and holds no latent cache; name another folder.")
     if main:

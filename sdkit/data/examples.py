@@ -22,7 +22,7 @@ from PIL import Image
 from sdkit import images
 from sdkit.data.captioned_files import CAPTION_KEYS, Row, caption_of, folder_rows, tar_rows
 from sdkit.errors import ArgumentError, DataError, ImageError, SdkitError
-from sdkit.files import encodable, find
+from sdkit.files import encodable, expanded, find
 
 IMAGE_COLUMNS = ("image", "jpg", "png", "jpeg", "webp", "img")
 NAME, OFFSET, SIZE = "sdkit.name", "sdkit.offset", "sdkit.size"  # columns of our own tables
@@ -211,7 +211,7 @@ def open_examples(
     if not isinstance(data, (str, os.PathLike)) or not os.fspath(data):
         raise ArgumentError(f"data must be the path of a data set or its id on the Hub, not {data!r}.")
     source = os.fspath(data)
-    path = Path(os.path.expanduser(source))  # noqa: PTH111 - Path's own fails for ~somebody who has no account here
+    path = expanded(source)
     if not path.exists():
         return _from_hub(source, split, image_column, caption_column, streaming)
     kind, files = _kind(path)
@@ -233,7 +233,7 @@ def check_source(data: str | os.PathLike[str]) -> None:
     source = os.fspath(data)
     parts = source.partition(":")[0].split("/")
     hub = len(parts) == 2 and all(parts) and parts[0][0] not in ".~" and "://" not in source
-    if not hub and not Path(os.path.expanduser(source)).exists():  # noqa: PTH111
+    if not hub and not expanded(source).exists():
         raise DataError(f"{source!r} is neither a path that exists nor the id of a data set on the Hub (org/name).")
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from sdkit.data.manifest import Manifest, Shard, difference
 from sdkit.data.transform import Transform
 from sdkit.errors import CacheError
+from sdkit.files import expanded
 
 AGAIN = "run the same sdkit cache command again, which makes what is missing"
 
@@ -45,7 +46,7 @@ class LatentCache:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
+        self.path = expanded(path)
         self.manifest = Manifest.read(self.path)
         if not self.manifest.complete:
             raise CacheError(f"the cache {self.path} is not finished; {AGAIN}.")
@@ -84,7 +85,7 @@ class LatentCache:
 
     @property
     def empty(self) -> Prompt:
-        """The empty prompt, in one chunk: what dropped captions become, repeated for captions of more chunks."""
+        """The empty prompt, in one chunk: what dropped captions become."""
         assert self.manifest.empty  # of every complete manifest
         return self._prompt(self._shard(self.manifest.empty), 0)
 

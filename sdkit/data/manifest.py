@@ -104,6 +104,11 @@ class Manifest:
         """All files beside the manifest."""
         return (*self.shards, *([self.empty] if self.empty else []))
 
+    @property
+    def identity(self) -> str:
+        """SHA-256 over the checksums of all files; 16 hexadecimal digits."""
+        return hashlib.sha256("".join(one.sha256 for one in self.files).encode()).hexdigest()[:16]
+
     def write(self, folder: Path) -> None:
         """Write it as `folder`/manifest.json, whole or not at all."""
         head = {"format": FORMAT, "format_version": FORMAT_VERSION}

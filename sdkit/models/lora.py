@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from sdkit.arguments import one_of
 from sdkit.errors import ArgumentError, SourceError
-from sdkit.files import atomic_write
+from sdkit.files import atomic_write, expanded
 from sdkit.models.folder import Place, absent, fetch
 from sdkit.models.weights import SUFFIXES, TensorFile, clean, find, is_file, open_tensors
 
@@ -259,7 +259,7 @@ def _locate(source: str | os.PathLike[str], filename: str | None, revision: str 
     if not isinstance(source, (str, os.PathLike)):
         raise ArgumentError(f"a LoRA is a path or a Hub id, not {type(source).__name__}.")
     name = os.fspath(source)
-    path = Path(os.path.expanduser(name))  # noqa: PTH111 (Path's own fails for ~somebody who has no account here)
+    path = expanded(name)
     found = find(path) if name else None
     if found is None and isinstance(source, str) and HUB_ID.fullmatch(name) and not name.endswith(SUFFIXES):
         place = Place(name=name, kind="hub", path=path, revision=revision)

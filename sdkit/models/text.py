@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Sequence
 from os import PathLike
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTokenizer
 
 CHUNKS_AT_ONCE = 64
+_one_at_a_time = threading.Lock()  # a tokenizer is not for several threads, and training loads in some
 
 
 class TextEncoder(Wrapper):
@@ -103,7 +105,8 @@ class TextEncoder(Wrapper):
         pieces = parse_weights(prompt) if weighting else [(prompt, 1.0)]
         tokens: list[tuple[int, float]] = []
         for text, weight in pieces:
-            encoded = self.tokenizer(text, add_special_tokens=False, truncation=False, padding=False, verbose=False)
+            with _one_at_a_time:
+                encoded = self.tokenizer(text, add_special_tokens=False, truncation=False, padding=False, verbose=False)
             tokens += [(token, weight) for token in encoded.input_ids]
         return tokens
 

@@ -69,7 +69,7 @@ class LoopSettings:
 
     # What a run may be taken up again with other values of; the first two as long as a step takes as many samples.
     may_change: ClassVar[frozenset[str]] = frozenset({
-        *("batch_size", "gradient_accumulation_steps", "keep_checkpoints", "max_steps", "out_dir"),
+        *("batch_size", "data", "gradient_accumulation_steps", "keep_checkpoints", "max_steps", "out_dir"),
         *("report_to", "save_every", "validate_every"),
     })  # fmt: skip
 
@@ -87,8 +87,7 @@ class LoopSettings:
         one_of("mixed_precision", self.mixed_precision, ("no", "bf16", "fp16"))
         one_of("lr_scheduler", self.lr_scheduler, LR_SCHEDULERS)
         flag("use_8bit_adam", self.use_8bit_adam)
-        if self.report_to:
-            object.__setattr__(self, "report_to", tuple(strings("report_to", self.report_to)))
+        object.__setattr__(self, "report_to", tuple(strings("report_to", self.report_to)) if self.report_to else ())
 
     def accelerator(self, out_dir: Path) -> Accelerator:
         """Accelerate's view of the processes, with precision and trackers as set here (not as in its configuration:
@@ -255,6 +254,10 @@ class Stage(Protocol):
     @property
     def size(self) -> int:
         """The number of training examples."""
+
+    @property
+    def identity(self) -> str:
+        """Another one for other examples, with which a run does not go on; wherever they lie."""
 
     def batch(self, samples: Samples) -> dict[str, Any]:
         """The batch of some samples (n, item): n counts samples since the run began, and is what noise may depend on

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -13,7 +14,8 @@ import numpy as np
 
 from sdkit.training import LoopSettings, Samples, Stage
 
-LOADERS = 4  # threads that load batches ahead, and batches that they load
+LOADERS = min(16, max(2, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+"""Threads that load batches ahead, and batches that they load."""
 
 
 def samples_of(settings: LoopSettings, step: int, micro_batch: int, rank: int, world: int, size: int) -> Samples:

@@ -5,12 +5,18 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sdkit.errors import ArgumentError
+from sdkit.files import expanded
 from sdkit.training import LoopSettings
+
+if TYPE_CHECKING:
+    from sdkit.data.transform import Transform
 
 AUGMENTATIONS = ("crop", "flip")
 RECONSTRUCTIONS = ("l1", "l2")
+LPIPS = "SDKIT_LPIPS"  # an environment variable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +26,8 @@ class StageSettings(LoopSettings):
     model: str | os.PathLike[str] = "emoji"
     """What is fine-tuned: any source that `sdkit.StableDiffusion.from_pretrained` takes."""
     data: str | os.PathLike[str]
-    """Images with captions, as `sdkit.data.open_examples` takes them."""
+    """Images with captions, as `sdkit.data.open_examples` takes them. `sdkit cache` has more ways to name some, and
+    streams what does not fit on the disk."""
     out_dir: str | os.PathLike[str]
     """The run folder. A run that is there goes on."""
     learning_rate: float = 1e-5
@@ -41,7 +48,7 @@ class StageSettings(LoopSettings):
 
         for name in ("model", "data", "out_dir", *(["init"] if self.init is not None else [])):
             path_or_name(name, getattr(self, name))
-        object.__setattr__(self, "out_dir", os.path.expanduser(self.out_dir))  # noqa: PTH111 - never fails
+        object.__setattr__(self, "out_dir", expanded(self.out_dir))
         self._keep_apart("data", self.data)
         if number("learning_rate", self.learning_rate, 0, 1) == 0:
             raise ArgumentError("learning_rate must be above 0.")
@@ -54,12 +61,19 @@ class StageSettings(LoopSettings):
 
     def _keep_apart(self, name: str, data: str | os.PathLike[str]) -> None:
         """Else a run that is taken up again would learn from the pictures of its own samples/."""
-        inner, outer = (Path(os.path.realpath(os.path.expanduser(path))) for path in (self.out_dir, data))  # noqa: PTH111
+        inner, outer = (expanded(path).resolve() for path in (self.out_dir, data))
         if outer.is_dir() and inner.is_relative_to(outer):
             raise ArgumentError(
                 f"out_dir {str(self.out_dir)!r} lies in {name} {os.fspath(data)!r}, of which its pictures would become "
                 "a part; name another."
             )
+
+    def transform(self, size: tuple[int, int]) -> Transform:
+        """What happens to a training image."""
+        from sdkit.data.transform import Transform
+
+        crop = "random" if "crop" in self.augment else "center"
+        return Transform(size=size, crop=crop, flip="flip" in self.augment)
 
     @property
     def samples(self) -> Path:
@@ -94,6 +108,8 @@ class VAEConfig(StageSettings):
         super().__post_init__()
         from sdkit.arguments import flag, number, one_of, path_or_name, whole
 
+        if self.lpips is None and LPIPS in os.environ:
+            object.__setattr__(self, "lpips", os.environ[LPIPS])  # which the run then depends on
         for name in ("lpips", "validation_data"):
             if (value := getattr(self, name)) is not None:
                 path_or_name(name, value)

@@ -20,7 +20,7 @@ from sdkit.data import manifest
 from sdkit.data.examples import Example, Examples
 from sdkit.data.transform import Transform, draw
 from sdkit.errors import DataError, ImageError
-from sdkit.files import atomic_write
+from sdkit.files import atomic_write, expanded
 
 MOST_HELD_OUT, OF = 16, 20  # one image of 20, and not more than 16
 TRIES = 100  # images that cannot be used, one after another
@@ -41,7 +41,7 @@ def split(n: int) -> tuple[npt.NDArray[np.int64], list[int]]:
 
 def is_cache(data: str | os.PathLike[str]) -> bool:
     """Whether `data` is a folder with a latent cache, whole or not."""
-    return Path(os.path.expanduser(data), manifest.NAME).is_file()  # noqa: PTH111 - Path's own can fail
+    return (expanded(data) / manifest.NAME).is_file()
 
 
 def noise_of(seed: int, n: int) -> torch.Generator:
@@ -58,19 +58,18 @@ class TrainingImages:
 
     def load(self, indices: Sequence[int] | npt.NDArray[np.int64], i: int, augmentation: int) -> tuple[Tensor, Example]:
         """Pixels (3, H, W) and example of indices[i], or of the first one after it that can be used."""
-        tried = set()
+        tried: dict[int, str] = {}
         for j in range(min(TRIES, len(indices))):
             index = int(indices[(i + j) % len(indices)])
-            tried.add(index)
             example = self.examples[index]
             try:
                 return self.transform(example.load(), draw(self.seed, index, augmentation)), example
             except ImageError as error:
+                tried[index] = f"{example.name}: {str(error).rstrip('.')}"
                 self._skip(example.name, str(error))
-        name, reason = next(iter(self.skipped.items()))
         raise DataError(
-            f"{len(tried)} images in a row in {self.examples.source} cannot be used: {name}: {reason.rstrip('.')}; "
-            "look at the data with sdkit data check."
+            f"{len(tried)} images in a row in {self.examples.source} cannot be used, the first: "
+            f"{tried[int(indices[i])]}; look at the data with sdkit data check."
         )
 
     def load_held_out(self, held_out: Sequence[int], i: int) -> tuple[Tensor, Example]:
@@ -79,8 +78,7 @@ class TrainingImages:
         return self.load(np.concatenate([held_out[i:], held_out[:i], np.arange(len(self.examples))]), 0, 0)
 
     def _skip(self, name: str, reason: str) -> None:
-        if name not in self.skipped:
-            self.skipped[name] = reason
+        if self.skipped.setdefault(name, reason) is reason:  # several threads may find it at once
             warnings.warn(f"{name} is skipped: {reason}", stacklevel=3)
 
 

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import threading
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from sdkit.data import manifest
-from sdkit.data.encoding import own_size
 from sdkit.data.examples import open_examples
 from sdkit.data.latent_cache import Item, LatentCache, Prompt
 from sdkit.data.transform import Transform
@@ -29,7 +26,7 @@ class CachedLatents:
     """Out of a latent cache, which must have been made by the same networks."""
 
     def __init__(self, config: UNetConfig, vae: VAE, text: TextEncoder) -> None:
-        self.cache = LatentCache(Path(config.data).expanduser())
+        self.cache = LatentCache(config.data)
         made = self.cache.manifest.settings
         # What the run does not ask for is as in the cache.
         size: Any = config.size or made.size
@@ -50,6 +47,7 @@ class CachedLatents:
         self.train = (train[:, None] * copies + np.arange(copies)).ravel()
         self.held_out = [image * copies for image in held_out]
         self.empty = self._caption(self.cache.empty)
+        self.identity = self.cache.manifest.identity
         self.skipped = {one.name: one.reason for one in self.cache.manifest.skipped}
 
     def load(self, item: int, epoch: int) -> Example:  # noqa: ARG002 - augmentations are examples of their own
@@ -76,20 +74,19 @@ class CachedLatents:
 class ImageLatents:
     """Straight from images: the VAE has to encode them at each step, but each epoch has crops and flips of its own."""
 
-    def __init__(self, config: UNetConfig, vae: VAE, text: TextEncoder) -> None:
-        size: Any = config.size or own_size(config.model)
+    def __init__(self, config: UNetConfig, vae: VAE, text: TextEncoder, own_size: tuple[int, int]) -> None:
+        size: Any = config.size or own_size
         if any(side % vae.factor for side in size):
             raise ArgumentError(
                 f"size {size[0]} x {size[1]} does not divide by {vae.factor}, as this VAE needs; change it."
             )
-        crop = "random" if "crop" in config.augment else "center"
-        transform = Transform(size=size, crop=crop, flip="flip" in config.augment)
-        self.images = TrainingImages(open_examples(config.data), transform, config.seed)
+        self.images = TrainingImages(open_examples(config.data), config.transform(size), config.seed)
+        self.identity = self.images.examples.identity
         self.validation_images = TrainingImages(self.images.examples, Transform(size=size), seed=0)
         self.scale, self.shift = vae.scale, vae.shift
         self.shape = (size[0] // vae.factor, size[1] // vae.factor)
         self.train, self.held_out = split(len(self.images.examples))
-        self._text, self._lock = text, threading.Lock()
+        self._text = text
         self.empty = {"ids": self._ids("")}
         self.skipped = self.images.skipped = self.validation_images.skipped
 
@@ -108,11 +105,14 @@ class ImageLatents:
         return self.images.examples[int(self.train[item])].name
 
     def _ids(self, caption: str) -> Tensor:
-        with self._lock:  # tokenizers are not for several threads
-            ids: Tensor = self._text.tokenize(caption)[0][0]
+        ids: Tensor = self._text.tokenize(caption)[0][0]
         return ids
 
 
-def open_latents(config: UNetConfig, vae: VAE, text: TextEncoder) -> CachedLatents | ImageLatents:
-    """What `config.data` is: a folder with a cache's manifest, or else images."""
-    return (CachedLatents if is_cache(config.data) else ImageLatents)(config, vae, text)
+def open_latents(
+    config: UNetConfig, vae: VAE, text: TextEncoder, own_size: tuple[int, int]
+) -> CachedLatents | ImageLatents:
+    """What `config.data` is: a folder with a cache's manifest, or else images, by default of the model's `own_size`."""
+    if is_cache(config.data):
+        return CachedLatents(config, vae, text)
+    return ImageLatents(config, vae, text, own_size)

@@ -39,7 +39,7 @@ def fit(stage: Stage, settings: LoopSettings, out_dir: str | Path) -> Path:
     rank, world = accelerator.process_index, accelerator.num_processes
     with ExitStack() as stack:
         stack.callback(run.close)
-        start = on_main(accelerator, lambda: run.open(settings, world))
+        start = on_main(accelerator, lambda: run.open(settings, world, stage.identity))
         if start.step >= settings.max_steps and start.exported == start.step:
             accelerator.print(f"{run.path} is finished: step {start.step}, see {run.result}.", file=sys.stderr)
             return run.path
@@ -144,7 +144,9 @@ class _Loop:
         *means, grad_norm, stopping = self.accelerator.reduce(local, "mean").tolist()
         line = {**dict(zip(("loss", *parts), means, strict=True)), "lr": lr, "grad_norm": grad_norm}
         scaler, blamed = self.accelerator.scaler, None
-        if math.isfinite(means[0]) and (scaler or math.isfinite(grad_norm)):
+        # A scaler finds its scale by gradients that overflow; where the smallest scale does not help they are bad.
+        good = math.isfinite(grad_norm) or (scaler is not None and scaler.get_scale() >= 1)
+        if good and math.isfinite(means[0]):
             t.optimizer.step()  # with a scaler, unless gradients overflowed, which is how it finds its scale
             if t.ema and math.isfinite(grad_norm):
                 t.ema.update()

@@ -55,13 +55,19 @@ class RunFolder:
         self._metrics: IO[str] | None = None
         self._run = ""
 
-    def open(self, settings: LoopSettings, processes: int) -> Start:
-        """Lock the folder, and make it or see that it holds the run of `settings`, up to the fields that may change.
+    def open(self, settings: LoopSettings, processes: int, examples: str = "") -> Start:
+        """Lock the folder, and make it or see that it holds the run of `settings`, up to the fields that may change, on
+        the same `examples` (`Stage.identity`).
 
         Raises TrainingError where the folder cannot be written, is in use, or holds anything else.
         """
         per_step = settings.batch_size * settings.gradient_accumulation_steps * processes
-        config = {"sdkit": __version__, "stage": type(settings).__name__, "samples_per_step": per_step}
+        config = {
+            "sdkit": __version__,
+            "stage": type(settings).__name__,
+            "samples_per_step": per_step,
+            "examples": examples,
+        }
         config["settings"] = json.loads(json.dumps(asdict(settings), default=str))
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -106,6 +112,11 @@ class RunFolder:
         if not old or not checkpoints(self.checkpoints):  # there is nothing to lose
             return hashlib.sha256(json.dumps(now, sort_keys=True).encode()).hexdigest()[:16]
         for name in sorted(now.keys() & was.keys()):
+            if was[name] != now[name] and name == "examples":
+                raise TrainingError(
+                    f"the data is not that with which the run in {self.path} began (names, captions, sizes of files); "
+                    "name another out_dir."
+                )
             if was[name] != now[name]:
                 raise TrainingError(
                     f"{self.path} holds another run: {name} was {was[name]!r}, is {now[name]!r}; name another "

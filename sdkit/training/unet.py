@@ -35,7 +35,8 @@ from sdkit.training.loop import fit
 
 VALIDATION_TIMESTEPS = 8  # of each image
 VALIDATION_SCALE, VALIDATION_STEPS = 5.0, 25  # of the images of fixed prompts
-REMEMBERED = 1024  # captions whose embeddings are kept, each a quarter of a megabyte for SD 1.x
+REMEMBERED = 4096  # captions whose embeddings are kept in memory, each 0.24 MB for SD 1.x; a cache has room for all
+HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 LORA_FILE = "pytorch_lora_weights.safetensors"
 
 
@@ -75,7 +76,6 @@ class UNetStage:
         self.vae = VAE(load_vae(config.model)).eval().requires_grad_(False)
         self.text = TextEncoder(*load_text(config.model)).eval().requires_grad_(False)
         self.tokenizer = copy.deepcopy(self.text.tokenizer)  # as it was: what it would save changes when it is used
-        self.latents = open_latents(config, self.vae, self.text)
         self.scheduler = _scheduler(config)
         self.schedule = NoiseSchedule.from_config(self.scheduler)
         self.zero_snr = float(self.schedule.alphas_cumprod[-1]) == 0
@@ -84,9 +84,12 @@ class UNetStage:
                 "at zero terminal SNR the noise says nothing of the image: train with prediction_type v_prediction or "
                 "sample, or without zero_snr."
             )
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             self._make_networks()
+        side = self.unet.sample_size * self.vae.factor
+        self.latents = open_latents(config, self.vae, self.text, (side, side))
+        self.identity = self.latents.identity
         self.size = len(self.latents.train)
         rate, ema = config.learning_rate, config.ema_decay > 0
         self.players = [Player("unet", self.denoiser, self.loss, learning_rate=rate, ema=ema)]
@@ -111,6 +114,8 @@ class UNetStage:
                     "saves nothing; give a smaller one."
                 )
             else:
+                for p in one.parameters():  # what is frozen is as well in half precision, as autocast would have it
+                    p.data = p.data.to(HALF.get(config.mixed_precision, torch.float32))
                 add_lora(one, config.lora_rank)
             if config.gradient_checkpointing:
                 names = ("enable_gradient_checkpointing", "activation_checkpointing_enable")  # diffusers, transformers
@@ -185,13 +190,14 @@ class UNetStage:
 
     @torch.no_grad()
     def _embedding(self, ids: Tensor, key: bytes) -> Tensor:
-        """Embeddings (77k, D) of one caption's ids (k, 77). Encoded alone, so that a run that was taken up again, and
-        begins to remember anew, has the same to the bit."""
-        if key not in self._embeddings:
-            if len(self._embeddings) >= REMEMBERED:
-                self._embeddings.clear()
-            self._embeddings[key] = self.text.to(ids.device)(ids).flatten(0, 1)
-        return self._embeddings[key]
+        """Embeddings (77k, D) of one caption's ids (k, 77), encoded alone, so that a run that was taken up again,
+        and begins to remember anew, has the same to the bit."""
+        if key in self._embeddings:
+            return self._embeddings[key].to(ids.device)
+        embedding: Tensor = self.text.to(ids.device)(ids).flatten(0, 1)
+        if len(self._embeddings) < REMEMBERED:
+            self._embeddings[key] = embedding.cpu()
+        return embedding
 
     def validate(self, step: int) -> dict[str, float]:
         """The loss, without weights, over a fixed grid of images, noises and timesteps, and images of fixed prompts."""
@@ -224,10 +230,7 @@ class UNetStage:
 
     def _drawn(self, prompt: str, seed: int) -> Image.Image:
         """An image of the networks as they are, in the run's precision; decoded in float32."""
-        device, half = (
-            self.unet.device,
-            {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.config.mixed_precision),
-        )
+        device, half = self.unet.device, HALF.get(self.config.mixed_precision)
         height, width = (side * self.vae.factor for side in self.latents.shape)
         sd = StableDiffusion(self.vae.to(device), self.text.to(device), self.unet, self.schedule)
         with torch.autocast(device.type, half, enabled=half is not None):
@@ -279,6 +282,11 @@ def _widest(network: nn.Module) -> int:
 def _scheduler(config: UNetConfig) -> dict[str, Any]:
     """The model's scheduler config with what the run changes in it."""
     scheduler = dict(load_scheduler_config(config.model))
+    own = {"prediction_type": scheduler.get("prediction_type", "epsilon")}
+    own["zero_snr"] = bool(scheduler.get("rescale_betas_zero_snr"))
+    changed = [name for name, value in own.items() if getattr(config, name) not in (None, value)]
+    if changed and config.lora_rank is not None:
+        raise ArgumentError(f"a LoRA is used with the model's own noise schedule, which {changed[0]} would change.")
     if config.prediction_type is not None:
         scheduler["prediction_type"] = config.prediction_type
     if config.zero_snr is not None:

@@ -23,7 +23,7 @@ from sdkit.data.examples import open_examples
 from sdkit.data.transform import Transform
 from sdkit.errors import ArgumentError, DataError
 from sdkit.losses import adaptive_weight, hinge_discriminator, hinge_generator, kl, l1, l2
-from sdkit.lpips import LPIPS, VARIABLE
+from sdkit.lpips import LPIPS
 from sdkit.lpips import SMALLEST as LPIPS_SMALLEST
 from sdkit.metrics import psnr, ssim
 from sdkit.models.discriminator import SMALLEST as DISCRIMINATOR_SMALLEST
@@ -57,7 +57,7 @@ class VAEStage:
 
     def __init__(self, config: VAEConfig) -> None:
         self.config = config
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             network = load_vae(config.model) if config.init is None else new_network(config.init, "vae")
             self.discriminator = Discriminator() if config.disc_weight else None
@@ -74,16 +74,13 @@ class VAEStage:
             network.enable_gradient_checkpointing()
         # Beside the network, not in it: its encoder as it was, which the one in training is compared with.
         self.start = VAE(copy.deepcopy(network)).eval().requires_grad_(False) if config.train_encoder else None
-        self.lpips = self.training_lpips = None
-        if config.lpips_weight or config.lpips or os.environ.get(VARIABLE):
-            self.lpips = LPIPS.from_pretrained(config.lpips)
-            self.training_lpips = copy.deepcopy(self.lpips)
-            if config.mixed_precision == "bf16":
-                self.training_lpips.bfloat16()
+        if self.start:
+            self.start.network.decoder = nn.Identity()
+        self.lpips = LPIPS.from_pretrained(config.lpips) if config.lpips_weight or config.lpips else None
+        self.training_lpips = self.lpips
+        if self.lpips and config.mixed_precision == "bf16":
+            self.training_lpips = copy.deepcopy(self.lpips).bfloat16()
         size = self._size()
-        transform = Transform(
-            size=size, crop="random" if "crop" in config.augment else "center", flip="flip" in config.augment
-        )
         for data in (config.data, config.validation_data):
             if data is not None and is_cache(data):
                 raise DataError(
@@ -94,8 +91,11 @@ class VAEStage:
         if config.validation_data is not None:
             held_out = open_examples(config.validation_data)
             self.train, self.held_out = np.arange(len(examples)), [*range(min(MOST_VALIDATED, len(held_out)))]
-        self.images = TrainingImages(examples, transform, config.seed)
+        self.images = TrainingImages(examples, config.transform(size), config.seed)
         self.validation = TrainingImages(held_out, Transform(size=size), seed=0)
+        self.identity = examples.identity
+        if held_out is examples:
+            self.validation.skipped = self.images.skipped
         self.size = len(self.train)
         self.players = [
             Player("vae", self.vae, self.loss, learning_rate=config.learning_rate, ema=config.ema_decay > 0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -201,3 +202,16 @@ class TestProcesses:
         assert done.returncode != 0
         assert f"{tmp_path} is not empty, and holds no latent cache; name another folder." in done.stderr
         assert content(tmp_path) == {"diary.txt": b"dear diary"}
+
+
+def test_damaged_files_are_made_anew(photos: Path, made: LatentCache, tmp_path: Path) -> None:
+    """One flipped bit in the middle of a shard: the same call finds it by its checksum."""
+    copy = tmp_path / "copy"
+    shutil.copytree(made.path, copy)
+    shard = copy / made.manifest.shards[0].file
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(data)
+    again = make(photos, copy, crop="random", flip=True, augmentations=3, embeddings=True)
+    again.verify()
+    assert content(copy) == content(made.path)

@@ -35,14 +35,18 @@ ARGUMENT, SOURCE, DATA, CACHE, TRAINING = sdkit.ArgumentError, sdkit.SourceError
 NAN, INF = float("nan"), float("inf")
 
 
-@pytest.fixture(autouse=True)
-def setting(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No LPIPS but what a test names; one thread, which networks as small as these are faster with."""
-    monkeypatch.delenv("SDKIT_LPIPS", raising=False)
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Networks as small as these are faster so; and the order of a sum changes its last bits."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def no_lpips(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SDKIT_LPIPS", raising=False)
 
 
 def one_sentence(run: Callable[[], object], kind: type[sdkit.SdkitError], *fragments: str) -> None:
@@ -313,7 +317,7 @@ CASES: list[tuple[str, str, Make, type[sdkit.SdkitError], tuple[str, ...]]] = [
     ("vae", "no folder to validate on", lambda k, p: {"validation_data": p / "v"}, DATA,
      ("v' is neither a path that",)),
     ("vae", "broken ones to validate on", lambda k, p: {"validation_data": dots(p / "v")}, DATA,
-     ("v cannot be used: a.png",)),
+     ("v cannot be used, the first: a.png",)),
     ("vae", "a cache", lambda k, p: {"data": k / "cache"}, DATA,
      ("cache' is a latent cache, and a VAE learns from images; give those it was made of",)),
     ("vae", "a cache to validate on", lambda k, p: {"validation_data": k / "cache"}, DATA,
@@ -477,7 +481,6 @@ CHANGES: list[tuple[dict[str, Any], str]] = [
     ({"ema_decay": 0.0}, "ema_decay was 0.9, is 0.0"),
     ({"batch_size": 3}, "samples_per_step was 1, is 3"),
     ({"gradient_accumulation_steps": 2}, "samples_per_step was 1, is 2"),
-    ({"data": "other"}, "data was '"),
     ({"stage": "vae"}, "stage was 'UNetConfig', is 'VAEConfig'"),
 ]
 
@@ -487,11 +490,29 @@ def test_the_folder_of_another_run(change: dict[str, Any], fragment: str, run: P
     before, stage = files(run), change.get("stage", "unet")
     settings = {"max_steps": 3, "ema_decay": 0.9, **change}
     settings.pop("stage", None)
-    if "data" in change:
-        settings["data"] = shutil.copytree(kit / "photos", run.parent / "other")
     words = (f"{run} holds another run: {fragment}", "; name another out_dir (only these may change: batch_size, ")
     one_sentence(lambda: train(stage, kit, run, **settings), TRAINING, *words)
     assert files(run) == before
+
+
+@pytest.mark.parametrize("change", ["another image", "another caption", "an image less", "a cache"])
+def test_the_data_of_another_run(change: str, run: Path, kit: Path) -> None:
+    data = shutil.copytree(kit / "photos", run.parent / "photos")
+    if change == "another image":
+        shutil.copy(data / "000.png", data / "100.png")
+    elif change == "another caption":
+        (data / "000.txt").write_text("a black disc")
+    elif change == "an image less":
+        (data / "002.png").unlink()
+    before = files(run)
+    sentence = f"the data is not that with which the run in {run} began (names, captions, sizes of files); name another"
+    one_sentence(lambda: again(kit, run, data=kit / "cache" if change == "a cache" else data), TRAINING, sentence)
+    assert files(run) == before
+
+
+def test_the_same_data_elsewhere(run: Path, kit: Path) -> None:
+    again(kit, run, data=shutil.copytree(kit / "photos", run.parent / "photos"))
+    assert newest(run / "checkpoints") == run / "checkpoints" / "step-00000003"
 
 
 def again(kit: Path, run: Path, **changes: Any) -> Path:

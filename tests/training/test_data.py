@@ -97,7 +97,7 @@ class TestTrainingImages:
             pytest.warns(UserWarning, match="is skipped"),
             pytest.raises(
                 DataError,
-                match=r"^2 images in a row in .*photos cannot be used: .*3 x 300 pixels .* sdkit data check\.$",
+                match=r"^2 images in a row in .*photos cannot be used, the first: .*3 x 300 .* sdkit data check\.$",
             ),
         ):
             images.load([1, 2], 1, 0)
@@ -140,7 +140,7 @@ class Kit:
 
     def latents(self, data: Path, **changes: Any) -> Any:
         config = UNetConfig(model=self.model, data=data, out_dir="unused", **changes)
-        return open_latents(config, self.vae, self.text)
+        return open_latents(config, self.vae, self.text, (tiny.SIZE, tiny.SIZE))
 
 
 @pytest.fixture(scope="module")
@@ -272,7 +272,7 @@ class TestMismatch:
         config = UNetConfig(model=model or kit.model, data=kit.caches[cached], out_dir="unused", **changes)
         vae, text = VAE(load_vae(config.model)), TextEncoder(*load_text(config.model))
         with pytest.raises(CacheError) as error:
-            open_latents(config, vae, text)
+            open_latents(config, vae, text, (tiny.SIZE, tiny.SIZE))
         sentence = str(error.value)
         assert sentence.startswith(f"the cache {kit.caches[cached]} (of {kit.model}) was made with ")
         assert sentence.endswith(
@@ -295,7 +295,7 @@ class TestMismatch:
         text = TextEncoder(*load_text(other))
         for cached, along in (("plain", False), ("embedded", True)):
             config = UNetConfig(model=other, data=kit.caches[cached], out_dir="unused", train_text_encoder=along)
-            open_latents(config, kit.vae, text)
+            open_latents(config, kit.vae, text, (tiny.SIZE, tiny.SIZE))
 
     def test_of_the_tokenizer(self, kit: Kit, tmp_path: Path) -> None:
         other = Path(shutil.copytree(kit.model, tmp_path / "model"))

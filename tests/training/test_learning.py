@@ -83,7 +83,7 @@ def crops(folder: Path, names: tuple[str, ...], n: int) -> Path:
     folder.mkdir()
     rng = np.random.default_rng(0)
     for i in range(n):
-        photo = Image.fromarray(getattr(skimage.data, names[i % len(names)]()))
+        photo = Image.fromarray(getattr(skimage.data, names[i % len(names)])())
         left, top = (int(rng.integers(0, room - 160)) for room in photo.size)
         photo.crop((left, top, left + 160, top + 160)).save(folder / f"{i:03}.png")
     return folder

@@ -142,7 +142,9 @@ POINTS = {
     "os.rename:result 1": 8,  # the result is whole, but for its name
 }
 CACHE = " from a cache"
-KILLS = [("vae", point) for point in POINTS]
+KILLS = [
+    ("vae", point) for point in POINTS if point not in ("os.rename:config.json 1", "os.mkdir:checkpoints/.sdkit- 2")
+]
 for i, point in enumerate(point for point in POINTS if "discriminator" not in point):
     KILLS += [("unet" + CACHE * (i % 2), point), ("lora" + CACHE * (1 - i % 2), point)]
 KILLS.remove(("lora", "os.rename:samples 2"))  # which has no prompts to draw
@@ -258,8 +260,7 @@ def launched(made: Path) -> Path:
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     command = [*launch, helper.__file__, str(folder / "scenarios.json")]
-    environment = helper.environment() | {"ACCELERATE_USE_CPU": "true"}
-    ran = subprocess.run(command, capture_output=True, text=True, env=environment)
+    ran = subprocess.run(command, capture_output=True, text=True, env=helper.environment())
     assert ran.returncode == 0, ran.stderr
     return folder
 
@@ -362,7 +363,9 @@ def test_nothing_frozen_is_computed_twice(made: Path, tmp_path: Path) -> None:
         network.register_forward_hook(lambda *_, name=name: called.append(name))
     fit(stage, stage.config, tmp_path / "run")
     captions = {path.read_text() for path in (made / "photos").glob("*.txt")}
-    assert called == ["text"] * (len(captions) + 1)  # and the empty one; in 64 samples and three validations
+    # And the empty one; each twice, for beside a caption of more chunks it is longer. In 64 samples and 3 validations.
+    assert len(captions) < called.count("text") <= 2 * (len(captions) + 1) == 12
+    assert "vae" not in called
 
 
 def test_a_cached_latent_is_drawn_anew_each_time(made: Path, tmp_path: Path) -> None:

@@ -218,8 +218,9 @@ class TestGradients:
             assert p.grad.any() or name == "layers.11.bias", name
             assert_near(gradient, p.grad, 1e-3, name)
 
-    def test_checkpointing_changes_none(self, kit: Kit, tmp_path: Path) -> None:
-        settings = {"train_encoder": True, "kl_weight": 1.0, "disc_weight": 0.5}
+    @pytest.mark.parametrize("train_encoder", [False, True], ids=["decoder", "encoder too"])
+    def test_checkpointing_changes_none(self, kit: Kit, tmp_path: Path, train_encoder: bool) -> None:
+        settings = {"train_encoder": train_encoder, "kl_weight": 1.0, "disc_weight": 0.5}
         plain, frugal = (
             Turns(VAEStage(kit.config(tmp_path, gradient_checkpointing=on, **settings))) for on in (False, True)
         )
@@ -240,6 +241,7 @@ class TestGradients:
         expected, found = bytes_kept(plain), bytes_kept(frugal)
         assert saved[1] < 0.8 * saved[0]
         for name, gradient in expected.items():
+            assert (gradient is None) == (in_encoder(name) and not train_encoder), name
             torch.testing.assert_close(found[name], gradient, atol=1e-5, rtol=1e-5)
 
 
@@ -399,14 +401,16 @@ class TestValidation:
         config = kit.config(tmp_path, batch_size=19, max_steps=4, augment=("flip",))
         stage = VAEStage(config)
         held_out = pixels(kit.photos / "010.png", kit.photos / "030.png").flatten(1)
-        seen = set()
+        seen: dict[str, list[Tensor]] = {}
         for step in range(4):  # two epochs
             samples = samples_of(config, step, 0, 0, 1, stage.size)
-            seen |= {*stage.names(samples)}
             batch = stage.batch(samples)["pixels"]
             for x in (batch.flatten(1), batch.flip(3).flatten(1)):
                 assert torch.cdist(x, held_out).min() > 1
-        assert seen == {f"{i:03}.png" for i in range(40)} - {"010.png", "030.png"}
+            for name, x in zip(stage.names(samples), batch, strict=True):
+                seen.setdefault(name, []).append(x)
+        assert seen.keys() == {f"{i:03}.png" for i in range(40)} - {"010.png", "030.png"}
+        assert {torch.equal(first, second) for first, second in seen.values()} == {True, False}  # flipped anew
 
     def test_images_of_ones_own(self, kit: Kit, tmp_path: Path) -> None:
         """All of the data train, and of the other folder the first 64 validate."""
