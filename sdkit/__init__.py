@@ -20,7 +20,7 @@ from sdkit.errors import (
 )
 
 if TYPE_CHECKING:
-    from sdkit import guidance, images, latents, metrics, samplers
+    from sdkit import data, guidance, images, latents, metrics, samplers, training
     from sdkit.latents import Latent
     from sdkit.models.text import TextEncoder
     from sdkit.models.unet import UNet
@@ -49,14 +49,16 @@ __all__ = [
     "UNet",
     "VAE",
     "__version__",
+    "data",
     "guidance",
     "images",
     "latents",
     "metrics",
     "samplers",
+    "training",
 ]
 
-_MODULES = {"guidance", "images", "latents", "metrics", "samplers"}
+_MODULES = {"data", "guidance", "images", "latents", "metrics", "samplers", "training"}
 _HOMES = {
     "Latent": "sdkit.latents",
     "NoiseSchedule": "sdkit.schedule",

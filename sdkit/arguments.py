@@ -27,7 +27,7 @@ def one_of(name: str, value: Any, choices: Collection[str]) -> str:
 def whole(name: str, value: Any, low: int, high: int | None = None) -> int:
     """A whole number (also NumPy's) from `low` to `high`."""
     try:
-        n = operator.index(value)
+        n = low - 1 if isinstance(value, bool) else operator.index(value)
     except TypeError:
         n = low - 1
     if n < low or (high is not None and n > high):
@@ -38,7 +38,7 @@ def whole(name: str, value: Any, low: int, high: int | None = None) -> int:
 
 def number(name: str, value: Any, low: float = -math.inf, high: float = math.inf) -> float:
     """A finite number from `low` to `high`."""
-    x = float(value) if isinstance(value, Real) else math.nan
+    x = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
     if not math.isfinite(x) or not low <= x <= high:
         if math.isinf(low) and math.isinf(high):
             raise ArgumentError(f"{name} must be a finite number, not {value!r}.")

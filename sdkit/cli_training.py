@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, get_args, get_origin, get_type
 
 from sdkit.console import complain, is_main_process, printable, say, say_json, say_path
 from sdkit.errors import ArgumentError
+from sdkit.files import reason
 
 if TYPE_CHECKING:
     from sdkit.data import Manifest
@@ -149,7 +150,7 @@ def _cache_options(add: Add) -> None:
     add("--embeddings", action="store_true", help="store what the text encoder makes of the captions, too")
     _source_options(add)
     add("--batch-size", type=int, metavar="N", help="images at a time (default: as many as usually fit)")
-    add("--dtype", default="auto", help="auto, fp32, bf16 or fp16 (default: auto)")
+    add("--dtype", default="fp32", help="auto, fp32, bf16 or fp16, whose rounding stays in the cache (default: fp32)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 ... (default: auto)")
     add("--seed", type=int, default=0, metavar="N", help="of crops and flips (default: 0)")
 
@@ -210,9 +211,9 @@ def _settings(stage: type[StageSettings], args: argparse.Namespace) -> StageSett
 def _from_file(path: Path, stage: str, known: Mapping[str, _Field]) -> dict[str, Any]:
     """Settings out of a run's config.json, or of an object of fields."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
-        raise ArgumentError(f"cannot read {path}: {(error.strerror or str(error)).lower()}.") from error
+        raise ArgumentError(f"cannot read {path}: {reason(error)}.") from error
     except (ValueError, RecursionError) as error:
         raise ArgumentError(f"{path} is not JSON, as a file of settings has to be.") from error
     if isinstance(found, dict) and found.get("stage", stage) != stage:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import os
 import secrets
+import shutil
 import stat
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
 from sdkit.errors import SdkitError
+
+TEMPORARY = ".sdkit-"  # how names begin of what is being written: `find` skips them, and leftovers are known by it
 
 
 @contextlib.contextmanager
@@ -23,8 +27,7 @@ def atomic_write(path: str | Path, *, overwrite: bool = True) -> Iterator[Path]:
     `FileExistsError` where `path` is taken, be it by another process in the last moment.
     """
     target = Path(os.path.realpath(path))  # replace the file that a link points to, not the link
-    # A random name keeps processes apart, the leading dot hides it from `find`, the suffix tells writers the format.
-    temporary = target.parent / f".sdkit-{secrets.token_hex(8)}{target.suffix}"
+    temporary = beside(target, target.suffix)  # which tells writers the format
     try:
         if not overwrite and os.path.lexists(path):
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
@@ -33,14 +36,13 @@ def atomic_write(path: str | Path, *, overwrite: bool = True) -> Iterator[Path]:
         with contextlib.suppress(FileExistsError):  # where it is no folder, the writing below says so
             target.parent.mkdir(parents=True)
         yield temporary
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
+        sync(temporary)
         (Path.replace if overwrite else _claim)(temporary, target)
-        _sync_folder(target.parent)
+        sync(target.parent)
     except OSError as error:
         if not overwrite and isinstance(error, FileExistsError):
             raise
-        raise SdkitError(f"cannot write {path}: {(error.strerror or str(error)).lower()}.") from error
+        raise SdkitError(f"cannot write {path}: {reason(error)}.") from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
@@ -61,14 +63,42 @@ def _claim(temporary: Path, target: Path) -> None:
             raise
 
 
-def _sync_folder(folder: Path) -> None:
-    """Make a rename in `folder` outlast a power cut, where the file system can."""
-    with contextlib.suppress(OSError):  # Windows and some network shares cannot; the file itself is whole by now
-        descriptor = os.open(folder, os.O_RDONLY)
+def beside(path: Path, suffix: str = "") -> Path:
+    """A temporary name beside `path`, of this process alone."""
+    return path.parent / f"{TEMPORARY}{secrets.token_hex(8)}{suffix}"
+
+
+def sync(path: Path) -> None:
+    """Make what is in a file, or the names in a folder where the system can, outlast a power cut."""
+    try:
+        descriptor = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+    except OSError:
+        if not path.is_dir():  # Windows and some network shares cannot; the files in it are whole by now
+            raise
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what processes that were killed were writing in `folder`."""
+    for left in folder.glob(f"{TEMPORARY}*"):
+        shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
+
+
+def sha256(path: Path) -> str:
+    """Checksum of a file, in hexadecimal. Raises `OSError`."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def reason(error: Exception) -> str:
+    """What the system or a library says, as the end of a sentence."""
+    return str(getattr(error, "strerror", None) or error).lower()
 
 
 def find(paths: Iterable[str | Path], suffixes: Collection[str]) -> list[Path]:
@@ -108,7 +138,7 @@ def _expand(path: Path, suffixes: Collection[str]) -> list[Path]:
             raise unreadable[0]
     except OSError as error:
         where = path if error.filename is None else error.filename
-        raise SdkitError(f"cannot read {where}: {(error.strerror or str(error)).lower()}; check the name.") from error
+        raise SdkitError(f"cannot read {where}: {reason(error)}; check the name.") from error
     return sorted([*inside, *(Path(error.filename) for error in unreadable)])
 
 

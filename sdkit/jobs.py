@@ -27,7 +27,7 @@ from torch import Tensor
 from sdkit import __version__, images, latents, metrics
 from sdkit.arguments import strings, whole
 from sdkit.errors import ArgumentError, LatentError, SdkitError
-from sdkit.files import encodable, find
+from sdkit.files import encodable, find, reason
 from sdkit.models.vae import VAE
 from sdkit.pipeline import StableDiffusion
 from sdkit.progress import progress
@@ -192,7 +192,7 @@ def read_prompts(path: str | Path) -> list[str]:
         data = sys.stdin.buffer.read() if str(path) == "-" else Path(path).read_bytes()
         lines = data.decode("utf-8-sig").splitlines()
     except OSError as error:
-        raise ArgumentError(f"cannot read the prompts in {path}: {str(error.strerror).lower()}.") from error
+        raise ArgumentError(f"cannot read the prompts in {path}: {reason(error)}.") from error
     except UnicodeDecodeError as error:
         raise ArgumentError(f"{path} is not UTF-8 text, as a file of prompts has to be; save it as such.") from error
     prompts = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
@@ -333,7 +333,7 @@ def _folder(path: Path, make: bool = True) -> Path:
         nearest = next(folder for folder in (path, *path.parents) if folder.exists())
         tempfile.TemporaryFile(dir=nearest).close()
     except OSError as error:
-        raise SdkitError(f"cannot write into {path}: {str(error.strerror).lower()}; give another folder.") from error
+        raise SdkitError(f"cannot write into {path}: {reason(error)}; give another folder.") from error
     return path
 
 

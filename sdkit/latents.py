@@ -29,7 +29,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sdkit.errors import LatentError
-from sdkit.files import atomic_write, encodable
+from sdkit.files import atomic_write, encodable, reason
 
 FORMAT = "sdkit.latent"
 FORMAT_VERSION = 1
@@ -125,8 +125,7 @@ def load(path: str | Path) -> Latent:
     except LatentError as error:
         raise LatentError(f"{path}: {error}") from None
     except OSError as error:
-        reason = (error.strerror or str(error)).lower()
-        raise LatentError(f"{path}: the file cannot be read ({reason}); check the name.") from error
+        raise LatentError(f"{path}: the file cannot be read ({reason(error)}); check the name.") from error
     except SafetensorError as error:
         raise LatentError(f"{path}: this is not a whole safetensors file ({error}); encode the image again.") from error
     except (KeyError, ValueError) as error:

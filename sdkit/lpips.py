@@ -14,9 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sdkit.errors import ImageError, SourceError
-from sdkit.files import expanded
-from sdkit.models.folder import Place, absent, fetch
-from sdkit.models.weights import SUFFIXES, check_fit, open_tensors
+from sdkit.models.folder import path_or_fetched
+from sdkit.models.weights import check_fit, open_tensors
 
 VARIABLE = "SDKIT_LPIPS"
 FILENAME = "lpips_vgg16.safetensors"
@@ -27,7 +26,6 @@ BLOCKS = (
     (512, 512, 512),
     (512, 512, 512),
 )  # channels of VGG-16's convolutions, pooled between
-HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 SUPERFLUOUS = ("lins.", "scaling_layer.")  # in the package's state: the heads once more, and constants
 SMALLEST = 16  # pixels, of which four poolings leave one
 
@@ -146,14 +144,9 @@ def _plain(key: str) -> str:
 
 
 def _locate(source: str | os.PathLike[str], filename: str, revision: str | None) -> Path:
-    path = expanded(source)
+    path = path_or_fetched(source, filename, revision)
     if path.is_file():
         return path
-    if isinstance(source, str) and HUB_ID.fullmatch(source) and not source.endswith(SUFFIXES) and not path.exists():
-        place = Place(name=source, kind="hub", path=path, revision=revision)
-        path = fetch(place, [filename])
-        if not (path / filename).is_file():
-            raise absent(place, filename)
     if not (path / filename).is_file():
         raise SourceError(
             f"the weights of LPIPS are not at {str(path)!r}; give a file of them, a folder with {filename} or a Hub id."

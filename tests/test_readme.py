@@ -7,9 +7,11 @@ import shlex
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from sdkit.cli import main
+from sdkit.lpips import LPIPS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -18,7 +20,9 @@ OTHER_MODELS = r"[\w-]+/(?:sd-vae-ft-mse|stable-diffusion-v1-5)|v1-5-pruned-emao
 
 
 def snippets(language: str) -> list[str]:
-    return [re.sub(OTHER_MODELS, "emoji", code) for kind, code in BLOCKS if kind == language]
+    """With the embedded model, two steps of training in place of a thousand, and long lines in one."""
+    blocks = (code.replace("\\\n", "") for kind, code in BLOCKS if kind == language)
+    return [re.sub(r"(max.steps[= ])1000", r"\g<1>2", re.sub(OTHER_MODELS, "emoji", code)) for code in blocks]
 
 
 @pytest.fixture
@@ -28,6 +32,15 @@ def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, astronaut: Image.Ima
     (tmp_path / "photos").mkdir()
     for name in ("photo.jpg", "drawing.png", "photos/a.png", "photos/b.jpg"):
         (astronaut if "photo" in name else chelsea).resize((96, 80)).save(name)
+    save_lpips(Path("lpips_vgg16.pt"))
+
+
+def save_lpips(path: Path) -> None:
+    """Random weights, named as in the package `lpips`."""
+    state = LPIPS().state_dict()
+    names = {key: key.replace("vgg.", "net.slice1.") for key in state}
+    names |= {key: f"lin{key[-1]}.model.1.weight" for key in state if key.startswith("heads.")}
+    torch.save({names[key]: value for key, value in state.items()}, path)
 
 
 @pytest.mark.usefixtures("photos")
@@ -39,6 +52,8 @@ def test_python() -> None:
     exec(compile(code, "README.md", "exec"), variables)
     assert Path("astronaut.png").is_file()
     assert Path("apple.png").is_file()
+    assert Path("runs/whole/result/unet").is_dir()
+    assert Path("runs/vae/result/config.json").is_file()
 
 
 @pytest.mark.usefixtures("photos")

@@ -5,13 +5,17 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from sdkit.data.checking import CheckReport, check
-    from sdkit.data.encoding import cache
-    from sdkit.data.examples import Example, Examples, Stream, open_examples
-    from sdkit.data.latent_cache import LatentCache
-    from sdkit.data.manifest import Manifest
-    from sdkit.data.transform import Transform
+if TYPE_CHECKING:  # `as` exports a name to type checkers, which cannot work out the __all__ below
+    from sdkit.data.checking import CheckReport as CheckReport
+    from sdkit.data.checking import check as check
+    from sdkit.data.encoding import cache as cache
+    from sdkit.data.examples import Example as Example
+    from sdkit.data.examples import Examples as Examples
+    from sdkit.data.examples import Stream as Stream
+    from sdkit.data.examples import open_examples as open_examples
+    from sdkit.data.latent_cache import LatentCache as LatentCache
+    from sdkit.data.manifest import Manifest as Manifest
+    from sdkit.data.transform import Transform as Transform
 
 # No module here has the name of a function: importing it would put the module in the function's place.
 _HOMES = {
@@ -26,19 +30,7 @@ _HOMES = {
     "check": "sdkit.data.checking",
     "open_examples": "sdkit.data.examples",
 }
-
-__all__ = [
-    "CheckReport",
-    "Example",
-    "Examples",
-    "LatentCache",
-    "Manifest",
-    "Stream",
-    "Transform",
-    "cache",
-    "check",
-    "open_examples",
-]
+__all__ = sorted(_HOMES)
 
 if not TYPE_CHECKING:  # a type checker reads the imports above, and so finds a misspelt name
 

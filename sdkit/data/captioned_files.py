@@ -7,29 +7,19 @@ import os
 import tarfile
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from sdkit.errors import DataError
-from sdkit.files import encodable
+from sdkit.files import encodable, reason
 from sdkit.images import READABLE
 
+BLOCK = 512  # bytes of zeros with which a tar file ends, at least
 METADATA = "metadata.jsonl"
+NAME, OFFSET, SIZE = "sdkit.name", "sdkit.offset", "sdkit.size"
+"""Columns of rows beside `image` and `caption`; offset and size are those of an image in a tar shard."""
 CAPTION_KEYS = ("text", "caption", "captions", "prompt", "txt", "json")
 """Names under which a caption is looked for where none is given, the first that is there."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Row:
-    """Where an image lies, and what it shows."""
-
-    name: str
-    path: str
-    caption: str
-    offset: int | None = None
-    """Of the image's first byte in a tar shard; None where `path` is the image itself."""
-    size: int | None = None
 
 
 def caption_of(value: Any, key: str | None = None) -> str:
@@ -42,7 +32,7 @@ def caption_of(value: Any, key: str | None = None) -> str:
     return "" if value is None else encodable(str(value)).strip()
 
 
-def folder_rows(files: Iterable[Path], root: Path, caption_column: str | None) -> list[Row]:
+def folder_rows(files: Iterable[Path], root: Path, caption_column: str | None) -> list[dict[str, Any]]:
     """One row for each image file below `root`, and for each that a metadata.jsonl names, sorted by path.
 
     A caption is that of the metadata.jsonl in the image's folder or above it, else the text in NAME.txt beside it.
@@ -53,11 +43,21 @@ def folder_rows(files: Iterable[Path], root: Path, caption_column: str | None) -
     for path in sorted({*files, *stated}):
         caption = stated.get(path)
         beside = path.with_suffix(".txt")
-        if caption is None and beside.is_file():
+        if not caption and beside.is_file():
             caption = texts.decode(str(beside), beside.read_bytes())
-        rows.append(Row(name=_relative(path, root), path=str(path), caption=caption or ""))
+        rows.append(_row(_relative(path, root), path, caption or ""))
     texts.check()
     return rows
+
+
+def _row(name: str, path: Path, caption: str, offset: int | None = None, size: int | None = None) -> dict[str, Any]:
+    return {
+        "image": {"bytes": None, "path": encodable(str(path))},
+        "caption": caption,
+        NAME: name,
+        OFFSET: offset,
+        SIZE: size,
+    }
 
 
 def _relative(path: Path, root: Path) -> str:
@@ -94,8 +94,8 @@ def _lines(file: Path) -> list[str]:
     try:
         return file.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise DataError(f"cannot read {file}: {str(reason).lower()}.") from error
+        problem = reason(error) if isinstance(error, OSError) else "it is not utf-8 text"
+        raise DataError(f"cannot read {file}: {problem}.") from error
 
 
 def _fields(line: str, where: str) -> dict[str, Any]:
@@ -108,12 +108,12 @@ def _fields(line: str, where: str) -> dict[str, Any]:
     return fields
 
 
-def tar_rows(shards: Iterable[Path], root: Path, caption_column: str | None) -> list[Row]:
+def tar_rows(shards: Iterable[Path], root: Path, caption_column: str | None) -> list[dict[str, Any]]:
     """One row for each image in webdataset shards, in their order: KEY.jpg with the caption in KEY.txt or KEY.json.
 
     The shards are only indexed; nothing is unpacked. An image of a key has its .txt as caption, else its .json's field.
     """
-    rows: list[Row] = []
+    rows: list[dict[str, Any]] = []
     texts = _Texts()
     keys: set[str] = set()
     for shard in shards:
@@ -133,10 +133,10 @@ def tar_rows(shards: Iterable[Path], root: Path, caption_column: str | None) -> 
                 keys |= fields.keys()
                 captions.setdefault(key, caption_of(fields, caption_column))
         rows += [
-            Row(name=encodable(f"{name}/{image.name}"), path=str(shard), caption=captions.get(key, ""),
-                offset=image.offset_data, size=image.size)
-            for key, found in images.items() for image in found
-        ]  # fmt: skip
+            _row(encodable(f"{name}/{image.name}"), shard, captions.get(key, ""), image.offset_data, image.size)
+            for key, found in images.items()
+            for image in found
+        ]
     texts.check()
     if caption_column not in (None, "txt", *keys):
         raise DataError(f"no .json in the shards of {root} has {caption_column!r}; the keys there: {sorted(keys)}.")
@@ -146,6 +146,10 @@ def tar_rows(shards: Iterable[Path], root: Path, caption_column: str | None) -> 
 def _members(shard: Path) -> Iterable[tuple[tarfile.TarInfo, bytes | None]]:
     """The images of a shard (None for what is in them), and the .txt and .json files with what is in them."""
     try:
+        with shard.open("rb") as end:  # tarfile takes a shard that was cut short between two members for whole
+            end.seek(max(0, shard.stat().st_size - BLOCK))
+            if end.read().strip(b"\0"):
+                raise tarfile.ReadError("it is cut short")
         with tarfile.open(shard, "r:") as archive:
             for member in archive:
                 path = PurePosixPath(member.name)

@@ -11,7 +11,7 @@ import hashlib
 import io
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -20,12 +20,11 @@ from typing import Any, Literal, cast, overload
 from PIL import Image
 
 from sdkit import images
-from sdkit.data.captioned_files import CAPTION_KEYS, Row, caption_of, folder_rows, tar_rows
+from sdkit.data.captioned_files import CAPTION_KEYS, NAME, OFFSET, SIZE, caption_of, folder_rows, tar_rows
 from sdkit.errors import ArgumentError, DataError, ImageError, SdkitError
 from sdkit.files import encodable, expanded, find
 
 IMAGE_COLUMNS = ("image", "jpg", "png", "jpeg", "webp", "img")
-NAME, OFFSET, SIZE = "sdkit.name", "sdkit.offset", "sdkit.size"  # columns of our own tables
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +71,7 @@ def _read(data: bytes, name: str) -> Image.Image:
     return images.read(cast(Any, Named(data)))
 
 
-class Examples(Sequence[Example]):
+class Examples:
     """The examples of a data set, in an order that never changes."""
 
     def __init__(self, dataset: Any, image: str, caption: str | None, source: str) -> None:
@@ -83,16 +82,13 @@ class Examples(Sequence[Example]):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    @overload
-    def __getitem__(self, i: int) -> Example: ...
-    @overload
-    def __getitem__(self, i: slice) -> list[Example]: ...
-    def __getitem__(self, i: int | slice) -> Example | list[Example]:
-        if isinstance(i, slice):
-            return [self[j] for j in range(*i.indices(len(self)))]
+    def __getitem__(self, i: int) -> Example:
         if not -len(self) <= i < len(self):
             raise IndexError(f"there is no example {i} among {len(self)}.")
         return _example(self.dataset[i], i % len(self), self._image, self._caption)
+
+    def __iter__(self) -> Iterator[Example]:
+        return (self[i] for i in range(len(self)))
 
     @property
     def names(self) -> list[str]:
@@ -256,19 +252,12 @@ def _kind(path: Path) -> tuple[str, list[Path]]:
     return next(iter(present.items()))
 
 
-def _table(rows: Sequence[Row]) -> Any:
+def _table(rows: list[dict[str, Any]]) -> Any:
     """A data set of the `datasets` library that holds where each image lies."""
     datasets = _datasets()
-    columns = {
-        "image": [{"bytes": None, "path": row.path} for row in rows],
-        "caption": [row.caption for row in rows],
-        NAME: [row.name for row in rows],
-        OFFSET: [row.offset for row in rows],
-        SIZE: [row.size for row in rows],
-    }
     features = {"image": datasets.Image(decode=False), "caption": datasets.Value("string")}
     features |= {NAME: datasets.Value("string"), OFFSET: datasets.Value("int64"), SIZE: datasets.Value("int64")}
-    return datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+    return datasets.Dataset.from_list(rows, features=datasets.Features(features))
 
 
 def _from_hub(

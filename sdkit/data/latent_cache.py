@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import bisect
-import hashlib
+import contextlib
 import os
 from collections.abc import Iterator
 from itertools import accumulate
@@ -16,7 +16,7 @@ from torch import Tensor
 from sdkit.data.manifest import Manifest, Shard, difference
 from sdkit.data.transform import Transform
 from sdkit.errors import CacheError
-from sdkit.files import expanded
+from sdkit.files import expanded, sha256
 
 AGAIN = "run the same sdkit cache command again, which makes what is missing"
 
@@ -97,25 +97,15 @@ class LatentCache:
         tokenizer: str | None = None,
         text: str | None = None,
         transform: Transform | None = None,
-        augmentations: int | None = None,
-        data: str | None = None,
-        embeddings: bool | None = None,
     ) -> None:
         """Raise `CacheError` where the cache was not made for what a run is to train; None is not compared.
 
         vae, scale: of the `VAE`: its `identity` and `scale`. tokenizer, text: see `sdkit.data.manifest`; `text` matters
-            to a cache with embeddings only. transform, augmentations: as the run would do them.
-        data: `Examples.identity`.
-        embeddings: True where the run needs them.
+            to a cache with embeddings only. transform: as the run would do it.
         """
         made = self.manifest.settings
-        if embeddings and not made.embeddings:
-            raise CacheError(
-                f"the cache {self.path} holds no text embeddings, which this run needs; make it again with embeddings, "
-                "or let the run encode the captions."
-            )
-        wanted: dict[str, Any] = {"vae": vae, "scale": scale, "tokenizer": tokenizer, "augmentations": augmentations}
-        wanted |= {"data": data, "text": text if made.embeddings else None}
+        wanted: dict[str, Any] = {"vae": vae, "scale": scale, "tokenizer": tokenizer}
+        wanted["text"] = text if made.embeddings else None
         if transform:
             wanted |= {"size": transform.size, "crop": transform.crop, "flip": transform.flip}
         if found := difference(made, {name: value for name, value in wanted.items() if value is not None}):
@@ -126,8 +116,7 @@ class LatentCache:
 
     def verify(self) -> None:
         """Read the whole cache. Raises `CacheError`, naming the files whose checksums are wrong."""
-        damaged = [one.file for one in self.manifest.files if checksum(self.path / one.file) != one.sha256]
-        if damaged:
+        if damaged := damaged_files(self.path, self.manifest):
             raise CacheError(
                 f"{', '.join(damaged)} of the cache {self.path} "
                 f"{'are' if len(damaged) > 1 else 'is'} damaged (wrong checksum); delete that, then {AGAIN}."
@@ -179,13 +168,12 @@ def missing_files(folder: Path, manifest: Manifest) -> list[Shard]:
     return [one for one in manifest.files if not whole(one)]
 
 
-def checksum(path: Path) -> str:
-    """SHA-256 of a file; that of nothing where it cannot be read."""
-    digest = hashlib.sha256()
-    try:
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-    except OSError:
-        return ""
-    return digest.hexdigest()
+def damaged_files(folder: Path, manifest: Manifest) -> list[str]:
+    """Names of the manifest's files whose checksums are wrong, or that cannot be read."""
+
+    def whole(one: Shard) -> bool:
+        with contextlib.suppress(OSError):
+            return sha256(folder / one.file) == one.sha256
+        return False
+
+    return [one.file for one in manifest.files if not whole(one)]

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from sdkit.errors import CacheError
-from sdkit.files import atomic_write
+from sdkit.files import atomic_write, reason
 from sdkit.models.text import TextEncoder
 from sdkit.models.vae import fingerprint
 
@@ -137,7 +137,7 @@ class Manifest:
         except FileNotFoundError as error:
             raise CacheError(f"there is no latent cache in {folder}; sdkit cache makes one.") from error
         except OSError as error:
-            raise CacheError(f"cannot read {path}: {(error.strerror or str(error)).lower()}.") from error
+            raise CacheError(f"cannot read {path}: {reason(error)}.") from error
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CacheError(f"{path} is damaged; delete the folder and make the cache again.") from error
 

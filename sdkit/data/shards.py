@@ -13,13 +13,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -33,11 +32,9 @@ from sdkit.errors import ImageError
 from sdkit.files import atomic_write, encodable
 from sdkit.models.text import CHUNKS_AT_ONCE, TextEncoder
 from sdkit.models.vae import PIXELS_AT_ONCE, VAE
+from sdkit.prefetch import ahead
 
 HEADER = "sdkit"  # the one key of a shard's metadata: with several, safetensors would write them in any order
-
-T = TypeVar("T")
-U = TypeVar("U")
 
 
 @dataclass(frozen=True)
@@ -115,17 +112,6 @@ class ShardEncoder:
             empty = torch.empty(0, self.text.length, self.text.width, dtype=torch.float16)
             tensors["embeddings"] = torch.cat([empty, *parts])
         return tensors
-
-
-def ahead(pool: ThreadPoolExecutor, run: Callable[[T], U], items: Iterable[T], n: int) -> Iterator[U]:
-    """`run(item)` of each item, in order, worked out up to `n` items ahead of the caller."""
-    waiting: deque[Future[U]] = deque()
-    for item in items:
-        waiting.append(pool.submit(run, item))
-        if len(waiting) > n:
-            yield waiting.popleft().result()
-    while waiting:
-        yield waiting.popleft().result()
 
 
 def _packed(names: list[str]) -> tuple[Tensor, Tensor]:

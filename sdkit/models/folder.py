@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,10 +16,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sdkit.errors import SourceError
+from sdkit.files import expanded
 from sdkit.models.single_file import ASSETS, NOUNS
 from sdkit.models.weights import (
+    SUFFIXES,
     check_fit,
     clean,
+    find,
     first_line,
     guarded,
     is_file,
@@ -29,6 +34,7 @@ from sdkit.models.weights import (
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
 
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 VOCABULARY = ASSETS / "clip_tokenizer"
 TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 MODULES = {
@@ -215,6 +221,21 @@ def absent(place: Place, what: str) -> SourceError:
     if files and not any(is_file(place.path / name) for name in ("model_index.json", "config.json")):
         return SourceError(f"{place.label} has no {what}; give the file in it ({files[0].name}) if that is meant.")
     return SourceError(f"{place.label} has no {what}; give a folder in diffusers layout, a single file or a Hub id.")
+
+
+def path_or_fetched(source: str | os.PathLike[str], filename: str, revision: str | None, hint: str = "") -> Path:
+    """The path that `source` is, there or not; where it is none but a Hub id, that of its `filename`, fetched.
+
+    Raises SourceError, with the `hint`, for a repository without that file.
+    """
+    path = expanded(source)
+    hub = isinstance(source, str) and HUB_ID.fullmatch(source) and not source.endswith(SUFFIXES)
+    if not hub or find(path):
+        return path
+    place = Place(name=str(source), kind="hub", path=path, revision=revision)
+    if is_file(file := fetch(place, [filename]) / filename):
+        return file
+    raise absent(place, filename + hint)
 
 
 def _reachable(place: Place) -> bool:

@@ -22,11 +22,10 @@ from torch import Tensor, nn
 
 from sdkit.arguments import one_of
 from sdkit.errors import ArgumentError, SourceError
-from sdkit.files import atomic_write, expanded
-from sdkit.models.folder import Place, absent, fetch
-from sdkit.models.weights import SUFFIXES, TensorFile, clean, find, is_file, open_tensors
+from sdkit.files import atomic_write
+from sdkit.models.folder import path_or_fetched
+from sdkit.models.weights import TensorFile, clean, find, is_file, open_tensors
 
-HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 FILENAME = "pytorch_lora_weights.safetensors"
 LAYOUTS = ("diffusers", "kohya")
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "q_proj", "k_proj", "v_proj", "out_proj")
@@ -259,14 +258,8 @@ def _locate(source: str | os.PathLike[str], filename: str | None, revision: str 
     if not isinstance(source, (str, os.PathLike)):
         raise ArgumentError(f"a LoRA is a path or a Hub id, not {type(source).__name__}.")
     name = os.fspath(source)
-    path = expanded(name)
+    path = path_or_fetched(source, filename or FILENAME, revision, "" if filename else " (filename= names another)")
     found = find(path) if name else None
-    if found is None and isinstance(source, str) and HUB_ID.fullmatch(name) and not name.endswith(SUFFIXES):
-        place = Place(name=name, kind="hub", path=path, revision=revision)
-        wanted = filename or FILENAME
-        if is_file(file := fetch(place, [wanted]) / wanted):
-            return file
-        raise absent(place, wanted if filename else f"{wanted} (filename= names another)")
     if found is None:
         raise SourceError(f"the LoRA {clean(name)!r} does not exist; give a file, a folder with one or a Hub id.")
     if not stat.S_ISDIR(found.st_mode):

@@ -69,7 +69,7 @@ class LoopSettings:
 
     # What a run may be taken up again with other values of; the first two as long as a step takes as many samples.
     may_change: ClassVar[frozenset[str]] = frozenset({
-        *("batch_size", "data", "gradient_accumulation_steps", "keep_checkpoints", "max_steps", "out_dir"),
+        *("batch_size", "data", "gradient_accumulation_steps", "keep_checkpoints", "max_steps", "model", "out_dir"),
         *("report_to", "save_every", "validate_every"),
     })  # fmt: skip
 
@@ -82,6 +82,8 @@ class LoopSettings:
         whole("lr_warmup_steps", self.lr_warmup_steps, 0)
         whole("seed", self.seed, 0, 2**31 - 1)
         number("ema_decay", self.ema_decay, 0, 1)
+        if self.lr_warmup_steps and self.lr_scheduler == "constant":
+            raise ArgumentError("lr_scheduler constant has no lr_warmup_steps; take constant_with_warmup.")
         if self.max_grad_norm is not None:
             number("max_grad_norm", self.max_grad_norm, 1e-9)
         one_of("mixed_precision", self.mixed_precision, ("no", "bf16", "fp16"))
@@ -256,8 +258,8 @@ class Stage(Protocol):
         """The number of training examples."""
 
     @property
-    def identity(self) -> str:
-        """Another one for other examples, with which a run does not go on; wherever they lie."""
+    def identity(self) -> Mapping[str, str]:
+        """What a run goes on with alone, wherever it lies: of "data" and "model", a word that is another for others."""
 
     def batch(self, samples: Samples) -> dict[str, Any]:
         """The batch of some samples (n, item): n counts samples since the run began, and is what noise may depend on

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
+from sdkit.prefetch import ahead
 from sdkit.training import LoopSettings, Samples, Stage
 
 LOADERS = min(16, max(2, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
@@ -45,17 +45,10 @@ def loaded_ahead(
     jobs = (samples_of(settings, step, i, rank, world, stage.size) for step, i in micro)
     pool = ThreadPoolExecutor(LOADERS)
 
-    def batches() -> Iterator[tuple[Samples, dict[str, Any]]]:
-        waiting: deque[tuple[Samples, Future[dict[str, Any]]]] = deque()
-        for samples in jobs:
-            waiting.append((samples, pool.submit(stage.batch, samples)))
-            if len(waiting) > LOADERS:
-                samples, batch = waiting.popleft()
-                yield samples, batch.result()
-        for samples, batch in waiting:
-            yield samples, batch.result()
+    def load(samples: Samples) -> tuple[Samples, dict[str, Any]]:
+        return samples, stage.batch(samples)
 
     try:
-        yield batches()
+        yield ahead(pool, load, jobs, LOADERS)
     finally:
         pool.shutdown(wait=False, cancel_futures=True)

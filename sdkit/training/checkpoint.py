@@ -7,11 +7,9 @@ Nothing in it can execute code when it is loaded.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
-import os
 import random
-import secrets
+import re
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from sdkit.errors import SdkitError, TrainingError
+from sdkit.files import beside, reason, sha256, sync
 from sdkit.training import Trained
 from sdkit.training.sharding import is_sharded, split_as, whole
 
@@ -35,6 +34,7 @@ if TYPE_CHECKING:
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
+NAME = re.compile(r"step-\d{8}")
 Tensors = Mapping[str, Tensor]
 
 
@@ -45,45 +45,29 @@ def whole_folder(path: Path) -> Iterator[Path]:
     Whoever reads `path` sees no folder, the old one, or the whole new one, also after a power cut. Whatever ends the
     body early removes the temporary folder. An `OSError` (a full disk) is raised as a TrainingError.
     """
-    temporary = _beside(path)
+    temporary = beside(path)
     try:
         temporary.mkdir(parents=True)
         yield temporary
         for inside in temporary.rglob("*"):
             if inside.is_file():  # safetensors writes what nobody else may read
                 inside.chmod(temporary.stat().st_mode & 0o666)
-            _sync(inside)
-        _sync(temporary)
-        old = path.rename(_beside(path)) if path.exists() else None  # a folder cannot be renamed onto another
+            sync(inside)
+        sync(temporary)
+        old = path.rename(beside(path)) if path.exists() else None  # a folder cannot be renamed onto another
         temporary.rename(path)
-        _sync(path.parent)
+        sync(path.parent)
         if old:
             shutil.rmtree(old)
     except (OSError, SafetensorError, SdkitError) as error:
         cause = error.__cause__ if isinstance(error, SdkitError) else error  # what it names is not there any more
         if not isinstance(cause, (OSError, SafetensorError)):
             raise
-        reason = getattr(cause, "strerror", None) or str(cause)
         raise TrainingError(
-            f"cannot write {path}: {reason.lower()}; earlier checkpoints are untouched, so make room and run again."
+            f"cannot write {path}: {reason(cause)}; earlier checkpoints are untouched, so make room and run again."
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _beside(path: Path) -> Path:
-    """A name that nobody looks at, and that `RunFolder.open` removes."""
-    return path.parent / f".sdkit-{secrets.token_hex(8)}"
-
-
-def _sync(path: Path) -> None:
-    if path.is_dir() and os.name == "nt":  # Windows can open no folder
-        return
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,12 +87,12 @@ def save(root: Path, checkpoint: Checkpoint, keep: int) -> Path:
         for name, tensors in checkpoint.tensors.items():
             save_file({key: value.contiguous() for key, value in tensors.items()}, temporary / f"{name}.safetensors")
         (temporary / STATE).write_text(json.dumps({"step": checkpoint.step, **checkpoint.state}))
-        sums = {file.name: _sha256(file) for file in sorted(temporary.iterdir())}
+        sums = {file.name: sha256(file) for file in sorted(temporary.iterdir())}
         (temporary / MANIFEST).write_text(json.dumps({"step": checkpoint.step, "sha256": sums}, indent=1))
     kept = [path for path in checkpoints(root) if path.name <= folder.name][:keep]
     for path in checkpoints(root):
         if path not in kept:
-            shutil.rmtree(path.rename(_beside(path)))  # no part of it is ever seen under its name
+            shutil.rmtree(path.rename(beside(path)))  # no part of it is ever seen under its name
     return folder
 
 
@@ -121,7 +105,7 @@ def load(folder: Path) -> Checkpoint:
 
 def checkpoints(root: Path) -> list[Path]:
     """The checkpoints in `root`, damaged ones too, the newest first."""
-    return sorted(root.glob("step-*"), reverse=True)
+    return sorted((path for path in root.glob("step-*") if NAME.fullmatch(path.name)), reverse=True)
 
 
 def newest(root: Path) -> Path | None:
@@ -141,20 +125,12 @@ def newest(root: Path) -> Path | None:
 def _damage(folder: Path) -> str:
     try:
         sums = json.loads((folder / MANIFEST).read_text())["sha256"]
-        wrong = [name for name, checksum in sums.items() if _sha256(folder / name) != checksum]
+        wrong = [name for name, checksum in sums.items() if sha256(folder / name) != checksum]
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return f"{MANIFEST} cannot be read"
     return f"the checksum of {wrong[0]} is wrong" if wrong else ""
-
-
-def _sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while block := stream.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def snapshot(trained: Sequence[Trained], accelerator: Accelerator, step: int, skipped: Sequence[int]) -> Checkpoint:

@@ -26,8 +26,8 @@ class StageSettings(LoopSettings):
     model: str | os.PathLike[str] = "emoji"
     """What is fine-tuned: any source that `sdkit.StableDiffusion.from_pretrained` takes."""
     data: str | os.PathLike[str]
-    """Images with captions, as `sdkit.data.open_examples` takes them. `sdkit cache` has more ways to name some, and
-    streams what does not fit on the disk."""
+    """A folder of images with captions (in NAME.txt beside each, or a metadata.jsonl), .tar or .parquet files, a data
+    set's id on the Hub; for the U-Net also a latent cache, which can stream what does not fit on the disk."""
     out_dir: str | os.PathLike[str]
     """The run folder. A run that is there goes on."""
     learning_rate: float = 1e-5
@@ -48,8 +48,10 @@ class StageSettings(LoopSettings):
 
         for name in ("model", "data", "out_dir", *(["init"] if self.init is not None else [])):
             path_or_name(name, getattr(self, name))
-        object.__setattr__(self, "out_dir", expanded(self.out_dir))
+        object.__setattr__(self, "out_dir", str(expanded(self.out_dir)))
         self._keep_apart("data", self.data)
+        if expanded(self.out_dir).resolve() == expanded(self.model).resolve():
+            raise ArgumentError(f"out_dir {str(self.out_dir)!r} is the model's own folder; name another.")
         if number("learning_rate", self.learning_rate, 0, 1) == 0:
             raise ArgumentError("learning_rate must be above 0.")
         if self.size is not None:
@@ -135,7 +137,8 @@ class UNetConfig(StageSettings):
     zero_snr: bool | None = None
     """Shift the noise schedule so that its last step is pure noise (Lin et al. 2023); None is as the model's is."""
     snr_gamma: float | None = None
-    """Min-SNR weights of the loss (Hang et al. 2023), whose gamma is 5; None weighs all timesteps alike."""
+    """Min-SNR weights of the loss (Hang et al. 2023), whose gamma is 5; None weighs all timesteps alike. At zero
+    terminal SNR the noisiest steps keep their weight (see `min_snr_weight`)."""
     noise_offset: float = 0.0
     """Of each channel's mean noise, for darker and brighter images: about 0.1."""
     caption_dropout: float = 0.1

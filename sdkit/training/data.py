@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import os
 import warnings
@@ -14,13 +16,15 @@ import numpy.typing as npt
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from torch import Tensor
+from torch import Tensor, nn
 
 from sdkit.data import manifest
 from sdkit.data.examples import Example, Examples
+from sdkit.data.shards import shard_file
 from sdkit.data.transform import Transform, draw
 from sdkit.errors import DataError, ImageError
 from sdkit.files import atomic_write, expanded
+from sdkit.models.vae import fingerprint
 
 MOST_HELD_OUT, OF = 16, 20  # one image of 20, and not more than 16
 TRIES = 100  # images that cannot be used, one after another
@@ -41,12 +45,23 @@ def split(n: int) -> tuple[npt.NDArray[np.int64], list[int]]:
 
 def is_cache(data: str | os.PathLike[str]) -> bool:
     """Whether `data` is a folder with a latent cache, whole or not."""
-    return (expanded(data) / manifest.NAME).is_file()
+    folder = expanded(data)
+    try:
+        fields = json.loads((folder / manifest.NAME).read_bytes())
+    except (OSError, ValueError):
+        return (folder / shard_file(0)).is_file()
+    return isinstance(fields, dict) and fields.get("format") == manifest.FORMAT
 
 
 def noise_of(seed: int, n: int) -> torch.Generator:
     """The source of all noise of the n-th sample of a run: it does not depend on batches and processes."""
     return draw(seed, n, NOISE)
+
+
+def identity_of(*networks: nn.Module, schedule: Any = None) -> str:
+    """A word that is another for other weights, or another noise schedule."""
+    parts = [fingerprint(nn.ModuleDict({"encoder": network}), 1, 0) for network in networks]  # of all of it, so called
+    return hashlib.sha256(json.dumps([parts, schedule], sort_keys=True).encode()).hexdigest()[:16]
 
 
 class TrainingImages:
@@ -87,7 +102,9 @@ def report_skipped(skipped: dict[str, str], path: Path) -> None:
     on every process."""
     everywhere = dict(gather_object(list(skipped.items())))
     if everywhere and PartialState().is_main_process:
-        before: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+        before: dict[str, Any] = {}
+        with contextlib.suppress(OSError, ValueError, TypeError):  # there is none, or it is damaged
+            before = dict(json.loads(path.read_text()))
         if before | everywhere != before:
             with atomic_write(path) as temporary:
                 temporary.write_text(json.dumps(before | everywhere, indent=1, ensure_ascii=False) + "\n")

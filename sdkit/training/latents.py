@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from sdkit.console import is_main_process
 from sdkit.data import manifest
 from sdkit.data.examples import open_examples
 from sdkit.data.latent_cache import Item, LatentCache, Prompt
@@ -20,6 +21,10 @@ from sdkit.training.data import TrainingImages, is_cache, split
 Example = dict[str, Tensor]
 """Its caption as `ids` (k, 77) and perhaps `embeddings` (77k, D); its image as raw `mean` and `logvar` (4, h, w), or as
 `pixels` (3, H, W)."""
+
+
+VERIFIED = 8 * 2**30
+"""Bytes of a cache up to which training reads it all at first, and compares checksums; `sdkit cache` always does."""
 
 
 class CachedLatents:
@@ -48,6 +53,8 @@ class CachedLatents:
         self.held_out = [image * copies for image in held_out]
         self.empty = self._caption(self.cache.empty)
         self.identity = self.cache.manifest.identity
+        if is_main_process() and sum(one.bytes for one in self.cache.manifest.files) <= VERIFIED:
+            self.cache.verify()
         self.skipped = {one.name: one.reason for one in self.cache.manifest.skipped}
 
     def load(self, item: int, epoch: int) -> Example:  # noqa: ARG002 - augmentations are examples of their own

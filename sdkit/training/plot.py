@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sdkit.errors import ArgumentError, TrainingError
-from sdkit.files import atomic_write
+from sdkit.files import atomic_write, reason
 from sdkit.training.run_folder import read_metrics
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def _curves(path: Path) -> tuple[dict[str, Curve], list[int]]:
     try:
         lines = read_metrics(path)
     except OSError as error:
-        raise TrainingError(f"cannot read {path}: {(error.strerror or str(error)).lower()}.") from error
+        raise TrainingError(f"cannot read {path}: {reason(error)}.") from error
     points: dict[str, list[tuple[float, float]]] = {}
     for line in lines:
         for key, value in line.items():

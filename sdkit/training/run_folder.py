@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
-import shutil
+import warnings
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -16,18 +16,30 @@ import filelock
 
 from sdkit import __version__
 from sdkit.errors import TrainingError
-from sdkit.files import atomic_write
+from sdkit.files import atomic_write, reason, remove_leftovers
 from sdkit.training import LoopSettings
 from sdkit.training.checkpoint import STATE, Checkpoint, checkpoints, newest, save, whole_folder
+
+WORDS = {  # of what is not told by its values
+    "data_identity": "its data was other (names, captions or sizes of files)",
+    "model_identity": "its model was another (weights or noise schedule)",
+    "samples_per_step": "its steps took {was} samples, these take {now} (batch_size x gradient_accumulation_steps x "
+    "processes, whose product must stay)",
+}
+
+
+def _is_config(found: Any) -> bool:
+    return isinstance(found, dict) and "sdkit" in found and isinstance(found.get("settings"), dict)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl; one that was cut short by the end of its process is left out."""
     lines = []
-    for line in path.read_text().splitlines() if path.is_file() else []:
+    for line in path.read_text(errors="replace").splitlines() if path.is_file() else []:
         with contextlib.suppress(ValueError):
             entry = json.loads(line)
-            if isinstance(entry, dict) and "step" in entry:
+            values = entry.values() if isinstance(entry, dict) and isinstance(entry.get("step"), int) else [""]
+            if all(value is None or isinstance(value, (int, float)) for value in values):
                 lines.append(entry)
     return lines
 
@@ -55,19 +67,15 @@ class RunFolder:
         self._metrics: IO[str] | None = None
         self._run = ""
 
-    def open(self, settings: LoopSettings, processes: int, examples: str = "") -> Start:
-        """Lock the folder, and make it or see that it holds the run of `settings`, up to the fields that may change, on
-        the same `examples` (`Stage.identity`).
+    def open(self, settings: LoopSettings, processes: int, identity: Mapping[str, str] | None = None) -> Start:
+        """Lock the folder, and make it or see that it holds the run of `settings`, up to the fields that may change,
+        with the same `Stage.identity`.
 
         Raises TrainingError where the folder cannot be written, is in use, or holds anything else.
         """
         per_step = settings.batch_size * settings.gradient_accumulation_steps * processes
-        config = {
-            "sdkit": __version__,
-            "stage": type(settings).__name__,
-            "samples_per_step": per_step,
-            "examples": examples,
-        }
+        config: dict[str, Any] = {"sdkit": __version__, "stage": type(settings).__name__, "samples_per_step": per_step}
+        config |= {f"{name}_identity": value for name, value in (identity or {}).items()}
         config["settings"] = json.loads(json.dumps(asdict(settings), default=str))
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -75,8 +83,7 @@ class RunFolder:
             self._lock.acquire()
             config["run"] = self._run = self._check(config, settings.may_change)
             for folder in (self.path, self.checkpoints, self.path / "samples"):
-                for unfinished in folder.glob(".sdkit-*"):  # of a process that was killed
-                    shutil.rmtree(unfinished) if unfinished.is_dir() else unfinished.unlink()
+                remove_leftovers(folder)
             checkpoint = newest(self.checkpoints)
             if checkpoint and json.loads((checkpoint / STATE).read_text()).get("run") != self._run:
                 raise TrainingError(f"{checkpoint} is of another run; remove it, or name another out_dir.")
@@ -91,8 +98,9 @@ class RunFolder:
                 f"another process trains in {self.path}; wait for it, or name another out_dir."
             ) from error
         except OSError as error:
-            reason = (error.strerror or str(error)).lower()
-            raise TrainingError(f"cannot train in {self.path}: {reason}; name a folder that can be written.") from error
+            raise TrainingError(
+                f"cannot train in {self.path}: {reason(error)}; name a folder that can be written."
+            ) from error
         validated = any(key.startswith("validation/") for line in lines if line["step"] == step for key in line)
         return Start(step=step, checkpoint=checkpoint, validated=validated, exported=self._exported())
 
@@ -105,23 +113,25 @@ class RunFolder:
         except ValueError:
             old = {}
         used = [name for name in ("checkpoints", "samples", "result", "metrics.jsonl") if (self.path / name).exists()]
-        if (old is None and used) or (old is not None and (not isinstance(old, dict) or "sdkit" not in old)):
+        if (old is None and used) or (old is not None and not _is_config(old)):
             raise TrainingError(f"{self.path} holds files that are of no run of sdkit; name another out_dir.")
         free = {*may_change, "sdkit", "settings"}
         was, now = ({k: v for k, v in {**c["settings"], **c}.items() if k not in free} for c in (old or config, config))
         if not old or not checkpoints(self.checkpoints):  # there is nothing to lose
             return hashlib.sha256(json.dumps(now, sort_keys=True).encode()).hexdigest()[:16]
-        for name in sorted(now.keys() & was.keys()):
-            if was[name] != now[name] and name == "examples":
-                raise TrainingError(
-                    f"the data is not that with which the run in {self.path} began (names, captions, sizes of files); "
-                    "name another out_dir."
-                )
+        for name in sorted(now.keys() & was.keys(), key=lambda name: (name != "stage", name)):
             if was[name] != now[name]:
+                told = WORDS.get(name, f"{name} was {{was!r}}, is {{now!r}}").format(was=was[name], now=now[name])
                 raise TrainingError(
-                    f"{self.path} holds another run: {name} was {was[name]!r}, is {now[name]!r}; name another "
-                    f"out_dir (only these may change: {', '.join(sorted(may_change))})."
+                    f"{self.path} holds another run: {told}; name another out_dir (only these may change: "
+                    f"{', '.join(sorted(may_change))})."
                 )
+        steps = [one["settings"].get("max_steps") for one in (old, config)]
+        if steps[0] != steps[1] and not str(now["lr_scheduler"]).startswith("constant"):
+            warnings.warn(
+                f"max_steps was {steps[0]}, is {steps[1]}: the {now['lr_scheduler']} learning-rate schedule now goes "
+                "on as if it had been so from the start.", stacklevel=2,
+            )  # fmt: skip
         return str(old.get("run"))
 
     def _rewind(self, step: int) -> list[dict[str, Any]]:
@@ -140,8 +150,9 @@ class RunFolder:
             self._metrics.write(json.dumps(line, allow_nan=False) + "\n")
             self._metrics.flush()
         except OSError as error:
-            reason = (error.strerror or str(error)).lower()
-            raise TrainingError(f"cannot write {self._metrics.name}: {reason}; make room and run again.") from error
+            raise TrainingError(
+                f"cannot write {self._metrics.name}: {reason(error)}; make room and run again."
+            ) from error
 
     def save(self, checkpoint: Checkpoint, keep: int) -> None:
         """Write a checkpoint that the metrics on the disk reach up to."""

@@ -29,7 +29,7 @@ from sdkit.pipeline import StableDiffusion
 from sdkit.schedule import NoiseSchedule
 from sdkit.training import Player, Samples
 from sdkit.training.config import UNetConfig
-from sdkit.training.data import my_share, noise_of, report_skipped
+from sdkit.training.data import identity_of, my_share, noise_of, report_skipped
 from sdkit.training.latents import open_latents
 from sdkit.training.loop import fit
 
@@ -89,7 +89,8 @@ class UNetStage:
             self._make_networks()
         side = self.unet.sample_size * self.vae.factor
         self.latents = open_latents(config, self.vae, self.text, (side, side))
-        self.identity = self.latents.identity
+        model = identity_of(self.vae.network, self.text.network, self.unet.network, schedule=self.scheduler)
+        self.identity = {"data": self.latents.identity, "model": model}
         self.size = len(self.latents.train)
         rate, ema = config.learning_rate, config.ema_decay > 0
         self.players = [Player("unet", self.denoiser, self.loss, learning_rate=rate, ema=ema)]

@@ -32,7 +32,7 @@ from sdkit.models.source import load_vae, new_network
 from sdkit.models.vae import VAE
 from sdkit.training import Player, Samples
 from sdkit.training.config import VAEConfig
-from sdkit.training.data import TrainingImages, is_cache, my_share, noise_of, report_skipped, split
+from sdkit.training.data import TrainingImages, identity_of, is_cache, my_share, noise_of, report_skipped, split
 from sdkit.training.loop import fit
 
 GAN_BETAS = (0.5, 0.9)  # of AdamW, as in VQGAN
@@ -93,7 +93,7 @@ class VAEStage:
             self.train, self.held_out = np.arange(len(examples)), [*range(min(MOST_VALIDATED, len(held_out)))]
         self.images = TrainingImages(examples, config.transform(size), config.seed)
         self.validation = TrainingImages(held_out, Transform(size=size), seed=0)
-        self.identity = examples.identity
+        self.identity = {"data": examples.identity, "model": identity_of(network)}
         if held_out is examples:
             self.validation.skipped = self.images.skipped
         self.size = len(self.train)

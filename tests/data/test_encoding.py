@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import filelock
 import numpy as np
 import pytest
 import torch
@@ -19,6 +20,7 @@ import sdkit
 from sdkit.data import LatentCache, Transform, cache, open_examples
 from sdkit.data.manifest import text_identity, tokenizer_identity
 from sdkit.data.transform import draw
+from sdkit.errors import CacheError
 
 pytest.importorskip("datasets")
 
@@ -177,7 +179,7 @@ def test_killed_at_any_point_and_resumed_it_is_as_if_never_stopped(photos: Path,
     points, deaths = map(int, done.stdout.split())
     assert (points, deaths) == (21, 5)
     uninterrupted = content(tmp_path / "22")
-    assert len(uninterrupted) == 6
+    assert len(uninterrupted) == 7
     for name in [*map(str, range(1, 22)), "often"]:
         assert content(tmp_path / name) == uninterrupted, name
     LatentCache(tmp_path / "often").verify()
@@ -194,7 +196,7 @@ class TestProcesses:
             done = start(str(photos), str(tmp_path / out), *settings)
             assert done.returncode == 0, done.stderr
         assert content(tmp_path / "two") == content(tmp_path / "one")
-        assert len(content(tmp_path / "one")) == 6
+        assert len(content(tmp_path / "one")) == 7
 
     def test_an_error_ends_both_with_its_sentence(self, photos: Path, tmp_path: Path) -> None:
         (tmp_path / "diary.txt").write_text("dear diary")
@@ -215,3 +217,11 @@ def test_damaged_files_are_made_anew(photos: Path, made: LatentCache, tmp_path: 
     again = make(photos, copy, crop="random", flip=True, augmentations=3, embeddings=True)
     again.verify()
     assert content(copy) == content(made.path)
+
+
+def test_one_call_at_a_time(photos: Path, tmp_path: Path) -> None:
+    """A second one is told to wait, and harms nothing."""
+    held = filelock.FileLock(tmp_path / ".lock")
+    with held, pytest.raises(CacheError, match=r"^another process makes the cache .*; wait for it, or name another"):
+        make(photos, tmp_path)
+    assert len(make(photos, tmp_path)) == 5

@@ -114,7 +114,7 @@ class TestFolder:
 
     def test_indices(self, folder: Path) -> None:
         examples = open_examples(folder)
-        assert [one.name for one in examples[1:]] == ["b/c/y.png", "b/z.PNG"]
+        assert examples[1].name == "b/c/y.png"
         assert examples[-1].name == "b/z.PNG"
         with pytest.raises(IndexError):
             examples[3]

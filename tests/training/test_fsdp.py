@@ -35,7 +35,7 @@ num_machines: 1
 num_processes: 2
 """
 PLAIN: dict[str, Any] = {"max_steps": 6, "batch_size": 2, "lr_scheduler": "linear", "validate_every": 3}
-DROPOUT = RUN | {"lr_scheduler": "constant"}
+DROPOUT = RUN | {"lr_scheduler": "constant", "lr_warmup_steps": 0}
 UNET: dict[str, Any] = {"max_steps": 3, "batch_size": 2}
 UNETS: dict[str, dict[str, Any]] = {
     "unet": UNET,

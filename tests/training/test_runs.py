@@ -251,7 +251,12 @@ def launched(made: Path) -> Path:
     folder = made / "launched"
     wanted = [together(made, kind, folder / kind) for kind in TOGETHER]
     for out, steps in (("whole", STEPS), ("parts", 3), ("parts", STEPS)):
-        changes: dict[str, Any] = {"model": made / "dropout", "lr_scheduler": "constant", "max_steps": steps}
+        changes: dict[str, Any] = {
+            "model": made / "dropout",
+            "lr_scheduler": "constant",
+            "lr_warmup_steps": 0,
+            "max_steps": steps,
+        }
         wanted.append(together(made, "lora from a cache", folder / out, keep_checkpoints=1, **changes))
     folder.mkdir()
     scenarios = [{"stage": stage, "settings": config} for stage, config in wanted]

@@ -67,7 +67,7 @@ class Toy:
         if settings.discriminator:
             second = Player("discriminator", self.discriminator, self.discriminator_loss, learning_rate=rate / 2)
             self.players.append(replace(second, starts_at=settings.discriminator_starts_at))
-        self.size, self.identity = settings.examples, f"{settings.examples} random numbers"
+        self.size, self.identity = settings.examples, {"data": f"{settings.examples} random numbers"}
 
     def _called(self, name: str) -> None:
         self.calls[name] += 1
