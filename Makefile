@@ -1,7 +1,7 @@
 # `make demo` is all that a new clone needs. Variables: PYTHON=python3.12, PYTEST_ARGS="-k vae", DEMO=folder.
 PYTHON ?= python3
 DEMO ?= demo
-PYTEST_ARGS ?=
+PYTEST_ARGS ?= -n auto
 VENV := .venv
 BIN := $(VENV)/bin
 # Written last, so an interrupted set-up is begun again; .unfinished marks an environment that cannot be trusted.

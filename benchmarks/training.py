@@ -53,7 +53,7 @@ def main() -> None:
     parser.add_argument("--width", type=float, default=0.5, help="of SD 1.5's networks (default: %(default)s)")
     parser.add_argument("--size", type=int, default=512, help="pixels a side, of step (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=1, help="of step (default: %(default)s; overhead: 8)")
-    parser.add_argument("--precision", choices=("no", "bf16", "fp16"), default="bf16", help="(default: %(default)s)")
+    parser.add_argument("--precision", choices=("no", "bf16", "fp16"), default="no", help="(default: %(default)s)")
     parser.add_argument("--images", type=int, default=24, help="of cache (default: %(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write all numbers to FILE")
     args = parser.parse_args()
@@ -132,14 +132,15 @@ class Script:
 
         self.dtype = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
         torch.manual_seed(0)
-        if network is not None:  # the same U-Net and optimizer: two copies need not fit into the memory
+        if network is not None:  # the same U-Net: two copies need not fit into the memory
             self.__dict__ |= network.__dict__
+            self.optimizer = torch.optim.AdamW(self.unet.parameters(), lr=1e-5, fused=True)  # as fast as there is
             return
         self.vae = load_vae(model, dtype=self.dtype).to(DEVICE).requires_grad_(False)
         text, tokenizer = load_text(model, dtype=self.dtype)
         self.text, self.unet = text.to(DEVICE).requires_grad_(False), load_unet(model).to(DEVICE).train()
         self.scheduler = DDPMScheduler.from_config(load_scheduler_config(model))
-        self.optimizer = torch.optim.AdamW(self.unet.parameters(), lr=1e-5, fused=True)  # as fast as there is
+        self.optimizer = torch.optim.AdamW(self.unet.parameters(), lr=1e-5)  # as the script has it
         self.scaler = torch.amp.GradScaler(DEVICE.type, enabled=precision == "fp16")
         self.pixels = torch.rand(batch_size, 3, size, size).mul(2).sub(1)
         length = min(tokenizer.model_max_length, text.config.max_position_embeddings)

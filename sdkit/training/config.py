@@ -126,7 +126,7 @@ class VAEConfig(StageSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class UNetConfig(StageSettings):
-    """Settings of `train_unet`. `data` may be a latent cache, too, which trains several times as fast."""
+    """Settings of `train_unet`. `data` may be a latent cache, too, from which nothing frozen is computed again."""
 
     lora_rank: int | None = None
     """Train low-rank updates of the attention's projections, of this rank; None trains the whole network."""

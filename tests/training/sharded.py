@@ -94,10 +94,9 @@ class Denoiser(nn.Module):
 
 class UNetStage:
     size = 8
-    identity = {"data": "eight images"}
 
     def __init__(self, settings: UNetSettings) -> None:
-        self.settings = settings
+        self.settings, self.identity = settings, {"data": "eight images"}
         torch.manual_seed(0)
         self.denoiser = Denoiser().to(memory_format=torch.channels_last)
         self.half = settings.mixed_precision == "bf16"
