@@ -102,7 +102,8 @@ class StableDiffusion:
         filename: of the file in a folder or Hub repository, where it is not pytorch_lora_weights.safetensors.
         revision: a branch, tag or commit, for a Hub id.
 
-        Sampling is as fast as without it. Several add up; the same one loaded with -scale undoes it, up to rounding.
+        Sampling is as fast as without it. Several add up; the same one loaded with -scale undoes it, up to rounding. In
+        half precision, updates smaller than the weights' own rounding are partly lost; dtype "fp32" keeps them.
         Raises SourceError, and changes nothing, where it cannot be read or was made for another model.
         """
         scale = number("scale", scale)
