@@ -158,11 +158,13 @@ def _shown(value: Any) -> str:
 
 
 def text_identity(text: TextEncoder) -> str:
-    """Fingerprint of a text encoder's weights, as `VAE.identity` is one of a VAE's.
+    """Fingerprint of a text encoder's weights, as `VAE.identity` is one of a VAE's."""
+    return weights_identity(text.network)
 
-    The encoder must be loaded in float32: bfloat16 would round it to another.
-    """
-    return fingerprint(nn.ModuleDict({"encoder": text.network}), scale=1.0, shift=0.0)
+
+def weights_identity(network: nn.Module) -> str:
+    """Fingerprint of all weights of a network, which must be loaded in float32: bfloat16 would round it to another."""
+    return fingerprint(nn.ModuleDict({"encoder": network}), scale=1.0, shift=0.0)  # that is the part it looks at
 
 
 def tokenizer_identity(text: TextEncoder) -> str:

@@ -24,7 +24,6 @@ from sdkit.data.shards import shard_file
 from sdkit.data.transform import Transform, draw
 from sdkit.errors import DataError, ImageError
 from sdkit.files import atomic_write, expanded
-from sdkit.models.vae import fingerprint
 
 MOST_HELD_OUT, OF = 16, 20  # one image of 20, and not more than 16
 TRIES = 100  # images that cannot be used, one after another
@@ -60,7 +59,7 @@ def noise_of(seed: int, n: int) -> torch.Generator:
 
 def identity_of(*networks: nn.Module, schedule: Any = None) -> str:
     """A word that is another for other weights, or another noise schedule."""
-    parts = [fingerprint(nn.ModuleDict({"encoder": network}), 1, 0) for network in networks]  # of all of it, so called
+    parts = [manifest.weights_identity(network) for network in networks]
     return hashlib.sha256(json.dumps([parts, schedule], sort_keys=True).encode()).hexdigest()[:16]
 
 
