@@ -5,7 +5,6 @@ Importing the package loads no heavy library: each room is imported when one of 
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import TYPE_CHECKING
 
 from sdkit.errors import (
@@ -18,6 +17,7 @@ from sdkit.errors import (
     SourceError,
     TrainingError,
 )
+from sdkit.lazy import attributes
 
 if TYPE_CHECKING:
     from sdkit import data, guidance, images, latents, metrics, samplers, training
@@ -58,8 +58,9 @@ __all__ = [
     "training",
 ]
 
-_MODULES = {"data", "guidance", "images", "latents", "metrics", "samplers", "training"}
+_MODULES = ("data", "guidance", "images", "latents", "metrics", "samplers", "training")
 _HOMES = {
+    **{name: f"sdkit.{name}" for name in _MODULES},
     "Latent": "sdkit.latents",
     "NoiseSchedule": "sdkit.schedule",
     "Prediction": "sdkit.schedule",
@@ -71,14 +72,7 @@ _HOMES = {
 }
 
 if not TYPE_CHECKING:  # a type checker reads the imports above, and so finds a misspelt name
-
-    def __getattr__(name: str) -> object:
-        if name in _MODULES:
-            return import_module(f"{__name__}.{name}")
-        if name not in _HOMES:
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        globals()[name] = value = getattr(import_module(_HOMES[name]), name)
-        return value
+    __getattr__ = attributes(__name__, _HOMES)
 
 
 def __dir__() -> list[str]:

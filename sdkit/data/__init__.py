@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import TYPE_CHECKING
+
+from sdkit.lazy import attributes
 
 if TYPE_CHECKING:  # `as` exports a name to type checkers, which cannot work out the __all__ below
     from sdkit.data.checking import CheckReport as CheckReport
@@ -33,12 +34,7 @@ _HOMES = {
 __all__ = sorted(_HOMES)
 
 if not TYPE_CHECKING:  # a type checker reads the imports above, and so finds a misspelt name
-
-    def __getattr__(name: str) -> object:
-        if name not in _HOMES:
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        globals()[name] = value = getattr(import_module(_HOMES[name]), name)
-        return value
+    __getattr__ = attributes(__name__, _HOMES)
 
 
 def __dir__() -> list[str]:

@@ -101,9 +101,7 @@ def cache(
     vae = VAE.from_pretrained(model, dtype=resolve_dtype(dtype, place), device=place)
     # In float32: its fingerprint does not depend on the dtype then, and beside the VAE it costs little.
     text = TextEncoder.from_pretrained(model, dtype="fp32", device=place if embeddings else "cpu")
-    if any(side % vae.factor for side in transform.size):
-        height, width = transform.size
-        raise ArgumentError(f"size {height} x {width} does not divide by {vae.factor}, as this VAE needs; change it.")
+    vae.check_size(transform.size)
     settings = Settings(
         vae=vae.identity, scale=vae.scale, shift=vae.shift, factor=vae.factor, text=manifests.text_identity(text),
         tokenizer=manifests.tokenizer_identity(text), embeddings=embeddings, size=transform.size, crop=crop, flip=flip,

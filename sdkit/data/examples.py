@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import io
 import os
+import re
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -324,7 +325,7 @@ def _told(source: str) -> Iterator[None]:
         cause: BaseException = error
         while cause.__cause__:
             cause = cause.__cause__
-        reason = str(cause).strip().partition("\n")[0].rstrip(".!") or type(cause).__name__
+        reason = re.split(r"\n|[.!?] (?=[A-Z])", str(cause).strip())[0].rstrip(".!") or type(cause).__name__
         raise DataError(f"cannot open the data set {source!r}: {reason}; check the name and the files.") from error
 
 

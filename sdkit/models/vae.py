@@ -195,6 +195,13 @@ class VAE(Wrapper):
             return encoded.latent_dist.mean.float(), encoded.latent_dist.logvar.float()
         return encoded.latents.float(), torch.full_like(encoded.latents, DETERMINISTIC, dtype=torch.float32)
 
+    def check_size(self, size: tuple[int, int]) -> None:
+        """Raises ArgumentError for a (height, width) in pixels that `forward` and `posterior` cannot take."""
+        if any(side % self.factor for side in size):
+            raise ArgumentError(
+                f"size {size[0]} x {size[1]} does not divide by {self.factor}, as this VAE needs; change it."
+            )
+
     def _moments(
         self, pixels: list[Tensor], batch_size: int | None, tile: int | None
     ) -> tuple[list[Tensor], list[Tensor]]:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
 from sdkit.console import is_main_process
 from sdkit.errors import ArgumentError, SdkitError
+from sdkit.lazy import attributes
 
 if TYPE_CHECKING:
     import torch
@@ -352,9 +353,4 @@ _HOMES = {
 }
 
 if not TYPE_CHECKING:  # a type checker reads the imports above, and so finds a misspelt name
-
-    def __getattr__(name: str) -> object:
-        if name not in _HOMES:
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        globals()[name] = value = getattr(import_module(_HOMES[name]), name)
-        return value
+    __getattr__ = attributes(__name__, _HOMES)

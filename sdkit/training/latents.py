@@ -12,7 +12,6 @@ from sdkit.data import manifest
 from sdkit.data.examples import open_examples
 from sdkit.data.latent_cache import Item, LatentCache, Prompt
 from sdkit.data.transform import Transform
-from sdkit.errors import ArgumentError
 from sdkit.models.text import TextEncoder
 from sdkit.models.vae import VAE
 from sdkit.training.config import UNetConfig
@@ -83,10 +82,7 @@ class ImageLatents:
 
     def __init__(self, config: UNetConfig, vae: VAE, text: TextEncoder, own_size: tuple[int, int]) -> None:
         size: Any = config.size or own_size
-        if any(side % vae.factor for side in size):
-            raise ArgumentError(
-                f"size {size[0]} x {size[1]} does not divide by {vae.factor}, as this VAE needs; change it."
-            )
+        vae.check_size(size)
         self.images = TrainingImages(open_examples(config.data), config.transform(size), config.seed)
         self.identity = self.images.examples.identity
         self.validation_images = TrainingImages(self.images.examples, Transform(size=size), seed=0)

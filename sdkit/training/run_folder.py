@@ -79,9 +79,9 @@ class RunFolder:
         config["settings"] = json.loads(json.dumps(asdict(settings), default=str))
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._check(config, settings.may_change)  # before anything is written into somebody else's folder
+            self._config()  # before anything is written into somebody else's folder
             self._lock.acquire()
-            config["run"] = self._run = self._check(config, settings.may_change)
+            config["run"] = self._run = self._compared(self._config(), config, settings.may_change)
             for folder in (self.path, self.checkpoints, self.path / "samples"):
                 remove_leftovers(folder)
             checkpoint = newest(self.checkpoints)
@@ -104,8 +104,9 @@ class RunFolder:
         validated = any(key.startswith("validation/") for line in lines if line["step"] == step for key in line)
         return Start(step=step, checkpoint=checkpoint, validated=validated, exported=self._exported())
 
-    def _check(self, config: Mapping[str, Any], may_change: Collection[str]) -> str:
-        """The identity of the run that is here or would be, by which it knows its checkpoints."""
+    def _config(self) -> dict[str, Any] | None:
+        """The config.json of the run that is here, if any. Raises TrainingError where there is something else."""
+        old: dict[str, Any] | None
         try:
             old = json.loads((self.path / "config.json").read_text())
         except FileNotFoundError:
@@ -115,6 +116,11 @@ class RunFolder:
         used = [name for name in ("checkpoints", "samples", "result", "metrics.jsonl") if (self.path / name).exists()]
         if (old is None and used) or (old is not None and not _is_config(old)):
             raise TrainingError(f"{self.path} holds files that are of no run of sdkit; name another out_dir.")
+        return old
+
+    def _compared(self, old: dict[str, Any] | None, config: dict[str, Any], may_change: Collection[str]) -> str:
+        """The identity of the run that is here or would be, by which it knows its checkpoints. Raises TrainingError
+        where it is not the one of `config`."""
         free = {*may_change, "sdkit", "settings"}
         was, now = ({k: v for k, v in {**c["settings"], **c}.items() if k not in free} for c in (old or config, config))
         if not old or not checkpoints(self.checkpoints):  # there is nothing to lose

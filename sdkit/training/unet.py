@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from sdkit import images as image_io
 from sdkit.errors import ArgumentError
 from sdkit.losses import diffusion_loss, min_snr_weight
-from sdkit.models.lora import TARGETS, add_lora, lora_tensors, save_lora
+from sdkit.models.lora import FILENAME, TARGETS, add_lora, lora_tensors, save_lora
 from sdkit.models.source import load_scheduler_config, load_text, load_unet, load_vae, new_network
 from sdkit.models.text import TextEncoder
 from sdkit.models.unet import UNet
@@ -37,7 +37,6 @@ VALIDATION_TIMESTEPS = 8  # of each image
 VALIDATION_SCALE, VALIDATION_STEPS = 5.0, 25  # of the images of fixed prompts
 REMEMBERED = 4096  # captions whose embeddings are kept in memory, each 0.24 MB for SD 1.x; a cache has room for all
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
-LORA_FILE = "pytorch_lora_weights.safetensors"
 
 
 def train_unet(config: UNetConfig) -> Path:
@@ -247,7 +246,7 @@ class UNetStage:
         """LoRA's weights, or the whole pipeline in diffusers layout."""
         text = self.text if self.config.train_text_encoder else None
         if self.config.lora_rank is not None:
-            save_lora(lora_tensors(self.unet.network, text and text.network), folder / LORA_FILE)
+            save_lora(lora_tensors(self.unet.network, text and text.network), folder / FILENAME)
             return
         with quiet():
             import diffusers

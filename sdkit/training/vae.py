@@ -25,7 +25,7 @@ from sdkit.errors import ArgumentError, DataError
 from sdkit.losses import adaptive_weight, hinge_discriminator, hinge_generator, kl, l1, l2
 from sdkit.lpips import LPIPS
 from sdkit.lpips import SMALLEST as LPIPS_SMALLEST
-from sdkit.metrics import psnr, ssim
+from sdkit.metrics import WINDOW, psnr, ssim
 from sdkit.models.discriminator import SMALLEST as DISCRIMINATOR_SMALLEST
 from sdkit.models.discriminator import Discriminator
 from sdkit.models.source import load_vae, new_network
@@ -111,9 +111,7 @@ class VAEStage:
     def _size(self) -> tuple[int, int]:
         own: Any = self.vae.network.config.sample_size
         size: Any = self.config.size or ((own, own) if isinstance(own, int) else tuple(own))
-        smallest = max(
-            11, LPIPS_SMALLEST if self.lpips else 0, DISCRIMINATOR_SMALLEST if self.discriminator else 0
-        )  # SSIM's window
+        smallest = max(WINDOW, LPIPS_SMALLEST if self.lpips else 0, DISCRIMINATOR_SMALLEST if self.discriminator else 0)
         if any(side % self.vae.factor or side < smallest for side in size):
             raise ArgumentError(
                 f"size {size[0]} x {size[1]} must divide by {self.vae.factor} and be at least {smallest}; change it."

@@ -23,6 +23,8 @@ pytest.importorskip("datasets")
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from tests.sentences import one_sentence
+
 
 def png() -> bytes:
     buffer = io.BytesIO()
@@ -60,17 +62,6 @@ def tar(folder: Path, cut: int | None = None, **files: bytes) -> Path:
 def link(path: Path) -> Path:
     path.symlink_to(path.parent / "nowhere")
     return path
-
-
-def one_sentence(run: Callable[[], object], kind: type[sdkit.SdkitError], *fragments: str) -> None:
-    with pytest.raises(sdkit.SdkitError) as caught:
-        run()
-    message = str(caught.value)
-    assert isinstance(caught.value, kind), repr(caught.value)
-    for fragment in fragments:
-        assert fragment in message
-    assert "\n" not in message
-    assert message.endswith((".", "?"))
 
 
 DATA, ARGUMENT, CACHE = sdkit.errors.DataError, sdkit.ArgumentError, sdkit.errors.CacheError

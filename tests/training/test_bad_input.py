@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import sys
 import warnings
@@ -26,6 +25,7 @@ from sdkit.errors import CacheError, DataError, TrainingError
 from sdkit.training import UNetConfig, VAEConfig, train_unet, train_vae
 from sdkit.training.checkpoint import checkpoints, newest
 from sdkit.training.run_folder import read_metrics
+from tests.sentences import one_sentence
 
 from . import tiny
 from .runs import lpips_weights
@@ -46,18 +46,6 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def no_lpips(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SDKIT_LPIPS", raising=False)
-
-
-def one_sentence(run: Callable[[], object], kind: type[sdkit.SdkitError], *fragments: str) -> None:
-    with pytest.raises(sdkit.SdkitError) as caught:
-        run()
-    message = str(caught.value)
-    assert isinstance(caught.value, kind), repr(caught.value)
-    for fragment in fragments:
-        assert fragment in message
-    assert "\n" not in message
-    assert message.endswith((".", "?"))
-    assert not re.search(r"[.!?] [A-Z]", message), message
 
 
 # Settings, before anything is loaded
