@@ -10,8 +10,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import math
-import os
-import warnings
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -19,19 +17,14 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from sdkit import __version__
 from sdkit.cli_training import Add, add_command, add_training_commands
 from sdkit.console import (
-    Stopped,
     complain,
+    exit_code_of,
     flush,
-    is_main_process,
-    left_alone,
-    mute_stdout,
-    prepare_streams,
     printable,
     say,
     say_json,
     say_path,
     say_table,
-    signals_raised,
 )
 from sdkit.errors import ArgumentError, SdkitError
 from sdkit.files import find
@@ -45,26 +38,7 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code. `argv` None takes the process's own arguments."""
-    prepare_streams()
-    try:
-        with signals_raised(), warnings.catch_warnings():
-            warnings.simplefilter("default")
-            warnings.showwarning = _warn  # type: ignore[assignment]
-            return _run(argv)
-    except SdkitError as error:
-        if os.environ.get("SDKIT_DEBUG"):
-            raise
-        code, sentence = int(getattr(error, "exit_code", 2)), str(error)
-    except KeyboardInterrupt:
-        code, sentence = 130, "stopped; the files that were finished are whole."
-    except Stopped as stop:
-        code, sentence = 128 + stop.number, f"{stop}; the files that were finished are whole."
-    except BrokenPipeError:  # whoever read our output has seen enough
-        mute_stdout()
-        return 141
-    if is_main_process() or (code < 128 and left_alone()):
-        complain(sentence)
-    return code
+    return exit_code_of(lambda: _run(argv))
 
 
 def _run(argv: Sequence[str] | None) -> int:
@@ -95,11 +69,6 @@ def _failures_told(report: Report[Any]) -> Iterator[None]:
     finally:
         for _, sentence in report.failed:
             complain(sentence)
-
-
-def _warn(message: Warning | str, _category: type[Warning], filename: str, *_: Any, **__: Any) -> None:
-    if Path(filename).is_relative_to(Path(__file__).parent):  # other libraries' warnings are for programmers
-        complain(str(message))
 
 
 class _Parser(argparse.ArgumentParser):

@@ -10,7 +10,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -140,3 +141,33 @@ def signals_raised() -> Iterator[None]:
     finally:
         for number in ours:
             signal.signal(number, signal.SIG_DFL)
+
+
+def exit_code_of(work: Callable[[], int]) -> int:
+    """Do the work of a whole process and return its exit code: what `work` returns, or, once the error or the signal
+    that ended it is told in one line, a number above 0."""
+    prepare_streams()
+    try:
+        with signals_raised(), warnings.catch_warnings():
+            warnings.simplefilter("default")
+            warnings.showwarning = _warn  # type: ignore[assignment]
+            return work()
+    except SdkitError as error:
+        if os.environ.get("SDKIT_DEBUG"):
+            raise
+        code, sentence = int(getattr(error, "exit_code", 2)), str(error)
+    except KeyboardInterrupt:
+        code, sentence = 130, "stopped; the files that were finished are whole."
+    except Stopped as stop:
+        code, sentence = 128 + stop.number, f"{stop}; the files that were finished are whole."
+    except BrokenPipeError:  # whoever read our output has seen enough
+        mute_stdout()
+        return 141
+    if is_main_process() or (code < 128 and left_alone()):
+        complain(sentence)
+    return code
+
+
+def _warn(message: Warning | str, _category: type[Warning], filename: str, *_: Any, **__: Any) -> None:
+    if Path(filename).is_relative_to(Path(__file__).parent):  # other libraries' warnings are for programmers
+        complain(str(message))

@@ -16,7 +16,7 @@ import sdkit
 
 ROOT = Path(__file__).parents[1]
 # The rooms that the extra `train` is for.
-TRAINING = {"data", "training", "losses.py", "lpips.py", "discriminator.py", "lora.py", "cli_training.py"}
+TRAINING = {"data", "training", "recipes", "losses.py", "lpips.py", "discriminator.py", "lora.py", "cli_training.py"}
 MODULES = sorted((ROOT / "sdkit").rglob("*.py"))
 HEAVY = ("torch", "numpy", "PIL", "diffusers", "transformers", "accelerate", "safetensors", "huggingface_hub", "tqdm")
 
@@ -131,7 +131,7 @@ def requirements() -> dict[str, set[str]]:
 def test_a_module_imports_only_what_is_required(path: Path) -> None:
     imported = imported_by(path) - set(sys.stdlib_module_names) - {"sdkit"}
     distributions = {"PIL": "pillow", "huggingface_hub": "huggingface-hub"}
-    optional = {"skimage"}  # whose photos the demo takes where it is installed
+    optional = {"skimage"}  # whose photos the demo and the recipe take where it is installed
     extra = requirements()["train"] if TRAINING & set(path.parts) else set()
     assert {distributions.get(name, name) for name in imported} - optional <= requirements()["dependencies"] | extra
 

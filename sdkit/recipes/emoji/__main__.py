@@ -1,0 +1,80 @@
+"""`python -m sdkit.recipes.emoji`: the embedded model from its raw material, and how good a model is."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from sdkit.console import exit_code_of, say, say_path
+
+STEPS = ("prepare", "vae", "latents", "unet", "decoder", "export", "evaluate")
+EPILOG = """
+steps, in this order:
+  prepare   tiles, captioned images and held-out compositions, from the pictures and the photographs
+  vae       train the VAE: vae-1 from nothing, vae-2 with LPIPS
+  latents   a tokenizer, an untrained text encoder, and the latent cache
+  unet      train the U-Net and the text encoder: unet-1, unet-2
+  decoder   go on with the VAE's decoder alone: vae-3
+  export    put model/ together, in float16
+  evaluate  measure it, or the models named by --models: see evaluation/
+Each goes on where it was stopped. The raw material:
+  npm pack @lobehub/fluent-emoji-3d && tar -xf lobehub-fluent-emoji-3d-*.tgz        (--drawn package/assets)
+  apt-get download mate-backgrounds plasma-workspace-wallpapers lomiri-wallpapers-16.04 lomiri-wallpapers-20.04
+  for deb in *.deb; do dpkg -x $deb photographs; done                               (--photographs photographs)
+The weights of LPIPS are those that the environment variable SDKIT_LPIPS names.
+"""
+
+
+def main() -> int:
+    """One step, or all of them."""
+    args = _parser().parse_args()
+    for step in STEPS if args.step == "all" else (args.step,):
+        _do(step, args)
+    return 0
+
+
+def _do(step: str, args: argparse.Namespace) -> None:
+    from sdkit.recipes.emoji import training
+    from sdkit.recipes.emoji.prepare import prepare
+    from sdkit.recipes.emoji.report import evaluate
+
+    root = args.out
+    if step == "prepare":
+        prepare(args.drawn, args.photographs, root / "data")
+    elif step == "evaluate":
+        models = args.models or [root / "model"]
+        say(evaluate(models, args.drawn, root / "evaluation", prompts=args.prompts, sweeps=args.sweeps))
+    else:
+        works = {
+            "vae": training.train_first_vae,
+            "latents": training.make_latents,
+            "unet": training.train_the_unet,
+            "decoder": training.train_the_decoder,
+            "export": training.export,
+        }
+        works[step](root)
+        say_path(root)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m sdkit.recipes.emoji",
+        description=__doc__,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("step", choices=("all", *STEPS))
+    add("--out", "-o", type=Path, default=Path("runs/emoji"), metavar="FOLDER", help="(default: %(default)s)")
+    add("--drawn", type=Path, default=Path("package/assets"), metavar="FOLDER", help="the npm package's assets/")
+    add("--photographs", type=Path, default=Path("photographs"), metavar="FOLDER", help="what the packages hold")
+    add("--models", nargs="+", metavar="SOURCE", help="to evaluate side by side (default: OUT/model)")
+    add("--prompts", type=int, default=320, metavar="N", help="to evaluate with (default: %(default)s)")
+    add("--no-sweeps", dest="sweeps", action="store_false", help="evaluate at one guidance scale and number of steps")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code_of(main))

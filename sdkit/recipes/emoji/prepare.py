@@ -1,0 +1,148 @@
+"""From the unpacked npm package and a folder of photographs to three data sets: tiles for the VAE, captioned images
+for the U-Net, and the compositions held out of both."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache, partial
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from sdkit.errors import DataError
+from sdkit.files import atomic_write
+from sdkit.prefetch import ahead
+from sdkit.progress import progress
+from sdkit.recipes.emoji.pictures import (
+    BACKGROUNDS,
+    SIZE,
+    caption,
+    composed,
+    held_out,
+    pictures,
+    read,
+    used,
+    with_article,
+)
+
+TILES = {"tiles": (64, 24_000), "large_tiles": (SIZE, 6_000)}
+"""Of the VAE's training images: pixels a side, and how many."""
+PHOTOS = 0.4  # share of them
+FLAT = 20  # of 255: photographs' tiles of a smaller standard deviation are drawn again
+PHOTO_HEIGHT = 1600  # pixels, to which larger photographs are reduced before tiles are cut
+
+AHEAD = 64  # images that are begun before they are wanted
+
+Captioned = tuple[str, Image.Image, str]  # file name, image, caption
+
+
+def prepare(drawn: Path, photographs: Path, out: Path) -> None:
+    """Write out/tiles, out/large_tiles, out/captioned and out/held_out, image folders with a metadata.jsonl each.
+
+    One that an earlier call has finished is left as it is.
+
+    drawn        assets/ of the unpacked npm package
+    photographs  a folder with those that photos.txt names, at any depth
+    """
+    stems, photos = used(drawn), _photos(photographs)
+    sets: list[tuple[Path, Callable[..., list[Captioned]], Sequence[Any]]] = [
+        *((out / name, partial(_tile, size, drawn, stems, photos), range(n)) for name, (size, n) in TILES.items()),
+        (out / "captioned", partial(_captioned, drawn), range(len(pictures()))),
+        (out / "held_out", partial(_held_out, drawn), range(len(pictures()))),
+    ]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow works outside Python's lock
+        for folder, make, numbers in sets:
+            if (folder / "metadata.jsonl").is_file():  # which is written last
+                continue
+            folder.mkdir(parents=True, exist_ok=True)
+            made = ahead(pool, partial(_written, make, folder), numbers, AHEAD)
+            lines = [line for some in progress(made, len(numbers), folder.name) for line in some]
+            with atomic_write(folder / "metadata.jsonl") as temporary:
+                temporary.write_text("".join(lines), encoding="utf-8")
+
+
+def _written(make: Callable[[int], list[Captioned]], folder: Path, number: int) -> list[str]:
+    """The lines of metadata.jsonl of the images of one number, which are written into the folder."""
+    lines = []
+    for name, image, text in make(number):
+        image.save(folder / name, compress_level=1)
+        lines.append(json.dumps({"file_name": name, "text": text}) + "\n")
+    return lines
+
+
+def _captioned(drawn: Path, number: int) -> list[Captioned]:
+    """A picture on all backgrounds but the one held out. On white, with a caption that does not name it, too."""
+    one = pictures()[number]
+    image = read(drawn, one.file)
+    made = []
+    for k, (background, colour) in enumerate(BACKGROUNDS.items()):
+        if background == one.held_out:
+            continue
+        name = one.names[(number + k) % 4 == 3 and len(one.names) > 1]
+        texts = [caption(name, background, article=(number + k) % 2 == 0)]
+        if background == "white":
+            texts += [one.name, *map(with_article, one.names)]
+        composition = composed(image, colour)
+        made += [(f"{one.file}-{background}-{n}.png", composition, text) for n, text in enumerate(texts)]
+    return made
+
+
+def _held_out(drawn: Path, number: int) -> list[Captioned]:
+    """A picture on the background that is held out."""
+    one = pictures()[number]
+    image = composed(read(drawn, one.file), BACKGROUNDS[one.held_out])
+    return [(f"{one.file}-{one.held_out}.png", image, caption(one.name, one.held_out))]
+
+
+def _tile(size: int, drawn: Path, stems: Sequence[str], photos: Sequence[Path], number: int) -> list[Captioned]:
+    """A square of a photograph, or of any picture, of random size and place, on a random background."""
+    rng = Random(f"{size} {number}")
+    tile = _photo_tile(size, photos, rng) if rng.random() < PHOTOS else _drawn_tile(size, drawn, stems, rng)
+    return [(f"{number:05}.png", tile, "")]
+
+
+def _photo_tile(size: int, photos: Sequence[Path], rng: Random) -> Image.Image:
+    while True:
+        photo = _photo(rng.choice(photos))
+        side = int(math.exp(rng.uniform(math.log(2 * size), math.log(0.9 * min(photo.size)))))
+        left, top = (rng.randint(0, room - side) for room in photo.size)
+        tile = photo.resize((size, size), Image.Resampling.LANCZOS, (left, top, left + side, top + side))
+        if np.asarray(tile).std((0, 1)).max() > FLAT:
+            return tile
+
+
+def _drawn_tile(size: int, drawn: Path, stems: Sequence[str], rng: Random) -> Image.Image:
+    stem = rng.choice(stems)
+    named = [colour for name, colour in BACKGROUNDS.items() if name != held_out().get(stem)]
+    any_colour = (rng.randrange(256), rng.randrange(256), rng.randrange(256))
+    colour = rng.choice(named) if rng.random() < 0.6 else any_colour
+    side = rng.randrange(SIZE * 3 // 8, SIZE * 9 // 8)
+    reach = min(side, size * 2 // 3)  # of the picture that is on the tile, at least
+    corner = (rng.randint(reach - side, size - reach), rng.randint(reach - side, size - reach))
+    return composed(read(drawn, stem), colour, size=size, side=side, corner=corner)
+
+
+@lru_cache(maxsize=64)
+def _photo(path: Path) -> Image.Image:
+    with Image.open(path) as image:
+        small = image.convert("RGB")
+    small.thumbnail((3 * PHOTO_HEIGHT, PHOTO_HEIGHT), Image.Resampling.LANCZOS)
+    return small
+
+
+def _photos(folder: Path) -> list[Path]:
+    """The files that photos.txt names, below a folder."""
+    wanted = (Path(__file__).parent / "photos.txt").read_text(encoding="utf-8").split()
+    there = sorted(path for path in folder.rglob("*.jpg") if path.is_file())
+    found = {end: next((path for path in there if path.as_posix().endswith(f"/{end}")), None) for end in wanted}
+    missing = [end for end, path in found.items() if path is None]
+    if missing:
+        raise DataError(f"{folder} lacks {len(missing)} of the {len(wanted)} photographs, {missing[0]} first.")
+    return [path for path in found.values() if path is not None]

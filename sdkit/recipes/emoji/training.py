@@ -1,0 +1,68 @@
+"""The trainings, in order: each is a call of `train_vae`, `cache` or `train_unet`, and goes on where it was stopped."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from sdkit.data import cache, open_examples
+from sdkit.recipes.emoji.pictures import SIZE
+from sdkit.recipes.emoji.settings import settings, shape_file
+from sdkit.recipes.emoji.start import make_start
+from sdkit.training import UNetConfig, VAEConfig, train_unet, train_vae
+
+
+def train_first_vae(root: Path) -> None:
+    """root/vae-1, from nothing, and root/vae-2, which sharpens it by LPIPS: encoder and decoder."""
+    data: dict[str, Any] = {"data": root / "data" / "tiles", "validation_data": root / "data" / "held_out"}
+    train_vae(VAEConfig(**settings("vae-1"), **data, init=shape_file("vae"), out_dir=root / "vae-1"))
+    train_vae(VAEConfig(**settings("vae-2"), **data, model=root / "vae-1" / "result", out_dir=root / "vae-2"))
+
+
+def make_latents(root: Path) -> None:
+    """root/start, a pipeline around the VAE that lacks a U-Net, and root/latents, the captioned images as latents."""
+    data, start = root / "data" / "captioned", root / "start"
+    if not start.exists():
+        captions = (example.caption for example in open_examples(data))
+        make_start(root / "vae-2" / "result", captions, start)
+    cache(start, data, root / "latents", size=SIZE)
+
+
+def train_the_unet(root: Path) -> None:
+    """root/unet-1, from nothing and together with the text encoder, and root/unet-2, whose learning rate comes down."""
+    data: dict[str, Any] = {"data": root / "latents", "size": SIZE, "train_text_encoder": True}
+    train_unet(
+        UNetConfig(
+            **settings("unet-1"), **data, model=root / "start", init=shape_file("unet"),
+            out_dir=root / "unet-1",
+        )
+    )  # fmt: skip
+    train_unet(UNetConfig(**settings("unet-2"), **data, model=root / "unet-1" / "result", out_dir=root / "unet-2"))
+
+
+def train_the_decoder(root: Path) -> None:
+    """root/vae-3: the decoder alone, so that latents keep their meaning, on whole images."""
+    train_vae(
+        VAEConfig(
+            **settings("vae-3"), data=root / "data" / "large_tiles", validation_data=root / "data" / "held_out",
+            model=root / "vae-2" / "result", out_dir=root / "vae-3",
+        )
+    )  # fmt: skip
+
+
+def export(root: Path) -> Path:
+    """root/model: the U-Net and the text encoder of root/unet-2 with the VAE of root/vae-3, in float16."""
+    import torch
+    from diffusers import AutoencoderKL, StableDiffusionPipeline
+
+    model, partial = root / "model", root / "model.unfinished"
+    shutil.rmtree(partial, ignore_errors=True)
+    vae = AutoencoderKL.from_pretrained(root / "vae-3" / "result", torch_dtype=torch.float16)
+    pipeline = StableDiffusionPipeline.from_pretrained(
+        root / "unet-2" / "result", vae=vae, torch_dtype=torch.float16, safety_checker=None
+    )
+    pipeline.save_pretrained(partial)
+    shutil.rmtree(model, ignore_errors=True)
+    partial.rename(model)
+    return model

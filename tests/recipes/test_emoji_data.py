@@ -1,0 +1,219 @@
+"""The recipe's data: which pictures it has, what it composes of them, and what it holds out."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from random import Random
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw
+
+from sdkit.data import open_examples
+from sdkit.errors import DataError
+from sdkit.recipes.emoji import pictures as table
+from sdkit.recipes.emoji import prepare as module
+from sdkit.recipes.emoji.pictures import (
+    BACKGROUNDS,
+    SIDE,
+    SIZE,
+    Picture,
+    caption,
+    composed,
+    pictures,
+    used,
+    with_article,
+)
+from sdkit.recipes.emoji.prepare import prepare
+
+FEW = pictures()[:5]
+COLOUR = (200, 30, 90)
+NOT_USED = ("1f1e6-1f1e8", "0023-fe0f-20e3", "1f44b-1f3fd", "1f3f4-e0067_e0062_e0065_e006e_e0067")
+
+
+def make_drawn(folder: Path) -> Path:
+    """A folder as the npm package's assets/: discs of 256 px for the first pictures, one without a name, and files that
+    are not used."""
+    folder.mkdir()
+    disc = Image.new("RGBA", (256, 256))
+    ImageDraw.Draw(disc).ellipse((8, 8, 247, 247), fill=(*COLOUR, 255))
+    for stem in (*(one.file for one in FEW), "1f468", *NOT_USED):
+        disc.save(folder / f"{stem}.webp", lossless=True)
+    return folder
+
+
+def make_photographs(folder: Path) -> Path:
+    """Noise in the place of each of the recipe's photographs."""
+    noise = np.random.default_rng(0).integers(256, size=(300, 320, 3), dtype=np.uint8)
+    for name in (Path(module.__file__).parent / "photos.txt").read_text().split():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(noise).save(folder / name)
+    return folder
+
+
+@pytest.fixture
+def drawn(tmp_path: Path) -> Path:
+    return make_drawn(tmp_path / "assets")
+
+
+@pytest.fixture
+def photographs(tmp_path: Path) -> Path:
+    return make_photographs(tmp_path / "photographs")
+
+
+@pytest.fixture
+def data(drawn: Path, photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The data sets of the first pictures."""
+    monkeypatch.setattr(module, "pictures", lambda: FEW)
+    monkeypatch.setattr(module, "TILES", {"tiles": (64, 20), "large_tiles": (SIZE, 6)})
+    prepare(drawn, photographs, tmp_path / "data")
+    return tmp_path / "data"
+
+
+def rows(folder: Path) -> dict[str, str]:
+    lines = (folder / "metadata.jsonl").read_text().splitlines()
+    return {row["file_name"]: row["text"] for row in map(json.loads, lines)}
+
+
+def test_the_table() -> None:
+    """Names are told apart, and no background is held out more often than others."""
+    assert 900 <= len(pictures()) <= 1000
+    names = [name for one in pictures() for name in one.names]
+    assert len(names) == len(set(names))
+    assert all(name == name.strip().lower() for name in names)
+    assert len({one.file for one in pictures()}) == len(pictures())
+    counts = Counter(one.held_out for one in pictures())
+    assert counts.keys() == BACKGROUNDS.keys() - {"white"}
+    assert max(counts.values()) - min(counts.values()) <= 1
+
+
+def test_backgrounds_are_far_apart() -> None:
+    colours = np.array(list(BACKGROUNDS.values()), dtype=float)
+    distances = np.linalg.norm(colours[:, None] - colours[None], axis=-1) + 1e9 * np.eye(len(colours))
+    assert distances.min() > 60
+
+
+@pytest.mark.parametrize(
+    ("name", "background", "text"),
+    [
+        ("red apple", "blue", "a red apple on a blue background"),
+        ("avocado", "orange", "an avocado on an orange background"),
+        ("grapes", "white", "grapes on a white background"),
+        ("compass", "gray", "a compass on a gray background"),
+    ],
+)
+def test_captions(name: str, background: str, text: str) -> None:
+    assert caption(name, background) == text
+    assert caption(name, background, article=False) == text.removeprefix("a ").removeprefix("an ")
+    assert text.startswith(with_article(name))
+
+
+def test_composed_in_the_middle() -> None:
+    """All of a picture shows, colours are kept, and its edge is mixed with the background, not with black."""
+    picture = Image.new("RGBA", (256, 256), (*COLOUR, 255))
+    pixels = np.asarray(composed(picture, (255, 255, 255)))
+    assert pixels.shape == (SIZE, SIZE, 3)
+    edge = (SIZE - SIDE) // 2
+    assert (pixels[:edge] == 255).all()
+    assert (pixels[edge:-edge, edge:-edge] == COLOUR).all()
+    clear = Image.new("RGBA", (256, 256), (0, 0, 0, 0))
+    clear.paste((*COLOUR, 255), (0, 0, 101, 256))
+    pixels = np.asarray(composed(clear, (255, 255, 255))).astype(int)
+    assert (pixels.min(axis=(0, 1)) >= np.array(COLOUR) - 12).all()  # Lanczos rings; a dark rim would go below
+
+
+def test_composed_at_a_corner() -> None:
+    picture = Image.new("RGBA", (8, 8), (*COLOUR, 255))
+    pixels = np.asarray(composed(picture, (0, 0, 0), size=64, side=40, corner=(-10, 50)))
+    assert (pixels[50:, :30] == COLOUR).all()
+    assert not pixels[:50].any()
+    assert not pixels[:, 30:].any()
+
+
+def test_what_is_used(drawn: Path, tmp_path: Path) -> None:
+    assert used(drawn) == sorted([*(one.file for one in FEW), "1f468"])
+    with pytest.raises(DataError, match=r"has no \.webp files; give assets/"):
+        used(tmp_path)
+
+
+def test_captioned_images_lack_the_pairs_held_out(data: Path) -> None:
+    """Every picture on every background, but one; each on white has captions that do not name it, too."""
+    captioned, held_out = rows(data / "captioned"), rows(data / "held_out")
+    for one in FEW:
+        backgrounds = {name.split("-")[-2] for name in captioned if name.startswith(f"{one.file}-")}
+        assert backgrounds == BACKGROUNDS.keys() - {one.held_out}
+        assert held_out[f"{one.file}-{one.held_out}.png"] == caption(one.name, one.held_out)
+        plain = {text for text in captioned.values() if "background" not in text}
+        assert {one.name, with_article(one.name)} <= plain
+    for name, text in captioned.items():
+        colour = name.split("-")[-2]
+        assert text.endswith(f"{with_article(colour)} background") or (colour == "white" and "background" not in text)
+        with Image.open(data / "captioned" / name) as image:
+            assert image.size == (SIZE, SIZE)
+            assert image.getpixel((0, 0)) == BACKGROUNDS[colour]
+            assert image.getpixel((SIZE // 2, SIZE // 2)) == COLOUR
+
+
+def test_sdkit_reads_the_data(data: Path) -> None:
+    examples = open_examples(data / "captioned")
+    assert len(examples) == len(rows(data / "captioned"))
+    assert examples[0].caption
+
+
+def test_tiles(data: Path) -> None:
+    """Some are of photographs, the others of pictures."""
+    for name, (size, n) in module.TILES.items():
+        files = sorted((data / name).glob("*.png"))
+        assert len(files) == n
+        noisy = 0
+        for file in files:
+            with Image.open(file) as image:
+                assert image.size == (size, size)
+                noisy += len(image.getcolors(1 << 16) or []) > size * size // 2
+        assert 0 < noisy < n
+
+
+def test_tiles_keep_out_what_is_held_out(drawn: Path) -> None:
+    one = FEW[0]
+    colours = set()
+    for seed in range(300):
+        tile = module._drawn_tile(64, drawn, [one.file], Random(seed))
+        colours |= {colour for _, colour in tile.getcolors(1 << 16)}
+    assert set(BACKGROUNDS.values()) - colours == {BACKGROUNDS[one.held_out]}
+
+
+def test_tiles_are_made_alike_again(data: Path, drawn: Path, photographs: Path) -> None:
+    for number in range(6):
+        made = module._tile(64, drawn, used(drawn), module._photos(photographs), number)
+        with Image.open(data / "tiles" / made[0][0]) as image:
+            assert np.array_equal(np.asarray(image), np.asarray(made[0][1]))
+
+
+def test_what_is_finished_is_not_made_again(data: Path, drawn: Path, photographs: Path) -> None:
+    """And what a kill left unfinished is: metadata.jsonl is written last."""
+    file = data / "tiles" / "00000.png"
+    before = file.stat().st_mtime_ns
+    (data / "held_out" / "metadata.jsonl").unlink()
+    next((data / "held_out").glob("*.png")).unlink()
+    prepare(drawn, photographs, data)
+    assert file.stat().st_mtime_ns == before
+    assert len(rows(data / "held_out")) == len(list((data / "held_out").glob("*.png"))) == len(FEW)
+
+
+def test_missing_photographs_are_named(drawn: Path, photographs: Path, tmp_path: Path) -> None:
+    (photographs / "Dune.jpg").unlink()
+    with pytest.raises(DataError, match=r"lacks 1 of the \d+ photographs, Dune\.jpg first"):
+        prepare(drawn, photographs, tmp_path / "data")
+
+
+def test_a_damaged_picture_is_named(drawn: Path) -> None:
+    (drawn / f"{FEW[0].file}.webp").write_bytes(b"RIFF")
+    with pytest.raises(DataError, match=rf"{FEW[0].file}\.webp cannot be read"):
+        table.read(drawn, FEW[0].file)
+
+
+def test_a_picture_says_its_names() -> None:
+    assert Picture("1f34e", "red apple", "apple", "blue").names == ["red apple", "apple"]
+    assert Picture("1f34c", "banana", "", "blue").names == ["banana"]

@@ -1,0 +1,114 @@
+"""The recipe from its raw material to a model, with two steps for each training, and stopped and taken up between."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from safetensors.torch import load_file
+
+import sdkit
+from sdkit.recipes.emoji import __main__ as command
+from sdkit.recipes.emoji import prepare as preparing
+from sdkit.recipes.emoji import training
+from sdkit.recipes.emoji.pictures import pictures
+from sdkit.recipes.emoji.settings import HERE, settings, shape
+from sdkit.recipes.emoji.start import LENGTH, VOCABULARY, make_start
+from sdkit.training import UNetConfig, VAEConfig
+
+CAPTIONS = [caption for one in pictures() for caption in (one.name, f"a {one.name} on a blue background")]
+RUNS = ("vae-1", "vae-2", "vae-3", "unet-1", "unet-2")
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the U-Net begins with, around the embedded model's VAE."""
+    folder = tmp_path_factory.mktemp("recipe") / "start"
+    make_start(Path(sdkit.__file__).parent / "assets" / "emoji" / "vae", CAPTIONS, folder)
+    return folder
+
+
+def test_the_tokenizer_knows_the_names_and_takes_any_text(start: Path) -> None:
+    text = sdkit.TextEncoder.from_pretrained(start, device="cpu", dtype="fp32")
+    tokenizer = text.tokenizer
+    assert len(tokenizer) == VOCABULARY == text.network.config.vocab_size
+    assert text.length == LENGTH
+    for sentence in (*CAPTIONS[:50], "Ωmega 🍎 żółw!", "xylophone", "\x00"):
+        ids = tokenizer(sentence, add_special_tokens=False).input_ids
+        assert tokenizer.unk_token_id not in ids
+        assert tokenizer.decode(ids).split() == sentence.lower().split() or not sentence.isascii()
+    whole = [name for one in pictures() for name in one.name.split() if len(tokenizer.tokenize(name)) == 1]
+    assert len(whole) > 1000
+    assert max(len(tokenizer(caption).input_ids) for caption in CAPTIONS) <= LENGTH
+
+
+def test_the_start_is_the_same_each_time(start: Path, tmp_path: Path) -> None:
+    again = tmp_path / "again"
+    make_start(start / "vae", CAPTIONS, again)
+    for name in ("text_encoder/model.safetensors", "tokenizer/tokenizer.json"):
+        assert (again / name).read_bytes() == (start / name).read_bytes()
+
+
+def test_the_shapes_are_those_of_the_paper_s_model_in_small(start: Path) -> None:
+    """Parts as Stable Diffusion has them, which fit into 32 MB in float16."""
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextModel
+
+    with torch.device("meta"):
+        vae = AutoencoderKL.from_config(shape("vae"))
+        unet = UNet2DConditionModel.from_config(shape("unet"))
+    text = CLIPTextModel.from_pretrained(start / "text_encoder")
+    assert vae.config.latent_channels == unet.config.in_channels == unet.config.out_channels == 4
+    assert unet.config.cross_attention_dim == text.config.hidden_size
+    assert vae.config.sample_size == 8 * unet.config.sample_size
+    numbers = sum(p.numel() for part in (vae, unet, text) for p in part.parameters())
+    assert 2 * numbers < 31.5e6
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_the_settings_are_valid(run: str, tmp_path: Path) -> None:
+    kind = VAEConfig if run.startswith("vae") else UNetConfig
+    config = kind(**settings(run), model="emoji", data=tmp_path / "data", out_dir=tmp_path / "out")
+    assert config.mixed_precision in ("no", "bf16")
+    assert {path.stem for path in (HERE / "runs").iterdir()} == set(RUNS)
+
+
+@pytest.mark.slow
+def test_the_whole_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each step twice: the second time it finds what the first has made. The model that comes of it runs in diffusers,
+    and its latents are those that its U-Net was trained on."""
+    from tests.recipes.test_emoji_data import FEW, make_drawn, make_photographs
+
+    monkeypatch.setattr(preparing, "pictures", lambda: FEW)
+    monkeypatch.setattr(preparing, "TILES", {"tiles": (64, 12), "large_tiles": (128, 12)})
+    shortened = {"max_steps": 2, "batch_size": 2, "validate_every": 2, "lr_warmup_steps": 0, "lr_scheduler": "constant"}
+    monkeypatch.setattr(
+        training, "settings", lambda run: {**settings(run), **shortened, "lpips_weight": 0.0}
+        if run.startswith("vae") else {**settings(run), **shortened, "validation_prompts": ("a red apple",)},
+    )  # fmt: skip
+    drawn, photographs = make_drawn(tmp_path / "assets"), make_photographs(tmp_path / "photographs")
+    out = tmp_path / "out"
+    arguments = ["--out", str(out), "--drawn", str(drawn), "--photographs", str(photographs)]
+    for step in command.STEPS[:-1]:
+        for _ in range(2):
+            monkeypatch.setattr("sys.argv", ["emoji", step, *arguments])
+            assert command.main() == 0
+    assert capsys.readouterr().out.count(str(out)) == 2 * (len(command.STEPS) - 2)
+    steps = {run: json.loads((out / run / "checkpoints" / "step-00000002" / "state.json").read_text()) for run in RUNS}
+    assert len(steps) == len(RUNS)
+    first, last = (
+        load_file(out / run / "result" / "diffusion_pytorch_model.safetensors") for run in ("vae-2", "vae-3")
+    )
+    for key, value in first.items():
+        assert key.startswith(("decoder.", "post_quant_conv.")) or torch.equal(value, last[key])
+    pipe = StableDiffusionPipeline.from_pretrained(out / "model")
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe("a red apple", num_inference_steps=2, guidance_scale=2).images[0].size == (128, 128)
+    stored = load_file(out / "model" / "unet" / "diffusion_pytorch_model.safetensors")
+    assert {value.dtype for value in stored.values()} == {torch.float16}
+    assert sdkit.StableDiffusion.from_pretrained(out / "model").vae.scale == pytest.approx(
+        json.loads((out / "vae-1" / "result" / "config.json").read_text())["scaling_factor"]
+    )
