@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sdkit.errors import ArgumentError
-from sdkit.guidance import APG, apg, cfg, guided, rescale
+from sdkit.guidance import APG, apg, cfg, classifier, guided, rescale
 from sdkit.samplers import SAMPLERS
 from sdkit.schedule import NoiseSchedule, Prediction
 
@@ -344,3 +344,67 @@ def test_nothing_to_divide_by_is_no_nan() -> None:
     zero = torch.zeros(1, 4, 2, 2)
     assert rescale(zero, zero, 0.7).isfinite().all()
     assert apg(zero, zero, 5.0, APG(norm_threshold=1.0))[0].isfinite().all()
+
+
+# Classifier guidance, on data from two Gaussians, of which scores and classifier are known
+
+MEANS, STD, WEIGHTS = torch.tensor([-1.0, 0.6], dtype=torch.float64), 0.3, torch.tensor([0.3, 0.7], dtype=torch.float64)
+
+
+def log_joint(x_t: torch.Tensor, a: float) -> torch.Tensor:
+    """log p(x_t, y) of both classes, (B, 2), for x_t (B, 1, 1, 1), each pixel being an image."""
+    variance = a * STD**2 + 1 - a
+    return WEIGHTS.log() - (x_t.flatten(1) - math.sqrt(a) * MEANS) ** 2 / (2 * variance)
+
+
+def posterior(x_t: torch.Tensor, a: float) -> torch.Tensor:
+    """E[x0 | x_t, y] of both classes, (B, 2)."""
+    gain = math.sqrt(a) * STD**2 / (a * STD**2 + 1 - a)
+    return MEANS + gain * (x_t.flatten(1) - math.sqrt(a) * MEANS)
+
+
+@pytest.mark.parametrize("prediction_type", KINDS)
+@pytest.mark.parametrize("inference", [False, True])
+def test_a_perfect_classifier_makes_the_conditional_model(prediction_type: str, inference: bool) -> None:
+    """Bayes: the unconditional score plus the classifier's gradient is the conditional score."""
+    schedule = NoiseSchedule.scaled_linear(prediction_type=prediction_type)
+
+    def unconditional(x_t: torch.Tensor, t: int) -> Prediction:
+        a = float(schedule.alphas_cumprod[t])
+        x0 = (log_joint(x_t, a).softmax(1) * posterior(x_t, a)).sum(1).reshape(x_t.shape)
+        return schedule.prediction(x0, x_t, t, "sample")
+
+    def log_prob(x_t: torch.Tensor, t: int) -> torch.Tensor:
+        return log_joint(x_t, float(schedule.alphas_cumprod[t])).log_softmax(1)[:, 1]
+
+    with torch.inference_mode(inference):
+        x_t = normal(3, 50, 1, 1, 1, dtype=torch.float64)
+        for t in (3, 200, 600, 999):
+            expected = posterior(x_t, float(schedule.alphas_cumprod[t]))[:, 1].reshape(x_t.shape)
+            predicted = classifier(unconditional, log_prob, schedule)(x_t, t)
+            torch.testing.assert_close(predicted.x0, expected, rtol=0, atol=1e-9)
+            plain = classifier(unconditional, log_prob, schedule, scale=0.0)(x_t, t)
+            torch.testing.assert_close(plain.x0, unconditional(x_t, t).x0, rtol=0, atol=1e-9)
+
+
+def test_a_classifier_has_nothing_to_say_of_pure_noise() -> None:
+    schedule = NoiseSchedule.from_betas([0.1, 0.5, 1.0], prediction_type="v_prediction")
+    x_t = normal(4, *SHAPE)
+
+    def predict(x_t: torch.Tensor, t: int) -> Prediction:
+        return schedule.prediction(torch.tanh(x_t), x_t, t)
+
+    guided_by = classifier(predict, lambda x, t: pytest.fail("asked"), schedule)
+    assert torch.equal(guided_by(x_t, 2).x0, predict(x_t, 2).x0)
+
+
+def test_a_classifier_leaves_a_learned_variance_as_it_is() -> None:
+    schedule = NoiseSchedule.linear()
+    x_t = normal(5, *SHAPE)
+    model = Model(learned_range=True)
+    predict = guided(model, schedule, COND, scale=1)
+    followed = classifier(predict, lambda x, t: -x.square().sum((1, 2, 3)), schedule, 2.0)(x_t, 500)
+    plain = predict(x_t, 500)
+    assert torch.equal(followed.variance, plain.variance)
+    noise = math.sqrt(1 - float(schedule.alphas_cumprod[500]))
+    torch.testing.assert_close(followed.eps, plain.eps + 2.0 * noise * 2 * x_t)
