@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sdkit.device import memory_format, resolve_device, resolve_dtype
-from sdkit.models.attention import quicken_attention
+from sdkit.models.attention import cross_attention_maps, quicken_attention
 from sdkit.models.source import load_unet
 from sdkit.models.wrapper import Wrapper
 
@@ -72,6 +72,17 @@ class UNet(Wrapper):
             sample, t, encoder_hidden_states=cond.to(sample), encoder_attention_mask=mask, return_dict=False
         )[0]
         return output.to(x_t)
+
+    @torch.no_grad()
+    def cross_attention(self, x_t: Tensor, t: int | Tensor, cond: Tensor) -> Tensor:
+        """Where the model looks at each token of the prompt: (B, L, h, w) float32, which adds up to 1 over the L tokens
+        at each place.
+
+        The mean over heads and layers, as in DAAM (Tang et al. 2022, https://arxiv.org/abs/2210.04885); layers of
+        smaller feature maps are enlarged. Parameters as in `forward`.
+        """
+        height, width = x_t.shape[2:]
+        return cross_attention_maps(self.network, lambda: self(x_t, t, cond), height, width)
 
 
 def _one(value: Any) -> int:

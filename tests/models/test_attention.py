@@ -57,3 +57,49 @@ def test_networks_give_the_same_with_and_without_it() -> None:
 def test_only_where_it_is_the_faster() -> None:
     unet = sdkit.UNet.from_pretrained("emoji", dtype="fp32", device="cpu").network
     assert {type(processor).__name__ for processor in unet.attn_processors.values()} == {"AttnProcessor2_0"}
+
+
+class Recorder:
+    """An attention processor that keeps diffusers' own attention probabilities."""
+
+    def __init__(self) -> None:
+        self.shares: list[torch.Tensor] = []
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, **_):
+        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        q, k, v = (
+            attn.head_to_batch_dim(y) for y in (attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context))
+        )
+        shares = attn.get_attention_scores(q, k, attention_mask)
+        if encoder_hidden_states is not None:
+            self.shares.append(shares)
+        return attn.to_out[0](attn.batch_to_head_dim(torch.bmm(shares, v)))
+
+
+@pytest.mark.parametrize("size", [(16, 16), (13, 22)], ids=str)
+def test_cross_attention_maps_equal_diffusers(size: tuple[int, int]) -> None:
+    """Also of odd sizes, which the U-Net halves upwards."""
+    sd = sdkit.StableDiffusion.from_pretrained("emoji", dtype="fp32", device="cpu")
+    cond = sd.text.encode(["a red apple on a blue background", "a dog"])
+    x_t = torch.randn(2, 4, *size, generator=torch.Generator().manual_seed(0))
+    maps = sd.unet.cross_attention(x_t, 500, cond)
+    assert maps.shape == (2, cond.shape[1], *size)
+    torch.testing.assert_close(maps.sum(1), torch.ones(2, *size))
+    recorder = Recorder()
+    sd.unet.network.set_attn_processor(recorder)
+    with torch.no_grad():
+        sd.unet(x_t, 500, cond)
+    layers = []
+    sides = [tuple(-(-side // 2**level) for side in size) for level in range(4)]
+    for shares in recorder.shares:
+        ((h, w),) = [(h, w) for h, w in sides if h * w == shares.shape[1]]
+        mean = shares.unflatten(0, (2, -1)).mean(1).transpose(1, 2).unflatten(2, (h, w))
+        layers.append(F.interpolate(mean, size, mode="bilinear"))
+    torch.testing.assert_close(maps, torch.stack(layers).mean(0), atol=1e-6, rtol=0)
+
+
+def test_cross_attention_leaves_nothing_behind(sd: sdkit.StableDiffusion) -> None:
+    cond, x_t = sd.text.encode("a dog"), torch.zeros(1, 4, 16, 16)
+    with pytest.raises(RuntimeError):
+        sd.unet.cross_attention(x_t, 10, cond[..., :5])
+    assert not any(module._forward_pre_hooks for name, module in sd.unet.network.named_modules() if "attn2" in name)
