@@ -40,6 +40,16 @@ def kl(mean: Tensor, logvar: Tensor) -> Tensor:
     return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).flatten(1).sum(1).mean()
 
 
+def vq(latents: Tensor, codes: Tensor, beta: float = 0.25) -> Tensor:
+    """What a codebook learns by: `codes` come to the `latents` they stand for, and these, by `beta` as much, to them.
+
+    Second and third term of VQ-VAE's loss (van den Oord et al. 2017, https://arxiv.org/abs/1711.00937, eq. 3), as means
+    over all values. Both are (B, C, h, w).
+    """
+    z, e = _wide(latents), _wide(codes)
+    return (e - z.detach()).square().mean() + number("beta", beta, 0) * (z - e.detach()).square().mean()
+
+
 def hinge_discriminator(real: Tensor, fake: Tensor) -> Tensor:
     """The discriminator's loss on its logits, of any shape, for real images and for reconstructions (detached).
 

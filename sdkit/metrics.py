@@ -23,6 +23,14 @@ def psnr(a: Images, b: Images) -> Tensor:
     return torch.cat([10 * torch.log10(255**2 / (x - y).square().mean(dim=(1, 2, 3))) for x, y in _pairs(a, b)])
 
 
+def codebook_use(numbers: Tensor, size: int) -> tuple[float, float]:
+    """How much of a codebook of `size` codes is used where `numbers` (any shape) are those chosen: the share of codes
+    that occur, and the perplexity, exp of the entropy of their frequencies (nats): `size` where all are as frequent."""
+    counts = torch.bincount(numbers.flatten().cpu(), minlength=size).double()
+    shares = counts[counts > 0] / counts.sum()
+    return float((counts > 0).double().mean()), float(torch.exp(-(shares * shares.log()).sum()))
+
+
 def ssim(a: Images, b: Images) -> Tensor:
     """Mean structural similarity, at most 1 (Wang et al. 2004, https://doi.org/10.1109/TIP.2003.819861, eq. 13 and 17).
 

@@ -13,7 +13,7 @@ from torch import nn
 from sdkit.errors import CacheError
 from sdkit.files import atomic_write, reason
 from sdkit.models.text import TextEncoder
-from sdkit.models.vae import fingerprint
+from sdkit.models.wrapper import fingerprint
 
 NAME = "manifest.json"
 FORMAT = "sdkit.cache"

@@ -40,6 +40,7 @@ TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_conf
 MODULES = {
     "AutoencoderKL": "diffusers.models.autoencoders.autoencoder_kl",
     "AutoencoderTiny": "diffusers.models.autoencoders.autoencoder_tiny",
+    "VQModel": "diffusers.models.autoencoders.vq_model",
     "UNet2DConditionModel": "diffusers.models.unets.unet_2d_condition",
     "CLIPTextModel": "transformers",
 }
@@ -70,7 +71,7 @@ class Part:
 VAE = Part(
     name="vae",
     folder="vae",
-    classes={"AutoencoderKL": "AutoencoderKL", "AutoencoderTiny": "AutoencoderTiny"},
+    classes={name: name for name in ("AutoencoderKL", "AutoencoderTiny", "VQModel")},
     shown={"latent_channels": 4, "scaling_factor": 0.18215},
 )
 UNET = Part(

@@ -156,6 +156,10 @@ def empty(part: str, config: dict[str, Any]) -> Any:
         from transformers import CLIPTextConfig, CLIPTextModel
 
         return CLIPTextModel(CLIPTextConfig.from_dict(config))
+    if part == "vae" and config.get("_class_name") == "VQModel":
+        from diffusers.models.autoencoders.vq_model import VQModel
+
+        return VQModel.from_config(config)
     if part == "vae":
         from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 

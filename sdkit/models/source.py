@@ -25,12 +25,14 @@ from sdkit.models.weights import SUFFIXES, TensorFile, find, guarded, is_file, o
 if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
     from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
+    from diffusers.models.autoencoders.vq_model import VQModel
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTokenizer
 
 Source = str | os.PathLike[str]
 
 EMBEDDED = "emoji"
+TRAINABLE = {"vae": ("AutoencoderKL", "VQModel"), "unet": ("UNet2DConditionModel",)}
 KINDS = {"embedded": "the embedded model", "hub": "a Hub id", "folder": "a folder", "file": "a file"}
 
 Identity = tuple[Path, int, int]
@@ -73,7 +75,7 @@ def load_vae(
     revision: str | None = None,
     variant: str | None = None,
     config: Source | None = None,
-) -> AutoencoderKL | AutoencoderTiny:
+) -> AutoencoderKL | AutoencoderTiny | VQModel:
     """The VAE of `source`, in eval mode on the CPU.
 
     source:   "emoji", a Hub id, a folder in diffusers layout (a pipeline's or the VAE's own), or a file in the original
@@ -86,7 +88,7 @@ def load_vae(
     Raises SourceError, as the other loaders do, for anything that is missing, damaged or of another kind.
     """
     place = _resolve(source, revision=revision, variant=variant, config=config)
-    return cast("AutoencoderKL | AutoencoderTiny", _load(place, VAE, dtype, variant, config))
+    return cast("AutoencoderKL | AutoencoderTiny | VQModel", _load(place, VAE, dtype, variant, config))
 
 
 def load_unet(
@@ -178,9 +180,8 @@ def new_network(config: Source, part: str) -> Any:
         raise SourceError(
             f"there is no config at {str(path)!r}; give a config.json of diffusers, or a folder with one."
         )
-    wanted = next(iter(next(kind for kind in PARTS if kind.name == part).classes))
-    if (name := folder.class_name(fields := read_config(file, part))) != wanted:
-        raise SourceError(f"{str(file)!r} is the config of {name}, not of {wanted}; give another.")
+    if (name := folder.class_name(fields := read_config(file, part))) not in (wanted := TRAINABLE[part]):
+        raise SourceError(f"{str(file)!r} is the config of {name}, not of {' or '.join(wanted)}; give another.")
     with guarded(f"the config {str(file)!r}"):
         return single_file.empty(part, fields)
 

@@ -8,16 +8,15 @@ multiplies and divides by the scale.
 
 from __future__ import annotations
 
-import hashlib
 import operator
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from os import PathLike
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from sdkit import images as image_io
 from sdkit.arguments import one_of, seeded, whole
@@ -27,11 +26,11 @@ from sdkit.images import Images
 from sdkit.models.attention import quicken_attention
 from sdkit.models.source import load_vae
 from sdkit.models.tiling import tiled, whole_image_statistics
-from sdkit.models.wrapper import Wrapper
+from sdkit.models.wrapper import Wrapper, fingerprint
 from sdkit.progress import progress
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKL, AutoencoderTiny
+    from diffusers import AutoencoderKL, AutoencoderTiny, VQModel
 
 PIXELS_AT_ONCE = 4 * 512 * 512
 """Pixels that go through the network in one pass where no `batch_size` is given: activations take about 5 kB a pixel in
@@ -42,8 +41,22 @@ DETERMINISTIC = -30.0
 """Log-variance reported for autoencoders without a posterior (diffusers' own lower bound)."""
 
 
+class Forward(NamedTuple):
+    """What `VAE.forward` returns."""
+
+    pixels: Tensor
+    """the reconstruction (B, 3, H, W)"""
+    mean: Tensor
+    """of the posterior (B, 4, H/8, W/8), or a VQModel's latents before they are rounded to codes"""
+    logvar: Tensor
+    """of the posterior, likewise"""
+    codes: Tensor | None = None
+    """a VQModel's, likewise, which its codebook learns by"""
+
+
 class VAE(Wrapper):
-    """An `AutoencoderKL` (or `AutoencoderTiny`) with the process around it: any image in, scaled latents out, and back.
+    """An `AutoencoderKL`, or `AutoencoderTiny` or `VQModel`, with the process around it: any image in, scaled latents
+    out, and back.
 
     One may be used by several threads, in inference; its tensors come back on the CPU.
 
@@ -52,7 +65,7 @@ class VAE(Wrapper):
         know their VAE, taken when it was loaded; `name`, where it came from.
     """
 
-    def __init__(self, network: AutoencoderKL | AutoencoderTiny, *, name: str = "") -> None:
+    def __init__(self, network: AutoencoderKL | AutoencoderTiny | VQModel, *, name: str = "") -> None:
         super().__init__()
         config: Any = network.config
         if "scaling_factor" not in config:
@@ -63,7 +76,7 @@ class VAE(Wrapper):
         self.name = name
         self.scale = float(config.scaling_factor)
         self.shift = float(config.get("shift_factor") or 0.0)
-        self.channels = int(config.latent_channels)
+        self.channels = int(config.get("vq_embed_dim") or config.latent_channels)
         self.factor: int = 2 ** (len(config.get("block_out_channels") or config.encoder_block_out_channels) - 1)
         self.identity = fingerprint(network, self.scale, self.shift)
         self._overflowed = False
@@ -177,15 +190,36 @@ class VAE(Wrapper):
         z = self.encode(pixels, sample=sample, seed=seed, batch_size=batch_size, tile=tile)
         return self.decode(z, size=sizes, output_type=output_type, batch_size=batch_size, tile=tile)
 
-    def forward(self, x: Tensor, eps: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Reconstruction (B, 3, H, W), mean and logvar (B, 4, H/8, W/8), with gradient, for training.
+    def forward(self, x: Tensor, eps: Tensor | None = None) -> Forward:
+        """Everything that training needs, with gradient.
 
         x: pixels (B, 3, H, W), H and W multiples of 8. eps: standard normal noise that draws from the posterior; None
-        takes its mean.
+        takes its mean. Of a VQModel the decoder gets the nearest codes, whose gradient goes straight through to the
+        latents that they stand for (van den Oord et al. 2017, https://arxiv.org/abs/1711.00937, section 3.2).
         """
         mean, logvar = self.posterior(x)
-        raw = mean if eps is None else mean + torch.exp(logvar / 2) * eps
-        return self._run_decoder(raw), mean, logvar
+        if self.codebook is None:
+            raw = mean if eps is None else mean + torch.exp(logvar / 2) * eps
+            return Forward(self._run_decoder(raw), mean, logvar)
+        codes = self.quantize(mean)[0]
+        straight = mean + (codes - mean).detach()
+        decoded: Any = self.network.decode(straight.to(self.dtype), force_not_quantize=True)
+        return Forward(decoded.sample.float(), mean, logvar, codes)
+
+    @property
+    def codebook(self) -> Tensor | None:
+        """The codes (N, C) of a VQModel, which each place of its latents is rounded to; None of other VAEs."""
+        quantizer: Any = getattr(self.network, "quantize", None)
+        return None if quantizer is None else quantizer.embedding.weight
+
+    def quantize(self, raw: Tensor) -> tuple[Tensor, Tensor]:
+        """The nearest codes to raw latents (B, C, h, w): themselves, of that shape, and their numbers (B, h, w)."""
+        if self.codebook is None:
+            raise ArgumentError(f"{self.name or 'this VAE'} has no codebook; that is what a VQModel has.")
+        codebook = self.codebook.float()
+        places = raw.to(codebook).movedim(1, -1)  # (B, h, w, C)
+        numbers = torch.cdist(places.flatten(0, -2), codebook).argmin(1).reshape(places.shape[:-1])
+        return codebook[numbers].movedim(-1, 1), numbers
 
     def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Raw mean and log-variance, (B, 4, H/8, W/8) float32, of pixels (B, 3, H, W), with gradient; H and W multiples
@@ -336,22 +370,6 @@ def latents_of(mean: Tensor, logvar: Tensor, eps: Tensor | None, scale: float, s
     """Scaled latents of a raw posterior: a sample of it by standard normal noise `eps`, its mean where that is None."""
     raw = mean if eps is None else mean + torch.exp(logvar / 2) * eps
     return (raw - shift) * scale
-
-
-def fingerprint(network: nn.Module, scale: float, shift: float) -> str:
-    """Identity of the side of a VAE that makes latents: SHA-256 over its encoder's weights, scale and shift; 16
-    hexadecimal digits.
-
-    The decoder is left out, because latents stay valid when it alone is fine-tuned (as in Stability's ft-mse VAE). Of
-    each tensor at most 4,096 evenly spaced values count, so that it takes milliseconds; training moves them all.
-    """
-    digest = hashlib.sha256(f"{scale:.6g} {shift:.6g}".encode())
-    for name, weight in sorted(network.state_dict().items()):
-        if name.removeprefix("_orig_mod.").startswith(("encoder.", "quant_conv.")):  # torch.compile puts that before
-            flat = weight.detach().flatten()
-            values = flat[:: max(1, -(-len(flat) // 4096))].float().cpu().contiguous()
-            digest.update(f"{name} {tuple(weight.shape)}".encode() + values.numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def _generators(n: int, generator: Any, seed: int | None) -> list[torch.Generator | None]:

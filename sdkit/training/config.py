@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 AUGMENTATIONS = ("crop", "flip")
 RECONSTRUCTIONS = ("l1", "l2")
+REGULARIZERS = ("none", "kl", "vq")
 LPIPS = "SDKIT_LPIPS"  # an environment variable
 
 
@@ -86,7 +87,7 @@ class StageSettings(LoopSettings):
 @dataclass(frozen=True, kw_only=True)
 class VAEConfig(StageSettings):
     """Settings of `train_vae`: the loss is reconstruction + lpips_weight * LPIPS + kl_weight * KL + disc_weight *
-    adversarial."""
+    adversarial, or the codebook's loss in place of the KL."""
 
     train_encoder: bool = False
     """Also what makes the latents, which U-Nets and caches made for this VAE may not survive."""
@@ -96,6 +97,9 @@ class VAEConfig(StageSettings):
     """Without LPIPS reconstructions are blurred."""
     lpips: str | os.PathLike[str] | None = None
     """Its weights, as `sdkit.lpips.LPIPS.from_pretrained` takes them; None is what SDKIT_LPIPS names."""
+    regularizer: str | None = None
+    """What keeps latents in order: kl, vq (which a VQModel has, and no other) or none, an autoencoder without noise;
+    None is what the model is made for."""
     kl_weight: float = 1e-6
     """Beside a reconstruction loss summed over pixels, as in latent diffusion; counts where the encoder trains."""
     disc_weight: float = 0.0
@@ -119,6 +123,8 @@ class VAEConfig(StageSettings):
             self._keep_apart("validation_data", self.validation_data)
         flag("train_encoder", self.train_encoder)
         one_of("reconstruction", self.reconstruction, RECONSTRUCTIONS)
+        if self.regularizer is not None:
+            one_of("regularizer", self.regularizer, REGULARIZERS)
         for name in ("lpips_weight", "kl_weight", "disc_weight"):
             number(name, getattr(self, name), 0)
         whole("disc_start", self.disc_start, 0)

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,14 +22,14 @@ from sdkit import images as image_io
 from sdkit.data.examples import open_examples
 from sdkit.data.transform import Transform
 from sdkit.errors import ArgumentError, DataError
-from sdkit.losses import adaptive_weight, hinge_discriminator, hinge_generator, kl, l1, l2
+from sdkit.losses import adaptive_weight, hinge_discriminator, hinge_generator, kl, l1, l2, vq
 from sdkit.lpips import LPIPS
 from sdkit.lpips import SMALLEST as LPIPS_SMALLEST
-from sdkit.metrics import WINDOW, psnr, ssim
+from sdkit.metrics import WINDOW, codebook_use, psnr, ssim
 from sdkit.models.discriminator import SMALLEST as DISCRIMINATOR_SMALLEST
 from sdkit.models.discriminator import Discriminator
-from sdkit.models.source import load_vae, new_network
-from sdkit.models.vae import VAE
+from sdkit.models.source import TRAINABLE, load_vae, new_network
+from sdkit.models.vae import DETERMINISTIC, VAE
 from sdkit.training import Player, Samples
 from sdkit.training.config import VAEConfig
 from sdkit.training.data import TrainingImages, identity_of, is_cache, my_share, noise_of, report_skipped, split
@@ -52,6 +52,16 @@ def train_vae(config: VAEConfig) -> Path:
     return fit(VAEStage(config), config, Path(config.out_dir))
 
 
+class Measured(NamedTuple):
+    """Of one held-out image."""
+
+    numbers: dict[str, float]
+    pair: tuple[Image.Image, Image.Image] | None
+    """of the first ones, it and its reconstruction"""
+    codes: Tensor | None
+    """numbers of a VQModel's"""
+
+
 class VAEStage:
     """What `sdkit.training.loop.fit` trains: a VAE, and the discriminator that it plays against."""
 
@@ -61,13 +71,19 @@ class VAEStage:
             torch.manual_seed(config.seed)
             network = load_vae(config.model) if config.init is None else new_network(config.init, "vae")
             self.discriminator = Discriminator() if config.disc_weight else None
-        if type(network).__name__ != "AutoencoderKL":
-            kind, label = type(network).__name__, os.fspath(config.model)
+        label = os.fspath(config.model if config.init is None else config.init)
+        if (kind := type(network).__name__) not in TRAINABLE["vae"]:
             raise ArgumentError(f"{label!r} holds an {kind}, which cannot be trained; give an AutoencoderKL.")
+        own = "vq" if kind == "VQModel" else "kl"
+        self.regularizer = config.regularizer or own
+        if (self.regularizer == "vq") != (own == "vq"):
+            raise ArgumentError(f"{label!r} holds an {kind}, whose regularizer is {own}, not {self.regularizer}.")
+        if self.regularizer == "none":
+            remove_noise(network)
         self.vae = VAE(network, name=str(config.model))
         self.trains_encoder = config.train_encoder or config.init is not None
         if not self.trains_encoder:
-            for part in (network.encoder, network.quant_conv):
+            for part in (network.encoder, network.quant_conv, getattr(network, "quantize", None)):
                 if part is not None:
                     part.requires_grad_(False)
         if config.gradient_checkpointing:
@@ -134,10 +150,10 @@ class VAEStage:
     def loss(
         self, networks: Mapping[str, nn.Module], batch: dict[str, Any], step: int
     ) -> tuple[Tensor, Mapping[str, float | Tensor]]:
-        """Reconstruction, LPIPS and KL, as in latent diffusion (Rombach et al. 2022, appendix G), and the adversarial
-        loss with VQGAN's adaptive weight (Esser et al. 2021, eq. 7)."""
+        """Reconstruction, LPIPS and KL or codebook loss, as in latent diffusion (Rombach et al. 2022, appendix G), and
+        the adversarial loss with VQGAN's adaptive weight (Esser et al. 2021, eq. 7)."""
         config, x = self.config, batch["pixels"]
-        y, mean, logvar = networks["vae"](x, batch["eps"])
+        y, mean, logvar, codes = networks["vae"](x, batch["eps"] if self.regularizer == "kl" else None)
         loss = (l1 if config.reconstruction == "l1" else l2)(y, x)
         parts: dict[str, float | Tensor] = {config.reconstruction: loss.detach()}
         if config.lpips_weight and self.training_lpips:
@@ -145,7 +161,11 @@ class VAEStage:
             loss = loss + config.lpips_weight * lpips
             parts["lpips"] = lpips.detach()
         reconstruction = loss
-        if self.trains_encoder and config.kl_weight:
+        if self.trains_encoder and self.regularizer == "vq":
+            codebook = vq(mean, codes)
+            loss = loss + codebook
+            parts["codebook"] = codebook.detach()
+        if self.trains_encoder and self.regularizer == "kl" and config.kl_weight:
             divergence = kl(mean, logvar)
             loss = loss + config.kl_weight * divergence / x[0].numel()
             parts["kl"] = divergence.detach()
@@ -169,23 +189,27 @@ class VAEStage:
 
     def validate(self, step: int) -> dict[str, float]:
         """PSNR (dB), SSIM and LPIPS of held-out images through the posterior's mean, and a picture of some of them;
-        mean and standard deviation of their latents, and the scale that would make the latter 1.
+        mean and standard deviation of their latents, the scale that would make the latter 1, and how much of a codebook
+        they use.
 
         Where the encoder trains, `latent_drift` is how far latents have moved from the starting VAE's: the root mean
         square, in the standard deviation that those have.
         """
-        mine = [(i, *self._measured(i)) for i in my_share(len(self.held_out))]
-        found = sorted(gather_object(mine), key=lambda one: one[0])
+        mine = [(i, self._measured(i)) for i in my_share(len(self.held_out))]
+        found: list[Measured] = [one for _, one in sorted(gather_object(mine), key=lambda one: one[0])]
         report_skipped(self.images.skipped | self.validation.skipped, Path(self.config.out_dir) / "skipped.json")
-        average = _average([measured for _, measured, _ in found])
+        average = _average([one.numbers for one in found])
         metrics = {key: value for key, value in average.items() if key in ("psnr", "ssim", "lpips")}
         std = _deviation(average, "")
         metrics["latent_mean"] = (average["mean"] - self.vae.shift) * self.vae.scale
         metrics["latent_std"], metrics["recommended_scale"] = std * self.vae.scale, 1 / std
+        if self.vae.codebook is not None:
+            chosen = torch.cat([one.codes.flatten() for one in found if one.codes is not None])
+            metrics["codebook_use"], metrics["perplexity"] = codebook_use(chosen, len(self.vae.codebook))
         if self.start:
             metrics["latent_drift"] = math.sqrt(average["moved"]) / _deviation(average, "start_")
         if PartialState().is_main_process:
-            self._show([pair for *_, pair in found if pair], step)
+            self._show([one.pair for one in found if one.pair], step)
             if metrics.get("latent_drift", 0) > TOLERATED_DRIFT:
                 warnings.warn(
                     f"latents have moved by {metrics['latent_drift']:.2f} of their standard deviation: U-Nets and "
@@ -193,10 +217,11 @@ class VAEStage:
                 )  # fmt: skip
         return metrics
 
-    def _measured(self, i: int) -> tuple[dict[str, float], tuple[Image.Image, Image.Image] | None]:
-        """What one held-out image tells, and, of the first ones, it and its reconstruction."""
+    def _measured(self, i: int) -> Measured:
+        """What one held-out image tells."""
         x = self.validation.load_held_out(self.held_out, i)[0][None].to(self.vae.device)
-        y, mean, logvar = VAE.forward(self.vae, x)  # in float32, which `self.vae(x)` would not be in mixed precision
+        # in float32, which `self.vae(x)` would not be in mixed precision
+        y, mean, logvar, codes = VAE.forward(self.vae, x)
         y = y.clamp(-1, 1)
         measured = {"psnr": float(psnr(x.cpu(), y.cpu())), "ssim": float(ssim(x.cpu(), y.cpu()))}
         if self.lpips:
@@ -206,7 +231,8 @@ class VAEStage:
             start_mean, start_logvar = self.start.to(x.device).posterior(x)
             measured |= _moments(start_mean, start_logvar, "start_")
             measured["moved"] = float((mean - start_mean).square().mean())
-        return measured, (image_io.to_pil(x)[0], image_io.to_pil(y.nan_to_num())[0]) if i < SHOWN else None
+        pair = (image_io.to_pil(x)[0], image_io.to_pil(y.nan_to_num())[0]) if i < SHOWN else None
+        return Measured(measured, pair, None if codes is None else self.vae.quantize(mean)[1].cpu())
 
     def _show(self, pairs: list[tuple[Image.Image, Image.Image]], step: int) -> None:
         originals, reconstructions = zip(*pairs, strict=True)
@@ -217,9 +243,18 @@ class VAEStage:
     def export(self, folder: Path) -> None:
         """The VAE in diffusers layout. One that was trained from nothing gets the scale that its latents ask for."""
         if self.config.init is not None:
-            average = _average([self._measured(i)[0] for i in range(len(self.held_out))])
+            average = _average([self._measured(i).numbers for i in range(len(self.held_out))])
             self.vae.network.register_to_config(scaling_factor=1 / _deviation(average, ""))
         self.vae.network.save_pretrained(folder)
+
+
+@torch.no_grad()
+def remove_noise(network: Any) -> None:
+    """Make the posterior of an AutoencoderKL a point, as `VAE.encode` knows it, whatever the image."""
+    layer = network.encoder.conv_out if network.quant_conv is None else network.quant_conv
+    half = layer.out_channels // 2
+    layer.weight[half:] = 0
+    layer.bias[half:] = DETERMINISTIC
 
 
 def _adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last: Tensor) -> Tensor:

@@ -81,6 +81,7 @@ BOTH: list[tuple[dict[str, Any], str]] = [
 VAE: list[tuple[dict[str, Any], str]] = [
     ({"reconstruction": "l3"}, "reconstruction 'l3' is not one of 'l1', 'l2'"),
     ({"lpips_weight": -1}, "lpips_weight must be a number of at least 0, not -1"),
+    ({"regularizer": "l2"}, "regularizer 'l2' is not one of 'none', 'kl', 'vq'"),
     ({"kl_weight": NAN}, "kl_weight must be a number of at least 0, not nan"),
     ({"disc_weight": "0.5"}, "disc_weight must be a number of at least 0, not '0.5'"),
     ({"disc_start": 1.5}, "disc_start must be a whole number of at least 0, not 1.5"),
