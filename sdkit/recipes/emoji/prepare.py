@@ -34,6 +34,7 @@ from sdkit.recipes.emoji.pictures import (
 
 TILES = {"tiles": (64, 24_000, 0.4), "large_tiles": (SIZE, 12_000, 0.2)}
 """Of the VAE's training images: pixels a side, how many, and the share of photographs."""
+AS_CAPTIONED = 0.7  # share of the pictures on large tiles that have the size and place of the captioned images
 FLAT = 20  # of 255: photographs' tiles of a smaller standard deviation are drawn again
 PHOTO_HEIGHT = 1600  # pixels, to which larger photographs are reduced before tiles are cut
 
@@ -127,6 +128,8 @@ def _drawn_tile(size: int, drawn: Path, stems: Sequence[str], rng: Random) -> Im
     named = [colour for name, colour in BACKGROUNDS.items() if name != held_out().get(stem)]
     any_colour = (rng.randrange(256), rng.randrange(256), rng.randrange(256))
     colour = rng.choice(named) if rng.random() < 0.6 else any_colour
+    if size == SIZE and rng.random() < AS_CAPTIONED:
+        return composed(read(drawn, stem), colour)
     side = rng.randrange(SIZE * 3 // 8, SIZE * 9 // 8)
     reach = min(side, size * 2 // 3)  # of the picture that is on the tile, at least
     corner = (rng.randint(reach - side, size - reach), rng.randint(reach - side, size - reach))
