@@ -67,7 +67,7 @@ def photographs(tmp_path: Path) -> Path:
 def data(drawn: Path, photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The data sets of the first pictures."""
     monkeypatch.setattr(module, "pictures", lambda: FEW)
-    monkeypatch.setattr(module, "TILES", {"tiles": (64, 20), "large_tiles": (SIZE, 6)})
+    monkeypatch.setattr(module, "TILES", {"tiles": (64, 20, 0.5), "large_tiles": (SIZE, 6, 0.5)})
     prepare(drawn, photographs, tmp_path / "data")
     return tmp_path / "data"
 
@@ -164,7 +164,7 @@ def test_sdkit_reads_the_data(data: Path) -> None:
 
 def test_tiles(data: Path) -> None:
     """Some are of photographs, the others of pictures."""
-    for name, (size, n) in module.TILES.items():
+    for name, (size, n, _) in module.TILES.items():
         files = sorted((data / name).glob("*.png"))
         assert len(files) == n
         noisy = 0
@@ -186,7 +186,7 @@ def test_tiles_keep_out_what_is_held_out(drawn: Path) -> None:
 
 def test_tiles_are_made_alike_again(data: Path, drawn: Path, photographs: Path) -> None:
     for number in range(6):
-        made = module._tile(64, drawn, used(drawn), module._photos(photographs), number)
+        made = module._tile(64, 0.5, drawn, used(drawn), module._photos(photographs), number)
         with Image.open(data / "tiles" / made[0][0]) as image:
             assert np.array_equal(np.asarray(image), np.asarray(made[0][1]))
 

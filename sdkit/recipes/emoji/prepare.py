@@ -32,9 +32,9 @@ from sdkit.recipes.emoji.pictures import (
     with_article,
 )
 
-TILES = {"tiles": (64, 24_000), "large_tiles": (SIZE, 6_000)}
-"""Of the VAE's training images: pixels a side, and how many."""
-PHOTOS = 0.4  # share of them
+TILES = {"tiles": (64, 24_000, 0.4), "large_tiles": (SIZE, 12_000, 0.2)}
+"""Of the VAE's training images: pixels a side, how many, and the share of photographs."""
+AS_CAPTIONED = 0.7  # share of the pictures on large tiles that have the size and place of the captioned images
 FLAT = 20  # of 255: photographs' tiles of a smaller standard deviation are drawn again
 PHOTO_HEIGHT = 1600  # pixels, to which larger photographs are reduced before tiles are cut
 
@@ -53,7 +53,10 @@ def prepare(drawn: Path, photographs: Path, out: Path) -> None:
     """
     stems, photos = used(drawn), _photos(photographs)
     sets: list[tuple[Path, Callable[..., list[Captioned]], Sequence[Any]]] = [
-        *((out / name, partial(_tile, size, drawn, stems, photos), range(n)) for name, (size, n) in TILES.items()),
+        *(
+            (out / name, partial(_tile, size, share, drawn, stems, photos), range(n))
+            for name, (size, n, share) in TILES.items()
+        ),
         (out / "captioned", partial(_captioned, drawn), range(len(pictures()))),
         (out / "held_out", partial(_held_out, drawn), range(len(pictures()))),
     ]
@@ -101,10 +104,12 @@ def _held_out(drawn: Path, number: int) -> list[Captioned]:
     return [(f"{one.file}-{one.held_out}.png", image, caption(one.name, one.held_out))]
 
 
-def _tile(size: int, drawn: Path, stems: Sequence[str], photos: Sequence[Path], number: int) -> list[Captioned]:
+def _tile(
+    size: int, share: float, drawn: Path, stems: Sequence[str], photos: Sequence[Path], number: int
+) -> list[Captioned]:
     """A square of a photograph, or of any picture, of random size and place, on a random background."""
     rng = Random(f"{size} {number}")
-    tile = _photo_tile(size, photos, rng) if rng.random() < PHOTOS else _drawn_tile(size, drawn, stems, rng)
+    tile = _photo_tile(size, photos, rng) if rng.random() < share else _drawn_tile(size, drawn, stems, rng)
     return [(f"{number:05}.png", tile, "")]
 
 
@@ -123,6 +128,8 @@ def _drawn_tile(size: int, drawn: Path, stems: Sequence[str], rng: Random) -> Im
     named = [colour for name, colour in BACKGROUNDS.items() if name != held_out().get(stem)]
     any_colour = (rng.randrange(256), rng.randrange(256), rng.randrange(256))
     colour = rng.choice(named) if rng.random() < 0.6 else any_colour
+    if size == SIZE and rng.random() < AS_CAPTIONED:
+        return composed(read(drawn, stem), colour)
     side = rng.randrange(SIZE * 3 // 8, SIZE * 9 // 8)
     reach = min(side, size * 2 // 3)  # of the picture that is on the tile, at least
     corner = (rng.randint(reach - side, size - reach), rng.randint(reach - side, size - reach))

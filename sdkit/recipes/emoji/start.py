@@ -52,10 +52,10 @@ def _tokenizer(captions: Iterable[str]) -> Any:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     symbols = [START, END, *alphabet, *(f"{byte}</w>" for byte in alphabet)]
     learner = CLIPTokenizer().backend_tokenizer
+    # All symbols as "special" ones: they have numbers then, by which ties between merges are broken the same each time.
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY, special_tokens=symbols[:2], initial_alphabet=alphabet, end_of_word_suffix="</w>",
-        show_progress=False,
-    )  # fmt: skip
+        vocab_size=VOCABULARY, special_tokens=symbols, end_of_word_suffix="</w>", show_progress=False
+    )
     learner.train_from_iterator(captions, trainer)
     merges = [tuple(merge) for merge in json.loads(learner.to_str())["model"]["merges"]]
     merges = merges[: VOCABULARY - len(symbols)]

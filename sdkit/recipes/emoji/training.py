@@ -14,10 +14,20 @@ from sdkit.training import UNetConfig, VAEConfig, train_unet, train_vae
 
 
 def train_first_vae(root: Path) -> None:
-    """root/vae-1, from nothing, and root/vae-2, which sharpens it by LPIPS: encoder and decoder."""
-    data: dict[str, Any] = {"data": root / "data" / "tiles", "validation_data": root / "data" / "held_out"}
-    train_vae(VAEConfig(**settings("vae-1"), **data, init=shape_file("vae"), out_dir=root / "vae-1"))
-    train_vae(VAEConfig(**settings("vae-2"), **data, model=root / "vae-1" / "result", out_dir=root / "vae-2"))
+    """root/vae-1, from nothing on small tiles, and root/vae-2, which goes on with encoder and decoder on large ones."""
+    data, held_out = root / "data", root / "data" / "held_out"
+    train_vae(
+        VAEConfig(
+            **settings("vae-1"), init=shape_file("vae"), data=data / "tiles", validation_data=held_out,
+            out_dir=root / "vae-1",
+        )
+    )  # fmt: skip
+    train_vae(
+        VAEConfig(
+            **settings("vae-2"), model=root / "vae-1" / "result", data=data / "large_tiles", validation_data=held_out,
+            out_dir=root / "vae-2",
+        )
+    )  # fmt: skip
 
 
 def make_latents(root: Path) -> None:
@@ -42,7 +52,7 @@ def train_the_unet(root: Path) -> None:
 
 
 def train_the_decoder(root: Path) -> None:
-    """root/vae-3: the decoder alone, so that latents keep their meaning, on whole images."""
+    """root/vae-3: the decoder alone, so that latents keep their meaning, sharpened by LPIPS."""
     train_vae(
         VAEConfig(
             **settings("vae-3"), data=root / "data" / "large_tiles", validation_data=root / "data" / "held_out",
