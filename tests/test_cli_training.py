@@ -157,6 +157,7 @@ OWN: dict[str, dict[str, tuple[str, Any]]] = {
         "reconstruction": ("l1", "l1"),
         "lpips_weight": ("0.5", 0.5),
         "lpips": ("weights", "weights"),
+        "regularizer": ("none", "none"),
         "kl_weight": ("1e-3", 1e-3),
         "disc_weight": ("0.5", 0.5),
         "disc_start": ("9", 9),

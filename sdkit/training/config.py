@@ -97,9 +97,8 @@ class VAEConfig(StageSettings):
     """Without LPIPS reconstructions are blurred."""
     lpips: str | os.PathLike[str] | None = None
     """Its weights, as `sdkit.lpips.LPIPS.from_pretrained` takes them; None is what SDKIT_LPIPS names."""
-    regularizer: str | None = None
-    """What keeps latents in order: kl, vq (which a VQModel has, and no other) or none, an autoencoder without noise;
-    None is what the model is made for."""
+    regularizer: str = "kl"
+    """What keeps latents in order: kl, vq (of a VQModel, and of no other) or none, an autoencoder without noise."""
     kl_weight: float = 1e-6
     """Beside a reconstruction loss summed over pixels, as in latent diffusion; counts where the encoder trains."""
     disc_weight: float = 0.0
@@ -123,8 +122,7 @@ class VAEConfig(StageSettings):
             self._keep_apart("validation_data", self.validation_data)
         flag("train_encoder", self.train_encoder)
         one_of("reconstruction", self.reconstruction, RECONSTRUCTIONS)
-        if self.regularizer is not None:
-            one_of("regularizer", self.regularizer, REGULARIZERS)
+        one_of("regularizer", self.regularizer, REGULARIZERS)
         for name in ("lpips_weight", "kl_weight", "disc_weight"):
             number(name, getattr(self, name), 0)
         whole("disc_start", self.disc_start, 0)

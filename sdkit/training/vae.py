@@ -74,11 +74,14 @@ class VAEStage:
         label = os.fspath(config.model if config.init is None else config.init)
         if (kind := type(network).__name__) not in TRAINABLE["vae"]:
             raise ArgumentError(f"{label!r} holds an {kind}, which cannot be trained; give an AutoencoderKL.")
-        own = "vq" if kind == "VQModel" else "kl"
-        self.regularizer = config.regularizer or own
-        if (self.regularizer == "vq") != (own == "vq"):
-            raise ArgumentError(f"{label!r} holds an {kind}, whose regularizer is {own}, not {self.regularizer}.")
-        if self.regularizer == "none":
+        if (config.regularizer == "vq") != (kind == "VQModel"):
+            held = (
+                "a VQModel: its regularizer is 'vq'"
+                if kind == "VQModel"
+                else f"an {kind}: its regularizer is 'kl' or 'none'"
+            )
+            raise ArgumentError(f"{label!r} holds {held}, not {config.regularizer!r}.")
+        if config.regularizer == "none":
             remove_noise(network)
         self.vae = VAE(network, name=str(config.model))
         self.trains_encoder = config.train_encoder or config.init is not None
@@ -153,7 +156,7 @@ class VAEStage:
         """Reconstruction, LPIPS and KL or codebook loss, as in latent diffusion (Rombach et al. 2022, appendix G), and
         the adversarial loss with VQGAN's adaptive weight (Esser et al. 2021, eq. 7)."""
         config, x = self.config, batch["pixels"]
-        y, mean, logvar, codes = networks["vae"](x, batch["eps"] if self.regularizer == "kl" else None)
+        y, mean, logvar, codes = networks["vae"](x, batch["eps"] if config.regularizer == "kl" else None)
         loss = (l1 if config.reconstruction == "l1" else l2)(y, x)
         parts: dict[str, float | Tensor] = {config.reconstruction: loss.detach()}
         if config.lpips_weight and self.training_lpips:
@@ -161,11 +164,11 @@ class VAEStage:
             loss = loss + config.lpips_weight * lpips
             parts["lpips"] = lpips.detach()
         reconstruction = loss
-        if self.trains_encoder and self.regularizer == "vq":
+        if self.trains_encoder and config.regularizer == "vq":
             codebook = vq(mean, codes)
             loss = loss + codebook
             parts["codebook"] = codebook.detach()
-        if self.trains_encoder and self.regularizer == "kl" and config.kl_weight:
+        if self.trains_encoder and config.regularizer == "kl" and config.kl_weight:
             divergence = kl(mean, logvar)
             loss = loss + config.kl_weight * divergence / x[0].numel()
             parts["kl"] = divergence.detach()

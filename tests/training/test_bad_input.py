@@ -267,7 +267,7 @@ CASES: list[tuple[str, str, Make, type[sdkit.SdkitError], tuple[str, ...]]] = [
     ("vae", "AutoencoderTiny", lambda k, p: {"model": taesd(p / "t")}, ARGUMENT,
      ("t' holds an AutoencoderTiny, which cannot be trained; give an AutoencoderKL",)),
     ("vae", "AutoencoderTiny as init", lambda k, p: {"init": taesd(p / "t")}, SOURCE,
-     ("is the config of AutoencoderTiny, not of AutoencoderKL; give another",)),
+     ("is the config of AutoencoderTiny, not of AutoencoderKL or VQModel; give another",)),
     ("both", "no init", lambda k, p: {"init": p / "x"}, SOURCE,
      ("there is no config at ", "x'; give a config.json of")),
     ("vae", "init of a U-Net", lambda k, p: {"init": k / "model" / "unet"}, SOURCE,
