@@ -135,13 +135,12 @@ def classifier(
 
     def guided_by_classifier(x_t: Tensor, t: int) -> Prediction:
         unguided = predict(x_t, t)
-        if schedule.alphas_cumprod[t] == 0:
+        if (a := schedule.alpha_cumprod(t)) == 0:
             return unguided
         with torch.inference_mode(False), torch.enable_grad():
             x = x_t.detach().clone().requires_grad_()
             (gradient,) = torch.autograd.grad(log_prob(x, t).sum(), x)
-        noise = math.sqrt(1 - float(schedule.alphas_cumprod[t]))
-        eps = unguided.eps - scale * noise * gradient
+        eps = unguided.eps - scale * math.sqrt(1 - a) * gradient
         return schedule.prediction(eps, x_t, t, "epsilon")._replace(variance=unguided.variance)
 
     return guided_by_classifier

@@ -54,15 +54,18 @@ class Prompt:
 
 def prompts(n: int) -> list[Prompt]:
     """n pairs that were trained on, spread over the pictures, of each background as many."""
-    chosen = [pictures()[i * len(pictures()) // n] for i in range(n)]
-    pairs = (Prompt(one, SHOWN_ON[i % len(SHOWN_ON)]) for i, one in enumerate(chosen))
+    pairs = (Prompt(one, SHOWN_ON[i % len(SHOWN_ON)]) for i, one in enumerate(_spread(n)))
     return [pair if not pair.held_out else Prompt(pair.picture, "white") for pair in pairs]
 
 
 def prompts_held_out(n: int) -> list[Prompt]:
     """n pairs that were not."""
-    chosen = [pictures()[i * len(pictures()) // n] for i in range(n)]
-    return [Prompt(one, one.held_out) for one in chosen]
+    return [Prompt(one, one.held_out) for one in _spread(n)]
+
+
+def _spread(n: int) -> list[Picture]:
+    """n pictures, evenly through the table."""
+    return [pictures()[i * len(pictures()) // n] for i in range(n)]
 
 
 class Gallery:

@@ -8,9 +8,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
 
 from sdkit import images as image_io
+from sdkit.data.transform import Transform
 from sdkit.errors import DataError
 from sdkit.files import atomic_write
 from sdkit.lpips import LPIPS
@@ -68,12 +70,11 @@ def _row(source: str | os.PathLike[str], gallery: Gallery, lpips: LPIPS, out: Pa
     _save_sheet(out / f"{name}-generated.png", drawn, seen)
     _save_vae_sheet(out / f"{name}-vae.png", model, [*real[:4], *photos()])
     if sweeps:
-        row |= {"scales": {}, "steps": {}}
         some = seen[::2]
-        for scale in SCALES:
-            row["scales"][scale] = measure.fidelity(gallery, some, measure.generated(model, some, scale, STEPS))
-        for steps in STEP_COUNTS:
-            row["steps"][steps] = measure.fidelity(gallery, some, measure.generated(model, some, SCALE, steps))
+        settings = [*((scale, STEPS) for scale in SCALES), *((SCALE, steps) for steps in STEP_COUNTS)]
+        found = {at: measure.fidelity(gallery, some, measure.generated(model, some, *at)) for at in {*settings}}
+        row["scales"] = {scale: found[scale, STEPS] for scale in SCALES}
+        row["steps"] = {steps: found[SCALE, steps] for steps in STEP_COUNTS}
         _save_curves(out / f"{name}-curves.png", row)
     return row
 
@@ -84,14 +85,9 @@ def photos() -> list[Image.Image]:
         from skimage import data
     except ImportError as error:
         raise DataError("the photographs that judge the VAE are scikit-image's: pip install scikit-image.") from error
-    made = []
-    for name in PHOTOS:
-        image = Image.fromarray(getattr(data, name)())
-        factor = PHOTO / min(image.size)
-        image = image.resize((round(image.width * factor), round(image.height * factor)), Image.Resampling.LANCZOS)
-        left, top = (image.width - PHOTO) // 2, (image.height - PHOTO) // 2
-        made.append(image.crop((left, top, left + PHOTO, top + PHOTO)))
-    return made
+    cut, unused = Transform(size=(PHOTO, PHOTO)), torch.Generator()  # in the middle, by no chance
+    pixels = [cut(Image.fromarray(getattr(data, name)()), unused) for name in PHOTOS]
+    return image_io.to_pil(torch.stack(pixels))
 
 
 def _composed(drawn: Path, prompt: Prompt) -> Image.Image:
