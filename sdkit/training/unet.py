@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from sdkit import images as image_io
 from sdkit.errors import ArgumentError
 from sdkit.losses import diffusion_loss, min_snr_weight
+from sdkit.models.attention import PlainWhereSmall
 from sdkit.models.lora import FILENAME, TARGETS, add_lora, lora_tensors, save_lora
 from sdkit.models.source import load_scheduler_config, load_text, load_unet, load_vae, new_network
 from sdkit.models.text import TextEncoder
@@ -104,6 +105,7 @@ class UNetStage:
             raise ArgumentError(
                 "a U-Net that learned its variance cannot be trained; give one that predicts one thing."
             )
+        network.set_attn_processor(PlainWhereSmall())
         trained = [network, *([self.text.network] if config.train_text_encoder else [])]
         for one in trained:
             if config.lora_rank is None:
