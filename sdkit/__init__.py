@@ -1,4 +1,8 @@
-"""sdkit: encode and decode images, and make them from text, with Stable Diffusion 1.x / 2.x.
+"""sdkit: encode and decode images, make them from text, and fine-tune, with Stable Diffusion 1.x / 2.x.
+
+    images = vae.decode(vae.encode("photo.jpg"))                # vae = sdkit.VAE.from_pretrained("emoji")
+    images = sd("a red apple on a blue background", seed=1)     # sd = sdkit.StableDiffusion.from_pretrained("emoji")
+    run = sdkit.training.train_unet(sdkit.training.UNetConfig(data="photos", out_dir="run", lora_rank=16))
 
 Importing the package loads no heavy library: each room is imported when one of its names is first used (PEP 562).
 """

@@ -6,20 +6,18 @@ The options of `sdkit train` are the fields of its settings, and their help is t
 from __future__ import annotations
 
 import argparse
-import ast
-import inspect
 import json
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, dataclass, fields, is_dataclass
+from dataclasses import MISSING, dataclass, fields
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from types import NoneType
 from typing import TYPE_CHECKING, Any, TypeAlias, get_args, get_origin, get_type_hints
 
 from sdkit.console import complain, is_main_process, printable, say, say_json, say_path
 from sdkit.errors import ArgumentError
+from sdkit.fields import field_docs
 from sdkit.files import reason
 
 if TYPE_CHECKING:
@@ -281,7 +279,7 @@ class _Field:
 
 def _fields(stage: type) -> dict[str, _Field]:
     """The fields of a stage's settings: its own ones first, then those that it inherits."""
-    hints, docs, found = get_type_hints(stage), _docs(stage), dict[str, _Field]()
+    hints, docs, found = get_type_hints(stage), field_docs(stage), dict[str, _Field]()
     for field in fields(stage):
         hint = hints[field.name]
         kinds = [hint] if get_origin(hint) in (None, tuple) else get_args(hint)  # of a union
@@ -293,15 +291,3 @@ def _fields(stage: type) -> dict[str, _Field]:
             optional=NoneType in kinds,
         )  # fmt: skip
     return {name: found[name] for name in docs}
-
-
-def _docs(stage: type) -> dict[str, str]:
-    """The docstring under each field of a dataclass: its own ones first, then those that it inherits."""
-    docs: dict[str, str] = {}
-    for base in filter(is_dataclass, stage.__mro__):
-        (node,) = ast.parse(inspect.getsource(base)).body
-        assert isinstance(node, ast.ClassDef)
-        for field, below in pairwise(node.body):
-            if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr) and isinstance(field.target, ast.Name):
-                docs.setdefault(field.target.id, " ".join(ast.literal_eval(below.value).split()))
-    return docs

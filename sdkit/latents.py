@@ -38,19 +38,24 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Latent:
-    """Scaled latents of one image and where they come from. Raises `LatentError` where the parts do not fit."""
+    """Scaled latents of one image and where they come from. Raises `LatentError` where the parts do not fit.
 
-    z: Tensor  # (C, h, w), of a dtype in DTYPES
-    height: int  # of the image, in pixels
+    z: (C, h, w), of a dtype in DTYPES. height, width: of the image, in pixels. vae, vae_name: identity of the VAE's
+    encoder side, and where it came from. scale, shift: raw latents are z / scale + shift. sdkit: version that made it.
+    dtype: what the VAE computed in. factor: pixels per latent along each axis. source: name of the image file.
+    """
+
+    z: Tensor
+    height: int
     width: int
-    vae: str  # identity hash of the VAE's encoder side
+    vae: str
     vae_name: str
     scale: float
-    sdkit: str  # version that made it
-    dtype: str  # what the VAE computed in
+    sdkit: str
+    dtype: str
     shift: float = 0.0
-    factor: int = 8  # pixels per latent along each axis
-    source: str | None = None  # name of the image file
+    factor: int = 8
+    source: str | None = None
 
     def __post_init__(self) -> None:
         finite = math.isfinite(self.scale) and math.isfinite(self.shift)

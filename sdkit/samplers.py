@@ -20,12 +20,14 @@ from torch import Tensor
 
 from sdkit.arguments import number, one_of
 from sdkit.errors import ArgumentError
+from sdkit.fields import documented
 from sdkit.schedule import VARIANCE_TYPES, NoiseSchedule, Predict, Prediction
 
 Timesteps = Sequence[tuple[int, int]]
 Generators = Sequence[torch.Generator]
 
 
+@documented
 class Step(NamedTuple):
     """One finished step of a sampler."""
 

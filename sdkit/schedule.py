@@ -19,6 +19,7 @@ from torch import Tensor
 
 from sdkit.arguments import one_of, whole
 from sdkit.errors import ArgumentError
+from sdkit.fields import documented
 
 KINDS = {
     "eps": "epsilon",
@@ -66,6 +67,7 @@ Predict = Callable[[Tensor, int], Prediction]
 """A model at one timestep: predict(x_t, t), with x_t (B, C, h, w)."""
 
 
+@documented
 @dataclass(frozen=True, kw_only=True, eq=False)
 class NoiseSchedule:
     """Tables of one noise schedule and what its model was trained to predict.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
+import pydoc
 import re
 import subprocess
 import sys
@@ -13,6 +15,7 @@ from pathlib import Path
 import pytest
 
 import sdkit
+from sdkit.training import UNetConfig, VAEConfig
 
 ROOT = Path(__file__).parents[1]
 # The rooms that the extra `train` is for.
@@ -72,6 +75,17 @@ def test_each_exported_name_is_there_and_documented(name: str) -> None:
     # Dataclasses and named tuples write themselves a docstring, their signature, where there is none.
     assert value.__doc__
     assert not value.__doc__.startswith(f"{name}(")
+
+
+@pytest.mark.parametrize("cls", [sdkit.NoiseSchedule, sdkit.Step, VAEConfig, UNetConfig])
+def test_help_tells_of_each_field(cls: type) -> None:
+    """Those that a class inherits among them."""
+    doc = cls.__doc__ or ""
+    fields = (
+        {field.name for field in dataclasses.fields(cls)} if dataclasses.is_dataclass(cls) else {*sdkit.Step._fields}
+    )
+    assert {*re.findall(r"^(\w+): ", doc, flags=re.MULTILINE)} == fields
+    assert doc.splitlines()[-1] in pydoc.plain(pydoc.render_doc(cls))
 
 
 def test_an_unknown_name_reads_as_any_other_attribute_error() -> None:

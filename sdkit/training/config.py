@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sdkit.errors import ArgumentError
+from sdkit.fields import documented
 from sdkit.files import expanded
 from sdkit.training import LoopSettings
 
@@ -20,6 +21,7 @@ REGULARIZERS = ("none", "kl", "vq")
 LPIPS = "SDKIT_LPIPS"  # an environment variable
 
 
+@documented
 @dataclass(frozen=True, kw_only=True)
 class StageSettings(LoopSettings):
     """What both stages have."""
@@ -84,6 +86,7 @@ class StageSettings(LoopSettings):
         return Path(self.out_dir) / "samples"
 
 
+@documented
 @dataclass(frozen=True, kw_only=True)
 class VAEConfig(StageSettings):
     """Settings of `train_vae`: the loss is reconstruction + lpips_weight * LPIPS + kl_weight * KL + disc_weight *
@@ -128,6 +131,7 @@ class VAEConfig(StageSettings):
         whole("disc_start", self.disc_start, 0)
 
 
+@documented
 @dataclass(frozen=True, kw_only=True)
 class UNetConfig(StageSettings):
     """Settings of `train_unet`. `data` may be a latent cache, too, from which nothing frozen is computed again."""

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from sdkit import images as image_io
 from sdkit.errors import ArgumentError
 from sdkit.losses import diffusion_loss, min_snr_weight
-from sdkit.models.attention import PlainWhereSmall
 from sdkit.models.lora import FILENAME, TARGETS, add_lora, lora_tensors, save_lora
 from sdkit.models.source import load_scheduler_config, load_text, load_unet, load_vae, new_network
 from sdkit.models.text import TextEncoder
@@ -29,6 +28,7 @@ from sdkit.models.weights import quiet
 from sdkit.pipeline import StableDiffusion
 from sdkit.schedule import NoiseSchedule
 from sdkit.training import Player, Samples
+from sdkit.training.attention import PlainWhereSmall
 from sdkit.training.config import UNetConfig
 from sdkit.training.data import identity_of, my_share, noise_of, report_skipped
 from sdkit.training.latents import open_latents
