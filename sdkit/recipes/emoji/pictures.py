@@ -10,6 +10,7 @@ from pathlib import Path
 from PIL import Image
 
 from sdkit.errors import DataError
+from sdkit.files import reason
 
 TABLE = Path(__file__).parent / "pictures.tsv"
 SIZE = 128  # of an image, pixels
@@ -98,9 +99,7 @@ def read(folder: Path, file: str) -> Image.Image:
         with Image.open(path) as image:
             return image.convert("RGBA")
     except OSError as error:
-        raise DataError(
-            f"{path} cannot be read ({error.__class__.__name__}); is {folder} the package's assets/?"
-        ) from error
+        raise DataError(f"{path} cannot be read ({reason(error)}); is {folder} the package's assets/?") from error
 
 
 def composed(

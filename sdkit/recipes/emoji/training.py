@@ -40,7 +40,8 @@ def make_latents(root: Path) -> None:
 
 
 def train_the_unet(root: Path) -> None:
-    """root/unet-1, from nothing and together with the text encoder, and root/unet-2, whose learning rate comes down."""
+    """root/unet-1, from nothing and together with the text encoder; root/unet-2, at half the learning rate, above which
+    training has its accidents; and root/unet-3, where that comes down."""
     data: dict[str, Any] = {"data": root / "latents", "size": SIZE, "train_text_encoder": True}
     train_unet(
         UNetConfig(
@@ -48,7 +49,8 @@ def train_the_unet(root: Path) -> None:
             out_dir=root / "unet-1",
         )
     )  # fmt: skip
-    train_unet(UNetConfig(**settings("unet-2"), **data, model=root / "unet-1" / "result", out_dir=root / "unet-2"))
+    for before, run in (("unet-1", "unet-2"), ("unet-2", "unet-3")):
+        train_unet(UNetConfig(**settings(run), **data, model=root / before / "result", out_dir=root / run))
 
 
 def train_the_decoder(root: Path) -> None:
@@ -62,7 +64,7 @@ def train_the_decoder(root: Path) -> None:
 
 
 def export(root: Path) -> Path:
-    """root/model: the U-Net and the text encoder of root/unet-2 with the VAE of root/vae-3, in float16."""
+    """root/model: the U-Net and the text encoder of root/unet-3 with the VAE of root/vae-3, in float16."""
     import torch
     from diffusers import AutoencoderKL, StableDiffusionPipeline
 
@@ -70,7 +72,7 @@ def export(root: Path) -> Path:
     shutil.rmtree(partial, ignore_errors=True)
     vae = AutoencoderKL.from_pretrained(root / "vae-3" / "result", torch_dtype=torch.float16)
     pipeline = StableDiffusionPipeline.from_pretrained(
-        root / "unet-2" / "result", vae=vae, torch_dtype=torch.float16, safety_checker=None
+        root / "unet-3" / "result", vae=vae, torch_dtype=torch.float16, safety_checker=None
     )
     pipeline.save_pretrained(partial)
     shutil.rmtree(model, ignore_errors=True)
