@@ -1,28 +1,52 @@
-"""Every snippet of README runs, on the embedded model in place of the Hub's."""
+"""Every command and snippet of README and the guides runs, on the embedded model in place of the Hub's."""
 
 from __future__ import annotations
 
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
+import nbformat
 import pytest
 import torch
+from accelerate.commands.launch import launch_command_parser
 from PIL import Image
 
-from sdkit.cli import main
+from sdkit.cli import _parser, main
 from sdkit.lpips import LPIPS
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
-OTHER_MODELS = r"[\w-]+/(?:sd-vae-ft-mse|stable-diffusion-v1-5)|v1-5-pruned-emaonly\.safetensors"
+GUIDES = {
+    name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "CONTRIBUTING.md", "notebooks/README.md")
+}
+NOTEBOOKS = [path for path in sorted((ROOT / "notebooks").glob("*.ipynb")) if not path.stem.endswith("_zh")]
+HERE = {
+    r"[\w-]+/(?:sd-vae-ft-mse|stable-diffusion-v1-5)|v1-5-pruned-emaonly\.safetensors": "emoji",
+    r"(max.steps[= ])\d+": r"\g<1>2",
+    "org/name": "photos",
+    "--num_processes 8": "--num_processes 2",
+}
+"""What a test has in place of what the guides speak of: no Hub, no week of GPU time."""
+OTHERS = ("make", "pip", "jupyter", ".ci/run")
+"""Commands that are not sdkit's, and that continuous integration itself begins with."""
 
 
-def snippets(language: str) -> list[str]:
-    """With the embedded model, two steps of training in place of a thousand, and long lines in one."""
-    blocks = (code.replace("\\\n", "") for kind, code in BLOCKS if kind == language)
-    return [re.sub(r"(max.steps[= ])1000", r"\g<1>2", re.sub(OTHER_MODELS, "emoji", code)) for code in blocks]
+def snippets(text: str, language: str) -> list[str]:
+    """Code blocks with what is at hand here, long lines in one."""
+    blocks = re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+    blocks = [code.replace("\\\n", "") for code in blocks]
+    for pattern, own in HERE.items():
+        blocks = [re.sub(pattern, own, code) for code in blocks]
+    return blocks
+
+
+def commands(text: str) -> list[list[str]]:
+    """Each command of the bash blocks, as arguments."""
+    lines = [line for code in snippets(text, "bash") for line in code.splitlines()]
+    parts = (part for line in lines for part in re.sub(r"(^|\s)#.*", "", line).split(" && "))
+    return [shlex.split(part) for part in parts if part.strip()]
 
 
 @pytest.fixture
@@ -46,7 +70,7 @@ def save_lpips(path: Path) -> None:
 @pytest.mark.usefixtures("photos")
 def test_python() -> None:
     """In one go, since later snippets use what earlier ones made."""
-    code = "\n".join(snippets("python"))
+    code = "\n".join(snippets(GUIDES["README.md"], "python"))
     assert code.count("from_pretrained") >= 2
     variables: dict[str, object] = {}
     exec(compile(code, "README.md", "exec"), variables)
@@ -56,25 +80,79 @@ def test_python() -> None:
     assert Path("runs/vae/result/config.json").is_file()
 
 
+def test_python_is_in_the_readme_alone() -> None:
+    """Or else the test above should read the other guides, too."""
+    assert not any(snippets(text, "python") for name, text in GUIDES.items() if name != "README.md")
+
+
+@pytest.mark.timeout(600)
 @pytest.mark.usefixtures("photos")
-def test_command_line(capsys: pytest.CaptureFixture[str]) -> None:
-    lines = [line for code in snippets("bash") for line in code.splitlines() if line.startswith("sdkit ")]
-    assert len(lines) >= 5
-    for line in lines:
-        for command in line.split(" && "):
-            arguments = shlex.split(command, comments=True)
-            assert main(arguments[1:]) == 0, command
+def test_command_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """One after another, what `accelerate launch` starts on two processes of the CPU."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    run = {"sdkit": 0, "accelerate": 0}
+    for command, *arguments in commands(GUIDES["README.md"]):
+        if command == "sdkit":
+            assert main(arguments) == 0, arguments
+        elif command == "accelerate" and "--use_fsdp" not in arguments:
+            program = [sys.executable, "-m", "accelerate.commands.accelerate_cli", *arguments]
+            done = subprocess.run(
+                [*program[:4], "--main_process_port=0", *program[4:]], capture_output=True, text=True, check=False
+            )
+            assert done.returncode == 0, done.stderr
+        else:
+            assert command in (*OTHERS, "accelerate"), command
+            continue
+        run[command] += 1
+    assert run["sdkit"] >= 12
+    assert run["accelerate"] == 2
     assert "SSIM" in capsys.readouterr().out
+    assert Path("cache-of-all/manifest.json").is_file()
 
 
-def test_what_it_points_to_exists() -> None:
-    """Links, and the targets of `make`."""
-    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
-        assert (ROOT / target).exists(), target
+def training_commands(text: str) -> list[list[str]]:
+    return [
+        arguments for arguments in commands(text) if arguments[0] == "accelerate" or arguments[:2] == ["sdkit", "train"]
+    ]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_commands_of_a_notebook_are_understood(path: Path) -> None:
+    """And those that need GPUs: both Accelerate and sdkit know each option."""
+    prose = "\n".join(cell.source for cell in nbformat.read(path, 4).cells if cell.cell_type == "markdown")
+    understood(prose)
+
+
+def test_commands_that_need_gpus_are_understood() -> None:
+    understood(GUIDES["README.md"])
+
+
+def understood(text: str) -> None:
+    for arguments in training_commands(text):
+        if arguments[0] == "accelerate":
+            launched = launch_command_parser().parse_args(arguments[2:])
+            assert launched.module
+            arguments = [launched.training_script, *launched.training_script_args]
+        assert arguments[0] == "sdkit"
+        if "--config" not in arguments:
+            _parser().parse_args(arguments[1:])
+
+
+@pytest.mark.parametrize("name", GUIDES)
+def test_what_it_points_to_exists(name: str) -> None:
+    """Links, images, commands, and the targets of `make`."""
+    text = GUIDES[name]
+    for target in re.findall(r"(?<!\")\]\((?!http)([^)#]+)\)", text):
+        assert ((ROOT / name).parent / target).exists(), target
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    for target in re.findall(r"^make (\w+)", README, flags=re.MULTILINE):
-        assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
+    for command, *arguments in commands(text):
+        assert command in ("sdkit", "accelerate", *OTHERS), command
+        if command == "make":
+            target = next(word for word in arguments if "=" not in word)
+            assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
 
 
-def test_no_placeholder_is_left() -> None:
-    assert not re.search(r"SPEED|TODO|TBD|XXX", README)
+@pytest.mark.parametrize("name", GUIDES)
+def test_no_placeholder_is_left(name: str) -> None:
+    assert not re.search(r"SPEED|TODO|TBD|XXX|@@", GUIDES[name])

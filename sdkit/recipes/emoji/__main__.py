@@ -12,10 +12,10 @@ STEPS = ("prepare", "vae", "latents", "unet", "decoder", "export", "evaluate")
 EPILOG = """
 steps, in this order:
   prepare   tiles, captioned images and held-out compositions, from the pictures and the photographs
-  vae       train the VAE: vae-1 from nothing on small tiles, vae-2 on large ones
+  vae       train the VAE: vae-1 from nothing on small tiles, vae-2 on large ones, vae-3 with LPIPS
   latents   a tokenizer, an untrained text encoder, and the latent cache
   unet      train the U-Net and the text encoder: unet-1, unet-2, unet-3
-  decoder   sharpen the VAE's decoder, alone, by LPIPS: vae-3
+  decoder   sharpen the VAE's decoder, alone: vae-4
   export    put model/ together, in float16
   evaluate  measure it, or the models named by --models: see evaluation/
 Each goes on where it was stopped. The raw material:
@@ -47,7 +47,7 @@ def _do(step: str, args: argparse.Namespace) -> None:
         say(evaluate(models, args.drawn, root / "evaluation", prompts=args.prompts, sweeps=args.sweeps))
     else:
         works = {
-            "vae": training.train_first_vae,
+            "vae": training.train_the_vae,
             "latents": training.make_latents,
             "unet": training.train_the_unet,
             "decoder": training.train_the_decoder,

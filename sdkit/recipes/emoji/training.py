@@ -13,21 +13,14 @@ from sdkit.recipes.emoji.start import make_start
 from sdkit.training import UNetConfig, VAEConfig, train_unet, train_vae
 
 
-def train_first_vae(root: Path) -> None:
-    """root/vae-1, from nothing on small tiles, and root/vae-2, which goes on with encoder and decoder on large ones."""
+def train_the_vae(root: Path) -> None:
+    """root/vae-1, from nothing on small tiles; root/vae-2, on large ones; and root/vae-3, with LPIPS."""
     data, held_out = root / "data", root / "data" / "held_out"
-    train_vae(
-        VAEConfig(
-            **settings("vae-1"), init=shape_file("vae"), data=data / "tiles", validation_data=held_out,
-            out_dir=root / "vae-1",
-        )
-    )  # fmt: skip
-    train_vae(
-        VAEConfig(
-            **settings("vae-2"), model=root / "vae-1" / "result", data=data / "large_tiles", validation_data=held_out,
-            out_dir=root / "vae-2",
-        )
-    )  # fmt: skip
+    common: dict[str, Any] = {"validation_data": held_out, "data": data / "large_tiles"}
+    first = common | {"data": data / "tiles", "init": shape_file("vae")}
+    train_vae(VAEConfig(**settings("vae-1"), **first, out_dir=root / "vae-1"))
+    for before, run in (("vae-1", "vae-2"), ("vae-2", "vae-3")):
+        train_vae(VAEConfig(**settings(run), **common, model=root / before / "result", out_dir=root / run))
 
 
 def make_latents(root: Path) -> None:
@@ -35,7 +28,7 @@ def make_latents(root: Path) -> None:
     data, start = root / "data" / "captioned", root / "start"
     if not start.exists():
         captions = (example.caption for example in open_examples(data))
-        make_start(root / "vae-2" / "result", captions, start)
+        make_start(root / "vae-3" / "result", captions, start)
     cache(start, data, root / "latents", size=SIZE)
 
 
@@ -54,23 +47,23 @@ def train_the_unet(root: Path) -> None:
 
 
 def train_the_decoder(root: Path) -> None:
-    """root/vae-3: the decoder alone, so that latents keep their meaning, sharpened by LPIPS."""
+    """root/vae-4: the decoder alone, so that latents keep their meaning."""
     train_vae(
         VAEConfig(
-            **settings("vae-3"), data=root / "data" / "large_tiles", validation_data=root / "data" / "held_out",
-            model=root / "vae-2" / "result", out_dir=root / "vae-3",
+            **settings("vae-4"), data=root / "data" / "large_tiles", validation_data=root / "data" / "held_out",
+            model=root / "vae-3" / "result", out_dir=root / "vae-4",
         )
     )  # fmt: skip
 
 
 def export(root: Path) -> Path:
-    """root/model: the U-Net and the text encoder of root/unet-3 with the VAE of root/vae-3, in float16."""
+    """root/model: the U-Net and the text encoder of root/unet-3 with the VAE of root/vae-4, in float16."""
     import torch
     from diffusers import AutoencoderKL, StableDiffusionPipeline
 
     model, partial = root / "model", root / "model.unfinished"
     shutil.rmtree(partial, ignore_errors=True)
-    vae = AutoencoderKL.from_pretrained(root / "vae-3" / "result", torch_dtype=torch.float16)
+    vae = AutoencoderKL.from_pretrained(root / "vae-4" / "result", torch_dtype=torch.float16)
     pipeline = StableDiffusionPipeline.from_pretrained(
         root / "unet-3" / "result", vae=vae, torch_dtype=torch.float16, safety_checker=None
     )

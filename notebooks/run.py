@@ -1,0 +1,55 @@
+"""Run the notebooks and keep what they show: python notebooks/run.py [NAME.ipynb ...]
+
+Each runs in a kernel of its own, in an empty folder. A translation (NAME_zh.ipynb) gets the outputs of its original,
+whose code it shares.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import nbformat
+from nbclient import NotebookClient
+
+HERE = Path(__file__).parent
+
+
+def code(notebook: Any) -> list[Any]:
+    """The cells of a notebook that have code."""
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def run(path: Path) -> None:
+    """Run a notebook and write it again with its outputs, but for progress bars and warnings."""
+    notebook = nbformat.read(path, 4)
+    with TemporaryDirectory() as folder:
+        NotebookClient(notebook, timeout=None, resources={"metadata": {"path": folder}}).execute()
+    for cell in code(notebook):
+        cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
+        del cell.metadata["execution"]  # when it ran
+    notebook.metadata.language_info = {"name": "python"}
+    nbformat.write(notebook, path)
+    translation = path.with_stem(f"{path.stem}_zh")
+    if translation.exists():
+        other = nbformat.read(translation, 4)
+        for mine, its in zip(code(notebook), code(other), strict=True):
+            its.outputs, its.execution_count = mine.outputs, mine.execution_count
+        nbformat.write(other, translation)
+
+
+def main(names: list[str]) -> None:
+    """Run the notebooks of these names, or all of them."""
+    paths = [Path(name) for name in names] or sorted(HERE.glob("*.ipynb"))
+    for path in paths:
+        if not path.stem.endswith("_zh"):
+            start = time.monotonic()
+            run(path)
+            print(f"{path.name}: {time.monotonic() - start:.0f} s, {path.stat().st_size / 1e6:.2f} MB")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
