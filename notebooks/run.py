@@ -30,25 +30,24 @@ def run(path: Path) -> None:
         NotebookClient(notebook, timeout=None, resources={"metadata": {"path": folder}}).execute()
     for cell in code(notebook):
         cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
-        del cell.metadata["execution"]  # when it ran
+        cell.metadata.pop("execution", None)  # when it ran
     notebook.metadata.language_info = {"name": "python"}
     nbformat.write(notebook, path)
     translation = path.with_stem(f"{path.stem}_zh")
     if translation.exists():
         other = nbformat.read(translation, 4)
         for mine, its in zip(code(notebook), code(other), strict=True):
-            its.outputs, its.execution_count = mine.outputs, mine.execution_count
+            its.source, its.outputs, its.execution_count = mine.source, mine.outputs, mine.execution_count
         nbformat.write(other, translation)
 
 
 def main(names: list[str]) -> None:
     """Run the notebooks of these names, or all of them."""
     paths = [Path(name) for name in names] or sorted(HERE.glob("*.ipynb"))
-    for path in paths:
-        if not path.stem.endswith("_zh"):
-            start = time.monotonic()
-            run(path)
-            print(f"{path.name}: {time.monotonic() - start:.0f} s, {path.stat().st_size / 1e6:.2f} MB")
+    for path in dict.fromkeys(path.with_stem(path.stem.removesuffix("_zh")) for path in paths):
+        start = time.monotonic()
+        run(path)
+        print(f"{path.name}: {time.monotonic() - start:.0f} s, {path.stat().st_size / 1e6:.2f} MB")
 
 
 if __name__ == "__main__":

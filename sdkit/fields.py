@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import inspect
 import textwrap
 from itertools import pairwise
@@ -13,23 +14,22 @@ C = TypeVar("C", bound=type)
 
 def documented(cls: C) -> C:
     """A class decorator: the docstring goes on with those of the fields, read from the source when it is asked for."""
-    cls.__doc__ = _Docstring(cls.__doc__ or "")  # type: ignore[assignment]
+    cls.__doc__ = _Docstring(inspect.cleandoc(cls.__doc__ or ""))
     return cls
 
 
-class _Docstring:
-    def __init__(self, summary: str) -> None:
-        self.summary = inspect.cleandoc(summary)
-
+class _Docstring(str):
     def __get__(self, instance: object, owner: type) -> str:
-        lines = (f"{name}: {doc}" for name, doc in field_docs(owner).items())
-        return "\n".join([self.summary, "", *(textwrap.fill(line, 110, subsequent_indent="    ") for line in lines)])
+        with contextlib.suppress(OSError):  # where there is no source
+            lines = (f"{name}: {doc}" for name, doc in field_docs(owner).items())
+            return "\n".join([self, "", *(textwrap.fill(line, 110, subsequent_indent="    ") for line in lines)])
+        return self
 
 
 def field_docs(cls: type) -> dict[str, str]:
     """The docstring under each annotated field of a class: its own ones first, then those that it inherits."""
     docs: dict[str, str] = {}
-    for base in (base for base in cls.__mro__ if "__annotations__" in vars(base)):
+    for base in (base for base in cls.__mro__ if inspect.get_annotations(base)):
         (node,) = ast.parse(inspect.getsource(base)).body
         assert isinstance(node, ast.ClassDef)
         for field, below in pairwise(node.body):
