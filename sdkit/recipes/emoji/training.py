@@ -68,6 +68,8 @@ def export(root: Path) -> Path:
         root / "unet-3" / "result", vae=vae, torch_dtype=torch.float16, safety_checker=None
     )
     pipeline.save_pretrained(partial)
+    config = partial / "text_encoder" / "config.json"  # from which transformers would take the dtype to compute in
+    config.write_text(config.read_text().replace('"dtype": "float16"', '"dtype": "float32"'))
     shutil.rmtree(model, ignore_errors=True)
     partial.rename(model)
     return model
