@@ -77,6 +77,7 @@ def test_the_settings_are_valid(run: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:latents have moved")  # whose U-Net is yet to come
 def test_the_whole_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Each step twice: the second time it finds what the first has made. The model that comes of it runs in diffusers,
     and its latents are those that its U-Net was trained on."""

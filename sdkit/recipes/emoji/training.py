@@ -63,10 +63,9 @@ def export(root: Path) -> Path:
 
     model, partial = root / "model", root / "model.unfinished"
     shutil.rmtree(partial, ignore_errors=True)
-    vae = AutoencoderKL.from_pretrained(root / "vae-4" / "result", torch_dtype=torch.float16)
-    pipeline = StableDiffusionPipeline.from_pretrained(
-        root / "unet-3" / "result", vae=vae, torch_dtype=torch.float16, safety_checker=None
-    )
+    vae = AutoencoderKL.from_pretrained(root / "vae-4" / "result")
+    pipeline = StableDiffusionPipeline.from_pretrained(root / "unet-3" / "result", vae=vae, safety_checker=None)
+    pipeline.to(torch.float16)
     pipeline.save_pretrained(partial)
     config = partial / "text_encoder" / "config.json"  # from which transformers would take the dtype to compute in
     config.write_text(config.read_text().replace('"dtype": "float16"', '"dtype": "float32"'))
