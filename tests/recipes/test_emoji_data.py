@@ -67,7 +67,11 @@ def photographs(tmp_path: Path) -> Path:
 def data(drawn: Path, photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The data sets of the first pictures."""
     monkeypatch.setattr(module, "pictures", lambda: FEW)
-    monkeypatch.setattr(module, "TILES", {"tiles": (64, 20, 0.5), "large_tiles": (SIZE, 6, 0.5)})
+    monkeypatch.setattr(
+        module,
+        "TILES",
+        {"tiles": (64, 20, 0.5, 0.0), "large_tiles": (SIZE, 6, 0.5, 0.0), "fine_tiles": (SIZE, 8, 0.2, 0.7)},
+    )
     prepare(drawn, photographs, tmp_path / "data")
     return tmp_path / "data"
 
@@ -164,7 +168,7 @@ def test_sdkit_reads_the_data(data: Path) -> None:
 
 def test_tiles(data: Path) -> None:
     """Some are of photographs, the others of pictures."""
-    for name, (size, n, _) in module.TILES.items():
+    for name, (size, n, *_) in module.TILES.items():
         files = sorted((data / name).glob("*.png"))
         assert len(files) == n
         noisy = 0
@@ -184,9 +188,18 @@ def test_tiles_keep_out_what_is_held_out(drawn: Path) -> None:
     assert set(BACKGROUNDS.values()) - colours == {BACKGROUNDS[one.held_out]}
 
 
+def test_captioned_tiles_keep_out_what_is_held_out(drawn: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are the captioned images, on all backgrounds but one."""
+    one = FEW[0]
+    monkeypatch.setattr(module, "pictures", lambda: [one])
+    tiles = [module._tile(SIZE, [0.0, 1.0], drawn, [], [], number)[0][1] for number in range(100)]
+    assert {tile.getpixel((0, 0)) for tile in tiles} == set(BACKGROUNDS.values()) - {BACKGROUNDS[one.held_out]}
+    assert {tile.getpixel((SIZE // 2, SIZE // 2)) for tile in tiles} == {COLOUR}
+
+
 def test_tiles_are_made_alike_again(data: Path, drawn: Path, photographs: Path) -> None:
     for number in range(6):
-        made = module._tile(64, 0.5, drawn, used(drawn), module._photos(photographs), number)
+        made = module._tile(64, [0.5, 0.0], drawn, used(drawn), module._photos(photographs), number)
         with Image.open(data / "tiles" / made[0][0]) as image:
             assert np.array_equal(np.asarray(image), np.asarray(made[0][1]))
 

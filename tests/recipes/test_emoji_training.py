@@ -84,7 +84,8 @@ def test_the_whole_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     from tests.recipes.test_emoji_data import FEW, make_drawn, make_photographs
 
     monkeypatch.setattr(preparing, "pictures", lambda: FEW)
-    monkeypatch.setattr(preparing, "TILES", {"tiles": (64, 12, 0.5), "large_tiles": (128, 12, 0.5)})
+    tiles = {"tiles": (64, 12, 0.5, 0.0), "large_tiles": (128, 12, 0.5, 0.0), "fine_tiles": (128, 12, 0.1, 0.8)}
+    monkeypatch.setattr(preparing, "TILES", tiles)
     shortened = {"max_steps": 2, "batch_size": 2, "validate_every": 2, "lr_warmup_steps": 0, "lr_scheduler": "constant"}
     monkeypatch.setattr(
         training, "settings", lambda run: {**settings(run), **shortened, "lpips_weight": 0.0}

@@ -32,8 +32,12 @@ from sdkit.recipes.emoji.pictures import (
     with_article,
 )
 
-TILES = {"tiles": (64, 24_000, 0.4), "large_tiles": (SIZE, 12_000, 0.2)}
-"""Of the VAE's training images: pixels a side, how many, and the share of photographs."""
+TILES = {
+    "tiles": (64, 24_000, 0.4, 0.0),
+    "large_tiles": (SIZE, 12_000, 0.2, 0.0),
+    "fine_tiles": (SIZE, 12_000, 0.1, 0.8),
+}
+"""Of the VAE's training images: pixels a side, how many, and the shares of photographs and of captioned images."""
 AS_CAPTIONED = 0.7  # share of the pictures on large tiles that have the size and place of the captioned images
 FLAT = 20  # of 255: photographs' tiles of a smaller standard deviation are drawn again
 PHOTO_HEIGHT = 1600  # pixels, to which larger photographs are reduced before tiles are cut
@@ -44,7 +48,8 @@ Captioned = tuple[str, Image.Image, str]  # file name, image, caption
 
 
 def prepare(drawn: Path, photographs: Path, out: Path) -> None:
-    """Write out/tiles, out/large_tiles, out/captioned and out/held_out, image folders with a metadata.jsonl each.
+    """Write out/tiles, out/large_tiles, out/fine_tiles, out/captioned and out/held_out, image folders with a
+    metadata.jsonl each.
 
     One that an earlier call has finished is left as it is.
 
@@ -54,8 +59,8 @@ def prepare(drawn: Path, photographs: Path, out: Path) -> None:
     stems, photos = used(drawn), _photos(photographs)
     sets: list[tuple[Path, Callable[..., list[Captioned]], Sequence[Any]]] = [
         *(
-            (out / name, partial(_tile, size, share, drawn, stems, photos), range(n))
-            for name, (size, n, share) in TILES.items()
+            (out / name, partial(_tile, size, shares, drawn, stems, photos), range(n))
+            for name, (size, n, *shares) in TILES.items()
         ),
         (out / "captioned", partial(_captioned, drawn), range(len(pictures()))),
         (out / "held_out", partial(_held_out, drawn), range(len(pictures()))),
@@ -105,11 +110,20 @@ def _held_out(drawn: Path, number: int) -> list[Captioned]:
 
 
 def _tile(
-    size: int, share: float, drawn: Path, stems: Sequence[str], photos: Sequence[Path], number: int
+    size: int, shares: Sequence[float], drawn: Path, stems: Sequence[str], photos: Sequence[Path], number: int
 ) -> list[Captioned]:
-    """A square of a photograph, or of any picture, of random size and place, on a random background."""
+    """A square of a photograph, a captioned image, or any picture of random size and place on a random background."""
     rng = Random(f"{size} {number}")
-    tile = _photo_tile(size, photos, rng) if rng.random() < share else _drawn_tile(size, drawn, stems, rng)
+    from_photos, captioned = shares
+    kind = rng.random()
+    if kind < from_photos:
+        tile = _photo_tile(size, photos, rng)
+    elif kind < from_photos + captioned:
+        one = rng.choice(pictures())
+        backgrounds = [colour for name, colour in BACKGROUNDS.items() if name != one.held_out]
+        tile = composed(read(drawn, one.file), rng.choice(backgrounds))
+    else:
+        tile = _drawn_tile(size, drawn, stems, rng)
     return [(f"{number:05}.png", tile, "")]
 
 
