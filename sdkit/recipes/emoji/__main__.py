@@ -14,7 +14,7 @@ steps, in this order:
   prepare   tiles, captioned images and held-out compositions, from the pictures and the photographs
   vae       train the VAE: vae-1 from nothing on small tiles, vae-2 on large ones, vae-3 with LPIPS
   latents   a tokenizer, an untrained text encoder, and the latent cache
-  unet      train the U-Net and the text encoder: unet-1, unet-2, unet-3
+  unet      train the U-Net and the text encoder: unet-1, unet-2
   decoder   sharpen the VAE's decoder, alone: vae-4
   export    put model/ together, in float16
   evaluate  measure it, or the models named by --models: see evaluation/

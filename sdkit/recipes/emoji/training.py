@@ -35,8 +35,8 @@ def make_latents(root: Path) -> None:
 
 
 def train_the_unet(root: Path) -> None:
-    """root/unet-1, from nothing and together with the text encoder; root/unet-2, at half the learning rate, above which
-    training has its accidents; and root/unet-3, where that comes down."""
+    """root/unet-1, from nothing and together with the text encoder, and root/unet-2, at half the learning rate, above
+    which training has its accidents, and from there down to 0."""
     data: dict[str, Any] = {"data": root / "latents", "size": SIZE, "train_text_encoder": True}
     train_unet(
         UNetConfig(
@@ -44,8 +44,7 @@ def train_the_unet(root: Path) -> None:
             out_dir=root / "unet-1",
         )
     )  # fmt: skip
-    for before, run in (("unet-1", "unet-2"), ("unet-2", "unet-3")):
-        train_unet(UNetConfig(**settings(run), **data, model=root / before / "result", out_dir=root / run))
+    train_unet(UNetConfig(**settings("unet-2"), **data, model=root / "unet-1" / "result", out_dir=root / "unet-2"))
 
 
 def train_the_decoder(root: Path) -> None:
@@ -59,14 +58,14 @@ def train_the_decoder(root: Path) -> None:
 
 
 def export(root: Path) -> Path:
-    """root/model: the U-Net and the text encoder of root/unet-3 with the VAE of root/vae-4, in float16."""
+    """root/model: the U-Net and the text encoder of root/unet-2 with the VAE of root/vae-4, in float16."""
     import torch
     from diffusers import AutoencoderKL, StableDiffusionPipeline
 
     model, partial = root / "model", root / "model.unfinished"
     shutil.rmtree(partial, ignore_errors=True)
     vae = AutoencoderKL.from_pretrained(root / "vae-4" / "result")
-    pipeline = StableDiffusionPipeline.from_pretrained(root / "unet-3" / "result", vae=vae, safety_checker=None)
+    pipeline = StableDiffusionPipeline.from_pretrained(root / "unet-2" / "result", vae=vae, safety_checker=None)
     pipeline.to(torch.float16)
     pipeline.save_pretrained(partial)
     config = partial / "text_encoder" / "config.json"  # from which transformers would take the dtype to compute in
