@@ -119,9 +119,8 @@ def _tile(
     if kind < from_photos:
         tile = _photo_tile(size, photos, rng)
     elif kind < from_photos + captioned:
-        one = rng.choice(pictures())
-        backgrounds = [colour for name, colour in BACKGROUNDS.items() if name != one.held_out]
-        tile = composed(read(drawn, one.file), rng.choice(backgrounds))
+        file = rng.choice(pictures()).file
+        tile = composed(read(drawn, file), rng.choice(_trained_on(file)))
     else:
         tile = _drawn_tile(size, drawn, stems, rng)
     return [(f"{number:05}.png", tile, "")]
@@ -139,7 +138,7 @@ def _photo_tile(size: int, photos: Sequence[Path], rng: Random) -> Image.Image:
 
 def _drawn_tile(size: int, drawn: Path, stems: Sequence[str], rng: Random) -> Image.Image:
     stem = rng.choice(stems)
-    named = [colour for name, colour in BACKGROUNDS.items() if name != held_out().get(stem)]
+    named = _trained_on(stem)
     any_colour = (rng.randrange(256), rng.randrange(256), rng.randrange(256))
     colour = rng.choice(named) if rng.random() < 0.6 else any_colour
     if size == SIZE and rng.random() < AS_CAPTIONED:
@@ -148,6 +147,11 @@ def _drawn_tile(size: int, drawn: Path, stems: Sequence[str], rng: Random) -> Im
     reach = min(side, size * 2 // 3)  # of the picture that is on the tile, at least
     corner = (rng.randint(reach - side, size - reach), rng.randint(reach - side, size - reach))
     return composed(read(drawn, stem), colour, size=size, side=side, corner=corner)
+
+
+def _trained_on(stem: str) -> list[tuple[int, int, int]]:
+    """The colours of the backgrounds of a picture that are not held out."""
+    return [colour for name, colour in BACKGROUNDS.items() if name != held_out().get(stem)]
 
 
 @lru_cache(maxsize=64)

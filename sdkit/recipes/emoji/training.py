@@ -16,13 +16,16 @@ from sdkit.training import UNetConfig, VAEConfig, train_unet, train_vae
 def train_the_vae(root: Path) -> None:
     """root/vae-1, from nothing on small tiles; root/vae-2, on large ones; and root/vae-3, on what the U-Net
     will draw, mostly, with LPIPS."""
-    data, held_out = root / "data", root / "data" / "held_out"
-    common: dict[str, Any] = {"validation_data": held_out, "data": data / "large_tiles"}
-    first = common | {"data": data / "tiles", "init": shape_file("vae")}
-    train_vae(VAEConfig(**settings("vae-1"), **first, out_dir=root / "vae-1"))
-    train_vae(VAEConfig(**settings("vae-2"), **common, model=root / "vae-1" / "result", out_dir=root / "vae-2"))
-    common["data"] = data / "fine_tiles"
-    train_vae(VAEConfig(**settings("vae-3"), **common, model=root / "vae-2" / "result", out_dir=root / "vae-3"))
+    _train_vae(root, "vae-1", "tiles", init=shape_file("vae"))
+    _train_vae(root, "vae-2", "large_tiles", model=root / "vae-1" / "result")
+    _train_vae(root, "vae-3", "fine_tiles", model=root / "vae-2" / "result")
+
+
+def _train_vae(root: Path, run: str, tiles: str, **begins: Any) -> None:
+    """root/RUN, from a model or from nothing (init)."""
+    data = root / "data"
+    common: dict[str, Any] = {"data": data / tiles, "validation_data": data / "held_out", "out_dir": root / run}
+    train_vae(VAEConfig(**settings(run), **common, **begins))
 
 
 def make_latents(root: Path) -> None:
@@ -49,12 +52,7 @@ def train_the_unet(root: Path) -> None:
 
 def train_the_decoder(root: Path) -> None:
     """root/vae-4: the decoder alone, so that latents keep their meaning."""
-    train_vae(
-        VAEConfig(
-            **settings("vae-4"), data=root / "data" / "fine_tiles", validation_data=root / "data" / "held_out",
-            model=root / "vae-3" / "result", out_dir=root / "vae-4",
-        )
-    )  # fmt: skip
+    _train_vae(root, "vae-4", "fine_tiles", model=root / "vae-3" / "result")
 
 
 def export(root: Path) -> Path:
