@@ -44,6 +44,8 @@ class StageSettings(LoopSettings):
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass: less memory, about a third more time."""
 
+    may_change = LoopSettings.may_change | {"init"}  # a path; the identity of the model tells what came of it
+
     def __post_init__(self) -> None:
         super().__post_init__()
         from sdkit.arguments import flag, number, one_of, path_or_name, strings
@@ -111,6 +113,8 @@ class VAEConfig(StageSettings):
     """The optimizer step from which the discriminator plays."""
     validation_data: str | os.PathLike[str] | None = None
     """Held-out images (the first 64 count); None holds out a twentieth of the data, at most 16."""
+
+    may_change = StageSettings.may_change | {"lpips", "validation_data"}  # paths, too
 
     def __post_init__(self) -> None:
         super().__post_init__()
