@@ -98,7 +98,7 @@ class LoopSettings:
         from accelerate import Accelerator, DistributedType
         from accelerate.state import AcceleratorState, PartialState
         from accelerate.tracking import LOGGER_TYPE_TO_CLASS
-        from accelerate.utils import GradientAccumulationPlugin
+        from accelerate.utils import DynamoBackend, GradientAccumulationPlugin
 
         from sdkit.arguments import one_of
         from sdkit.training.sharding import set_up_fsdp
@@ -128,6 +128,10 @@ class LoopSettings:
             raise ArgumentError(f"report_to names {missing[0]!r}, which is not installed; install it, or leave it out.")
         if self.mixed_precision == "fp16" and accelerator.device.type == "cpu":  # Accelerate would use float32
             raise ArgumentError("mixed_precision 'fp16' needs a GPU; use 'bf16' or 'no'.")
+        # Checked on torch 2.13: more than half of a U-Net's parameters get a gradient of 0 there, in silence.
+        if accelerator.device.type == "cpu" and accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
+            AcceleratorState._reset_state()  # it would be the next Accelerator's, too
+            raise ArgumentError("torch.compile loses gradients on a CPU; leave Accelerate's dynamo_backend off.")
         if accelerator.distributed_type == DistributedType.FSDP:
             set_up_fsdp(accelerator)
             if self.use_8bit_adam:

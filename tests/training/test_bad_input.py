@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from diffusers import AutoencoderTiny, UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -561,3 +562,39 @@ def test_settings_that_may_change_do(run: Path, kit: Path) -> None:
     again(kit, moved, keep_checkpoints=1, validate_every=2, save_every=3)
     assert newest(moved / "checkpoints") == moved / "checkpoints" / "step-00000003"
     assert len(checkpoints(moved / "checkpoints")) == 1
+
+
+def test_files_of_a_vae_run_may_move(kit: Path, tmp_path: Path) -> None:
+    """What they hold may not change: LPIPS' weights, the validation images."""
+    held_out = shutil.copytree(kit / "photos", tmp_path / "held_out")
+    lpips = Path(shutil.copy(kit / "lpips.safetensors", tmp_path / "lpips.safetensors"))
+    settings: dict[str, Any] = {"lpips_weight": 0.1, "ema_decay": 0.9, "init": kit / "model" / "vae" / "config.json"}
+    run = train("vae", kit, tmp_path / "run", lpips=lpips, validation_data=held_out, **settings)
+    shape = shutil.copy(settings["init"], tmp_path / "config.json")
+    settings |= {"max_steps": 2, "init": shape}
+    held_out, lpips = held_out.rename(tmp_path / "elsewhere"), lpips.rename(tmp_path / "weights.safetensors")
+    train("vae", kit, run, lpips=lpips, validation_data=held_out, **settings)
+    assert newest(run / "checkpoints") == run / "checkpoints" / "step-00000002"
+    weights = load_file(lpips)
+    save_file({key: value * 2 for key, value in weights.items()}, tmp_path / "others.safetensors")
+    (held_out / "000.txt").write_text("another caption")
+    holds = f"{run} holds another run: "
+    for change, fragment in (
+        ({"lpips": tmp_path / "others.safetensors", "validation_data": held_out}, "its LPIPS had other weights"),
+        ({"lpips": lpips, "validation_data": held_out}, "its validation data was other"),
+        ({"lpips": lpips, "validation_data": None}, "its validation data was other"),
+    ):
+        wanted = {**settings, **change}
+        one_sentence(lambda wanted=wanted: train("vae", kit, run, **wanted), TRAINING, holds + fragment)
+
+
+def test_torch_compile_on_a_cpu(kit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would train on with gradients of 0."""
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "inductor")
+    one_sentence(
+        lambda: train("unet", kit, tmp_path / "run"),
+        ARGUMENT,
+        "torch.compile loses gradients on a CPU; leave Accelerate's",
+    )
+    monkeypatch.undo()
+    assert Accelerator().state.dynamo_plugin.backend == "NO"  # and that of nobody else
