@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -12,11 +12,14 @@ U = TypeVar("U")
 
 
 def ahead(pool: ThreadPoolExecutor, run: Callable[[T], U], items: Iterable[T], n: int) -> Iterator[U]:
-    """`run(item)` of each item, in order, worked out up to `n` items ahead of the caller."""
+    """`run(item)` of each item, in order, up to `n` items ahead of the caller. After an error none runs on."""
     waiting: deque[Future[U]] = deque()
-    for item in items:
-        waiting.append(pool.submit(run, item))
-        if len(waiting) > n:
+    try:
+        for item in items:
+            waiting.append(pool.submit(run, item))
+            if len(waiting) > n:
+                yield waiting.popleft().result()
+        while waiting:
             yield waiting.popleft().result()
-    while waiting:
-        yield waiting.popleft().result()
+    finally:
+        wait([future for future in waiting if not future.cancel()])

@@ -156,14 +156,10 @@ def empty(part: str, config: dict[str, Any]) -> Any:
         from transformers import CLIPTextConfig, CLIPTextModel
 
         return CLIPTextModel(CLIPTextConfig.from_dict(config))
-    if part == "vae" and config.get("_class_name") == "VQModel":
-        from diffusers.models.autoencoders.vq_model import VQModel
-
-        return VQModel.from_config(config)
     if part == "vae":
-        from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+        from diffusers import AutoencoderKL, VQModel
 
-        return AutoencoderKL.from_config(config)
+        return (VQModel if config.get("_class_name") == "VQModel" else AutoencoderKL).from_config(config)
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
     return UNet2DConditionModel.from_config(config)
