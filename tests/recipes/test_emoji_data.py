@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections import Counter
 from pathlib import Path
 from random import Random
@@ -12,7 +13,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 from sdkit.data import open_examples
-from sdkit.errors import DataError
+from sdkit.errors import DataError, SdkitError
 from sdkit.recipes.emoji import pictures as table
 from sdkit.recipes.emoji import prepare as module
 from sdkit.recipes.emoji.pictures import (
@@ -70,7 +71,7 @@ def data(drawn: Path, photographs: Path, tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(
         module,
         "TILES",
-        {"tiles": (64, 20, 0.5, 0.0), "large_tiles": (SIZE, 6, 0.5, 0.0), "fine_tiles": (SIZE, 8, 0.2, 0.7)},
+        {"tiles": (64, 20, 0.5, 0.0), "fine_tiles": (SIZE, 8, 0.2, 0.7)},
     )
     prepare(drawn, photographs, tmp_path / "data")
     return tmp_path / "data"
@@ -204,15 +205,33 @@ def test_tiles_are_made_alike_again(data: Path, drawn: Path, photographs: Path) 
             assert np.array_equal(np.asarray(image), np.asarray(made[0][1]))
 
 
-def test_what_is_finished_is_not_made_again(data: Path, drawn: Path, photographs: Path) -> None:
-    """And what a kill left unfinished is: metadata.jsonl is written last."""
+def test_what_is_made_is_not_made_again(data: Path, drawn: Path, photographs: Path) -> None:
     file = data / "tiles" / "00000.png"
     before = file.stat().st_mtime_ns
-    (data / "held_out" / "metadata.jsonl").unlink()
-    next((data / "held_out").glob("*.png")).unlink()
+    shutil.rmtree(data / "held_out")
     prepare(drawn, photographs, data)
     assert file.stat().st_mtime_ns == before
     assert len(rows(data / "held_out")) == len(list((data / "held_out").glob("*.png"))) == len(FEW)
+
+
+def test_another_way_makes_all_of_a_set_anew(
+    data: Path, drawn: Path, photographs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing of the earlier one stays, which training would take for images without captions."""
+    file = data / "captioned" / next(iter(rows(data / "captioned")))
+    before = file.stat().st_mtime_ns
+    monkeypatch.setattr(module, "TILES", {**module.TILES, "tiles": (64, 3, 0.5, 0.0)})
+    prepare(drawn, photographs, data)
+    assert len(list((data / "tiles").glob("*.png"))) == 3
+    assert file.stat().st_mtime_ns == before
+
+
+def test_a_damaged_photograph_leaves_nothing_half_made(drawn: Path, photographs: Path, tmp_path: Path) -> None:
+    for path in photographs.rglob("*.jpg"):
+        path.write_bytes(b"\xff\xd8\xff")
+    with pytest.raises(SdkitError, match=r"\.jpg is not an image"):
+        prepare(drawn, photographs, tmp_path / "data")
+    assert not [*(tmp_path / "data").iterdir()]
 
 
 def test_missing_photographs_are_named(drawn: Path, photographs: Path, tmp_path: Path) -> None:

@@ -12,7 +12,9 @@ import torch
 from PIL import Image, ImageDraw
 
 import sdkit
+from sdkit.errors import SdkitError
 from sdkit.lpips import LPIPS
+from sdkit.recipes.emoji import __main__ as command
 from sdkit.recipes.emoji import evaluation, report
 from sdkit.recipes.emoji.evaluation import Gallery, Prompt, background_of, fidelity, prompts, prompts_held_out
 from sdkit.recipes.emoji.pictures import BACKGROUNDS, composed, pictures, read
@@ -74,9 +76,11 @@ def test_real_images_are_retrieved_first(gallery: Gallery, drawn: Path) -> None:
 
 
 def test_a_rank_counts_those_that_are_nearer(gallery: Gallery, drawn: Path) -> None:
-    """Against the distances that LPIPS itself has."""
+    """Against distances between float32 features."""
     image = image_of(drawn, Prompt(FEW[1], "white")).rotate(8, fillcolor="white")
-    features = gallery._of([image, *(image_of(drawn, Prompt(one, "white")) for one in FEW)]).float()
+    images = [image, *(image_of(drawn, Prompt(one, "white")) for one in FEW)]
+    with torch.no_grad():
+        features = gallery.lpips.features(torch.stack(sdkit.images.to_tensors(images)), evaluation.GRID)
     distances = (features[1:] - features[0]).square().sum(1)
     expected = [int((distances < distances[k]).sum()) for k in range(len(FEW))]
     files = [one.file for one in FEW]
@@ -109,7 +113,7 @@ def test_only_backgrounds_with_a_gallery_are_retrieved(gallery: Gallery, drawn: 
 
 def test_the_vae_is_measured(sd: sdkit.StableDiffusion, drawn: Path) -> None:
     images = [image_of(drawn, Prompt(one, "blue")) for one in FEW]
-    measured = evaluation.vae_quality(sd, images, LPIPS())
+    measured = evaluation.vae_quality(sd.vae, images, LPIPS())
     through = sd.vae.reconstruct(images)
     expected = np.mean([float(sdkit.metrics.psnr(a, b)) for a, b in zip(images, through, strict=True)])
     assert measured["psnr"] == pytest.approx(expected, abs=1e-3)
@@ -117,21 +121,86 @@ def test_the_vae_is_measured(sd: sdkit.StableDiffusion, drawn: Path) -> None:
     assert measured["lpips"] > 0
 
 
-def test_once_through(drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The table, the numbers and the pictures of one model."""
+@pytest.fixture
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few images and steps, and random weights of LPIPS."""
     monkeypatch.setattr(evaluation, "pictures", lambda: FEW)
     monkeypatch.setattr(report, "COMPOSITIONS", 3)
     monkeypatch.setattr(report, "STEPS", 2)
     monkeypatch.setattr(report, "SCALES", (1.0,))
     monkeypatch.setattr(report, "STEP_COUNTS", (2,))
-    monkeypatch.setattr(LPIPS, "from_pretrained", LPIPS)
-    table = report.evaluate(["emoji"], drawn, tmp_path / "out", prompts=6)
+    torch.manual_seed(0)
+    lpips = LPIPS()
+    monkeypatch.setattr(LPIPS, "from_pretrained", lambda: lpips)
+
+
+def command_line(monkeypatch: pytest.MonkeyPatch, drawn: Path, out: Path, *more: str) -> int:
+    monkeypatch.setattr("sys.argv", ["emoji", "evaluate", "--drawn", str(drawn), "--out", str(out), *more])
+    return command.main()
+
+
+@pytest.mark.usefixtures("short")
+def test_once_through(
+    drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The table, the numbers and the pictures of one model; then, in the same table, of another."""
+    out = tmp_path / "out" / "evaluation"
+    assert command_line(monkeypatch, drawn, out.parent, "--models", "emoji", "--prompts", "6") == 0
+    table = capsys.readouterr().out
     assert "| generated: top1 |" in table
     assert "| vae, held-out photos: psnr |" in table
-    numbers = json.loads((tmp_path / "out" / "evaluation.json").read_text())["emoji"]
+    assert (out / "table.md").read_text() == table.rstrip("\n") + "\n"
+    numbers = json.loads((out / "evaluation.json").read_text())["emoji"]
     assert numbers["scales"].keys() == {"1.0"}
+    assert {"top1", "top5", "background, held-out pairs"} <= numbers["steps"]["2"].keys()
     assert 15 < numbers["vae, held-out photos"]["psnr"] < 40
-    assert (tmp_path / "out" / "table.md").read_text() == table
     for name in ("generated", "vae", "curves"):
-        with Image.open(tmp_path / "out" / f"emoji-{name}.png") as image:
+        with Image.open(out / f"emoji-{name}.png") as image:
             assert min(image.size) > 150
+    other = tmp_path / "other"
+    other.symlink_to(Path(sdkit.__file__).parent / "assets" / "emoji")
+    more = ("--models", str(other), "--prompts", "6", "--no-sweeps")
+    assert command_line(monkeypatch, drawn, out.parent, *more) == 0
+    both = json.loads((out / "evaluation.json").read_text())
+    assert both["emoji"] == numbers
+    assert both[str(other)].keys() == numbers.keys() - {"scales", "steps"}
+    assert both[str(other)]["generated"] == numbers["generated"]
+    assert (out / "table.md").read_text().startswith(f"| | emoji | {other} |")
+
+
+@pytest.mark.usefixtures("short")
+@pytest.mark.parametrize(
+    ("more", "error", "sentence"),
+    [
+        (["--models", "emoji", "no/such"], SdkitError, "no/such"),
+        (["--models", "emoji", "a/emoji"], SdkitError, "called alike"),
+        (["--models", "emoji", "--prompts", "0"], SdkitError, "prompts must be a whole number of at least 1, not 0"),
+    ],
+)
+def test_what_is_wrong_is_said_before_anything_is_measured(
+    more: list[str], error: type[Exception], sentence: str, drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(report, "_row", lambda *_: pytest.fail("measured"))
+    with pytest.raises(error, match=sentence):
+        command_line(monkeypatch, drawn, tmp_path, *more)
+
+
+@pytest.mark.usefixtures("short")
+def test_a_package_that_lacks_a_picture(drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluation, "pictures", lambda: pictures()[:7])
+    with pytest.raises(SdkitError, match=rf"lacks 1 pictures, {pictures()[6].file}\.webp first"):
+        report.evaluate(["emoji"], drawn, tmp_path, prompts=7)
+
+
+def test_nothing_to_retrieve(gallery: Gallery, drawn: Path) -> None:
+    asked = [Prompt(FEW[1], "brown")]
+    measured = fidelity(gallery, asked, [image_of(drawn, prompt) for prompt in asked])
+    assert measured == {"prompts": 1, "retrieved": 0, "top1": None, "top5": None, "background": 1.0}
+
+
+def test_the_contact_sheet_has_all_backgrounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, texts = prompts(320), []
+    monkeypatch.setattr(sdkit.images, "grid", lambda images, *_, captions, **__: texts.extend(captions) or images[0])
+    report._save_sheet(tmp_path / "sheet.png", [Image.new("RGB", (8, 8))] * 320, asked)
+    assert len(texts) == report.SHOWN
+    assert {text.split(" on a ")[1].split()[0] for text in texts} == set(evaluation.SHOWN_ON)

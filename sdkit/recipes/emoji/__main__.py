@@ -12,13 +12,13 @@ STEPS = ("prepare", "vae", "latents", "unet", "decoder", "export", "evaluate")
 EPILOG = """
 steps, in this order:
   prepare   tiles, captioned images and held-out compositions, from the pictures and the photographs
-  vae       train the VAE: vae-1 from nothing on small tiles, vae-2 on large ones, vae-3 with LPIPS
+  vae       train the VAE: vae-1 from nothing on small tiles, vae-2 on larger ones, vae-3 with LPIPS
   latents   a tokenizer, an untrained text encoder, and the latent cache
-  unet      train the U-Net and the text encoder: unet-1, unet-2
+  unet      train the U-Net and the text encoder: unet-1
   decoder   sharpen the VAE's decoder, alone: vae-4
   export    put model/ together, in float16
-  evaluate  measure it, or the models named by --models: see evaluation/
-Each goes on where it was stopped. The raw material:
+  evaluate  measure it, or the models named by --models, beside those measured before: see evaluation/
+The trainings and the latent cache go on where they were stopped. The raw material:
   npm pack @lobehub/fluent-emoji-3d && tar -xf lobehub-fluent-emoji-3d-*.tgz        (--drawn package/assets)
   apt-get download mate-backgrounds plasma-workspace-wallpapers lomiri-wallpapers-16.04 lomiri-wallpapers-20.04
   for deb in *.deb; do dpkg -x $deb photographs; done                               (--photographs photographs)

@@ -13,25 +13,26 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import safetensors.torch
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sdkit import images as image_io
 from sdkit.files import atomic_write
 from sdkit.lpips import LPIPS
 from sdkit.metrics import psnr, ssim
+from sdkit.models.vae import VAE
 from sdkit.pipeline import StableDiffusion
 from sdkit.progress import progress
-from sdkit.recipes.emoji.pictures import BACKGROUNDS, Picture, caption, composed, pictures, read, used
+from sdkit.recipes.emoji.pictures import BACKGROUNDS, SIDE, Picture, caption, composed, pictures, read, used
 
 SHOWN_ON = ("white", "black", "blue", "yellow")  # backgrounds of the prompts that retrieval judges
 SCALE, STEPS = 5.0, 30  # at which models are compared
 GRID = 8  # cells a side over which LPIPS features are averaged
 FRAME = 4  # pixels at the edge, by which the background's colour is told
 BATCH = 32
-Measured = dict[str, float]
+Measured = dict[str, float | None]
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class Prompt:
 
 
 def prompts(n: int) -> list[Prompt]:
-    """n pairs that were trained on, spread over the pictures, of each background as many."""
+    """n pairs that were trained on, spread over the pictures and `SHOWN_ON`."""
     pairs = (Prompt(one, SHOWN_ON[i % len(SHOWN_ON)]) for i, one in enumerate(_spread(n)))
     return [pair if not pair.held_out else Prompt(pair.picture, "white") for pair in pairs]
 
@@ -69,12 +70,18 @@ def _spread(n: int) -> list[Picture]:
 
 
 class Gallery:
-    """LPIPS features of every emoji on a background, kept in a folder from one evaluation to the next."""
+    """LPIPS features of every emoji on a background, kept in a folder (0.3 GB for each background) from one evaluation
+    to the next."""
 
     def __init__(self, drawn: Path, lpips: LPIPS, folder: Path) -> None:
         self.drawn, self.lpips, self.folder = drawn, lpips, folder
         self.names = used(drawn)
-        self.digest = hashlib.sha256("\n".join(self.names).encode()).hexdigest()[:8]
+        digest = hashlib.sha256(f"{SIDE} {GRID}".encode())
+        for name in self.names:
+            digest.update(f"{name} {(drawn / f'{name}.webp').stat().st_size}\n".encode())
+        for head in lpips.heads:
+            digest.update(head.detach().cpu().float().numpy().tobytes())
+        self.digest = digest.hexdigest()[:8]
 
     def ranks(self, background: str, images: Sequence[Image.Image], names: Sequence[str]) -> list[int]:
         """Of each image, how many emoji are nearer to it than the one it should show: 0 where that one is nearest."""
@@ -87,13 +94,13 @@ class Gallery:
         return [int((row < row[self.names.index(name)]).sum()) for row, name in zip(distances, names, strict=True)]
 
     def _features(self, background: str) -> Tensor:
-        path = self.folder / f"{background}-{self.digest}.safetensors"
+        colour = BACKGROUNDS[background]
+        path = self.folder / f"{bytes(colour).hex()}-{self.digest}.safetensors"
         if not path.is_file():
-            colour = BACKGROUNDS[background]
             every = [composed(read(self.drawn, name), colour) for name in self.names]
             with atomic_write(path) as temporary:
-                save_file({"features": self._of(every, f"emoji on {background}")}, temporary)
-        return load_file(path)["features"]
+                temporary.write_bytes(safetensors.torch.save({"features": self._of(every, f"emoji on {background}")}))
+        return safetensors.torch.load_file(path)["features"]
 
     @torch.no_grad()
     def _of(self, images: Sequence[Image.Image], description: str = "features") -> Tensor:
@@ -109,7 +116,7 @@ class Gallery:
 def fidelity(gallery: Gallery, asked: Sequence[Prompt], images: Sequence[Image.Image]) -> Measured:
     """Shares of images, from 0 to 1: retrieved first and among the first five, and of the background asked for.
 
-    Retrieval judges those of `SHOWN_ON` alone, whose galleries are there.
+    Retrieval judges those of `SHOWN_ON` alone, whose galleries are there; where there is none of them it is None.
     """
     ranks: list[int] = []
     for background in SHOWN_ON:
@@ -119,8 +126,8 @@ def fidelity(gallery: Gallery, asked: Sequence[Prompt], images: Sequence[Image.I
     return {
         "prompts": len(asked),
         "retrieved": len(ranks),
-        "top1": sum(rank < 1 for rank in ranks) / len(ranks),
-        "top5": sum(rank < 5 for rank in ranks) / len(ranks),
+        "top1": sum(rank < 1 for rank in ranks) / len(ranks) if ranks else None,
+        "top5": sum(rank < 5 for rank in ranks) / len(ranks) if ranks else None,
         "background": sum(right) / len(right),
     }
 
@@ -141,12 +148,12 @@ def generated(model: StableDiffusion, asked: Sequence[Prompt], scale: float, ste
     return made
 
 
-def vae_quality(model: StableDiffusion, images: Sequence[Image.Image], lpips: LPIPS) -> Measured:
+def vae_quality(vae: VAE, images: Sequence[Image.Image], lpips: LPIPS) -> Measured:
     """Averages over images of what is lost through the VAE: PSNR (dB), SSIM and LPIPS."""
     rows = []
     for i in range(0, len(images), BATCH):
         batch = list(images[i : i + BATCH])
-        through = model.vae.reconstruct(batch)
+        through = vae.reconstruct(batch)
         x, y = (torch.stack(image_io.to_tensors(side)) for side in (batch, through))
         with torch.no_grad():
             rows += list(zip(psnr(batch, through), ssim(batch, through), lpips(x, y), strict=True))

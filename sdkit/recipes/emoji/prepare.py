@@ -3,6 +3,7 @@ for the U-Net, and the compositions held out of both."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -11,13 +12,12 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
 from pathlib import Path
 from random import Random
-from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from sdkit.errors import DataError
-from sdkit.files import atomic_write
+from sdkit import images as image_io
+from sdkit.errors import DataError, SdkitError
 from sdkit.prefetch import ahead
 from sdkit.progress import progress
 from sdkit.recipes.emoji.pictures import (
@@ -31,10 +31,10 @@ from sdkit.recipes.emoji.pictures import (
     used,
     with_article,
 )
+from sdkit.training.checkpoint import whole_folder
 
 TILES = {
-    "tiles": (64, 24_000, 0.4, 0.0),
-    "large_tiles": (SIZE, 12_000, 0.2, 0.0),
+    "tiles": (64, 16_000, 0.4, 0.0),
     "fine_tiles": (SIZE, 12_000, 0.1, 0.8),
 }
 """Of the VAE's training images: pixels a side, how many, and the shares of photographs and of captioned images."""
@@ -42,38 +42,43 @@ AS_CAPTIONED = 0.7  # share of the pictures on large tiles that have the size an
 FLAT = 20  # of 255: photographs' tiles of a smaller standard deviation are drawn again
 PHOTO_HEIGHT = 1600  # pixels, to which larger photographs are reduced before tiles are cut
 
+MADE_OF = ".made-of"  # beside the images: a digest of what they were made of
 AHEAD = 64  # images that are begun before they are wanted
 
 Captioned = tuple[str, Image.Image, str]  # file name, image, caption
 
 
 def prepare(drawn: Path, photographs: Path, out: Path) -> None:
-    """Write out/tiles, out/large_tiles, out/fine_tiles, out/captioned and out/held_out, image folders with a
+    """Write out/tiles, out/fine_tiles, out/captioned and out/held_out, image folders with a
     metadata.jsonl each.
 
-    One that an earlier call has finished is left as it is.
+    One that an earlier call has made, of the same material in the same way, is left as it is.
 
     drawn        assets/ of the unpacked npm package
     photographs  a folder with those that photos.txt names, at any depth
     """
     stems, photos = used(drawn), _photos(photographs)
-    sets: list[tuple[Path, Callable[..., list[Captioned]], Sequence[Any]]] = [
-        *(
-            (out / name, partial(_tile, size, shares, drawn, stems, photos), range(n))
-            for name, (size, n, *shares) in TILES.items()
-        ),
-        (out / "captioned", partial(_captioned, drawn), range(len(pictures()))),
-        (out / "held_out", partial(_held_out, drawn), range(len(pictures()))),
+    sets: list[tuple[str, Callable[..., list[Captioned]], int]] = [
+        *((name, partial(_tile, size, shares, drawn, stems, photos), n) for name, (size, n, *shares) in TILES.items()),
+        ("captioned", partial(_captioned, drawn), len(pictures())),
+        ("held_out", partial(_held_out, drawn), len(pictures())),
     ]
+    files = [*photos, *(drawn / f"{stem}.webp" for stem in stems)]
+    material = [(file.name, file.stat().st_size) for file in files]
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow works outside Python's lock
-        for folder, make, numbers in sets:
-            if (folder / "metadata.jsonl").is_file():  # which is written last
+        for name, make, n in sets:
+            all_of_it = f"{name} {TILES.get(name)} {n} {AS_CAPTIONED} {BACKGROUNDS} {pictures()} {material}"
+            digest, folder = hashlib.sha256(all_of_it.encode()).hexdigest(), out / name
+            if (folder / MADE_OF).is_file() and (folder / MADE_OF).read_text() == digest:
                 continue
-            folder.mkdir(parents=True, exist_ok=True)
-            made = ahead(pool, partial(_written, make, folder), numbers, AHEAD)
-            lines = [line for some in progress(made, len(numbers), folder.name) for line in some]
-            with atomic_write(folder / "metadata.jsonl") as temporary:
-                temporary.write_text("".join(lines), encoding="utf-8")
+            with whole_folder(folder) as unfinished:
+                made = ahead(pool, partial(_written, make, unfinished), range(n), AHEAD)
+                try:
+                    lines = [line for some in progress(made, n, name) for line in some]
+                except SdkitError as error:  # of what is read; `whole_folder` explains what cannot be written
+                    raise error from None
+                (unfinished / "metadata.jsonl").write_text("".join(lines), encoding="utf-8")
+                (unfinished / MADE_OF).write_text(digest)
 
 
 def _written(make: Callable[[int], list[Captioned]], folder: Path, number: int) -> list[str]:
@@ -156,10 +161,9 @@ def _trained_on(stem: str) -> list[tuple[int, int, int]]:
 
 @lru_cache(maxsize=64)
 def _photo(path: Path) -> Image.Image:
-    with Image.open(path) as image:
-        small = image.convert("RGB")
-    small.thumbnail((3 * PHOTO_HEIGHT, PHOTO_HEIGHT), Image.Resampling.LANCZOS)
-    return small
+    photo = image_io.read(path)
+    photo.thumbnail((3 * PHOTO_HEIGHT, PHOTO_HEIGHT), Image.Resampling.LANCZOS)
+    return photo
 
 
 def _photos(folder: Path) -> list[Path]:
@@ -169,5 +173,8 @@ def _photos(folder: Path) -> list[Path]:
     found = {end: next((path for path in there if path.as_posix().endswith(f"/{end}")), None) for end in wanted}
     missing = [end for end, path in found.items() if path is None]
     if missing:
-        raise DataError(f"{folder} lacks {len(missing)} of the {len(wanted)} photographs, {missing[0]} first.")
+        raise DataError(
+            f"{folder} lacks {len(missing)} of the {len(wanted)} photographs, {missing[0]} first; give the "
+            "folder that the packages were unpacked to."
+        )
     return [path for path in found.values() if path is not None]

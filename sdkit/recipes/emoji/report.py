@@ -5,17 +5,21 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import torch
 from PIL import Image
 
 from sdkit import images as image_io
+from sdkit.arguments import whole
 from sdkit.data.transform import Transform
-from sdkit.errors import DataError
+from sdkit.errors import ArgumentError, DataError
 from sdkit.files import atomic_write
 from sdkit.lpips import LPIPS
+from sdkit.models.vae import VAE
 from sdkit.pipeline import StableDiffusion
 from sdkit.recipes.emoji import evaluation as measure
 from sdkit.recipes.emoji.evaluation import SCALE, STEPS, Gallery, Prompt
@@ -28,55 +32,86 @@ SHOWN, COLUMNS = 48, 8  # images on a contact sheet
 PHOTOS = ("astronaut", "chelsea", "coffee", "rocket")  # of skimage.data, and none of them in training
 
 Row = dict[str, Any]
+Asked = Sequence[Prompt]
 
 
 def evaluate(
     models: Sequence[str | os.PathLike[str]], drawn: Path, out: Path, *, prompts: int = 320, sweeps: bool = True
 ) -> str:
     """Measure each model and write, into the folder `out`, evaluation.json, table.md and for each model a contact
-    sheet, its VAE's sheet and its curves; returns the table.
+    sheet, its VAE's sheet and its curves; returns the table, of these models and those measured before.
 
     drawn    assets/ of the unpacked npm package
-    prompts  that each model draws; half of them at each further guidance scale and number of steps
-    sweeps   whether to look at these
+    prompts  of either kind that each model draws: pairs trained on, and pairs held out
+    sweeps   whether it draws them at other guidance scales and numbers of steps, too
     """
-    out.mkdir(parents=True, exist_ok=True)
+    whole("prompts", prompts, 1)
+    names = {str(model): Path(model).name for model in models}
+    if len({*names.values()}) < len(models):
+        raise ArgumentError(
+            f"two of the models are called alike ({', '.join(names)}), as their pictures would be; give each an --out."
+        )
     lpips = LPIPS.from_pretrained()
     gallery = Gallery(drawn, lpips, out / "gallery")
-    rows = {str(model): _row(model, gallery, lpips, out, prompts, sweeps) for model in models}
+    asked = measure.prompts(prompts), measure.prompts_held_out(prompts)
+    if missing := {prompt.picture.file for some in asked for prompt in some} - {*gallery.names}:
+        raise DataError(f"{drawn} lacks {len(missing)} pictures, {min(missing)}.webp first; is it of another version?")
+    photographs, loaded = photos(), [StableDiffusion.from_pretrained(model) for model in models]  # what may be missing
+    rows = _earlier(out / "evaluation.json")
+    for model, (source, name) in zip(loaded, names.items(), strict=True):
+        vae = VAE.from_pretrained(source, dtype="fp32")
+        row, drawn_images = _row(model, vae, gallery, photographs, *asked)
+        _save_sheet(out / f"{name}-generated.png", drawn_images, asked[0])
+        _save_vae_sheet(out / f"{name}-vae.png", vae, [*map(partial(_composed, drawn), asked[1][:4]), *photographs])
+        if sweeps:
+            row |= _sweeps(model, gallery, *asked)
+            _save_curves(out / f"{name}-curves.png", row)
+        rows[source] = row
+        with atomic_write(out / "evaluation.json") as temporary:
+            temporary.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
     table = _table(rows)
-    for name, text in (("evaluation.json", json.dumps(rows, indent=2) + "\n"), ("table.md", table)):
-        with atomic_write(out / name) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+    with atomic_write(out / "table.md") as temporary:
+        temporary.write_text(table, encoding="utf-8")
     return table
 
 
-def _row(source: str | os.PathLike[str], gallery: Gallery, lpips: LPIPS, out: Path, n: int, sweeps: bool) -> Row:
-    model = StableDiffusion.from_pretrained(source)
-    name = Path(source).name
-    seen, held_out = measure.prompts(n), measure.prompts_held_out(n)
-    real = [_composed(gallery.drawn, prompt) for prompt in seen]
-    through = model.vae.reconstruct(real)
+def _earlier(path: Path) -> dict[str, Row]:
+    try:
+        rows: dict[str, Row] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise DataError(f"{path} is damaged; remove it.") from error
+    return rows
+
+
+def _row(
+    model: StableDiffusion, vae: VAE, gallery: Gallery, photographs: Sequence[Image.Image], seen: Asked, held_out: Asked
+) -> tuple[Row, list[Image.Image]]:
+    """And the images of the prompts that were trained on. The VAE is measured in float32, as training validates it."""
+    compositions = [_composed(gallery.drawn, prompt) for prompt in measure.prompts_held_out(COMPOSITIONS)]
+    through = vae.reconstruct([_composed(gallery.drawn, prompt) for prompt in seen])
     drawn = measure.generated(model, seen, SCALE, STEPS)
-    row: Row = {
-        "vae, held-out compositions": measure.vae_quality(model, _compositions(gallery.drawn), lpips),
-        "vae, held-out photos": measure.vae_quality(model, photos(), lpips),
+    return {
+        "vae, held-out compositions": measure.vae_quality(vae, compositions, gallery.lpips),
+        "vae, held-out photos": measure.vae_quality(vae, photographs, gallery.lpips),
         "through the VAE": measure.fidelity(gallery, seen, through),
         "generated": measure.fidelity(gallery, seen, drawn),
         "generated, held-out pairs": measure.fidelity(
             gallery, held_out, measure.generated(model, held_out, SCALE, STEPS)
         ),
+    }, drawn
+
+
+def _sweeps(model: StableDiffusion, gallery: Gallery, seen: Asked, held_out: Asked) -> Row:
+    """Retrieval of pairs that were trained on, and backgrounds of those that were not."""
+    found: dict[tuple[float, int], measure.Measured] = {}
+    for at in {*((scale, STEPS) for scale in SCALES), *((SCALE, steps) for steps in STEP_COUNTS)}:
+        pairs = measure.fidelity(gallery, held_out, measure.generated(model, held_out, *at))
+        found[at] = measure.fidelity(gallery, seen, measure.generated(model, seen, *at))
+        found[at] |= {"background, held-out pairs": pairs["background"]}
+    return {
+        "scales": {scale: found[scale, STEPS] for scale in SCALES},
+        "steps": {steps: found[SCALE, steps] for steps in STEP_COUNTS},
     }
-    _save_sheet(out / f"{name}-generated.png", drawn, seen)
-    _save_vae_sheet(out / f"{name}-vae.png", model, [*real[:4], *photos()])
-    if sweeps:
-        some = seen[::2]
-        settings = [*((scale, STEPS) for scale in SCALES), *((SCALE, steps) for steps in STEP_COUNTS)]
-        found = {at: measure.fidelity(gallery, some, measure.generated(model, some, *at)) for at in {*settings}}
-        row["scales"] = {scale: found[scale, STEPS] for scale in SCALES}
-        row["steps"] = {steps: found[SCALE, steps] for steps in STEP_COUNTS}
-        _save_curves(out / f"{name}-curves.png", row)
-    return row
 
 
 def photos() -> list[Image.Image]:
@@ -94,18 +129,14 @@ def _composed(drawn: Path, prompt: Prompt) -> Image.Image:
     return composed(read(drawn, prompt.picture.file), BACKGROUNDS[prompt.background])
 
 
-def _compositions(drawn: Path) -> list[Image.Image]:
-    return [_composed(drawn, prompt) for prompt in measure.prompts_held_out(COMPOSITIONS)]
+def _save_sheet(path: Path, images: Sequence[Image.Image], asked: Asked) -> None:
+    chosen = sorted(Random(0).sample(range(len(images)), min(SHOWN, len(images))))  # not in step with the backgrounds
+    texts = [asked[i].text for i in chosen]
+    image_io.save(image_io.grid([images[i] for i in chosen], COLUMNS, padding=6, captions=texts), path)
 
 
-def _save_sheet(path: Path, images: Sequence[Image.Image], asked: Sequence[Prompt]) -> None:
-    every = max(1, len(images) // SHOWN)
-    texts = [prompt.text for prompt in asked[::every][:SHOWN]]
-    image_io.save(image_io.grid(images[::every][:SHOWN], COLUMNS, padding=6, captions=texts), path)
-
-
-def _save_vae_sheet(path: Path, model: StableDiffusion, originals: Sequence[Image.Image]) -> None:
-    both = [*originals, *model.vae.reconstruct(list(originals))]
+def _save_vae_sheet(path: Path, vae: VAE, originals: Sequence[Image.Image]) -> None:
+    both = [*originals, *vae.reconstruct(list(originals))]
     labels = ("original", "through the VAE")
     image_io.save(image_io.grid(both, len(originals), padding=6, row_labels=labels), path)
 
@@ -122,8 +153,9 @@ def _lines(rows: Mapping[str, Row]) -> Iterator[tuple[str, list[str]]]:
     first = next(iter(rows.values()))
     for group, measured in first.items():
         for name in measured if group not in ("scales", "steps") else ():
-            form = units.get(name, "{:.1%}" if isinstance(measured[name], float) else "{}")
-            yield f"{group}: {name}", [form.format(row[group][name]) for row in rows.values()]
+            form = units.get(name, "{}" if name in ("prompts", "retrieved") else "{:.1%}")
+            values = [row[group][name] for row in rows.values()]
+            yield f"{group}: {name}", ["-" if value is None else form.format(value) for value in values]
 
 
 def _save_curves(path: Path, row: Row) -> None:
@@ -136,7 +168,12 @@ def _save_curves(path: Path, row: Row) -> None:
     panels = (("scales", "guidance scale", f"{STEPS} steps"), ("steps", "DDIM steps", f"guidance scale {SCALE:g}"))
     for place, (key, label, title) in enumerate(panels, start=1):
         axes = figure.add_subplot(1, 2, place)
-        for name, text in (("background", "background right"), ("top5", "among the first five"), ("top1", "first")):
+        lines = (
+            ("background, held-out pairs", "background right (held-out pairs)"),
+            ("top5", "top-5"),
+            ("top1", "top-1"),
+        )
+        for name, text in lines:
             axes.plot([float(x) for x in row[key]], [m[name] for m in row[key].values()], "o-", label=text)
         axes.set(xlabel=label, ylabel="share of prompts", ylim=(0, 1.02), title=title)
         axes.grid(alpha=0.3)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from sdkit.recipes.emoji.settings import shape
+from sdkit.training.checkpoint import whole_folder
 
 VOCABULARY = 2048
 LENGTH = 32  # tokens, with start and end
@@ -22,25 +23,23 @@ def make_start(vae: Path, captions: Iterable[str], out: Path) -> None:
     """A pipeline without a U-Net in the folder `out`, around a VAE in diffusers layout."""
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    partial = out.with_name(f"{out.name}.unfinished")
-    shutil.rmtree(partial, ignore_errors=True)
-    shutil.copytree(vae, partial / "vae")
-    _tokenizer(captions).save_pretrained(partial / "tokenizer")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        config = CLIPTextConfig(**shape("text_encoder"), vocab_size=VOCABULARY, max_position_embeddings=LENGTH)
-        CLIPTextModel(config).save_pretrained(partial / "text_encoder")
-    (partial / "scheduler").mkdir()
-    (partial / "scheduler" / "scheduler_config.json").write_text(json.dumps(shape("scheduler"), indent=2))
-    index = {
-        "_class_name": "StableDiffusionPipeline",
-        "scheduler": ["diffusers", "DDIMScheduler"],
-        "text_encoder": ["transformers", "CLIPTextModel"],
-        "tokenizer": ["transformers", "CLIPTokenizer"],
-        "vae": ["diffusers", "AutoencoderKL"],
-    }
-    (partial / "model_index.json").write_text(json.dumps(index, indent=2))
-    partial.rename(out)
+    with whole_folder(out) as folder:
+        shutil.copytree(vae, folder / "vae")
+        _tokenizer(captions).save_pretrained(folder / "tokenizer")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            config = CLIPTextConfig(**shape("text_encoder"), vocab_size=VOCABULARY, max_position_embeddings=LENGTH)
+            CLIPTextModel(config).save_pretrained(folder / "text_encoder")
+        (folder / "scheduler").mkdir()
+        (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(shape("scheduler"), indent=2))
+        index = {
+            "_class_name": "StableDiffusionPipeline",
+            "scheduler": ["diffusers", "DDIMScheduler"],
+            "text_encoder": ["transformers", "CLIPTextModel"],
+            "tokenizer": ["transformers", "CLIPTokenizer"],
+            "vae": ["diffusers", "AutoencoderKL"],
+        }
+        (folder / "model_index.json").write_text(json.dumps(index, indent=2))
 
 
 def _tokenizer(captions: Iterable[str]) -> Any:
