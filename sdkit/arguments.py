@@ -15,6 +15,15 @@ from sdkit.errors import ArgumentError
 
 LONGEST_SIDE = 16384
 """Pixels a side of the largest image; memory runs out well before."""
+PREDICTIONS = {
+    "eps": "epsilon",
+    "epsilon": "epsilon",
+    "v": "v_prediction",
+    "v_prediction": "v_prediction",
+    "x0": "sample",
+    "sample": "sample",
+}
+"""What a model may be trained to predict, as users write it -> as diffusers does."""
 
 
 def one_of(name: str, value: Any, choices: Collection[str]) -> str:

@@ -16,16 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from sdkit import __version__
 from sdkit.cli_training import Add, add_command, add_training_commands
-from sdkit.console import (
-    complain,
-    exit_code_of,
-    flush,
-    printable,
-    say,
-    say_json,
-    say_path,
-    say_table,
-)
+from sdkit.console import complain, exit_code_of, flush, printable, say, say_json, say_path, say_table
 from sdkit.errors import ArgumentError, SdkitError
 from sdkit.files import find
 

@@ -113,9 +113,7 @@ def find(paths: Iterable[str | Path], suffixes: Collection[str]) -> list[Path]:
     if not all(str(name) for name in names):
         raise SdkitError("an empty name is no file or folder; check the names.")
     given = [Path(name) for name in names]
-    found: list[Path] = []
-    for path in given:
-        found += _expand(path, suffixes)
+    found = [file for path in given for file in _expand(path, suffixes)]
     if not found:
         where = ", ".join(map(str, given)) or "an empty list of paths"
         raise SdkitError(f"found no {'/'.join(sorted(suffixes))} file in {where}; name one, or another folder.")

@@ -52,8 +52,8 @@ def _opened(path: str | Path | BinaryIO) -> Iterator[Image.Image]:
             raise ImageError("it is not a regular file.")
         with Image.open(path) as image:
             yield image
-    except ArgumentError:
-        raise  # the background's fault, not the file's
+    except (ArgumentError, MemoryError):
+        raise  # the background's fault, or the machine's; not the file's
     except ImageError as error:
         raise ImageError(f"cannot read {path}: {error}") from error
     except UnidentifiedImageError as error:
@@ -78,6 +78,8 @@ def to_rgb(image: Image.Image, background: str = "white") -> Image.Image:
     """
     try:
         upright = ImageOps.exif_transpose(image)
+    except MemoryError:
+        raise
     except Exception as error:  # as in `_opened`
         raise ImageError(f"the image cannot be decoded ({_reason(error)}).") from error
     if 0 in upright.size:

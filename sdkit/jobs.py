@@ -22,7 +22,6 @@ from typing import Any, Generic, TypeAlias, TypeVar
 
 import torch
 from PIL import Image
-from torch import Tensor
 
 from sdkit import __version__, images, latents, metrics
 from sdkit.arguments import strings, whole
@@ -77,7 +76,7 @@ def check_files(out: str | Path, *, batch_size: int | None = None, tile: int | N
         whole("batch_size", batch_size, 1)
     if tile:
         whole("tile (0 is none)", tile, 128)
-    _folder(Path(out), make=False)
+    _check_writable(Path(out))
 
 
 def encode_files(
@@ -100,11 +99,10 @@ def encode_files(
     targets, report = _targets(paths, images.READABLE, out, ".safetensors"), report or Report()
     seeds = {source: seed + i for i, source in enumerate(targets)}
 
-    def encode(batch: Batch[Image.Image]) -> list[Tensor]:
+    def encode(batch: Batch[Image.Image]) -> Any:
         generators = [torch.Generator().manual_seed(seeds[source]) for source, _ in batch]
         pictures = [image for _, image in batch]
-        z: list[Tensor] = vae.encode(pictures, sample=sample, generator=generators, batch_size=batch_size, tile=tile)
-        return z
+        return vae.encode(pictures, sample=sample, generator=generators, batch_size=batch_size, tile=tile)
 
     for batch in _batches(targets, images.read, batch_size, report, "encode"):
         for source, image, z in _made(encode, batch, report):
@@ -137,11 +135,10 @@ def decode_files(
             raise LatentError(f"{len(latent.z)} channels of factor {latent.factor} do not fit this VAE; use another.")
         return latent
 
-    def decode(batch: Batch[latents.Latent]) -> list[Image.Image]:
+    def decode(batch: Batch[latents.Latent]) -> Any:
         sizes = [(latent.height, latent.width) for _, latent in batch]
         zs = [latent.z for _, latent in batch]
-        decoded: list[Image.Image] = vae.decode(zs, size=sizes, batch_size=batch_size, tile=tile)
-        return decoded
+        return vae.decode(zs, size=sizes, batch_size=batch_size, tile=tile)
 
     check_files(out, batch_size=batch_size, tile=tile)
     targets, report = _targets(paths, {".safetensors"}, out, ".png"), report or Report()
@@ -163,9 +160,8 @@ def reconstruct_files(
 ) -> Report[Reconstruction]:
     """Images, or folders of them, through the VAE and back: in `out`, PNGs of originals beside reconstructions."""
 
-    def reconstruct(batch: Batch[Image.Image]) -> list[Image.Image]:
-        after: list[Image.Image] = vae.reconstruct([image for _, image in batch], batch_size=batch_size, tile=tile)
-        return after
+    def reconstruct(batch: Batch[Image.Image]) -> Any:
+        return vae.reconstruct([image for _, image in batch], batch_size=batch_size, tile=tile)
 
     check_files(out, batch_size=batch_size, tile=tile)
     targets, report = _targets(paths, images.READABLE, out, "-reconstruction.png"), report or Report()
@@ -211,7 +207,7 @@ def check_generation(
         whole("batch_size", batch_size, 1)
     if _is_image_name(Path(out)) and (Path(out).suffix.lower() != ".png" or n > 1):
         raise ArgumentError(f"{out} cannot hold {n} PNG image(s); give a folder, or a .png for a single image.")
-    _folder(_place(Path(out)), make=False)
+    _check_writable(Path(out).parent if _is_image_name(Path(out)) else Path(out))
     return n
 
 
@@ -234,10 +230,8 @@ def generate_files(
     """
     recipe, report = recipe or Recipe(), report or Report()
     n = check_generation(prompts, out, recipe, count=count, batch_size=batch_size)
-    _folder(_place(Path(out)))
     side = sd.unet.sample_size * sd.vae.factor
-    fitting = sd.images_at_once(recipe.height or side, recipe.width or side)
-    at_once = batch_size or fitting
+    at_once = batch_size or sd.images_at_once(recipe.height or side, recipe.width or side)
     wanted = ((prompt, recipe.seed + r * count + c) for r, prompt in enumerate(prompts) for c in range(count))
     batches = iter(lambda: list(itertools.islice(wanted, at_once)), [])
     made: dict[str, Image.Image] = {}  # by caption
@@ -279,7 +273,8 @@ def demo_files(
     Returns the grid's path, what the photos are (where none are given scikit-image's, or if it is not installed the
     generated images), and what became of them.
     """
-    folder = _folder(Path(out))
+    folder = Path(out)
+    _check_writable(folder)
     prompts = [f"a {subject} on a {color} background" for subject in DEMO_SUBJECTS for color in DEMO_COLORS]
     made = sd(prompts, guidance_scale=5.0, seed=[0] * len(prompts))
     rows, columns = [f"a {subject}" for subject in DEMO_SUBJECTS], [f"on {color}" for color in DEMO_COLORS]
@@ -302,17 +297,13 @@ def _is_image_name(out: Path) -> bool:
     return out.suffix.lower() in images.FORMATS and not out.is_dir()
 
 
-def _place(out: Path) -> Path:
-    return out.parent if _is_image_name(out) else out
-
-
 def _save(image: Image.Image, out: Path, stem: str, text: Mapping[str, str] | None = None) -> Path:
     """Write a PNG to `out`, or where that is a folder below the next number that no file in it has; its path."""
     if _is_image_name(out):
         images.save(image, out, text)
         return out
     while True:
-        names = [file.name for file in _folder(out).iterdir()]
+        names = [file.name for file in out.iterdir()] if out.is_dir() else []
         last = max((int(match[1]) for name in names if (match := re.match(r"(\d{4,})-", name))), default=0)
         path = out / f"{last + 1:04d}-{stem}.png"
         with contextlib.suppress(FileExistsError):  # another run took the name meanwhile
@@ -325,16 +316,13 @@ def _slug(prompt: str) -> str:
     return re.sub(r"[\W_]+", "-", encodable(prompt).lower())[:40].strip("-") or "image"
 
 
-def _folder(path: Path, make: bool = True) -> Path:
-    """The folder, made where it is missing; refused now, not after the work, where nothing can be written into it."""
+def _check_writable(path: Path) -> None:
+    """Refuse a folder now, not after the work, where nothing can be written into it."""
     try:
-        if make:
-            path.mkdir(parents=True, exist_ok=True)
         nearest = next(folder for folder in (path, *path.parents) if folder.exists())
         tempfile.TemporaryFile(dir=nearest).close()
     except OSError as error:
         raise SdkitError(f"cannot write into {path}: {reason(error)}; give another folder.") from error
-    return path
 
 
 def _targets(paths: Iterable[str | Path], suffixes: Collection[str], out: str | Path, ending: str) -> dict[Path, Path]:
@@ -345,9 +333,8 @@ def _targets(paths: Iterable[str | Path], suffixes: Collection[str], out: str | 
     """
     names, folder = list(paths), Path(out)
     sources, given = find(names, suffixes), [Path(name) for name in names]
-    _folder(folder)
     roots = {source: next((root for root in given if root in source.parents), source.parent) for source in sources}
-    earlier = {source for source in sources if folder in source.parents and roots[source] in folder.parents}
+    earlier = {source for source in sources if _is_in(source, folder) and _is_in(folder, roots[source])}
     below = {source: source.relative_to(roots[source]) for source in sources if source not in earlier}
     shared = Counter(str(path.with_suffix("")).casefold() for path in below.values())  # one, to some file systems
     taken = {os.path.realpath(source).casefold() for source in below}
@@ -359,6 +346,11 @@ def _targets(paths: Iterable[str | Path], suffixes: Collection[str], out: str | 
         targets[source] = next(target for target in tries if os.path.realpath(target).casefold() not in taken)
         taken.add(os.path.realpath(targets[source]).casefold())
     return targets
+
+
+def _is_in(path: Path, folder: Path) -> bool:
+    """However the two are written."""
+    return Path(os.path.abspath(folder)) in Path(os.path.abspath(path)).parents  # noqa: PTH100 - links stay as named
 
 
 def _made(

@@ -20,8 +20,10 @@ from __future__ import annotations
 import math
 import os
 import stat
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -34,6 +36,12 @@ from sdkit.files import atomic_write, encodable, reason
 FORMAT = "sdkit.latent"
 FORMAT_VERSION = 1
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+PARSERS: dict[str, Callable[[str], Any]] = {
+    **dict.fromkeys(("height", "width", "factor"), int),
+    **dict.fromkeys(("scale", "shift"), float),
+    **dict.fromkeys(("vae", "vae_name", "dtype", "sdkit"), str),
+}
+"""Of each field but z and source: how it is read from the metadata, which are strings."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -79,19 +87,8 @@ class Latent:
 
 def save(latent: Latent, path: str | Path) -> None:
     """Write `latent` to `path`, whole or not at all. Raises `SdkitError` where the file cannot be written."""
-    metadata = {
-        "format": FORMAT,
-        "format_version": str(FORMAT_VERSION),
-        "height": str(latent.height),
-        "width": str(latent.width),
-        "factor": str(latent.factor),
-        "vae": latent.vae,
-        "vae_name": encodable(latent.vae_name),
-        "scale": repr(latent.scale),
-        "shift": repr(latent.shift),
-        "dtype": latent.dtype,
-        "sdkit": latent.sdkit,
-    }
+    metadata = {name: encodable(str(getattr(latent, name))) for name in PARSERS}
+    metadata |= {"format": FORMAT, "format_version": str(FORMAT_VERSION)}
     if latent.source is not None:
         metadata["source"] = encodable(latent.source)
     data = safetensors.torch.save({"z": latent.z.detach().cpu().contiguous()}, metadata)
@@ -114,19 +111,8 @@ def load(path: str | Path) -> Latent:
             if int(metadata["format_version"]) > FORMAT_VERSION:
                 raise LatentError("this was written by a newer version of sdkit; update sdkit to read it.")
             z = file.get_tensor("z").clone()  # a copy: the file may change or go
-        return Latent(
-            z=z,
-            height=int(metadata["height"]),
-            width=int(metadata["width"]),
-            vae=metadata["vae"],
-            vae_name=metadata["vae_name"],
-            scale=float(metadata["scale"]),
-            sdkit=metadata["sdkit"],
-            dtype=metadata["dtype"],
-            shift=float(metadata["shift"]),
-            factor=int(metadata["factor"]),
-            source=metadata.get("source"),
-        )
+        fields = {name: parse(metadata[name]) for name, parse in PARSERS.items()}
+        return Latent(z=z, **fields, source=metadata.get("source"))
     except LatentError as error:
         raise LatentError(f"{path}: {error}") from None
     except OSError as error:

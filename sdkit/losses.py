@@ -12,9 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sdkit.arguments import number, one_of
+from sdkit.arguments import PREDICTIONS, number, one_of
 from sdkit.errors import ArgumentError
-from sdkit.schedule import KINDS
 
 DELTA, LARGEST = 1e-6, 1e4  # of the adaptive weight
 
@@ -102,7 +101,7 @@ def min_snr_weight(snr: Tensor, gamma: float | None, prediction_type: str, *, ke
 
     Raises ArgumentError for a gamma that is not a number above 0 and for an unknown prediction type.
     """
-    kind = KINDS[one_of("prediction_type", prediction_type, KINDS)]
+    kind = PREDICTIONS[one_of("prediction_type", prediction_type, PREDICTIONS)]
     if gamma is None:
         return torch.ones_like(snr)
     gamma = number("gamma", gamma, low=1e-3)

@@ -38,11 +38,8 @@ def ssim(a: Images, b: Images) -> Tensor:
     image only; the mean is over the three channels too. Equals scikit-image's `structural_similarity(...,
     channel_axis=-1, data_range=255, gaussian_weights=True, sigma=1.5, use_sample_covariance=False)` in [0, 255].
     """
-    pairs = _pairs(a, b)
     # one image at a time: ten float64 maps of a whole batch fit no cache, and take four times as long
-    return torch.cat(
-        [_ssim(*one) for x, y in pairs for one in zip(x[:, None].unbind(), y[:, None].unbind(), strict=True)]
-    )
+    return torch.cat([_ssim(x[None], y[None]) for xs, ys in _pairs(a, b) for x, y in zip(xs, ys, strict=True)])
 
 
 def _ssim(x: Tensor, y: Tensor) -> Tensor:

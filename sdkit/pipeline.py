@@ -158,6 +158,7 @@ class StableDiffusion:
         x_T = self._noise(latents, generators, height, width)
         timesteps = self.schedule.timesteps(num_inference_steps, spacing)
         options = self._options(sampler, eta)
+        guidance: dict[str, Any] = {"interval": guidance_interval, "phi": guidance_rescale, "projected": apg}
         unet = torch.inference_mode()(self.unet)  # it alone: the tensors of a `Step` are ordinary ones
 
         def denoise(chosen: list[int], chunks: int) -> Tensor:
@@ -165,24 +166,10 @@ class StableDiffusion:
             encode = {"clip_skip": clip_skip, "weighting": weighting, "chunks": chunks}
             cond = self._embed([prompts[i] for i in chosen], **encode)
             uncond = None if guidance_scale == 1 else self._embed([negatives[i] for i in chosen], **encode)
-            predict = guided(
-                unet,
-                self.schedule,
-                cond,
-                uncond,
-                guidance_scale,
-                interval=guidance_interval,
-                phi=guidance_rescale,
-                projected=apg,
-            )
-            loop = SAMPLERS[sampler](
-                predict,
-                x_T[chosen].to(self.unet.device),
-                self.schedule,
-                timesteps,
-                generators=[generators[i] for i in chosen],
-                **options,
-            )
+            predict = guided(unet, self.schedule, cond, uncond, guidance_scale, **guidance)
+            x = x_T[chosen].to(self.unet.device)
+            own = [generators[i] for i in chosen]
+            loop = SAMPLERS[sampler](predict, x, self.schedule, timesteps, generators=own, **options)
             for step in progress(loop, total=len(timesteps), description=sampler):
                 if callback is not None:
                     callback(step)

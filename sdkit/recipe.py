@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sdkit import __version__, images
-from sdkit.arguments import LONGEST_SIDE, noise_levels, number, one_of, strings, whole
+from sdkit.arguments import LONGEST_SIDE, PREDICTIONS, noise_levels, number, one_of, strings, whole
 from sdkit.errors import ArgumentError, ImageError
 from sdkit.models.source import EMBEDDED
 from sdkit.samplers import SAMPLERS
@@ -63,6 +63,8 @@ class Recipe:
         whole("clip_skip", self.clip_skip, 0)
         if number("lora_scale", self.lora_scale) != 1 and self.lora is None:
             raise ArgumentError("lora_scale belongs to a LoRA, and there is none; name one as lora.")
+        if self.prediction_type is not None:
+            one_of("prediction_type", self.prediction_type, PREDICTIONS)
         for name, pixels in (("height", self.height), ("width", self.width)):
             if pixels is not None:
                 whole(name, pixels, 8, LONGEST_SIDE)

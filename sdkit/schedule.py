@@ -17,32 +17,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sdkit.arguments import one_of, whole
+from sdkit.arguments import PREDICTIONS, one_of, whole
 from sdkit.errors import ArgumentError
 from sdkit.fields import documented
 
-KINDS = {
-    "eps": "epsilon",
-    "epsilon": "epsilon",
-    "v": "v_prediction",
-    "v_prediction": "v_prediction",
-    "x0": "sample",
-    "sample": "sample",
-}
 SPACINGS = ("leading", "trailing", "linspace")
-KNOWN_SCHEDULERS = {
-    **dict.fromkeys(("DDIMScheduler", "DDPMScheduler", "PNDMScheduler", "LCMScheduler", "TCDScheduler"), "leading"),
-    **dict.fromkeys(
-        (
-            *("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "HeunDiscreteScheduler"),
-            *("DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler", "DPMSolverSDEScheduler"),
-            *("KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler", "LMSDiscreteScheduler"),
-            *("DEISMultistepScheduler", "UniPCMultistepScheduler"),
-        ),
-        "linspace",
-    ),
-}
-"""diffusers' schedulers for models such as Stable Diffusion, each with its default spacing."""
+LEADING = ("DDIMScheduler", "DDPMScheduler", "PNDMScheduler", "LCMScheduler", "TCDScheduler")
+LINSPACE = (
+    *("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "HeunDiscreteScheduler"),
+    *("DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler", "DPMSolverSDEScheduler"),
+    *("KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler", "LMSDiscreteScheduler"),
+    *("DEISMultistepScheduler", "UniPCMultistepScheduler"),
+)
+"""diffusers' schedulers for models such as Stable Diffusion, by their default spacing."""
 LATENT_DEFAULTS = (
     *("HeunDiscreteScheduler", "KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler"),
     *("DPMSolverSDEScheduler", "LCMScheduler", "TCDScheduler"),
@@ -97,14 +84,14 @@ class NoiseSchedule:
         betas = torch.as_tensor(self.betas, dtype=torch.float64, device="cpu")
         if betas.ndim != 1 or betas.numel() == 0 or not bool(((betas >= 0) & (betas <= 1)).all()):
             raise ArgumentError("betas must be a list of at least one number, each in [0, 1].")
-        one_of("prediction_type", self.prediction_type, KINDS)
+        one_of("prediction_type", self.prediction_type, PREDICTIONS)
         one_of("timestep_spacing", self.timestep_spacing, SPACINGS)
         one_of("variance_type", self.variance_type, VARIANCE_TYPES)
         if betas[0] == 0 or bool((torch.cumprod(1 - betas[:-1], dim=0) == 0).any()):
             raise ArgumentError("betas must begin above 0, and only the last may be 1.")
         whole("steps_offset", self.steps_offset, 0)
         object.__setattr__(self, "betas", betas.clone())
-        object.__setattr__(self, "prediction_type", KINDS[self.prediction_type])
+        object.__setattr__(self, "prediction_type", PREDICTIONS[self.prediction_type])
         object.__setattr__(self, "alphas_cumprod", torch.cumprod(1 - betas, dim=0))
 
     @classmethod
@@ -149,14 +136,8 @@ class NoiseSchedule:
         """The schedule that a model was trained with; for `source` see `sdkit.StableDiffusion.from_pretrained`."""
         from sdkit.models.source import load_scheduler_config
 
-        return cls.from_config(
-            load_scheduler_config(
-                source,
-                revision=revision,
-                config=config,
-                prediction_type=prediction_type,
-            )
-        )
+        found = load_scheduler_config(source, revision=revision, config=config, prediction_type=prediction_type)
+        return cls.from_config(found)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> NoiseSchedule:
@@ -166,19 +147,18 @@ class NoiseSchedule:
         otherwise: "leading" never starts from pure noise, for which such models are made.
         """
         name = config.get("_class_name", "")
-        if name and name not in KNOWN_SCHEDULERS:
+        if name and name not in (*LEADING, *LINSPACE):
             raise ArgumentError(f"a schedule of {name} is not one of Stable Diffusion 1.x / 2.x, and cannot be used.")
         if config.get("thresholding"):
             raise ArgumentError("this model's scheduler asks for dynamic thresholding, which sdkit does not offer.")
         variance_type = str(config.get("variance_type") or "fixed_small").removesuffix("_log")
         zero_snr = bool(config.get("rescale_betas_zero_snr", False))
         clip = config.get("clip_sample", name in ("DDIMScheduler", "DDPMScheduler"))
+        spacing = "trailing" if zero_snr else "linspace" if name in LINSPACE else "leading"
         schedule = cls(
             betas=_betas_from_config(config),
             prediction_type=config.get("prediction_type", "epsilon"),
-            timestep_spacing=config.get(
-                "timestep_spacing", "trailing" if zero_snr else KNOWN_SCHEDULERS.get(name, "leading")
-            ),
+            timestep_spacing=config.get("timestep_spacing", spacing),
             steps_offset=config.get("steps_offset", 0),
             set_alpha_to_one=config.get("set_alpha_to_one", name != "PNDMScheduler"),
             variance_type=variance_type,
@@ -261,15 +241,15 @@ class NoiseSchedule:
         Raises ArgumentError for eps where alphas_cumprod[t] is 0: x_t then holds nothing of x0 (use a v or x0 model).
         """
         kind = kind or self.prediction_type
-        one_of("kind", kind, KINDS)
+        one_of("kind", kind, PREDICTIONS)
         variance = None
         if x_t.ndim > 1 and output.shape[1] == 2 * x_t.shape[1]:
             output, variance = output.chunk(2, dim=1)
         a, s = self._signal_noise(t, x_t)
         output = output.to(a.dtype)
-        if KINDS[kind] == "v_prediction":
+        if PREDICTIONS[kind] == "v_prediction":
             return Prediction(a * x_t - s * output, a * output + s * x_t, variance)
-        if KINDS[kind] == "sample":
+        if PREDICTIONS[kind] == "sample":
             return Prediction(output, (x_t - a * output) / s, variance)
         if bool((a == 0).any()):
             raise ArgumentError(

@@ -64,6 +64,7 @@ Z = torch.zeros(1, 4, 2, 2)
 DECODE: list[tuple[Any, dict[str, Any], str]] = [
     (torch.zeros(1, 3, 2, 2), {}, "(4, h, w), not (3, 2, 2)"),
     (torch.zeros(2, 2), {}, "(4, h, w), not (2,)"),
+    (torch.tensor(1.0), {}, "(4, h, w), not ()"),
     (torch.zeros(0, 4, 2, 2), {}, "at least one"),
     (torch.zeros(1, 4, 0, 2), {}, "not (4, 0, 2)"),
     ([], {}, "at least one"),

@@ -509,6 +509,7 @@ WRONG = {
     "scale": ("generate", "a", "--scale", "nan"),
     "interval": ("generate", "a", "--interval", "5", "1"),
     "count": ("generate", "a", "--count", "0"),
+    "prediction type": ("generate", "a", "--prediction-type", "x"),
     "batch size": ("generate", "a", "--batch-size", "0"),
     "dtype": ("generate", "a", "--dtype", "int8"),
     "device": ("generate", "a", "--device", "toaster"),

@@ -558,3 +558,14 @@ def test_grid_says_what_is_wrong(options: dict[str, Any], sentence: str) -> None
 def test_an_empty_grid_is_refused() -> None:
     with pytest.raises(ImageError, match="empty"):
         images.grid([])
+
+
+@pytest.mark.parametrize("place", ["PIL.ImageFile.ImageFile.load", "PIL.ImageOps.exif_transpose"])
+def test_lack_of_memory_is_not_the_file_s_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    monkeypatch.setattr(place, fail)
+    with pytest.raises(MemoryError):
+        images.read(tmp_path / "a.png")

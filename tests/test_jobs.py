@@ -132,6 +132,16 @@ def test_a_second_run_does_not_take_what_the_first_one_wrote(
     )
 
 
+def test_a_second_run_does_so_however_the_folders_are_written(
+    sd: sdkit.StableDiffusion, astronaut: Image.Image, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    astronaut.resize((16, 16)).save(tmp_path / "a.png")
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        assert len(reconstruct_files(sd.vae, [tmp_path], "out").done) == 1
+        assert len(reconstruct_files(sd.vae, ["."], tmp_path / "out").done) == 1
+
+
 def test_decode_restores_sizes_and_equals_the_vae(sd: sdkit.StableDiffusion, photos: Path, tmp_path: Path) -> None:
     encode_files(sd.vae, [photos], tmp_path / "latents")
     report = decode_files(sd.vae, [tmp_path / "latents"], tmp_path / "decoded")

@@ -105,6 +105,12 @@ def test_views_and_gradients_are_saved_as_values(tmp_path: Path) -> None:
     assert torch.equal(latents.load(tmp_path / "a.safetensors").z, z)
 
 
+def test_numbers_may_be_numpy_s(tmp_path: Path) -> None:
+    latents.save(make(scale=np.float64(0.25), shift=np.float32(0.5)), tmp_path / "a.safetensors")
+    loaded = latents.load(tmp_path / "a.safetensors")
+    assert (loaded.scale, loaded.shift) == (0.25, 0.5)
+
+
 def test_loaded_latent_outlives_its_file(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     latents.save(make(), path)

@@ -27,12 +27,12 @@ from torch import Tensor
 
 from sdkit.data.examples import Example
 from sdkit.data.manifest import Settings, Skipped
+from sdkit.data.prefetch import ahead
 from sdkit.data.transform import Transform, draw
 from sdkit.errors import ImageError
 from sdkit.files import atomic_write, encodable
 from sdkit.models.text import CHUNKS_AT_ONCE, TextEncoder
 from sdkit.models.vae import PIXELS_AT_ONCE, VAE
-from sdkit.prefetch import ahead
 
 HEADER = "sdkit"  # the one key of a shard's metadata: with several, safetensors would write them in any order
 

@@ -1,14 +1,11 @@
-"""Attention for CPUs with bfloat16 in hardware but no AMX, where PyTorch's own is as slow in it as in float32; and maps
-of what a U-Net attends to."""
+"""Attention for CPUs with bfloat16 in hardware but no AMX, where PyTorch's own is as slow in it as in float32."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 SCORES = 2**21
 """Attention scores computed at a time: 4 MB, which stay in a processor's cache."""
@@ -65,37 +62,3 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             scores = torch.bmm(q[i : i + heads, j : j + height], k[i : i + heads])  # (heads, height, M)
             torch.bmm(scores.softmax(dim=-1), v[i : i + heads], out=output[i : i + heads, j : j + height])
     return output
-
-
-def cross_attention_maps(network: nn.Module, run: Callable[[], object], height: int, width: int) -> Tensor:
-    """Where each token was looked at while `run` called a diffusers U-Net on latents of height x width: (B, L, height,
-    width) float32, which adds up to 1 over the L tokens at each place.
-
-    Averages over heads and layers, as in DAAM (Tang et al. 2022, https://arxiv.org/abs/2210.04885), coarse layers
-    enlarged.
-    """
-    maps: list[Tensor] = []
-
-    def look(attn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        x, context = args[0], kwargs["encoder_hidden_states"]
-        q, k = (attn.head_to_batch_dim(y).float() for y in (attn.to_q(x), attn.to_k(context)))
-        shares = (q @ k.transpose(1, 2) * attn.scale).softmax(dim=-1)  # (B * heads, h w, L)
-        mean = shares.unflatten(0, (len(x), -1)).mean(1).transpose(1, 2)  # (B, L, h w)
-        coarse = mean.unflatten(2, _sides(mean.shape[2], height, width))
-        maps.append(F.interpolate(coarse, (height, width), mode="bilinear"))
-
-    layers = [layer for name, layer in network.named_modules() if name.endswith(".attn2")]
-    hooks = [layer.register_forward_pre_hook(look, with_kwargs=True) for layer in layers]
-    try:
-        run()
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return torch.stack(maps).mean(0)
-
-
-def _sides(area: int, height: int, width: int) -> tuple[int, int]:
-    """Of a layer's feature map: halved, and rounded up, until the area is right."""
-    while height * width > area:
-        height, width = (height + 1) // 2, (width + 1) // 2
-    return height, width

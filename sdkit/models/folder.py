@@ -37,13 +37,6 @@ if TYPE_CHECKING:
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 VOCABULARY = ASSETS / "clip_tokenizer"
 TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
-MODULES = {
-    "AutoencoderKL": "diffusers.models.autoencoders.autoencoder_kl",
-    "AutoencoderTiny": "diffusers.models.autoencoders.autoencoder_tiny",
-    "VQModel": "diffusers.models.autoencoders.vq_model",
-    "UNet2DConditionModel": "diffusers.models.unets.unet_2d_condition",
-    "CLIPTextModel": "transformers",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,8 +142,9 @@ def load_network(place: Place, part: Part, dtype: torch.dtype, variant: str | No
     weights = _find_weights(place, part, folder, variant)
     open_tensors(weights)  # so that damage is told in our words
     name = part.classes[class_name(read_config(folder / part.config, part.name))]
+    library = "transformers" if part is TEXT else "diffusers"
     with guarded(f"{NOUNS[part.name]} in {str(folder)!r}"):
-        network, info = getattr(import_module(MODULES[name]), name).from_pretrained(
+        network, info = getattr(import_module(library), name).from_pretrained(
             str(folder),
             torch_dtype=dtype,
             variant=variant,

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from sdkit.arguments import PREDICTIONS
 from sdkit.errors import SourceError
 from sdkit.models.weights import TensorFile, check_fit, clean, guarded, read_config
 
@@ -42,14 +43,6 @@ FOREIGN = (
 DIFFUSERS_NAMES = ("down_blocks.", "text_model.encoder.", "encoder.layers.", "decoder.layers.")
 WIDTHS = {768: "sd1", 1024: "sd2", 1280: "the refiner of Stable Diffusion XL", 2048: "Stable Diffusion XL"}
 INPUTS = {5: "a depth model", 7: "an upscaler", 8: "InstructPix2Pix", 9: "an inpainting model"}
-PREDICTIONS = {
-    "epsilon": "epsilon",
-    "eps": "epsilon",
-    "v_prediction": "v_prediction",
-    "v": "v_prediction",
-    "sample": "sample",
-    "x0": "sample",
-}
 
 
 def keys_of(file: TensorFile, part: str) -> list[str]:

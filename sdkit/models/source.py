@@ -15,28 +15,23 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from sdkit.arguments import one_of
+from sdkit.arguments import PREDICTIONS, one_of
 from sdkit.errors import ArgumentError, SourceError
 from sdkit.models import folder, single_file
 from sdkit.models.folder import PARTS, SCHEDULER, TEXT, TOKENIZER_FILES, UNET, VAE, Part, Place
-from sdkit.models.single_file import ASSETS, PREDICTIONS
-from sdkit.models.weights import SUFFIXES, TensorFile, find, guarded, is_file, open_tensors, read_config, read_json
+from sdkit.models.single_file import ASSETS
+from sdkit.models.weights import SUFFIXES, TensorFile, find, is_file, open_tensors, read_config, read_json
 
 if TYPE_CHECKING:
-    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-    from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
-    from diffusers.models.autoencoders.vq_model import VQModel
-    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+    from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel, VQModel
     from transformers import CLIPTextModel, CLIPTokenizer
 
 Source = str | os.PathLike[str]
 
 EMBEDDED = "emoji"
-TRAINABLE = {"vae": ("AutoencoderKL", "VQModel"), "unet": ("UNet2DConditionModel",)}
 KINDS = {"embedded": "the embedded model", "hub": "a Hub id", "folder": "a folder", "file": "a file"}
 
-Identity = tuple[Path, int, int]
-_probed: dict[Identity, str] = {}  # a probe takes seconds, and a pipeline asks for U-Net and schedule
+_probed: dict[tuple[Path, int, int], str] = {}  # a probe takes seconds, and a pipeline asks for U-Net and schedule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,16 +71,10 @@ def load_vae(
     variant: str | None = None,
     config: Source | None = None,
 ) -> AutoencoderKL | AutoencoderTiny | VQModel:
-    """The VAE of `source`, in eval mode on the CPU.
+    """The VAE of `source`, in eval mode on the CPU, its weights as `dtype` whatever they are stored in.
 
-    source:   "emoji", a Hub id, a folder in diffusers layout (a pipeline's or the VAE's own), or a file in the original
-              layout (a whole checkpoint or a VAE alone).
-    dtype:    of the weights, whatever they are stored in.
-    revision: a branch, tag or commit, for a Hub id.
-    variant:  of the weights' name in diffusers layout, such as "fp16".
-    config:   for a file: a folder (or Hub id) in diffusers layout whose configs replace the embedded ones.
-
-    Raises SourceError, as the other loaders do, for anything that is missing, damaged or of another kind.
+    The rest is as in `sdkit.StableDiffusion.from_pretrained`; `config` may be a Hub id, too. Raises SourceError, as the
+    other loaders do, for anything that is missing, damaged or of another kind.
     """
     place = _resolve(source, revision=revision, variant=variant, config=config)
     return cast("AutoencoderKL | AutoencoderTiny | VQModel", _load(place, VAE, dtype, variant, config))
@@ -166,24 +155,6 @@ def load_scheduler_config(
     if "ztsnr" in file.shapes:
         schedule |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
     return schedule
-
-
-def new_network(config: Source, part: str) -> Any:
-    """A network of the `part` ("vae" or "unet") in the shape that `config` gives, with weights drawn anew from torch's
-    global generator; in training mode, on the CPU.
-
-    config: a config.json of diffusers, or a folder with one, itself or in a subfolder of the part's name.
-    """
-    path = _path(os.fspath(config))
-    candidates = (path, path / "config.json", path / part / "config.json")
-    if not (file := next((candidate for candidate in candidates if is_file(candidate)), None)):
-        raise SourceError(
-            f"there is no config at {str(path)!r}; give a config.json of diffusers, or a folder with one."
-        )
-    if (name := folder.class_name(fields := read_config(file, part))) not in (wanted := TRAINABLE[part]):
-        raise SourceError(f"{str(file)!r} is the config of {name}, not of {' or '.join(wanted)}; give another.")
-    with guarded(f"the config {str(file)!r}"):
-        return single_file.empty(part, fields)
 
 
 def describe(source: Source, *, revision: str | None = None, config: Source | None = None) -> Description:
@@ -270,12 +241,6 @@ def _open(place: Place, config: Source | None) -> tuple[TensorFile, Path]:
     return file, own.root(files)
 
 
-def _identity(path: Path) -> Identity:
-    """Another one for another content."""
-    found = path.stat()
-    return path.resolve(), found.st_size, found.st_mtime_ns
-
-
 def _unstated(file: TensorFile, configs: Path) -> bool:
     """Whether neither the file nor the user's own config says which prediction type it is: SD 2.x has both."""
     return configs == ASSETS / "sd2" and not single_file.marked_prediction(file)
@@ -283,7 +248,8 @@ def _unstated(file: TensorFile, configs: Path) -> bool:
 
 def _probe(file: TensorFile, unet: Any = None) -> str:
     """The prediction type of an SD 2.x file that does not state it, from its U-Net (loaded for that unless given)."""
-    identity = _identity(file.path)
+    found = file.path.stat()
+    identity = file.path.resolve(), found.st_size, found.st_mtime_ns  # another one for another content
     if identity not in _probed:
         unet = unet or single_file.load_network(file, "unet", ASSETS / "sd2", torch.float32)
         _probed[identity] = single_file.probe_prediction(unet)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import threading
 from collections.abc import Sequence
@@ -147,10 +148,5 @@ def parse_weights(prompt: str) -> list[tuple[str, float]]:
         close(start, 1.1)
     for start in opened["["]:
         close(start, 1 / 1.1)
-    merged: list[tuple[str, float]] = []
-    for text, weight in pieces:
-        if merged and merged[-1][1] == weight:
-            merged[-1] = (merged[-1][0] + text, weight)
-        else:
-            merged.append((text, weight))
-    return merged
+    groups = itertools.groupby(pieces, key=lambda piece: piece[1])
+    return [("".join(text for text, _ in group), weight) for weight, group in groups]

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import threading
+from contextlib import ExitStack
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sdkit.device import memory_format, resolve_device, resolve_dtype
-from sdkit.models.attention import cross_attention_maps, quicken_attention
+from sdkit.models.attention import quicken_attention
 from sdkit.models.source import load_unet
 from sdkit.models.wrapper import Wrapper
 
@@ -82,7 +84,29 @@ class UNet(Wrapper):
         smaller feature maps are enlarged. Parameters as in `forward`.
         """
         height, width = x_t.shape[2:]
-        return cross_attention_maps(self.network, lambda: self(x_t, t, cond), height, width)
+        maps: list[Tensor] = []
+
+        def look(attn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x, context = args[0], kwargs["encoder_hidden_states"]
+            q, k = (attn.head_to_batch_dim(y).float() for y in (attn.to_q(x), attn.to_k(context)))
+            shares = (q @ k.transpose(1, 2) * attn.scale).softmax(dim=-1)  # (B * heads, h w, L)
+            mean = shares.unflatten(0, (len(x), -1)).mean(1).transpose(1, 2)  # (B, L, h w)
+            coarse = mean.unflatten(2, _sides(mean.shape[2], height, width))
+            maps.append(F.interpolate(coarse, (height, width), mode="bilinear"))
+
+        with ExitStack() as hooks:
+            for name, layer in self.network.named_modules():
+                if name.endswith(".attn2"):
+                    hooks.enter_context(layer.register_forward_pre_hook(look, with_kwargs=True))
+            self(x_t, t, cond)
+        return torch.stack(maps).mean(0)
+
+
+def _sides(area: int, height: int, width: int) -> tuple[int, int]:
+    """Of a layer's feature map: halved, and rounded up, until the area is right."""
+    while height * width > area:
+        height, width = (height + 1) // 2, (width + 1) // 2
+    return height, width
 
 
 def _one(value: Any) -> int:

@@ -304,8 +304,7 @@ class VAE(Wrapper):
         return self._finite(self._run_decoder, raw)
 
     def _finite(self, run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        """`run(x)`, with the images that overflow in float16 done again in float32 (SD 1.x and 2.x activations pass
-        65,504)."""
+        """`run(x)`; images that overflow in float16 (SD's activations pass 65,504) are done again in float32."""
         y = run(x)
         if self.dtype != torch.float16:
             return y
@@ -313,7 +312,7 @@ class VAE(Wrapper):
         if bool(bad.any()):
             if not self._overflowed:
                 warnings.warn(
-                    "the VAE overflowed in float16; the images concerned are computed again in float32.", stacklevel=6
+                    "the VAE overflowed in float16; the images concerned are computed again in float32.", stacklevel=2
                 )
                 self._overflowed = True
             try:
@@ -328,25 +327,19 @@ class VAE(Wrapper):
             self.network.to(dtype)
 
     def _latents(self, z: Any) -> list[Tensor]:
-        batch = (
-            [z] if isinstance(z, Tensor) and z.ndim == 3 else list(z) if isinstance(z, (Tensor, list, tuple)) else []
-        )
-        if not batch:
+        if isinstance(z, Tensor) and z.ndim in (0, 3):
+            z = [z]
+        if not isinstance(z, (Tensor, list, tuple)) or len(z) == 0:
             raise ArgumentError(
                 "latents must be a tensor (B, 4, h, w) or a list of tensors (4, h, w), of at least one image."
             )
-        for latent in batch:
+        for latent in z:
             shape = tuple(latent.shape) if isinstance(latent, Tensor) else type(latent).__name__
-            if (
-                not isinstance(latent, Tensor)
-                or latent.ndim != 3
-                or len(latent) != self.channels
-                or latent.numel() == 0
-            ):
+            if not isinstance(latent, Tensor) or latent.ndim != 3 or len(latent) != self.channels or not latent.numel():
                 raise ArgumentError(f"a latent of this VAE is a tensor ({self.channels}, h, w), not {shape}.")
             if not latent.is_floating_point() or not bool(torch.isfinite(latent).all()):
                 raise ArgumentError("latents must be finite floating-point numbers.")
-        return [latent.detach().float() for latent in batch]
+        return [latent.detach().float() for latent in z]
 
     def _sizes(self, size: Any, latents: list[Tensor]) -> list[tuple[int, int]]:
         full = [(x.shape[1] * self.factor, x.shape[2] * self.factor) for x in latents]
@@ -378,14 +371,12 @@ def _generators(n: int, generator: Any, seed: int | None) -> list[torch.Generato
         raise ArgumentError("the noise comes from a seed or from generators: give one of the two.")
     if seed is not None:
         return list(seeded(seed, n))
-    if isinstance(generator, (list, tuple)):
-        if len(generator) != n:
-            raise ArgumentError(f"{len(generator)} generators cannot serve {n} images: give one, or one for each.")
-    else:
-        generator = [generator] * n
-    if not all(one is None or isinstance(one, torch.Generator) for one in generator):
+    generators = list(generator) if isinstance(generator, (list, tuple)) else [generator] * n
+    if len(generators) != n:
+        raise ArgumentError(f"{len(generators)} generators cannot serve {n} images: give one, or one for each.")
+    if not all(one is None or isinstance(one, torch.Generator) for one in generators):
         raise ArgumentError("generator must be a torch.Generator, or a list of one for each image.")
-    return list(generator)
+    return generators
 
 
 def _stack(tensors: list[Tensor]) -> Any:

@@ -6,7 +6,7 @@ import hashlib
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 
 class Wrapper(nn.Module):
@@ -17,16 +17,12 @@ class Wrapper(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """What the network computes in."""
-        return self._weight.dtype
+        return next(self.parameters()).dtype
 
     @property
     def device(self) -> torch.device:
         """Where the network computes."""
-        return self._weight.device
-
-    @property
-    def _weight(self) -> Tensor:
-        return next(self.parameters())
+        return next(self.parameters()).device
 
 
 def fingerprint(network: nn.Module, scale: float, shift: float) -> str:

@@ -160,8 +160,7 @@ class UNetConfig(StageSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        from sdkit.arguments import flag, number, one_of, strings, whole
-        from sdkit.schedule import KINDS
+        from sdkit.arguments import PREDICTIONS, flag, number, one_of, strings, whole
 
         flag("train_text_encoder", self.train_text_encoder)
         if self.zero_snr is not None:
@@ -171,7 +170,7 @@ class UNetConfig(StageSettings):
             if self.init is not None:
                 raise ArgumentError("a network made from init= has nothing for LoRA to add to; leave one of them out.")
         if self.prediction_type is not None:
-            kind = KINDS[one_of("prediction_type", self.prediction_type, KINDS)]
+            kind = PREDICTIONS[one_of("prediction_type", self.prediction_type, PREDICTIONS)]
             object.__setattr__(self, "prediction_type", kind)
         if self.snr_gamma is not None:
             number("snr_gamma", self.snr_gamma, 1e-3)

@@ -20,7 +20,7 @@ from sdkit import images as image_io
 from sdkit.errors import ArgumentError
 from sdkit.losses import diffusion_loss, min_snr_weight
 from sdkit.models.lora import FILENAME, TARGETS, add_lora, lora_tensors, save_lora
-from sdkit.models.source import load_scheduler_config, load_text, load_unet, load_vae, new_network
+from sdkit.models.source import load_scheduler_config, load_text, load_unet, load_vae
 from sdkit.models.text import TextEncoder
 from sdkit.models.unet import UNet
 from sdkit.models.vae import VAE, latents_of
@@ -33,6 +33,7 @@ from sdkit.training.config import UNetConfig
 from sdkit.training.data import identity_of, my_share, noise_of, report_skipped
 from sdkit.training.latents import open_latents
 from sdkit.training.loop import fit
+from sdkit.training.new import new_network
 
 VALIDATION_TIMESTEPS = 8  # of each image
 VALIDATION_SCALE, VALIDATION_STEPS = 5.0, 25  # of the images of fixed prompts

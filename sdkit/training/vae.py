@@ -28,12 +28,13 @@ from sdkit.lpips import SMALLEST as LPIPS_SMALLEST
 from sdkit.metrics import WINDOW, codebook_use, psnr, ssim
 from sdkit.models.discriminator import SMALLEST as DISCRIMINATOR_SMALLEST
 from sdkit.models.discriminator import Discriminator
-from sdkit.models.source import TRAINABLE, load_vae, new_network
+from sdkit.models.source import load_vae
 from sdkit.models.vae import DETERMINISTIC, VAE
 from sdkit.training import Player, Samples
 from sdkit.training.config import VAEConfig
 from sdkit.training.data import TrainingImages, identity_of, is_cache, my_share, noise_of, report_skipped, split
 from sdkit.training.loop import fit
+from sdkit.training.new import TRAINABLE, new_network
 
 GAN_BETAS = (0.5, 0.9)  # of AdamW, as in VQGAN
 MOST_VALIDATED, SHOWN = 64, 8  # images

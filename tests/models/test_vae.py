@@ -4,6 +4,7 @@ identity."""
 from __future__ import annotations
 
 import copy
+import inspect
 import io
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -325,8 +326,11 @@ class TestPrecision:
         half = copy.deepcopy(exact).to(torch.float16)
         z = torch.randn(3, 4, 24, 24, generator=torch.Generator().manual_seed(0))
         z = z * torch.tensor([0.01, 100, 0.01])[:, None, None, None]
-        with pytest.warns(UserWarning, match=r"overflowed in float16"):
+        with pytest.warns(UserWarning, match=r"overflowed in float16") as caught:
             ours = half.decode(z, output_type="pt", batch_size=3, tile=128)
+        assert {warning.filename for warning in caught} == {
+            inspect.getfile(sdkit.VAE)
+        }  # the command line tells only sdkit's
         expected = exact.decode(z.half().float(), output_type="pt", batch_size=3, tile=128)
         torch.testing.assert_close(ours, expected, atol=0.03, rtol=0)
         half.float()(torch.zeros(1, 3, 32, 32))[0].sum().backward()  # its weights can still be trained
