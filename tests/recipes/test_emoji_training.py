@@ -23,7 +23,7 @@ from sdkit.recipes.emoji.start import LENGTH, VOCABULARY, make_start
 from sdkit.training import UNetConfig, VAEConfig
 
 CAPTIONS = [caption for one in pictures() for caption in (one.name, f"a {one.name} on a blue background")]
-RUNS = ("vae-1", "vae-2", "vae-3", "vae-4", "unet-1")
+RUNS = ("vae-1", "vae-2", "vae-3", "vae-4", "vae-5", "unet-1")
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +87,7 @@ def test_the_whole_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     from tests.recipes.test_emoji_data import FEW, make_drawn, make_photographs
 
     monkeypatch.setattr(preparing, "pictures", lambda: FEW)
-    tiles = {"tiles": (64, 12, 0.5, 0.0), "fine_tiles": (128, 12, 0.1, 0.8)}
+    tiles = {"tiles": (64, 12, 0.5, 0.0), "fine_tiles": (128, 12, 0.1, 0.8), "details": (64, 12, 0.1, 0.8)}
     monkeypatch.setattr(preparing, "TILES", tiles)
     shortened = {"max_steps": 2, "batch_size": 2, "validate_every": 2, "lr_warmup_steps": 0, "lr_scheduler": "constant"}
     monkeypatch.setattr(
@@ -105,7 +105,7 @@ def test_the_whole_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     steps = {run: json.loads((out / run / "checkpoints" / "step-00000002" / "state.json").read_text()) for run in RUNS}
     assert len(steps) == len(RUNS)
     first, last = (
-        load_file(out / run / "result" / "diffusion_pytorch_model.safetensors") for run in ("vae-3", "vae-4")
+        load_file(out / run / "result" / "diffusion_pytorch_model.safetensors") for run in ("vae-4", "vae-5")
     )
     for key, value in first.items():
         assert key.startswith(("decoder.", "post_quant_conv.")) or torch.equal(value, last[key])
@@ -119,7 +119,7 @@ def test_the_whole_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     )
 
 
-@pytest.mark.parametrize(("step", "missing"), [("latents", "vae-3"), ("decoder", "vae-3"), ("export", "vae-4")])
+@pytest.mark.parametrize(("step", "missing"), [("latents", "vae-4"), ("decoder", "vae-4"), ("export", "vae-5")])
 def test_a_step_before_its_time(step: str, missing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Says what is missing; the Hub is not asked for it."""
     captioned = tmp_path / "data" / "captioned"
@@ -135,8 +135,8 @@ def test_parts_that_do_not_belong_together(tmp_path: Path) -> None:
     """A U-Net is not exported with a VAE whose latents it does not know."""
     emoji = Path(sdkit.__file__).parent / "assets" / "emoji"
     shutil.copytree(emoji, tmp_path / "unet-1" / "result")
-    shutil.copytree(emoji / "vae", tmp_path / "vae-4" / "result")
-    file = tmp_path / "vae-4" / "result" / "diffusion_pytorch_model.safetensors"
+    shutil.copytree(emoji / "vae", tmp_path / "vae-5" / "result")
+    file = tmp_path / "vae-5" / "result" / "diffusion_pytorch_model.safetensors"
     weights = load_file(file)
     save_file({k: v * 1.5 if k == "encoder.conv_in.weight" else v for k, v in weights.items()}, file)
     with pytest.raises(SourceError, match="learned from the latents of another VAE"):

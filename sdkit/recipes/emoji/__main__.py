@@ -12,10 +12,10 @@ STEPS = ("prepare", "vae", "latents", "unet", "decoder", "export", "evaluate")
 EPILOG = """
 steps, in this order:
   prepare   tiles, captioned images and held-out compositions, from the pictures and the photographs
-  vae       train the VAE: vae-1 from nothing on small tiles, vae-2 on larger ones, vae-3 with LPIPS
+  vae       train the VAE: vae-1 from nothing, vae-2 on what is drawn, vae-3 and vae-4 with LPIPS
   latents   a tokenizer, an untrained text encoder, and the latent cache
   unet      train the U-Net and the text encoder: unet-1
-  decoder   sharpen the VAE's decoder, alone: vae-4
+  decoder   sharpen the VAE's decoder, alone: vae-5
   export    put model/ together, in float16
   evaluate  measure it, or the models named by --models, beside those measured before: see evaluation/
 The trainings and the latent cache go on where they were stopped. The raw material:

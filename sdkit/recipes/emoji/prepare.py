@@ -1,5 +1,5 @@
-"""From the unpacked npm package and a folder of photographs to three data sets: tiles for the VAE, captioned images
-for the U-Net, and the compositions held out of both."""
+"""From the unpacked npm package and a folder of photographs to data sets: tiles for the VAE, captioned images for the
+U-Net, and the compositions held out of both."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ import numpy as np
 from PIL import Image
 
 from sdkit import images as image_io
+from sdkit.data.prefetch import ahead
 from sdkit.errors import DataError, SdkitError
-from sdkit.prefetch import ahead
 from sdkit.progress import progress
 from sdkit.recipes.emoji.pictures import (
     BACKGROUNDS,
@@ -36,6 +36,7 @@ from sdkit.training.checkpoint import whole_folder
 TILES = {
     "tiles": (64, 16_000, 0.4, 0.0),
     "fine_tiles": (SIZE, 12_000, 0.1, 0.8),
+    "details": (64, 24_000, 0.1, 0.8),
 }
 """Of the VAE's training images: pixels a side, how many, and the shares of photographs and of captioned images."""
 AS_CAPTIONED = 0.7  # share of the pictures on large tiles that have the size and place of the captioned images
@@ -49,7 +50,7 @@ Captioned = tuple[str, Image.Image, str]  # file name, image, caption
 
 
 def prepare(drawn: Path, photographs: Path, out: Path) -> None:
-    """Write out/tiles, out/fine_tiles, out/captioned and out/held_out, image folders with a
+    """Write out/tiles, out/fine_tiles, out/details, out/captioned and out/held_out, image folders with a
     metadata.jsonl each.
 
     One that an earlier call has made, of the same material in the same way, is left as it is.
@@ -117,7 +118,8 @@ def _held_out(drawn: Path, number: int) -> list[Captioned]:
 def _tile(
     size: int, shares: Sequence[float], drawn: Path, stems: Sequence[str], photos: Sequence[Path], number: int
 ) -> list[Captioned]:
-    """A square of a photograph, a captioned image, or any picture of random size and place on a random background."""
+    """A square of a photograph or of a captioned image, or any picture of random size and place on a random
+    background."""
     rng = Random(f"{size} {number}")
     from_photos, captioned = shares
     kind = rng.random()
@@ -125,7 +127,8 @@ def _tile(
         tile = _photo_tile(size, photos, rng)
     elif kind < from_photos + captioned:
         file = rng.choice(pictures()).file
-        tile = composed(read(drawn, file), rng.choice(_trained_on(file)))
+        left, top = (rng.randint(0, SIZE - size) for _ in "xy")
+        tile = composed(read(drawn, file), rng.choice(_trained_on(file))).crop((left, top, left + size, top + size))
     else:
         tile = _drawn_tile(size, drawn, stems, rng)
     return [(f"{number:05}.png", tile, "")]

@@ -15,15 +15,19 @@ from sdkit.recipes.emoji.start import make_start
 from sdkit.training import UNetConfig, VAEConfig, train_unet, train_vae
 from sdkit.training.checkpoint import whole_folder
 
+VAE_RUNS = {"vae-1": "tiles", "vae-2": "fine_tiles", "vae-3": "details", "vae-4": "fine_tiles"}
+"""And what each learns from. The first begins from nothing, another where the one before has ended."""
+WHOLE, SHARPENED = "vae-4", "vae-5"
+
 
 def train_the_vae(root: Path) -> None:
-    """root/vae-1, from nothing on small tiles; root/vae-2, on what the U-Net will draw, mostly; and root/vae-3, on the
-    same with LPIPS."""
-    if settings("vae-3")["lpips_weight"]:
+    """The folders root/vae-1 to root/vae-4."""
+    if any(settings(run)["lpips_weight"] for run in VAE_RUNS):
         LPIPS.from_pretrained()  # whether it is there is not to be asked first after hours
-    _train_vae(root, "vae-1", "tiles", init=shape_file("vae"))
-    _train_vae(root, "vae-2", "fine_tiles", model=_result(root, "vae-1"))
-    _train_vae(root, "vae-3", "fine_tiles", model=_result(root, "vae-2"))
+    begins: dict[str, Any] = {"init": shape_file("vae")}
+    for run, tiles in VAE_RUNS.items():
+        _train_vae(root, run, tiles, **begins)
+        begins = {"model": _result(root, run)}
 
 
 def _train_vae(root: Path, run: str, tiles: str, **begins: Any) -> None:
@@ -48,7 +52,7 @@ def make_latents(root: Path) -> None:
     data, start = root / "data" / "captioned", root / "start"
     if not start.exists():
         captions = (example.caption for example in open_examples(data))
-        make_start(_result(root, "vae-3"), captions, start)
+        make_start(_result(root, WHOLE), captions, start)
     cache(start, data, root / "latents", size=SIZE)
 
 
@@ -63,16 +67,16 @@ def train_the_unet(root: Path) -> None:
 
 
 def train_the_decoder(root: Path) -> None:
-    """root/vae-4: the decoder alone, so that latents keep their meaning."""
-    _train_vae(root, "vae-4", "fine_tiles", model=_result(root, "vae-3"))
+    """root/vae-5: the decoder alone, so that latents keep their meaning."""
+    _train_vae(root, SHARPENED, "fine_tiles", model=_result(root, WHOLE))
 
 
 def export(root: Path) -> Path:
-    """root/model: the U-Net and the text encoder of root/unet-1 with the VAE of root/vae-4, in float16."""
+    """root/model: the U-Net and the text encoder of root/unet-1 with the VAE of root/vae-5, in float16."""
     import torch
     from diffusers import AutoencoderKL, StableDiffusionPipeline
 
-    vae, unet = _result(root, "vae-4"), _result(root, "unet-1")
+    vae, unet = _result(root, SHARPENED), _result(root, "unet-1")
     if VAE.from_pretrained(vae, dtype="fp32").identity != VAE.from_pretrained(unet, dtype="fp32").identity:
         raise SourceError(f"{unet} learned from the latents of another VAE than {vae} is; train again from `latents`.")
     pipeline = StableDiffusionPipeline.from_pretrained(
