@@ -184,6 +184,8 @@ def mean_scores(done: Sequence[Reconstruction]) -> tuple[float | None, float | N
 
 def read_prompts(path: str | Path) -> list[str]:
     """The prompts in a UTF-8 file ("-": standard input), one a line; empty lines and # comments are skipped."""
+    if str(path) == "-" and sys.stdin is None:
+        raise ArgumentError("there is no standard input to read prompts from; name a file of them.")
     try:
         data = sys.stdin.buffer.read() if str(path) == "-" else Path(path).read_bytes()
         lines = data.decode("utf-8-sig").splitlines()

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from sdkit.errors import ImageError, SourceError
 from sdkit.models.folder import path_or_fetched
-from sdkit.models.weights import check_fit, open_tensors
+from sdkit.models.weights import check_fit, is_file, open_tensors
 
 VARIABLE = "SDKIT_LPIPS"
 FILENAME = "lpips_vgg16.safetensors"
@@ -145,9 +145,9 @@ def _plain(key: str) -> str:
 
 def _locate(source: str | os.PathLike[str], filename: str, revision: str | None) -> Path:
     path = path_or_fetched(source, filename, revision)
-    if path.is_file():
+    if is_file(path):
         return path
-    if not (path / filename).is_file():
+    if not is_file(path / filename):
         raise SourceError(
             f"the weights of LPIPS are not at {str(path)!r}; give a file of them, a folder with {filename} or a Hub id."
         )

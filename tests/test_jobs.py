@@ -450,6 +450,14 @@ def test_prompts_are_read_line_by_line(tmp_path: Path) -> None:
     assert read_prompts(tmp_path / "p.txt") == ["a cat", "a dog", "naïve #1"]
 
 
+def test_there_may_be_no_standard_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", None)
+    with pytest.raises(
+        ArgumentError, match=r"^there is no standard input to read prompts from; name a file of them\.$"
+    ):
+        read_prompts("-")
+
+
 def test_nothing_half_written_stays_when_the_disk_is_full(sd: sdkit.StableDiffusion, tmp_path: Path) -> None:
     with pytest.raises(sdkit.SdkitError, match="cannot write"):
         generate_files(sd, ["x"], Path("/dev/full/x.png"), QUICK)

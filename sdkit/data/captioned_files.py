@@ -40,14 +40,29 @@ def folder_rows(files: Iterable[Path], root: Path, caption_column: str | None) -
     stated = _read_metadata(root, caption_column)
     texts = _Texts()
     rows = []
-    for path in sorted({*files, *stated}):
-        caption = stated.get(path)
+    place = _Places()
+    paths = {place(path): path for path in [*stated, *files]}  # one for each file, however it is written
+    captions = {place(path): caption for path, caption in stated.items()}
+    for key, path in sorted(paths.items(), key=lambda item: item[1]):
+        caption = captions.get(key)
         beside = path.with_suffix(".txt")
         if not caption and beside.is_file():
-            caption = texts.decode(str(beside), beside.read_bytes())
+            caption = texts.read(beside)
         rows.append(_row(_relative(path, root), path, caption or ""))
     texts.check()
     return rows
+
+
+class _Places:
+    """Where files lie, whatever links and ".." lead there; a link to a file is a file of its own."""
+
+    def __init__(self) -> None:
+        self.folders: dict[Path, Path] = {}
+
+    def __call__(self, path: Path) -> Path:
+        if path.parent not in self.folders:
+            self.folders[path.parent] = path.parent.resolve()
+        return self.folders[path.parent] / path.name
 
 
 def _row(name: str, path: Path, caption: str, offset: int | None = None, size: int | None = None) -> dict[str, Any]:
@@ -68,6 +83,7 @@ def _read_metadata(root: Path, caption_column: str | None) -> dict[Path, str]:
     """Image file -> caption, of every metadata.jsonl in or below `root`."""
     captions: dict[Path, str] = {}
     keys: set[str] = set()
+    place, seen = _Places(), set[Path]()
     files = [path for path in sorted(root.rglob(METADATA)) if not _hidden(path, root)]
     for file in files:
         for number, line in enumerate(_lines(file), start=1):
@@ -76,8 +92,9 @@ def _read_metadata(root: Path, caption_column: str | None) -> dict[Path, str]:
             where = f"{file}, line {number}"
             fields = _fields(line, where)
             path = Path(os.path.normpath(file.parent / fields.pop("file_name")))
-            if path in captions:
+            if place(path) in seen:
                 raise DataError(f"{where}: {path.name} has a caption already; leave one line for each image.")
+            seen.add(place(path))
             keys |= fields.keys()
             captions[path] = caption_of(fields, caption_column)
     if caption_column is not None and caption_column not in keys:
@@ -172,6 +189,13 @@ class _Texts:
     def __init__(self) -> None:
         self.bad: list[str] = []
 
+    def read(self, path: Path) -> str:
+        try:
+            return self.decode(str(path), path.read_bytes())
+        except OSError:
+            self.bad.append(str(path))
+            return ""
+
     def decode(self, name: str, data: bytes) -> str:
         try:
             return data.decode("utf-8-sig").strip()
@@ -194,5 +218,5 @@ class _Texts:
             more = f" and {len(self.bad) - 3} more" if len(self.bad) > 3 else ""
             raise DataError(
                 f"the caption in {', '.join(self.bad[:3])}{more} cannot be read; save it as UTF-8 text "
-                "(.json: one object of fields)."
+                "(.json: one object of fields) that you may read."
             )

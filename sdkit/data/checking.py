@@ -251,7 +251,7 @@ def _alike(looks: Sequence[_Look]) -> list[list[_Look]]:
         return i
 
     hashes = np.array([look.hash for look in distinct], dtype=np.uint64)
-    thumbnails = np.frombuffer(b"".join(look.thumbnail for look in distinct), np.uint8).reshape(len(distinct), -1)
+    thumbnails = np.frombuffer(b"".join(look.thumbnail for look in distinct), np.uint8).reshape(-1, 8 * 8 * 3)
     for bucket in _buckets(hashes):
         for k, i in enumerate(bucket[:-1]):
             others = bucket[k + 1 :]

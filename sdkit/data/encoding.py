@@ -26,7 +26,7 @@ from sdkit import __version__
 from sdkit.arguments import whole
 from sdkit.data import manifest as manifests
 from sdkit.data.examples import Example, Examples, Stream, open_examples
-from sdkit.data.latent_cache import damaged_files, missing_files
+from sdkit.data.latent_cache import damaged_files
 from sdkit.data.manifest import Manifest, Settings, Shard, Skipped, difference
 from sdkit.data.shards import ShardEncoder, header_of, save, shard_file
 from sdkit.data.transform import Transform, sides
@@ -111,10 +111,16 @@ def cache(
     manifest = Manifest(settings=settings, sdkit=__version__, model=str(model), source=os.fspath(data))
     with contextlib.ExitStack() as held:
         with processes.main_process_first():
-            if _claim(folder, manifest, processes.is_main_process):
+            if _damaged(folder, manifest, processes.is_main_process) == []:
                 return folder
             if processes.is_main_process:
                 held.enter_context(_alone_in(folder))
+                damaged = _damaged(folder, manifest)  # again: another call may just have made it
+                if damaged == []:
+                    return folder
+                for file in damaged or ():  # they are made anew
+                    (folder / file).unlink(missing_ok=True)
+                manifest.write(folder)  # an unfinished one, so that what was begun is known for what it is
         number = 0
         pool = held.enter_context(ThreadPoolExecutor(workers))
         encoder = ShardEncoder(vae, text, transform, settings, pool, batch_size)
@@ -138,7 +144,8 @@ def own_size(model: Source) -> tuple[int, int]:
     side = parts.get("unet", {}).get("sample_size")
     if not isinstance(side, int):
         raise ArgumentError(f"the model {str(model)!r} does not say what size it is for; give size=.")
-    return 8 * side, 8 * side
+    pixels = parts.get("vae", {}).get("factor", 8) * side
+    return pixels, pixels
 
 
 def _folder(out: str | os.PathLike[str]) -> Path:
@@ -162,11 +169,9 @@ def _processes() -> Any:
     return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=timedelta(days=7))
 
 
-def _claim(folder: Path, manifest: Manifest, main: bool) -> bool:
-    """Whether the cache is there already. Raises `CacheError` where `folder` holds another, or something else.
-
-    An unfinished manifest is written first, so that what was begun is known for what it is.
-    """
+def _damaged(folder: Path, manifest: Manifest, main: bool = True) -> list[str] | None:
+    """Files of the cache, if it is there already, that are missing or damaged, so far as the main process tells; None
+    where it is not finished. Raises `CacheError` where `folder` holds another cache, or something else."""
     try:
         inside = [path.name for path in folder.iterdir()] if folder.is_dir() else []
     except OSError as error:
@@ -180,28 +185,28 @@ def _claim(folder: Path, manifest: Manifest, main: bool) -> bool:
                 f"{folder} holds a cache (of {made.model}) made with {found} as asked for now; name another folder, or "
                 "delete that one."
             )
-        if made.complete and not missing_files(folder, made):
-            damaged = damaged_files(folder, made) if main else []
-            if not damaged:
-                return True
-            for file in damaged:  # which makes it anew
-                (folder / file).unlink()
+        if made.complete:
+            return damaged_files(folder, made) if main else []
     elif any(not name.startswith((TEMPORARY, LOCK)) for name in inside):
         raise CacheError(f"{folder} is not empty, and holds no latent cache; name another folder.")
-    if main:
-        manifest.write(folder)
-    return False
+    return None
 
 
 @contextlib.contextmanager
 def _alone_in(folder: Path) -> Iterator[None]:
     """No other call makes this cache meanwhile, and what killed ones left is gone."""
+    lock = filelock.FileLock(folder / LOCK, timeout=0)
     try:
-        with filelock.FileLock(folder / LOCK, timeout=0):
-            remove_leftovers(folder)
-            yield
+        lock.acquire()
     except filelock.Timeout as error:
         raise CacheError(f"another process makes the cache {folder}; wait for it, or name another folder.") from error
+    except OSError as error:
+        raise CacheError(f"cannot write {folder}: {reason(error)}; name another folder.") from error
+    try:
+        remove_leftovers(folder)
+        yield
+    finally:
+        lock.release()
 
 
 def _shards(examples: Examples | Stream, size: int) -> Iterator[tuple[int, Iterable[tuple[int, Example]]]]:

@@ -7,14 +7,16 @@ before, and only itself then.
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import io
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, cast, overload
 
@@ -131,9 +133,10 @@ class Examples:
 class Stream(Iterable[Example]):
     """The examples of a data set that is read from one end to the other and never held: no length, no index."""
 
-    def __init__(self, dataset: Any, image: str, caption: str | None, source: str) -> None:
-        """`dataset` is a `datasets.IterableDataset` whose column `image` is not decoded."""
-        self.dataset, self.source = dataset, source
+    def __init__(self, dataset: Any, image: str, caption: str | None, source: str, files: Sequence[Path] = ()) -> None:
+        """`dataset` is a `datasets.IterableDataset` whose column `image` is not decoded, and reads `files`, if not the
+        Hub."""
+        self.dataset, self.source, self.files = dataset, source, files
         self._image, self._caption = image, caption
 
     def __iter__(self) -> Iterator[Example]:
@@ -147,8 +150,10 @@ class Stream(Iterable[Example]):
 
     @property
     def identity(self) -> str:
-        """SHA-256 over the names of source, split and columns: what is in them is not known before they are read."""
-        names = (self.source, self.dataset.split, self._image, self._caption)
+        """SHA-256 over the names of source, split and columns, and names and sizes of files here: what is in them is
+        not known before they are read."""
+        sizes = [(file.name, _file_size(str(file))) for file in self.files]
+        names = (self.source, self.dataset.split, self._image, self._caption, *chain(*sizes))
         return hashlib.sha256("".join(f"{name}\0" for name in names).encode()).hexdigest()[:16]
 
 
@@ -203,26 +208,26 @@ def open_examples(
     image_column:   of parquet files and data sets of the Hub; None finds it.
     caption_column: there, or the key in metadata.jsonl or .json; None finds `text`, `caption` or the like.
     streaming:      read a data set of the Hub, or parquet files, as they come instead of copying them to a disk first;
-                    the result is a `Stream`.
+                    the result is a `Stream`. Of images in folders and shards nothing is copied either way.
     """
     if not isinstance(data, (str, os.PathLike)) or not os.fspath(data):
         raise ArgumentError(f"data must be the path of a data set or its id on the Hub, not {data!r}.")
     source = os.fspath(data)
     path = expanded(source)
-    if not path.exists():
+    if not os.path.exists(path):  # noqa: PTH110 - pathlib's raises for overlong names
         return _from_hub(source, split, image_column, caption_column, streaming)
     kind, files = _kind(path)
     if kind == "parquet":
-        options: dict[str, Any] = {"path": "parquet", "data_files": [str(file) for file in files], "batch_size": 100}
-        return _columns(_load(source, streaming, **options), source, image_column, caption_column, streaming)
+        names = [glob.escape(str(file)) for file in files]  # which the library takes for patterns
+        options: dict[str, Any] = {"path": "parquet", "data_files": names, "batch_size": 100}
+        return _columns(_load(source, streaming, **options), source, image_column, caption_column, streaming, files)
     if image_column is not None:
         raise ArgumentError(f"image_column= has no meaning for {kind}; leave it out.")
     root = path if path.is_dir() else path.parent
     rows = (tar_rows if kind == "tar shards" else folder_rows)(files, root, caption_column)
     if not rows:
         raise DataError(f"there is no image in {source}; name other data.")
-    table = _table(rows)
-    return (Stream if streaming else Examples)(table, "image", "caption", source)
+    return Examples(_table(rows), "image", "caption", source)
 
 
 def check_source(data: str | os.PathLike[str]) -> None:
@@ -230,7 +235,7 @@ def check_source(data: str | os.PathLike[str]) -> None:
     source = os.fspath(data)
     parts = source.partition(":")[0].split("/")
     hub = len(parts) == 2 and all(parts) and parts[0][0] not in ".~" and "://" not in source
-    if not hub and not expanded(source).exists():
+    if not hub and not os.path.exists(expanded(source)):  # noqa: PTH110
         raise DataError(f"{source!r} is neither a path that exists nor the id of a data set on the Hub (org/name).")
 
 
@@ -241,10 +246,15 @@ def _kind(path: Path) -> tuple[str, list[Path]]:
         raise DataError(
             f"{path} is no data set; name a folder of images, .parquet or .tar files, or one of the latter."
         )
+    every = frozenset[str]().union(*suffixes.values())
     try:
-        files = find([path], frozenset().union(*suffixes.values()))
+        files = find([path], every)
     except SdkitError as error:
+        if isinstance(error.__cause__, OSError):
+            raise DataError(str(error)) from error
         raise DataError(f"there is no image, .parquet or .tar file in {path}; name other data.") from error
+    if closed := [file for file in files if file.suffix.lower() not in every]:
+        raise DataError(f"cannot read {closed[0]}; change its permissions, or take it out of the data.")
     kinds = {kind: [file for file in files if file.suffix.lower() in known] for kind, known in suffixes.items()}
     present = {kind: found for kind, found in kinds.items() if found}
     if len(present) > 1:
@@ -277,7 +287,12 @@ def _load(source: str, streaming: bool, split: str = "train", **options: Any) ->
 
 
 def _columns(
-    dataset: Any, source: str, image_column: str | None, caption_column: str | None, streaming: bool
+    dataset: Any,
+    source: str,
+    image_column: str | None,
+    caption_column: str | None,
+    streaming: bool,
+    files: Sequence[Path] = (),
 ) -> Examples | Stream:
     """The examples in the columns of these names, or of the likeliest ones."""
     datasets = _datasets()
@@ -299,7 +314,7 @@ def _columns(
     dataset = dataset.select_columns([image, caption] if caption else [image])
     with _quiet(datasets):
         dataset = dataset.cast_column(image, datasets.Image(decode=False))
-    return (Stream if streaming else Examples)(dataset, image, caption, source)
+    return Stream(dataset, image, caption, source, files) if streaming else Examples(dataset, image, caption, source)
 
 
 def _holds_images(feature: Any, datasets: Any) -> bool:

@@ -282,6 +282,9 @@ def _component(
     part: Part, config: dict[str, Any], weights: tuple[int | None, str | None, int | None] = (None, None, None)
 ) -> Component:
     shown = {key: config.get(key, default) for key, default in part.shown.items()}
+    if part is VAE:
+        levels = config.get("block_out_channels") or config.get("encoder_block_out_channels") or (64,)
+        shown["factor"] = 2 ** (len(levels) - 1)
     parameters, dtype, size = weights
     name = folder.class_name(config)
     return Component(part=part.name, class_name=name, parameters=parameters, dtype=dtype, bytes=size, config=shown)

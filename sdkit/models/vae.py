@@ -202,9 +202,10 @@ class VAE(Wrapper):
             raw = mean if eps is None else mean + torch.exp(logvar / 2) * eps
             return Forward(self._run_decoder(raw), mean, logvar)
         codes = self.quantize(mean)[0]
-        straight = mean + (codes - mean).detach()
-        decoded: Any = self.network.decode(straight.to(self.dtype), force_not_quantize=True)
-        return Forward(decoded.sample.float(), mean, logvar, codes)
+        straight = (mean + (codes - mean).detach()).to(self.dtype)
+        norm = straight if self.network.config.norm_type == "spatial" else None  # what conditions its norms
+        decoded: Tensor = self.network.decoder(self.network.post_quant_conv(straight), norm)
+        return Forward(decoded.float(), mean, logvar, codes)
 
     @property
     def codebook(self) -> Tensor | None:

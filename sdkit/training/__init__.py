@@ -78,19 +78,23 @@ class LoopSettings:
         from sdkit.arguments import flag, number, one_of, strings, whole  # which loads PyTorch
 
         for name in ("max_steps", "batch_size", "gradient_accumulation_steps", "save_every", "keep_checkpoints"):
-            whole(name, getattr(self, name), 1)
-        whole("validate_every", self.validate_every, 1)
-        whole("lr_warmup_steps", self.lr_warmup_steps, 0)
-        whole("seed", self.seed, 0, 2**31 - 1)
-        number("ema_decay", self.ema_decay, 0, 1)
+            self._keep(name, whole(name, getattr(self, name), 1))
+        self._keep("validate_every", whole("validate_every", self.validate_every, 1))
+        self._keep("lr_warmup_steps", whole("lr_warmup_steps", self.lr_warmup_steps, 0))
+        self._keep("seed", whole("seed", self.seed, 0, 2**31 - 1))
+        self._keep("ema_decay", number("ema_decay", self.ema_decay, 0, 1))
         if self.lr_warmup_steps and self.lr_scheduler == "constant":
             raise ArgumentError("lr_scheduler constant has no lr_warmup_steps; take constant_with_warmup.")
         if self.max_grad_norm is not None:
-            number("max_grad_norm", self.max_grad_norm, 1e-9)
+            self._keep("max_grad_norm", number("max_grad_norm", self.max_grad_norm, 1e-9))
         one_of("mixed_precision", self.mixed_precision, ("no", "bf16", "fp16"))
         one_of("lr_scheduler", self.lr_scheduler, LR_SCHEDULERS)
         flag("use_8bit_adam", self.use_8bit_adam)
-        object.__setattr__(self, "report_to", tuple(strings("report_to", self.report_to)) if self.report_to else ())
+        self._keep("report_to", tuple(strings("report_to", self.report_to)) if self.report_to else ())
+
+    def _keep(self, name: str, value: object) -> None:
+        """Set a field to what its check made of it: of NumPy's numbers Python's, which config.json can hold."""
+        object.__setattr__(self, name, value)
 
     def accelerator(self, out_dir: Path) -> Accelerator:
         """Accelerate's view of the processes, with precision and trackers as set here (not as in its configuration:
@@ -161,7 +165,7 @@ class LoopSettings:
         from diffusers.optimization import get_scheduler
 
         any_optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=player.learning_rate)
-        steps = self.max_steps - player.starts_at
+        steps = max(1, self.max_steps - player.starts_at)  # a player that starts after the end takes none
         try:
             schedule = get_scheduler(
                 self.lr_scheduler, any_optimizer, num_warmup_steps=self.lr_warmup_steps, num_training_steps=steps

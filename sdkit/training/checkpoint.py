@@ -58,7 +58,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
         temporary.rename(path)
         sync(path.parent)
         if old:
-            shutil.rmtree(old)
+            shutil.rmtree(old, ignore_errors=True)  # what is left of it goes with the next start's `remove_leftovers`
     except (OSError, SafetensorError, SdkitError) as error:
         cause = error.__cause__ if isinstance(error, SdkitError) else error  # what it names is not there any more
         if not isinstance(cause, (OSError, SafetensorError)):
@@ -92,7 +92,7 @@ def save(root: Path, checkpoint: Checkpoint, keep: int) -> Path:
     kept = [path for path in checkpoints(root) if path.name <= folder.name][:keep]
     for path in checkpoints(root):
         if path not in kept:
-            shutil.rmtree(path.rename(beside(path)))  # no part of it is ever seen under its name
+            shutil.rmtree(path.rename(beside(path)), ignore_errors=True)  # no part is ever seen under its name
     return folder
 
 
@@ -116,21 +116,25 @@ def newest(root: Path) -> Path | None:
         damage = _damage(folder)
         if not damage:
             return folder
-        warnings.warn(f"checkpoint {folder} is damaged ({damage}); the one before it is used.", stacklevel=2)
+        before = "; the one before it is used" if folder != found[-1] else ""
+        warnings.warn(f"checkpoint {folder} is damaged ({damage}){before}.", stacklevel=2)
     if found:
         raise TrainingError(f"every checkpoint in {root} is damaged; remove that folder to begin the run again.")
     return None
 
 
 def _damage(folder: Path) -> str:
+    name = MANIFEST
     try:
-        sums = json.loads((folder / MANIFEST).read_text())["sha256"]
-        wrong = [name for name, checksum in sums.items() if sha256(folder / name) != checksum]
-    except FileNotFoundError as error:
-        return f"{Path(error.filename).name} is missing"
+        sums = json.loads((folder / name).read_text())["sha256"]
+        for name, checksum in sums.items():
+            if sha256(folder / name) != checksum:
+                return f"the checksum of {name} is wrong"
+    except FileNotFoundError:
+        return f"{name} is missing"
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return f"{MANIFEST} cannot be read"
-    return f"the checksum of {wrong[0]} is wrong" if wrong else ""
+        return f"{name} cannot be read"
+    return ""
 
 
 def snapshot(trained: Sequence[Trained], accelerator: Accelerator, step: int, skipped: Sequence[int]) -> Checkpoint:
@@ -142,7 +146,9 @@ def snapshot(trained: Sequence[Trained], accelerator: Accelerator, step: int, sk
         name = t.player.name
         tensors[name] = _network_tensors(t.player.network)
         state = {f"{n}/{entry}": v for n, p in _named(t) for entry, v in t.optimizer.state.get(p, {}).items()}
-        tensors[f"{name}.optimizer"] = {key: v for key, v in state.items() if isinstance(v, Tensor)}
+        kept = {key: v for key, v in state.items() if isinstance(v, Tensor)}
+        # 8-bit AdamW's tables are shared by all parameters, and safetensors writes nothing twice.
+        tensors[f"{name}.optimizer"] = {key: v.clone() if "/qmap" in key else v for key, v in kept.items()}
         numbers[name] = {key: v for key, v in state.items() if not isinstance(v, Tensor)}  # as 8-bit AdamW's step
         if t.ema:
             tensors[f"{name}.ema"] = t.ema.state_dict()

@@ -53,15 +53,16 @@ class StageSettings(LoopSettings):
 
         for name in ("model", "data", "out_dir", *(["init"] if self.init is not None else [])):
             path_or_name(name, getattr(self, name))
-        object.__setattr__(self, "out_dir", str(expanded(self.out_dir)))
+        self._keep("out_dir", str(expanded(self.out_dir)))
         self._keep_apart("data", self.data)
         if expanded(self.out_dir).resolve() == expanded(self.model).resolve():
             raise ArgumentError(f"out_dir {str(self.out_dir)!r} is the model's own folder; name another.")
-        if number("learning_rate", self.learning_rate, 0, 1) == 0:
+        self._keep("learning_rate", number("learning_rate", self.learning_rate, 0, 1))
+        if self.learning_rate == 0:
             raise ArgumentError("learning_rate must be above 0.")
         if self.size is not None:
-            object.__setattr__(self, "size", sides(self.size))
-        object.__setattr__(self, "augment", tuple(strings("augment", self.augment)) if self.augment else ())
+            self._keep("size", sides(self.size))
+        self._keep("augment", tuple(strings("augment", self.augment)) if self.augment else ())
         for name in self.augment:
             one_of("augment", name, AUGMENTATIONS)
         flag("gradient_checkpointing", self.gradient_checkpointing)
@@ -69,7 +70,7 @@ class StageSettings(LoopSettings):
     def _keep_apart(self, name: str, data: str | os.PathLike[str]) -> None:
         """Else a run that is taken up again would learn from the pictures of its own samples/."""
         inner, outer = (expanded(path).resolve() for path in (self.out_dir, data))
-        if outer.is_dir() and inner.is_relative_to(outer):
+        if os.path.isdir(outer) and inner.is_relative_to(outer):  # noqa: PTH112 - pathlib's raises for overlong names
             raise ArgumentError(
                 f"out_dir {str(self.out_dir)!r} lies in {name} {os.fspath(data)!r}, of which its pictures would become "
                 "a part; name another."
@@ -120,8 +121,8 @@ class VAEConfig(StageSettings):
         super().__post_init__()
         from sdkit.arguments import flag, number, one_of, path_or_name, whole
 
-        if self.lpips is None and LPIPS in os.environ:
-            object.__setattr__(self, "lpips", os.environ[LPIPS])  # which the run then depends on
+        if self.lpips is None and os.environ.get(LPIPS):
+            self._keep("lpips", os.environ[LPIPS])  # which the run then depends on
         for name in ("lpips", "validation_data"):
             if (value := getattr(self, name)) is not None:
                 path_or_name(name, value)
@@ -131,8 +132,8 @@ class VAEConfig(StageSettings):
         one_of("reconstruction", self.reconstruction, RECONSTRUCTIONS)
         one_of("regularizer", self.regularizer, REGULARIZERS)
         for name in ("lpips_weight", "kl_weight", "disc_weight"):
-            number(name, getattr(self, name), 0)
-        whole("disc_start", self.disc_start, 0)
+            self._keep(name, number(name, getattr(self, name), 0))
+        self._keep("disc_start", whole("disc_start", self.disc_start, 0))
 
 
 @documented
@@ -166,16 +167,16 @@ class UNetConfig(StageSettings):
         if self.zero_snr is not None:
             flag("zero_snr", self.zero_snr)
         if self.lora_rank is not None:
-            whole("lora_rank", self.lora_rank, 1)
+            self._keep("lora_rank", whole("lora_rank", self.lora_rank, 1))
             if self.init is not None:
                 raise ArgumentError("a network made from init= has nothing for LoRA to add to; leave one of them out.")
         if self.prediction_type is not None:
             kind = PREDICTIONS[one_of("prediction_type", self.prediction_type, PREDICTIONS)]
-            object.__setattr__(self, "prediction_type", kind)
+            self._keep("prediction_type", kind)
         if self.snr_gamma is not None:
-            number("snr_gamma", self.snr_gamma, 1e-3)
-        number("noise_offset", self.noise_offset, 0)
-        number("caption_dropout", self.caption_dropout, 0, 1)
+            self._keep("snr_gamma", number("snr_gamma", self.snr_gamma, 1e-3))
+        self._keep("noise_offset", number("noise_offset", self.noise_offset, 0))
+        self._keep("caption_dropout", number("caption_dropout", self.caption_dropout, 0, 1))
         if self.validation_prompts:
             prompts = tuple(strings("validation_prompts", self.validation_prompts))
-            object.__setattr__(self, "validation_prompts", prompts)
+            self._keep("validation_prompts", prompts)

@@ -48,7 +48,7 @@ def is_cache(data: str | os.PathLike[str]) -> bool:
     try:
         fields = json.loads((folder / manifest.NAME).read_bytes())
     except (OSError, ValueError):
-        return (folder / shard_file(0)).is_file()
+        return os.path.isfile(folder / shard_file(0))  # noqa: PTH113 - pathlib's raises for overlong names
     return isinstance(fields, dict) and fields.get("format") == manifest.FORMAT
 
 
@@ -103,10 +103,11 @@ def report_skipped(skipped: dict[str, str], path: Path) -> None:
     if everywhere and PartialState().is_main_process:
         before: dict[str, Any] = {}
         with contextlib.suppress(OSError, ValueError, TypeError):  # there is none, or it is damaged
-            before = dict(json.loads(path.read_text()))
+            before = dict(json.loads(path.read_text(encoding="utf-8")))
         if before | everywhere != before:
             with atomic_write(path) as temporary:
-                temporary.write_text(json.dumps(before | everywhere, indent=1, ensure_ascii=False) + "\n")
+                text = json.dumps(before | everywhere, indent=1, ensure_ascii=False) + "\n"
+                temporary.write_text(text, encoding="utf-8")
 
 
 def my_share(n: int) -> range:

@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, Any
@@ -125,7 +125,7 @@ class RunFolder:
         where it is not the one of `config`."""
         free = {*may_change, "sdkit", "settings"}
         was, now = ({k: v for k, v in {**c["settings"], **c}.items() if k not in free} for c in (old or config, config))
-        if not old or not checkpoints(self.checkpoints):  # there is nothing to lose
+        if not old or not (checkpoints(self.checkpoints) or self.result.exists()):  # there is nothing to lose
             return hashlib.sha256(json.dumps(now, sort_keys=True).encode()).hexdigest()[:16]
         for name in sorted(now.keys() & was.keys(), key=lambda name: (name != "stage", name)):
             if was[name] != now[name]:
@@ -153,10 +153,15 @@ class RunFolder:
 
     def log(self, line: Mapping[str, Any]) -> None:
         """Append a line to metrics.jsonl."""
+        with self._appending() as metrics:
+            metrics.write(json.dumps(line, allow_nan=False) + "\n")
+            metrics.flush()
+
+    @contextlib.contextmanager
+    def _appending(self) -> Iterator[IO[str]]:
         assert self._metrics is not None
         try:
-            self._metrics.write(json.dumps(line, allow_nan=False) + "\n")
-            self._metrics.flush()
+            yield self._metrics
         except OSError as error:
             raise TrainingError(
                 f"cannot write {self._metrics.name}: {reason(error)}; make room and run again."
@@ -164,8 +169,8 @@ class RunFolder:
 
     def save(self, checkpoint: Checkpoint, keep: int) -> None:
         """Write a checkpoint that the metrics on the disk reach up to."""
-        assert self._metrics is not None
-        os.fsync(self._metrics.fileno())
+        with self._appending() as metrics:
+            os.fsync(metrics.fileno())
         save(self.checkpoints, replace(checkpoint, state={**checkpoint.state, "run": self._run}), keep)
 
     def export(self, fill: Callable[[Path], None], step: int) -> None:

@@ -91,14 +91,16 @@ class VAEStage:
                 if part is not None:
                     part.requires_grad_(False)
         if config.gradient_checkpointing:
+            network._supports_gradient_checkpointing = True  # the parts of a VQModel do, but it does not say so
             network.enable_gradient_checkpointing()
         # Beside the network, not in it: its encoder as it was, which the one in training is compared with.
-        self.start = VAE(copy.deepcopy(network)).eval().requires_grad_(False) if config.train_encoder else None
+        tuned = config.train_encoder and config.init is None
+        self.start = VAE(copy.deepcopy(network)).eval().requires_grad_(False) if tuned else None
         if self.start:
             self.start.network.decoder = nn.Identity()
         self.lpips = LPIPS.from_pretrained(config.lpips) if config.lpips_weight or config.lpips else None
         self.training_lpips = self.lpips
-        if self.lpips and config.mixed_precision == "bf16":
+        if self.lpips and config.lpips_weight and config.mixed_precision == "bf16":
             # channels_last: a step of the embedded model's VAE takes 0.45 s on two cores, not 0.52
             self.training_lpips = copy.deepcopy(self.lpips).bfloat16().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         size = self._size()
@@ -184,7 +186,9 @@ class VAEStage:
             adversarial = hinge_generator(networks["discriminator"](y))
             vae: Any = getattr(networks["vae"], "module", networks["vae"])  # which DDP's wrapper has
             last = vae.network.decoder.conv_out.weight
-            weight = _adaptive_weight(reconstruction * x[0].numel(), adversarial * x[0].numel(), last)
+            n = x[0].numel()  # of sums over an image's values: the gradients of their means underflow in float16
+            average = partial(reduce, reduction="mean")
+            weight = adaptive_weight(reconstruction * n, adversarial * n, last, average)
             loss = loss + config.disc_weight * weight * adversarial
             parts |= {"adversarial": adversarial.detach(), "adaptive_weight": weight}
         return loss, parts
@@ -264,13 +268,7 @@ def remove_noise(network: Any) -> None:
     layer = network.encoder.conv_out if network.quant_conv is None else network.quant_conv
     half = layer.out_channels // 2
     layer.weight[half:] = 0
-    layer.bias[half:] = DETERMINISTIC
-
-
-def _adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last: Tensor) -> Tensor:
-    """Of losses summed over an image's values: the gradients of their means underflow in float16."""
-    average = partial(reduce, reduction="mean") if PartialState().num_processes > 1 else None
-    return adaptive_weight(reconstruction, adversarial, last, average)
+    layer.bias[half:] = 2000 * DETERMINISTIC  # which diffusers clamps; DETERMINISTIC itself, weight decay would lift
 
 
 def _average(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:

@@ -127,3 +127,10 @@ class TestLikeness:
     def test_bit_count(self) -> None:
         values = [0, 1, 2**63, 2**64 - 1, 0b1011]
         assert _bit_count(np.array(values, dtype=np.uint64)).tolist() == [value.bit_count() for value in values]
+
+
+def test_nothing_that_can_be_read(tmp_path: Path) -> None:
+    (tmp_path / "torn.png").write_bytes(b"\x89PNG")
+    report = check(tmp_path)
+    assert (report.usable, report.shapes) == (0, ())
+    assert found(report)["unreadable"] == ["torn.png"]

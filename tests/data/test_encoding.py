@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import os
 import shutil
@@ -14,6 +15,7 @@ import filelock
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from PIL import Image
 
 import sdkit
@@ -21,6 +23,7 @@ from sdkit.data import LatentCache, Transform, cache, open_examples
 from sdkit.data.manifest import text_identity, tokenizer_identity
 from sdkit.data.transform import draw
 from sdkit.errors import CacheError
+from tests.training import tiny
 
 pytest.importorskip("datasets")
 
@@ -166,7 +169,7 @@ class TestAgain:
 def run(*command: str) -> subprocess.CompletedProcess[str]:
     """A Python program of this folder, or a module, in one thread: the sums of several are rounded in another order."""
     path = f"{ROOT}{os.pathsep}{HERE}"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "ACCELERATE_USE_CPU": "true"}
     whole = [sys.executable, *command]
     return subprocess.run(whole, env=environment, cwd=HERE, capture_output=True, text=True, check=False, timeout=240)
 
@@ -187,7 +190,9 @@ def test_killed_at_any_point_and_resumed_it_is_as_if_never_stopped(photos: Path,
 
 class TestProcesses:
     def launch(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        launcher = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--main_process_port", "0"]
+        # With --cpu, Accelerate starts one process, however many it is asked for, unless it is told of MPI.
+        launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+        launcher += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
         return run(*launcher, "-m", "cache_job", *arguments)
 
     def test_two_give_the_files_that_one_gives(self, photos: Path, tmp_path: Path) -> None:
@@ -195,6 +200,7 @@ class TestProcesses:
         for start, out in ((functools.partial(run, "cache_job.py"), "one"), (self.launch, "two")):
             done = start(str(photos), str(tmp_path / out), *settings)
             assert done.returncode == 0, done.stderr
+            assert done.stdout.split() == {"one": ["1"], "two": ["2", "2"]}[out]  # processes that took part
         assert content(tmp_path / "two") == content(tmp_path / "one")
         assert len(content(tmp_path / "one")) == 7
 
@@ -217,6 +223,48 @@ def test_damaged_files_are_made_anew(photos: Path, made: LatentCache, tmp_path: 
     again = make(photos, copy, crop="random", flip=True, augmentations=3, embeddings=True)
     again.verify()
     assert content(copy) == content(made.path)
+
+
+def test_damage_is_found_where_another_file_is_missing(photos: Path, tmp_path: Path) -> None:
+    """A manifest written anew would vouch for it."""
+    make(photos, tmp_path)
+    before = content(tmp_path)
+    (tmp_path / "shard-00001.safetensors").unlink()
+    data = bytearray(before["shard-00000.safetensors"])
+    data[-1] ^= 1
+    (tmp_path / "shard-00000.safetensors").write_bytes(data)
+    make(photos, tmp_path).verify()
+    assert content(tmp_path) == before
+
+
+def test_a_stream_of_files_that_have_changed_is_other_data(photos: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(photos, tmp_path / "photos"))
+    make(folder, tmp_path / "cache", streaming=True)
+    shutil.copy(folder / "0.png", folder / "8.png")
+    with pytest.raises(CacheError, match=r"holds a cache .* made with .*data"):
+        make(folder, tmp_path / "cache", streaming=True)
+
+
+def test_the_models_own_size_is_in_its_vaes_pixels(photos: Path, tmp_path: Path) -> None:
+    """A VAE of three levels makes latents of a quarter of the side."""
+    model = tiny.model(tmp_path / "model")
+    for levels in (3, 4):
+        AutoencoderKL(
+            block_out_channels=(16,) * levels, down_block_types=("DownEncoderBlock2D",) * levels,
+            up_block_types=("UpDecoderBlock2D",) * levels, layers_per_block=1, norm_num_groups=4,
+        ).save_pretrained(model / "vae")  # fmt: skip
+        cached = LatentCache(cache(model, photos, tmp_path / f"cache-{levels}", device="cpu"))
+        assert cached.manifest.settings.size == (4 * 2 ** (levels - 1),) * 2
+        assert cached[0]["mean"].shape == (4, 4, 4)
+
+
+def test_a_folder_that_cannot_be_written(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(filelock.FileLock, "acquire", fail)
+    with pytest.raises(CacheError, match=r"^cannot write .*: permission denied; name another folder\.$"):
+        make(photos, tmp_path / "cache")
 
 
 def test_one_call_at_a_time(photos: Path, tmp_path: Path) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
+import os
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -73,6 +75,38 @@ class TestFolder:
         (folder / "a.txt").write_text("not this")
         (folder / "b" / "c" / "metadata.jsonl").write_text(json.dumps({"file_name": "y.png", key: "blue"}))
         assert open_examples(folder).captions == ["red", "blue", "green"]
+
+    def test_captions_however_the_folder_is_written(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        (folder / "metadata.jsonl").write_text(json.dumps({"file_name": "a.png", "text": "red"}))
+        expected = [("a.png", "red"), ("b/c/y.png", ""), ("b/z.PNG", "")]
+        assert told(open_examples(folder / "b" / "..")) == expected
+        (folder / "metadata.jsonl").write_text(json.dumps({"file_name": str(folder / "a.png"), "text": "red"}))
+        monkeypatch.chdir(folder.parent)
+        assert told(open_examples(folder.name)) == expected
+        row = {"file_name": str(folder / "b" / ".." / "a.png"), "text": "rouge"}
+        again = {"file_name": "a.png", "text": "red"}
+        (folder / "metadata.jsonl").write_text(f"{json.dumps(again)}\n{json.dumps(row)}")
+        with pytest.raises(sdkit.errors.DataError, match=r"a\.png has a caption already"):
+            open_examples(folder)
+
+    def test_what_may_not_be_read_is_told(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """As root, who may read everything, a system that refuses is played."""
+        (folder / "a.txt").write_text("a red square")
+        walk = os.walk
+
+        def closed(top: Path, onerror: Any) -> Any:
+            onerror(PermissionError(errno.EACCES, "Permission denied", str(folder / "b" / "c")))
+            return walk(top)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "walk", closed)
+            with pytest.raises(
+                sdkit.errors.DataError, match=r"^cannot read .*c; change its permissions, or take it out"
+            ):
+                open_examples(folder)
+        monkeypatch.setattr(Path, "read_bytes", lambda _: (_ for _ in ()).throw(PermissionError()))
+        with pytest.raises(sdkit.errors.DataError, match=r"^the caption in .*a\.txt cannot be read; "):
+            open_examples(folder)
 
     def test_another_key_of_metadata(self, folder: Path) -> None:
         row = {"file_name": "a.png", "text": "red", "de": "rot"}
@@ -245,6 +279,18 @@ class TestColumns:
             pq.write_table(pa.table({"image": [cell], "text": [str(i)]}), tmp_path / f"{i}.parquet")
         assert open_examples(tmp_path).captions == ["0", "1", "2"]
         assert open_examples(tmp_path / "1.parquet").captions == ["1"]
+
+    def test_names_are_no_patterns(self, tmp_path: Path) -> None:
+        for name in ("1", "[1]", "2*"):
+            pq.write_table(pa.table({"image": [encoded()], "text": [name]}), tmp_path / f"{name}.parquet")
+        assert sorted(open_examples(tmp_path).captions) == ["1", "2*", "[1]"]
+
+    def test_identity_of_a_stream_of_files(self, tmp_path: Path) -> None:
+        pq.write_table(pa.table({"image": [encoded()], "text": ["a"]}), tmp_path / "1.parquet")
+        before = open_examples(tmp_path, streaming=True).identity
+        assert open_examples(tmp_path, streaming=True).identity == before
+        pq.write_table(pa.table({"image": [encoded()], "text": ["a longer one"]}), tmp_path / "2.parquet")
+        assert open_examples(tmp_path, streaming=True).identity != before
 
 
 def datasets_quiet() -> Any:

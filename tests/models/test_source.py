@@ -508,7 +508,7 @@ def test_describe(tiny: Tiny) -> None:
         assert parts["unet"].parameters == sum(p.numel() for p in tiny.unet.parameters())
         assert parts["unet"].dtype == "float32"
         assert parts["unet"].bytes == 4 * sum(p.numel() for p in tiny.unet.parameters())
-        assert parts["vae"].config == {"latent_channels": 4, "scaling_factor": 0.18215}
+        assert parts["vae"].config == {"latent_channels": 4, "scaling_factor": 0.18215, "factor": 8}
         assert parts["unet"].config == {"in_channels": 4, "cross_attention_dim": 16, "sample_size": 8}
         assert parts["scheduler"].config["prediction_type"] == "epsilon"
     assert describe(tiny.folder).kind == "folder"

@@ -598,3 +598,16 @@ def test_torch_compile_on_a_cpu(kit: Path, tmp_path: Path, monkeypatch: pytest.M
     )
     monkeypatch.undo()
     assert Accelerator().state.dynamo_plugin.backend == "NO"  # and that of nobody else
+
+
+def test_names_too_long_for_a_file(kit: Path, tmp_path: Path) -> None:
+    name = "x" * 300
+    one_sentence(lambda: train("vae", kit, tmp_path / "run", data=name), DATA, "neither a path that exists nor")
+    one_sentence(lambda: train("unet", kit, tmp_path / "run", data=name), DATA, "neither a path that exists nor")
+    lacking = {"lpips": name, "lpips_weight": 0.1}
+    one_sentence(lambda: train("vae", kit, tmp_path / "run", **lacking), SOURCE, "the weights of LPIPS are not at ")
+
+
+def test_an_empty_variable_names_no_lpips(kit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SDKIT_LPIPS", "")
+    assert VAEConfig(data=kit, out_dir=tmp_path / "run").lpips is None

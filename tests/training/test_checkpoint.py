@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -213,9 +215,13 @@ def test_optimizer_state_that_is_no_tensor_is_kept(tmp_path: Path) -> None:
     one, other = trained(network()), trained(network())
     steps(one, 1)
     one.optimizer.state[one.parameters[0]]["count"] = 3
+    table = torch.arange(256.0)  # of which all parameters have the same one
+    for parameter in one.parameters:
+        one.optimizer.state[parameter]["qmap1"] = table
     folder = save(tmp_path, snapshot([one], Accelerator(cpu=True), 1, (0, 0)), keep=1)
     restore([other], Accelerator(cpu=True), load(folder))
     assert other.optimizer.state[other.parameters[0]]["count"] == 3
+    assert all(torch.equal(other.optimizer.state[parameter]["qmap1"], table) for parameter in other.parameters)
 
 
 def test_the_learning_rate_is_that_of_the_settings(tmp_path: Path) -> None:
@@ -224,6 +230,20 @@ def test_the_learning_rate_is_that_of_the_settings(tmp_path: Path) -> None:
     other.optimizer.param_groups[0]["lr"] = 0.7
     restore([other], Accelerator(cpu=True), snapshot([one], Accelerator(cpu=True), 1, (0, 0)))
     assert other.optimizer.param_groups[0]["lr"] == 0.7
+
+
+def test_a_checkpoint_that_cannot_be_removed_costs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On NFS, one that somebody has open."""
+
+    def busy(_: Path, ignore_errors: bool = False) -> None:
+        if not ignore_errors:
+            raise OSError(errno.ENOTEMPTY, "Directory not empty")
+
+    one = trained(network())
+    monkeypatch.setattr("sdkit.training.checkpoint.shutil.rmtree", busy)
+    for step in (1, 2):
+        save(tmp_path, snapshot([one], Accelerator(cpu=True), step, (0, 0)), keep=1)
+    assert [path.name for path in checkpoints(tmp_path)] == ["step-00000002"]
 
 
 def test_a_checkpoint_of_another_network_is_refused() -> None:
@@ -273,6 +293,30 @@ def begun(tmp_path: Path) -> Path:
             run.save(at(2), keep=1)
     run.close()
     return tmp_path / "run"
+
+
+def test_a_result_without_its_checkpoints_is_not_overwritten_by_another_run(begun: Path) -> None:
+    run = opened(begun)
+    run.export(lambda folder: (folder / "weights").touch(), 3)
+    run.close()
+    shutil.rmtree(begun / "checkpoints")
+    with pytest.raises(TrainingError, match="holds another run: learning_rate was"):
+        opened(begun, learning_rate=0.5)
+    assert (begun / "result" / "weights").exists()
+    opened(begun).close()
+
+
+def test_metrics_that_cannot_be_kept_are_told(begun: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some file systems tell of a quota only then."""
+
+    def full(_: int) -> None:
+        raise OSError(errno.EDQUOT, "Disk quota exceeded")
+
+    run = opened(begun)
+    monkeypatch.setattr("sdkit.training.run_folder.os.fsync", full)
+    with pytest.raises(TrainingError, match=r"cannot write .*metrics\.jsonl: disk quota exceeded; make room"):
+        run.save(at(4), keep=1)
+    run.close()
 
 
 def test_metrics_beyond_the_checkpoint_are_dropped_and_those_before_it_stay(begun: Path) -> None:

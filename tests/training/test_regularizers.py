@@ -113,10 +113,17 @@ class TestAgainstDiffusers:
         theirs = torch.autograd.grad(expected, [z, quantizer.embedding.weight], retain_graph=True)
         torch.testing.assert_close(torch.autograd.grad(found, [z, quantizer.embedding.weight]), theirs)
 
-    def test_gradient_of_the_stage(self, vqmodel: VQModel, photos: Path, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("changes", [{}, {"lookup_from_codebook": True}, {"gradient_checkpointing": True}], ids=str)
+    def test_gradient_of_the_stage(
+        self, vqmodel: VQModel, photos: Path, tmp_path: Path, changes: dict[str, bool]
+    ) -> None:
         """Of every weight: that of VQModel's own forward pass, with the paper's quantizer in it."""
-        vqmodel.save_pretrained(tmp_path / "model")
-        config = run_config("vq", photos, tmp_path, init=None, model=tmp_path / "model", train_encoder=True)
+        of_model = {name: value for name, value in changes.items() if name == "lookup_from_codebook"}
+        saved = copy.deepcopy(vqmodel)
+        saved.register_to_config(**of_model)
+        saved.save_pretrained(tmp_path / "model")
+        own = {name: value for name, value in changes.items() if name not in of_model}
+        config = run_config("vq", photos, tmp_path, init=None, model=tmp_path / "model", train_encoder=True, **own)
         stage, theirs = VAEStage(config), copy.deepcopy(vqmodel)
         theirs.quantize.legacy = False
         batch = stage.batch([(0, 3), (1, 5)])
@@ -169,6 +176,11 @@ class TestTraining:
         stage = VAEStage(run_config("none", photos, tmp_path))
         _, logvar = stage.vae.moments(pixels())
         assert float(logvar.max()) == -30
+        optimizer = torch.optim.AdamW(stage.vae.parameters(), lr=1e-2, weight_decay=0.1)  # which lifts what is negative
+        for _ in range(3):
+            stage.loss({"vae": stage.vae}, stage.batch([(0, 1)]), 0)[0].backward()
+            optimizer.step()
+        assert float(stage.vae.moments(pixels())[1].max()) == -30
         loss, parts = stage.loss({"vae": stage.vae}, stage.batch([(0, 1)]), 0)
         assert parts.keys() == {"l2"}
         assert torch.equal(loss, stage.loss({"vae": stage.vae}, stage.batch([(7, 1)]), 0)[0])

@@ -282,7 +282,7 @@ TOGETHER: dict[str, dict[str, Any]] = {
 
 def together(made: Path, kind: str, out: Path, **changes: Any) -> tuple[str, dict[str, Any]]:
     """Without dropout, of which each process has its own."""
-    own = {"model": made / "model", "max_steps": STEPS, "validate_every": 3, "gradient_accumulation_steps": 1}
+    own = {"model": made / "model", "max_steps": STEPS, "validate_every": 2, "gradient_accumulation_steps": 1}
     own |= {"lr_scheduler": "linear", "keep_checkpoints": STEPS} | TOGETHER[kind] | changes
     return settings(made, kind, out, **own | ({"lpips": made / "lpips.safetensors"} if kind == "vae" else {}))
 
@@ -321,7 +321,9 @@ def test_two_processes_train_as_one(
         assert name == "discriminator" or difference(weights, at(launched / kind, 2, name)) > 5e-5
     skipped = [json.loads((out / "skipped.json").read_text()) for out in (launched / kind, tmp_path / "run")]
     assert skipped[0] == skipped[1] != {}
-    for drawn in (launched / kind / "samples").glob(f"step-{end:08d}.png"):
+    pictures = [*(launched / kind / "samples").glob(f"step-{end:08d}.png")]
+    assert pictures or kind == "lora from a cache"
+    for drawn in pictures:
         levels = [np.asarray(Image.open(path), float) for path in (drawn, tmp_path / "run" / "samples" / drawn.name)]
         assert np.abs(levels[0] - levels[1]).max() <= 1
 

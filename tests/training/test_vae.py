@@ -547,7 +547,7 @@ class TestPrecision:
             assert {p.dtype for network in networks for p in network.parameters()} == {torch.float32}
             assert {p.dtype for p in stage.lpips.parameters()} == {torch.float32}
             for file in (tmp_path / precision).rglob("*.safetensors"):
-                if not file.name.startswith("rng") and file.name != "optimizer":
+                if not file.name.startswith("rng"):
                     kinds = {value.dtype for name, value in load_file(file).items() if name != "num_updates"}
                     assert kinds == {torch.float32}, file
             losses.append([line["loss"] for line in lines(tmp_path / precision)])

@@ -1,6 +1,6 @@
 """A stage small enough to be trained in a second: a regression with a discriminator, and hooks to end it anywhere.
 
-As a script, `accelerate launch --cpu --num_processes 2 toy.py SCENARIOS.json` trains one run after another.
+As a script, `accelerate launch --multi_gpu --num_processes 2 toy.py SCENARIOS.json` trains one run after another.
 """
 
 from __future__ import annotations
