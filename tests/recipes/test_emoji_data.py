@@ -139,7 +139,7 @@ def test_composed_at_a_corner() -> None:
 
 def test_what_is_used(drawn: Path, tmp_path: Path) -> None:
     assert used(drawn) == sorted([*(one.file for one in FEW), "1f468"])
-    with pytest.raises(DataError, match=r"has no \.webp files; give assets/"):
+    with pytest.raises(DataError, match=r"is not assets/ of the unpacked npm package"):
         used(tmp_path)
 
 

@@ -192,6 +192,15 @@ def test_a_package_that_lacks_a_picture(drawn: Path, tmp_path: Path, monkeypatch
         report.evaluate(["emoji"], drawn, tmp_path, prompts=7)
 
 
+def test_models_measured_before_count_as_well(drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their pictures would be overwritten; numbers that they lack are left out of the table."""
+    (tmp_path / "evaluation.json").write_text('{"runs/a/emoji": {"old": {"measure": 0.5}}}')
+    monkeypatch.setattr(report, "_row", lambda *_: pytest.fail("measured"))
+    with pytest.raises(SdkitError, match="called alike"):
+        report.evaluate(["emoji"], drawn, tmp_path)
+    assert "| old: measure | 50.0% | - |" in report._table({"a": {"old": {"measure": 0.5}}, "b": {}})
+
+
 def test_nothing_to_retrieve(gallery: Gallery, drawn: Path) -> None:
     asked = [Prompt(FEW[1], "brown")]
     measured = fidelity(gallery, asked, [image_of(drawn, prompt) for prompt in asked])

@@ -131,6 +131,21 @@ def test_a_step_before_its_time(step: str, missing: str, tmp_path: Path, monkeyp
         command.main()
 
 
+def test_the_start_is_made_anew_for_another_vae(start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "cache", lambda *_, **__: None)
+    monkeypatch.setattr(training, "open_examples", lambda _: [])
+    shutil.copytree(start, tmp_path / "start")
+    shutil.copytree(start / "vae", tmp_path / "vae-4" / "result")
+    monkeypatch.setattr(training, "make_start", lambda *_: pytest.fail("it fits"))
+    training.make_latents(tmp_path)
+    file = tmp_path / "vae-4" / "result" / "diffusion_pytorch_model.safetensors"
+    save_file({k: v * 1.5 if k == "encoder.conv_in.weight" else v for k, v in load_file(file).items()}, file)
+    monkeypatch.setattr(training, "make_start", make_start)
+    training.make_latents(tmp_path)
+    vaes = (sdkit.VAE.from_pretrained(tmp_path / name) for name in ("start", "vae-4/result"))
+    assert len({vae.identity for vae in vaes}) == 1
+
+
 def test_parts_that_do_not_belong_together(tmp_path: Path) -> None:
     """A U-Net is not exported with a VAE whose latents it does not know."""
     emoji = Path(sdkit.__file__).parent / "assets" / "emoji"

@@ -80,9 +80,12 @@ def caption(name: str, background: str, article: bool = True) -> str:
 def used(folder: Path) -> list[str]:
     """Files, without .webp, of the npm package's folder: what the VAE learns from, and images are looked up among. All
     but flags, keycaps and skin tones. Raises `DataError` where there are none."""
-    stems = sorted(path.stem for path in folder.glob("*.webp") if _is_used(path.stem))
+    try:
+        stems = sorted(path.stem for path in folder.glob("*.webp") if _is_used(path.stem))
+    except ValueError:  # a name that is no numbers
+        stems = []
     if not stems:
-        raise DataError(f"{folder} has no .webp files; give assets/ of the unpacked npm package.")
+        raise DataError(f"{folder} is not assets/ of the unpacked npm package: .webp files with numbers for names.")
     return stems
 
 

@@ -46,10 +46,11 @@ def evaluate(
     sweeps   whether it draws them at other guidance scales and numbers of steps, too
     """
     whole("prompts", prompts, 1)
-    names = {str(model): Path(model).name for model in models}
-    if len({*names.values()}) < len(models):
+    names, rows = {str(model): Path(model).name for model in models}, _earlier(out / "evaluation.json")
+    known = names | {source: Path(source).name for source in rows}
+    if len(names) < len(models) or len({*known.values()}) < len(known):
         raise ArgumentError(
-            f"two of the models are called alike ({', '.join(names)}), as their pictures would be; give each an --out."
+            f"two of the models are called alike ({', '.join(known)}), as their pictures would be; give each an --out."
         )
     lpips = LPIPS.from_pretrained()
     gallery = Gallery(drawn, lpips, out / "gallery")
@@ -57,7 +58,6 @@ def evaluate(
     if missing := {prompt.picture.file for some in asked for prompt in some} - {*gallery.names}:
         raise DataError(f"{drawn} lacks {len(missing)} pictures, {min(missing)}.webp first; is it of another version?")
     photographs, loaded = photos(), [StableDiffusion.from_pretrained(model) for model in models]  # what may be missing
-    rows = _earlier(out / "evaluation.json")
     for model, (source, name) in zip(loaded, names.items(), strict=True):
         vae = VAE.from_pretrained(source, dtype="fp32")
         row, drawn_images = _row(model, vae, gallery, photographs, *asked)
@@ -154,7 +154,7 @@ def _lines(rows: Mapping[str, Row]) -> Iterator[tuple[str, list[str]]]:
     for group, measured in first.items():
         for name in measured if group not in ("scales", "steps") else ():
             form = units.get(name, "{}" if name in ("prompts", "retrieved") else "{:.1%}")
-            values = [row[group][name] for row in rows.values()]
+            values = [row.get(group, {}).get(name) for row in rows.values()]
             yield f"{group}: {name}", ["-" if value is None else form.format(value) for value in values]
 
 

@@ -15,7 +15,7 @@ from sdkit.recipes.emoji.start import make_start
 from sdkit.training import UNetConfig, VAEConfig, train_unet, train_vae
 from sdkit.training.checkpoint import whole_folder
 
-VAE_RUNS = {"vae-1": "tiles", "vae-2": "fine_tiles", "vae-3": "details", "vae-4": "fine_tiles"}
+VAE_RUNS = {"vae-1": "tiles", "vae-2": "fine_tiles", "vae-3": "details", "vae-4": "details"}
 """And what each learns from. The first begins from nothing, another where the one before has ended."""
 WHOLE, SHARPENED = "vae-4", "vae-5"
 
@@ -49,11 +49,16 @@ def _result(root: Path, run: str) -> Path:
 
 def make_latents(root: Path) -> None:
     """root/start, a pipeline around the VAE that lacks a U-Net, and root/latents, the captioned images as latents."""
-    data, start = root / "data" / "captioned", root / "start"
-    if not start.exists():
+    data, start, vae = root / "data" / "captioned", root / "start", _result(root, WHOLE)
+    if not start.exists() or _identity(start) != _identity(vae):
         captions = (example.caption for example in open_examples(data))
-        make_start(_result(root, WHOLE), captions, start)
+        make_start(vae, captions, start)
     cache(start, data, root / "latents", size=SIZE)
+
+
+def _identity(source: Path) -> str:
+    """Of the side of a VAE that makes latents."""
+    return VAE.from_pretrained(source, dtype="fp32").identity
 
 
 def train_the_unet(root: Path) -> None:
@@ -77,8 +82,11 @@ def export(root: Path) -> Path:
     from diffusers import AutoencoderKL, StableDiffusionPipeline
 
     vae, unet = _result(root, SHARPENED), _result(root, "unet-1")
-    if VAE.from_pretrained(vae, dtype="fp32").identity != VAE.from_pretrained(unet, dtype="fp32").identity:
-        raise SourceError(f"{unet} learned from the latents of another VAE than {vae} is; train again from `latents`.")
+    if _identity(vae) != _identity(unet):
+        raise SourceError(
+            f"{unet} learned from the latents of another VAE than {vae} is; remove {root / 'latents'} and "
+            f"{root / 'unet-1'}, and train again from `latents`."
+        )
     pipeline = StableDiffusionPipeline.from_pretrained(
         unet, vae=AutoencoderKL.from_pretrained(vae), safety_checker=None
     )
