@@ -6,6 +6,7 @@ whose code it shares.
 
 from __future__ import annotations
 
+import hashlib
 import sys
 import time
 from pathlib import Path
@@ -23,6 +24,11 @@ def code(notebook: Any) -> list[Any]:
     return [cell for cell in notebook.cells if cell.cell_type == "code"]
 
 
+def digest(notebook: Any) -> str:
+    """SHA-256 of its code, which the notebook keeps beside what that code has shown."""
+    return hashlib.sha256("\0".join(cell.source for cell in code(notebook)).encode()).hexdigest()
+
+
 def run(path: Path) -> None:
     """Run a notebook and write it again with its outputs, but for progress bars and warnings."""
     notebook = nbformat.read(path, 4)
@@ -32,6 +38,7 @@ def run(path: Path) -> None:
         cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
         cell.metadata.pop("execution", None)  # when it ran
     notebook.metadata.language_info = {"name": "python"}
+    notebook.metadata.ran = digest(notebook)
     nbformat.write(notebook, path)
     translation = path.with_stem(f"{path.stem}_zh")
     if translation.exists():
