@@ -229,7 +229,11 @@ def save(
         for key, value in (text or {}).items():
             options["pnginfo"].add_text(key, encodable(value))  # UTF-8 (iTXt) where Latin-1 does not hold it
     encoded = io.BytesIO()  # so that an error below is one of the disk
-    to_rgb(image).save(encoded, FORMATS[suffix], **options)
+    rgb = to_rgb(image)
+    try:
+        rgb.save(encoded, FORMATS[suffix], **options)
+    except (ValueError, OSError) as error:  # a side of more than 16,383 pixels in WebP, say
+        raise ImageError(f"cannot make {path} of {rgb.width} x {rgb.height} pixels: {_reason(error)}.") from error
     with atomic_write(path, overwrite=overwrite) as temporary:
         temporary.write_bytes(encoded.getbuffer())
 

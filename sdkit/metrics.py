@@ -65,7 +65,7 @@ def _blur(x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, C, H - 10, W - 10)
 def _pairs(a: Images, b: Images) -> list[tuple[Tensor, Tensor]]:
     """Pairs of batches (B, 3, H, W) in [0, 255]: one pair of two float tensors, else a pair of one for each image."""
     if isinstance(a, Tensor) and isinstance(b, Tensor):
-        pairs = [(_levels(a), _levels(b))]
+        pairs = [(_levels(a), _levels(b).to(a.device))]
     else:
         xs, ys = to_tensors(a), to_tensors(b)
         if len(xs) != len(ys):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sdkit import images as image_io
 from sdkit.arguments import LONGEST_SIDE, number, one_of, seeded, strings, whole
-from sdkit.errors import ArgumentError
+from sdkit.errors import ArgumentError, SdkitError
 from sdkit.guidance import APG, guided
 from sdkit.models.lora import merge_lora, read_lora
 from sdkit.models.text import TextEncoder
@@ -179,6 +179,10 @@ class StableDiffusion:
         with torch.no_grad():
             for chosen, chunks in self._batches(prompts, negatives, guidance_scale, weighting, x_T, batch_size):
                 z[chosen] = denoise(chosen, chunks).cpu()
+        if not bool(torch.isfinite(z).all()):
+            raise SdkitError(
+                "the U-Net gave numbers that are not finite; take dtype 'fp32' or 'bf16', or smaller prompt weights."
+            )
         if output_type == "latent":
             return z
         return self.vae.decode(z, size=(height, width), output_type=output_type, batch_size=batch_size)
@@ -216,8 +220,10 @@ class StableDiffusion:
     def _noise(self, latents: Tensor | None, generators: list[torch.Generator], height: int, width: int) -> Tensor:
         """x_T (N, 4, ceil(H / 8), ceil(W / 8)), image i's from its own generator."""
         shape = (self.vae.channels, -(-height // self.vae.factor), -(-width // self.vae.factor))
+        # Drawn in any case: the steps' own noise is what comes after it, else it could be that of `latents` again.
+        drawn = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
         if latents is None:
-            return torch.stack([torch.randn(shape, generator=generator) for generator in generators])
+            return drawn
         if latents.shape != (len(generators), *shape) or not bool(torch.isfinite(latents).all()):
             raise ArgumentError(
                 f"latents must be finite and of shape {(len(generators), *shape)} for these images, "

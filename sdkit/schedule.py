@@ -87,7 +87,7 @@ class NoiseSchedule:
         one_of("prediction_type", self.prediction_type, PREDICTIONS)
         one_of("timestep_spacing", self.timestep_spacing, SPACINGS)
         one_of("variance_type", self.variance_type, VARIANCE_TYPES)
-        if betas[0] == 0 or bool((torch.cumprod(1 - betas[:-1], dim=0) == 0).any()):
+        if 1 - betas[0] == 1 or bool((torch.cumprod(1 - betas[:-1], dim=0) == 0).any()):
             raise ArgumentError("betas must begin above 0, and only the last may be 1.")
         whole("steps_offset", self.steps_offset, 0)
         object.__setattr__(self, "betas", betas.clone())
@@ -282,7 +282,8 @@ def _betas_from_config(config: Mapping[str, Any]) -> Tensor:
     T = config.get("num_train_timesteps", 1000)
     start, end = (0.00085, 0.012) if config.get("_class_name") in LATENT_DEFAULTS else (1e-4, 0.02)
     span = {"beta_start": config.get("beta_start", start), "beta_end": config.get("beta_end", end)}
-    kind = config.get("beta_schedule", "linear")
+    consistency = config.get("_class_name") in ("LCMScheduler", "TCDScheduler")
+    kind = config.get("beta_schedule", "scaled_linear" if consistency else "linear")
     if kind == "linear":
         return NoiseSchedule.linear(T, **span).betas
     if kind == "scaled_linear":

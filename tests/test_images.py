@@ -569,3 +569,9 @@ def test_lack_of_memory_is_not_the_file_s_fault(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(place, fail)
     with pytest.raises(MemoryError):
         images.read(tmp_path / "a.png")
+
+
+def test_what_a_format_cannot_hold(tmp_path: Path) -> None:
+    with pytest.raises(ImageError, match=r"^cannot make .*a\.webp of 16400 x 8 pixels: "):
+        images.save(Image.new("RGB", (16400, 8)), tmp_path / "a.webp")
+    assert list(tmp_path.iterdir()) == []

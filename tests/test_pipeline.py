@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -291,3 +292,21 @@ def test_schedule_of_ones_own(sd: sdkit.StableDiffusion) -> None:
     other = sdkit.StableDiffusion(sd.vae, sd.text, sd.unet, leading)
     common = {"num_inference_steps": 3, "output_type": "latent"}
     assert torch.equal(other("a cat", **common), sd("a cat", spacing="leading", **common))
+
+
+def test_given_latents_and_the_steps_noise_are_not_the_same_numbers(sd: sdkit.StableDiffusion) -> None:
+    """A seed's own noise, given as latents, makes that seed's image."""
+    x_T = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(3))
+    own, given = (
+        sd("a red apple", seed=3, latents=latents, sampler="ddpm", num_inference_steps=2, output_type="latent")
+        for latents in (None, x_T)
+    )
+    assert torch.equal(own, given)
+
+
+@pytest.mark.parametrize("output_type", ["pil", "latent"])
+def test_numbers_that_are_not_finite(sd: sdkit.StableDiffusion, output_type: str) -> None:
+    broken = copy.deepcopy(sd)
+    broken.unet.network.conv_out.bias.data.fill_(float("nan"))
+    with pytest.raises(sdkit.SdkitError, match=r"^the U-Net gave numbers that are not finite; take dtype"):
+        broken("a red apple", num_inference_steps=2, output_type=output_type)

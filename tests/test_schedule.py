@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, LCMScheduler, TCDScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -486,3 +486,14 @@ def test_a_schedule_keeps_its_betas_to_itself() -> None:
     schedule = NoiseSchedule.from_betas(betas)
     betas.zero_()
     assert (schedule.betas == 0.1).all()
+
+
+@pytest.mark.parametrize("cls", [LCMScheduler, TCDScheduler])
+def test_the_defaults_of_consistency_models(cls: Any) -> None:
+    ours = NoiseSchedule.from_config({"_class_name": cls.__name__}).alphas_cumprod
+    torch.testing.assert_close(ours.float(), cls().alphas_cumprod, rtol=1e-5, atol=0)
+
+
+def test_a_first_beta_that_vanishes() -> None:
+    with pytest.raises(ArgumentError, match="betas must begin above 0"):
+        NoiseSchedule.linear(beta_start=1e-20)

@@ -273,6 +273,7 @@ def _describe_folder(root: Path) -> Iterator[Component]:
         config = read_json(inside / part.config) if inside else {}
         if inside is None or (part.classes and folder.class_name(config) not in part.classes):
             continue
+        config = read_config(inside / part.config, part.name)
         weights = next((inside / name for name in part.weights if part.classes and is_file(inside / name)), None)
         file = open_tensors(weights) if weights else None
         yield _component(part, config, file.summary(file.shapes) if file else (None, None, None))

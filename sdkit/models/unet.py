@@ -69,10 +69,15 @@ class UNet(Wrapper):
         cond counts, for prompts of different lengths; None counts all.
         """
         sample = x_t.to(self.device, self.dtype)
+        t = t.to(self.device) if isinstance(t, Tensor) else t
+        mask = None if mask is None else mask.to(self.device)
         _thread.shares_t = isinstance(t, int)
-        output: Tensor = self.network(
-            sample, t, encoder_hidden_states=cond.to(sample), encoder_attention_mask=mask, return_dict=False
-        )[0]
+        try:
+            output: Tensor = self.network(
+                sample, t, encoder_hidden_states=cond.to(sample), encoder_attention_mask=mask, return_dict=False
+            )[0]
+        finally:
+            _thread.shares_t = False  # of nobody else's call of the network
         return output.to(x_t)
 
     @torch.no_grad()
@@ -95,6 +100,7 @@ class UNet(Wrapper):
             maps.append(F.interpolate(coarse, (height, width), mode="bilinear"))
 
         with ExitStack() as hooks:
+            hooks.enter_context(torch.compiler.set_stance("force_eager"))  # compiled code runs no hooks
             for name, layer in self.network.named_modules():
                 if name.endswith(".attn2"):
                     hooks.enter_context(layer.register_forward_pre_hook(look, with_kwargs=True))
@@ -123,6 +129,9 @@ def _first_row(_: torch.nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] |
     Matrix products of a few rows round differently for 2 rows than for 8: of all the network's layers only those of the
     time embedding are so small, and without them image i is the same to the bit, alone and in a batch.
     """
-    if torch.compiler.is_compiling() or not getattr(_thread, "shares_t", False):
+    if torch.compiler.is_compiling():
         return None
-    return (inputs[0][:1], *inputs[1:])
+    rows, shared = inputs[0], getattr(_thread, "shares_t", False)
+    if not shared and rows.device.type == "cpu":  # a call past this class; on a GPU a look at them would hold it up
+        shared = bool((rows == rows[:1]).all())
+    return (rows[:1], *inputs[1:]) if shared else None

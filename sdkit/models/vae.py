@@ -139,7 +139,8 @@ class VAE(Wrapper):
         latents = []
         for mean, logvar, source in zip(means, logvars, generators, strict=True):
             draws = sample and not bool((logvar <= DETERMINISTIC).all())
-            eps = torch.randn(mean.shape, generator=source).to(mean) if draws else None
+            place = source.device if source else None
+            eps = torch.randn(mean.shape, generator=source, device=place).to(mean) if draws else None
             latents.append(latents_of(mean, logvar, eps, self.scale, self.shift))
         return _stack(latents)
 

@@ -48,6 +48,10 @@ VALUES: dict[str, dict[str, tuple[str, Callable[[Any], bool]]]] = {
     "vae": {
         "scaling_factor": ("a number above 0", lambda x: _number(x, 1e-12)),
         "shift_factor": ("a number or null", lambda x: x is None or _number(x)),
+        **dict.fromkeys(
+            ("block_out_channels", "encoder_block_out_channels"),
+            ("a list of whole numbers or null", lambda x: x is None or _list_of(_whole, x)),
+        ),
     },
     "unet": {
         "sample_size": (

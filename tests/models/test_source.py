@@ -501,6 +501,13 @@ def test_probe_is_made_once_for_a_file(sd2: Tiny, monkeypatch: pytest.MonkeyPatc
 # Descriptions
 
 
+def test_describe_tells_of_a_value_that_cannot_be(sd1: Tiny, tmp_path: Path) -> None:
+    with pytest.raises(
+        SourceError, match=r"has block_out_channels 128, not a list of whole numbers or null; correct it"
+    ):
+        describe(changed(sd1, tmp_path / "a", "vae/config.json", block_out_channels=128))
+
+
 def test_describe(tiny: Tiny) -> None:
     for described in (describe(tiny.folder), describe(tiny.file, config=tiny.folder)):
         parts = {component.part: component for component in described.components}

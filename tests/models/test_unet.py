@@ -76,3 +76,13 @@ def test_compiled_gives_the_same(unet: sdkit.UNet) -> None:
     torch.testing.assert_close(compiled(x_t, 500, cond), unet(x_t, 500, cond), atol=1e-4, rtol=0)
     t = torch.tensor([3, 900])
     torch.testing.assert_close(compiled(x_t, t, cond), unet(x_t, t, cond), atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
+def test_a_call_leaves_the_network_as_it_was(sd: sdkit.StableDiffusion) -> None:
+    """A timestep that one call shares over its batch is none of the next one's, past this class."""
+    x, cond, t = torch.randn(2, 4, 16, 16), sd.text.encode(["a", "b"]), torch.tensor([1, 999])
+    sd.unet(x, 500, cond)
+    theirs = sd.unet.network(x, t, encoder_hidden_states=cond).sample
+    torch.testing.assert_close(theirs, sd.unet(x, t, cond))
+    assert float((theirs[1] - sd.unet(x, 1, cond)[1]).abs().max()) > 1e-2
