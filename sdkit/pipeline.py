@@ -146,7 +146,7 @@ class StableDiffusion:
             a batch.
         latents: (N, 4, h, w) standard normal noise to start from in place of the seeds'.
         output_type: "pil", a list of PIL images; "np", uint8 (N, H, W, 3); "pt", float32 (N, 3, H, W) in [-1, 1];
-            "latent", the scaled latents (N, 4, h, w).
+            "latent", the scaled latents (N, 4, h, w) as they are, even where they are not finite.
         callback: called with each `Step` of each batch.
         clip_skip, weighting: see `TextEncoder.encode`.
         batch_size: images denoised together; None fits it to their size.
@@ -179,12 +179,12 @@ class StableDiffusion:
         with torch.no_grad():
             for chosen, chunks in self._batches(prompts, negatives, guidance_scale, weighting, x_T, batch_size):
                 z[chosen] = denoise(chosen, chunks).cpu()
+        if output_type == "latent":
+            return z
         if not bool(torch.isfinite(z).all()):
             raise SdkitError(
                 "the U-Net gave numbers that are not finite; take dtype 'fp32' or 'bf16', or smaller prompt weights."
             )
-        if output_type == "latent":
-            return z
         return self.vae.decode(z, size=(height, width), output_type=output_type, batch_size=batch_size)
 
     def images_at_once(self, height: int, width: int) -> int:

@@ -304,9 +304,10 @@ def test_given_latents_and_the_steps_noise_are_not_the_same_numbers(sd: sdkit.St
     assert torch.equal(own, given)
 
 
-@pytest.mark.parametrize("output_type", ["pil", "latent"])
+@pytest.mark.parametrize("output_type", ["pil", "pt"])
 def test_numbers_that_are_not_finite(sd: sdkit.StableDiffusion, output_type: str) -> None:
     broken = copy.deepcopy(sd)
     broken.unet.network.conv_out.bias.data.fill_(float("nan"))
     with pytest.raises(sdkit.SdkitError, match=r"^the U-Net gave numbers that are not finite; take dtype"):
         broken("a red apple", num_inference_steps=2, output_type=output_type)
+    assert broken("a red apple", num_inference_steps=2, output_type="latent").isnan().any()
