@@ -262,28 +262,32 @@ def _generate(sd: StableDiffusion, batch: Sequence[tuple[str, int]], recipe: Rec
     return made
 
 
-DEMO_SUBJECTS = ("red apple", "ghost", "panda", "cactus", "fox", "red heart", "birthday cake")
-DEMO_COLORS = ("white", "yellow", "pink", "green", "blue", "purple", "black")
+DEMO_PROMPTS = (
+    "a red apple on a blue background", "a fox on a green background",
+    "a balloon on a turquoise background", "a birthday cake on a pink background",
+    "a panda on an orange background", "a cactus on a yellow background",
+    "an octopus on a white background", "a rocket on a purple background",
+    "a unicorn on a blue background", "a strawberry on a black background",
+    "a sunflower on a red background", "a ghost on a brown background",
+)  # fmt: skip
 DEMO_PHOTOS = ("astronaut", "chelsea", "coffee")
 
 
 def demo_files(
     sd: StableDiffusion, out: str | Path = "demo", photos: Sequence[str | Path] = ()
 ) -> tuple[Path, str, Report[Reconstruction]]:
-    """A labelled grid of images from prompts, and photos through the VAE and back.
+    """Images from prompts, and photos through the VAE and back.
 
-    Returns the grid's path, what the photos are (where none are given scikit-image's, or if it is not installed the
-    generated images), and what became of them.
+    Returns the path of the former, as one grid, what the photos are (where none are given scikit-image's, or if it is
+    not installed the generated images), and what became of them.
     """
     folder = Path(out)
     _check_writable(folder)
-    prompts = [f"a {subject} on a {color} background" for subject in DEMO_SUBJECTS for color in DEMO_COLORS]
-    made = sd(prompts, guidance_scale=5.0, seed=[0] * len(prompts))
-    rows, columns = [f"a {subject}" for subject in DEMO_SUBJECTS], [f"on {color}" for color in DEMO_COLORS]
-    images.save(images.grid(made, padding=6, row_labels=rows, column_labels=columns), folder / "generated.png")
+    made = sd(DEMO_PROMPTS, guidance_scale=5.0, seed=[0] * len(DEMO_PROMPTS))
+    images.save(images.grid(made, 4, padding=6, captions=DEMO_PROMPTS), folder / "generated.png")
     if photos:
         return folder / "generated.png", "photos given", reconstruct_files(sd.vae, photos, folder)
-    kind, pictures = "generated images", dict(zip(DEMO_SUBJECTS, made[:: len(DEMO_COLORS)], strict=True))
+    kind, pictures = "generated images", dict(zip(map(_slug, DEMO_PROMPTS), made, strict=True))
     with contextlib.suppress(ImportError):
         from skimage import data  # of the extra `dev`
 

@@ -189,8 +189,7 @@ def test_info_as_table_and_as_json(run: Callable[..., Ran]) -> None:
 
 
 def test_demo_shows_a_grid_and_photos(run: Callable[..., Ran], work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sdkit.jobs.DEMO_SUBJECTS", ("red apple",))
-    monkeypatch.setattr("sdkit.jobs.DEMO_COLORS", ("white", "blue"))
+    monkeypatch.setattr("sdkit.jobs.DEMO_PROMPTS", ("a red apple", "a red apple on a blue background"))
     monkeypatch.setattr("skimage.data.astronaut", lambda: np.zeros((16, 16, 3), np.uint8))
     call = sdkit.StableDiffusion.__call__
     monkeypatch.setattr(sdkit.StableDiffusion, "__call__", functools.partialmethod(call, num_inference_steps=2))

@@ -91,6 +91,8 @@ def export(root: Path) -> Path:
         unet, vae=AutoencoderKL.from_pretrained(vae), safety_checker=None
     )
     pipeline.to(torch.float16)
+    for network in (pipeline.vae, pipeline.unet):
+        network.register_to_config(_name_or_path="")  # no folder of this machine
     with whole_folder(root / "model") as folder:
         pipeline.save_pretrained(folder)
         config = folder / "text_encoder" / "config.json"  # from which transformers would take the dtype to compute in
