@@ -7,6 +7,7 @@ whose code it shares.
 from __future__ import annotations
 
 import hashlib
+import os
 import sys
 import time
 from pathlib import Path
@@ -50,6 +51,8 @@ def run(path: Path) -> None:
 
 def main(names: list[str]) -> None:
     """Run the notebooks of these names, or all of them."""
+    if lpips := os.environ.get("SDKIT_LPIPS"):  # of this folder, not of the kernels'
+        os.environ["SDKIT_LPIPS"] = str(Path(lpips).resolve())
     paths = [Path(name) for name in names] or sorted(HERE.glob("*.ipynb"))
     for path in dict.fromkeys(path.with_stem(path.stem.removesuffix("_zh")) for path in paths):
         start = time.monotonic()

@@ -13,7 +13,7 @@ from PIL import Image
 
 import sdkit
 from sdkit.recipes.emoji.evaluation import Prompt, background_of
-from sdkit.recipes.emoji.pictures import BACKGROUNDS, composed, pictures, read
+from sdkit.recipes.emoji.pictures import BACKGROUNDS, composed, pictures, read, with_article
 from sdkit.recipes.emoji.start import VOCABULARY
 
 HERE = Path(__file__).parent / "embedded"
@@ -90,7 +90,7 @@ def test_guidance_raises_fidelity(sd: sdkit.StableDiffusion, drawn: list[Image.I
 
 def test_a_negative_prompt_keeps_away_what_it_names(sd: sdkit.StableDiffusion) -> None:
     """Of images whose prompt names no background."""
-    names = [f"a {one.name}" for one in TWELVE]
+    names = [with_article(one.name) for one in TWELVE]
     plain, less = (
         sd(names, negative, guidance_scale=5.0, num_inference_steps=20, seed=range(12), batch_size=12)
         for negative in ("", "a white background")

@@ -153,6 +153,11 @@ def test_what_it_points_to_exists(name: str) -> None:
             assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
 
 
+def test_the_table_of_rooms_names_what_training_is_made_of() -> None:
+    for path in (ROOT / "sdkit" / "training").glob("*.py"):
+        assert f"`{path.name}`" in GUIDES["CONTRIBUTING.md"] or f"`training/{path.name}`" in GUIDES["CONTRIBUTING.md"]
+
+
 @pytest.mark.parametrize("name", GUIDES)
 def test_no_placeholder_is_left(name: str) -> None:
     assert not re.search(r"SPEED|TODO|TBD|XXX|@@", GUIDES[name])

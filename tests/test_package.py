@@ -176,6 +176,16 @@ def test_the_wheel_holds_the_package_whole_and_nothing_else(tmp_path: Path) -> N
         entry_points = archive.read(f"sdkit-{sdkit.__version__}.dist-info/entry_points.txt").decode()
     files = (path for path in (ROOT / "sdkit").rglob("*") if path.is_file() and "__pycache__" not in path.parts)
     assert packed == {path.relative_to(ROOT).as_posix() for path in files}
+    assert {Path(name).suffix for name in packed} <= {
+        "",
+        ".py",
+        ".json",
+        ".safetensors",
+        ".md",
+        ".txt",
+        ".tsv",
+        ".typed",
+    }
     assert {"sdkit/py.typed", "sdkit/assets/emoji/vae/diffusion_pytorch_model.safetensors"} <= packed
     assert "License-Expression: Apache-2.0" in metadata
     assert "sdkit = sdkit.cli:main" in entry_points

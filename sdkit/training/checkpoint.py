@@ -64,7 +64,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
         if not isinstance(cause, (OSError, SafetensorError)):
             raise
         raise TrainingError(
-            f"cannot write {path}: {reason(cause)}; earlier checkpoints are untouched, so make room and run again."
+            f"cannot write {path}: {reason(cause)}; what was there before is untouched, so make room and run again."
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections import Counter
 from pathlib import Path
 from random import Random
 
+import nbformat
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
 from sdkit.data import open_examples
 from sdkit.errors import DataError, SdkitError
+from sdkit.jobs import DEMO_PROMPTS
 from sdkit.recipes.emoji import pictures as table
 from sdkit.recipes.emoji import prepare as module
 from sdkit.recipes.emoji.pictures import (
@@ -28,6 +31,7 @@ from sdkit.recipes.emoji.pictures import (
     with_article,
 )
 from sdkit.recipes.emoji.prepare import prepare
+from sdkit.recipes.emoji.settings import settings
 
 FEW = pictures()[:5]
 COLOUR = (200, 30, 90)
@@ -71,7 +75,7 @@ def data(drawn: Path, photographs: Path, tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(
         module,
         "TILES",
-        {"tiles": (64, 20, 0.5, 0.0), "fine_tiles": (SIZE, 8, 0.2, 0.7)},
+        {"tiles": (64, 20, 0.5, 0.0), "fine_tiles": (SIZE, 12, 0.3, 0.6)},
     )
     prepare(drawn, photographs, tmp_path / "data")
     return tmp_path / "data"
@@ -107,12 +111,37 @@ def test_backgrounds_are_far_apart() -> None:
         ("avocado", "orange", "an avocado on an orange background"),
         ("grapes", "white", "grapes on a white background"),
         ("compass", "gray", "a compass on a gray background"),
+        ("octopus", "black", "an octopus on a black background"),
+        ("face with rolling eyes", "pink", "a face with rolling eyes on a pink background"),
+        ("unicorn", "blue", "a unicorn on a blue background"),
+        ("one-piece swimsuit", "red", "a one-piece swimsuit on a red background"),
+        ("hourglass", "green", "an hourglass on a green background"),
+        ("x-ray", "white", "an x-ray on a white background"),
     ],
 )
 def test_captions(name: str, background: str, text: str) -> None:
     assert caption(name, background) == text
     assert caption(name, background, article=False) == text.removeprefix("a ").removeprefix("an ")
     assert text.startswith(with_article(name))
+
+
+def prompts_of_notebooks() -> list[str]:
+    """Those of notebooks 6 and 7 that are written out, but for the four new words."""
+    found = []
+    for path in (Path(__file__).parents[2] / "notebooks").glob("0[67]*.ipynb"):
+        code = "\n".join(cell.source for cell in nbformat.read(path, 4).cells if cell.cell_type == "code")
+        found += re.findall(r'"(an? [^"]+)"', code)
+    return [prompt for prompt in found if prompt not in ("a zork", "a blick", "a frum", "a dwop")]
+
+
+def test_prompts_that_are_shown_are_captions_that_were_learned() -> None:
+    known = {with_article(name) for one in pictures() for name in one.names} | {"grapes"}
+    shown = [*DEMO_PROMPTS, *settings("unet-1")["validation_prompts"], *prompts_of_notebooks()]
+    assert len(shown) > 35
+    for prompt in shown:
+        name, *background = re.split(r" on an? (\w+) background$", prompt)
+        assert name in known, prompt
+        assert not background or background[0] in BACKGROUNDS, prompt
 
 
 def test_composed_in_the_middle() -> None:
@@ -193,14 +222,15 @@ def test_captioned_tiles_keep_out_what_is_held_out(drawn: Path, monkeypatch: pyt
     """They are the captioned images, on all backgrounds but one."""
     one = FEW[0]
     monkeypatch.setattr(module, "pictures", lambda: [one])
-    tiles = [module._tile(SIZE, [0.0, 1.0], drawn, [], [], number)[0][1] for number in range(100)]
+    monkeypatch.setattr(module, "TILES", {"tiles": (SIZE, 100, 0.0, 1.0)})
+    tiles = [module._tile("tiles", drawn, [], [], number)[0][1] for number in range(100)]
     assert {tile.getpixel((0, 0)) for tile in tiles} == set(BACKGROUNDS.values()) - {BACKGROUNDS[one.held_out]}
     assert {tile.getpixel((SIZE // 2, SIZE // 2)) for tile in tiles} == {COLOUR}
 
 
 def test_tiles_are_made_alike_again(data: Path, drawn: Path, photographs: Path) -> None:
     for number in range(6):
-        made = module._tile(64, [0.5, 0.0], drawn, used(drawn), module._photos(photographs), number)
+        made = module._tile("tiles", drawn, used(drawn), module._photos(photographs), number)
         with Image.open(data / "tiles" / made[0][0]) as image:
             assert np.array_equal(np.asarray(image), np.asarray(made[0][1]))
 
@@ -224,6 +254,24 @@ def test_another_way_makes_all_of_a_set_anew(
     prepare(drawn, photographs, data)
     assert len(list((data / "tiles").glob("*.png"))) == 3
     assert file.stat().st_mtime_ns == before
+
+
+def test_another_size_of_the_pictures_makes_all_anew(
+    data: Path, drawn: Path, photographs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = [data / name / "metadata.jsonl" for name in ("tiles", "fine_tiles", "captioned", "held_out")]
+    before = [file.stat().st_mtime_ns for file in files]
+    monkeypatch.setattr(module, "SIDE", 100)
+    prepare(drawn, photographs, data)
+    assert all(file.stat().st_mtime_ns > then for file, then in zip(files, before, strict=True))
+
+
+def test_sets_of_tiles_do_not_repeat_one_another(
+    drawn: Path, photographs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "TILES", dict.fromkeys(("one", "other"), (64, 1, 1.0, 0.0)))
+    one, other = (module._tile(name, drawn, [], module._photos(photographs), 0)[0][1] for name in ("one", "other"))
+    assert one.tobytes() != other.tobytes()
 
 
 def test_a_damaged_photograph_leaves_nothing_half_made(drawn: Path, photographs: Path, tmp_path: Path) -> None:

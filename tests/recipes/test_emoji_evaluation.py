@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -159,6 +160,7 @@ def test_once_through(
             assert min(image.size) > 150
     other = tmp_path / "other"
     other.symlink_to(Path(sdkit.__file__).parent / "assets" / "emoji")
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)  # which only the curves need
     more = ("--models", str(other), "--prompts", "6", "--no-sweeps")
     assert command_line(monkeypatch, drawn, out.parent, *more) == 0
     both = json.loads((out / "evaluation.json").read_text())
@@ -169,11 +171,35 @@ def test_once_through(
 
 
 @pytest.mark.usefixtures("short")
+def test_curves_want_matplotlib(drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "_row", lambda *_: pytest.fail("measured"))
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(
+        SdkitError, match=r"^the curves need matplotlib; install 'sdkit\[train\]', or give --no-sweeps\.$"
+    ):
+        report.evaluate(["emoji"], drawn, tmp_path)
+
+
+@pytest.mark.usefixtures("short")
+def test_what_was_measured_before_the_sweeps_is_kept(
+    drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(report, "_sweeps", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        report.evaluate(["emoji"], drawn, tmp_path, prompts=2)
+    assert json.loads((tmp_path / "evaluation.json").read_text())["emoji"]["generated"]["prompts"] == 2
+
+
+@pytest.mark.usefixtures("short")
 @pytest.mark.parametrize(
     ("more", "error", "sentence"),
     [
         (["--models", "emoji", "no/such"], SdkitError, "no/such"),
-        (["--models", "emoji", "a/emoji"], SdkitError, "called alike"),
+        (["--models", "a/emoji", "a-emoji"], SdkitError, "called alike"),
+        (["--models", "a/emoji", "a/emoji/"], SdkitError, "called alike"),
         (["--models", "emoji", "--prompts", "0"], SdkitError, "prompts must be a whole number of at least 1, not 0"),
     ],
 )
@@ -194,10 +220,10 @@ def test_a_package_that_lacks_a_picture(drawn: Path, tmp_path: Path, monkeypatch
 
 def test_models_measured_before_count_as_well(drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Their pictures would be overwritten; numbers that they lack are left out of the table."""
-    (tmp_path / "evaluation.json").write_text('{"runs/a/emoji": {"old": {"measure": 0.5}}}')
+    (tmp_path / "evaluation.json").write_text('{"runs/a": {"old": {"measure": 0.5}}}')
     monkeypatch.setattr(report, "_row", lambda *_: pytest.fail("measured"))
     with pytest.raises(SdkitError, match="called alike"):
-        report.evaluate(["emoji"], drawn, tmp_path)
+        report.evaluate(["runs-a"], drawn, tmp_path)
     assert "| old: measure | 50.0% | - |" in report._table({"a": {"old": {"measure": 0.5}}, "b": {}})
 
 

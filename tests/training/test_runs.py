@@ -191,7 +191,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(
     stage, config = settings(made, kind, tmp_path / "run")
     assert run(stage, config, "FSIZE loss 6") == 2
     assert "checkpoints/step-00000004: " in run.said(config)
-    assert run.said(config).endswith("earlier checkpoints are untouched, so make room and run again.")
+    assert run.said(config).endswith("what was there before is untouched, so make room and run again.")
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000002"]
     assert run(stage, config) == 0
     again, whole = everything(tmp_path / "run"), uninterrupted(kind)

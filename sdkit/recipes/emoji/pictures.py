@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -31,6 +32,14 @@ BACKGROUNDS = {
     "brown": (130, 85, 50),
 }
 """Colours that captions name, sRGB. White is the one that a caption need not name."""
+
+AN = r"(?!ewe|one|ufo|unicorn)[aeiou]|hour|x-ray"
+"""How a name begins that "an" stands before."""
+SINGULAR = {
+    "abacus", "bus", "cactus", "hibiscus", "hippopotamus", "lotus", "minibus", "octopus", "rhinoceros", "trolleybus",
+    "tyrannosaurus",
+}  # fmt: skip
+"""Words in -s that are one thing."""
 
 
 @dataclass(frozen=True)
@@ -67,9 +76,10 @@ def held_out() -> dict[str, str]:
 
 def with_article(name: str) -> str:
     """ "an apple", but "grapes" as it is."""
-    if name.endswith("s") and not name.endswith("ss"):
+    head = re.split(r" (?:with|holding|showing|over|and) ", name)[0]  # "face" of "face with horns"
+    if head.endswith("s") and not head.endswith("ss") and head.split()[-1] not in SINGULAR:
         return name
-    return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
+    return f"{'an' if re.match(AN, name) else 'a'} {name}"
 
 
 def caption(name: str, background: str, article: bool = True) -> str:

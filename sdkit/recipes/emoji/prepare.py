@@ -22,6 +22,7 @@ from sdkit.errors import DataError, SdkitError
 from sdkit.progress import progress
 from sdkit.recipes.emoji.pictures import (
     BACKGROUNDS,
+    SIDE,
     SIZE,
     caption,
     composed,
@@ -60,7 +61,7 @@ def prepare(drawn: Path, photographs: Path, out: Path) -> None:
     """
     stems, photos = used(drawn), _photos(photographs)
     sets: list[tuple[str, Callable[..., list[Captioned]], int]] = [
-        *((name, partial(_tile, size, shares, drawn, stems, photos), n) for name, (size, n, *shares) in TILES.items()),
+        *((name, partial(_tile, name, drawn, stems, photos), n) for name, (_, n, *_) in TILES.items()),
         ("captioned", partial(_captioned, drawn), len(pictures())),
         ("held_out", partial(_held_out, drawn), len(pictures())),
     ]
@@ -68,7 +69,8 @@ def prepare(drawn: Path, photographs: Path, out: Path) -> None:
     material = [(file.name, file.stat().st_size) for file in files]
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow works outside Python's lock
         for name, make, n in sets:
-            all_of_it = f"{name} {TILES.get(name)} {n} {AS_CAPTIONED} {BACKGROUNDS} {pictures()} {material}"
+            ways = (TILES.get(name), n, AS_CAPTIONED, FLAT, PHOTO_HEIGHT, SIZE, SIDE, BACKGROUNDS)
+            all_of_it = f"{name} {ways} {pictures()} {material}"
             digest, folder = hashlib.sha256(all_of_it.encode()).hexdigest(), out / name
             if (folder / MADE_OF).is_file() and (folder / MADE_OF).read_text() == digest:
                 continue
@@ -115,13 +117,11 @@ def _held_out(drawn: Path, number: int) -> list[Captioned]:
     return [(f"{one.file}-{one.held_out}.png", image, caption(one.name, one.held_out))]
 
 
-def _tile(
-    size: int, shares: Sequence[float], drawn: Path, stems: Sequence[str], photos: Sequence[Path], number: int
-) -> list[Captioned]:
+def _tile(name: str, drawn: Path, stems: Sequence[str], photos: Sequence[Path], number: int) -> list[Captioned]:
     """A square of a photograph or of a captioned image, or any picture of random size and place on a random
     background."""
-    rng = Random(f"{size} {number}")
-    from_photos, captioned = shares
+    rng = Random(f"{name} {number}")
+    size, _, from_photos, captioned = TILES[name]
     kind = rng.random()
     if kind < from_photos:
         tile = _photo_tile(size, photos, rng)

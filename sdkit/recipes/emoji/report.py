@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -46,12 +47,15 @@ def evaluate(
     sweeps   whether it draws them at other guidance scales and numbers of steps, too
     """
     whole("prompts", prompts, 1)
-    names, rows = {str(model): Path(model).name for model in models}, _earlier(out / "evaluation.json")
-    known = names | {source: Path(source).name for source in rows}
+    rows = _earlier(out / "evaluation.json")
+    names = {os.path.normpath(model): _slug(model) for model in models}
+    known = names | {source: _slug(source) for source in rows}
     if len(names) < len(models) or len({*known.values()}) < len(known):
         raise ArgumentError(
             f"two of the models are called alike ({', '.join(known)}), as their pictures would be; give each an --out."
         )
+    if sweeps:
+        _canvas()
     lpips = LPIPS.from_pretrained()
     gallery = Gallery(drawn, lpips, out / "gallery")
     asked = measure.prompts(prompts), measure.prompts_held_out(prompts)
@@ -63,12 +67,24 @@ def evaluate(
         row, drawn_images = _row(model, vae, gallery, photographs, *asked)
         _save_sheet(out / f"{name}-generated.png", drawn_images, asked[0])
         _save_vae_sheet(out / f"{name}-vae.png", vae, [*map(partial(_composed, drawn), asked[1][:4]), *photographs])
+        table = _save_rows(out, rows | {source: row})
         if sweeps:
-            row |= _sweeps(model, gallery, *asked)
+            row |= _sweeps(model, gallery, row, *asked)
             _save_curves(out / f"{name}-curves.png", row)
         rows[source] = row
-        with atomic_write(out / "evaluation.json") as temporary:
-            temporary.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+        table = _save_rows(out, rows)
+    return table
+
+
+def _slug(source: str | os.PathLike[str]) -> str:
+    """What a model's pictures are called by."""
+    return re.sub(r"[^\w.]+", "-", os.path.normpath(source)).strip("-.")
+
+
+def _save_rows(out: Path, rows: Mapping[str, Row]) -> str:
+    """Writes evaluation.json and table.md; returns the latter."""
+    with atomic_write(out / "evaluation.json") as temporary:
+        temporary.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
     table = _table(rows)
     with atomic_write(out / "table.md") as temporary:
         temporary.write_text(table, encoding="utf-8")
@@ -101,13 +117,19 @@ def _row(
     }, drawn
 
 
-def _sweeps(model: StableDiffusion, gallery: Gallery, seen: Asked, held_out: Asked) -> Row:
-    """Retrieval of pairs that were trained on, and backgrounds of those that were not."""
-    found: dict[tuple[float, int], measure.Measured] = {}
-    for at in {*((scale, STEPS) for scale in SCALES), *((SCALE, steps) for steps in STEP_COUNTS)}:
-        pairs = measure.fidelity(gallery, held_out, measure.generated(model, held_out, *at))
-        found[at] = measure.fidelity(gallery, seen, measure.generated(model, seen, *at))
-        found[at] |= {"background, held-out pairs": pairs["background"]}
+def _sweeps(model: StableDiffusion, gallery: Gallery, row: Row, seen: Asked, held_out: Asked) -> Row:
+    """Retrieval of pairs that were trained on, and backgrounds of those that were not; `row` has them at (SCALE,
+    STEPS)."""
+    both: dict[tuple[float, int], tuple[measure.Measured, measure.Measured]] = {
+        (SCALE, STEPS): (row["generated"], row["generated, held-out pairs"])
+    }
+    for at in (*((scale, STEPS) for scale in SCALES), *((SCALE, steps) for steps in STEP_COUNTS)):
+        if at not in both:
+            drawn = (
+                measure.fidelity(gallery, asked, measure.generated(model, asked, *at)) for asked in (seen, held_out)
+            )
+            both[at] = next(drawn), next(drawn)
+    found = {at: one | {"background, held-out pairs": two["background"]} for at, (one, two) in both.items()}
     return {
         "scales": {scale: found[scale, STEPS] for scale in SCALES},
         "steps": {steps: found[SCALE, steps] for steps in STEP_COUNTS},
@@ -158,13 +180,21 @@ def _lines(rows: Mapping[str, Row]) -> Iterator[tuple[str, list[str]]]:
             yield f"{group}: {name}", ["-" if value is None else form.format(value) for value in values]
 
 
-def _save_curves(path: Path, row: Row) -> None:
-    """Fidelity against guidance scale and against steps."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
+def _canvas() -> Any:
+    """An empty matplotlib figure."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ArgumentError("the curves need matplotlib; install 'sdkit[train]', or give --no-sweeps.") from error
     figure = Figure(figsize=(9, 3.4), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)
+    return figure
+
+
+def _save_curves(path: Path, row: Row) -> None:
+    """Fidelity against guidance scale and against steps."""
+    figure = _canvas()
     panels = (("scales", "guidance scale", f"{STEPS} steps"), ("steps", "DDIM steps", f"guidance scale {SCALE:g}"))
     for place, (key, label, title) in enumerate(panels, start=1):
         axes = figure.add_subplot(1, 2, place)

@@ -32,8 +32,9 @@ def train_the_vae(root: Path) -> None:
 
 def _train_vae(root: Path, run: str, tiles: str, **begins: Any) -> None:
     """root/RUN, from a model or from nothing (init)."""
-    data = root / "data"
-    common: dict[str, Any] = {"data": data / tiles, "validation_data": data / "held_out", "out_dir": root / run}
+    common: dict[str, Any] = {
+        "data": _data(root, tiles), "validation_data": _data(root, "held_out"), "out_dir": root / run
+    }  # fmt: skip
     train_vae(VAEConfig(**settings(run), **common, **begins))
 
 
@@ -47,12 +48,18 @@ def _result(root: Path, run: str) -> Path:
     return result
 
 
+def _data(root: Path, name: str) -> Path:
+    """What `prepare` has made."""
+    data = root / "data" / name
+    if not data.is_dir():
+        raise SourceError(f"{data} is not there: prepare makes it (see --help for the order of the steps).")
+    return data
+
+
 def make_latents(root: Path) -> None:
     """root/start, a pipeline around the VAE that lacks a U-Net, and root/latents, the captioned images as latents."""
-    data, start, vae = root / "data" / "captioned", root / "start", _result(root, WHOLE)
-    if not start.exists() or _identity(start) != _identity(vae):
-        captions = (example.caption for example in open_examples(data))
-        make_start(vae, captions, start)
+    start, vae, data = root / "start", _result(root, WHOLE), _data(root, "captioned")
+    make_start(vae, open_examples(data).captions, start)
     cache(start, data, root / "latents", size=SIZE)
 
 
@@ -63,9 +70,12 @@ def _identity(source: Path) -> str:
 
 def train_the_unet(root: Path) -> None:
     """root/unet-1, from nothing and together with the text encoder."""
+    latents = root / "latents"
+    if not latents.is_dir():
+        raise SourceError(f"{latents} is not there: latents makes it (see --help for the order of the steps).")
     train_unet(
         UNetConfig(
-            **settings("unet-1"), data=root / "latents", size=SIZE, train_text_encoder=True, model=root / "start",
+            **settings("unet-1"), data=latents, size=SIZE, train_text_encoder=True, model=root / "start",
             init=shape_file("unet"), out_dir=root / "unet-1",
         )
     )  # fmt: skip
@@ -91,8 +101,8 @@ def export(root: Path) -> Path:
         unet, vae=AutoencoderKL.from_pretrained(vae), safety_checker=None
     )
     pipeline.to(torch.float16)
-    for network in (pipeline.vae, pipeline.unet):
-        network.register_to_config(_name_or_path="")  # no folder of this machine
+    for part in (pipeline, pipeline.vae, pipeline.unet):
+        part.register_to_config(_name_or_path="")  # no folder of this machine
     with whole_folder(root / "model") as folder:
         pipeline.save_pretrained(folder)
         config = folder / "text_encoder" / "config.json"  # from which transformers would take the dtype to compute in
