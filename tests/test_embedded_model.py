@@ -13,20 +13,12 @@ from PIL import Image
 
 import sdkit
 from sdkit.recipes.emoji.evaluation import Prompt, background_of
-from sdkit.recipes.emoji.pictures import BACKGROUNDS, composed, pictures, read, with_article
-from sdkit.recipes.emoji.start import VOCABULARY
+from sdkit.recipes.emoji.pictures import BACKGROUNDS, composed, pictures, read
 
 HERE = Path(__file__).parent / "embedded"
 TWELVE = [one for one in pictures() if (HERE / f"{one.file}.webp").is_file()]
 ON_BLUE = [Prompt(one, "blue") for one in TWELVE]
 HELD_OUT = [Prompt(one, one.held_out) for one in TWELVE]
-
-
-@pytest.fixture(autouse=True)
-def the_recipe_s_model(sd: sdkit.StableDiffusion) -> None:
-    """What is expected here is expected of a model that the recipe has made."""
-    if sd.text.network.config.vocab_size != VOCABULARY:
-        pytest.skip("the embedded model is still the feasibility run's, which the recipe's is to replace")
 
 
 def draw(sd: sdkit.StableDiffusion, asked: Sequence[Prompt], **changes: object) -> list[Image.Image]:
@@ -83,21 +75,22 @@ def test_pairs_that_it_has_never_seen(sd: sdkit.StableDiffusion) -> None:
     assert sum(background_of(image) == p.background for image, p in zip(made, HELD_OUT, strict=True)) >= 11
 
 
-def test_guidance_raises_fidelity(sd: sdkit.StableDiffusion, drawn: list[Image.Image]) -> None:
-    without = draw(sd, ON_BLUE, guidance_scale=1.0)
-    assert off(drawn, ON_BLUE) < off(without, ON_BLUE)
+def test_guidance_raises_fidelity(sd: sdkit.StableDiffusion) -> None:
+    """Without the prompt it draws anything, with it what was asked for, and with some guidance more nearly so."""
+    made = [draw(sd, ON_BLUE, guidance_scale=scale) for scale in (0.0, 1.0, 1.5)]
+    far = [off(images, ON_BLUE) for images in made]
+    assert far[0] > 2 * far[1] > 2 * far[2]
+    assert found(made[0], ON_BLUE) <= 4
+    assert found(made[1], ON_BLUE) == found(made[2], ON_BLUE) == 12
 
 
 def test_a_negative_prompt_keeps_away_what_it_names(sd: sdkit.StableDiffusion) -> None:
-    """Of images whose prompt names no background."""
-    names = [with_article(one.name) for one in TWELVE]
-    plain, less = (
-        sd(names, negative, guidance_scale=5.0, num_inference_steps=20, seed=range(12), batch_size=12)
-        for negative in ("", "a white background")
-    )
-    white = [sum(background_of(image) == "white" for image in made) for made in (plain, less)]
-    assert white[0] >= 11
-    assert white[1] <= 6
+    """Where the prompt leaves the background open, it is not the one that the negative prompt names."""
+    options = {"guidance_scale": 3.0, "num_inference_steps": 20, "num_images_per_prompt": 12, "batch_size": 12}
+    any_of_them, not_white = (sd("", negative, **options) for negative in ("", "a white background"))
+    assert 1 <= sum(background_of(image) == "white" for image in any_of_them) <= 8
+    assert "white" not in [background_of(image) for image in not_white]
+    assert np.mean([pixels(image) for image in not_white]) < np.mean([pixels(image) for image in any_of_them]) - 0.2
 
 
 def test_fewer_steps_degrade_gracefully(sd: sdkit.StableDiffusion) -> None:

@@ -166,7 +166,7 @@ def test_embedded() -> None:
     assert {key: tensor.half() for key, tensor in text.state_dict().items()}.keys() == load_file(
         EMOJI / "text_encoder" / "model.safetensors"
     ).keys()
-    assert len(tokenizer) == text.config.vocab_size == 3000
+    assert len(tokenizer) == text.config.vocab_size == 2048
     assert load_scheduler_config("emoji") == json.loads((EMOJI / "scheduler" / "scheduler_config.json").read_text())
 
 
