@@ -108,7 +108,7 @@ class TestCheckModel:
         ("wanted", "fragment"),
         [
             ({"vae": "0123"}, r"the VAE [0-9a-f]{16}, not 0123"),
-            ({"scale": 0.18215}, r"scale 0\.47178, not 0\.18215"),
+            ({"scale": 0.18215}, r"scale 0\.456064, not 0\.18215"),
             ({"tokenizer": "0123"}, r"the tokenizer [0-9a-f]{16}, not 0123"),
             ({"text": "0123"}, r"the text encoder [0-9a-f]{16}, not 0123"),
             ({"transform": Transform(size=(16, 24))}, r"size 16 x 16, not 16 x 24"),

@@ -314,7 +314,7 @@ class TestMerging:
             torch.testing.assert_close(half[key], (before[key] + whole[key]) / 2, atol=1e-6, rtol=0)
         none = weights(loaded(sd, files["diffusers"], 0))
         assert all(torch.equal(none[key], before[key]) for key in before)
-        assert sum(not torch.equal(whole[key], before[key]) for key in before) == 7 * 2 * 4 + 3 * 4
+        assert sum(not torch.equal(whole[key], before[key]) for key in before) == 8 * 2 * 4 + 3 * 4
 
     def test_minus_the_scale_undoes_it_and_two_add_up(self, sd: sdkit.StableDiffusion, files: dict[str, Path]) -> None:
         model = loaded(sd, files["diffusers"], 0.7)
