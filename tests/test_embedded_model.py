@@ -95,16 +95,16 @@ def test_a_negative_prompt_keeps_away_what_it_names(sd: sdkit.StableDiffusion) -
 
 def test_fewer_steps_degrade_gracefully(sd: sdkit.StableDiffusion) -> None:
     """The fewer, the farther from where many lead; ten are still enough to tell what it is."""
-    exact = draw(sd, ON_BLUE, num_inference_steps=60)
+    exact = draw(sd, ON_BLUE, num_inference_steps=40)
     errors = []
-    for steps in (30, 10, 4):
+    for steps in (20, 10, 4):
         made = draw(sd, ON_BLUE, num_inference_steps=steps)
         errors.append(np.mean([np.abs(pixels(a) - pixels(b)).mean() for a, b in zip(made, exact, strict=True)]))
-        assert found(made, ON_BLUE) >= {30: 12, 10: 12, 4: 6}[steps]
+        assert found(made, ON_BLUE) >= {20: 12, 10: 12, 4: 6}[steps]
     assert errors[0] < errors[1] < errors[2]
 
 
-@pytest.mark.parametrize(("sampler", "steps"), [("ddpm", 50), ("dpm++2m", 20)])
+@pytest.mark.parametrize(("sampler", "steps"), [("ddpm", 40), ("dpm++2m", 20)])
 def test_samplers_agree_on_what_is_drawn(sd: sdkit.StableDiffusion, sampler: str, steps: int) -> None:
     made = draw(sd, ON_BLUE, sampler=sampler, num_inference_steps=steps)
     assert found(made, ON_BLUE) == 12
