@@ -14,7 +14,7 @@ from nbclient import NotebookClient
 FOLDER = Path(__file__).parents[1] / "notebooks"
 NOTEBOOKS = sorted(path for path in FOLDER.glob("*.ipynb") if not path.stem.endswith("_zh"))
 SHOWN = [path for path in NOTEBOOKS if path.stem[:2] in ("04", "05")]
-"""Those that are kept with what they show. The others draw with the embedded model, whose successor they await."""
+"""Those that are kept with what they show. The others have not been run whole since the embedded model changed."""
 FEW = {"STEPS": 4, "CONV_STEPS": 3, "TEXTURE_STEPS": 3, "COUNTS": (2, 4), "EXACT": 8}
 
 

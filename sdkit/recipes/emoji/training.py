@@ -40,20 +40,19 @@ def _train_vae(root: Path, run: str, tiles: str, **begins: Any) -> None:
 
 def _result(root: Path, run: str) -> Path:
     """What a run has made."""
-    result = root / run / "result"
-    if not result.is_dir():
-        raise SourceError(
-            f"{result} is not there: {run} is to be trained first (see --help for the order of the steps)."
-        )
-    return result
+    return _there(root / run / "result", f"{run} is to be trained first")
 
 
 def _data(root: Path, name: str) -> Path:
     """What `prepare` has made."""
-    data = root / "data" / name
-    if not data.is_dir():
-        raise SourceError(f"{data} is not there: prepare makes it (see --help for the order of the steps).")
-    return data
+    return _there(root / "data" / name, "prepare makes it")
+
+
+def _there(folder: Path, before: str) -> Path:
+    """The folder, which an earlier step makes."""
+    if not folder.is_dir():
+        raise SourceError(f"{folder} is not there: {before} (see --help for the order of the steps).")
+    return folder
 
 
 def make_latents(root: Path) -> None:
@@ -70,9 +69,7 @@ def _identity(source: Path) -> str:
 
 def train_the_unet(root: Path) -> None:
     """root/unet-1, from nothing and together with the text encoder."""
-    latents = root / "latents"
-    if not latents.is_dir():
-        raise SourceError(f"{latents} is not there: latents makes it (see --help for the order of the steps).")
+    latents = _there(root / "latents", "latents makes it")
     train_unet(
         UNetConfig(
             **settings("unet-1"), data=latents, size=SIZE, train_text_encoder=True, model=root / "start",
