@@ -93,6 +93,16 @@ def test_a_negative_prompt_keeps_away_what_it_names(sd: sdkit.StableDiffusion) -
     assert np.mean([pixels(image) for image in not_white]) < np.mean([pixels(image) for image in any_of_them]) - 0.2
 
 
+def test_a_negative_prompt_turns_the_colour_to_the_opposite(sd: sdkit.StableDiffusion) -> None:
+    """Of "a circle", whose colour no caption says."""
+    options = {"guidance_scale": 5.0, "num_inference_steps": 20}
+    made = (sd("a circle", negative, **options)[0] for negative in ("", "a red circle", "a blue circle"))
+    middles = [pixels(image)[48:80, 48:80].mean((0, 1)) for image in made]
+    plain, not_red, not_blue = (float(red - blue) for red, _, blue in middles)
+    assert not_red < plain - 0.3
+    assert not_blue > plain + 0.3
+
+
 def test_fewer_steps_degrade_gracefully(sd: sdkit.StableDiffusion) -> None:
     """The fewer, the farther from where many lead; ten are still enough to tell what it is."""
     exact = draw(sd, ON_BLUE, num_inference_steps=40)

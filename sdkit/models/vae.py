@@ -58,7 +58,8 @@ class VAE(Wrapper):
     """An `AutoencoderKL`, or `AutoencoderTiny` or `VQModel`, with the process around it: any image in, scaled latents
     out, and back.
 
-    One may be used by several threads, in inference; its tensors come back on the CPU.
+    One may be used by several threads, in inference (by one in float16, whose overflows are done again in float32); its
+    tensors come back on the CPU.
 
     Attributes: `network`, diffusers' own module; `scale` and `shift`, from its config; `factor`, pixels a latent spans
         on each side (8); `channels` of a latent (4); `identity`, a fingerprint of the encoder, by which latent files

@@ -9,6 +9,7 @@ from sdkit.data import cache, open_examples
 from sdkit.errors import SourceError
 from sdkit.lpips import LPIPS
 from sdkit.models.vae import VAE
+from sdkit.models.weights import quiet
 from sdkit.recipes.emoji.pictures import SIZE
 from sdkit.recipes.emoji.settings import settings, shape_file
 from sdkit.recipes.emoji.start import make_start
@@ -94,13 +95,13 @@ def export(root: Path) -> Path:
             f"{unet} learned from the latents of another VAE than {vae} is; remove {root / 'latents'} and "
             f"{root / 'unet-1'}, and train again from `latents`."
         )
-    pipeline = StableDiffusionPipeline.from_pretrained(
-        unet, vae=AutoencoderKL.from_pretrained(vae), safety_checker=None
-    )
-    pipeline.to(torch.float16)
-    for part in (pipeline, pipeline.vae, pipeline.unet):
-        part.register_to_config(_name_or_path="")  # no folder of this machine
-    with whole_folder(root / "model") as folder:
+    with quiet(), whole_folder(root / "model") as folder:
+        pipeline = StableDiffusionPipeline.from_pretrained(
+            unet, vae=AutoencoderKL.from_pretrained(vae), safety_checker=None
+        )
+        pipeline.to(torch.float16)
+        for part in (pipeline, pipeline.vae, pipeline.unet):
+            part.register_to_config(_name_or_path="")  # no folder of this machine
         pipeline.save_pretrained(folder)
         config = folder / "text_encoder" / "config.json"  # from which transformers would take the dtype to compute in
         config.write_text(config.read_text().replace('"dtype": "float16"', '"dtype": "float32"'))
