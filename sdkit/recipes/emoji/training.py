@@ -87,7 +87,6 @@ def train_the_decoder(root: Path) -> None:
 def export(root: Path) -> Path:
     """root/model: the U-Net and the text encoder of root/unet-1 with the VAE of root/vae-5, in float16."""
     import torch
-    from diffusers import AutoencoderKL, StableDiffusionPipeline
 
     vae, unet = _result(root, SHARPENED), _result(root, "unet-1")
     if _identity(vae) != _identity(unet):
@@ -96,6 +95,8 @@ def export(root: Path) -> Path:
             f"{root / 'unet-1'}, and train again from `latents`."
         )
     with quiet(), whole_folder(root / "model") as folder:
+        from diffusers import AutoencoderKL, StableDiffusionPipeline
+
         pipeline = StableDiffusionPipeline.from_pretrained(
             unet, vae=AutoencoderKL.from_pretrained(vae), safety_checker=None
         )
