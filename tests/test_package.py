@@ -187,5 +187,7 @@ def test_the_wheel_holds_the_package_whole_and_nothing_else(tmp_path: Path) -> N
         ".typed",
     }
     assert {"sdkit/py.typed", "sdkit/assets/emoji/vae/diffusion_pytorch_model.safetensors"} <= packed
-    assert "License-Expression: Apache-2.0" in metadata
+    assert "License-Expression: Apache-2.0 AND MIT" in metadata
+    for file in ("LICENSE", "sdkit/assets/emoji/LICENSE", "sdkit/assets/clip_tokenizer/LICENSE"):
+        assert f"License-File: {file}\n" in metadata
     assert "sdkit = sdkit.cli:main" in entry_points

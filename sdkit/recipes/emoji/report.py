@@ -125,10 +125,10 @@ def _sweeps(model: StableDiffusion, gallery: Gallery, row: Row, seen: Asked, hel
     }
     for at in (*((scale, STEPS) for scale in SCALES), *((SCALE, steps) for steps in STEP_COUNTS)):
         if at not in both:
-            drawn = (
+            one, two = (
                 measure.fidelity(gallery, asked, measure.generated(model, asked, *at)) for asked in (seen, held_out)
             )
-            both[at] = next(drawn), next(drawn)
+            both[at] = one, two
     found = {at: one | {"background, held-out pairs": two["background"]} for at, (one, two) in both.items()}
     return {
         "scales": {scale: found[scale, STEPS] for scale in SCALES},

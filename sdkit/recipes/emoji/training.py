@@ -94,7 +94,7 @@ def export(root: Path) -> Path:
             f"{unet} learned from the latents of another VAE than {vae} is; remove {root / 'latents'} and "
             f"{root / 'unet-1'}, and train again from `latents`."
         )
-    with quiet(), whole_folder(root / "model") as folder:
+    with quiet():
         from diffusers import AutoencoderKL, StableDiffusionPipeline
 
         pipeline = StableDiffusionPipeline.from_pretrained(
@@ -103,7 +103,8 @@ def export(root: Path) -> Path:
         pipeline.to(torch.float16)
         for part in (pipeline, pipeline.vae, pipeline.unet):
             part.register_to_config(_name_or_path="")  # no folder of this machine
-        pipeline.save_pretrained(folder)
-        config = folder / "text_encoder" / "config.json"  # from which transformers would take the dtype to compute in
-        config.write_text(config.read_text().replace('"dtype": "float16"', '"dtype": "float32"'))
+        with whole_folder(root / "model") as folder:
+            pipeline.save_pretrained(folder)
+            config = folder / "text_encoder" / "config.json"  # from which transformers would take the dtype
+            config.write_text(config.read_text().replace('"dtype": "float16"', '"dtype": "float32"'))
     return root / "model"
