@@ -174,3 +174,13 @@ def test_parts_that_do_not_belong_together(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match="learned from the latents of another VAE"):
         training.export(tmp_path)
     assert not (tmp_path / "model").exists()
+
+
+@pytest.mark.parametrize("file", ["unet/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"])
+def test_a_damaged_part_is_not_exported(file: str, tmp_path: Path) -> None:
+    copy_emoji(tmp_path)
+    weights = tmp_path / "unet-1" / "result" / file
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(SourceError, match=f"{weights.name}.*damaged"):
+        training.export(tmp_path)
+    assert not (tmp_path / "model").exists()

@@ -10,6 +10,7 @@ from sdkit.errors import SourceError
 from sdkit.lpips import LPIPS
 from sdkit.models.vae import VAE
 from sdkit.models.weights import quiet
+from sdkit.pipeline import StableDiffusion
 from sdkit.recipes.emoji.pictures import SIZE
 from sdkit.recipes.emoji.settings import settings, shape_file
 from sdkit.recipes.emoji.start import make_start
@@ -63,11 +64,6 @@ def make_latents(root: Path) -> None:
     cache(start, data, root / "latents", size=SIZE)
 
 
-def _identity(source: Path) -> str:
-    """Of the side of a VAE that makes latents."""
-    return VAE.from_pretrained(source, dtype="fp32").identity
-
-
 def train_the_unet(root: Path) -> None:
     """root/unet-1, from nothing and together with the text encoder."""
     latents = _there(root / "latents", "latents makes it")
@@ -89,7 +85,8 @@ def export(root: Path) -> Path:
     import torch
 
     vae, unet = _result(root, SHARPENED), _result(root, "unet-1")
-    if _identity(vae) != _identity(unet):
+    sharpened, trained = VAE.from_pretrained(vae, dtype="fp32"), StableDiffusion.from_pretrained(unet, dtype="fp32")
+    if sharpened.identity != trained.vae.identity:
         raise SourceError(
             f"{unet} learned from the latents of another VAE than {vae} is; remove {root / 'latents'} and "
             f"{root / 'unet-1'}, and train again from `latents`."
