@@ -7,6 +7,7 @@ whose code it shares.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import sys
 import time
@@ -26,8 +27,9 @@ def code(notebook: Any) -> list[Any]:
 
 
 def digest(notebook: Any) -> str:
-    """SHA-256 of its code, which the notebook keeps beside what that code has shown."""
-    return hashlib.sha256("\0".join(cell.source for cell in code(notebook)).encode()).hexdigest()
+    """SHA-256 of its code and of what that has shown, which the notebook keeps beside them."""
+    kept = [(cell.source, cell.outputs) for cell in code(notebook)]
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 
 def run(path: Path) -> None:
@@ -53,7 +55,7 @@ def main(names: list[str]) -> None:
     """Run the notebooks of these names, or all of them."""
     if lpips := os.environ.get("SDKIT_LPIPS"):  # of this folder, not of the kernels'
         os.environ["SDKIT_LPIPS"] = str(Path(lpips).resolve())
-    paths = [Path(name) for name in names] or sorted(HERE.glob("*.ipynb"))
+    paths = [HERE / Path(name).name for name in names] or sorted(HERE.glob("*.ipynb"))
     for path in dict.fromkeys(path.with_stem(path.stem.removesuffix("_zh")) for path in paths):
         start = time.monotonic()
         run(path)

@@ -1,5 +1,5 @@
 """Guidance: two predictions, with and without the prompt, made into one. Functions of tensors, and `guided`, which
-wraps a model into a predictor; `classifier` guides one that knows no prompts."""
+wraps a model into a predictor; `classifier` guides by the gradient of a classifier."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sdkit.arguments import noise_levels, number
 from sdkit.errors import ArgumentError
+from sdkit.fields import documented
 from sdkit.schedule import NoiseSchedule, Predict, Prediction
 
 Model = Callable[[Tensor, int, Tensor], Tensor]
@@ -36,6 +37,7 @@ def rescale(guided: Tensor, cond: Tensor, phi: float) -> Tensor:
     return phi * restored + (1 - phi) * guided
 
 
+@documented
 @dataclass(frozen=True, kw_only=True)
 class APG:
     """Settings of adaptive projected guidance (Sadat et al. 2024, https://arxiv.org/abs/2410.02416)."""
@@ -125,7 +127,7 @@ def classifier(
     """A predictor that follows a classifier of noisy images: eps - scale * sqrt(1 - a) * grad log p(y | x_t) (Dhariwal
     & Nichol 2021, https://arxiv.org/abs/2105.05233, Algorithm 2).
 
-    predict: the unguided predictor, of a model that was trained without classes.
+    predict: the predictor to be steered, of a model without classes or told none (the paper steers others, too).
     log_prob: log_prob(x_t, t) of the classes asked for, (B,), differentiable; x_t is (B, C, h, w) with noise.
     scale: 1 is Bayes' rule; more concentrates on what the classifier is sure of.
 

@@ -283,7 +283,7 @@ def demo_files(
     """
     folder = Path(out)
     _check_writable(folder)
-    made = sd(DEMO_PROMPTS, guidance_scale=5.0, seed=[0] * len(DEMO_PROMPTS))
+    made = sd(DEMO_PROMPTS, guidance_scale=2.0, seed=[0] * len(DEMO_PROMPTS))
     images.save(images.grid(made, 4, padding=6, captions=DEMO_PROMPTS), folder / "generated.png")
     if photos:
         return folder / "generated.png", "photos given", reconstruct_files(sd.vae, photos, folder)

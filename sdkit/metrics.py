@@ -1,9 +1,9 @@
-"""How close two images are: PSNR and SSIM.
+"""How close two images are: PSNR and SSIM; and how much of a codebook is used.
 
-Both take what `sdkit.images.to_tensors` takes, and return one value per image: a float64 tensor (B,), float32 on
-Apple's GPU. Between two float tensors in [-1, 1], (B, 3, H, W) or (3, H, W), nothing is rounded or clamped and the
-metric is differentiable; everything else is compared as 8-bit images. Raises `ImageError` where the two sides cannot be
-compared.
+The first two take what `sdkit.images.to_tensors` takes, and return one value per image: a float64 tensor (B,), float32
+on Apple's GPU. Between two float tensors in [-1, 1], (B, 3, H, W) or (3, H, W), nothing is rounded or clamped and the
+metric is differentiable; everything else is compared as 8-bit images. They raise `ImageError` where the two sides
+cannot be compared.
 """
 
 from __future__ import annotations

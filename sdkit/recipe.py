@@ -74,7 +74,7 @@ class Recipe:
         values = {key: value for key, value in asdict(self).items() if value is not None}
         if self.interval is not None:
             values["interval"] = " ".join(map(str, self.interval))
-        values |= {key: _anywhere(values[key]) for key in ("model", "config", "lora") if key in values}
+        values |= {key: anywhere(values[key]) for key in ("model", "config", "lora") if key in values}
         return {key: str(value) for key, value in values.items()} | {"sdkit": __version__}
 
     @classmethod
@@ -88,13 +88,13 @@ class Recipe:
 
     def but(self, **changes: Any) -> Recipe:
         """This recipe with some values changed; of another model, all that belonged to the old one is forgotten."""
-        if _anywhere(changes.get("model", self.model)) != _anywhere(self.model):
+        if anywhere(changes.get("model", self.model)) != anywhere(self.model):
             of_model = ("spacing", "height", "width", "revision", "variant", "config", "prediction_type")
             changes = {**dict.fromkeys(of_model), "lora": None, "lora_scale": 1.0, **changes}
         return replace(self, **changes)
 
 
-def _anywhere(source: str) -> str:
+def anywhere(source: str) -> str:
     """A file or a folder by its absolute path; another source as it is."""
     path = os.path.expanduser(source)  # noqa: PTH111 - pathlib's raise for unknown users and overlong names
     return os.path.abspath(path) if source != EMBEDDED and os.path.exists(path) else source  # noqa: PTH100, PTH110

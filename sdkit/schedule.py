@@ -38,6 +38,7 @@ LATENT_DEFAULTS = (
 VARIANCE_TYPES = ("fixed_small", "fixed_large", "learned_range")
 
 
+@documented
 class Prediction(NamedTuple):
     """What a model believes at (x_t, t), whatever it was trained to output. Each is shaped like x_t."""
 

@@ -76,18 +76,18 @@ def test_pairs_that_it_has_never_seen(sd: sdkit.StableDiffusion) -> None:
 
 
 def test_guidance_raises_fidelity(sd: sdkit.StableDiffusion) -> None:
-    """Without the prompt it draws anything, with it what was asked for, and with some guidance more nearly so."""
-    made = [draw(sd, ON_BLUE, guidance_scale=scale) for scale in (0.0, 1.0, 1.5)]
+    """Without the prompt it draws anything; the more the prompt weighs, the more nearly what was asked for."""
+    made = [draw(sd, ON_BLUE, guidance_scale=scale) for scale in (0.0, 0.5, 1.0)]
     far = [off(images, ON_BLUE) for images in made]
-    assert far[0] > 2 * far[1] > 2 * far[2]
+    assert far[0] > 2 * far[1] > 4 * far[2]
     assert found(made[0], ON_BLUE) <= 4
     assert found(made[1], ON_BLUE) == found(made[2], ON_BLUE) == 12
 
 
 def test_a_negative_prompt_keeps_away_what_it_names(sd: sdkit.StableDiffusion) -> None:
-    """Where the prompt leaves the background open, it is not the one that the negative prompt names."""
+    """Where the prompt leaves all open, the background is not the one that the negative prompt names."""
     options = {"guidance_scale": 3.0, "num_inference_steps": 20, "num_images_per_prompt": 12, "batch_size": 12}
-    any_of_them, not_white = (sd("", negative, **options) for negative in ("", "a white background"))
+    any_of_them, not_white = (sd("", negative, **options) for negative in ("", "a ghost on a white background"))
     assert 1 <= sum(background_of(image) == "white" for image in any_of_them) <= 8
     assert "white" not in [background_of(image) for image in not_white]
     assert np.mean([pixels(image) for image in not_white]) < np.mean([pixels(image) for image in any_of_them]) - 0.2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import subprocess
@@ -105,10 +106,26 @@ def test_command_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mo
             assert command in (*OTHERS, "accelerate"), command
             continue
         run[command] += 1
-    assert run["sdkit"] >= 12
+    assert run["sdkit"] >= 13
     assert run["accelerate"] == 2
     assert "SSIM" in capsys.readouterr().out
     assert Path("cache-of-all/manifest.json").is_file()
+
+
+SMALL = {
+    "benchmarks/inference.py": ["--repeats", "1", "--steps", "2", "--parts", "emoji", "cold"],
+    "benchmarks/training.py": ["--turns", "1", "--width", "0.1", "--size", "64", "--images", "2"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("program", re.findall(r"`python (benchmarks/\S+\.py)`", GUIDES["README.md"]))
+def test_benchmarks(program: str, tmp_path: Path) -> None:
+    """What README's numbers come from, in small."""
+    command = [sys.executable, program, *SMALL[program], "--json", str(tmp_path / "numbers.json")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "numbers.json").read_text())
 
 
 def training_commands(text: str) -> list[list[str]]:

@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 
 import sdkit
+from sdkit.guidance import APG
+from sdkit.models.vae import Forward
 from sdkit.training import UNetConfig, VAEConfig
 
 ROOT = Path(__file__).parents[1]
@@ -77,13 +79,13 @@ def test_each_exported_name_is_there_and_documented(name: str) -> None:
     assert not value.__doc__.startswith(f"{name}(")
 
 
-@pytest.mark.parametrize("cls", [sdkit.NoiseSchedule, sdkit.Step, VAEConfig, UNetConfig])
+@pytest.mark.parametrize(
+    "cls", [sdkit.NoiseSchedule, sdkit.Step, sdkit.Prediction, APG, Forward, VAEConfig, UNetConfig]
+)
 def test_help_tells_of_each_field(cls: type) -> None:
     """Those that a class inherits among them."""
     doc = cls.__doc__ or ""
-    fields = (
-        {field.name for field in dataclasses.fields(cls)} if dataclasses.is_dataclass(cls) else {*sdkit.Step._fields}
-    )
+    fields = {field.name for field in dataclasses.fields(cls)} if dataclasses.is_dataclass(cls) else {*cls._fields}
     assert {*re.findall(r"^(\w+): ", doc, flags=re.MULTILINE)} == fields
     assert doc.splitlines()[-1] in pydoc.plain(pydoc.render_doc(cls))
 

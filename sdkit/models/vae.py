@@ -22,6 +22,7 @@ from sdkit import images as image_io
 from sdkit.arguments import one_of, seeded, whole
 from sdkit.device import memory_format, resolve_device, resolve_dtype
 from sdkit.errors import ArgumentError
+from sdkit.fields import documented
 from sdkit.images import Images
 from sdkit.models.attention import quicken_attention
 from sdkit.models.source import load_vae
@@ -41,6 +42,7 @@ DETERMINISTIC = -30.0
 """Log-variance reported for autoencoders without a posterior (diffusers' own lower bound)."""
 
 
+@documented
 class Forward(NamedTuple):
     """What `VAE.forward` returns."""
 
@@ -71,7 +73,7 @@ class VAE(Wrapper):
         config: Any = network.config
         if "scaling_factor" not in config:
             raise ArgumentError(
-                f"a {type(network).__name__} is not a VAE: give an AutoencoderKL or an AutoencoderTiny."
+                f"a {type(network).__name__} is not a VAE: give an AutoencoderKL, an AutoencoderTiny or a VQModel."
             )
         self.network = network
         self.name = name

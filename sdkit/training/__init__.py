@@ -1,4 +1,5 @@
-"""Fine-tuning: the words that every stage and the loop share."""
+"""Fine-tuning: `train_unet(UNetConfig(...))` and `train_vae(VAEConfig(...))`; and the words that every stage and the
+loop share."""
 
 from __future__ import annotations
 
@@ -362,3 +363,7 @@ _HOMES = {
 
 if not TYPE_CHECKING:  # a type checker reads the imports above, and so finds a misspelt name
     __getattr__ = attributes(__name__, _HOMES)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -74,7 +74,9 @@ class VAEStage:
             self.discriminator = Discriminator() if config.disc_weight else None
         label = os.fspath(config.model if config.init is None else config.init)
         if (kind := type(network).__name__) not in TRAINABLE["vae"]:
-            raise ArgumentError(f"{label!r} holds an {kind}, which cannot be trained; give an AutoencoderKL.")
+            raise ArgumentError(
+                f"{label!r} holds an {kind}, which cannot be trained; give an AutoencoderKL or VQModel."
+            )
         if (config.regularizer == "vq") != (kind == "VQModel"):
             held = (
                 "a VQModel: its regularizer is 'vq'"

@@ -75,7 +75,7 @@ def data(drawn: Path, photographs: Path, tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(
         module,
         "TILES",
-        {"tiles": (64, 20, 0.5, 0.0), "fine_tiles": (SIZE, 12, 0.3, 0.6)},
+        {"tiles": module.Tiles(64, 20, 0.5, 0.0), "fine_tiles": module.Tiles(SIZE, 12, 0.3, 0.6)},
     )
     prepare(drawn, photographs, tmp_path / "data")
     return tmp_path / "data"
@@ -222,7 +222,7 @@ def test_captioned_tiles_keep_out_what_is_held_out(drawn: Path, monkeypatch: pyt
     """They are the captioned images, on all backgrounds but one."""
     one = FEW[0]
     monkeypatch.setattr(module, "pictures", lambda: [one])
-    monkeypatch.setattr(module, "TILES", {"tiles": (SIZE, 100, 0.0, 1.0)})
+    monkeypatch.setattr(module, "TILES", {"tiles": module.Tiles(SIZE, 100, 0.0, 1.0)})
     tiles = [module._tile("tiles", drawn, [], [], number)[0][1] for number in range(100)]
     assert {tile.getpixel((0, 0)) for tile in tiles} == set(BACKGROUNDS.values()) - {BACKGROUNDS[one.held_out]}
     assert {tile.getpixel((SIZE // 2, SIZE // 2)) for tile in tiles} == {COLOUR}
@@ -250,7 +250,7 @@ def test_another_way_makes_all_of_a_set_anew(
     """Nothing of the earlier one stays, which training would take for images without captions."""
     file = data / "captioned" / next(iter(rows(data / "captioned")))
     before = file.stat().st_mtime_ns
-    monkeypatch.setattr(module, "TILES", {**module.TILES, "tiles": (64, 3, 0.5, 0.0)})
+    monkeypatch.setattr(module, "TILES", {**module.TILES, "tiles": module.Tiles(64, 3, 0.5, 0.0)})
     prepare(drawn, photographs, data)
     assert len(list((data / "tiles").glob("*.png"))) == 3
     assert file.stat().st_mtime_ns == before
@@ -269,7 +269,7 @@ def test_another_size_of_the_pictures_makes_all_anew(
 def test_sets_of_tiles_do_not_repeat_one_another(
     drawn: Path, photographs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "TILES", dict.fromkeys(("one", "other"), (64, 1, 1.0, 0.0)))
+    monkeypatch.setattr(module, "TILES", dict.fromkeys(("one", "other"), module.Tiles(64, 1, 1.0, 0.0)))
     one, other = (module._tile(name, drawn, [], module._photos(photographs), 0)[0][1] for name in ("one", "other"))
     assert one.tobytes() != other.tobytes()
 
@@ -280,6 +280,26 @@ def test_a_damaged_photograph_leaves_nothing_half_made(drawn: Path, photographs:
     with pytest.raises(SdkitError, match=r"\.jpg is not an image"):
         prepare(drawn, photographs, tmp_path / "data")
     assert not [*(tmp_path / "data").iterdir()]
+
+
+@pytest.mark.parametrize(
+    ("size", "sentence"), [((300, 320), "next to nothing but plain areas"), ((100, 100), "is too small, 100 x 100")]
+)
+def test_photographs_that_are_none(
+    size: tuple[int, int], sentence: str, data: Path, drawn: Path, photographs: Path
+) -> None:
+    module._photo.cache_clear()
+    for path in photographs.rglob("*.jpg"):
+        Image.new("RGB", size).save(path)
+    with pytest.raises(DataError, match=sentence):
+        prepare(drawn, photographs, data)
+
+
+def test_a_folder_of_the_users_own_is_left_alone(data: Path, drawn: Path, photographs: Path) -> None:
+    (data / "captioned" / module.MADE_OF).unlink()
+    with pytest.raises(DataError, match=r"captioned is there already, and not of this recipe"):
+        prepare(drawn, photographs, data)
+    assert rows(data / "captioned")
 
 
 def test_missing_photographs_are_named(drawn: Path, photographs: Path, tmp_path: Path) -> None:

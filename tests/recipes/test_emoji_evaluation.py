@@ -6,6 +6,7 @@ import json
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -96,6 +97,27 @@ def test_features_are_made_once(gallery: Gallery, drawn: Path, monkeypatch: pyte
     assert again.ranks("black", [image], [FEW[0].file]) == [0]
 
 
+def test_features_of_other_heads_are_others(gallery: Gallery, drawn: Path) -> None:
+    torch.manual_seed(1)
+    assert Gallery(drawn, LPIPS(), gallery.folder).digest != gallery.digest
+
+
+def test_damaged_features_are_made_anew(gallery: Gallery, drawn: Path) -> None:
+    image = image_of(drawn, Prompt(FEW[0], "orange"))
+    assert gallery.ranks("orange", [image], [FEW[0].file]) == [0]
+    (file,) = gallery.folder.glob(f"{bytes(BACKGROUNDS['orange']).hex()}-*")
+    whole = file.read_bytes()
+    file.write_bytes(whole[:1000])
+    assert gallery.ranks("orange", [image], [FEW[0].file]) == [0]
+    assert file.read_bytes() == whole
+
+
+def test_the_first_and_the_first_five(gallery: Gallery, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Gallery, "ranks", lambda _, background, *__: [0, 4, 5, 0] if background == "white" else [])
+    measured = fidelity(gallery, [Prompt(one, "white") for one in FEW[:4]], [Image.new("RGB", (8, 8), "white")] * 4)
+    assert (measured["top1"], measured["top5"]) == (0.5, 0.75)
+
+
 def test_fidelity_of_a_known_mixture(gallery: Gallery, drawn: Path) -> None:
     """Two right, one that shows another picture, one on another background."""
     asked = [Prompt(one, "white") for one in FEW[:4]]
@@ -116,10 +138,62 @@ def test_the_vae_is_measured(sd: sdkit.StableDiffusion, drawn: Path) -> None:
     images = [image_of(drawn, Prompt(one, "blue")) for one in FEW]
     measured = evaluation.vae_quality(sd.vae, images, LPIPS())
     through = sd.vae.reconstruct(images)
-    expected = np.mean([float(sdkit.metrics.psnr(a, b)) for a, b in zip(images, through, strict=True)])
-    assert measured["psnr"] == pytest.approx(expected, abs=1e-3)
-    assert 0 < measured["ssim"] < 1
+    for name, measure in (("psnr", sdkit.metrics.psnr), ("ssim", sdkit.metrics.ssim)):
+        expected = np.mean([float(measure(a, b)) for a, b in zip(images, through, strict=True)])
+        assert measured[name] == pytest.approx(expected, abs=1e-3)
     assert measured["lpips"] > 0
+
+
+def test_images_are_generated_as_asked(sd: sdkit.StableDiffusion) -> None:
+    asked = [Prompt(one, "blue") for one in FEW[:2]]
+    made = evaluation.generated(sd, asked, 2.0, 3)
+    own = sd([prompt.text for prompt in asked], guidance_scale=2.0, num_inference_steps=3, batch_size=2)
+    for one, other in zip(made, own, strict=True):
+        assert np.abs(np.asarray(one, int) - np.asarray(other, int)).max() <= 1
+
+
+def test_each_measure_is_of_what_it_says(gallery: Gallery, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures are words here: which of them is measured, and beside which prompts."""
+    monkeypatch.setattr(evaluation, "pictures", lambda: FEW)
+    monkeypatch.setattr(report, "COMPOSITIONS", 3)
+    monkeypatch.setattr(report, "_composed", lambda _, prompt: prompt.text)
+    monkeypatch.setattr(evaluation, "generated", lambda model, asked, *at: [(model, one.text, *at) for one in asked])
+    monkeypatch.setattr(evaluation, "vae_quality", lambda vae, images, _: {"of": (vae, images)})
+    monkeypatch.setattr(
+        evaluation, "fidelity", lambda _, asked, images: {"of": (asked, images), "background": (asked, images)}
+    )
+
+    class Through:
+        def reconstruct(self, images: list[str]) -> list[str]:
+            return [f"{one} through the VAE" for one in images]
+
+    seen, held_out, vae = prompts(2), prompts_held_out(2), Through()
+    texts, held_out_texts = [one.text for one in seen], [one.text for one in held_out]
+
+    def drawn_at(which: list[str], *at: float) -> list[tuple[object, ...]]:
+        return [("model", text, *at) for text in which]
+
+    arguments: list[Any] = ["model", vae, gallery, ["photo"], seen, held_out]
+    row, images = report._row(*arguments)
+    assert images == drawn_at(texts, 5.0, 30)
+    of = {group: measured["of"] for group, measured in row.items()}
+    assert of == {
+        "vae, held-out compositions": (vae, [one.text for one in prompts_held_out(3)]),
+        "vae, held-out photos": (vae, ["photo"]),
+        "through the VAE": (seen, [f"{text} through the VAE" for text in texts]),
+        "generated": (seen, images),
+        "generated, held-out pairs": (held_out, drawn_at(held_out_texts, 5.0, 30)),
+    }
+    arguments = ["model", gallery, row, seen, held_out]
+    swept = report._sweeps(*arguments)
+    for key, points in (
+        ("scales", {scale: (scale, 30) for scale in report.SCALES}),
+        ("steps", {steps: (5.0, steps) for steps in report.STEP_COUNTS}),
+    ):
+        assert swept[key].keys() == points.keys()
+        for point, at in points.items():
+            assert swept[key][point]["of"] == (seen, drawn_at(texts, *at))
+            assert swept[key][point]["background, held-out pairs"] == (held_out, drawn_at(held_out_texts, *at))
 
 
 @pytest.fixture
@@ -194,6 +268,49 @@ def test_what_was_measured_before_the_sweeps_is_kept(
 
 
 @pytest.mark.usefixtures("short")
+def test_a_folder_named_as_the_embedded_model(
+    drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sd: sdkit.StableDiffusion
+) -> None:
+    """./emoji is measured in all its parts, and has a line of its own."""
+    measured: list[str] = []
+
+    def note(model: sdkit.StableDiffusion, vae: sdkit.VAE, *_: object) -> None:
+        measured.extend((model.name, vae.name))
+        raise KeyboardInterrupt
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "emoji").symlink_to(Path(sdkit.__file__).parent / "assets" / "emoji")
+    monkeypatch.setattr(report, "_row", note)
+    with pytest.raises(KeyboardInterrupt):
+        report.evaluate(["./emoji"], drawn, tmp_path / "out", prompts=2)
+    assert measured == [str(tmp_path / "emoji")] * 2
+
+
+@pytest.mark.usefixtures("short")
+def test_sweeps_are_kept_as_long_as_the_model_is_the_same(
+    drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    curves, numbers = tmp_path / "emoji-curves.png", tmp_path / "evaluation.json"
+    measured = {"generated": {"top1": 0.5}}
+    swept = measured | {"scales": {"1.0": {"top1": 0.5}}}
+    monkeypatch.setattr(report, "_row", lambda *_: (dict(measured), [Image.new("RGB", (8, 8))] * 2))
+    for top1, kept in ((0.5, True), (0.75, False)):
+        numbers.write_text(json.dumps({"emoji": swept}))
+        curves.touch()
+        measured["generated"] = {"top1": top1}
+        report.evaluate(["emoji"], drawn, tmp_path, prompts=2, sweeps=False)
+        assert json.loads(numbers.read_text())["emoji"] == (swept if kept else measured)
+        assert curves.exists() == kept
+
+
+@pytest.mark.parametrize("text", ["[]", '{"old": 3}', '{"old": {"generated": 3}}', "{"])
+def test_damaged_numbers(text: str, tmp_path: Path) -> None:
+    (tmp_path / "evaluation.json").write_text(text)
+    with pytest.raises(SdkitError, match=r"evaluation\.json is damaged; remove it\.$"):
+        report.evaluate(["emoji"], tmp_path, tmp_path)
+
+
+@pytest.mark.usefixtures("short")
 @pytest.mark.parametrize(
     ("more", "error", "sentence"),
     [
@@ -224,7 +341,9 @@ def test_models_measured_before_count_as_well(drawn: Path, tmp_path: Path, monke
     monkeypatch.setattr(report, "_row", lambda *_: pytest.fail("measured"))
     with pytest.raises(SdkitError, match="called alike"):
         report.evaluate(["runs-a"], drawn, tmp_path)
-    assert "| old: measure | 50.0% | - |" in report._table({"a": {"old": {"measure": 0.5}}, "b": {}})
+    table = report._table({"a": {"old": {"measure": 0.5}}, "b": {"new": {"measure": 0.25}}})
+    assert "| old: measure | 50.0% | - |" in table
+    assert "| new: measure | - | 25.0% |" in table
 
 
 def test_nothing_to_retrieve(gallery: Gallery, drawn: Path) -> None:

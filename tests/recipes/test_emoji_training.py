@@ -100,6 +100,7 @@ def test_the_whole_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
 
     monkeypatch.setattr(preparing, "pictures", lambda: FEW)
     tiles = {"tiles": (64, 12, 0.5, 0.0), "fine_tiles": (128, 12, 0.1, 0.8), "details": (64, 12, 0.1, 0.8)}
+    tiles = {name: preparing.Tiles(*one) for name, one in tiles.items()}
     monkeypatch.setattr(preparing, "TILES", tiles)
     shortened = {"max_steps": 2, "batch_size": 2, "validate_every": 2, "lr_warmup_steps": 0, "lr_scheduler": "constant"}
     monkeypatch.setattr(
@@ -116,7 +117,7 @@ def test_the_whole_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
         assert command.main() == 0
         if step != "export":
             assert when_written(out) == made
-    assert capsys.readouterr().out.count(str(out)) == 2 * (len(command.STEPS) - 2)
+    assert capsys.readouterr().out.count(str(out)) == 2 * (len(command.STEPS) - 1)
     for run in RUNS:
         assert json.loads((out / run / "checkpoints" / "step-00000002" / "state.json").read_text())["step"] == 2
     first, last = (
@@ -184,3 +185,13 @@ def test_a_damaged_part_is_not_exported(file: str, tmp_path: Path) -> None:
     with pytest.raises(SourceError, match=f"{weights.name}.*damaged"):
         training.export(tmp_path)
     assert not (tmp_path / "model").exists()
+
+
+def test_a_folder_of_the_users_own_is_not_replaced(tmp_path: Path) -> None:
+    copy_emoji(tmp_path)
+    training.export(tmp_path)
+    notes = tmp_path / "model" / "NOTES.md"
+    notes.write_text("mine")
+    with pytest.raises(SourceError, match=r"model is there already, with what is not of this recipe"):
+        training.export(tmp_path)
+    assert notes.read_text() == "mine"

@@ -18,8 +18,9 @@ steps, in this order:
   decoder   sharpen the VAE's decoder, alone: vae-5
   export    put model/ together, in float16
   evaluate  measure it, or the models named by --models, beside those measured before: see evaluation/
-The trainings and the latent cache go on where they were stopped. The raw material:
-  npm pack @lobehub/fluent-emoji-3d && tar -xf lobehub-fluent-emoji-3d-*.tgz        (--drawn package/assets)
+The trainings and the latent cache go on where they were stopped; where they were begun with other data, remove their
+folders first. The raw material:
+  npm pack @lobehub/fluent-emoji-3d@1.1.0 && tar -xf lobehub-fluent-emoji-3d-*.tgz  (--drawn package/assets)
   apt-get download mate-backgrounds plasma-workspace-wallpapers lomiri-wallpapers-16.04 lomiri-wallpapers-20.04
   for deb in *.deb; do dpkg -x $deb photographs; done                               (--photographs photographs)
 The weights of LPIPS are those that the environment variable SDKIT_LPIPS names.
@@ -42,6 +43,7 @@ def _do(step: str, args: argparse.Namespace) -> None:
     root = args.out
     if step == "prepare":
         prepare(args.drawn, args.photographs, root / "data")
+        say_path(root / "data")
     elif step == "evaluate":
         models = args.models or [root / "model"]
         say(evaluate(models, args.drawn, root / "evaluation", prompts=args.prompts, sweeps=args.sweeps))

@@ -6,6 +6,7 @@ background (also those that no caption names) must be the one that the prompt na
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ import numpy as np
 import safetensors.torch
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from torch import Tensor
 
 from sdkit import images as image_io
@@ -96,11 +98,13 @@ class Gallery:
     def _features(self, background: str) -> Tensor:
         colour = BACKGROUNDS[background]
         path = self.folder / f"{bytes(colour).hex()}-{self.digest}.safetensors"
-        if not path.is_file():
-            every = [composed(read(self.drawn, name), colour) for name in self.names]
-            with atomic_write(path) as temporary:
-                temporary.write_bytes(safetensors.torch.save({"features": self._of(every, f"emoji on {background}")}))
-        return safetensors.torch.load_file(path)["features"]
+        with contextlib.suppress(OSError, SafetensorError):  # not there, or damaged
+            return safetensors.torch.load_file(path)["features"]
+        every = [composed(read(self.drawn, name), colour) for name in self.names]
+        features = self._of(every, f"emoji on {background}")
+        with atomic_write(path) as temporary:
+            temporary.write_bytes(safetensors.torch.save({"features": features}))
+        return features
 
     @torch.no_grad()
     def _of(self, images: Sequence[Image.Image], description: str = "features") -> Tensor:

@@ -89,7 +89,7 @@ def caption(name: str, background: str, article: bool = True) -> str:
 
 def used(folder: Path) -> list[str]:
     """Files, without .webp, of the npm package's folder: what the VAE learns from, and images are looked up among. All
-    but flags, keycaps and skin tones. Raises `DataError` where there are none."""
+    but flags of countries and regions, keycaps and skin tones. Raises `DataError` where there are none."""
     try:
         stems = sorted(path.stem for path in folder.glob("*.webp") if _is_used(path.stem))
     except ValueError:  # a name that is no numbers
@@ -111,7 +111,7 @@ def read(folder: Path, file: str) -> Image.Image:
     try:
         with Image.open(path) as image:
             return image.convert("RGBA")
-    except OSError as error:
+    except (OSError, Image.DecompressionBombError) as error:
         raise DataError(f"{path} cannot be read ({reason(error)}); is {folder} the package's assets/?") from error
 
 

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
 from pathlib import Path
 from random import Random
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -34,12 +35,21 @@ from sdkit.recipes.emoji.pictures import (
 )
 from sdkit.training.checkpoint import whole_folder
 
+
+class Tiles(NamedTuple):
+    """Training images of the VAE."""
+
+    size: int  # pixels a side
+    number: int
+    photographs: float  # share of them, and of captioned images; the others are any picture anywhere
+    captioned: float
+
+
 TILES = {
-    "tiles": (64, 16_000, 0.4, 0.0),
-    "fine_tiles": (SIZE, 12_000, 0.1, 0.8),
-    "details": (64, 24_000, 0.1, 0.8),
+    "tiles": Tiles(64, 16_000, 0.4, 0.0),
+    "fine_tiles": Tiles(SIZE, 12_000, 0.1, 0.8),
+    "details": Tiles(64, 24_000, 0.1, 0.8),
 }
-"""Of the VAE's training images: pixels a side, how many, and the shares of photographs and of captioned images."""
 AS_CAPTIONED = 0.7  # share of the pictures on large tiles that have the size and place of the captioned images
 FLAT = 20  # of 255: photographs' tiles of a smaller standard deviation are drawn again
 PHOTO_HEIGHT = 1600  # pixels, to which larger photographs are reduced before tiles are cut
@@ -54,14 +64,14 @@ def prepare(drawn: Path, photographs: Path, out: Path) -> None:
     """Write out/tiles, out/fine_tiles, out/details, out/captioned and out/held_out, image folders with a
     metadata.jsonl each.
 
-    One that an earlier call has made, of the same material in the same way, is left as it is.
+    One that an earlier call has made, in the same way of files of the same names and sizes, is left as it is.
 
     drawn        assets/ of the unpacked npm package
     photographs  a folder with those that photos.txt names, at any depth
     """
     stems, photos = used(drawn), _photos(photographs)
     sets: list[tuple[str, Callable[..., list[Captioned]], int]] = [
-        *((name, partial(_tile, name, drawn, stems, photos), n) for name, (_, n, *_) in TILES.items()),
+        *((name, partial(_tile, name, drawn, stems, photos), tiles.number) for name, tiles in TILES.items()),
         ("captioned", partial(_captioned, drawn), len(pictures())),
         ("held_out", partial(_held_out, drawn), len(pictures())),
     ]
@@ -70,10 +80,12 @@ def prepare(drawn: Path, photographs: Path, out: Path) -> None:
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow works outside Python's lock
         for name, make, n in sets:
             ways = (TILES.get(name), n, AS_CAPTIONED, FLAT, PHOTO_HEIGHT, SIZE, SIDE, BACKGROUNDS)
-            all_of_it = f"{name} {ways} {pictures()} {material}"
+            all_of_it = f"{name} {ways} {[(one, caption(one.name, 'blue')) for one in pictures()]} {material}"
             digest, folder = hashlib.sha256(all_of_it.encode()).hexdigest(), out / name
             if (folder / MADE_OF).is_file() and (folder / MADE_OF).read_text() == digest:
                 continue
+            if folder.exists() and not (folder / MADE_OF).is_file():
+                raise DataError(f"{folder} is there already, and not of this recipe; move it, or name another --out.")
             with whole_folder(folder) as unfinished:
                 made = ahead(pool, partial(_written, make, unfinished), range(n), AHEAD)
                 try:
@@ -121,11 +133,11 @@ def _tile(name: str, drawn: Path, stems: Sequence[str], photos: Sequence[Path], 
     """A square of a photograph or of a captioned image, or any picture of random size and place on a random
     background."""
     rng = Random(f"{name} {number}")
-    size, _, from_photos, captioned = TILES[name]
+    tiles, size = TILES[name], TILES[name].size
     kind = rng.random()
-    if kind < from_photos:
+    if kind < tiles.photographs:
         tile = _photo_tile(size, photos, rng)
-    elif kind < from_photos + captioned:
+    elif kind < tiles.photographs + tiles.captioned:
         file = rng.choice(pictures()).file
         left, top = (rng.randint(0, SIZE - size) for _ in "xy")
         tile = composed(read(drawn, file), rng.choice(_trained_on(file))).crop((left, top, left + size, top + size))
@@ -135,13 +147,14 @@ def _tile(name: str, drawn: Path, stems: Sequence[str], photos: Sequence[Path], 
 
 
 def _photo_tile(size: int, photos: Sequence[Path], rng: Random) -> Image.Image:
-    while True:
+    for _ in range(1000):
         photo = _photo(rng.choice(photos))
         side = int(math.exp(rng.uniform(math.log(2 * size), math.log(0.9 * min(photo.size)))))
         left, top = (rng.randint(0, room - side) for room in photo.size)
         tile = photo.resize((size, size), Image.Resampling.LANCZOS, (left, top, left + side, top + side))
         if np.asarray(tile).std((0, 1)).max() > FLAT:
             return tile
+    raise DataError("the photographs show next to nothing but plain areas; are they those that photos.txt names?")
 
 
 def _drawn_tile(size: int, drawn: Path, stems: Sequence[str], rng: Random) -> Image.Image:
@@ -165,6 +178,8 @@ def _trained_on(stem: str) -> list[tuple[int, int, int]]:
 @lru_cache(maxsize=64)
 def _photo(path: Path) -> Image.Image:
     photo = image_io.read(path)
+    if 0.9 * min(photo.size) < 2 * SIZE:
+        raise DataError(f"{path} is too small, {photo.width} x {photo.height}; is it the one that photos.txt names?")
     photo.thumbnail((3 * PHOTO_HEIGHT, PHOTO_HEIGHT), Image.Resampling.LANCZOS)
     return photo
 

@@ -6,7 +6,6 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -19,9 +18,11 @@ from sdkit.arguments import whole
 from sdkit.data.transform import Transform
 from sdkit.errors import ArgumentError, DataError
 from sdkit.files import atomic_write
+from sdkit.jobs import check_files
 from sdkit.lpips import LPIPS
 from sdkit.models.vae import VAE
 from sdkit.pipeline import StableDiffusion
+from sdkit.recipe import anywhere
 from sdkit.recipes.emoji import evaluation as measure
 from sdkit.recipes.emoji.evaluation import SCALE, STEPS, Gallery, Prompt
 from sdkit.recipes.emoji.pictures import BACKGROUNDS, composed, read
@@ -47,8 +48,9 @@ def evaluate(
     sweeps   whether it draws them at other guidance scales and numbers of steps, too
     """
     whole("prompts", prompts, 1)
+    check_files(out)
     rows = _earlier(out / "evaluation.json")
-    names = {os.path.normpath(model): _slug(model) for model in models}
+    names = {source: _slug(source) for source in (anywhere(os.fspath(model)) for model in models)}
     known = names | {source: _slug(source) for source in rows}
     if len(names) < len(models) or len({*known.values()}) < len(known):
         raise ArgumentError(
@@ -61,24 +63,28 @@ def evaluate(
     asked = measure.prompts(prompts), measure.prompts_held_out(prompts)
     if missing := {prompt.picture.file for some in asked for prompt in some} - {*gallery.names}:
         raise DataError(f"{drawn} lacks {len(missing)} pictures, {min(missing)}.webp first; is it of another version?")
-    photographs, loaded = photos(), [StableDiffusion.from_pretrained(model) for model in models]  # what may be missing
+    photographs, loaded = photos(), [StableDiffusion.from_pretrained(source) for source in names]  # if they are there
     for model, (source, name) in zip(loaded, names.items(), strict=True):
         vae = VAE.from_pretrained(source, dtype="fp32")
         row, drawn_images = _row(model, vae, gallery, photographs, *asked)
-        _save_sheet(out / f"{name}-generated.png", drawn_images, asked[0])
-        _save_vae_sheet(out / f"{name}-vae.png", vae, [*map(partial(_composed, drawn), asked[1][:4]), *photographs])
-        table = _save_rows(out, rows | {source: row})
-        if sweeps:
-            row |= _sweeps(model, gallery, row, *asked)
-            _save_curves(out / f"{name}-curves.png", row)
+        if (before := rows.get(source, {})).get("generated") == row["generated"]:
+            row = before | row  # the model is as it was, and so is what was swept
+        else:
+            (out / f"{name}-curves.png").unlink(missing_ok=True)
         rows[source] = row
         table = _save_rows(out, rows)
+        _save_sheet(out / f"{name}-generated.png", drawn_images, asked[0])
+        _save_vae_sheet(out / f"{name}-vae.png", vae, [*(_composed(drawn, one) for one in asked[1][:4]), *photographs])
+        if sweeps:
+            row |= _sweeps(model, gallery, row, *asked)
+            table = _save_rows(out, rows)
+            _save_curves(out / f"{name}-curves.png", row)
     return table
 
 
-def _slug(source: str | os.PathLike[str]) -> str:
+def _slug(source: str) -> str:
     """What a model's pictures are called by."""
-    return re.sub(r"[^\w.]+", "-", os.path.normpath(source)).strip("-.")
+    return re.sub(r"[^\w.]+", "-", source)[-100:].strip("-.")
 
 
 def _save_rows(out: Path, rows: Mapping[str, Row]) -> str:
@@ -94,7 +100,9 @@ def _save_rows(out: Path, rows: Mapping[str, Row]) -> str:
 def _earlier(path: Path) -> dict[str, Row]:
     try:
         rows: dict[str, Row] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError as error:
+        if not all(isinstance(group, dict) for row in rows.values() for group in row.values()):
+            raise ValueError
+    except (ValueError, AttributeError) as error:
         raise DataError(f"{path} is damaged; remove it.") from error
     return rows
 
@@ -172,9 +180,12 @@ def _table(rows: Mapping[str, Row]) -> str:
 
 def _lines(rows: Mapping[str, Row]) -> Iterator[tuple[str, list[str]]]:
     units = {"psnr": "{:.2f} dB", "ssim": "{:.3f}", "lpips": "{:.4f}"}
-    first = next(iter(rows.values()))
-    for group, measured in first.items():
-        for name in measured if group not in ("scales", "steps") else ():
+    measures: dict[str, dict[str, None]] = {}  # of any of the models, in their order
+    for row in rows.values():
+        for group in (one for one in row if one not in ("scales", "steps")):
+            measures.setdefault(group, {}).update(dict.fromkeys(row[group]))
+    for group, names in measures.items():
+        for name in names:
             form = units.get(name, "{}" if name in ("prompts", "retrieved") else "{:.1%}")
             values = [row.get(group, {}).get(name) for row in rows.values()]
             yield f"{group}: {name}", ["-" if value is None else form.format(value) for value in values]

@@ -18,7 +18,7 @@ from sdkit.training import UNetConfig, VAEConfig, train_unet, train_vae
 from sdkit.training.checkpoint import whole_folder
 
 VAE_RUNS = {"vae-1": "tiles", "vae-2": "fine_tiles", "vae-3": "details", "vae-4": "details"}
-"""And what each learns from. The first begins from nothing, another where the one before has ended."""
+"""The runs, and what each learns from. The first begins from nothing, another where the one before has ended."""
 WHOLE, SHARPENED = "vae-4", "vae-5"
 
 
@@ -57,9 +57,20 @@ def _there(folder: Path, before: str) -> Path:
     return folder
 
 
+def _own(folder: Path) -> Path:
+    """The folder, which is not there yet, or is as an earlier run has made it."""
+    parts = {"model_index.json", "scheduler", "text_encoder", "tokenizer", "unet", "vae"}
+    if folder.exists() and not (folder.is_dir() and {path.name for path in folder.iterdir()} <= parts):
+        raise SourceError(
+            f"{folder} is there already, with what is not of this recipe; move it, or name another --out."
+        )
+    return folder
+
+
 def make_latents(root: Path) -> None:
     """root/start, a pipeline around the VAE that lacks a U-Net, and root/latents, the captioned images as latents."""
-    start, vae, data = root / "start", _result(root, WHOLE), _data(root, "captioned")
+    start, vae, data = _own(root / "start"), _result(root, WHOLE), _data(root, "captioned")
+    VAE.from_pretrained(vae)  # whether it is whole
     make_start(vae, open_examples(data).captions, start)
     cache(start, data, root / "latents", size=SIZE)
 
@@ -100,7 +111,7 @@ def export(root: Path) -> Path:
         pipeline.to(torch.float16)
         for part in (pipeline, pipeline.vae, pipeline.unet):
             part.register_to_config(_name_or_path="")  # no folder of this machine
-        with whole_folder(root / "model") as folder:
+        with whole_folder(_own(root / "model")) as folder:
             pipeline.save_pretrained(folder)
             config = folder / "text_encoder" / "config.json"  # from which transformers would take the dtype
             config.write_text(config.read_text().replace('"dtype": "float16"', '"dtype": "float32"'))
