@@ -275,7 +275,7 @@ def _generate_options(add: Add) -> None:
     add("--batch-size", type=int, metavar="N", help="images at a time (default: as many as usually fit)")
     add("--negative-prompt", metavar="TEXT", help="what to steer away from", **unset)
     add("--steps", type=int, metavar="N", help="of the sampler (default: 30)", **unset)
-    add("--scale", type=float, metavar="S", help="of guidance; 1 is none (default: 7.5; emoji likes 5)", **unset)
+    add("--scale", type=float, metavar="S", help="of guidance; 1 is none (default: the model's own)", **unset)
     add("--sampler", help="ddim, ddpm or dpm++2m (default: ddim)", **unset)
     add("--eta", type=float, help="noise that ddim adds, from 0 (default) to 1", **unset)
     add("--spacing", help="leading, trailing or linspace (default: the model's)", **unset)

@@ -241,7 +241,9 @@ def generate_files(
         for (prompt, seed), image in zip(batch, _generate(sd, batch, recipe), strict=True):
             one = replace(
                 recipe, prompt=prompt, seed=seed, height=image.height, width=image.width, model=sd.name,
-                spacing=recipe.spacing or sd.schedule.timestep_spacing, dtype=str(sd.unet.dtype).removeprefix("torch."),
+                spacing=recipe.spacing or sd.schedule.timestep_spacing,
+                scale=sd.guidance_scale if recipe.scale is None else recipe.scale,
+                dtype=str(sd.unet.dtype).removeprefix("torch."),
             )  # fmt: skip
             report.add(_save(image, Path(out), f"{_slug(prompt)}-{seed}", one.text()))
             made |= {f"seed {seed}: {prompt}": image} if grid else {}
@@ -283,7 +285,7 @@ def demo_files(
     """
     folder = Path(out)
     _check_writable(folder)
-    made = sd(DEMO_PROMPTS, guidance_scale=2.0, seed=[0] * len(DEMO_PROMPTS))
+    made = sd(DEMO_PROMPTS, seed=[0] * len(DEMO_PROMPTS))
     images.save(images.grid(made, 4, padding=6, captions=DEMO_PROMPTS), folder / "generated.png")
     if photos:
         return folder / "generated.png", "photos given", reconstruct_files(sd.vae, photos, folder)

@@ -18,6 +18,7 @@ from sdkit.arguments import LONGEST_SIDE, number, one_of, seeded, strings, whole
 from sdkit.errors import ArgumentError, SdkitError
 from sdkit.guidance import APG, guided
 from sdkit.models.lora import merge_lora, read_lora
+from sdkit.models.source import USUAL_GUIDANCE, load_guidance_scale
 from sdkit.models.text import TextEncoder
 from sdkit.models.unet import UNet
 from sdkit.models.vae import VAE
@@ -31,9 +32,16 @@ LATENTS_AT_ONCE = 4 * 64 * 64
 
 
 class StableDiffusion:
-    """Stable Diffusion 1.x / 2.x: a VAE, a text encoder, a U-Net and the noise schedule that it was trained with."""
+    """Stable Diffusion 1.x / 2.x: a VAE, a text encoder, a U-Net and the noise schedule that it was trained with.
 
-    def __init__(self, vae: VAE, text: TextEncoder, unet: UNet, schedule: NoiseSchedule, *, name: str = "") -> None:
+    Attributes: these four, as `vae`, `text`, `unet`, `schedule`; `guidance_scale`, at which it draws unless told
+        otherwise: what its model_index.json says (`_guidance_scale`), or 7.5; `name`, the source it was loaded from.
+    """
+
+    def __init__(
+        self, vae: VAE, text: TextEncoder, unet: UNet, schedule: NoiseSchedule, *, name: str = "",
+        guidance_scale: float = USUAL_GUIDANCE,
+    ) -> None:  # fmt: skip
         if unet.width != text.width:
             raise ArgumentError(
                 f"this U-Net attends to embeddings of width {unet.width}, this text encoder makes {text.width}: "
@@ -49,6 +57,7 @@ class StableDiffusion:
         self.unet = unet
         self.schedule = schedule
         self.name = name
+        self.guidance_scale = guidance_scale
 
     @classmethod
     def from_pretrained(
@@ -86,6 +95,7 @@ class StableDiffusion:
             UNet.from_pretrained(source, compile=compile, **place, **where),
             NoiseSchedule.from_pretrained(source, prediction_type=prediction_type, **where),
             name=str(source),
+            guidance_scale=load_guidance_scale(source, **where),
         )
 
     def load_lora(
@@ -117,7 +127,7 @@ class StableDiffusion:
         height: int | None = None,
         width: int | None = None,
         num_inference_steps: int = 30,
-        guidance_scale: float = 7.5,
+        guidance_scale: float | None = None,
         sampler: str = "ddim",
         eta: float = 0.0,
         seed: int | Sequence[int] = 0,
@@ -139,8 +149,8 @@ class StableDiffusion:
         negative_prompt: what to steer away from, one for all or one for each prompt; None is "".
         height, width: pixels, any number from 8; None is the size that the model was trained on.
         num_inference_steps, spacing: see `NoiseSchedule.timesteps`; spacing None is the model's own.
-        guidance_scale: 1 is no guidance, at half the cost; see `sdkit.guidance` for `guidance_rescale` (phi),
-            `guidance_interval` (noise levels) and `apg`.
+        guidance_scale: None is the model's own, 7.5 for most; 1 is no guidance, at half the cost. See `sdkit.guidance`
+            for `guidance_rescale` (phi), `guidance_interval` (noise levels) and `apg`.
         sampler: "ddim" (`eta` from 0, deterministic, to 1, DDPM), "ddpm" or "dpm++2m".
         seed: image i starts from seed + i, or from the i-th of a list; the same seed gives the same image alone and in
             a batch.
@@ -158,6 +168,7 @@ class StableDiffusion:
         x_T = self._noise(latents, generators, height, width)
         timesteps = self.schedule.timesteps(num_inference_steps, spacing)
         options = self._options(sampler, eta)
+        scale = self.guidance_scale if guidance_scale is None else guidance_scale
         guidance: dict[str, Any] = {"interval": guidance_interval, "phi": guidance_rescale, "projected": apg}
         unet = torch.inference_mode()(self.unet)  # it alone: the tensors of a `Step` are ordinary ones
 
@@ -165,8 +176,8 @@ class StableDiffusion:
             """Scaled latents of the chosen images, all of whose prompts take `chunks` chunks of tokens."""
             encode = {"clip_skip": clip_skip, "weighting": weighting, "chunks": chunks}
             cond = self._embed([prompts[i] for i in chosen], **encode)
-            uncond = None if guidance_scale == 1 else self._embed([negatives[i] for i in chosen], **encode)
-            predict = guided(unet, self.schedule, cond, uncond, guidance_scale, **guidance)
+            uncond = None if scale == 1 else self._embed([negatives[i] for i in chosen], **encode)
+            predict = guided(unet, self.schedule, cond, uncond, scale, **guidance)
             x = x_T[chosen].to(self.unet.device)
             own = [generators[i] for i in chosen]
             loop = SAMPLERS[sampler](predict, x, self.schedule, timesteps, generators=own, **options)
@@ -177,7 +188,7 @@ class StableDiffusion:
 
         z = torch.empty_like(x_T)
         with torch.no_grad():
-            for chosen, chunks in self._batches(prompts, negatives, guidance_scale, weighting, x_T, batch_size):
+            for chosen, chunks in self._batches(prompts, negatives, scale, weighting, x_T, batch_size):
                 z[chosen] = denoise(chosen, chunks).cpu()
         if output_type == "latent":
             return z

@@ -28,7 +28,7 @@ class Recipe:
     seed: int = 0
     sampler: str = "ddim"
     steps: int = 30
-    scale: float = 7.5
+    scale: float | None = None
     eta: float = 0.0
     spacing: str | None = None
     rescale: float = 0.0
@@ -56,7 +56,8 @@ class Recipe:
         if number("eta", self.eta, 0, 1) and self.sampler != "ddim":
             raise ArgumentError(f"eta belongs to sampler 'ddim'; '{self.sampler}' has none.")
         one_of("spacing", self.spacing or SPACINGS[0], SPACINGS)
-        number("the guidance scale", self.scale, -1e6, 1e6)
+        if self.scale is not None:
+            number("the guidance scale", self.scale, -1e6, 1e6)
         number("the guidance rescale (phi)", self.rescale, 0, 1)
         if self.interval is not None:
             noise_levels("the guidance interval", self.interval)
@@ -89,7 +90,7 @@ class Recipe:
     def but(self, **changes: Any) -> Recipe:
         """This recipe with some values changed; of another model, all that belonged to the old one is forgotten."""
         if anywhere(changes.get("model", self.model)) != anywhere(self.model):
-            of_model = ("spacing", "height", "width", "revision", "variant", "config", "prediction_type")
+            of_model = ("scale", "spacing", "height", "width", "revision", "variant", "config", "prediction_type")
             changes = {**dict.fromkeys(of_model), "lora": None, "lora_scale": 1.0, **changes}
         return replace(self, **changes)
 

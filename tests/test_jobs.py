@@ -350,6 +350,18 @@ def test_the_size_is_recorded_and_kept(sd: sdkit.StableDiffusion, tmp_path: Path
     assert (Recipe.read(path).height, Recipe.read(path).width) == (50, 43)
 
 
+def test_the_scale_is_the_models_own_and_recorded(sd: sdkit.StableDiffusion, tmp_path: Path) -> None:
+    """So that the image comes out the same where the model's own is another one day."""
+    own, same, other = (
+        generate_files(sd, ["a cat"], tmp_path / f"{scale}.png", Recipe(steps=2, scale=scale))[0]
+        for scale in (None, sd.guidance_scale, 7.5)
+    )
+    assert sd.guidance_scale != 7.5
+    assert Recipe.read(own).scale == sd.guidance_scale
+    assert own.read_bytes() == same.read_bytes()
+    assert not np.array_equal(np.asarray(opened(own)), np.asarray(opened(other)))
+
+
 def test_a_recipe_goes_through_a_png_unchanged(tmp_path: Path) -> None:
     recipe = Recipe(
         prompt="naïve 猫\nsecond line",
@@ -379,7 +391,7 @@ def test_a_recipe_goes_through_a_png_unchanged(tmp_path: Path) -> None:
     assert Recipe.read(tmp_path / "x.png") == recipe
     images.save(Image.new("RGB", (8, 8)), tmp_path / "y.png", Recipe(prompt="y").text())
     assert Recipe.read(tmp_path / "y.png") == Recipe(prompt="y")
-    required = {"prompt", "negative_prompt", "seed", "sampler", "steps", "scale", "model", "sdkit"}
+    required = {"prompt", "negative_prompt", "seed", "sampler", "steps", "model", "sdkit"}
     assert required <= set(Recipe().text())
 
 
@@ -428,7 +440,7 @@ def test_what_a_recipe_refuses_the_model_refuses_too(
 
 
 def test_another_model_takes_nothing_over_from_the_old_one() -> None:
-    recipe = Recipe(height=64, spacing="trailing", revision="main", steps=7, lora="some/lora", lora_scale=0.5)
+    recipe = Recipe(height=64, scale=3.0, spacing="trailing", revision="main", steps=7, lora="a/lora", lora_scale=0.5)
     assert recipe.but(model="other", width=72) == Recipe(model="other", width=72, steps=7)
     assert recipe.but(model="emoji") == recipe
 

@@ -97,12 +97,13 @@ class TestAgainstDiffusers:
         pipe.set_progress_bar_config(disable=True)
         latents = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
         common = {"prompt": "a cat", "latents": latents, "num_inference_steps": 2, "output_type": "latent"}
+        common |= {"guidance_scale": sd.guidance_scale}  # which diffusers does not know of
         torch.testing.assert_close(sd(**common), pipe(**common).images, atol=1e-4, rtol=0)
 
     def test_rescaled_guidance_and_image(self, sd: sdkit.StableDiffusion) -> None:
         pipe = diffusers_pipeline(sd)
         latents = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
-        common = {"prompt": PROMPTS[0], "num_inference_steps": 10, "guidance_rescale": 0.7}
+        common = {"prompt": PROMPTS[0], "num_inference_steps": 10, "guidance_scale": 7.5, "guidance_rescale": 0.7}
         expected = pipe(latents=latents.clone(), output_type="np", **common).images
         image = sd(latents=latents, output_type="np", **common)
         assert np.abs(image - expected * 255).max() <= 1
@@ -153,6 +154,14 @@ def count(sd: sdkit.StableDiffusion, run: Callable[[], object]) -> list[int]:
     with sd.unet.network.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0]))):
         run()
     return sizes
+
+
+def test_guidance_is_the_models_own_unless_told_otherwise(sd: sdkit.StableDiffusion) -> None:
+    options = {"num_inference_steps": 3, "output_type": "latent"}
+    assert torch.equal(sd(PROMPTS, **options), sd(PROMPTS, guidance_scale=sd.guidance_scale, **options))
+    unguided = sdkit.StableDiffusion(sd.vae, sd.text, sd.unet, sd.schedule, guidance_scale=1)
+    assert count(unguided, lambda: unguided(PROMPTS, num_inference_steps=2)) == [4] * 2
+    assert sdkit.StableDiffusion(sd.vae, sd.text, sd.unet, sd.schedule).guidance_scale == 7.5
 
 
 class TestCost:
@@ -258,7 +267,7 @@ class TestWhatIsDrawn:
             {"negative_prompt": "red"},
             {"sampler": "ddpm"},
             {"sampler": "dpm++2m"},
-            {"guidance_scale": 2.0},
+            {"guidance_scale": 7.5},
         ]
         for option in options:
             assert (sd(**common, **option) - plain).abs().max() > 1e-2, option
@@ -290,7 +299,7 @@ def test_schedule_of_ones_own(sd: sdkit.StableDiffusion) -> None:
     """A model is its four parts: another schedule can be put in."""
     leading = replace(sd.schedule, timestep_spacing="leading")
     other = sdkit.StableDiffusion(sd.vae, sd.text, sd.unet, leading)
-    common = {"num_inference_steps": 3, "output_type": "latent"}
+    common = {"num_inference_steps": 3, "guidance_scale": 3, "output_type": "latent"}
     assert torch.equal(other("a cat", **common), sd("a cat", spacing="leading", **common))
 
 

@@ -20,7 +20,7 @@ from sdkit.errors import ArgumentError, SourceError
 from sdkit.models import folder, single_file
 from sdkit.models.folder import PARTS, SCHEDULER, TEXT, TOKENIZER_FILES, UNET, VAE, Part, Place
 from sdkit.models.single_file import ASSETS
-from sdkit.models.weights import SUFFIXES, TensorFile, find, is_file, open_tensors, read_config, read_json
+from sdkit.models.weights import GUIDANCE, SUFFIXES, TensorFile, find, is_file, open_tensors, read_config, read_json
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel, VQModel
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 Source = str | os.PathLike[str]
 
 EMBEDDED = "emoji"
+INDEX = "model_index.json"
+USUAL_GUIDANCE = 7.5
 KINDS = {"embedded": "the embedded model", "hub": "a Hub id", "folder": "a folder", "file": "a file"}
 
 _probed: dict[tuple[Path, int, int], str] = {}  # a probe takes seconds, and a pipeline asks for U-Net and schedule
@@ -155,6 +157,14 @@ def load_scheduler_config(
     if "ztsnr" in file.shapes:
         schedule |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
     return schedule
+
+
+def load_guidance_scale(source: Source, *, revision: str | None = None, config: Source | None = None) -> float:
+    """The guidance scale that `source` is best drawn at, where its model_index.json says so; else Stable Diffusion's
+    7.5."""
+    place = _resolve(source, revision=revision, config=config)
+    index = place.root([INDEX]) / INDEX  # of a file: a path that cannot be
+    return float(read_config(index, "index").get(GUIDANCE, USUAL_GUIDANCE)) if is_file(index) else USUAL_GUIDANCE
 
 
 def describe(source: Source, *, revision: str | None = None, config: Source | None = None) -> Description:

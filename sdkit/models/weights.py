@@ -44,6 +44,10 @@ def _beta(value: Any) -> bool:
     return _number(value, 0, 1)
 
 
+GUIDANCE = "_guidance_scale"
+"""The key of model_index.json that holds the guidance scale that a model is best drawn at. diffusers, which knows none,
+passes over what begins with an underscore."""
+
 VALUES: dict[str, dict[str, tuple[str, Callable[[Any], bool]]]] = {
     "vae": {
         "scaling_factor": ("a number above 0", lambda x: _number(x, 1e-12)),
@@ -68,6 +72,7 @@ VALUES: dict[str, dict[str, tuple[str, Callable[[Any], bool]]]] = {
         "trained_betas": ("a list of numbers from 0 to 1 or null", lambda x: x is None or _list_of(_beta, x)),
         "clip_sample_range": ("a number above 0", lambda x: _number(x, 1e-12)),
     },
+    "index": {GUIDANCE: ("a number from 0 to 100", lambda x: _number(x, 0, 100))},
 }
 """Of each part's config: what must be right for the package itself -> how a message puts it, and the check."""
 
@@ -209,7 +214,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_config(path: Path, part: str) -> dict[str, Any]:
-    """The config of `part` ("vae", "unet", "text", "scheduler") in `path`.
+    """The config of `part` ("vae", "unet", "text", "scheduler"; "index", model_index.json) in `path`.
 
     Raises SourceError for a value that this package computes with and that is of another type or range; what is wrong
     with others the libraries say.

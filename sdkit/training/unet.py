@@ -20,11 +20,11 @@ from sdkit import images as image_io
 from sdkit.errors import ArgumentError
 from sdkit.losses import diffusion_loss, min_snr_weight
 from sdkit.models.lora import FILENAME, TARGETS, add_lora, lora_tensors, save_lora
-from sdkit.models.source import load_scheduler_config, load_text, load_unet, load_vae
+from sdkit.models.source import load_guidance_scale, load_scheduler_config, load_text, load_unet, load_vae
 from sdkit.models.text import TextEncoder
 from sdkit.models.unet import UNet
 from sdkit.models.vae import VAE, latents_of
-from sdkit.models.weights import quiet
+from sdkit.models.weights import GUIDANCE, quiet
 from sdkit.pipeline import StableDiffusion
 from sdkit.schedule import NoiseSchedule
 from sdkit.training import Player, Samples
@@ -36,7 +36,7 @@ from sdkit.training.loop import fit
 from sdkit.training.new import new_network
 
 VALIDATION_TIMESTEPS = 8  # of each image
-VALIDATION_SCALE, VALIDATION_STEPS = 5.0, 25  # of the images of fixed prompts
+VALIDATION_STEPS = 25  # of the images of fixed prompts
 REMEMBERED = 4096  # captions whose embeddings are kept in memory, each 0.24 MB for SD 1.x; a cache has room for all
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -79,6 +79,7 @@ class UNetStage:
         self.tokenizer = copy.deepcopy(self.text.tokenizer)  # as it was: what it would save changes when it is used
         self.scheduler = _scheduler(config)
         self.schedule = NoiseSchedule.from_config(self.scheduler)
+        self.guidance_scale = load_guidance_scale(config.model)
         self.zero_snr = float(self.schedule.alphas_cumprod[-1]) == 0
         if self.zero_snr and self.schedule.prediction_type == "epsilon":
             raise ArgumentError(
@@ -239,7 +240,7 @@ class UNetStage:
         with torch.autocast(device.type, half, enabled=half is not None):
             z = sd(
                 prompt, seed=seed, height=height, width=width, num_inference_steps=VALIDATION_STEPS,
-                guidance_scale=VALIDATION_SCALE, output_type="latent",
+                guidance_scale=self.guidance_scale, output_type="latent",
             )  # fmt: skip
         # What is no number any more is shown all the same: a run that went wrong is ended by the loop, which says why.
         pixels = self.vae.decode(z.nan_to_num(0, 0, 0), output_type="pt")
@@ -255,11 +256,13 @@ class UNetStage:
             import diffusers
 
             scheduler = getattr(diffusers, self.scheduler.get("_class_name") or "DDIMScheduler")
-            diffusers.StableDiffusionPipeline(
+            pipeline = diffusers.StableDiffusionPipeline(
                 vae=self.vae.network, text_encoder=self.text.network, tokenizer=self.tokenizer,
                 unet=self.unet.network, scheduler=scheduler.from_config(self.scheduler), safety_checker=None,
                 feature_extractor=None, requires_safety_checker=False,
-            ).save_pretrained(folder)  # fmt: skip
+            )  # fmt: skip
+            pipeline.register_to_config(**{GUIDANCE: self.guidance_scale})
+            pipeline.save_pretrained(folder)
 
 
 def collated(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

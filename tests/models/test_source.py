@@ -29,7 +29,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel
 from sdkit.errors import ArgumentError, SourceError
 from sdkit.models import folder, source
 from sdkit.models.single_file import ASSETS, probe_prediction
-from sdkit.models.source import describe, load_scheduler_config, load_text, load_unet, load_vae
+from sdkit.models.source import describe, load_guidance_scale, load_scheduler_config, load_text, load_unet, load_vae
 from tests import original_layout
 
 LOADERS: dict[str, Callable[..., Any]] = {
@@ -454,6 +454,19 @@ def test_prediction_type_of_a_folder_can_be_overruled(sd1: Tiny) -> None:
 def test_prediction_types_in_short(sd1: Tiny, sd2: Tiny, short: str, long: str) -> None:
     assert load_scheduler_config(sd1.folder, prediction_type=short)["prediction_type"] == long
     assert load_scheduler_config(sd2.file, config=sd2.folder, prediction_type=short)["prediction_type"] == long
+
+
+def test_the_guidance_scale_is_what_the_index_says(sd1: Tiny, tmp_path: Path) -> None:
+    """Else the usual one, also of sources that have no index."""
+    stating = changed(sd1, tmp_path / "stating", "model_index.json", _guidance_scale=3)
+    assert load_guidance_scale(stating) == 3.0
+    for other in (sd1.folder, sd1.file, sd1.folder / "unet"):
+        assert load_guidance_scale(other) == 7.5
+    assert 1 < load_guidance_scale("emoji") < 7.5
+    for wrong in ("much", True, None, -1, math.nan):
+        spoilt = changed(sd1, tmp_path / repr(wrong), "model_index.json", _guidance_scale=wrong)
+        with pytest.raises(SourceError, match=r"_guidance_scale .*, not a number from 0 to 100; correct it"):
+            load_guidance_scale(spoilt)
 
 
 def identity_unet(sign: float) -> UNet2DConditionModel:

@@ -23,6 +23,7 @@ from transformers import CLIPTextModel
 import sdkit
 from sdkit.data import cache
 from sdkit.errors import ArgumentError, TrainingError
+from sdkit.models.source import load_guidance_scale
 from sdkit.training import Trained, UNetConfig, train_unet
 from sdkit.training.loop import fit
 from sdkit.training.run_folder import read_metrics
@@ -234,6 +235,7 @@ class TestLoss:
             folder = tmp_path / "-".join(map(str, [name, *changes]))
             stage.export(folder)
             assert json.loads((folder / "model_index.json").read_text())["scheduler"] == ["diffusers", name]
+            assert load_guidance_scale(folder) == load_guidance_scale(model) != 7.5
             sd = sdkit.StableDiffusion.from_pretrained(folder, dtype="fp32", device="cpu")
             for schedule in (sd.schedule, stage.schedule):
                 assert schedule.clip_x0 is None
@@ -547,7 +549,7 @@ class TestValidation:
         assert (tmp_path / "0" / "samples" / "step-00000001.png").read_bytes() != first
         for step, model in ((0, kit.models["v_prediction"]), (1, tmp_path / "0" / "result")):
             sd = sdkit.StableDiffusion.from_pretrained(model, dtype="fp32", device="cpu")
-            drawn = sd(PROMPTS, seed=0, num_inference_steps=25, guidance_scale=5, batch_size=1)
+            drawn = sd(PROMPTS, seed=0, num_inference_steps=25, batch_size=1)
             with Image.open(tmp_path / "0" / "samples" / f"step-{step:08}.png") as sheet:
                 pixels = np.asarray(sheet)
             for x, image in zip((8, 48), drawn, strict=True):
@@ -564,7 +566,8 @@ def drawn_by_diffusers(model: Path, steps: int, kind: str, lora: Path | None = N
         pipe.load_lora_weights(lora)
     x_T = torch.stack([torch.randn(4, 4, 4, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1)])
     with torch.no_grad():
-        return pipe(PROMPTS, latents=x_T, num_inference_steps=steps, output_type=kind).images
+        scale = load_guidance_scale(model)
+        return pipe(PROMPTS, latents=x_T, num_inference_steps=steps, guidance_scale=scale, output_type=kind).images
 
 
 class TestResult:
@@ -589,7 +592,7 @@ class TestResult:
         stage = UNetStage(config)
         fit(stage, config, tmp_path)
         sd = sdkit.StableDiffusion.from_pretrained(kit.models["epsilon"], dtype="fp32", device="cpu")
-        common = {"num_inference_steps": 10, "output_type": "latent"}
+        common = {"num_inference_steps": 10, "guidance_scale": sd.guidance_scale, "output_type": "latent"}
         before = sd(PROMPTS, **common)
         sd.load_lora(tmp_path / "result")
         z = sd(PROMPTS, **common)

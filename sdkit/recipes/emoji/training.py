@@ -9,7 +9,7 @@ from sdkit.data import cache, open_examples
 from sdkit.errors import SourceError
 from sdkit.lpips import LPIPS
 from sdkit.models.vae import VAE
-from sdkit.models.weights import quiet
+from sdkit.models.weights import GUIDANCE, quiet
 from sdkit.pipeline import StableDiffusion
 from sdkit.recipes.emoji.pictures import SIZE
 from sdkit.recipes.emoji.settings import settings, shape_file
@@ -20,6 +20,7 @@ from sdkit.training.checkpoint import whole_folder
 VAE_RUNS = {"vae-1": "tiles", "vae-2": "fine_tiles", "vae-3": "details", "vae-4": "details"}
 """The runs, and what each learns from. The first begins from nothing, another where the one before has ended."""
 WHOLE, SHARPENED = "vae-4", "vae-5"
+SCALE = 2.0  # of guidance: enough for what was learned so well, and backgrounds stay even
 
 
 def train_the_vae(root: Path) -> None:
@@ -109,6 +110,7 @@ def export(root: Path) -> Path:
             unet, vae=AutoencoderKL.from_pretrained(vae), safety_checker=None
         )
         pipeline.to(torch.float16)
+        pipeline.register_to_config(**{GUIDANCE: SCALE})
         for part in (pipeline, pipeline.vae, pipeline.unet):
             part.register_to_config(_name_or_path="")  # no folder of this machine
         with whole_folder(_own(root / "model")) as folder:
