@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 
@@ -172,6 +175,22 @@ def test_what_is_used(drawn: Path, tmp_path: Path) -> None:
         used(tmp_path)
 
 
+def test_what_is_not_used(tmp_path: Path) -> None:
+    """Skin tones, letters and tags of flags, keycaps, wherever in a name; what is beside them in Unicode is used."""
+    ranges = [(0x1F3FB, 0x1F3FF), (0x1F1E6, 0x1F1FF), (0x20E3, 0x20E3), (0xE0000, 0xE00FF)]
+    ends = [*range(0x1F3FB, 0x1F400), *(point for ends in ranges for point in ends)]
+    beside = [point for first, last in ranges for point in (first - 1, last + 1)]
+    for point in (*ends, *beside):
+        for stem in (f"{point:x}", f"{point:x}-200d", f"1f468-200d_{point:x}_1f468"):
+            (tmp_path / f"{stem}.webp").touch()
+    (tmp_path / "1f468.png").touch()
+    assert {stem.partition("-")[0] for stem in used(tmp_path)} == {"1f468", *(f"{point:x}" for point in beside)}
+    assert len(used(tmp_path)) == 3 * len(beside)
+    (tmp_path / "logo.webp").touch()
+    with pytest.raises(DataError, match=r"\.webp files with numbers for names"):
+        used(tmp_path)
+
+
 def test_captioned_images_lack_the_pairs_held_out(data: Path) -> None:
     """Every picture on every background, but one; each on white has captions that do not name it, too."""
     captioned, held_out = rows(data / "captioned"), rows(data / "held_out")
@@ -188,6 +207,34 @@ def test_captioned_images_lack_the_pairs_held_out(data: Path) -> None:
             assert image.size == (SIZE, SIZE)
             assert image.getpixel((0, 0)) == BACKGROUNDS[colour]
             assert image.getpixel((SIZE // 2, SIZE // 2)) == COLOUR
+
+
+@pytest.mark.parametrize(
+    ("other_name", "number", "on_backgrounds"),
+    [
+        ("bird", 0, {"an owl on": 6, "owl on": 2, "bird on": 3}),
+        ("bird", 1, {"an owl on": 5, "owl on": 3, "bird on": 3}),
+        ("", 0, {"an owl on": 6, "owl on": 5}),
+        ("", 1, {"an owl on": 5, "owl on": 6}),
+    ],
+)
+def test_how_often_each_caption_is(
+    other_name: str, number: int, on_backgrounds: dict[str, int], drawn: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every other one has an article and every fourth the other name, by turns from picture to picture; one background
+    is held out. White has each name with its article, and the first without, besides."""
+    one = Picture(FEW[0].file, "owl", other_name, "gray")
+    monkeypatch.setattr(module, "pictures", lambda: [one, one])
+    files, _, texts = zip(*module._captioned(drawn, number), strict=True)
+    on_white = ["owl", "an owl", *(["a bird"] if other_name else [])]
+    assert Counter(re.sub(r"(?<= on) an? \w+ background$", "", text) for text in texts) == {
+        **on_backgrounds,
+        **dict.fromkeys(on_white, 1),
+    }
+    named = Counter(text.split()[-2] for text in texts if "background" in text)
+    assert named == dict.fromkeys(BACKGROUNDS.keys() - {"gray"}, 1)
+    assert len({*files}) == len(files)
+    assert {text for file, text in zip(files, texts, strict=True) if "-white-" in file} > {*on_white}
 
 
 def test_sdkit_reads_the_data(data: Path) -> None:
@@ -218,14 +265,53 @@ def test_tiles_keep_out_what_is_held_out(drawn: Path) -> None:
     assert set(BACKGROUNDS.values()) - colours == {BACKGROUNDS[one.held_out]}
 
 
-def test_captioned_tiles_keep_out_what_is_held_out(drawn: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They are the captioned images, on all backgrounds but one."""
-    one = FEW[0]
-    monkeypatch.setattr(module, "pictures", lambda: [one])
-    monkeypatch.setattr(module, "TILES", {"tiles": module.Tiles(SIZE, 100, 0.0, 1.0)})
-    tiles = [module._tile("tiles", drawn, [], [], number)[0][1] for number in range(100)]
-    assert {tile.getpixel((0, 0)) for tile in tiles} == set(BACKGROUNDS.values()) - {BACKGROUNDS[one.held_out]}
-    assert {tile.getpixel((SIZE // 2, SIZE // 2)) for tile in tiles} == {COLOUR}
+def is_share(part: int, of: int, share: float) -> bool:
+    """Within four standard deviations of the binomial distribution."""
+    return abs(part - of * share) <= 4 * math.sqrt(of * share * (1 - share))
+
+
+@pytest.mark.parametrize("name", module.TILES)
+def test_how_many_tiles_there_are_of_each_kind(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiles, n = module.TILES[name], 4000
+    monkeypatch.setattr(module, "_photo_tile", lambda *_: "photograph")
+    monkeypatch.setattr(module, "_drawn_tile", lambda *_: "other")
+    monkeypatch.setattr(module, "read", lambda *_: None)
+    monkeypatch.setattr(module, "composed", lambda *_: Image.new("1", (SIZE, SIZE)))
+    made = [module._tile(name, Path(), [], [], number)[0][1] for number in range(n)]
+    kinds = Counter(tile if isinstance(tile, str) else "captioned" for tile in made)
+    assert is_share(kinds["photograph"], n, tiles.photographs)
+    assert is_share(kinds["captioned"], n, tiles.captioned)
+    assert is_share(kinds["other"], n, 1 - tiles.photographs - tiles.captioned)
+
+
+@pytest.mark.parametrize("size", [64, SIZE])
+def test_captioned_tiles(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are cut anywhere out of the captioned images: every picture, on all backgrounds but the one held out."""
+    places = np.zeros((SIZE, SIZE, 3), np.uint8)
+    places[..., 0], places[..., 1] = np.arange(SIZE), np.arange(SIZE)[:, None]
+    seen = []
+    monkeypatch.setattr(module, "pictures", lambda: FEW)
+    monkeypatch.setattr(module, "TILES", {"tiles": module.Tiles(size, 0, 0.0, 1.0)})
+    monkeypatch.setattr(module, "read", lambda folder, file: file)
+    monkeypatch.setattr(module, "composed", lambda *what: seen.append(what) or Image.fromarray(places))
+    tiles = [np.asarray(module._tile("tiles", Path(), [], [], number)[0][1]) for number in range(1500)]
+    assert {*seen} == {
+        (one.file, colour) for one in FEW for name, colour in BACKGROUNDS.items() if name != one.held_out
+    }
+    lefts, tops = ({int(tile[0, 0, axis]) for tile in tiles} for axis in (0, 1))
+    assert lefts == tops == {*range(SIZE - size + 1)}
+    for tile in tiles:
+        left, top, _ = tile[0, 0].astype(int)
+        assert np.array_equal(tile, places[top : top + size, left : left + size])
+        assert tile.shape == (size, size, 3)
+
+
+@pytest.mark.parametrize(("size", "share"), [(64, 0.0), (SIZE, module.AS_CAPTIONED)])
+def test_other_tiles_as_captioned(size: int, share: float, drawn: Path) -> None:
+    """Of the large ones, so many are what a captioned image on that background would be; of the small ones none."""
+    picture = table.read(drawn, FEW[0].file)
+    tiles = [module._drawn_tile(size, drawn, [FEW[0].file], Random(seed)) for seed in range(300)]
+    assert is_share(sum(tile == composed(picture, tile.getpixel((0, 0))) for tile in tiles), 300, share)
 
 
 def test_tiles_are_made_alike_again(data: Path, drawn: Path, photographs: Path) -> None:
@@ -236,10 +322,12 @@ def test_tiles_are_made_alike_again(data: Path, drawn: Path, photographs: Path) 
 
 
 def test_what_is_made_is_not_made_again(data: Path, drawn: Path, photographs: Path) -> None:
+    """Of the same files in other folders, and of another time, neither."""
     file = data / "tiles" / "00000.png"
     before = file.stat().st_mtime_ns
     shutil.rmtree(data / "held_out")
-    prepare(drawn, photographs, data)
+    (drawn / "1f468.webp").touch()
+    prepare(drawn.rename(data.parent / "moved"), photographs.rename(data.parent / "moved too"), data)
     assert file.stat().st_mtime_ns == before
     assert len(rows(data / "held_out")) == len(list((data / "held_out").glob("*.png"))) == len(FEW)
 
@@ -256,14 +344,85 @@ def test_another_way_makes_all_of_a_set_anew(
     assert file.stat().st_mtime_ns == before
 
 
-def test_another_size_of_the_pictures_makes_all_anew(
-    data: Path, drawn: Path, photographs: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.fixture
+def remade(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], set[str]]:
+    """Which sets, empty ones here, one more call of `prepare` makes anew. `tmp_path` has what they are made of."""
+    for file in ("assets/1f468.webp", "assets/1f469.webp", "assets/1f1e6-1f1e8.webp", "photographs/Dune.jpg"):
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).touch()
+    monkeypatch.setattr(module, "pictures", lambda: FEW)
+    monkeypatch.setattr(module, "_photos", lambda folder: sorted(folder.iterdir()))
+    for make in ("_tile", "_captioned", "_held_out"):
+        monkeypatch.setattr(module, make, lambda *_: [])
+    tiles = {"tiles": module.Tiles(64, 1, 0.5, 0.5), "others": module.Tiles(64, 1, 0.5, 0.5)}
+    monkeypatch.setattr(module, "TILES", tiles)
+
+    def again() -> set[str]:
+        sets = [*(tmp_path / "data").glob("*")]
+        for folder in sets:
+            (folder / "mark").touch()
+        prepare(tmp_path / "assets", tmp_path / "photographs", tmp_path / "data")
+        return {folder.name for folder in sets if not (folder / "mark").exists()}
+
+    again()
+    assert again() == set()
+    return again
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("AS_CAPTIONED", 0.6),
+        ("FLAT", 21),
+        ("PHOTO_HEIGHT", 1601),
+        ("SIZE", 129),
+        ("SIDE", 111),
+        ("BACKGROUNDS", {**BACKGROUNDS, "white": (254, 254, 254)}),
+        ("BACKGROUNDS", {("cream" if name == "white" else name): colour for name, colour in BACKGROUNDS.items()}),
+        ("caption", lambda name, background: caption(name, background, article=name != FEW[-1].name)),
+        ("pictures", lambda: FEW[:-1]),
+        *(
+            ("pictures", lambda field=field: [replace(FEW[0], **{field: "another"}), *FEW[1:]])
+            for field in ("file", "name", "other_name", "held_out")
+        ),
+    ],
+)
+def test_another_way_makes_all_sets_anew(
+    name: str, value: object, remade: Callable[[], set[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    files = [data / name / "metadata.jsonl" for name in ("tiles", "fine_tiles", "captioned", "held_out")]
-    before = [file.stat().st_mtime_ns for file in files]
-    monkeypatch.setattr(module, "SIDE", 100)
-    prepare(drawn, photographs, data)
-    assert all(file.stat().st_mtime_ns > then for file, then in zip(files, before, strict=True))
+    monkeypatch.setattr(module, name, value)
+    assert remade() == {"tiles", "others", "captioned", "held_out"}
+
+
+@pytest.mark.parametrize("word", ["gray", "bird"])
+def test_another_article_makes_all_sets_anew(
+    word: str, remade: Callable[[], set[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a background, or of a second name."""
+    monkeypatch.setattr(module, "pictures", lambda: [replace(FEW[0], other_name="bird")])
+    assert remade()
+    monkeypatch.setattr(table, "AN", f"{table.AN}|{word}")
+    assert remade() == {"tiles", "others", "captioned", "held_out"}
+
+
+@pytest.mark.parametrize(("field", "value"), [("size", 63), ("number", 2), ("photographs", 0.4), ("captioned", 0.4)])
+def test_other_tiles_make_their_set_anew(
+    field: str, value: float, remade: Callable[[], set[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(module.TILES, "tiles", module.TILES["tiles"]._replace(**{field: value}))
+    assert remade() == {"tiles"}
+
+
+@pytest.mark.parametrize(("file", "name"), [("assets/1f468.webp", "1f46a.webp"), ("photographs/Dune.jpg", "Sea.jpg")])
+def test_other_files_make_all_sets_anew(file: str, name: str, remade: Callable[[], set[str]], tmp_path: Path) -> None:
+    """Of another size, or of another name; not those that are not used."""
+    everything = {"tiles", "others", "captioned", "held_out"}
+    (tmp_path / file).write_bytes(b"longer")
+    assert remade() == everything
+    (tmp_path / file).rename((tmp_path / file).with_name(name))
+    assert remade() == everything
+    (tmp_path / "assets/1f1e6-1f1e8.webp").write_bytes(b"longer")
+    assert remade() == set()
 
 
 def test_sets_of_tiles_do_not_repeat_one_another(

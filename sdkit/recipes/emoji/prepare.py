@@ -77,10 +77,11 @@ def prepare(drawn: Path, photographs: Path, out: Path) -> None:
     ]
     files = [*photos, *(drawn / f"{stem}.webp" for stem in stems)]
     material = [(file.name, file.stat().st_size) for file in files]
+    texts = [caption(text, background) for one in pictures() for text in one.names for background in BACKGROUNDS]
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow works outside Python's lock
         for name, make, n in sets:
             ways = (TILES.get(name), n, AS_CAPTIONED, FLAT, PHOTO_HEIGHT, SIZE, SIDE, BACKGROUNDS)
-            all_of_it = f"{name} {ways} {[(one, caption(one.name, 'blue')) for one in pictures()]} {material}"
+            all_of_it = f"{name} {ways} {pictures()} {texts} {material}"
             digest, folder = hashlib.sha256(all_of_it.encode()).hexdigest(), out / name
             if (folder / MADE_OF).is_file() and (folder / MADE_OF).read_text() == digest:
                 continue

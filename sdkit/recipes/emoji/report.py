@@ -27,7 +27,7 @@ from sdkit.recipes.emoji import evaluation as measure
 from sdkit.recipes.emoji.evaluation import SCALE, STEPS, Gallery, Prompt
 from sdkit.recipes.emoji.pictures import BACKGROUNDS, composed, read
 
-SCALES, STEP_COUNTS = (1.0, 2.0, 3.0, 5.0, 7.5, 10.0), (5, 10, 20, 30, 50)
+SCALES, STEP_COUNTS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 5.0, 7.5, 10.0), (5, 10, 20, 30, 50)
 PHOTO = 256  # pixels a side
 COMPOSITIONS = 256  # of those held out, that the VAE is judged by
 SHOWN, COLUMNS = 48, 8  # images on a contact sheet
