@@ -14,8 +14,6 @@ from nbclient import NotebookClient
 FOLDER = Path(__file__).parents[1] / "notebooks"
 NOTEBOOKS = sorted(path for path in FOLDER.glob("*.ipynb") if not path.stem.endswith("_zh"))
 TRANSLATIONS = sorted(FOLDER.glob("*_zh.ipynb"))
-SHOWN = [path for path in NOTEBOOKS if path.stem[:2] in ("01", "04")]
-"""Those that are kept with what they show. The others wait to be run again on the embedded model's last weights."""
 FEW = {"STEPS": 4, "CONV_STEPS": 3, "TEXTURE_STEPS": 3, "LATENT_STEPS": 3, "COUNTS": (2, 4), "EXACT": 8}
 
 
@@ -57,7 +55,7 @@ def test_it_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
 
 
-@pytest.mark.parametrize("path", SHOWN, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_it_shows_what_its_code_has_shown(path: Path) -> None:
     """Each cell has been run, in this order, as it is now; all that it showed is there, with pictures and no error."""
     notebook = nbformat.read(path, 4)
@@ -70,12 +68,12 @@ def test_it_shows_what_its_code_has_shown(path: Path) -> None:
     assert sum("image/png" in output.get("data", ()) for output in outputs) >= 2
 
 
-@pytest.mark.skipif(len(SHOWN) < len(NOTEBOOKS), reason="notebook 3 is not kept with what it shows yet")
-def test_lpips_took_part_where_it_is_shown() -> None:
-    """Notebook 3 leaves it out where there are no weights of it."""
-    third = nbformat.read(next(path for path in NOTEBOOKS if path.stem.startswith("03")), 4)
-    printed = "".join(output.get("text", "") for cell in running.code(third) for output in cell.outputs)
-    assert "+ LPIPS" in printed
+@pytest.mark.parametrize(("number", "told"), [("03", "+ LPIPS"), ("06", "SSIM      LPIPS")])
+def test_lpips_took_part_where_it_is_shown(number: str, told: str) -> None:
+    """Both leave it out where there are no weights of it."""
+    path = next(path for path in NOTEBOOKS if path.stem.startswith(number))
+    printed = "".join(output.get("text", "") for cell in cells(path) for output in cell.outputs)
+    assert told in printed
 
 
 @pytest.mark.parametrize("path", TRANSLATIONS, ids=lambda path: path.stem)
