@@ -241,9 +241,8 @@ def generate_files(
         for (prompt, seed), image in zip(batch, _generate(sd, batch, recipe), strict=True):
             one = replace(
                 recipe, prompt=prompt, seed=seed, height=image.height, width=image.width, model=sd.name,
-                spacing=recipe.spacing or sd.schedule.timestep_spacing,
                 scale=sd.guidance_scale if recipe.scale is None else recipe.scale,
-                dtype=str(sd.unet.dtype).removeprefix("torch."),
+                spacing=recipe.spacing or sd.schedule.timestep_spacing, dtype=str(sd.unet.dtype).removeprefix("torch."),
             )  # fmt: skip
             report.add(_save(image, Path(out), f"{_slug(prompt)}-{seed}", one.text()))
             made |= {f"seed {seed}: {prompt}": image} if grid else {}

@@ -56,8 +56,7 @@ class Recipe:
         if number("eta", self.eta, 0, 1) and self.sampler != "ddim":
             raise ArgumentError(f"eta belongs to sampler 'ddim'; '{self.sampler}' has none.")
         one_of("spacing", self.spacing or SPACINGS[0], SPACINGS)
-        if self.scale is not None:
-            number("the guidance scale", self.scale, -1e6, 1e6)
+        number("the guidance scale", 0 if self.scale is None else self.scale, -1e6, 1e6)
         number("the guidance rescale (phi)", self.rescale, 0, 1)
         if self.interval is not None:
             noise_levels("the guidance interval", self.interval)

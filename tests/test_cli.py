@@ -379,10 +379,13 @@ def test_a_bug_is_not_hidden(run: Callable[..., Ran], work: Path, monkeypatch: p
         run("encode", "good.png")
 
 
-# Whoever started the tests may have had Ctrl-C ignored, as shells do for what runs in the background.
+# Whoever started the tests may have had signals ignored: shells do so with Ctrl-C for what runs in the background, and
+# nohup with SIGHUP.
 LAUNCH = """
 import signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)
+if hasattr(signal, "SIGHUP"):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 from sdkit.cli import main
 sys.exit(main())
 """

@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 Source = str | os.PathLike[str]
 
 EMBEDDED = "emoji"
-INDEX = "model_index.json"
 USUAL_GUIDANCE = 7.5
 KINDS = {"embedded": "the embedded model", "hub": "a Hub id", "folder": "a folder", "file": "a file"}
 
@@ -160,10 +159,9 @@ def load_scheduler_config(
 
 
 def load_guidance_scale(source: Source, *, revision: str | None = None, config: Source | None = None) -> float:
-    """The guidance scale that `source` is best drawn at, where its model_index.json says so; else Stable Diffusion's
-    7.5."""
+    """The guidance scale that `source` is best drawn at: what its model_index.json says, or Stable Diffusion's 7.5."""
     place = _resolve(source, revision=revision, config=config)
-    index = place.root([INDEX]) / INDEX  # of a file: a path that cannot be
+    index = place.root(["model_index.json"]) / "model_index.json"  # of a file: a path that cannot be
     return float(read_config(index, "index").get(GUIDANCE, USUAL_GUIDANCE)) if is_file(index) else USUAL_GUIDANCE
 
 

@@ -45,8 +45,7 @@ def _beta(value: Any) -> bool:
 
 
 GUIDANCE = "_guidance_scale"
-"""The key of model_index.json that holds the guidance scale that a model is best drawn at. diffusers, which knows none,
-passes over what begins with an underscore."""
+"""Where model_index.json says at which guidance scale a model is best drawn; diffusers passes over such a key."""
 
 VALUES: dict[str, dict[str, tuple[str, Callable[[Any], bool]]]] = {
     "vae": {

@@ -59,7 +59,7 @@ def theirs(sd: sdkit.StableDiffusion, file: Path) -> Tensor:
     pipe = diffusers_pipeline(copy.deepcopy(sd))
     pipe.load_lora_weights(file)
     x_T = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
-    z: Tensor = pipe(latents=x_T, **COMMON).images
+    z: Tensor = pipe(latents=x_T, guidance_scale=sd.guidance_scale, **COMMON).images
     return z
 
 
