@@ -226,12 +226,15 @@ def make_model(folder: Path, width: float) -> Path:
     from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+    def narrow(value: int, unit: int) -> int:
+        return max(1, round(value * width / unit)) * unit
+
     def scaled(config: Any, *keys: str) -> dict[str, Any]:
-        narrow = {key: config[key] for key in keys}
-        return {**config} | {
-            key: [round(v * width) for v in value] if isinstance(value, (list, tuple)) else round(value * width)
-            for key, value in narrow.items()
-        }
+        changed: dict[str, Any] = {}
+        for key in keys:
+            value, unit = config[key], 1 if key == "num_attention_heads" else 32  # groups of GroupNorm
+            changed[key] = [narrow(v, unit) for v in value] if isinstance(value, (list, tuple)) else narrow(value, unit)
+        return {**config} | changed
 
     torch.manual_seed(0)
     unet = UNet2DConditionModel.load_config(str(ASSETS / "sd1" / "unet"))

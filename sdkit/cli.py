@@ -273,7 +273,7 @@ def _generate_options(add: Add) -> None:
     add("--count", type=int, default=1, metavar="N", help="images of each prompt, each with the next seed (default: 1)")
     add("--grid", action="store_true", help="also write one picture of all images, labelled")
     add("--batch-size", type=int, metavar="N", help="images at a time (default: as many as usually fit)")
-    add("--negative-prompt", metavar="TEXT", help="what to steer away from", **unset)
+    add("--negative-prompt", metavar="TEXT", help="what to steer away from, the more the higher --scale is", **unset)
     add("--steps", type=int, metavar="N", help="of the sampler (default: 30)", **unset)
     add("--scale", type=float, metavar="S", help="of guidance; 1 is none (default: the model's own)", **unset)
     add("--sampler", help="ddim, ddpm or dpm++2m (default: ddim)", **unset)

@@ -34,8 +34,8 @@ LATENTS_AT_ONCE = 4 * 64 * 64
 class StableDiffusion:
     """Stable Diffusion 1.x / 2.x: a VAE, a text encoder, a U-Net and the noise schedule that it was trained with.
 
-    Attributes: these four, as `vae`, `text`, `unet`, `schedule`; `name`, the source; `guidance_scale`, unless told
-        otherwise: what its model_index.json says (`_guidance_scale`), or 7.5.
+    Attributes: these four, as `vae`, `text`, `unet`, `schedule`; `name`, the source; and
+        `guidance_scale`, at which it draws unless told otherwise: its model_index.json's `_guidance_scale`, or 7.5.
     """
 
     def __init__(

@@ -160,7 +160,10 @@ def test_guidance_is_the_models_own_unless_told_otherwise(sd: sdkit.StableDiffus
     options = {"num_inference_steps": 3, "output_type": "latent"}
     assert torch.equal(sd(PROMPTS, **options), sd(PROMPTS, guidance_scale=sd.guidance_scale, **options))
     unguided = sdkit.StableDiffusion(sd.vae, sd.text, sd.unet, sd.schedule, guidance_scale=1)
-    assert count(unguided, lambda: unguided(PROMPTS, num_inference_steps=2)) == [4] * 2
+    long = " ".join(["red"] * 40)  # takes more tokens than the prompts do, which then does not matter
+    assert count(unguided, lambda: unguided(PROMPTS, long, num_inference_steps=2)) == [4] * 2
+    plain, beside = (unguided(PROMPTS, text, num_inference_steps=2, output_type="latent") for text in ("", long))
+    assert torch.equal(plain, beside)
     assert sdkit.StableDiffusion(sd.vae, sd.text, sd.unet, sd.schedule).guidance_scale == 7.5
 
 

@@ -20,7 +20,14 @@ from sdkit import images as image_io
 from sdkit.errors import ArgumentError
 from sdkit.losses import diffusion_loss, min_snr_weight
 from sdkit.models.lora import FILENAME, TARGETS, add_lora, lora_tensors, save_lora
-from sdkit.models.source import load_guidance_scale, load_scheduler_config, load_text, load_unet, load_vae
+from sdkit.models.source import (
+    USUAL_GUIDANCE,
+    load_guidance_scale,
+    load_scheduler_config,
+    load_text,
+    load_unet,
+    load_vae,
+)
 from sdkit.models.text import TextEncoder
 from sdkit.models.unet import UNet
 from sdkit.models.vae import VAE, latents_of
@@ -79,7 +86,7 @@ class UNetStage:
         self.tokenizer = copy.deepcopy(self.text.tokenizer)  # as it was: what it would save changes when it is used
         self.scheduler = _scheduler(config)
         self.schedule = NoiseSchedule.from_config(self.scheduler)
-        self.guidance_scale = load_guidance_scale(config.model)
+        self.guidance_scale = USUAL_GUIDANCE if config.init else load_guidance_scale(config.model)
         self.zero_snr = float(self.schedule.alphas_cumprod[-1]) == 0
         if self.zero_snr and self.schedule.prediction_type == "epsilon":
             raise ArgumentError(
@@ -261,7 +268,8 @@ class UNetStage:
                 unet=self.unet.network, scheduler=scheduler.from_config(self.scheduler), safety_checker=None,
                 feature_extractor=None, requires_safety_checker=False,
             )  # fmt: skip
-            pipeline.register_to_config(**{GUIDANCE: self.guidance_scale})
+            if self.guidance_scale != USUAL_GUIDANCE:
+                pipeline.register_to_config(**{GUIDANCE: self.guidance_scale})
             pipeline.save_pretrained(folder)
 
 

@@ -597,6 +597,15 @@ def test_hub_id_from_the_cache(cache: Path, sd1: Tiny) -> None:
 
 
 @pytest.mark.usefixtures("no_sockets")
+def test_the_guidance_scale_of_a_hub_id(cache: Path, sd1: Tiny, tmp_path: Path) -> None:
+    stating = changed(sd1, tmp_path / "stating", "model_index.json", _guidance_scale=3)
+    fill_cache(cache, "org/stating", stating)
+    fill_cache(cache, "org/silent", stating, without="model_index.json")
+    assert load_guidance_scale("org/stating") == 3
+    assert load_guidance_scale("org/silent") == 7.5
+
+
+@pytest.mark.usefixtures("no_sockets")
 def test_hub_id_of_a_component_from_the_cache(cache: Path, sd1: Tiny) -> None:
     fill_cache(cache, "org/vae", sd1.folder / "vae")
     assert_same(load_vae("org/vae"), sd1.vae)

@@ -379,7 +379,8 @@ def remade(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], set[
         ("SIDE", 111),
         ("BACKGROUNDS", {**BACKGROUNDS, "white": (254, 254, 254)}),
         ("BACKGROUNDS", {("cream" if name == "white" else name): colour for name, colour in BACKGROUNDS.items()}),
-        ("caption", lambda name, background: caption(name, background, article=name != FEW[-1].name)),
+        ("caption", lambda name, background, article: caption(name, background, article and name != FEW[-1].name)),
+        ("caption", lambda name, background, article: caption(name, background, True)),
         ("pictures", lambda: FEW[:-1]),
         *(
             ("pictures", lambda field=field: [replace(FEW[0], **{field: "another"}), *FEW[1:]])

@@ -163,7 +163,9 @@ def test_an_exported_model(tmp_path: Path) -> None:
     for file in folder.rglob("*.safetensors"):
         assert {value.dtype for value in load_file(file).values()} <= {torch.float16, torch.int64}, file
     assert json.loads((folder / "text_encoder" / "config.json").read_text())["dtype"] == "float32"
-    assert sdkit.StableDiffusion.from_pretrained(folder).vae.identity == sdkit.VAE.from_pretrained("emoji").identity
+    made, embedded = (sdkit.StableDiffusion.from_pretrained(source) for source in (folder, "emoji"))
+    assert made.vae.identity == embedded.vae.identity
+    assert made.guidance_scale == embedded.guidance_scale == training.DRAWN_AT
 
 
 def test_parts_that_do_not_belong_together(tmp_path: Path) -> None:

@@ -77,7 +77,7 @@ def prepare(drawn: Path, photographs: Path, out: Path) -> None:
     ]
     files = [*photos, *(drawn / f"{stem}.webp" for stem in stems)]
     material = [(file.name, file.stat().st_size) for file in files]
-    texts = [caption(text, background) for one in pictures() for text in one.names for background in BACKGROUNDS]
+    texts = [_texts(number) for number in range(len(pictures()))]
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow works outside Python's lock
         for name, make, n in sets:
             ways = (TILES.get(name), n, AS_CAPTIONED, FLAT, PHOTO_HEIGHT, SIZE, SIDE, BACKGROUNDS)
@@ -107,20 +107,28 @@ def _written(make: Callable[[int], list[Captioned]], folder: Path, number: int) 
 
 
 def _captioned(drawn: Path, number: int) -> list[Captioned]:
-    """A picture on all backgrounds but the one held out. On white, with a caption that does not name it, too."""
+    """A picture on all backgrounds but the one held out."""
     one = pictures()[number]
     image = read(drawn, one.file)
     made = []
-    for k, (background, colour) in enumerate(BACKGROUNDS.items()):
+    for background, texts in _texts(number).items():
+        composition = composed(image, BACKGROUNDS[background])
+        made += [(f"{one.file}-{background}-{n}.png", composition, text) for n, text in enumerate(texts)]
+    return made
+
+
+def _texts(number: int) -> dict[str, list[str]]:
+    """A picture's captions on each background but the one held out; on white also such as do not name it."""
+    one = pictures()[number]
+    texts = {}
+    for k, background in enumerate(BACKGROUNDS):
         if background == one.held_out:
             continue
         name = one.names[(number + k) % 4 == 3 and len(one.names) > 1]
-        texts = [caption(name, background, article=(number + k) % 2 == 0)]
+        texts[background] = [caption(name, background, article=(number + k) % 2 == 0)]
         if background == "white":
-            texts += [one.name, *map(with_article, one.names)]
-        composition = composed(image, colour)
-        made += [(f"{one.file}-{background}-{n}.png", composition, text) for n, text in enumerate(texts)]
-    return made
+            texts[background] += [one.name, *map(with_article, one.names)]
+    return texts
 
 
 def _held_out(drawn: Path, number: int) -> list[Captioned]:

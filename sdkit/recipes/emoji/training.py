@@ -20,7 +20,7 @@ from sdkit.training.checkpoint import whole_folder
 VAE_RUNS = {"vae-1": "tiles", "vae-2": "fine_tiles", "vae-3": "details", "vae-4": "details"}
 """The runs, and what each learns from. The first begins from nothing, another where the one before has ended."""
 WHOLE, SHARPENED = "vae-4", "vae-5"
-SCALE = 1.5  # of guidance: nearest to the pictures on held-out pairs, and backgrounds stay even
+DRAWN_AT = 1.5  # scale of guidance: prompts count for more than they would without, and backgrounds stay even
 
 
 def train_the_vae(root: Path) -> None:
@@ -110,7 +110,7 @@ def export(root: Path) -> Path:
             unet, vae=AutoencoderKL.from_pretrained(vae), safety_checker=None
         )
         pipeline.to(torch.float16)
-        pipeline.register_to_config(**{GUIDANCE: SCALE})
+        pipeline.register_to_config(**{GUIDANCE: DRAWN_AT})
         for part in (pipeline, pipeline.vae, pipeline.unet):
             part.register_to_config(_name_or_path="")  # no folder of this machine
         with whole_folder(_own(root / "model")) as folder:
