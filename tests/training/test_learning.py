@@ -91,18 +91,18 @@ def crops(folder: Path, names: tuple[str, ...], n: int) -> Path:
 
 
 @pytest.mark.skipif(not tiny.LPIPS_WEIGHTS.exists(), reason="needs the weights of LPIPS in ../shared")
-def test_a_decoder_tuned_on_photos_gains_on_others(tmp_path: Path) -> None:
-    """The embedded VAE has seen next to no photo. Its decoder, tuned on three, gains 0.25 dB on crops of a fourth (0.35
-    were measured), and LPIPS falls, though it is not in the loss."""
+def test_a_decoder_tuned_on_textures_gains_on_another(tmp_path: Path) -> None:
+    """The embedded VAE has seen few textures. Its decoder, tuned on grass and gravel, gains 1 dB on bricks (1.5 were
+    measured), and LPIPS falls by 0.05 (0.08), though it is not in the loss."""
     config = VAEConfig(
-        data=crops(tmp_path / "train", ("astronaut", "coffee", "rocket"), 96), out_dir=tmp_path / "run", size=64,
-        validation_data=crops(tmp_path / "held-out", ("chelsea",), 12), augment=("crop", "flip"), max_steps=80,
+        data=crops(tmp_path / "train", ("grass", "gravel"), 96), out_dir=tmp_path / "run", size=64,
+        validation_data=crops(tmp_path / "held-out", ("brick",), 12), augment=("crop", "flip"), max_steps=80,
         batch_size=8, learning_rate=1e-4, lpips=tiny.LPIPS_WEIGHTS, lpips_weight=0, ema_decay=0.9, **COMMON,
     )  # fmt: skip
     run = train_vae(config)
     first, last = (line for line in read_metrics(run / "metrics.jsonl") if "validation/psnr" in line)
-    assert last["validation/psnr"] > first["validation/psnr"] + 0.25
-    assert last["validation/lpips"] < first["validation/lpips"] - 0.02
+    assert last["validation/psnr"] > first["validation/psnr"] + 1
+    assert last["validation/lpips"] < first["validation/lpips"] - 0.05
 
 
 def test_a_vae_and_a_unet_learn_from_nothing(tmp_path: Path) -> None:
