@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+from sdkit.messages import shortened
+
 
 class SdkitError(Exception):
     """Base class of every error that sdkit raises on purpose. The command line prints it without a traceback, exit code
-    2."""
+    2.
+
+    A message that quotes names or values of thousands of letters loses its middle.
+    """
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(shortened(message))
 
 
 class ArgumentError(SdkitError, ValueError):

@@ -11,6 +11,7 @@ import shutil
 import stat
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from sdkit.errors import SdkitError
 
@@ -79,6 +80,35 @@ def sync(path: Path) -> None:
     except OSError:
         if not path.is_dir():  # Windows and some network shares cannot; the files in it are whole by now
             raise
+
+
+def status(path: str | Path) -> os.stat_result:
+    """What is at `path`, links followed. Raises `OSError`, also for a name that no file can have (with NUL in it)."""
+    try:
+        return Path(path).stat()
+    except ValueError as error:
+        raise FileNotFoundError(errno.ENOENT, "no file can have this name", str(path)) from error
+
+
+def open_regular(path: str | Path) -> BinaryIO:
+    """Open a file to read its bytes. Raises `OSError`, also for a folder, and for a pipe or a device, which might never
+    end."""
+    mode = status(path).st_mode
+    if stat.S_ISDIR(mode):
+        os.scandir(path).close()  # says so where the permission is missing
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if not stat.S_ISREG(mode):
+        raise OSError(errno.EINVAL, "it is not a regular file", str(path))
+    return Path(path).open("rb")
+
+
+def read_regular(path: str | Path, largest: int) -> bytes:
+    """All bytes of a regular file. Raises `OSError`, also for one of more than `largest` bytes."""
+    with open_regular(path) as file:
+        data = file.read(largest + 1)
+    if len(data) > largest:
+        raise OSError(errno.EFBIG, f"it is larger than {largest // 2**20 or 1} MiB", str(path))
+    return data
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -17,13 +17,12 @@ import torch
 
 from sdkit.errors import SourceError
 from sdkit.files import expanded
+from sdkit.messages import clean, first_line
 from sdkit.models.single_file import ASSETS, NOUNS
 from sdkit.models.weights import (
     SUFFIXES,
     check_fit,
-    clean,
     find,
-    first_line,
     guarded,
     is_file,
     open_tensors,

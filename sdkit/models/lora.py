@@ -23,8 +23,9 @@ from torch import Tensor, nn
 from sdkit.arguments import one_of
 from sdkit.errors import ArgumentError, SourceError
 from sdkit.files import atomic_write
+from sdkit.messages import clean
 from sdkit.models.folder import path_or_fetched
-from sdkit.models.weights import TensorFile, clean, find, is_file, open_tensors
+from sdkit.models.weights import TensorFile, find, is_file, open_tensors
 
 FILENAME = "pytorch_lora_weights.safetensors"
 LAYOUTS = ("diffusers", "kohya")

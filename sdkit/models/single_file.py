@@ -12,7 +12,8 @@ import torch
 
 from sdkit.arguments import PREDICTIONS
 from sdkit.errors import SourceError
-from sdkit.models.weights import TensorFile, check_fit, clean, guarded, read_config
+from sdkit.messages import clean
+from sdkit.models.weights import TensorFile, check_fit, guarded, read_config
 
 ASSETS = Path(__file__).parent.parent / "assets"
 NOUNS = {"vae": "a VAE", "unet": "a U-Net", "text": "a CLIP text encoder", "scheduler": "a noise schedule"}

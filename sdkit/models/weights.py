@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import pickle
@@ -21,11 +20,13 @@ import torch
 from safetensors import safe_open
 
 from sdkit.errors import SdkitError, SourceError
+from sdkit.files import open_regular
+from sdkit.messages import clean, first_line
+from sdkit.strict_json import LARGEST, parse_object
 
 SUFFIXES = (".safetensors", ".ckpt", ".bin", ".pt", ".pth")
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
-LONGEST_QUOTE = 300
 
 
 def _number(value: Any, low: float = -1e12, high: float = 1e12) -> bool:
@@ -183,13 +184,13 @@ def is_file(path: Path) -> bool:
     return found is not None and stat.S_ISREG(found.st_mode)
 
 
-def _read(path: Path, size: int = -1) -> bytes:
-    """The first `size` bytes of a regular file, or all."""
+def _read(path: Path, size: int) -> bytes:
+    """The first `size` bytes of a regular file."""
     if not is_file(path):
         problem = "is not a regular file" if find(path) else "does not exist"
         raise SourceError(f"{str(path)!r} {problem}; give a source that has it.")
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             return file.read(size)
     except OSError as error:
         raise _unreadable(path, error) from error
@@ -202,14 +203,10 @@ def _unreadable(path: Path, error: OSError) -> SourceError:
 
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in `path`. Raises SourceError where the file is missing or is something else."""
-    content = _read(path)
     try:
-        found = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise SourceError(f"{str(path)!r} is not valid JSON ({first_line(error)}); download it again.") from error
-    if not isinstance(found, dict):
-        raise SourceError(f"{str(path)!r} is not a config, for it holds no JSON object; download it again.")
-    return found
+        return parse_object(_read(path, LARGEST))
+    except ValueError as error:
+        raise SourceError(f"{str(path)!r} {error}; download it again.") from error
 
 
 def read_config(path: Path, part: str) -> dict[str, Any]:
@@ -237,19 +234,6 @@ def check_fit(missing: Iterable[str], unexpected: Iterable[str], mismatched: Ite
 
 def _by(shape: Iterable[int]) -> str:
     return "x".join(str(size) for size in shape) or "a scalar"
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of a library's message, to be quoted inside a sentence."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    begun = lines[0].endswith(":") and lines[1:]  # the second says what the first announces
-    return clean(" ".join(lines[:2] if begun else lines[:1]).rstrip(".:"))
-
-
-def clean(text: str) -> str:
-    """`text` as it may be quoted inside a sentence: without line breaks and control characters, and not too long."""
-    shown = "".join(letter if letter.isprintable() else " " for letter in text)
-    return shown if len(shown) <= LONGEST_QUOTE else f"{shown[:LONGEST_QUOTE]}..."
 
 
 @contextmanager

@@ -1,0 +1,25 @@
+"""Foreign text (file names, values from files, other libraries' errors) made fit to be quoted in a message."""
+
+from __future__ import annotations
+
+LONGEST_QUOTE = 300
+LONGEST_MESSAGE = 1000
+
+
+def clean(text: str) -> str:
+    """`text` without line breaks and control characters, and not too long."""
+    shown = "".join(letter if letter.isprintable() else " " for letter in text[: LONGEST_QUOTE + 1])
+    return shown if len(text) <= LONGEST_QUOTE else f"{shown[:LONGEST_QUOTE]}..."
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of a library's message, without the punctuation at its end."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    begun = lines[0].endswith(":") and lines[1:]  # the second says what the first announces
+    return clean(" ".join(lines[:2] if begun else lines[:1]).rstrip(".:"))
+
+
+def shortened(message: str) -> str:
+    """`message` without its middle where it is too long: the problem stands at its beginning, the remedy at its end."""
+    half = LONGEST_MESSAGE // 2
+    return message if len(message) <= LONGEST_MESSAGE else f"{message[:half]} ... {message[-half:]}"
