@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from sdkit.errors import SdkitError
+from sdkit.messages import Stopped, stop_in
 
 PATIENCE = 10
 """Seconds in which a launcher notices that a process has ended, and ends the others."""
@@ -110,14 +111,6 @@ def mute_stdout() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-class Stopped(BaseException):
-    """A signal asked the process to end."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(f"stopped by {signal.Signals(number).name}")
-        self.number = number
-
-
 @contextlib.contextmanager
 def signals_raised() -> Iterator[None]:
     """SIGTERM and SIGHUP raise `Stopped`, so that, as after Ctrl-C, temporary files are removed.
@@ -152,17 +145,19 @@ def exit_code_of(work: Callable[[], int]) -> int:
             warnings.simplefilter("default")
             warnings.showwarning = _warn  # type: ignore[assignment]
             return work()
-    except SdkitError as error:
-        if os.environ.get("SDKIT_DEBUG"):
+    except BaseException as error:
+        stop = stop_in(error)
+        if isinstance(stop, Stopped):
+            code, sentence = 128 + stop.number, f"{stop}; the files that were finished are whole."
+        elif isinstance(stop, KeyboardInterrupt):
+            code, sentence = 130, "stopped; the files that were finished are whole."
+        elif isinstance(error, BrokenPipeError):  # whoever read our output has seen enough
+            mute_stdout()
+            return 141
+        elif isinstance(error, SdkitError) and not os.environ.get("SDKIT_DEBUG"):
+            code, sentence = int(getattr(error, "exit_code", 2)), str(error)
+        else:
             raise
-        code, sentence = int(getattr(error, "exit_code", 2)), str(error)
-    except KeyboardInterrupt:
-        code, sentence = 130, "stopped; the files that were finished are whole."
-    except Stopped as stop:
-        code, sentence = 128 + stop.number, f"{stop}; the files that were finished are whole."
-    except BrokenPipeError:  # whoever read our output has seen enough
-        mute_stdout()
-        return 141
     if is_main_process() or (code < 128 and left_alone()):
         complain(sentence)
     return code

@@ -28,6 +28,7 @@ from torch import Tensor
 from sdkit.arguments import one_of
 from sdkit.errors import ArgumentError, ImageError
 from sdkit.files import atomic_write, encodable
+from sdkit.messages import stop_in
 
 OneImage: TypeAlias = "Image.Image | npt.NDArray[Any] | Tensor | str | Path"
 Images: TypeAlias = "OneImage | Sequence[OneImage]"
@@ -62,7 +63,7 @@ def _opened(path: str | Path | BinaryIO) -> Iterator[Image.Image]:
         limit = (Image.MAX_IMAGE_PIXELS or 0) * (2 if isinstance(error, Image.DecompressionBombError) else 1)
         raise ImageError(f"{path} has too many pixels (over {limit // 10**6} million); resize it first.") from error
     except Exception as error:  # on broken files Pillow's readers raise nearly anything
-        raise ImageError(f"cannot read {path}: {_reason(error)}.") from error
+        raise stop_in(error) or ImageError(f"cannot read {path}: {_reason(error)}.") from error
 
 
 def _reason(error: Exception) -> str:
@@ -81,7 +82,7 @@ def to_rgb(image: Image.Image, background: str = "white") -> Image.Image:
     except MemoryError:
         raise
     except Exception as error:  # as in `_opened`
-        raise ImageError(f"the image cannot be decoded ({_reason(error)}).") from error
+        raise stop_in(error) or ImageError(f"the image cannot be decoded ({_reason(error)}).") from error
     if 0 in upright.size:
         raise ImageError(f"an image of {upright.width} x {upright.height} pixels is empty.")
     if upright.mode == "F" or upright.mode.startswith("I"):

@@ -26,6 +26,7 @@ from sdkit import images
 from sdkit.data.captioned_files import CAPTION_KEYS, NAME, OFFSET, SIZE, caption_of, folder_rows, tar_rows
 from sdkit.errors import ArgumentError, DataError, ImageError, SdkitError
 from sdkit.files import encodable, expanded, find
+from sdkit.messages import stop_in
 
 IMAGE_COLUMNS = ("image", "jpg", "png", "jpeg", "webp", "img")
 
@@ -57,7 +58,8 @@ class Example:
                 file.seek(self.offset or 0)
                 data = file.read(-1 if self.size is None else self.size)
         except Exception as error:  # of a file system on the web: nearly anything
-            raise ImageError(f"cannot read {self.name}: {str(error).rstrip('.') or type(error).__name__}.") from error
+            told = f"cannot read {self.name}: {str(error).rstrip('.') or type(error).__name__}."
+            raise stop_in(error) or ImageError(told) from error
         return _read(data, self.name)
 
     @staticmethod
@@ -337,11 +339,14 @@ def _told(source: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # its builders raise nearly anything
+        if stop := stop_in(error):
+            raise stop from error
         cause: BaseException = error
         while cause.__cause__:
             cause = cause.__cause__
         reason = re.split(r"\n|[.!?] (?=[A-Z])", str(cause).strip())[0].rstrip(".!") or type(cause).__name__
-        raise DataError(f"cannot open the data set {source!r}: {reason}; check the name and the files.") from error
+        told = f"cannot open the data set {source!r}: {reason}; check the name and the files."
+        raise DataError(told) from error
 
 
 @contextlib.contextmanager

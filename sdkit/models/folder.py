@@ -17,7 +17,7 @@ import torch
 
 from sdkit.errors import SourceError
 from sdkit.files import expanded
-from sdkit.messages import clean, first_line
+from sdkit.messages import clean, first_line, stop_in
 from sdkit.models.single_file import ASSETS, NOUNS
 from sdkit.models.weights import (
     SUFFIXES,
@@ -237,7 +237,9 @@ def _reachable(place: Place) -> bool:
 
     try:
         HfApi().repo_info(place.name, revision=place.revision, timeout=10)
-    except Exception:  # noqa: BLE001 (whatever it is, the Hub did not answer)
+    except Exception as error:  # whatever else it is, the Hub did not answer
+        if stop := stop_in(error):
+            raise stop from error
         return False
     return True
 
@@ -262,7 +264,7 @@ def fetch(place: Place, files: list[str]) -> Path:
             f"{at} is not in the cache, and the Hub cannot be reached; load it once with a connection."
         ) from error
     except Exception as error:  # the network can fail in as many ways as there are libraries below
-        raise SourceError(_hub_problem(place, at, error)) from error
+        raise stop_in(error) or SourceError(_hub_problem(place, at, error)) from error
 
 
 def _hub_problem(place: Place, at: str, error: Exception) -> str:

@@ -21,7 +21,7 @@ from safetensors import safe_open
 
 from sdkit.errors import SdkitError, SourceError
 from sdkit.files import open_regular
-from sdkit.messages import clean, first_line
+from sdkit.messages import clean, first_line, stop_in
 from sdkit.strict_json import LARGEST, parse_object
 
 SUFFIXES = (".safetensors", ".ckpt", ".bin", ".pt", ".pth")
@@ -133,7 +133,8 @@ def open_tensors(path: Path) -> TensorFile:
         ) from error
     except Exception as error:  # whatever damage makes torch or safetensors raise
         kind = f"damaged or not a {path.suffix} file"
-        raise SourceError(f"{str(path)!r} is {kind} ({first_line(error)}); download it again.") from error
+        told = f"{str(path)!r} is {kind} ({first_line(error)}); download it again."
+        raise stop_in(error) or SourceError(told) from error
 
 
 def _open_safetensors(path: Path) -> TensorFile:
@@ -249,7 +250,7 @@ def guarded(label: str) -> Iterator[None]:
     except (SdkitError, MemoryError):
         raise
     except Exception as error:  # whatever a damaged file makes a library raise
-        raise SourceError(f"{label} cannot be loaded: {first_line(error)}.") from error
+        raise stop_in(error) or SourceError(f"{label} cannot be loaded: {first_line(error)}.") from error
     finally:
         torch.set_default_dtype(dtype)
 
