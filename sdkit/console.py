@@ -13,13 +13,16 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from sdkit.errors import SdkitError
 from sdkit.messages import Stopped, stop_in
 
 PATIENCE = 10
 """Seconds in which a launcher notices that a process has ended, and ends the others."""
+
+REMINDER = 0.5
+"""Seconds after which a stop that a library swallowed is raised again."""
 
 
 def prepare_streams() -> None:
@@ -111,29 +114,66 @@ def mute_stdout() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+class _Stops:
+    """Handlers that raise `Stopped` or KeyboardInterrupt, again where a library swallowed it.
+
+    It is lost where it is raised inside a `__del__` or a bare `except`. While it is on its way (`finally` blocks and
+    context managers clear up then) one more signal is ignored, and the one after that ends the process at once.
+    """
+
+    def __init__(self) -> None:
+        self._number = self._ignored = 0
+        self.timer = hasattr(signal, "SIGALRM") and signal.getsignal(signal.SIGALRM) == signal.SIG_DFL
+
+    def stop(self, number: int, _: object) -> None:
+        """Handle a signal that asks the process to end."""
+        if self._number and self._on_its_way():
+            self._ignored += 1
+            if self._ignored > 1:
+                os._exit(128 + number)
+            return
+        self._number = self._number or number
+        if self.timer:
+            signal.setitimer(signal.ITIMER_REAL, REMINDER, REMINDER)
+        self.remind()
+
+    def remind(self, *_: object) -> None:
+        """Raise the stop that was asked for, if any, unless it is on its way. Handles the timer, too."""
+        if self._number and not self._on_its_way():
+            raise KeyboardInterrupt if self._number == signal.SIGINT else Stopped(self._number)
+
+    @staticmethod
+    def _on_its_way() -> bool:
+        error = sys.exc_info()[1]
+        return error is not None and stop_in(error) is not None
+
+
 @contextlib.contextmanager
 def signals_raised() -> Iterator[None]:
-    """SIGTERM and SIGHUP raise `Stopped`, so that, as after Ctrl-C, temporary files are removed.
+    """SIGTERM and SIGHUP raise `Stopped`, so that, as after Ctrl-C, temporary files are removed; see `_Stops`.
 
     Only in the main thread, which alone may have handlers, and only where they would end the process: nohup's SIGHUP
     stays ignored.
     """
-    names = ("SIGTERM", "SIGHUP") if threading.current_thread() is threading.main_thread() else ()
-    known = [getattr(signal, name) for name in names if hasattr(signal, name)]
-    ours = [number for number in known if signal.getsignal(number) == signal.SIG_DFL]
-
-    def stop(number: int, _: object) -> NoReturn:
-        for each in ours:
-            signal.signal(each, signal.SIG_IGN)  # a second one is not to disturb the clearing up
-        raise Stopped(number)
-
-    for number in ours:
-        signal.signal(number, stop)
+    stops, before, default = _Stops(), dict[int, Any](), (signal.SIG_DFL, signal.default_int_handler)
+    names = ("SIGTERM", "SIGHUP", "SIGINT") if threading.current_thread() is threading.main_thread() else ()
+    for number in (getattr(signal, name) for name in names if hasattr(signal, name)):
+        if signal.getsignal(number) in default:
+            before[number] = signal.signal(number, stops.stop)
+    stops.timer = stops.timer and bool(before)
+    if stops.timer:
+        before[signal.SIGALRM] = signal.signal(signal.SIGALRM, stops.remind)
+    told = sys.unraisablehook
+    sys.unraisablehook = lambda lost: None if lost.exc_value and stop_in(lost.exc_value) else told(lost)
     try:
         yield
+        stops.remind()  # the work may have ended before the timer did
     finally:
-        for number in ours:
-            signal.signal(number, signal.SIG_DFL)
+        sys.unraisablehook = told
+        if stops.timer:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def exit_code_of(work: Callable[[], int]) -> int:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
 
 import pytest
 
@@ -56,3 +60,107 @@ def test_an_error_without_a_stop_has_none_even_where_its_chain_is_a_circle() -> 
     first, second = ValueError("1"), ValueError("2")
     first.__cause__, second.__context__ = second, first
     assert stop_in(first) is None
+
+
+SCRIPT = """
+import os, signal, sys, time
+from pathlib import Path
+from sdkit.console import exit_code_of
+
+def send(name):
+    os.kill(os.getpid(), getattr(signal, name))
+
+def rest(seconds):  # of many short sleeps, each of which a signal can end
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        time.sleep(0.01)
+
+{work}
+sys.exit(exit_code_of(work))
+"""
+
+
+def run(work: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """Run `work`, the source of a function of that name, as a whole process."""
+    script = SCRIPT.format(work=textwrap.dedent(work))
+    command = [sys.executable, "-c", script, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGHUP", 129), ("SIGINT", 130)])
+@pytest.mark.parametrize(
+    "lost",
+    [
+        """
+        class Trash:
+            def __del__(self):
+                send(sys.argv[1])
+                rest(0.1)
+
+        def work():
+            Trash()
+            rest(30)
+            return 0
+        """,
+        """
+        def work():
+            try:
+                send(sys.argv[1])
+                rest(30)
+            except:
+                pass
+            rest(30)
+            return 0
+        """,
+        """
+        def work():
+            try:
+                send(sys.argv[1])
+                rest(30)
+            except:
+                pass
+            return 0  # before anything could remind of it
+        """,
+    ],
+    ids=["in __del__", "in a bare except", "at the end"],
+)
+def test_a_signal_whose_exception_is_lost_ends_the_process_all_the_same(lost: str, name: str, code: int) -> None:
+    """Known defect: the handler was gone after the first signal, and the process could only be killed."""
+    ended = run(lost, name)
+    assert ended.returncode == code
+    assert len(ended.stderr.splitlines()) == 1
+    assert ended.stderr.startswith("sdkit: stopped")
+
+
+CLEARS_UP = """
+def work():
+    temporary = Path(sys.argv[1])
+    temporary.touch()
+    try:
+        send(sys.argv[2])
+        rest(30)
+    finally:
+        for name in sys.argv[3:]:
+            send(name)
+        rest(1.2)  # longer than the reminder
+        temporary.unlink()
+    return 0
+"""
+
+
+@pytest.mark.parametrize(("first", "second", "code"), [("SIGTERM", "SIGINT", 143), ("SIGINT", "SIGTERM", 130)])
+def test_a_second_signal_does_not_disturb_the_clearing_up_and_a_third_ends_it(
+    first: str, second: str, code: int, tmp_path: Path
+) -> None:
+    assert run(CLEARS_UP, tmp_path / "one", first).returncode == code
+    assert run(CLEARS_UP, tmp_path / "two", first, second).returncode == code
+    assert not [*tmp_path.iterdir()]
+    assert run(CLEARS_UP, tmp_path / "three", first, second, first).returncode == code
+    assert [*tmp_path.iterdir()] == [tmp_path / "three"]
+
+
+def test_signals_are_as_before_afterwards() -> None:
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGALRM)
+    before = [*map(signal.getsignal, numbers), sys.unraisablehook]
+    assert exit_code_of(lambda: 7) == 7
+    assert [*map(signal.getsignal, numbers), sys.unraisablehook] == before
