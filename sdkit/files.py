@@ -120,7 +120,7 @@ def remove_leftovers(folder: Path) -> None:
 def sha256(path: Path) -> str:
     """Checksum of a file, in hexadecimal. Raises `OSError`."""
     digest = hashlib.sha256()
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()

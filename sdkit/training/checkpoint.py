@@ -1,12 +1,14 @@
 """Checkpoints of safetensors and JSON, written whole or not at all, from which a run goes on exactly.
 
 A checkpoint is a folder, written beside its place and renamed when it is whole, with the SHA-256 of each of its files.
-Nothing in it can execute code when it is loaded.
+Nothing in it can execute code when it is loaded, and nothing is restored that this run could not have written: an
+optimizer's kernels read and write as many values as the parameter has, whatever the size of its state.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import random
 import re
@@ -26,6 +28,8 @@ from torch import Tensor, nn
 
 from sdkit.errors import SdkitError, TrainingError
 from sdkit.files import beside, reason, sha256, sync
+from sdkit.messages import clean
+from sdkit.strict_json import read_object, require
 from sdkit.training import Trained
 from sdkit.training.sharding import is_sharded, split_as, whole
 
@@ -35,7 +39,9 @@ if TYPE_CHECKING:
 MANIFEST = "manifest.json"
 STATE = "state.json"
 NAME = re.compile(r"step-\d{8}")
+NOT_A_FILE = (errno.EISDIR, errno.ENOTDIR, errno.EINVAL, errno.EFBIG)  # where something else lies in its place
 Tensors = Mapping[str, Tensor]
+Kind = tuple[torch.Size, torch.dtype] | type  # of a tensor, or of a number
 
 
 @contextlib.contextmanager
@@ -97,23 +103,59 @@ def save(root: Path, checkpoint: Checkpoint, keep: int) -> Path:
 
 
 def load(folder: Path) -> Checkpoint:
-    """Read a checkpoint that `newest` found whole."""
-    state = json.loads((folder / STATE).read_text())
-    tensors = {file.stem: load_file(file) for file in sorted(folder.glob("*.safetensors"))}
+    """Read a checkpoint that `newest` found whole. Raises TrainingError where its files hold no tensors all the same,
+    or cannot be read."""
+    try:
+        state = read_state(folder)
+        files = sorted(folder / name for name in _sums(folder) if name.endswith(".safetensors"))
+        tensors = {file.stem: load_file(file) for file in files}
+    except (OSError, ValueError, SafetensorError) as error:
+        told = clean(reason(error)).rstrip(".")
+        raise TrainingError(
+            f"checkpoint {folder} cannot be read: {told}; remove it, or name another out_dir."
+        ) from error
     return Checkpoint(step=state["step"], tensors=tensors, state=state)
 
 
+def read_state(folder: Path) -> dict[str, Any]:
+    """The state of a checkpoint. Raises `ValueError` where `save` did not write it, and `OSError`."""
+    state = read_object(folder / STATE)
+    require(state, {"step": int, "skipped": list, "optimizer": dict})
+    if folder.name != f"step-{state['step']:08d}":
+        raise ValueError("is of another step")
+    return state
+
+
+def _sums(folder: Path) -> dict[str, str]:
+    """Checksums by file name. Raises as `read_state`."""
+    fields = read_object(folder / MANIFEST)
+    require(fields, {"sha256": dict})
+    sums: dict[str, str] = fields["sha256"]
+    if any(Path(name).name != name for name in sums) or STATE not in sums:
+        raise ValueError("names other files than those of a checkpoint")
+    return sums
+
+
 def checkpoints(root: Path) -> list[Path]:
-    """The checkpoints in `root`, damaged ones too, the newest first."""
-    return sorted((path for path in root.glob("step-*") if NAME.fullmatch(path.name)), reverse=True)
+    """The checkpoints in `root`, damaged ones too, the newest first. Raises `OSError` where it cannot be listed: a glob
+    would find nothing there."""
+    try:
+        return sorted((path for path in root.iterdir() if NAME.fullmatch(path.name)), reverse=True)
+    except FileNotFoundError:
+        return []
 
 
 def newest(root: Path) -> Path | None:
     """The newest checkpoint that is whole, None where there is none at all. A damaged one is passed over with a
-    warning; raises TrainingError where all are damaged."""
+    warning; raises TrainingError where all are damaged, or where one cannot be read, which is no damage."""
     found = checkpoints(root)
     for folder in found:
-        damage = _damage(folder)
+        try:
+            damage = _damage(folder)
+        except OSError as error:
+            raise TrainingError(
+                f"cannot read checkpoint {folder}: {reason(error)}; make it readable, or move it away."
+            ) from error
         if not damage:
             return folder
         before = "; the one before it is used" if folder != found[-1] else ""
@@ -124,16 +166,23 @@ def newest(root: Path) -> Path | None:
 
 
 def _damage(folder: Path) -> str:
+    """The first thing that is wrong with a checkpoint, "" where it is whole. Raises `OSError` where that cannot be
+    known."""
     name = MANIFEST
     try:
-        sums = json.loads((folder / name).read_text())["sha256"]
-        for name, checksum in sums.items():
+        for name, checksum in {**_sums(folder)}.items():
             if sha256(folder / name) != checksum:
                 return f"the checksum of {name} is wrong"
+        name = STATE
+        read_state(folder)
     except FileNotFoundError:
         return f"{name} is missing"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return f"{name} cannot be read"
+    except ValueError as error:
+        return f"{name} {error}"
+    except OSError as error:
+        if error.errno in NOT_A_FILE:
+            return f"{name} cannot be read"
+        raise
     return ""
 
 
@@ -159,9 +208,9 @@ def snapshot(trained: Sequence[Trained], accelerator: Accelerator, step: int, sk
 
 
 def restore(trained: Sequence[Trained], accelerator: Accelerator, checkpoint: Checkpoint) -> None:
-    """Bring players and this process to where `snapshot` found them."""
-    if checkpoint.tensors.keys() != _files(trained):
-        raise TrainingError("the checkpoint is of other networks than those in training; name another out_dir.")
+    """Bring players and this process to where `snapshot` found them. Raises TrainingError where these could not have
+    given the checkpoint."""
+    _check(trained, accelerator, checkpoint)
     for t in trained:
         name = t.player.name
         _restore_network(t.player.network, checkpoint.tensors[name])
@@ -175,6 +224,83 @@ def restore(trained: Sequence[Trained], accelerator: Accelerator, checkpoint: Ch
     rng = {key.removeprefix(mine): v for key, v in checkpoint.tensors["rng"].items() if key.startswith(mine)}
     if rng:  # more processes than before begin with a seed of their own
         set_rng_state(rng, accelerator.device)
+
+
+def _check(trained: Sequence[Trained], accelerator: Accelerator, checkpoint: Checkpoint) -> None:
+    """Compare names, shapes, and types of all that is in a checkpoint with what `snapshot` would give."""
+    tensors, state = checkpoint.tensors, checkpoint.state
+    if tensors.keys() != _files(trained) or state["optimizer"].keys() != {t.player.name for t in trained}:
+        raise TrainingError("the checkpoint is of other networks than those in training; name another out_dir.")
+    for t in trained:
+        name = t.player.name
+        if _kinds(tensors[name]) != _kinds(_network_tensors(t.player.network)):
+            raise TrainingError("the checkpoint is of other parameters than those in training; name another out_dir.")
+        if t.ema and _kinds(tensors[f"{name}.ema"]) != _kinds(t.ema.state_dict()):
+            raise _misfit(f"its moving average of the {name} is of other parameters")
+        if not isinstance(state["optimizer"][name], Mapping):
+            raise _misfit(f"its optimizer of the {name} is damaged")
+        _check_optimizer(t, {**tensors[f"{name}.optimizer"], **state["optimizer"][name]}, checkpoint.step)
+    if len(state["skipped"]) != 2 or not all(type(count) is int and count >= 0 for count in state["skipped"]):
+        raise _misfit("its numbers of skipped steps are none")
+    scaler = accelerator.scaler.state_dict() if accelerator.scaler else None
+    if scaler is not None and _numbers(scaler) != _numbers(state.get("scaler")):
+        raise _misfit("its gradient scaler is of other settings")
+    usual = {name: value.dtype for name, value in rng_state(torch.device("cpu")).items()} | {"cuda": torch.uint8}
+    for key, value in tensors["rng"].items():
+        if usual.get(key.split("/")[-1]) != value.dtype:
+            raise _misfit(f"its random numbers hold {clean(key)!r}")
+
+
+def _misfit(problem: str) -> TrainingError:
+    return TrainingError(f"the checkpoint is not of this run: {problem}; remove it, or name another out_dir.")
+
+
+def _kind(value: Any) -> Kind:
+    return (value.shape, value.dtype) if isinstance(value, Tensor) else type(value)
+
+
+def _kinds(values: Mapping[str, Any]) -> dict[str, Kind]:
+    return {name: _kind(value) for name, value in values.items()}
+
+
+def _numbers(values: Any) -> dict[str, bool] | None:
+    """Names of numbers, and whether each may be one of a gradient scaler."""
+    if not isinstance(values, Mapping):
+        return None
+    return {name: type(one) in (int, float) and 0 <= one < 1e38 for name, one in values.items()}
+
+
+def _check_optimizer(trained: Trained, state: Mapping[str, Any], steps: int) -> None:
+    """A parameter has either no state, as before its first gradient, or all that one has after it."""
+    optimizer, parameters = trained.optimizer, dict(_named(trained))
+    like = type(getattr(optimizer, "optimizer", optimizer))  # which Accelerate wraps
+    usual: dict[Kind, dict[str, Kind]] = {}
+    found: dict[str, dict[str, Any]] = {}
+    for key, value in state.items():
+        name, _, entry = key.rpartition("/")
+        found.setdefault(name, {})[entry] = value
+    for name, entries in found.items():
+        p = parameters.get(name)
+        if p is None:
+            raise _misfit(f"its optimizer knows {clean(name)!r}, which is not trained")
+        kind = _kind(p)
+        if kind not in usual:
+            usual[kind] = _kinds(_after_a_step(like, p))
+        if _kinds(entries) != usual[kind]:
+            raise _misfit(f"the optimizer's state of {name} is of other shapes or types")
+        count = entries.get("step", 0)
+        if not 0 <= (count.item() if isinstance(count, Tensor) else count) <= steps:
+            raise _misfit(f"its optimizer made other than 0 to {steps} steps of {name}")
+
+
+def _after_a_step(optimizer: type[torch.optim.Optimizer], p: Tensor) -> dict[str, Any]:
+    """The state that such an optimizer has of a parameter like `p` after its first step."""
+    device = "meta" if optimizer is torch.optim.AdamW else p.device  # where nothing is computed
+    parameter = nn.Parameter(torch.zeros(p.shape, dtype=p.dtype, device=device))
+    parameter.grad = torch.zeros_like(parameter)
+    fresh = optimizer([parameter])  # type: ignore[call-arg]
+    fresh.step()
+    return dict(fresh.state[parameter])
 
 
 def _files(trained: Sequence[Trained]) -> set[str]:
@@ -201,10 +327,7 @@ def _network_tensors(network: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def _restore_network(network: nn.Module, tensors: Tensors) -> None:
-    present = _network_tensors(network)
-    if {n: value.shape for n, value in present.items()} != {n: value.shape for n, value in tensors.items()}:
-        raise TrainingError("the checkpoint is of other parameters than those in training; name another out_dir.")
-    for name, value in present.items():
+    for name, value in _network_tensors(network).items():
         value.copy_(split_as(tensors[name], value))
 
 
@@ -241,12 +364,17 @@ def rng_state(device: torch.device) -> dict[str, Tensor]:
 
 
 def set_rng_state(state: Tensors, device: torch.device) -> None:
-    """Set this process's generators to what `rng_state` gave."""
-    random.setstate((3, tuple(state["python"].tolist()), next(iter(state["python_gauss"].tolist()), None)))
-    *keys, position, has_gauss = state["numpy"].tolist()
-    np.random.set_state(  # noqa: NPY002
-        ("MT19937", np.array(keys, dtype=np.uint32), position, has_gauss, state["numpy_gauss"].item())
-    )
-    torch.set_rng_state(state["torch"])
-    if device.type == "cuda" and "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"], device)
+    """Set this process's generators to what `rng_state` gave. Raises TrainingError for anything else."""
+    try:
+        random.setstate((3, tuple(state["python"].tolist()), next(iter(state["python_gauss"].tolist()), None)))
+        *keys, position, has_gauss = state["numpy"].tolist()
+        if not 0 <= position <= len(keys):  # NumPy would read there
+            raise ValueError("a position outside of its numbers")
+        np.random.set_state(  # noqa: NPY002
+            ("MT19937", np.array(keys, dtype=np.uint32), position, has_gauss, state["numpy_gauss"].item())
+        )
+        torch.set_rng_state(state["torch"])
+        if device.type == "cuda" and "cuda" in state:
+            torch.cuda.set_rng_state(state["cuda"], device)
+    except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise _misfit("its random numbers are damaged") from error

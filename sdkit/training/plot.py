@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Mapping
 from itertools import chain
 from pathlib import Path
@@ -12,7 +13,8 @@ import numpy as np
 
 from sdkit.errors import ArgumentError, TrainingError
 from sdkit.files import atomic_write, reason
-from sdkit.training.run_folder import read_metrics
+from sdkit.messages import clean
+from sdkit.training.run_folder import metrics_in
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,6 +27,8 @@ RATE, NORM = "learning rate", "gradient norm, before clipping"
 LEGEND: dict[str, Any] = {"fontsize": 8, "framealpha": 0.8, "edgecolor": "none"}
 Array = np.ndarray[Any, np.dtype[np.float64]]
 Panel = tuple[str, list[str]]  # its title, and the metrics in it
+MOST_CURVES = 120
+LARGEST = 3e38
 Curve = tuple[Array, Array]  # optimizer steps, and values: NaN where they were not finite
 
 
@@ -49,7 +53,7 @@ def plot(run: str | Path, out: str | Path | None = None) -> Path:
     columns = max(map(len, rows))
     figure = Figure(figsize=(4.6 * columns, 3.1 * len(rows) + 0.3), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)
-    figure.suptitle(Path(run).resolve().name, fontsize=13, fontweight="bold")
+    figure.suptitle(_label(Path(run).resolve().name), fontsize=13, fontweight="bold")
     last = max(steps[-1] for steps, _ in curves.values())
     for row, panels in enumerate(rows):
         for column, (title, keys) in enumerate(panels):
@@ -71,19 +75,31 @@ def plot(run: str | Path, out: str | Path | None = None) -> Path:
 
 def _curves(path: Path) -> tuple[dict[str, Curve], list[int]]:
     """By metric, and the steps that were skipped."""
+    points: dict[str, array[float]] = {}
+    skipped = []
     try:
-        lines = read_metrics(path)
+        for _, line in metrics_in(path):
+            if "skipped" in line:
+                skipped.append(line["step"])
+            for key, value in line.items():
+                if key not in ("step", "skipped") and not key.endswith("seconds"):
+                    points.setdefault(key, array("d")).extend((line["step"], _drawable(value)))
+                    if len(points) > MOST_CURVES:
+                        raise TrainingError(f"{path} holds more than {MOST_CURVES} metrics, which is too many to draw.")
     except OSError as error:
         raise TrainingError(f"cannot read {path}: {reason(error)}.") from error
-    points: dict[str, list[tuple[float, float]]] = {}
-    for line in lines:
-        for key, value in line.items():
-            if key not in ("step", "skipped") and not key.endswith("seconds"):
-                points.setdefault(key, []).append((line["step"], math.nan if value is None else value))
-    curves = {key: np.array(of_key, dtype=np.float64) for key, of_key in points.items()}
-    return {key: (array[:, 0], array[:, 1]) for key, array in curves.items()}, [
-        x["step"] for x in lines if "skipped" in x
-    ]
+    curves = {key: np.array(of_key).reshape(-1, 2) for key, of_key in points.items()}
+    return {key: (values[:, 0], values[:, 1]) for key, values in curves.items()}, skipped
+
+
+def _drawable(value: float | None) -> float:
+    """NaN for what no float32 holds: matplotlib computes beyond what it draws, and would overflow."""
+    return math.nan if value is None or not abs(value) < LARGEST else float(value)
+
+
+def _label(text: str) -> str:
+    """A foreign name as it stands: "$" begins a formula elsewhere."""
+    return clean(text).replace("$", r"\$")
 
 
 def _rows(curves: Mapping[str, Curve]) -> list[list[Panel]]:
@@ -108,7 +124,7 @@ def _rows(curves: Mapping[str, Curve]) -> list[list[Panel]]:
 
 def _draw(axes: Axes, title: str, curves: Mapping[str, Curve]) -> None:
     for color, (key, (steps, values)) in zip(COLORS * len(curves), curves.items(), strict=False):
-        label = "smoothed" if len(curves) == 1 else key.split("/")[0] if "/" in key else "network"
+        label = "smoothed" if len(curves) == 1 else _label(key.split("/")[0]) if "/" in key else "network"
         if key.startswith(VALIDATION):
             axes.plot(steps, values, "o-", color=GREEN, linewidth=1.5, markersize=3.5)
         elif title == RATE:
@@ -119,14 +135,14 @@ def _draw(axes: Axes, title: str, curves: Mapping[str, Curve]) -> None:
             )
             axes.plot(steps, smoothed(values), color=color, linewidth=1.8, label=label)
     finite = np.array([value for value in chain(*(values for _, values in curves.values())) if math.isfinite(value)])
-    if title == RATE:
-        axes.set_ylim(0, 1.08 * finite.max() or 1)
+    if title == RATE and len(finite):
+        axes.set_ylim(0, 1.08 * max(finite.max(), 0) or 1)
         axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
     elif len(finite) and finite.min() > 0 and finite.max() > 30 * np.median(finite):
         axes.set_yscale("log")
-    axes.set_title(title, fontsize=11)
+    axes.set_title(_label(title), fontsize=11)
     axes.set_xlabel("optimizer step", fontsize=9)
-    axes.set_ylabel(title.split(": ")[-1], fontsize=9)
+    axes.set_ylabel(_label(title.split(": ")[-1]), fontsize=9)
     axes.tick_params(labelsize=8)
     axes.grid(alpha=0.25, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)

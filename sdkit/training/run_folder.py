@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -16,9 +17,11 @@ import filelock
 
 from sdkit import __version__
 from sdkit.errors import TrainingError
-from sdkit.files import atomic_write, reason, remove_leftovers
+from sdkit.files import atomic_write, open_regular, reason, remove_leftovers
+from sdkit.messages import clean
+from sdkit.strict_json import parse_object, read_object, require
 from sdkit.training import LoopSettings
-from sdkit.training.checkpoint import STATE, Checkpoint, checkpoints, newest, save, whole_folder
+from sdkit.training.checkpoint import Checkpoint, checkpoints, newest, read_state, save, whole_folder
 
 WORDS = {  # of what is not told by its values
     "data_identity": "its data was other (names, captions or sizes of files)",
@@ -30,20 +33,36 @@ WORDS = {  # of what is not told by its values
 }
 
 
+LONGEST_LINE = 2**20  # bytes, of metrics
+NUMBERS = {int, float, type(None)}
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except ValueError as error:  # NUL, or letters that no path can hold
+        raise OSError(errno.EINVAL, "no folder can have this name", str(folder)) from error
+
+
 def _is_config(found: Any) -> bool:
     return isinstance(found, dict) and "sdkit" in found and isinstance(found.get("settings"), dict)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl; one that was cut short by the end of its process is left out."""
-    lines = []
-    for line in path.read_text(errors="replace").splitlines() if path.is_file() else []:
-        with contextlib.suppress(ValueError):
-            entry = json.loads(line)
-            values = entry.values() if isinstance(entry, dict) and isinstance(entry.get("step"), int) else [""]
-            if all(value is None or isinstance(value, (int, float)) for value in values):
-                lines.append(entry)
-    return lines
+    """The lines of a metrics.jsonl; see `metrics_in`."""
+    return [entry for _, entry in metrics_in(path)]
+
+
+def metrics_in(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """The lines of a metrics.jsonl, one at a time, and what they hold: a step, and a number or None by each other name.
+    A line of anything else is left out, as one that was cut short by the end of its process. Raises `OSError`."""
+    with contextlib.suppress(FileNotFoundError), open_regular(path) as file:
+        while line := file.readline(LONGEST_LINE):
+            with contextlib.suppress(ValueError):
+                entry = parse_object(line)
+                step, values = entry.get("step"), entry.values()
+                if type(step) is int and 0 <= step < 2**31 and {type(one) for one in values} <= NUMBERS:
+                    yield line, entry
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,21 +97,21 @@ class RunFolder:
         per_step = settings.batch_size * settings.gradient_accumulation_steps * processes
         config: dict[str, Any] = {"sdkit": __version__, "stage": type(settings).__name__, "samples_per_step": per_step}
         config |= {f"{name}_identity": value for name, value in (identity or {}).items()}
-        config["settings"] = json.loads(json.dumps(asdict(settings), default=str))
+        config["settings"] = parse_object(json.dumps(asdict(settings), default=str))
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
+            _make(self.path)
             self._config()  # before anything is written into somebody else's folder
             self._lock.acquire()
             config["run"] = self._run = self._compared(self._config(), config, settings.may_change)
             for folder in (self.path, self.checkpoints, self.path / "samples"):
                 remove_leftovers(folder)
             checkpoint = newest(self.checkpoints)
-            if checkpoint and json.loads((checkpoint / STATE).read_text()).get("run") != self._run:
+            if checkpoint and read_state(checkpoint).get("run") != self._run:
                 raise TrainingError(f"{checkpoint} is of another run; remove it, or name another out_dir.")
             step = int(checkpoint.name.removeprefix("step-")) if checkpoint else 0
             with atomic_write(self.path / "config.json") as temporary:
                 temporary.write_text(json.dumps(config, indent=2) + "\n")
-            lines = self._rewind(step if checkpoint else -1)
+            validated = self._rewind(step if checkpoint else -1)
             for name in ("checkpoints", "samples"):
                 (self.path / name).mkdir(exist_ok=True)
         except filelock.Timeout as error:
@@ -100,17 +119,18 @@ class RunFolder:
                 f"another process trains in {self.path}; wait for it, or name another out_dir."
             ) from error
         except OSError as error:
+            place = Path(os.fsdecode(error.filename or self.path))
+            at = f" ({place.name})" if place.parent == self.path else ""
             raise TrainingError(
-                f"cannot train in {self.path}: {reason(error)}; name a folder that can be written."
+                f"cannot train in {self.path}: {reason(error)}{at}; name a folder that can be written."
             ) from error
-        validated = any(key.startswith("validation/") for line in lines if line["step"] == step for key in line)
         return Start(step=step, checkpoint=checkpoint, validated=validated, exported=self._exported())
 
     def _config(self) -> dict[str, Any] | None:
         """The config.json of the run that is here, if any. Raises TrainingError where there is something else."""
         old: dict[str, Any] | None
         try:
-            old = json.loads((self.path / "config.json").read_text())
+            old = read_object(self.path / "config.json")
         except FileNotFoundError:
             old = None
         except ValueError:
@@ -129,7 +149,8 @@ class RunFolder:
             return hashlib.sha256(json.dumps(now, sort_keys=True).encode()).hexdigest()[:16]
         for name in sorted(now.keys() & was.keys(), key=lambda name: (name != "stage", name)):
             if was[name] != now[name]:
-                told = WORDS.get(name, f"{name} was {{was!r}}, is {{now!r}}").format(was=was[name], now=now[name])
+                values = {"was": clean(repr(was[name])), "now": clean(repr(now[name]))}
+                told = WORDS.get(name, f"{name} was {{was}}, is {{now}}").format(**values)
                 raise TrainingError(
                     f"{self.path} holds another run: {told}; name another out_dir (only these may change: "
                     f"{', '.join(sorted(may_change))})."
@@ -137,19 +158,22 @@ class RunFolder:
         steps = [one["settings"].get("max_steps") for one in (old, config)]
         if steps[0] != steps[1] and not str(now["lr_scheduler"]).startswith("constant"):
             warnings.warn(
-                f"max_steps was {steps[0]}, is {steps[1]}: the {now['lr_scheduler']} learning-rate schedule now goes "
-                "on as if it had been so from the start.", stacklevel=2,
+                f"max_steps was {clean(str(steps[0]))}, is {steps[1]}: the {now['lr_scheduler']} learning-rate "
+                "schedule now goes on as if it had been so from the start.", stacklevel=2,
             )  # fmt: skip
         return str(old.get("run"))
 
-    def _rewind(self, step: int) -> list[dict[str, Any]]:
-        """Drop the metrics of what came after the checkpoint, for it will come again."""
-        path = self.path / "metrics.jsonl"
-        lines = [line for line in read_metrics(path) if line["step"] <= step]
-        with atomic_write(path) as temporary:
-            temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    def _rewind(self, step: int) -> bool:
+        """Drop the metrics of what came after the checkpoint, for it will come again. Returns whether `step` was
+        validated."""
+        path, validated = self.path / "metrics.jsonl", False
+        with atomic_write(path) as temporary, temporary.open("wb") as file:
+            for line, entry in metrics_in(path):
+                if entry["step"] <= step:
+                    file.write(line.rstrip(b"\r\n") + b"\n")
+                    validated |= entry["step"] == step and any(key.startswith("validation/") for key in entry)
         self._metrics = path.open("a")
-        return lines
+        return validated
 
     def log(self, line: Mapping[str, Any]) -> None:
         """Append a line to metrics.jsonl."""
@@ -180,8 +204,10 @@ class RunFolder:
             (temporary / "training.json").write_text(json.dumps({"step": step}))
 
     def _exported(self) -> int:
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            return int(json.loads((self.result / "training.json").read_text())["step"])
+        with contextlib.suppress(OSError, ValueError):
+            fields = read_object(self.result / "training.json")
+            require(fields, {"step": int})
+            return int(fields["step"])
         return -1
 
     def close(self) -> None:

@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from PIL import Image
 
 from sdkit.errors import ArgumentError, TrainingError
 from sdkit.training.plot import plot, smoothed
+from sdkit.training.run_folder import metrics_in, read_metrics
 
 
 def run(folder: Path, lines: list[dict[str, Any]]) -> Path:
@@ -105,3 +108,73 @@ def test_smoothing_leaves_out_what_is_not_a_number() -> None:
     values[50:60] = np.nan
     np.testing.assert_allclose(smoothed(values), 5.0, rtol=1e-12)
     assert np.isnan(smoothed(np.full(3, np.nan))).all()
+
+
+BIGGEST = 10**400  # JSON has no largest number, floats have
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"loss": math.inf, "lr": math.nan},
+        {"loss": BIGGEST, "lr": -BIGGEST},
+        {"loss": 1e308, "lr": 1e308, "grad_norm": -1e308},
+        {"loss": None, "lr": None, "grad_norm": None, "validation/loss": None},
+        {"lr": -1.0},
+        {r"$\foo$": 1.0, r"validation/$\bad{": 2.0, "a\nb": 3.0, "": 4.0, "/lr": 5.0, "\ud800": 6.0},
+    ],
+    ids=["infinite", "no float", "overflowing", "nothing known", "negative rate", "formulas for names"],
+)
+def test_whatever_numbers_and_names_are_there_a_picture_is_drawn(values: dict[str, Any], tmp_path: Path) -> None:
+    lines = [{"step": 1, "loss": 1.0, "lr": 1e-3}, {"step": 2, **values}, {"step": 3, "loss": 2.0, "lr": 1e-3}]
+    for kept in (lines, lines[1:2]):
+        with Image.open(plot(run(tmp_path / "run", kept))) as image:
+            assert image.format == "PNG"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        {"step": True, "loss": 1.0},
+        {"step": 1, "loss": True},
+        {"step": -1, "loss": 1.0},
+        {"step": 10**300, "loss": 1.0},
+        {"step": 1, "loss": "1"},
+        {"loss": 1.0},
+        [1],
+    ],
+)
+def test_lines_of_anything_but_numbers_count_for_nothing(line: Any, tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match="holds no metrics"):
+        plot(run(tmp_path / "run", [line]))
+
+
+def test_lines_without_end_and_brackets_without_end_count_for_nothing(tmp_path: Path) -> None:
+    folder = run(tmp_path / "run", [{"step": 1, "loss": 1.0}])
+    lines = (folder / "metrics.jsonl").read_text()
+    for junk in ("[" * 100_000, '{"step": 1, "loss": ' + "1" * 3 * 2**20 + "}", "\0" * 2**21):
+        (folder / "metrics.jsonl").write_text(f"{junk}\n{lines}")
+        assert read_metrics(folder / "metrics.jsonl") == [{"step": 1, "loss": 1.0}]
+
+
+def test_metrics_are_read_a_line_at_a_time(tmp_path: Path) -> None:
+    """A file larger than memory can be resumed from."""
+    folder = run(tmp_path / "run", [{"step": step, "loss": 1.0} for step in range(200_000)])
+    tracemalloc.start()
+    assert sum(1 for _ in metrics_in(folder / "metrics.jsonl")) == 200_000
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < 4 * 2**20 < (folder / "metrics.jsonl").stat().st_size
+
+
+def test_a_thousand_metrics_are_told_and_not_drawn(tmp_path: Path) -> None:
+    folder = run(tmp_path / "run", [{"step": 1, **{f"metric {i}": 1.0 for i in range(1000)}}])
+    with pytest.raises(TrainingError, match="holds more than 120 metrics, which is too many to draw"):
+        plot(folder)
+
+
+@pytest.mark.parametrize("name", ["pipe", "folder"])
+def test_metrics_that_are_no_file_are_told(name: str, tmp_path: Path) -> None:
+    (os.mkfifo if name == "pipe" else os.mkdir)(tmp_path / "metrics.jsonl")
+    with pytest.raises(TrainingError, match=r"cannot read .*metrics\.jsonl: (it is not a regular file|is a directory)"):
+        plot(tmp_path)
