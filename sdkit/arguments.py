@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from sdkit.errors import ArgumentError
+from sdkit.messages import clean
 
 LONGEST_SIDE = 16384
 """Pixels a side of the largest image; memory runs out well before."""
@@ -64,9 +65,15 @@ def flag(name: str, value: Any) -> bool:
 
 
 def path_or_name(name: str, value: Any) -> str:
-    """A path or a name, as a string; not an empty one."""
+    """A path or a name, as a string; not an empty one, nor one that no file can have."""
     if not isinstance(value, (str, os.PathLike)) or not os.fspath(value):
         raise ArgumentError(f"{name} must be a path or a name, not {value!r}.")
+    try:
+        possible = b"\0" not in os.fsencode(value)
+    except UnicodeEncodeError:
+        possible = False
+    if not possible:
+        raise ArgumentError(f"{name} is {clean(repr(value))}, a name that no file can have here; give another.")
     return os.fspath(value)
 
 

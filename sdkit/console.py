@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from sdkit.errors import SdkitError
-from sdkit.messages import Stopped, stop_in
+from sdkit.messages import Stopped, clean, stop_in
 
 PATIENCE = 10
 """Seconds in which a launcher notices that a process has ended, and ends the others."""
@@ -184,6 +184,7 @@ def exit_code_of(work: Callable[[], int]) -> int:
         with signals_raised(), warnings.catch_warnings():
             warnings.simplefilter("default")
             warnings.showwarning = _warn  # type: ignore[assignment]
+            _check_folder()
             return work()
     except BaseException as error:
         stop = stop_in(error)
@@ -194,13 +195,31 @@ def exit_code_of(work: Callable[[], int]) -> int:
         elif isinstance(error, BrokenPipeError):  # whoever read our output has seen enough
             mute_stdout()
             return 141
-        elif isinstance(error, SdkitError) and not os.environ.get("SDKIT_DEBUG"):
-            code, sentence = int(getattr(error, "exit_code", 2)), str(error)
+        elif isinstance(error, (SdkitError, OSError, UnicodeEncodeError)) and not os.environ.get("SDKIT_DEBUG"):
+            code, sentence = int(getattr(error, "exit_code", 2)), _sentence(error)
         else:
             raise
     if is_main_process() or (code < 128 and left_alone()):
         complain(sentence)
     return code
+
+
+def _check_folder() -> None:
+    """Without a working folder libraries fail in as many ways as there are, the first of them in their imports."""
+    try:
+        os.getcwd()  # noqa: PTH109 - pathlib's is the same, with an import more
+    except OSError as error:
+        raise SdkitError("the working folder is not there any more; change into one that is.") from error
+
+
+def _sentence(error: Exception) -> str:
+    """Also for what the system refuses in places where nobody expects it: too many open files, say."""
+    if isinstance(error, UnicodeEncodeError):
+        return f"{clean(repr(error.object))} cannot be written in the {error.encoding} of this locale; use UTF-8."
+    if isinstance(error, OSError):
+        at = f"{clean(os.fsdecode(error.filename))}: " if isinstance(error.filename, (str, bytes)) else ""
+        return f"the system refused: {at}{clean(error.strerror or str(error)).lower()}; SDKIT_DEBUG=1 shows where."
+    return str(error)
 
 
 def _warn(message: Warning | str, _category: type[Warning], filename: str, *_: Any, **__: Any) -> None:

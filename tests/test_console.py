@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -164,3 +165,54 @@ def test_signals_are_as_before_afterwards() -> None:
     before = [*map(signal.getsignal, numbers), sys.unraisablehook]
     assert exit_code_of(lambda: 7) == 7
     assert [*map(signal.getsignal, numbers), sys.unraisablehook] == before
+
+
+def test_a_working_folder_that_is_gone_is_told(tmp_path: Path) -> None:
+    work = """
+    folder = Path(sys.argv[1])
+    os.chdir(folder)
+    folder.rmdir()
+
+    def work():
+        import torch
+        return 0
+    """
+    (tmp_path / "gone").mkdir()
+    ended = run(work, tmp_path / "gone")
+    assert ended.returncode == 2
+    assert ended.stderr == "sdkit: the working folder is not there any more; change into one that is.\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (OSError(24, "Too many open files", "a\nb"), "the system refused: a b: too many open files;"),
+        (PermissionError("no"), "the system refused: no;"),
+        (
+            UnicodeEncodeError("ascii", "\u732b.png", 0, 1, "no"),
+            "'\u732b.png' cannot be written in the ascii of this locale",
+        ),
+    ],
+)
+def test_what_the_system_refuses_anywhere_is_one_sentence(
+    error: Exception, sentence: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def work() -> int:
+        raise error
+
+    assert exit_code_of(work) == 2
+    told = capsys.readouterr().err
+    assert told.startswith(f"sdkit: {sentence}")
+    assert len(told.splitlines()) == 1
+    monkeypatch.setenv("SDKIT_DEBUG", "1")
+    with pytest.raises(type(error)):
+        exit_code_of(work)
+
+
+@pytest.mark.parametrize("closed", [0, 1, 2])
+def test_a_closed_stream_costs_nothing(closed: int) -> None:
+    work = "def work():\n    from sdkit.console import say\n    say('\u732b')\n    return 0"
+    script = f"import os, subprocess, sys; os.close({closed}); sys.exit(subprocess.call(sys.argv[1:], close_fds=False))"
+    command = [sys.executable, "-c", script, sys.executable, "-c", SCRIPT.format(work=work)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, env=os.environ | {"LC_ALL": "C"})
+    assert (ended.returncode, ended.stderr) == (0, "")

@@ -19,6 +19,8 @@ from sdkit.errors import ArgumentError, SdkitError
 from sdkit.lazy import attributes
 
 if TYPE_CHECKING:
+    from types import FrameType
+
     import torch
     from accelerate import Accelerator
     from torch import Tensor, nn
@@ -281,10 +283,12 @@ class Stage(Protocol):
 
     def validate(self, step: int) -> dict[str, float]:
         """Metrics after `step` steps, the same on every process. Called on every process, with the averaged weights in
-        the networks, in evaluation mode and without gradients; a stage splits the work itself."""
+        the networks, in evaluation mode and without gradients; a stage splits the work itself. May raise `Unfinished`
+        (see `go_on`), on every process."""
 
     def export(self, folder: Path) -> None:
-        """Fill an empty folder with the result. Called on the main process, in the state that `validate` finds."""
+        """Fill an empty folder with the result. Called on the main process, in the state that `validate` finds. May
+        raise `Unfinished`."""
 
 
 class TrainingStopped(SdkitError):  # noqa: N818 - it is none
@@ -295,11 +299,18 @@ class TrainingStopped(SdkitError):  # noqa: N818 - it is none
         self.exit_code = exit_code
 
 
-class StopSignals:
-    """SIGTERM and Ctrl-C as a wish that the loop looks at: `exit_code` is 0 until one came, then 128 and its number.
+class Unfinished(Exception):  # noqa: N818 - it is none
+    """Work between two steps' checkpoints was broken off because the process was asked to stop."""
 
-    They are noted from entering to leaving; a second Ctrl-C raises KeyboardInterrupt.
+
+class StopSignals:
+    """SIGTERM, SIGHUP, and Ctrl-C as a wish that the loop looks at: `exit_code` is 0 until one came, then 128 and its
+    number.
+
+    They are noted from entering to leaving; a second Ctrl-C is handled as before, and so raises KeyboardInterrupt.
     """
+
+    noting: ClassVar[StopSignals | None] = None  # the one that is entered: signals are the whole process's
 
     def __init__(self) -> None:
         self.exit_code = 0
@@ -307,21 +318,34 @@ class StopSignals:
 
     def __enter__(self) -> StopSignals:
         in_main = threading.current_thread() is threading.main_thread()  # Python gives signals to no other thread
-        self._before = {n: signal.signal(n, self._note) for n in (signal.SIGTERM, signal.SIGINT) if in_main}
+        known = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)]
+        taken = [n for n in known if n == signal.SIGINT or signal.getsignal(n) != signal.SIG_IGN]  # as nohup's SIGHUP
+        self._before = {n: signal.signal(n, self._note) for n in taken if in_main}
+        StopSignals.noting = self if in_main else StopSignals.noting
         return self
 
     def __exit__(self, *_: object) -> None:
         for which, handler in self._before.items():
             signal.signal(which, handler)
+        if StopSignals.noting is self:
+            StopSignals.noting = None
 
-    def _note(self, which: int, _frame: object) -> None:
+    def _note(self, which: int, frame: FrameType | None) -> None:
         if which == signal.SIGINT and self._interrupted:
-            raise KeyboardInterrupt
+            before = self._before[which]
+            (before if callable(before) else signal.default_int_handler)(which, frame)
         if which == signal.SIGINT:
             self._interrupted = True
             if is_main_process():
-                os.write(2, b"\nsdkit: stopping after this step; Ctrl-C again leaves at once.\n")
+                with contextlib.suppress(OSError):  # stderr may be closed
+                    os.write(2, b"\nsdkit: stopping with a checkpoint; Ctrl-C again leaves at once.\n")
         self.exit_code = self.exit_code or 128 + which
+
+
+def go_on() -> None:
+    """Raise `Unfinished` where this process was asked to stop. To be called before each pass of a network."""
+    if StopSignals.noting and StopSignals.noting.exit_code:
+        raise Unfinished
 
 
 @contextlib.contextmanager

@@ -7,9 +7,9 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +24,10 @@ from sdkit.data.shards import shard_file
 from sdkit.data.transform import Transform, draw
 from sdkit.errors import DataError, ImageError
 from sdkit.files import atomic_write, expanded
+from sdkit.strict_json import read_object
+from sdkit.training import Unfinished, go_on
+
+T = TypeVar("T")
 
 MOST_HELD_OUT, OF = 16, 20  # one image of 20, and not more than 16
 TRIES = 100  # images that cannot be used, one after another
@@ -46,10 +50,9 @@ def is_cache(data: str | os.PathLike[str]) -> bool:
     """Whether `data` is a folder with a latent cache, whole or not."""
     folder = expanded(data)
     try:
-        fields = json.loads((folder / manifest.NAME).read_bytes())
+        return read_object(folder / manifest.NAME).get("format") == manifest.FORMAT
     except (OSError, ValueError):
         return os.path.isfile(folder / shard_file(0))  # noqa: PTH113 - pathlib's raises for overlong names
-    return isinstance(fields, dict) and fields.get("format") == manifest.FORMAT
 
 
 def noise_of(seed: int, n: int) -> torch.Generator:
@@ -102,15 +105,23 @@ def report_skipped(skipped: dict[str, str], path: Path) -> None:
     everywhere = dict(gather_object(list(skipped.items())))
     if everywhere and PartialState().is_main_process:
         before: dict[str, Any] = {}
-        with contextlib.suppress(OSError, ValueError, TypeError):  # there is none, or it is damaged
-            before = dict(json.loads(path.read_text(encoding="utf-8")))
+        with contextlib.suppress(OSError, ValueError):  # there is none, or it is damaged
+            before = read_object(path)
         if before | everywhere != before:
             with atomic_write(path) as temporary:
                 text = json.dumps(before | everywhere, indent=1, ensure_ascii=False) + "\n"
                 temporary.write_text(text, encoding="utf-8")
 
 
-def my_share(n: int) -> range:
-    """Those of n pieces of work that this process does."""
-    state = PartialState()
-    return range(state.process_index, n, state.num_processes)
+def shared(n: int, do: Callable[[int], T]) -> list[T]:
+    """`do`(i) for each i below n, each on one of the processes, gathered on all of them. Raises `Unfinished` on every
+    process where one was asked to stop before its share was done."""
+    state, mine = PartialState(), list[tuple[int, T]]()
+    with contextlib.suppress(Unfinished):  # the other processes wait for what there is
+        for i in range(state.process_index, n, state.num_processes):
+            go_on()
+            mine.append((i, do(i)))
+    done: list[tuple[int, T]] = gather_object(mine)
+    if len(done) < n:
+        raise Unfinished
+    return [one for _, one in sorted(done, key=lambda numbered: numbered[0])]

@@ -19,7 +19,19 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from sdkit.errors import TrainingError
-from sdkit.training import LoopSettings, Samples, Stage, StopSignals, Trained, TrainingStopped, alone, on_main, tracked
+from sdkit.training import (
+    LoopSettings,
+    Samples,
+    Stage,
+    StopSignals,
+    Trained,
+    TrainingStopped,
+    Unfinished,
+    alone,
+    go_on,
+    on_main,
+    tracked,
+)
 from sdkit.training.batches import loaded_ahead
 from sdkit.training.checkpoint import load, restore, rng_state, set_rng_state, snapshot
 from sdkit.training.run_folder import RunFolder
@@ -33,6 +45,9 @@ def fit(stage: Stage, settings: LoopSettings, out_dir: str | Path) -> Path:
 
     Resuming is exact: a step depends on its number, the checkpoint, and settings that may not change, alone. Raises
     TrainingStopped after SIGTERM or Ctrl-C, once a checkpoint is written, and TrainingError where it cannot go on.
+
+    A signal waits for one pass of a network, and the micro-batches of its step are forgotten. Only a step in which a
+    player has stepped is finished, and any step of several processes, which would have to agree.
     """
     accelerator = settings.accelerator(Path(out_dir))
     run = RunFolder(Path(out_dir))
@@ -56,7 +71,11 @@ def fit(stage: Stage, settings: LoopSettings, out_dir: str | Path) -> Path:
                 stopping = loop.validate()
             if stopping or done:
                 break
-            loss, stopping = loop.train_step(batches)
+            try:
+                loss, stopping = loop.train_step(batches)
+            except Unfinished:
+                stopping = True
+                break
             bar.set_postfix(loss=f"{loss:.4g}", refresh=False)
             bar.update()
             if stopping or loop.step % settings.save_every == 0 or loop.step == settings.max_steps:
@@ -68,8 +87,16 @@ def fit(stage: Stage, settings: LoopSettings, out_dir: str | Path) -> Path:
             message = f"stopped after step {loop.step}, with a checkpoint; the same command goes on from there."
             raise TrainingStopped(message, stop.exit_code or 143)  # 143: another process was told to
         with loop.at_rest():
-            on_main(accelerator, lambda: run.export(stage.export, loop.step))
+            on_main(accelerator, lambda: _exported(run, stage, loop.step, stop))
     return run.path
+
+
+def _exported(run: RunFolder, stage: Stage, step: int, stop: StopSignals) -> None:
+    try:
+        run.export(stage.export, step)
+    except Unfinished as error:
+        message = "stopped before the result was written; the same command writes it."
+        raise TrainingStopped(message, stop.exit_code) from error
 
 
 @dataclass
@@ -98,16 +125,25 @@ class _Loop:
         return self.step
 
     def train_step(self, ahead: Iterator[tuple[Samples, dict[str, Any]]]) -> tuple[float, bool]:
-        """One optimizer step of each player. Returns the first one's loss, and whether any process is to stop."""
+        """One optimizer step of each player. Returns the first one's loss, and whether any process is to stop. Raises
+        `Unfinished`, with everything as after the step before, where this process, the only one, was asked to."""
         began, stopping = time.perf_counter(), False
-        loaded = [next(ahead) for _ in range(self.settings.gradient_accumulation_steps)]
+        loaded = []
+        for _ in range(self.settings.gradient_accumulation_steps):
+            self._go_on()
+            loaded.append(next(ahead))
         batches = [send_to_device(batch, self.accelerator.device, non_blocking=True) for _, batch in loaded]
         buffers = [(b, b.clone()) for network in self.networks.values() for b in network.buffers()]
+        rng = rng_state(self.accelerator.device) if len(loaded) > 1 else None  # else it stops before the first draw
         line: dict[str, float] = {"step": self.step + 1}
         bad: list[set[int]] = []  # of each player that made no step, the micro-batches here that are to blame
         for t in self.trained:
             if self.step >= t.player.starts_at:
-                values, blamed, stopping = self._turn(t, batches)
+                try:
+                    values, blamed, stopping = self._turn(t, batches, may_stop=len(line) == 1)
+                except Unfinished:
+                    self._undo(buffers, rng)
+                    raise
                 prefix = "" if t is self.trained[0] else f"{t.player.name}/"
                 line |= {prefix + key: value for key, value in values.items()}
                 bad += [] if blamed is None else [blamed]
@@ -115,15 +151,29 @@ class _Loop:
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if bad else 0
         if bad:
             line["skipped"] = self.skipped = self.skipped + 1
-            for buffer, before in buffers:
-                buffer.copy_(before)
+            self._undo(buffers, None)
         self._log(line | {"seconds": time.perf_counter() - began})
         if bad:
             samples = [own for own, _ in loaded]
             self._complain([samples[i] for i in set.union(*bad)], samples)
         return line.get("loss", math.nan), stopping
 
-    def _turn(self, t: Trained, batches: Sequence[dict[str, Any]]) -> tuple[dict[str, float], set[int] | None, bool]:
+    def _go_on(self) -> None:
+        if self.accelerator.num_processes == 1:  # others would wait for this one
+            go_on()
+
+    def _undo(self, buffers: Sequence[tuple[Tensor, Tensor]], rng: Mapping[str, Tensor] | None) -> None:
+        """Forget what passes have changed before any optimizer stepped."""
+        for buffer, before in buffers:
+            buffer.copy_(before)
+        for t in self.trained:
+            t.optimizer.zero_grad()
+        if rng is not None:
+            set_rng_state(rng, self.accelerator.device)
+
+    def _turn(
+        self, t: Trained, batches: Sequence[dict[str, Any]], *, may_stop: bool
+    ) -> tuple[dict[str, float], set[int] | None, bool]:
         """Returns means over all processes; None, or this process's bad micro-batches where the step was skipped; and
         whether any process is to stop."""
         device, rows = self.accelerator.device, list[Tensor]()
@@ -132,6 +182,8 @@ class _Loop:
             group["lr"] = lr
         with alone(t, self.trained, self.accelerator):
             for i, batch in enumerate(batches):
+                if may_stop:
+                    self._go_on()
                 with self.accelerator.no_sync(t.network) if i + 1 < len(batches) else nullcontext():
                     loss, parts = t.player.loss(self.networks, batch, self.step)
                     self.accelerator.backward(loss / len(batches))
@@ -179,14 +231,17 @@ class _Loop:
         with ExitStack() as stack, torch.no_grad():
             for t in self.trained:
                 stack.enter_context(t.at_rest())
+            stack.callback(set_rng_state, rng, self.accelerator.device)
             yield
-        set_rng_state(rng, self.accelerator.device)
 
     def validate(self) -> bool:
         """Log the stage's metrics. Returns whether any process is to stop."""
         began = time.perf_counter()
-        with self.at_rest():
-            metrics = {f"validation/{key}": value for key, value in self.stage.validate(self.step).items()}
+        try:
+            with self.at_rest():
+                metrics = {f"validation/{key}": value for key, value in self.stage.validate(self.step).items()}
+        except Unfinished:
+            return True
         self._log({"step": self.step, **metrics, "validation/seconds": time.perf_counter() - began})
         wish = torch.tensor([float(self.stop.exit_code > 0)], device=self.accelerator.device)
         return bool(self.accelerator.reduce(wish, "sum").item() > 0)

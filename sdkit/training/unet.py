@@ -12,7 +12,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import PartialState
-from accelerate.utils import gather_object
 from PIL import Image
 from torch import Tensor, nn
 
@@ -34,10 +33,10 @@ from sdkit.models.vae import VAE, latents_of
 from sdkit.models.weights import GUIDANCE, quiet
 from sdkit.pipeline import StableDiffusion
 from sdkit.schedule import NoiseSchedule
-from sdkit.training import Player, Samples
+from sdkit.training import Player, Samples, go_on
 from sdkit.training.attention import PlainWhereSmall
 from sdkit.training.config import UNetConfig
-from sdkit.training.data import identity_of, my_share, noise_of, report_skipped
+from sdkit.training.data import identity_of, noise_of, report_skipped, shared
 from sdkit.training.latents import open_latents
 from sdkit.training.loop import fit
 from sdkit.training.new import new_network
@@ -212,8 +211,7 @@ class UNetStage:
 
     def validate(self, step: int) -> dict[str, float]:
         """The loss, without weights, over a fixed grid of images, noises and timesteps, and images of fixed prompts."""
-        mine = [(i, self._validation_loss(i)) for i in my_share(len(self.latents.held_out))]
-        losses = [loss for _, loss in sorted(gather_object(mine))]
+        losses = shared(len(self.latents.held_out), self._validation_loss)
         report_skipped(self.latents.skipped, Path(self.config.out_dir) / "skipped.json")
         if self.config.validation_prompts:
             self._show(step)
@@ -230,8 +228,9 @@ class UNetStage:
 
     def _show(self, step: int) -> None:
         prompts = self.config.validation_prompts
-        mine = [(i, np.asarray(self._drawn(prompts[i], i))) for i in my_share(len(prompts))]
-        images = [Image.fromarray(pixels) for _, pixels in sorted(gather_object(mine), key=lambda one: one[0])]
+        images = [
+            Image.fromarray(pixels) for pixels in shared(len(prompts), lambda i: np.asarray(self._drawn(prompts[i], i)))
+        ]
         self.vae.cpu()
         if not self.config.train_text_encoder:
             self.text.cpu()
@@ -247,7 +246,7 @@ class UNetStage:
         with torch.autocast(device.type, half, enabled=half is not None):
             z = sd(
                 prompt, seed=seed, height=height, width=width, num_inference_steps=VALIDATION_STEPS,
-                guidance_scale=self.guidance_scale, output_type="latent",
+                guidance_scale=self.guidance_scale, output_type="latent", callback=lambda _: go_on(),
             )  # fmt: skip
         # What is no number any more is shown all the same: a run that went wrong is ended by the loop, which says why.
         pixels = self.vae.decode(z.nan_to_num(0, 0, 0), output_type="pt")

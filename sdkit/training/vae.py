@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object, reduce
+from accelerate.utils import reduce
 from PIL import Image
 from torch import Tensor, nn
 
@@ -30,9 +30,9 @@ from sdkit.models.discriminator import SMALLEST as DISCRIMINATOR_SMALLEST
 from sdkit.models.discriminator import Discriminator
 from sdkit.models.source import load_vae
 from sdkit.models.vae import DETERMINISTIC, VAE
-from sdkit.training import Player, Samples
+from sdkit.training import Player, Samples, go_on
 from sdkit.training.config import VAEConfig
-from sdkit.training.data import TrainingImages, identity_of, is_cache, my_share, noise_of, report_skipped, split
+from sdkit.training.data import TrainingImages, identity_of, is_cache, noise_of, report_skipped, shared, split
 from sdkit.training.loop import fit
 from sdkit.training.new import TRAINABLE, new_network
 
@@ -211,8 +211,7 @@ class VAEStage:
         Where the encoder trains, `latent_drift` is how far latents have moved from the starting VAE's: the root mean
         square, in the standard deviation that those have.
         """
-        mine = [(i, self._measured(i)) for i in my_share(len(self.held_out))]
-        found: list[Measured] = [one for _, one in sorted(gather_object(mine), key=lambda one: one[0])]
+        found = shared(len(self.held_out), self._measured)
         report_skipped(self.images.skipped | self.validation.skipped, Path(self.config.out_dir) / "skipped.json")
         average = _average([one.numbers for one in found])
         metrics = {key: value for key, value in average.items() if key in ("psnr", "ssim", "lpips")}
@@ -235,6 +234,7 @@ class VAEStage:
 
     def _measured(self, i: int) -> Measured:
         """What one held-out image tells."""
+        go_on()
         x = self.validation.load_held_out(self.held_out, i)[0][None].to(self.vae.device)
         # in float32, which `self.vae(x)` would not be in mixed precision
         y, mean, logvar, codes = VAE.forward(self.vae, x)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,8 @@ from sdkit.errors import ArgumentError, CacheError, DataError
 from sdkit.models.source import load_text, load_vae
 from sdkit.models.text import TextEncoder
 from sdkit.models.vae import VAE
-from sdkit.training import UNetConfig
-from sdkit.training.data import TrainingImages, my_share, noise_of, report_skipped, split
+from sdkit.training import StopSignals, UNetConfig, Unfinished, go_on
+from sdkit.training.data import TrainingImages, noise_of, report_skipped, shared, split
 from sdkit.training.latents import CachedLatents, ImageLatents, open_latents
 
 from . import tiny
@@ -127,7 +128,22 @@ class TestReport:
         assert file.stat().st_mtime_ns == before
 
     def test_one_process_does_all(self) -> None:
-        assert [*my_share(3)] == [0, 1, 2]
+        assert shared(3, lambda i: 10 * i) == [0, 10, 20]
+
+    @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP"])
+    def test_a_signal_ends_the_work_after_the_piece_at_hand(self, name: str) -> None:
+        done = []
+
+        def do(i: int) -> None:
+            if i == 2:
+                signal.raise_signal(getattr(signal, name))
+            go_on()  # as a stage asks between two passes of one piece
+            done.append(i)
+
+        with StopSignals() as stop, pytest.raises(Unfinished):
+            shared(5, do)
+        assert (done, stop.exit_code) == ([0, 1], 128 + getattr(signal, name))
+        assert shared(1, lambda i: i) == [0]  # nobody asks any more
 
 
 @dataclass(frozen=True)
