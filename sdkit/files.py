@@ -125,6 +125,17 @@ def status(path: str | Path) -> os.stat_result:
         raise _impossible(path) from error
 
 
+def check_name(path: str | Path) -> None:
+    """Raises `OSError` for a name that no file can have; whether there is one does not matter."""
+    try:
+        os.lstat(path)
+    except ValueError as error:
+        raise _impossible(path) from error
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise
+
+
 def open_regular(path: str | Path) -> BinaryIO:
     """Open a file to read its bytes. Raises `OSError`, also for a folder, and for a pipe or a device, which might never
     end."""

@@ -28,7 +28,7 @@ from PIL import Image
 from sdkit import __version__, images, latents, metrics
 from sdkit.arguments import strings, whole
 from sdkit.errors import ArgumentError, LatentError, SdkitError
-from sdkit.files import encodable, find, reason, status, utf8_name
+from sdkit.files import check_name, encodable, find, reason, status, utf8_name
 from sdkit.models.vae import VAE
 from sdkit.pipeline import StableDiffusion
 from sdkit.progress import progress
@@ -196,7 +196,7 @@ def read_prompts(path: str | Path) -> list[str]:
     try:
         data = sys.stdin.buffer.read(PROMPTS + 1) if str(path) == "-" else _read_prompts(path)
         if len(data) > PROMPTS:
-            raise ArgumentError(f"{path} is larger than {PROMPTS // 2**20} MiB, as no file of prompts is; check the name.")
+            raise ArgumentError(f"{path} is larger than {PROMPTS // 2**20} MiB: no file of prompts is; check the name.")
         lines = data.decode("utf-8-sig").splitlines()
     except OSError as error:
         raise ArgumentError(f"cannot read the prompts in {path}: {reason(error)}.") from error
@@ -213,7 +213,7 @@ def _read_prompts(path: str | Path) -> bytes:
         with Path(path).open("rb") as file:
             return file.read(PROMPTS + 1)
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # does not wait for somebody to open the other end
-    with open(descriptor, "rb") as pipe:
+    with os.fdopen(descriptor, "rb") as pipe:
         select.select([pipe], [], [], PATIENCE)
         os.set_blocking(descriptor, True)
         return pipe.read(PROMPTS + 1)  # at once, and nothing, where nobody has the other end
@@ -361,23 +361,11 @@ def _slug(prompt: str) -> str:
 def _check_writable(path: Path, *, is_file: bool = False) -> None:
     """Refuse a folder, or a file, now, not after the work, where nothing can be written into it."""
     try:
-        nearest = path if not is_file or not _exists(path) else path.parent
-        while not _exists(nearest):
-            nearest = nearest.parent
-        tempfile.TemporaryFile(dir=nearest).close()
+        check_name(path)
+        above = path.parents if is_file else (path, *path.parents)
+        tempfile.TemporaryFile(dir=next(folder for folder in above if folder.exists())).close()
     except OSError as error:
         raise SdkitError(f"cannot write into {path}: {reason(error)}; give another folder.") from error
-
-
-def _exists(path: Path) -> bool:
-    """Raises `OSError` where that cannot be known, and for a name that no file can have."""
-    try:
-        status(path)
-    except FileNotFoundError as error:
-        if isinstance(error.__cause__, ValueError) or path == path.parent:
-            raise
-        return False
-    return True
 
 
 def _targets(paths: Iterable[str | Path], suffixes: Collection[str], out: str | Path, ending: str) -> dict[Path, Path]:
