@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import hashlib
 import os
+import platform
+import re
 import secrets
 import shutil
 import stat
+import time
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -16,6 +20,11 @@ from typing import BinaryIO
 from sdkit.errors import SdkitError
 
 TEMPORARY = ".sdkit-"  # how names begin of what is being written: `find` skips them, and leftovers are known by it
+OWNER = re.compile(r"\.sdkit-(?:([0-9a-f]{8})-(\d+)-)?[0-9a-f]{16}(?:\..*)?", re.DOTALL)
+"""A whole temporary name; its groups are the host and the process that it belongs to, of which older versions wrote
+neither."""
+DAY = 24 * 60 * 60
+LONGEST_SUFFIX = 64  # bytes of a suffix that a temporary name keeps; longer ones name no format
 
 
 @contextlib.contextmanager
@@ -27,15 +36,17 @@ def atomic_write(path: str | Path, *, overwrite: bool = True) -> Iterator[Path]:
     An `OSError`, from here or from the body, is raised as a `SdkitError`; but with `overwrite=False` there is a
     `FileExistsError` where `path` is taken, be it by another process in the last moment.
     """
-    target = Path(os.path.realpath(path))  # replace the file that a link points to, not the link
-    temporary = beside(target, target.suffix)  # which tells writers the format
+    temporary = None
     try:
+        target = _resolved(path)  # replace the file that a link points to, not the link
         if not overwrite and os.path.lexists(path):
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
         if target.exists() and not target.is_file():
             raise SdkitError(f"cannot write {path}: it is {'a folder' if target.is_dir() else 'not a regular file'}.")
         with contextlib.suppress(FileExistsError):  # where it is no folder, the writing below says so
             target.parent.mkdir(parents=True)
+        remove_abandoned(target.parent)
+        temporary = beside(target, target.suffix)  # which tells writers the format
         yield temporary
         sync(temporary)
         (Path.replace if overwrite else _claim)(temporary, target)
@@ -45,8 +56,21 @@ def atomic_write(path: str | Path, *, overwrite: bool = True) -> Iterator[Path]:
             raise
         raise SdkitError(f"cannot write {path}: {reason(error)}.") from error
     finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+        if temporary:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+
+
+def _resolved(path: str | Path) -> Path:
+    """`path` with its links followed. Raises `OSError`, also for a name that no file can have."""
+    try:
+        return Path(os.path.realpath(path))
+    except ValueError as error:
+        raise _impossible(path) from error
+
+
+def _impossible(path: str | Path) -> OSError:
+    return FileNotFoundError(errno.ENOENT, "no file can have this name", str(path))
 
 
 def _claim(temporary: Path, target: Path) -> None:
@@ -66,7 +90,18 @@ def _claim(temporary: Path, target: Path) -> None:
 
 def beside(path: Path, suffix: str = "") -> Path:
     """A temporary name beside `path`, of this process alone."""
-    return path.parent / f"{TEMPORARY}{secrets.token_hex(8)}{suffix}"
+    kept = suffix if len(os.fsencode(suffix)) <= LONGEST_SUFFIX else ""
+    return path.parent / f"{TEMPORARY}{_host()}-{os.getpid()}-{secrets.token_hex(8)}{kept}"
+
+
+@functools.cache
+def _host() -> str:
+    """Eight hexadecimal digits for the system whose process numbers these are: a container has its own."""
+    try:
+        processes = os.readlink("/proc/self/ns/pid")  # noqa: PTH115 - no path: "pid:[4026531836]"
+    except OSError:
+        processes = ""
+    return hashlib.sha256(f"{platform.node()} {processes}".encode(errors="replace")).hexdigest()[:8]
 
 
 def sync(path: Path) -> None:
@@ -87,7 +122,18 @@ def status(path: str | Path) -> os.stat_result:
     try:
         return Path(path).stat()
     except ValueError as error:
-        raise FileNotFoundError(errno.ENOENT, "no file can have this name", str(path)) from error
+        raise _impossible(path) from error
+
+
+def check_name(path: str | Path) -> None:
+    """Raises `OSError` for a name that no file can have; whether there is one does not matter."""
+    try:
+        os.lstat(path)
+    except ValueError as error:
+        raise _impossible(path) from error
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise
 
 
 def open_regular(path: str | Path) -> BinaryIO:
@@ -112,13 +158,53 @@ def read_regular(path: str | Path, largest: int) -> bytes:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what processes that were killed were writing in `folder`."""
+    """Remove all temporary files in `folder`, which the caller must have locked: no living process writes there."""
     for left in folder.glob(f"{TEMPORARY}*"):
-        shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
+        _remove(left)
+
+
+@functools.cache
+def remove_abandoned(folder: Path) -> None:
+    """Remove, once in a process, what killed processes were writing in `folder`, where others may be writing now.
+
+    A temporary file goes if its process is known to be gone, or, where that cannot be known (it ran on another
+    computer), if nobody has written to it for a day.
+    """
+    with contextlib.suppress(OSError):  # a folder that may be written to, but not listed
+        with os.scandir(folder) as inside:
+            names = [entry.name for entry in inside if entry.name.startswith(TEMPORARY)]
+        for name in names:
+            if _is_abandoned(folder / name):
+                _remove(folder / name)
+
+
+def _is_abandoned(path: Path) -> bool:
+    owner = OWNER.fullmatch(path.name)
+    if not owner:
+        return False
+    if owner[1] == _host() and os.name == "posix":  # elsewhere, to ask for a process may end it
+        try:
+            os.kill(int(owner[2]), 0)
+        except (ProcessLookupError, OverflowError):
+            return True
+        except OSError:  # it lives, but belongs to somebody else
+            pass
+        return False
+    try:
+        return time.time() - path.lstat().st_mtime > DAY
+    except OSError:
+        return False
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def sha256(path: Path) -> str:
-    """Checksum of a file, in hexadecimal. Raises `OSError`."""
+    """Checksum of a regular file, in hexadecimal. Raises `OSError`."""
     digest = hashlib.sha256()
     with open_regular(path) as file:
         while block := file.read(1 << 20):
@@ -153,7 +239,7 @@ def find(paths: Iterable[str | Path], suffixes: Collection[str]) -> list[Path]:
 def _expand(path: Path, suffixes: Collection[str]) -> list[Path]:
     try:
         if not path.is_dir():
-            if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe or a device might never end
+            if not stat.S_ISREG(status(path).st_mode):  # opening a pipe or a device might never end
                 raise SdkitError(f"{path} is neither a regular file nor a folder; name one.")
             return [path]
         unreadable: list[OSError] = []
@@ -178,3 +264,9 @@ def expanded(path: str | os.PathLike[str]) -> Path:
 def encodable(text: str) -> str:
     """`text` with "?" for what UTF-8 cannot hold: lone surrogates, which stand for undecodable bytes of file names."""
     return text.encode(errors="replace").decode()
+
+
+def utf8_name(name: str) -> str:
+    """A file name whose bytes are UTF-8, whatever the system's encoding: as other systems show it, and as safetensors
+    can open it. U+FFFD stands for bytes that are something else."""
+    return os.fsdecode(os.fsencode(name).decode(errors="replace").encode())

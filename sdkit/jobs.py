@@ -11,6 +11,8 @@ import contextlib
 import itertools
 import os
 import re
+import select
+import stat
 import sys
 import tempfile
 from collections import Counter
@@ -26,12 +28,14 @@ from PIL import Image
 from sdkit import __version__, images, latents, metrics
 from sdkit.arguments import strings, whole
 from sdkit.errors import ArgumentError, LatentError, SdkitError
-from sdkit.files import encodable, find, reason
+from sdkit.files import check_name, encodable, find, reason, status, utf8_name
 from sdkit.models.vae import VAE
 from sdkit.pipeline import StableDiffusion
 from sdkit.progress import progress
 from sdkit.recipe import Recipe
 
+PROMPTS = 64 * 2**20  # bytes of the largest file of prompts
+PATIENCE = 5  # seconds in which whoever is to write to a named pipe has begun
 PIXELS_HELD = 2048 * 2048  # of input read before they go through a network: about 50 MB in float32
 
 T = TypeVar("T")
@@ -109,7 +113,7 @@ def encode_files(
             latent = latents.Latent(
                 z=z, height=image.height, width=image.width, vae=vae.identity, vae_name=vae.name, scale=vae.scale,
                 shift=vae.shift, factor=vae.factor, dtype=str(vae.dtype).removeprefix("torch."), sdkit=__version__,
-                source=source.name,
+                source=os.fsencode(source.name).decode(errors="replace"),
             )  # fmt: skip
             latents.save(latent, targets[source])
             report.add(targets[source])
@@ -130,7 +134,7 @@ def decode_files(
 
     def load(path: Path) -> latents.Latent:
         latent = latents.load(path)
-        latents.check_vae(latent, vae.identity, force)
+        latents.check_vae(latent, vae.identity, force, scale=vae.scale, shift=vae.shift)
         if (len(latent.z), latent.factor) != (vae.channels, vae.factor):
             raise LatentError(f"{len(latent.z)} channels of factor {latent.factor} do not fit this VAE; use another.")
         return latent
@@ -183,11 +187,16 @@ def mean_scores(done: Sequence[Reconstruction]) -> tuple[float | None, float | N
 
 
 def read_prompts(path: str | Path) -> list[str]:
-    """The prompts in a UTF-8 file ("-": standard input), one a line; empty lines and # comments are skipped."""
+    """The prompts in a UTF-8 file ("-": standard input), one a line; empty lines and # comments are skipped.
+
+    A pipe will do, if somebody is writing to it or begins to within seconds.
+    """
     if str(path) == "-" and sys.stdin is None:
         raise ArgumentError("there is no standard input to read prompts from; name a file of them.")
     try:
-        data = sys.stdin.buffer.read() if str(path) == "-" else Path(path).read_bytes()
+        data = sys.stdin.buffer.read(PROMPTS + 1) if str(path) == "-" else _read_prompts(path)
+        if len(data) > PROMPTS:
+            raise ArgumentError(f"{path} is larger than {PROMPTS // 2**20} MiB: no file of prompts is; check the name.")
         lines = data.decode("utf-8-sig").splitlines()
     except OSError as error:
         raise ArgumentError(f"cannot read the prompts in {path}: {reason(error)}.") from error
@@ -197,6 +206,17 @@ def read_prompts(path: str | Path) -> list[str]:
     if not prompts:
         raise ArgumentError(f"there is no prompt in {path}; write one a line.")
     return prompts
+
+
+def _read_prompts(path: str | Path) -> bytes:
+    if not stat.S_ISFIFO(status(path).st_mode):
+        with Path(path).open("rb") as file:
+            return file.read(PROMPTS + 1)
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # does not wait for somebody to open the other end
+    with os.fdopen(descriptor, "rb") as pipe:
+        select.select([pipe], [], [], PATIENCE)
+        os.set_blocking(descriptor, True)
+        return pipe.read(PROMPTS + 1)  # at once, and nothing, where nobody has the other end
 
 
 def check_generation(
@@ -209,7 +229,7 @@ def check_generation(
         whole("batch_size", batch_size, 1)
     if _is_image_name(Path(out)) and (Path(out).suffix.lower() != ".png" or n > 1):
         raise ArgumentError(f"{out} cannot hold {n} PNG image(s); give a folder, or a .png for a single image.")
-    _check_writable(Path(out).parent if _is_image_name(Path(out)) else Path(out))
+    _check_writable(Path(out), is_file=_is_image_name(Path(out)))
     return n
 
 
@@ -236,6 +256,7 @@ def generate_files(
     at_once = batch_size or sd.images_at_once(recipe.height or side, recipe.width or side)
     wanted = ((prompt, recipe.seed + r * count + c) for r, prompt in enumerate(prompts) for c in range(count))
     batches = iter(lambda: list(itertools.islice(wanted, at_once)), [])
+    numbers = _numbers(Path(out))
     made: dict[str, Image.Image] = {}  # by caption
     for batch in progress(batches, total=-(-n // at_once), description="generate"):
         for (prompt, seed), image in zip(batch, _generate(sd, batch, recipe), strict=True):
@@ -244,12 +265,12 @@ def generate_files(
                 scale=sd.guidance_scale if recipe.scale is None else recipe.scale,
                 spacing=recipe.spacing or sd.schedule.timestep_spacing, dtype=str(sd.unet.dtype).removeprefix("torch."),
             )  # fmt: skip
-            report.add(_save(image, Path(out), f"{_slug(prompt)}-{seed}", one.text()))
+            report.add(_save(image, Path(out), f"{_slug(prompt)}-{seed}", numbers, one.text()))
             made |= {f"seed {seed}: {prompt}": image} if grid else {}
     if grid:
         sheet = images.grid([*made.values()], count if count > 1 else None, padding=6, captions=[*made])
         beside = Path(out).with_stem(f"{Path(out).stem}-grid") if _is_image_name(Path(out)) else Path(out)
-        report.add(_save(sheet, beside, "grid"))
+        report.add(_save(sheet, beside, "grid", numbers))
     return report.done
 
 
@@ -301,33 +322,48 @@ def demo_files(
 
 
 def _is_image_name(out: Path) -> bool:
-    return out.suffix.lower() in images.FORMATS and not out.is_dir()
+    return out.suffix.lower() in images.FORMATS and not os.path.isdir(out)  # noqa: PTH112 - pathlib's may raise
 
 
-def _save(image: Image.Image, out: Path, stem: str, text: Mapping[str, str] | None = None) -> Path:
-    """Write a PNG to `out`, or where that is a folder below the next number that no file in it has; its path."""
+def _save(
+    image: Image.Image, out: Path, stem: str, numbers: Iterable[int], text: Mapping[str, str] | None = None
+) -> Path:
+    """Write a PNG to `out`, or where that is a folder below the first of `numbers` that is free; its path."""
     if _is_image_name(out):
         images.save(image, out, text)
         return out
-    while True:
-        names = [file.name for file in out.iterdir()] if out.is_dir() else []
-        last = max((int(match[1]) for name in names if (match := re.match(r"(\d{4,})-", name))), default=0)
-        path = out / f"{last + 1:04d}-{stem}.png"
+    for number in numbers:
+        path = out / f"{number:04d}-{stem}.png"
         with contextlib.suppress(FileExistsError):  # another run took the name meanwhile
             images.save(image, path, text, overwrite=False)
             return path
+    raise AssertionError("there are always more numbers")
+
+
+def _numbers(folder: Path) -> Iterator[int]:
+    """Numbers for files, each above those of all files in `folder`: of those that were there when it was drawn, or in a
+    folder that cannot be listed of those that were drawn before."""
+    last = 0
+    while True:
+        with contextlib.suppress(OSError):
+            found = (re.match(r"(\d{4,})-", file.name, re.ASCII) for file in folder.iterdir())
+            last = max(last, *(int(match[1]) for match in found if match), 0)
+        last += 1
+        yield last
 
 
 def _slug(prompt: str) -> str:
     """A prompt's letters and digits, as a part of a file name of at most 160 bytes."""
-    return re.sub(r"[\W_]+", "-", encodable(prompt).lower())[:40].strip("-") or "image"
+    slug = re.sub(r"[\W_]+", "-", encodable(prompt).lower())[:40].strip("-") or "image"
+    return os.fsdecode(slug.encode())  # in UTF-8, too, where the system has another encoding for names
 
 
-def _check_writable(path: Path) -> None:
-    """Refuse a folder now, not after the work, where nothing can be written into it."""
+def _check_writable(path: Path, *, is_file: bool = False) -> None:
+    """Refuse a folder, or a file, now, not after the work, where nothing can be written into it."""
     try:
-        nearest = next(folder for folder in (path, *path.parents) if folder.exists())
-        tempfile.TemporaryFile(dir=nearest).close()
+        check_name(path)
+        above = path.parents if is_file else (path, *path.parents)
+        tempfile.TemporaryFile(dir=next(folder for folder in above if folder.exists())).close()
     except OSError as error:
         raise SdkitError(f"cannot write into {path}: {reason(error)}; give another folder.") from error
 
@@ -348,7 +384,7 @@ def _targets(paths: Iterable[str | Path], suffixes: Collection[str], out: str | 
     targets = {}
     for source, path in below.items():
         stem = path.with_name(path.stem if shared[str(path.with_suffix("")).casefold()] == 1 else path.name)
-        name = os.fsencode(stem).decode(errors="replace")  # safetensors opens no file whose name is not UTF-8
+        name = utf8_name(str(stem))  # safetensors opens no file whose name is not UTF-8
         tries = (folder / f"{name}{f'-{n}' if n else ''}{ending}" for n in itertools.count())
         targets[source] = next(target for target in tries if os.path.realpath(target).casefold() not in taken)
         taken.add(os.path.realpath(targets[source]).casefold())

@@ -18,26 +18,34 @@ computed in, and these metadata, all strings:
 from __future__ import annotations
 
 import math
-import os
-import stat
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from sdkit import tensor_files
 from sdkit.errors import LatentError
 from sdkit.files import atomic_write, encodable, reason
+from sdkit.messages import clean
 
 FORMAT = "sdkit.latent"
 FORMAT_VERSION = 1
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+LARGEST = 2**31
+"""Bytes of the largest latent file that is read."""
+
+
+def _whole(text: str) -> int:
+    if not (text.isascii() and text.isdigit()):
+        raise ValueError(f"{clean(text)!r} is no whole number")
+    return int(text)
+
+
 PARSERS: dict[str, Callable[[str], Any]] = {
-    **dict.fromkeys(("height", "width", "factor"), int),
+    **dict.fromkeys(("height", "width", "factor"), _whole),
     **dict.fromkeys(("scale", "shift"), float),
     **dict.fromkeys(("vae", "vae_name", "dtype", "sdkit"), str),
 }
@@ -91,7 +99,7 @@ def save(latent: Latent, path: str | Path) -> None:
     metadata |= {"format": FORMAT, "format_version": str(FORMAT_VERSION)}
     if latent.source is not None:
         metadata["source"] = encodable(latent.source)
-    data = safetensors.torch.save({"z": latent.z.detach().cpu().contiguous()}, metadata)
+    data = tensor_files.encoded({"z": latent.z}, metadata)
     with atomic_write(path) as temporary:
         temporary.write_bytes(data)
 
@@ -99,34 +107,43 @@ def save(latent: Latent, path: str | Path) -> None:
 def load(path: str | Path) -> Latent:
     """Read a latent file; `z` is on the CPU. Raises `LatentError` for what is no whole latent file of this version."""
     try:
-        mode = Path(path).stat().st_mode
-        if stat.S_ISDIR(mode):
-            os.scandir(path).close()  # tells where it is the permission that is missing
-        if not stat.S_ISREG(mode):
-            raise LatentError("this is not a file; give a latent file.")
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT:
-                raise LatentError("this is not a latent file of sdkit; sdkit encode makes them.")
-            if int(metadata["format_version"]) > FORMAT_VERSION:
-                raise LatentError("this was written by a newer version of sdkit; update sdkit to read it.")
-            z = file.get_tensor("z").clone()  # a copy: the file may change or go
-        fields = {name: parse(metadata[name]) for name, parse in PARSERS.items()}
-        return Latent(z=z, **fields, source=metadata.get("source"))
-    except LatentError as error:
-        raise LatentError(f"{path}: {error}") from None
+        tensors, metadata = tensor_files.read(Path(path), LARGEST)
     except OSError as error:
         raise LatentError(f"{path}: the file cannot be read ({reason(error)}); check the name.") from error
-    except SafetensorError as error:
-        raise LatentError(f"{path}: this is not a whole safetensors file ({error}); encode the image again.") from error
+    except ValueError as error:
+        raise LatentError(f"{path}: this {error}; encode the image again.") from error
+    try:
+        if metadata.get("format") != FORMAT:
+            raise LatentError("this is not a latent file of sdkit; sdkit encode makes them.")
+        if _whole(metadata["format_version"]) > FORMAT_VERSION:
+            raise LatentError("this was written by a newer version of sdkit; update sdkit to read it.")
+        if "z" not in tensors:
+            raise LatentError("there is no z in it, which is not a whole latent file; encode the image again.")
+        fields = {name: parse(metadata[name]) for name, parse in PARSERS.items()}
+        return Latent(z=tensors["z"], **fields, source=metadata.get("source"))
+    except LatentError as error:
+        raise LatentError(f"{path}: {error}") from None
     except (KeyError, ValueError) as error:
         raise LatentError(f"{path}: its metadata are damaged ({error}); encode the image again.") from error
 
 
-def check_vae(latent: Latent, identity: str, force: bool = False) -> None:
-    """Raise `LatentError` where the VAE with this identity hash did not make the latent, unless `force`."""
-    if latent.vae != identity and not force:
+def check_vae(
+    latent: Latent, identity: str, force: bool = False, *, scale: float | None = None, shift: float | None = None
+) -> None:
+    """Raise `LatentError` where the VAE with this identity hash did not make the latent, unless `force`.
+
+    scale, shift: of that VAE. As the identity covers both, a latent that has the one and not the others is damaged.
+    """
+    if force:
+        return
+    if latent.vae != identity:
         raise LatentError(
-            f"the latent was made by another VAE ({latent.vae_name}, {latent.vae[:12]}) than this one "
+            f"the latent was made by another VAE ({clean(latent.vae_name)}, {latent.vae[:12]}) than this one "
             f"({identity[:12]}); decode it with that VAE, or force it."
         )
+    for name, own, wanted in (("scale", latent.scale, scale), ("shift", latent.shift, shift)):
+        if wanted is not None and not math.isclose(own, wanted, rel_tol=1e-5, abs_tol=1e-9):
+            raise LatentError(
+                f"the latent says {name} {own:g}, but the VAE that it names has {wanted:g}: its metadata are damaged; "
+                "encode the image again, or force it."
+            )

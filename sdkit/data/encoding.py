@@ -28,11 +28,12 @@ from sdkit.data import manifest as manifests
 from sdkit.data.examples import Example, Examples, Stream, open_examples
 from sdkit.data.latent_cache import damaged_files
 from sdkit.data.manifest import Manifest, Settings, Shard, Skipped, difference
-from sdkit.data.shards import ShardEncoder, header_of, save, shard_file
+from sdkit.data.shard_file import ShardFile, save, shard_file
+from sdkit.data.shards import ShardEncoder
 from sdkit.data.transform import Transform, sides
 from sdkit.device import resolve_device, resolve_dtype
 from sdkit.errors import ArgumentError, CacheError, DataError, SdkitError
-from sdkit.files import TEMPORARY, expanded, reason, remove_leftovers, sha256
+from sdkit.files import TEMPORARY, check_name, encodable, expanded, reason, remove_leftovers, sha256
 from sdkit.models.source import Source, describe
 from sdkit.models.text import TextEncoder
 from sdkit.models.vae import VAE
@@ -108,7 +109,9 @@ def cache(
         augmentations=augmentations, seed=seed, dtype=str(vae.dtype).removeprefix("torch."), data=examples.identity,
         shard_size=shard_size,
     )  # fmt: skip
-    manifest = Manifest(settings=settings, sdkit=__version__, model=str(model), source=os.fspath(data))
+    manifest = Manifest(
+        settings=settings, sdkit=__version__, model=encodable(str(model)), source=encodable(os.fspath(data))
+    )
     with contextlib.ExitStack() as held:
         with processes.main_process_first():
             if _damaged(folder, manifest, processes.is_main_process) == []:
@@ -119,21 +122,23 @@ def cache(
                 if damaged == []:
                     return folder
                 for file in damaged or ():  # they are made anew
-                    (folder / file).unlink(missing_ok=True)
+                    _delete(folder / file)
                 manifest.write(folder)  # an unfinished one, so that what was begun is known for what it is
-        number = 0
         pool = held.enter_context(ThreadPoolExecutor(workers))
         encoder = ShardEncoder(vae, text, transform, settings, pool, batch_size)
-        for number, rows in _shards(examples, shard_size):
+        shards = _Shards(examples, shard_size)
+        for number, count, rows in shards:
             path = folder / shard_file(number)
-            if number % processes.num_processes == processes.process_index and header_of(path, settings) is None:
+            if number % processes.num_processes != processes.process_index:
+                continue
+            if not encoder.made(path, number * shard_size, count):
                 shown = progress(rows, description=f"shard {number + 1}") if processes.is_main_process else rows
                 save(path, *encoder.shard(shown), settings)
-        if processes.is_main_process and header_of(folder / EMPTY, settings) is None:
+        if processes.is_main_process and not encoder.made(folder / EMPTY, prompt_only=True):
             save(folder / EMPTY, encoder.prompts([""]), [], settings)
         processes.wait_for_everyone()
         if processes.is_main_process:
-            _finish(folder, manifest, number + 1)
+            _finish(folder, manifest, shards.total)
         processes.wait_for_everyone()
     return folder
 
@@ -151,7 +156,12 @@ def own_size(model: Source) -> tuple[int, int]:
 def _folder(out: str | os.PathLike[str]) -> Path:
     if not isinstance(out, (str, os.PathLike)) or not os.fspath(out):
         raise ArgumentError(f"out must be the folder to write the cache to, not {out!r}.")
-    return expanded(out)
+    folder = expanded(out)
+    try:
+        check_name(folder)
+    except OSError as error:
+        raise ArgumentError(f"cannot write {folder}: {reason(error)}; name another folder.") from error
+    return folder
 
 
 def _processes() -> Any:
@@ -198,55 +208,91 @@ def _alone_in(folder: Path) -> Iterator[None]:
     lock = filelock.FileLock(folder / LOCK, timeout=0)
     try:
         lock.acquire()
+        remove_leftovers(folder)
     except filelock.Timeout as error:
         raise CacheError(f"another process makes the cache {folder}; wait for it, or name another folder.") from error
     except OSError as error:
+        lock.release()
         raise CacheError(f"cannot write {folder}: {reason(error)}; name another folder.") from error
     try:
-        remove_leftovers(folder)
         yield
     finally:
         lock.release()
 
 
-def _shards(examples: Examples | Stream, size: int) -> Iterator[tuple[int, Iterable[tuple[int, Example]]]]:
-    """(number, numbered examples) of each shard; those of a shard that nobody iterates over are not read."""
-    if isinstance(examples, Examples):
-        for number, start in enumerate(range(0, len(examples), size)):
-            indices = range(start, min(start + size, len(examples)))
-            yield number, ((i, examples[i]) for i in indices)
-        return
-    rows = enumerate(examples)
-    for number in count():
-        first = next(rows, None)
-        if first is None:
-            if number == 0:
-                raise DataError(f"there is no row in {examples.source}; name other data.")
+def _delete(path: Path) -> None:
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise CacheError(f"cannot delete {path}, which is damaged: {reason(error)}; delete it yourself.") from error
+
+
+class _Shards:
+    """Iterates over (number, how many examples it has, they themselves with their numbers) of each shard.
+
+    The examples of a shard that nobody iterates over are not read; but a stream has to be, and does not say how many
+    there will be (None). `total`: how many examples there are, of a stream so far.
+    """
+
+    def __init__(self, examples: Examples | Stream, size: int) -> None:
+        self.examples, self.size = examples, size
+        self.total = len(examples) if isinstance(examples, Examples) else 0
+
+    def __iter__(self) -> Iterator[tuple[int, int | None, Iterable[tuple[int, Example]]]]:
+        if isinstance(self.examples, Examples):
+            examples = self.examples
+            for number, start in enumerate(range(0, self.total, self.size)):
+                indices = range(start, min(start + self.size, self.total))
+                yield number, len(indices), ((i, examples[i]) for i in indices)
             return
-        shard = chain([first], islice(rows, size - 1))
-        yield number, shard
-        deque(shard, maxlen=0)
+        rows = self._counted(self.examples)
+        for number in count():
+            first = next(rows, None)
+            if first is None:
+                if number == 0:
+                    raise DataError(f"there is no row in {self.examples.source}; name other data.")
+                return
+            shard = chain([first], islice(rows, self.size - 1))
+            yield number, None, shard
+            deque(shard, maxlen=0)
+
+    def _counted(self, stream: Stream) -> Iterator[tuple[int, Example]]:
+        for example in stream:
+            self.total += 1
+            yield self.total - 1, example
 
 
-def _finish(folder: Path, manifest: Manifest, shards: int) -> None:
-    """Write the complete manifest."""
-    files = [shard_file(number) for number in range(shards)]
-    headers = [header_of(folder / file, manifest.settings) or {} for file in [*files, EMPTY]]
-    if not all(headers):
-        raise SdkitError(f"a file of the cache {folder} vanished while it was made; run the same command again.")
-    entries = [
-        Shard(file=file, items=header["items"], bytes=(folder / file).stat().st_size, sha256=sha256(folder / file))
-        for file, header in zip([*files, EMPTY], headers, strict=True)
-    ]
-    skipped = tuple(Skipped(**one) for header in headers for one in header["skipped"])
-    images = sum(header["images"] for header in headers)
+def _finish(folder: Path, manifest: Manifest, total: int) -> None:
+    """Write the complete manifest of a cache of `total` examples."""
+    shard_size = manifest.settings.shard_size
+    entries: list[Shard] = []
+    skipped: list[Skipped] = []
+    for number, start in enumerate(range(0, total, shard_size)):
+        entry, shard = _entry(folder, shard_file(number), manifest.settings)
+        if shard.examples != min(shard_size, total - start):  # of a stream it is only now that this is known
+            _delete(folder / entry.file)
+            raise CacheError(f"{folder / entry.file} lacked images and is deleted; run the same command again.")
+        entries.append(entry)
+        skipped += shard.skipped
+    images = total - len(skipped)
     if not images:
         raise DataError(
             f"none of the {len(skipped)} images in {manifest.source} can be used; the first, {skipped[0].name}: "
             f"{skipped[0].reason}"
         )
     replace(
-        manifest, complete=True, examples=images + len(skipped), images=images,
-        items=sum(header["items"] for header in headers), skipped=skipped, shards=tuple(entries[:-1]),
-        empty=entries[-1],
+        manifest, complete=True, examples=total, images=images, items=sum(entry.items for entry in entries),
+        skipped=tuple(skipped), shards=tuple(entries), empty=_entry(folder, EMPTY, manifest.settings)[0],
     ).write(folder)  # fmt: skip
+
+
+def _entry(folder: Path, file: str, settings: Settings) -> tuple[Shard, ShardFile]:
+    path = folder / file
+    try:
+        shard = ShardFile(path, settings, prompt_only=file == EMPTY)
+        items = shard.images * settings.augmentations
+        return Shard(file=file, items=items, bytes=path.stat().st_size, sha256=sha256(path)), shard
+    except (OSError, ValueError) as error:
+        raise SdkitError(
+            f"{file} of the cache {folder} vanished while it was made; run the same command again."
+        ) from error

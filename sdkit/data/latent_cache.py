@@ -10,13 +10,13 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, TypedDict
 
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sdkit.data.manifest import Manifest, Shard, difference
+from sdkit.data.shard_file import ShardFile, unreadable
 from sdkit.data.transform import Transform
 from sdkit.errors import CacheError
-from sdkit.files import expanded, sha256
+from sdkit.files import expanded, sha256, status
 
 AGAIN = "run the same sdkit cache command again, which makes what is missing"
 
@@ -56,7 +56,8 @@ class LatentCache:
                 f"{AGAIN}."
             )
         self._ends = list(accumulate(shard.items for shard in self.manifest.shards))
-        self._opened: dict[str, _Mapped] = {}
+        self._opened: dict[str, ShardFile] = {}
+        self._lengths: dict[str, int] = {}  # of the axes that depend on the networks, once a shard was opened
 
     def __reduce__(self) -> tuple[type[LatentCache], tuple[Path]]:
         return LatentCache, (self.path,)  # mapped files do not travel to other processes
@@ -69,16 +70,21 @@ class LatentCache:
             raise IndexError(f"there is no item {i} among {len(self)}.")
         i %= len(self)
         number = bisect.bisect_right(self._ends, i)
-        shard = self._shard(self.manifest.shards[number])
+        one = self.manifest.shards[number]
         row, augmentation = divmod(i - (self._ends[number - 1] if number else 0), self.manifest.settings.augmentations)
-        return {
-            "mean": shard.get("mean", row, augmentation).float(),
-            "logvar": shard.get("logvar", row, augmentation).float(),
-            "name": bytes(shard.ragged("names", row).tolist()).decode(),
-            "index": int(shard.get("index", row)),
-            "augmentation": augmentation,
-            **self._prompt(shard, row),
-        }
+        with _told(self.path / one.file):
+            shard = self._shard(one)
+            index = int(shard.get("index", row))
+            if index >= self.manifest.examples:
+                raise ValueError("is damaged: it holds examples that belong elsewhere")
+            return {
+                "mean": shard.get("mean", row, augmentation).float(),
+                "logvar": shard.get("logvar", row, augmentation).float(),
+                "name": shard.name(row),
+                "index": index,
+                "augmentation": augmentation,
+                **_prompt(shard, row),
+            }
 
     def __iter__(self) -> Iterator[Item]:
         return (self[i] for i in range(len(self)))
@@ -87,24 +93,29 @@ class LatentCache:
     def empty(self) -> Prompt:
         """The empty prompt, in one chunk: what dropped captions become."""
         assert self.manifest.empty  # of every complete manifest
-        return self._prompt(self._shard(self.manifest.empty), 0)
+        with _told(self.path / self.manifest.empty.file):
+            return _prompt(self._shard(self.manifest.empty), 0)
 
     def check_model(
         self,
         *,
         vae: str | None = None,
         scale: float | None = None,
+        shift: float | None = None,
+        factor: int | None = None,
         tokenizer: str | None = None,
         text: str | None = None,
         transform: Transform | None = None,
     ) -> None:
         """Raise `CacheError` where the cache was not made for what a run is to train; None is not compared.
 
-        vae, scale: of the `VAE`: its `identity` and `scale`. tokenizer, text: see `sdkit.data.manifest`; `text` matters
-            to a cache with embeddings only. transform: as the run would do it.
+        vae, scale, shift, factor: of the `VAE`: its `identity`, and so on. tokenizer, text: see `sdkit.data.manifest`;
+            `text` matters to a cache with embeddings only. transform: as the run would do it.
         """
         made = self.manifest.settings
-        wanted: dict[str, Any] = {"vae": vae, "scale": scale, "tokenizer": tokenizer}
+        wanted: dict[str, Any] = {
+            "vae": vae, "scale": scale, "shift": shift, "factor": factor, "tokenizer": tokenizer,
+        }  # fmt: skip
         wanted["text"] = text if made.embeddings else None
         if transform:
             wanted |= {"size": transform.size, "crop": transform.crop, "flip": transform.flip}
@@ -122,58 +133,56 @@ class LatentCache:
                 f"{'are' if len(damaged) > 1 else 'is'} damaged (wrong checksum); delete that, then {AGAIN}."
             )
 
-    def _shard(self, shard: Shard) -> _Mapped:
-        if shard.file not in self._opened:
-            self._opened[shard.file] = _Mapped(self.path / shard.file)
-        return self._opened[shard.file]
+    def _shard(self, one: Shard) -> ShardFile:
+        if one.file not in self._opened:
+            made, is_prompt = self.manifest.settings, one == self.manifest.empty
+            shard = ShardFile(self.path / one.file, made, self._lengths, prompt_only=is_prompt)
+            if shard.images * made.augmentations != one.items:
+                raise ValueError("holds another number of images than the manifest says")
+            self._lengths |= {axis: shard.lengths[axis] for axis in "CLD" if axis in shard.lengths}
+            self._opened[one.file] = shard
+        return self._opened[one.file]
 
-    def _prompt(self, shard: _Mapped, row: int) -> Prompt:
-        embeddings = shard.ragged("embeddings", row, "ids").flatten(0, 1).float() if shard.has("embeddings") else None
-        return {"ids": shard.ragged("ids", row).long(), "embeddings": embeddings}
+
+def _prompt(shard: ShardFile, row: int) -> Prompt:
+    embeddings = shard.ragged("embeddings", row, "ids").flatten(0, 1).float() if shard.has("embeddings") else None
+    return {"ids": shard.ragged("ids", row).long(), "embeddings": embeddings}
 
 
-class _Mapped:
-    """A memory-mapped safetensors file."""
-
-    def __init__(self, path: Path) -> None:
-        try:
-            file: Any = safe_open(path, framework="pt")
-        except (OSError, SafetensorError) as error:
-            raise CacheError(f"cannot read {path} ({error}); delete it, then {AGAIN}.") from error
-        self._tensors = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
-
-    def has(self, name: str) -> bool:
-        return name in self._tensors
-
-    def get(self, name: str, *at: int) -> Tensor:
-        """A copy of one entry of a tensor: the rest of it is not touched."""
-        part: Tensor = self._tensors[name][at]
-        return part.clone()
-
-    def ragged(self, name: str, row: int, ends: str | None = None) -> Tensor:
-        """A copy of the entries of a tensor that belong to `row`, of which each row has its own number."""
-        limits = self._tensors[f"{ends or name}_ends"]
-        start = int(limits[row - 1]) if row else 0
-        part: Tensor = self._tensors[name][start : int(limits[row])]
-        return part.clone()
+@contextlib.contextmanager
+def _told(path: Path) -> Iterator[None]:
+    """Raise `CacheError` for what is wrong with the file of a cache."""
+    try:
+        yield
+    except OSError as error:
+        raise unreadable(path, error) from error
+    except ValueError as error:
+        raise CacheError(f"{path} {error}; delete it, then {AGAIN}.") from error
 
 
 def missing_files(folder: Path, manifest: Manifest) -> list[Shard]:
-    """Files of the manifest that are not there, or not of their size."""
+    """Files of the manifest that are not there, or not of their size. Raises `CacheError` where that cannot be told."""
 
     def whole(one: Shard) -> bool:
-        path = folder / one.file
-        return path.is_file() and path.stat().st_size == one.bytes
+        try:
+            return status(folder / one.file).st_size == one.bytes
+        except FileNotFoundError:
+            return False
+        except OSError as error:
+            raise unreadable(folder / one.file, error) from error
 
     return [one for one in manifest.files if not whole(one)]
 
 
 def damaged_files(folder: Path, manifest: Manifest) -> list[str]:
-    """Names of the manifest's files whose checksums are wrong, or that cannot be read."""
+    """Names of the manifest's files that are missing, or whose checksums are wrong. Raises `CacheError` for one that
+    cannot be read."""
+    missing = missing_files(folder, manifest)
 
     def whole(one: Shard) -> bool:
-        with contextlib.suppress(OSError):
+        try:
             return sha256(folder / one.file) == one.sha256
-        return False
+        except OSError as error:
+            raise unreadable(folder / one.file, error) from error
 
-    return [one.file for one in manifest.files if not whole(one)]
+    return [one.file for one in manifest.files if one in missing or not whole(one)]

@@ -4,20 +4,30 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from types import NoneType
+from typing import Any, TypeVar
 
 from torch import nn
 
 from sdkit.errors import CacheError
 from sdkit.files import atomic_write, reason
+from sdkit.messages import clean
 from sdkit.models.text import TextEncoder
 from sdkit.models.wrapper import fingerprint
+from sdkit.strict_json import read_object, require
 
 NAME = "manifest.json"
 FORMAT = "sdkit.cache"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""Since version 2 the manifest has a checksum of itself."""
+LARGEST = 2**29
+"""Bytes of the largest manifest that is read: one that names two million skipped images."""
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,8 +121,8 @@ class Manifest:
 
     def write(self, folder: Path) -> None:
         """Write it as `folder`/manifest.json, whole or not at all."""
-        head = {"format": FORMAT, "format_version": FORMAT_VERSION}
-        text = json.dumps(head | asdict(self), indent=1, ensure_ascii=False) + "\n"
+        content = {"format": FORMAT, "format_version": FORMAT_VERSION} | asdict(self)
+        text = json.dumps(content | {"checksum": _checksum(content)}, indent=1, ensure_ascii=False) + "\n"
         with atomic_write(folder / NAME) as temporary:
             temporary.write_text(text, encoding="utf-8")
 
@@ -121,25 +131,83 @@ class Manifest:
         """The manifest of a cache, complete or not. Raises `CacheError` where there is none, or a damaged one."""
         path = folder / NAME
         try:
-            fields: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            if fields.pop("format") != FORMAT:
+            content = read_object(path, LARGEST)
+            if content.get("format") != FORMAT:
                 raise CacheError(f"{path} is not the manifest of a latent cache; sdkit cache makes them.")
-            if fields.pop("format_version") > FORMAT_VERSION:
+            require(content, {"format_version": int})
+            if content["format_version"] > FORMAT_VERSION:
                 raise CacheError(f"{folder} was written by a newer version of sdkit; update sdkit to read it.")
-            settings, empty = fields.pop("settings"), fields.pop("empty")
-            return cls(
-                empty=Shard(**empty) if empty else None,
-                settings=Settings(**settings | {"size": tuple(settings["size"])}),
-                skipped=tuple(Skipped(**one) for one in fields.pop("skipped")),
-                shards=tuple(Shard(**one) for one in fields.pop("shards")),
-                **fields,
-            )
+            return _parsed(content)
         except FileNotFoundError as error:
             raise CacheError(f"there is no latent cache in {folder}; sdkit cache makes one.") from error
         except OSError as error:
             raise CacheError(f"cannot read {path}: {reason(error)}.") from error
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CacheError(f"{path} is damaged; delete the folder and make the cache again.") from error
+        except ValueError as error:
+            raise CacheError(f"{path} is damaged: it {error}; delete the folder and make the cache again.") from error
+
+
+def _checksum(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _parsed(content: dict[str, Any]) -> Manifest:
+    """Raises `ValueError`, a predicate, where something is missing, of another type, or contradicts something else."""
+    if content["format_version"] > 1:
+        require(content, {"checksum": str})
+        if content.pop("checksum") != _checksum(content):
+            raise ValueError("has a wrong checksum")
+    require(content, {"settings": dict, "empty": (dict, NoneType), "skipped": list, "shards": list})
+    given = {key: value for key, value in content.items() if key not in ("format", "format_version")}
+    size = given["settings"].get("size")
+    if not (isinstance(size, list) and len(size) == 2 and all(type(side) is int and side > 0 for side in size)):
+        raise ValueError("has a 'size' that is not two whole numbers")
+    settings = _built(Settings, given["settings"] | {"size": tuple(size)})
+    shards = tuple(_built(Shard, one) for one in given["shards"])
+    empty = _built(Shard, given["empty"]) if given["empty"] else None
+    parts = {"settings": settings, "shards": shards, "empty": empty, "skipped": skipped_from(given["skipped"])}
+    manifest = _built(Manifest, given | parts)
+    _check(manifest)
+    return manifest
+
+
+KINDS: dict[str, Any] = {"str": str, "int": int, "float": float, "bool": bool}
+"""Of the fields below that JSON holds as they are: by their annotation, their type. The others are checked before."""
+
+
+def _built(cls: type[T], given: Any) -> T:
+    if not isinstance(given, dict):
+        raise ValueError(f"holds something else in place of a {cls.__name__.lower()}")
+    known = {field.name: field for field in fields(cls)}  # type: ignore[arg-type]
+    if unknown := sorted(given.keys() - known.keys()):
+        raise ValueError(f"has an unknown {clean(unknown[0])!r}")
+    needed = {name: field for name, field in known.items() if name in given or field.default is MISSING}
+    require(given, {name: KINDS.get(str(field.type), object) for name, field in needed.items()})
+    return cls(**given)
+
+
+def skipped_from(given: list[Any]) -> tuple[Skipped, ...]:
+    """The skipped images that JSON holds. Raises `ValueError` for anything else."""
+    return tuple(_built(Skipped, one) for one in given)
+
+
+def _check(manifest: Manifest) -> None:
+    made = manifest.settings
+    finite = math.isfinite(made.scale) and math.isfinite(made.shift)
+    if not finite or made.scale <= 0 or min(made.factor, made.augmentations, made.shard_size) < 1:
+        raise ValueError("has impossible settings")
+    if any(side % made.factor for side in made.size):
+        raise ValueError("has a 'size' that the 'factor' does not divide")
+    for one in manifest.files:
+        if one.file in (".", "..") or not re.fullmatch(r"[^/\\:\0]+", one.file):
+            raise ValueError(f"names the file {clean(one.file)!r}, which is outside of the folder")
+        if min(one.items, one.bytes) < 0 or not re.fullmatch("[0-9a-f]{64}", one.sha256):
+            raise ValueError(f"has an impossible size or checksum of {clean(one.file)!r}")
+    if len({one.file for one in manifest.files}) < len(manifest.files):
+        raise ValueError("names a file twice")
+    sums = (manifest.images * made.augmentations, sum(one.items for one in manifest.shards))
+    examples = manifest.images + len(manifest.skipped)
+    if manifest.complete and (sums != (manifest.items,) * 2 or manifest.examples != examples or not manifest.empty):
+        raise ValueError("has numbers that contradict one another")
 
 
 def difference(made: Settings, wanted: dict[str, Any]) -> str | None:

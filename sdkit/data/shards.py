@@ -1,40 +1,25 @@
-"""The shards of a latent cache: what is in them, made and saved.
-
-A shard is a safetensors file of N images in A augmentations:
-
-    mean, logvar          (N, A, 4, H/8, W/8) float16   raw moments of the posterior
-    index                 (N,) int64                    of the example in its data set
-    ids, ids_ends         (K, 77) int32, (N,) int64     token ids; image n's chunks end at ids_ends[n]
-    embeddings            (K, 77, D) float16            last hidden states of the text encoder, where asked for
-    names, names_ends     (bytes,) uint8, (N,) int64    UTF-8
-"""
+"""Making the shards of a latent cache: their tensors, out of images and captions."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
-import safetensors.torch
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sdkit.data.examples import Example
 from sdkit.data.manifest import Settings, Skipped
 from sdkit.data.prefetch import ahead
+from sdkit.data.shard_file import ShardFile, unreadable
 from sdkit.data.transform import Transform, draw
 from sdkit.errors import ImageError
-from sdkit.files import atomic_write, encodable
+from sdkit.files import encodable
 from sdkit.models.text import CHUNKS_AT_ONCE, TextEncoder
 from sdkit.models.vae import PIXELS_AT_ONCE, VAE
-
-HEADER = "sdkit"  # the one key of a shard's metadata: with several, safetensors would write them in any order
 
 
 @dataclass(frozen=True)
@@ -57,6 +42,24 @@ class ShardEncoder:
         height, width = settings.size
         fitting = batch_size or max(1, PIXELS_AT_ONCE // (height * width))
         self.images_at_once = -(-fitting // settings.augmentations)
+
+    def made(self, path: Path, first: int = 0, count: int | None = None, *, prompt_only: bool = False) -> bool:
+        """Whether `path` is a whole shard already, of `count` examples from number `first` on; None: of any count.
+
+        Reads all of it. Raises `CacheError` where it cannot be read.
+        """
+        lengths = {"C": self.vae.channels, "L": self.text.length}
+        lengths |= {"D": self.text.width} if self.settings.embeddings else {}
+        try:
+            shard = ShardFile(path, self.settings, lengths, prompt_only=prompt_only)
+            shard.check(self.text.network.get_input_embeddings().num_embeddings, first)
+        except FileNotFoundError:
+            return False
+        except OSError as error:
+            raise unreadable(path, error) from error
+        except ValueError:  # it is damaged, or of another cache
+            return False
+        return count is None or shard.examples == count
 
     def shard(self, rows: Iterable[tuple[int, Example]]) -> tuple[dict[str, Tensor], list[Skipped]]:
         """Tensors of the examples that can be used, and the others."""
@@ -81,7 +84,7 @@ class ShardEncoder:
         tensors["index"] = torch.tensor([one.index for one in kept], dtype=torch.int64)
         tensors |= self.prompts([one.example.caption for one in kept])
         skipped.sort(key=lambda one: one.index)
-        told = [Skipped(name=one.example.name, reason=encodable(one.reason)) for one in skipped]
+        told = [Skipped(name=encodable(one.example.name), reason=encodable(one.reason)) for one in skipped]
         return tensors, told
 
     def _load(self, numbered: tuple[int, Example]) -> _Loaded:
@@ -119,32 +122,3 @@ def _packed(names: list[str]) -> tuple[Tensor, Tensor]:
     encoded = [encodable(name).encode() for name in names]
     ends = torch.tensor([len(one) for one in encoded], dtype=torch.int64).cumsum(0)
     return torch.tensor(list(b"".join(encoded)), dtype=torch.uint8), ends
-
-
-def shard_file(number: int) -> str:
-    """Name of the shard with this number."""
-    return f"shard-{number:05}.safetensors"
-
-
-def _digest(settings: Settings) -> str:
-    return hashlib.sha256(json.dumps(asdict(settings), sort_keys=True).encode()).hexdigest()
-
-
-def save(path: Path, tensors: dict[str, Tensor], skipped: list[Skipped], settings: Settings) -> None:
-    """Write a shard, whole or not at all; its header names what was skipped, and what made it."""
-    header = json.dumps({"settings": _digest(settings), "skipped": [asdict(one) for one in skipped]})
-    encoded = safetensors.torch.save({name: x.contiguous() for name, x in tensors.items()}, {HEADER: header})
-    with atomic_write(path) as temporary:
-        temporary.write_bytes(encoded)
-
-
-def header_of(path: Path, settings: Settings) -> dict[str, Any] | None:
-    """`skipped` of a shard, and how many `images` and `items` it holds; None where there is no whole one of these
-    settings."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            header: dict[str, Any] = json.loads((file.metadata() or {}).get(HEADER, "{}"))
-            images, each = file.get_slice("mean").get_shape()[:2] if "mean" in file.keys() else (0, 0)  # noqa: SIM118
-    except (OSError, SafetensorError):
-        return None
-    return header | {"images": images, "items": images * each} if header.get("settings") == _digest(settings) else None

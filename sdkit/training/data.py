@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 from sdkit.data import manifest
 from sdkit.data.examples import Example, Examples
-from sdkit.data.shards import shard_file
+from sdkit.data.shard_file import shard_file
 from sdkit.data.transform import Transform, draw
 from sdkit.errors import DataError, ImageError
-from sdkit.files import atomic_write, expanded
+from sdkit.files import atomic_write, encodable, expanded
 from sdkit.strict_json import read_object
 from sdkit.training import Unfinished, go_on
 
@@ -50,7 +50,7 @@ def is_cache(data: str | os.PathLike[str]) -> bool:
     """Whether `data` is a folder with a latent cache, whole or not."""
     folder = expanded(data)
     try:
-        return read_object(folder / manifest.NAME).get("format") == manifest.FORMAT
+        return read_object(folder / manifest.NAME, manifest.LARGEST).get("format") == manifest.FORMAT
     except (OSError, ValueError):
         return os.path.isfile(folder / shard_file(0))  # noqa: PTH113 - pathlib's raises for overlong names
 
@@ -104,9 +104,10 @@ def report_skipped(skipped: dict[str, str], path: Path) -> None:
     on every process."""
     everywhere = dict(gather_object(list(skipped.items())))
     if everywhere and PartialState().is_main_process:
-        before: dict[str, Any] = {}
+        before: dict[str, str] = {}
         with contextlib.suppress(OSError, ValueError):  # there is none, or it is damaged
-            before = read_object(path)
+            before = {name: why for name, why in read_object(path).items() if isinstance(why, str)}
+        everywhere = {encodable(name): encodable(why) for name, why in everywhere.items()}
         if before | everywhere != before:
             with atomic_write(path) as temporary:
                 text = json.dumps(before | everywhere, indent=1, ensure_ascii=False) + "\n"

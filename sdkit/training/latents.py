@@ -40,7 +40,8 @@ class CachedLatents:
             flip="flip" in config.augment or made.flip,
         )
         self.cache.check_model(
-            vae=vae.identity, scale=vae.scale, tokenizer=manifest.tokenizer_identity(text),
+            vae=vae.identity, scale=vae.scale, shift=vae.shift, factor=vae.factor,
+            tokenizer=manifest.tokenizer_identity(text),
             text=None if config.train_text_encoder else manifest.text_identity(text), transform=transform,
         )  # fmt: skip
         self._embedded = made.embeddings and not config.train_text_encoder

@@ -19,7 +19,7 @@ from PIL import Image
 import sdkit
 from sdkit.data import LatentCache, Transform, cache
 from sdkit.data.manifest import Manifest, Settings, Shard
-from sdkit.data.shards import save
+from sdkit.data.shard_file import save
 from sdkit.files import sha256
 
 pytest.importorskip("datasets")
@@ -65,15 +65,15 @@ class TestDamage:
     def test_a_header_that_is_damaged(self, copy: Path) -> None:
         file = copy / "shard-00000.safetensors"
         file.write_bytes(b"\xff" * 8 + file.read_bytes()[8:])
-        with pytest.raises(sdkit.CacheError, match=r"cannot read .*shard-00000.safetensors"):
+        with pytest.raises(sdkit.CacheError, match=r"shard-00000.safetensors is not a whole safetensors file"):
             LatentCache(copy)[0]
 
     @pytest.mark.parametrize(
         ("change", "fragment"),
         [
             (lambda fields: fields | {"format": "sdkit.other"}, "is not the manifest of a latent cache"),
-            (lambda fields: fields | {"format_version": 2}, "was written by a newer version of sdkit"),
-            (lambda fields: fields | {"complete": False}, "is not finished"),
+            (lambda fields: fields | {"format_version": 3}, "was written by a newer version of sdkit"),
+            (lambda fields: fields | {"complete": False}, "it has a wrong checksum"),
             (lambda fields: fields | {"unknown": 1}, "is damaged"),
             (lambda fields: {key: fields[key] for key in fields if key != "settings"}, "is damaged"),
             (lambda fields: fields | {"settings": None}, "is damaged"),
@@ -158,7 +158,7 @@ def test_a_large_cache_is_not_brought_into_memory(folder: Path, tmp_path: Path) 
     settings = replace(LatentCache(folder).manifest.settings, size=(512, 512), embeddings=False, shard_size=1024)
     shards = tuple(fabricated(tmp_path / f"shard-{i}.safetensors", 1024, settings) for i in range(2))
     shutil.copy(folder / "empty-prompt.safetensors", tmp_path)
-    manifest = replace(Manifest.read(folder), settings=settings, items=2048, shards=shards)
+    manifest = replace(Manifest.read(folder), settings=settings, examples=2048, images=2048, items=2048, shards=shards)
     manifest.write(tmp_path)
     command = [sys.executable, "-c", READER, str(folder), str(tmp_path)]
     done = subprocess.run(command, cwd=Path(sdkit.__file__).parents[1], capture_output=True, text=True, check=True)

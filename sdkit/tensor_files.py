@@ -1,0 +1,88 @@
+"""Safetensors files: the same bytes for the same content, and every damage told.
+
+The `ValueError`s of this module are predicates ("is not a whole safetensors file ..."), to be put behind the name of
+the file.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from sdkit.files import open_regular, read_regular
+from sdkit.messages import first_line
+from sdkit.strict_json import parse_object
+
+METADATA = "__metadata__"
+BEGINNINGS = {
+    b"PK\x03\x04": "a zip archive, as torch.save writes it",
+    b"\x89PNG\r\n": "a PNG image",
+    b"\xff\xd8\xff": "a JPEG image",
+    b"RIFF": "a WebP image or another RIFF file",
+    b"GIF8": "a GIF image",
+    b"\x1f\x8b": "a gzip archive",
+    b"%PDF-": "a PDF document",
+    b"version https://git-lfs.": "a Git LFS pointer, which `git lfs pull` replaces",
+}
+
+
+def encoded(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """A safetensors file. safetensors itself writes several metadata in another order each time; here they are
+    sorted."""
+    data = safetensors.torch.save({name: x.detach().cpu().contiguous() for name, x in tensors.items()}, dict(metadata))
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:end])
+    header[METADATA] = dict(sorted(metadata.items()))
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the numbers begin at a multiple of 8
+    return len(text).to_bytes(8, "little") + text + data[end:]
+
+
+def read(path: Path, largest: int) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors file, whatever its name. Raises `OSError` for what is no readable regular
+    file of at most `largest` bytes, `ValueError` for a damaged file, or one of another kind."""
+    data = read_regular(path, largest)
+    try:
+        tensors = safetensors.torch.load(data)
+        metadata = parse_object(data[8 : 8 + int.from_bytes(data[:8], "little")]).get(METADATA) or {}
+        return tensors, {key: str(value) for key, value in metadata.items()}
+    except MemoryError:
+        raise
+    except Exception as error:  # whatever damage makes torch or safetensors raise
+        raise _unreadable(data[:512], error) from error
+
+
+def open_mapped(path: Path) -> Any:
+    """safetensors' `safe_open` of a file, which maps it into memory. Raises as `read` does."""
+    with open_regular(path) as file:
+        beginning = file.read(512)
+    try:
+        return safe_open(path, framework="pt")
+    except SafetensorError as error:
+        raise _unreadable(beginning, error) from error
+
+
+def _unreadable(beginning: bytes, error: Exception) -> ValueError:
+    kind = kind_of(beginning)
+    if kind:
+        return ValueError(f"is {kind}, not a safetensors file")
+    return ValueError(f"is not a whole safetensors file ({first_line(error)})")
+
+
+def kind_of(beginning: bytes) -> str | None:
+    """The kind of a file that is no whole safetensors file, by its first bytes; None where they do not tell."""
+    for start, kind in BEGINNINGS.items():
+        if beginning.startswith(start):
+            return kind
+    if beginning.lstrip()[:5].lower() in (b"<!doc", b"<html", b"<?xml", b"<head", b"<body"):
+        return "a web page"
+    # A header of 640 bytes begins with 80 02 00; no pickle goes on with 00 there.
+    if beginning[:1] == b"\x80" and beginning[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05") and any(beginning[2:3]):
+        return "a pickle"
+    return None
