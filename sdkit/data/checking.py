@@ -22,9 +22,9 @@ from sdkit.data.examples import Example, Examples, open_examples
 from sdkit.data.prefetch import ahead
 from sdkit.data.transform import MAX_ENLARGEMENT, Transform, sides
 from sdkit.errors import ImageError
-from sdkit.models.folder import load_tokenizer
 from sdkit.models.single_file import ASSETS
 from sdkit.models.source import Source, load_text
+from sdkit.models.tokenizer import load_tokenizer
 from sdkit.progress import progress
 
 SD_SIZE = 512

@@ -5,6 +5,8 @@ diffusers' converters rename the tensors; which public config they are poured in
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import torch
 from sdkit.arguments import PREDICTIONS
 from sdkit.errors import SourceError
 from sdkit.messages import clean
-from sdkit.models.weights import TensorFile, check_fit, guarded, read_config
+from sdkit.models.weights import VALUES, TensorFile, check_fit, guarded, read_config
 
 ASSETS = Path(__file__).parent.parent / "assets"
 NOUNS = {"vae": "a VAE", "unet": "a U-Net", "text": "a CLIP text encoder", "scheduler": "a noise schedule"}
@@ -43,6 +45,24 @@ FOREIGN = (
 # The names of diffusers' and transformers' own layout, which say too little without the config.json beside them.
 DIFFUSERS_NAMES = ("down_blocks.", "text_model.encoder.", "encoder.layers.", "decoder.layers.")
 WIDTHS = {768: "sd1", 1024: "sd2", 1280: "the refiner of Stable Diffusion XL", 2048: "Stable Diffusion XL"}
+# The parameters of transformers' CLIPTextConfig.
+TEXT_FIELDS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "projection_dim",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "max_position_embeddings",
+    "hidden_act",
+    "layer_norm_eps",
+    "attention_dropout",
+    "initializer_range",
+    "initializer_factor",
+    "pad_token_id",
+    "bos_token_id",
+    "eos_token_id",
+)
 INPUTS = {5: "a depth model", 7: "an upscaler", 8: "InstructPix2Pix", 9: "an inpainting model"}
 
 
@@ -131,32 +151,66 @@ def probe_prediction(unet: Any) -> str:
 
 def load_network(file: TensorFile, part: str, configs: Path, dtype: torch.dtype) -> Any:
     """The network `part` of the file, built from `configs` (a folder in diffusers layout), in eval mode."""
-    from accelerate import init_empty_weights
-
     keys = require(file, part)
     config = read_config(configs / ("text_encoder" if part == "text" else part) / "config.json", part)
     against = f"the public config {configs.name!r}" if configs.parent == ASSETS else f"the config in {str(configs)!r}"
-    with guarded(f"{NOUNS[part]} from {file.label}"):
+    return build(
+        part,
+        config,
+        lambda network: _converted(part, file.read(keys), network),
+        dtype,
+        label=f"{NOUNS[part]} from {file.label}",
+        problem=f"the weights in {file.label} do not fit {against}",
+    )
+
+
+def build(
+    part: str,
+    config: dict[str, Any],
+    weights: Callable[[Any], dict[str, torch.Tensor]],
+    dtype: torch.dtype,
+    *,
+    label: str,
+    problem: str,
+) -> Any:
+    """The network `part` in the shape of `config`, in eval mode, filled with what `weights` gives for it.
+
+    label:   names the network where a library fails.
+    problem: begins the sentence for weights that do not fit.
+    """
+    from accelerate import init_empty_weights
+
+    with guarded(label):
         with init_empty_weights():
             network = empty(part, config)
-        weights = _converted(part, file.read(keys), network)
-        _fill(network, weights, dtype, f"the weights in {file.label} do not fit {against}")
+        _fill(network, weights(network), dtype, problem)
     return network.eval()
 
 
 def empty(part: str, config: dict[str, Any]) -> Any:
-    """The network `part` in the shape of its config, its weights not yet those of anything."""
+    """The network `part` in the shape of its config, its weights not yet those of anything.
+
+    Of a stranger's config the libraries see their networks' own parameters alone: other keys may name code, kernels, or
+    files to be fetched (`auto_map`, `attn_implementation`, `quantization_config`).
+    """
     if part == "text":
         from transformers import CLIPTextConfig, CLIPTextModel
 
-        return CLIPTextModel(CLIPTextConfig.from_dict(config))
-    if part == "vae":
-        from diffusers import AutoencoderKL, VQModel
+        sizes = config.get("text_config", config)  # of a whole CLIP model
+        return CLIPTextModel(CLIPTextConfig(**{key: sizes[key] for key in TEXT_FIELDS if key in sizes}))
+    network = _class(part, config.get("_class_name"))
+    known = {"_class_name", *VALUES[part], *inspect.signature(network.__init__).parameters}
+    return network.from_config({key: value for key, value in config.items() if key in known})
 
-        return (VQModel if config.get("_class_name") == "VQModel" else AutoencoderKL).from_config(config)
-    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
-    return UNet2DConditionModel.from_config(config)
+def _class(part: str, name: Any) -> Any:
+    if part == "unet":
+        from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+
+        return UNet2DConditionModel
+    from diffusers import AutoencoderKL, AutoencoderTiny, VQModel
+
+    return {"VQModel": VQModel, "AutoencoderTiny": AutoencoderTiny}.get(name, AutoencoderKL)
 
 
 def _converted(part: str, tensors: dict[str, torch.Tensor], network: Any) -> dict[str, torch.Tensor]:

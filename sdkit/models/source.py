@@ -17,8 +17,10 @@ import torch
 
 from sdkit.arguments import PREDICTIONS, one_of
 from sdkit.errors import ArgumentError, SourceError
-from sdkit.models import folder, single_file
-from sdkit.models.folder import PARTS, SCHEDULER, TEXT, TOKENIZER_FILES, UNET, VAE, Part, Place
+from sdkit.files import read_regular
+from sdkit.messages import clean
+from sdkit.models import folder, single_file, tokenizer
+from sdkit.models.folder import PARTS, SCHEDULER, TEXT, UNET, VAE, Part, Place
 from sdkit.models.single_file import ASSETS
 from sdkit.models.weights import GUIDANCE, SUFFIXES, TensorFile, find, is_file, open_tensors, read_config, read_json
 
@@ -119,16 +121,23 @@ def load_text(
     if place.kind == "file":
         file, configs = _open(place, config)
         text = single_file.load_network(file, "text", configs, dtype)
-        tokenizer = folder.load_tokenizer(configs / "tokenizer")
+        words = tokenizer.load_tokenizer(configs / "tokenizer")
     else:
         text = folder.load_network(place, TEXT, dtype, variant)
-        tokenizer = folder.load_place_tokenizer(place)
-    if len(tokenizer) > text.config.vocab_size:
+        words = folder.load_place_tokenizer(place)
+    size = text.config.vocab_size
+    if len(words) > size:
         raise SourceError(
-            f"the tokenizer of {place.label} has {len(tokenizer)} tokens, its text encoder {text.config.vocab_size}; "
+            f"the tokenizer of {place.label} has {len(words)} tokens, its text encoder {size}; "
             "give the tokenizer that belongs to it."
         )
-    return cast("CLIPTextModel", text), tokenizer
+    token, number = max(words.get_vocab().items(), key=lambda item: item[1])
+    if number >= size:
+        raise SourceError(
+            f"the tokenizer of {place.label} gives {clean(token)!r} the id {number}, beyond the {size} of its text "
+            "encoder; give the tokenizer that belongs to it."
+        )
+    return cast("CLIPTextModel", text), words
 
 
 def load_scheduler_config(
@@ -174,7 +183,7 @@ def describe(source: Source, *, revision: str | None = None, config: Source | No
         components = tuple(_describe_file(file, configs))
     else:
         path, family = place.root([name for part in PARTS for name in part.files]), None
-        components = tuple(_describe_folder(path))
+        components = tuple(_describe_folder(place, path))
         if not components:
             raise folder.absent(place, "model in diffusers layout (vae/config.json, unet/config.json, ...)")
     return Description(source=str(source), kind=place.kind, path=path, family=family, components=components)
@@ -188,7 +197,8 @@ def _resolve(
         raise ArgumentError(f"a model source is a name, a path or a Hub id, not {type(source).__name__}.")
     name = os.fspath(source)
     path = _path(name)
-    place = Place(name=name, kind=_kind(source, path), path=path, revision=revision)
+    kind = _kind(source, path)
+    place = Place(name=name, kind=kind, path=_snapshot(path) if kind == "folder" else path, revision=revision)
     unfit = {
         "revision": revision is not None and place.kind != "hub",
         "variant": variant is not None and place.kind == "file",
@@ -197,6 +207,23 @@ def _resolve(
     if option := next((option for option, wrong in unfit.items() if wrong), None):
         raise ArgumentError(f"{option}= has no meaning for {KINDS[place.kind]} such as {place.label}; leave it out.")
     return Place(name=name, kind="embedded", path=ASSETS / name) if place.kind == "embedded" else place
+
+
+def _snapshot(path: Path) -> Path:
+    """The snapshot in a folder of the Hub's cache (models--org--name), its main branch's if it has several; any other
+    folder as it is."""
+    if not path.name.startswith("models--") or not (path / "snapshots").is_dir():
+        return path
+    held = sorted(found for found in (path / "snapshots").iterdir() if found.is_dir())
+    main = path / "refs" / "main"
+    branch = path / "snapshots" / read_regular(main, 1000).decode(errors="replace").strip() if is_file(main) else None
+    if branch in held:
+        return branch
+    if len(held) == 1:
+        return held[0]
+    names = ", ".join(found.name for found in held)
+    few = f"several snapshots: give one of snapshots/ ({names})" if held else "no snapshot: give another source"
+    raise SourceError(f"{clean(str(path))!r} is a folder of the Hub's cache with {few}.")
 
 
 def _path(name: str) -> Path:
@@ -245,7 +272,7 @@ def _open(place: Place, config: Source | None) -> tuple[TensorFile, Path]:
     own = _resolve(config)
     if own.kind == "file":
         raise SourceError(f"config={own.label} is a file; give a folder (or a Hub id) in diffusers layout.")
-    files = [f"{part.folder}/{part.config}" for part in PARTS] + [f"tokenizer/{name}" for name in TOKENIZER_FILES]
+    files = [f"{part.folder}/{part.config}" for part in PARTS] + [f"tokenizer/{name}" for name in tokenizer.FILES]
     return file, own.root(files)
 
 
@@ -275,15 +302,15 @@ def _describe_file(file: TensorFile, configs: Path) -> Iterator[Component]:
         yield _component(SCHEDULER, schedule | {"prediction_type": stated})
 
 
-def _describe_folder(root: Path) -> Iterator[Component]:
+def _describe_folder(place: Place, root: Path) -> Iterator[Component]:
     for part in PARTS:
         inside = next((path for path in (root / part.folder, root) if is_file(path / part.config)), None)
         config = read_json(inside / part.config) if inside else {}
-        if inside is None or (part.classes and folder.class_name(config) not in part.classes):
+        name = folder.class_of(config, part) if part.classes else folder.class_name(config)
+        if inside is None or (part.classes and name not in part.classes):
             continue
-        config = read_config(inside / part.config, part.name)
-        weights = next((inside / name for name in part.weights if part.classes and is_file(inside / name)), None)
-        file = open_tensors(weights) if weights else None
+        config = read_config(inside / part.config, part.name) | {"_class_name": name}
+        file = folder.open_weights(place, part, inside) if part.classes else None
         yield _component(part, config, file.summary(file.shapes) if file else (None, None, None))
 
 

@@ -6,6 +6,7 @@ import logging
 import os
 import pickle
 import stat
+import threading
 import warnings
 import zipfile
 from collections import Counter
@@ -23,6 +24,9 @@ from sdkit.errors import SdkitError, SourceError
 from sdkit.files import open_regular
 from sdkit.messages import clean, first_line, stop_in
 from sdkit.strict_json import LARGEST, parse_object
+
+loading = threading.RLock()
+"""Held by the thread that makes a network while torch is patched for it; also to be held to add layers to one."""
 
 SUFFIXES = (".safetensors", ".ckpt", ".bin", ".pt", ".pth")
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -241,9 +245,8 @@ def _by(shape: Iterable[int]) -> str:
 def guarded(label: str) -> Iterator[None]:
     """Keeps diffusers and transformers quiet for the time of a load, and makes one sentence of what they raise.
 
-    torch's default dtype, which diffusers leaves changed when a load fails, is put back.
+    One thread at a time is inside: to load, the libraries patch torch for the whole process.
     """
-    dtype = torch.get_default_dtype()
     try:
         with quiet():
             yield
@@ -251,27 +254,33 @@ def guarded(label: str) -> Iterator[None]:
         raise
     except Exception as error:  # whatever a damaged file makes a library raise
         raise stop_in(error) or SourceError(f"{label} cannot be loaded: {first_line(error)}.") from error
-    finally:
-        torch.set_default_dtype(dtype)
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # of Rust (pyo3), which is no Exception
+            raise
+        raise SourceError(f"{label} cannot be loaded: {first_line(error)}.") from error
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No log lines, warnings and progress bars of diffusers and transformers inside."""
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
+    """No log lines, warnings and progress bars of diffusers and transformers inside; torch's default dtype as before
+    afterwards. All this is the process's, so one thread at a time is inside."""
+    with loading:
+        from diffusers.utils import logging as diffusers_logging
+        from transformers.utils import logging as transformers_logging
 
-    libraries = (diffusers_logging, transformers_logging)
-    before = [(library.get_verbosity(), library.is_progress_bar_enabled()) for library in libraries]
-    for library in libraries:
-        library.set_verbosity(logging.CRITICAL)
-        library.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for library, (verbosity, progress_bar) in zip(libraries, before, strict=True):
-            library.set_verbosity(verbosity)
-            if progress_bar:
-                library.enable_progress_bar()
+        libraries = (diffusers_logging, transformers_logging)
+        before = [(library.get_verbosity(), library.is_progress_bar_enabled()) for library in libraries]
+        dtype = torch.get_default_dtype()
+        for library in libraries:
+            library.set_verbosity(logging.CRITICAL)
+            library.disable_progress_bar()
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                yield
+        finally:
+            torch.set_default_dtype(dtype)
+            for library, (verbosity, progress_bar) in zip(libraries, before, strict=True):
+                library.set_verbosity(verbosity)
+                if progress_bar:
+                    library.enable_progress_bar()

@@ -27,9 +27,10 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel
 
 from sdkit.errors import ArgumentError, SourceError
-from sdkit.models import folder, source
+from sdkit.models import source
 from sdkit.models.single_file import ASSETS, probe_prediction
 from sdkit.models.source import describe, load_guidance_scale, load_scheduler_config, load_text, load_unet, load_vae
+from sdkit.models.tokenizer import load_tokenizer
 from tests import original_layout
 
 LOADERS: dict[str, Callable[..., Any]] = {
@@ -384,7 +385,7 @@ def test_real_size_checkpoint(tmp_path: Path, family: str, published: dict[str, 
 @pytest.mark.usefixtures("no_sockets")
 @pytest.mark.parametrize(("family", "pad"), [("sd1", 49407), ("sd2", 0), ("sd2-v", 0)])
 def test_embedded_tokenizer(family: str, pad: int) -> None:
-    tokenizer = folder.load_tokenizer(ASSETS / family / "tokenizer")
+    tokenizer = load_tokenizer(ASSETS / family / "tokenizer")
     assert tokenizer("a photo of an astronaut riding a horse on mars").input_ids == ASTRONAUT
     assert tokenizer("").input_ids == [49406, 49407]
     assert (len(tokenizer), tokenizer.model_max_length, tokenizer.pad_token_id) == (49408, 77, pad)
@@ -910,7 +911,7 @@ CASES: list[Case] = [
     (
         "text",
         lambda m, p: spoiled(m, p / "a", "tokenizer/vocab.json", "{"),
-        r"^the tokenizer in '.*' cannot be loaded: ",
+        r"tokenizer/vocab.json' is not valid JSON \(",
     ),
     ("unet", lambda m, p: spoiled(m, p / "a", "unet/config.json", "{}"), r"holds an unknown network, not a U-Net"),
     (

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 import sdkit
-from sdkit.models.folder import load_tokenizer
 from sdkit.models.text import parse_weights
+from sdkit.models.tokenizer import load_tokenizer
 
 EMOJI = Path(sdkit.__file__).parent / "assets" / "emoji"
 
