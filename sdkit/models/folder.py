@@ -18,10 +18,13 @@ import torch
 from sdkit.errors import SourceError
 from sdkit.files import expanded
 from sdkit.messages import clean, first_line
-from sdkit.models.single_file import ASSETS, NOUNS
+from sdkit.models.single_file import ASSETS, NOUNS, check_size
 from sdkit.models.weights import (
     SUFFIXES,
+    check_dtypes,
+    check_finite,
     check_fit,
+    check_name,
     find,
     guarded,
     is_file,
@@ -139,8 +142,12 @@ def load_network(place: Place, part: Part, dtype: torch.dtype, variant: str | No
     """The network of `part`, in eval mode on the CPU."""
     folder = locate(place, part)
     weights = _find_weights(place, part, folder, variant)
-    open_tensors(weights)  # so that damage is told in our words
-    name = part.classes[class_name(read_config(folder / part.config, part.name))]
+    file = open_tensors(weights)  # so that damage is told in our words
+    config = read_config(folder / part.config, part.name)
+    name = part.classes[class_name(config)]
+    check_name(file)
+    check_dtypes(file, file.shapes)
+    check_size(part.name, config, folder / part.config, file.shapes.values())
     library = "transformers" if part is TEXT else "diffusers"
     with guarded(f"{NOUNS[part.name]} in {str(folder)!r}"):
         network, info = getattr(import_module(library), name).from_pretrained(
@@ -158,6 +165,7 @@ def load_network(place: Place, part: Part, dtype: torch.dtype, variant: str | No
     # Out of the mapped file, where tensors lie at odd addresses: on those, kernels differ in the last bit.
     for parameter in network.parameters():
         parameter.data = parameter.data.clone()
+    check_finite(network, file, file.shapes)
     return network.eval()
 
 
