@@ -5,9 +5,10 @@ diffusers' converters rename the tensors; which public config they are poured in
 
 from __future__ import annotations
 
+import inspect
 import re
 import warnings
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from sdkit.messages import clean
 from sdkit.models.weights import (
     EMBEDDING,
     LAYERS,
+    VALUES,
     TensorFile,
     check_dtypes,
     check_finite,
@@ -32,7 +34,6 @@ from sdkit.models.weights import (
 Tensors = dict[str, torch.Tensor]
 
 ASSETS = Path(__file__).parent.parent / "assets"
-OTHER_VAES = ("AutoencoderTiny", "VQModel")
 SMALL = 10_000_000
 """Parameters by which a config may always ask for more than a file has: which are missing is told tensor by tensor."""
 SMALL_LAYERS = 100
@@ -112,6 +113,24 @@ RENAMED = re.compile(rf"(\.mid\.attn_1\.)({'|'.join(map(re.escape, VAE_ATTENTION
 # The names of diffusers' and transformers' own layout, which say too little without the config.json beside them.
 DIFFUSERS_NAMES = ("down_blocks.", "text_model.encoder.", "encoder.layers.", "decoder.layers.")
 WIDTHS = {768: "sd1", 1024: "sd2", 1280: "the refiner of Stable Diffusion XL", 2048: "Stable Diffusion XL"}
+# The parameters of transformers' CLIPTextConfig.
+TEXT_FIELDS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "projection_dim",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "max_position_embeddings",
+    "hidden_act",
+    "layer_norm_eps",
+    "attention_dropout",
+    "initializer_range",
+    "initializer_factor",
+    "pad_token_id",
+    "bos_token_id",
+    "eos_token_id",
+)
 INPUTS = {5: "a depth model", 7: "an upscaler", 8: "InstructPix2Pix", 9: "an inpainting model"}
 
 
@@ -212,19 +231,48 @@ def load_network(file: TensorFile, part: str, configs: Path, dtype: torch.dtype)
     """The network `part` of the file, built from `configs` (a folder in diffusers layout), in eval mode."""
     keys = require(file, part)
     path = configs / ("text_encoder" if part == "text" else part) / "config.json"
-    config = read_config(path, part)
     against = f"the public config {configs.name!r}" if configs.parent == ASSETS else f"the config in {str(configs)!r}"
-    problem = f"the weights in {file.label} do not fit {against}"
+    return build(
+        part,
+        read_config(path, part),
+        lambda network: _converted(part, file.read(keys), network),
+        dtype,
+        file=file,
+        keys=keys,
+        path=path,
+        label=f"{NOUNS[part]} from {file.label}",
+        problem=f"the weights in {file.label} do not fit {against}",
+    )
+
+
+def build(
+    part: str,
+    config: dict[str, Any],
+    weights: Callable[[Any], Tensors],
+    dtype: torch.dtype,
+    *,
+    file: TensorFile,
+    keys: Collection[str],
+    path: Path,
+    label: str,
+    problem: str,
+) -> Any:
+    """The network `part` in the shape of `config`, in eval mode, filled with what `weights` gives for it.
+
+    file, keys: where the weights come from, and the names of their tensors there.
+    path:    of the config.
+    label:   names the network where a library fails.
+    problem: begins the sentence for weights that do not fit.
+    """
     check_dtypes(file, keys)
-    network = blueprint(part, config, path, len(keys))
-    with guarded(f"{NOUNS[part]} from {file.label}"):
-        weights, unused = _converted(part, file.read(keys), network)
-        _fill(network, weights, unused, dtype, problem)
+    network = blueprint(part, config, path, len(keys), label)
+    with guarded(label):
+        _fill(network, weights(network), dtype, problem)
     check_finite(network, file, keys)
     return network.eval()
 
 
-def blueprint(part: str, config: dict[str, Any], path: Path, most: int) -> Any:
+def blueprint(part: str, config: dict[str, Any], path: Path, most: int, label: str) -> Any:
     """The network `part` in the shape of its config, on the meta device: without weights.
 
     Raises SourceError where the config, read from `path`, asks for more layers than `most`, the number of tensors.
@@ -233,7 +281,7 @@ def blueprint(part: str, config: dict[str, Any], path: Path, most: int) -> Any:
 
     if (asked := layers_of(config, part)) > max(most, SMALL_LAYERS):
         raise SourceError(f"{str(path)!r} asks for {asked:,} layers, more than the weights can fill; correct it.")
-    with guarded(f"{NOUNS[part]} in {str(path.parent)!r}"), init_empty_weights():
+    with guarded(label), init_empty_weights():
         return empty(part, config)
 
 
@@ -241,7 +289,8 @@ def check_size(part: str, config: dict[str, Any], path: Path, shapes: Collection
     """Raises SourceError for a config, read from `path`, of a network far larger than its tensors, which have `shapes`;
     or, of one from scratch (None), than any that could be trained. Building it would fill the memory.
     """
-    network = blueprint(part, config, path, LAYERS if shapes is None else len(shapes))
+    most = LAYERS if shapes is None else len(shapes)
+    network = blueprint(part, config, path, most, f"{NOUNS[part]} in {str(path.parent)!r}")
     count = sum(tensor.numel() for tensor in network.state_dict().values())
     held = LARGEST if shapes is None else sum(map(prod, shapes))
     if count > (held if shapes is None else 2 * held + SMALL):
@@ -250,23 +299,33 @@ def check_size(part: str, config: dict[str, Any], path: Path, shapes: Collection
 
 
 def empty(part: str, config: dict[str, Any]) -> Any:
-    """The network `part` in the shape of its config, its weights not yet those of anything."""
+    """The network `part` in the shape of its config, its weights not yet those of anything.
+
+    Of a stranger's config the libraries see their networks' own parameters alone: other keys may name code, kernels, or
+    files to be fetched (`auto_map`, `attn_implementation`, `quantization_config`).
+    """
     if part == "text":
         from transformers import CLIPTextConfig, CLIPTextModel
 
-        return CLIPTextModel(CLIPTextConfig.from_dict(config.get("text_config") or config))
-    if part == "vae":
-        import diffusers
-
-        name = config.get("_class_name")
-        return getattr(diffusers, name if name in OTHER_VAES else "AutoencoderKL").from_config(config)
-    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-
-    return UNet2DConditionModel.from_config(config)
+        sizes = config.get("text_config", config)  # of a whole CLIP model
+        return CLIPTextModel(CLIPTextConfig(**{key: sizes[key] for key in TEXT_FIELDS if key in sizes}))
+    network = _class(part, config.get("_class_name"))
+    known = {"_class_name", *VALUES[part], *inspect.signature(network.__init__).parameters}
+    return network.from_config({key: value for key, value in config.items() if key in known})
 
 
-def _converted(part: str, tensors: Tensors, network: Any) -> tuple[Tensors, list[str]]:
-    """The tensors under the network's own names, and the names of those that have no place in it."""
+def _class(part: str, name: Any) -> Any:
+    if part == "unet":
+        from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+
+        return UNet2DConditionModel
+    from diffusers import AutoencoderKL, AutoencoderTiny, VQModel
+
+    return {"VQModel": VQModel, "AutoencoderTiny": AutoencoderTiny}.get(name, AutoencoderKL)
+
+
+def _converted(part: str, tensors: Tensors, network: Any) -> Tensors:
+    """The tensors under the network's own names; those that have no place in it under the names that they had."""
     from diffusers.loaders import single_file_utils as converters
 
     if part == "text":
@@ -280,14 +339,14 @@ def _converted(part: str, tensors: Tensors, network: Any) -> tuple[Tensors, list
             named["time_embedding.cond_proj.weight"] = tensors[GUIDANCE_INPUT]
     # The converters drop what they have no rule for. What they keep, be it reshaped, is where it was in memory.
     kept = {tensor.data_ptr() for tensor in named.values() if tensor.numel()}
-    return named, [key for key, tensor in tensors.items() if tensor.data_ptr() not in kept]
+    return named | {key: tensor for key, tensor in tensors.items() if tensor.data_ptr() not in kept}
 
 
 def _original_name(match: re.Match[str]) -> str:
     return f"{match[1]}{VAE_ATTENTION[match[2]]}{match[3]}"
 
 
-def _converted_text(tensors: Tensors, network: Any) -> tuple[Tensors, list[str]]:
+def _converted_text(tensors: Tensors, network: Any) -> Tensors:
     """As `_converted`. What SD does not use is left out: buffers, the projection, and of SD 2.x the last layer."""
     from diffusers.loaders import single_file_utils as converters
 
@@ -304,13 +363,13 @@ def _converted_text(tensors: Tensors, network: Any) -> tuple[Tensors, list[str]]
     # transformers dropped this level of names in 5.6.
     level = "text_model." if any(key.startswith("text_model.") for key in network.state_dict()) else ""
     named = {level + key.removeprefix("text_model."): tensor for key, tensor in named.items()}
-    return named, [key for key in used if not key.startswith(begins)]
+    return named | {key: tensor for key, tensor in used.items() if not key.startswith(begins)}
 
 
-def _fill(network: Any, weights: Tensors, unused: list[str], dtype: torch.dtype, problem: str) -> None:
+def _fill(network: Any, weights: Tensors, dtype: torch.dtype, problem: str) -> None:
     """Puts `weights` into an empty network, each of them and no other; SourceError(`problem`: which) otherwise."""
     expected = {key: tensor.shape for key, tensor in network.state_dict().items()}
     both = expected.keys() & weights.keys()
     mismatched = [(key, weights[key].shape, expected[key]) for key in both if weights[key].shape != expected[key]]
-    check_fit(expected.keys() - both, [*(weights.keys() - both), *unused], mismatched, problem)
+    check_fit(expected.keys() - both, weights.keys() - both, mismatched, problem)
     network.load_state_dict({key: tensor.to(dtype, copy=True) for key, tensor in weights.items()}, assign=True)
