@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from sdkit.errors import ImageError, SourceError
 from sdkit.models.folder import path_or_fetched
-from sdkit.models.weights import check_fit, is_file, open_tensors
+from sdkit.models.weights import check_dtypes, check_finite, check_fit, is_file, open_tensors
 
 VARIABLE = "SDKIT_LPIPS"
 FILENAME = "lpips_vgg16.safetensors"
@@ -86,8 +86,10 @@ class LPIPS(nn.Module):
         mismatched = [(k, shapes[k], wanted[k]) for k in wanted.keys() & shapes if shapes[k] != wanted[k]]
         problem = f"{file.label} does not hold the weights of LPIPS with VGG-16"
         check_fit(wanted.keys() - shapes, shapes.keys() - wanted, mismatched, problem)
+        check_dtypes(file, stored.values())
         tensors = file.read(stored.values())
         model.load_state_dict({names[name]: tensors[key] for name, key in stored.items()})
+        check_finite(model, file, stored.values())
         return model
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:

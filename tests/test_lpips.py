@@ -234,7 +234,7 @@ class TestWeights:
         ("damage", "sentence"),
         [
             (lambda path: path.write_bytes(b""), "is empty; download it again"),
-            (lambda path: path.write_bytes(b"\x80\x04junk" * 100), "is damaged or not a .safetensors file"),
+            (lambda path: path.write_bytes(b"\x80\x04junk" * 100), "is a damaged pickle"),
             (lambda path: path.write_bytes(path.read_bytes()[:-1000]), "is damaged or not a .safetensors file"),
         ],
         ids=["empty", "junk", "truncated"],

@@ -167,6 +167,9 @@ def load_network(place: Place, part: Part, dtype: torch.dtype, variant: str | No
         config | {"_class_name": class_of(config, part)},
         lambda network: _named(part, weights, network),
         dtype,
+        file=weights,
+        keys=weights.shapes,
+        path=folder / part.config,
         label=f"{NOUNS[part.name]} in {str(folder)!r}",
         problem=f"the weights in {weights.label} do not fit the config.json beside them",
     )

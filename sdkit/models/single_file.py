@@ -6,7 +6,10 @@ diffusers' converters rename the tensors; which public config they are poured in
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+import re
+import warnings
+from collections.abc import Callable, Collection
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +18,27 @@ import torch
 from sdkit.arguments import PREDICTIONS
 from sdkit.errors import SourceError
 from sdkit.messages import clean
-from sdkit.models.weights import VALUES, TensorFile, check_fit, guarded, read_config
+from sdkit.models.weights import (
+    EMBEDDING,
+    LAYERS,
+    VALUES,
+    TensorFile,
+    check_dtypes,
+    check_finite,
+    check_fit,
+    guarded,
+    layers_of,
+    read_config,
+)
+
+Tensors = dict[str, torch.Tensor]
 
 ASSETS = Path(__file__).parent.parent / "assets"
+SMALL = 10_000_000
+"""Parameters by which a config may always ask for more than a file has: which are missing is told tensor by tensor."""
+SMALL_LAYERS = 100
+LARGEST = 10_000_000_000
+"""Parameters of the largest network that is built from scratch."""
 NOUNS = {"vae": "a VAE", "unet": "a U-Net", "text": "a CLIP text encoder", "scheduler": "a noise schedule"}
 
 # How the names of each part begin in a checkpoint; a VAE alone has its names without a prefix.
@@ -28,6 +49,7 @@ PREFIXES = {
 }
 VAE_MODULES = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
 OPEN_CLIP = "cond_stage_model.model."
+GUIDANCE_INPUT = "model.diffusion_model.time_embed.cond_proj.weight"
 FIRST_CONV = "model.diffusion_model.input_blocks.0.0.weight"
 
 # Pieces of names that only other models have, the most telling first.
@@ -36,12 +58,58 @@ FOREIGN = (
     ("joint_blocks.", "Stable Diffusion 3"),
     ("double_blocks.", "Flux"),
     ("control_model.", "a ControlNet"),
+    ("label_emb.", "a class-conditioned model such as SD 2.1 unCLIP"),
+)
+# Pieces of names of what is added to a model. A whole checkpoint may carry some along, which decide nothing there.
+ADDITIONS = (
     ("lora_", "a LoRA"),
     (".lora", "a LoRA"),
-    ("label_emb.", "a class-conditioned model such as SD 2.1 unCLIP"),
-    ("string_to_param", "a textual inversion embedding"),
+    (EMBEDDING, "a textual inversion embedding"),
     ("emb_params", "a textual inversion embedding"),
 )
+# How names begin in a whole checkpoint that no network needs: copies and tables of training, markers, and additions.
+PASSED_OVER = (
+    "model_ema.",
+    "embedding_manager.",
+    "bundle_emb.",
+    "alphas_cumprod",
+    "betas",
+    "log_one_minus_alphas_cumprod",
+    "logvar",
+    "lvlb_weights",
+    "posterior_",
+    "sqrt_",
+    "scale_factor",
+    "v_pred",
+    "ztsnr",
+    "edm_",
+    "loss.",
+    "discriminator.",
+    "first_stage_model.loss.",
+    "first_stage_model.discriminator.",
+    "first_stage_model.model_ema.",
+    "first_stage_model.logvar",
+    "vae.loss.",
+    "optimizer_states",
+    "state_dict",
+    "global_step",
+)
+# Ends of the names of a text encoder's tensors that SD's does not use.
+UNUSED_TEXT = ("position_ids", "logit_scale", "text_projection", "text_projection.weight", "attn_mask")
+UNUSED_TOWERS = (
+    f"{OPEN_CLIP}visual.",
+    "cond_stage_model.transformer.vision_model.",
+    "cond_stage_model.transformer.visual_projection.",
+)
+# Attention of VAEs as diffusers has called its layers -> as the original layout does.
+VAE_ATTENTION = {
+    "group_norm": "norm",
+    **dict.fromkeys(("to_q", "query"), "q"),
+    **dict.fromkeys(("to_k", "key"), "k"),
+    **dict.fromkeys(("to_v", "value"), "v"),
+    **dict.fromkeys(("to_out.0", "proj_attn"), "proj_out"),
+}
+RENAMED = re.compile(rf"(\.mid\.attn_1\.)({'|'.join(map(re.escape, VAE_ATTENTION))})(\.weight|\.bias)$")
 # The names of diffusers' and transformers' own layout, which say too little without the config.json beside them.
 DIFFUSERS_NAMES = ("down_blocks.", "text_model.encoder.", "encoder.layers.", "decoder.layers.")
 WIDTHS = {768: "sd1", 1024: "sd2", 1280: "the refiner of Stable Diffusion XL", 2048: "Stable Diffusion XL"}
@@ -86,7 +154,8 @@ def require(file: TensorFile, part: str) -> list[str]:
 
 def check_kind(file: TensorFile) -> None:
     """Raises SourceError for names that belong to other models, saying which, or to none that sdkit knows."""
-    for name, looks_like in FOREIGN:
+    parts = {key for part in PREFIXES for key in keys_of(file, part)}
+    for name, looks_like in FOREIGN if parts else (*FOREIGN, *ADDITIONS):
         if any(name in key for key in file.shapes):
             raise SourceError(f"{file.label} looks like {looks_like}; sdkit loads Stable Diffusion 1.x and 2.x.")
     if "xl" in file.metadata.get("modelspec.architecture", ""):  # an SDXL VAE has the shapes of SD's, not its scale
@@ -94,8 +163,17 @@ def check_kind(file: TensorFile) -> None:
     own = [key for key in file.shapes if not key.startswith(PREFIXES["text"])]
     if any(name in key for key in own for name in DIFFUSERS_NAMES):
         raise SourceError(f"{file.label} is one part in diffusers layout; give its folder, with the config.json in it.")
-    if not any(keys_of(file, part) for part in PREFIXES):
+    if not parts:
+        if len(file.shapes) == 1 and next(iter(file.shapes.values()))[-1:] in {(width,) for width in WIDTHS}:
+            raise SourceError(f"{file.label} looks like a textual inversion embedding; give a model.")
         raise SourceError(f"{file.label} holds neither a Stable Diffusion checkpoint nor a VAE; give another file.")
+    known = (*PASSED_OVER, *PREFIXES["unet"], *PREFIXES["text"])
+    if strange := sorted(key for key in file.shapes.keys() - parts if not key.startswith(known)):
+        more = f" and {len(strange) - 1} more tensors" if strange[1:] else ""
+        warnings.warn(
+            f"{file.label} also holds {clean(strange[0])}{more}, which is no part of the model and is not used.",
+            stacklevel=2,
+        )
 
 
 def family_of(file: TensorFile) -> str:
@@ -152,13 +230,16 @@ def probe_prediction(unet: Any) -> str:
 def load_network(file: TensorFile, part: str, configs: Path, dtype: torch.dtype) -> Any:
     """The network `part` of the file, built from `configs` (a folder in diffusers layout), in eval mode."""
     keys = require(file, part)
-    config = read_config(configs / ("text_encoder" if part == "text" else part) / "config.json", part)
+    path = configs / ("text_encoder" if part == "text" else part) / "config.json"
     against = f"the public config {configs.name!r}" if configs.parent == ASSETS else f"the config in {str(configs)!r}"
     return build(
         part,
-        config,
+        read_config(path, part),
         lambda network: _converted(part, file.read(keys), network),
         dtype,
+        file=file,
+        keys=keys,
+        path=path,
         label=f"{NOUNS[part]} from {file.label}",
         problem=f"the weights in {file.label} do not fit {against}",
     )
@@ -167,24 +248,54 @@ def load_network(file: TensorFile, part: str, configs: Path, dtype: torch.dtype)
 def build(
     part: str,
     config: dict[str, Any],
-    weights: Callable[[Any], dict[str, torch.Tensor]],
+    weights: Callable[[Any], Tensors],
     dtype: torch.dtype,
     *,
+    file: TensorFile,
+    keys: Collection[str],
+    path: Path,
     label: str,
     problem: str,
 ) -> Any:
     """The network `part` in the shape of `config`, in eval mode, filled with what `weights` gives for it.
 
+    file, keys: where the weights come from, and the names of their tensors there.
+    path:    of the config.
     label:   names the network where a library fails.
     problem: begins the sentence for weights that do not fit.
     """
+    check_dtypes(file, keys)
+    network = blueprint(part, config, path, len(keys), label)
+    with guarded(label):
+        _fill(network, weights(network), dtype, problem)
+    check_finite(network, file, keys)
+    return network.eval()
+
+
+def blueprint(part: str, config: dict[str, Any], path: Path, most: int, label: str) -> Any:
+    """The network `part` in the shape of its config, on the meta device: without weights.
+
+    Raises SourceError where the config, read from `path`, asks for more layers than `most`, the number of tensors.
+    """
     from accelerate import init_empty_weights
 
-    with guarded(label):
-        with init_empty_weights():
-            network = empty(part, config)
-        _fill(network, weights(network), dtype, problem)
-    return network.eval()
+    if (asked := layers_of(config, part)) > max(most, SMALL_LAYERS):
+        raise SourceError(f"{str(path)!r} asks for {asked:,} layers, more than the weights can fill; correct it.")
+    with guarded(label), init_empty_weights():
+        return empty(part, config)
+
+
+def check_size(part: str, config: dict[str, Any], path: Path, shapes: Collection[tuple[int, ...]] | None) -> None:
+    """Raises SourceError for a config, read from `path`, of a network far larger than its tensors, which have `shapes`;
+    or, of one from scratch (None), than any that could be trained. Building it would fill the memory.
+    """
+    most = LAYERS if shapes is None else len(shapes)
+    network = blueprint(part, config, path, most, f"{NOUNS[part]} in {str(path.parent)!r}")
+    count = sum(tensor.numel() for tensor in network.state_dict().values())
+    held = LARGEST if shapes is None else sum(map(prod, shapes))
+    if count > (held if shapes is None else 2 * held + SMALL):
+        limit = "sdkit builds at most" if shapes is None else "the weights have"
+        raise SourceError(f"{str(path)!r} asks for {count:,} parameters, {limit} {held:,}; correct it.")
 
 
 def empty(part: str, config: dict[str, Any]) -> Any:
@@ -213,26 +324,49 @@ def _class(part: str, name: Any) -> Any:
     return {"VQModel": VQModel, "AutoencoderTiny": AutoencoderTiny}.get(name, AutoencoderKL)
 
 
-def _converted(part: str, tensors: dict[str, torch.Tensor], network: Any) -> dict[str, torch.Tensor]:
-    """The tensors under the network's own names. What a text encoder does not use (SD 2.x's last layer) is left out."""
+def _converted(part: str, tensors: Tensors, network: Any) -> Tensors:
+    """The tensors under the network's own names; those that have no place in it under the names that they had."""
     from diffusers.loaders import single_file_utils as converters
 
+    if part == "text":
+        return _converted_text(tensors, network)
     if part == "vae":
-        return dict(converters.convert_ldm_vae_checkpoint(tensors, network.config))
-    if part == "unet":
-        return dict(converters.convert_ldm_unet_checkpoint(tensors, network.config))
-    if any(key.startswith(OPEN_CLIP) for key in tensors):
-        named = converters.convert_open_clip_checkpoint(network, tensors)
+        original = {RENAMED.sub(_original_name, key): tensor for key, tensor in tensors.items()}
+        named = dict(converters.convert_ldm_vae_checkpoint(original, network.config))
     else:
-        named = converters.convert_ldm_clip_checkpoint(tensors)
-    expected = network.state_dict().keys()
+        named = dict(converters.convert_ldm_unet_checkpoint(tensors, network.config))
+        if GUIDANCE_INPUT in tensors and network.time_embedding.cond_proj is not None:  # a latent consistency model
+            named["time_embedding.cond_proj.weight"] = tensors[GUIDANCE_INPUT]
+    # The converters drop what they have no rule for. What they keep, be it reshaped, is where it was in memory.
+    kept = {tensor.data_ptr() for tensor in named.values() if tensor.numel()}
+    return named | {key: tensor for key, tensor in tensors.items() if tensor.data_ptr() not in kept}
+
+
+def _original_name(match: re.Match[str]) -> str:
+    return f"{match[1]}{VAE_ATTENTION[match[2]]}{match[3]}"
+
+
+def _converted_text(tensors: Tensors, network: Any) -> Tensors:
+    """As `_converted`. What SD does not use is left out: buffers, the projection, and of SD 2.x the last layer."""
+    from diffusers.loaders import single_file_utils as converters
+
+    last = f"{OPEN_CLIP}transformer.resblocks.{network.config.num_hidden_layers}."
+    unused = (last, *UNUSED_TOWERS)
+    used = {key: x for key, x in tensors.items() if not key.endswith(UNUSED_TEXT) and not key.startswith(unused)}
+    if any(key.startswith(OPEN_CLIP) for key in tensors):
+        named = converters.convert_open_clip_checkpoint(network, used)
+        rules = converters.DIFFUSERS_TO_LDM_MAPPING["openclip"]["layers"].values()
+        begins = (f"{OPEN_CLIP}transformer.", *(OPEN_CLIP + name for name in rules))
+    else:
+        named = converters.convert_ldm_clip_checkpoint(used)
+        begins = tuple(converters.LDM_CLIP_PREFIX_TO_REMOVE)
     # transformers dropped this level of names in 5.6.
-    level = "text_model." if any(key.startswith("text_model.") for key in expected) else ""
+    level = "text_model." if any(key.startswith("text_model.") for key in network.state_dict()) else ""
     named = {level + key.removeprefix("text_model."): tensor for key, tensor in named.items()}
-    return {key: tensor for key, tensor in named.items() if key in expected}
+    return named | {key: tensor for key, tensor in used.items() if not key.startswith(begins)}
 
 
-def _fill(network: Any, weights: dict[str, torch.Tensor], dtype: torch.dtype, problem: str) -> None:
+def _fill(network: Any, weights: Tensors, dtype: torch.dtype, problem: str) -> None:
     """Puts `weights` into an empty network, each of them and no other; SourceError(`problem`: which) otherwise."""
     expected = {key: tensor.shape for key, tensor in network.state_dict().items()}
     both = expected.keys() & weights.keys()

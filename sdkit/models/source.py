@@ -245,7 +245,12 @@ def _kind(source: Source, path: Path) -> str:
         if stat.S_ISREG(found.st_mode):
             return "file"
         raise SourceError(f"{name!r} is a pipe or a device; give a folder, a regular file or a Hub id.")
-    is_path = not isinstance(source, str) or name.startswith((".", "/", "~")) or name.endswith(SUFFIXES) or "\\" in name
+    is_path = (
+        not isinstance(source, str)
+        or name.startswith((".", "/", "~"))
+        or name.lower().endswith(SUFFIXES)
+        or "\\" in name
+    )
     if not is_path and name.count("/") == 1 and not name.endswith("/"):
         return "hub"
     if not is_path and name and "/" not in name:
@@ -294,9 +299,9 @@ def _probe(file: TensorFile, unet: Any = None) -> str:
 def _describe_file(file: TensorFile, configs: Path) -> Iterator[Component]:
     for part in (VAE, UNET, TEXT):
         if keys := single_file.keys_of(file, part.name):
-            yield _component(part, read_json(configs / part.folder / part.config), file.summary(keys))
+            yield _component(part, read_config(configs / part.folder / part.config, part.name), file.summary(keys))
     if single_file.keys_of(file, "unet"):
-        schedule = read_json(configs / SCHEDULER.folder / SCHEDULER.config)
+        schedule = read_config(configs / SCHEDULER.folder / SCHEDULER.config, SCHEDULER.name)
         marked = single_file.marked_prediction(file)
         stated = None if _unstated(file, configs) else marked or schedule.get("prediction_type")
         yield _component(SCHEDULER, schedule | {"prediction_type": stated})

@@ -15,7 +15,7 @@ from torch import Tensor
 from sdkit.arguments import strings, whole
 from sdkit.device import resolve_device, resolve_dtype
 from sdkit.models.source import load_text
-from sdkit.models.wrapper import Wrapper
+from sdkit.models.wrapper import Wrapper, blames_network
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTokenizer
@@ -53,6 +53,7 @@ class TextEncoder(Wrapper):
         device = resolve_device(device)
         dtype = resolve_dtype(dtype, device)
         text = cls(*load_text(source, dtype=dtype, revision=revision, variant=variant, config=config))
+        text.name = str(source)
         return text.eval().to(device=device)
 
     def encode(
@@ -79,6 +80,11 @@ class TextEncoder(Wrapper):
             embeddings = embeddings * (mean / embeddings.mean(dim=(1, 2), keepdim=True))
         return embeddings.reshape(len(ids), -1, self.width)
 
+    def try_out(self) -> None:
+        """Encode a chunk of the token that every vocabulary has."""
+        self.network(torch.zeros(1, self.length, dtype=torch.int64, device=self.device))
+
+    @blames_network
     def forward(self, ids: Tensor) -> Tensor:
         """Last hidden states (N, 77, D) of token ids (N, 77), with gradient, for training."""
         hidden: Tensor = self.network(ids.to(self.device)).last_hidden_state
@@ -111,6 +117,7 @@ class TextEncoder(Wrapper):
             tokens += [(token, weight) for token in encoded.input_ids]
         return tokens
 
+    @blames_network
     def _embed(self, ids: Tensor, clip_skip: int) -> Tensor:
         """Hidden states (N, 77, D), float32, of token ids (N, 77)."""
         if clip_skip == 0:

@@ -14,7 +14,7 @@ from torch import Tensor
 from sdkit.device import memory_format, resolve_device, resolve_dtype
 from sdkit.models.attention import quicken_attention
 from sdkit.models.source import load_unet
-from sdkit.models.wrapper import Wrapper
+from sdkit.models.wrapper import Wrapper, blames_network
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
@@ -52,6 +52,7 @@ class UNet(Wrapper):
         device = resolve_device(device)
         dtype = resolve_dtype(dtype, device)
         unet = cls(load_unet(source, dtype=dtype, revision=revision, variant=variant, config=config))
+        unet.name = str(source)
         # On a CPU the group norms of small feature maps lose more by channels_last than the convolutions gain.
         small = device.type == "cpu" and unet.sample_size < 32
         layout = torch.contiguous_format if small else memory_format(dtype)
@@ -61,6 +62,13 @@ class UNet(Wrapper):
             unet.network.compile()
         return unet
 
+    def try_out(self) -> None:
+        """Denoise small latents, which every U-Net of its channels and width takes."""
+        side = 2 ** len(self.network.config.block_out_channels)
+        x_t = torch.zeros(1, self.channels, side, side, device=self.device, dtype=self.dtype)
+        self.network(x_t, 1, x_t.new_zeros(1, 4, self.width), return_dict=False)
+
+    @blames_network
     def forward(self, x_t: Tensor, t: int | Tensor, cond: Tensor, mask: Tensor | None = None) -> Tensor:
         """The model's output, eps, v or x0 as it was trained, shaped like x_t (or with twice the channels where it
         learned its variance), in x_t's dtype.

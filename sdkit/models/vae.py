@@ -21,13 +21,14 @@ from torch import Tensor
 from sdkit import images as image_io
 from sdkit.arguments import one_of, seeded, whole
 from sdkit.device import memory_format, resolve_device, resolve_dtype
-from sdkit.errors import ArgumentError
+from sdkit.errors import ArgumentError, SdkitError, SourceError
 from sdkit.fields import documented
 from sdkit.images import Images
 from sdkit.models.attention import quicken_attention
 from sdkit.models.source import load_vae
 from sdkit.models.tiling import tiled, whole_image_statistics
-from sdkit.models.wrapper import Wrapper, fingerprint
+from sdkit.models.weights import is_finite
+from sdkit.models.wrapper import Wrapper, blames_network, fingerprint
 from sdkit.progress import progress
 
 if TYPE_CHECKING:
@@ -109,6 +110,8 @@ class VAE(Wrapper):
             load_vae(source, dtype=torch.float32, revision=revision, variant=variant, config=config), name=str(source)
         )
         vae.eval().to(device=device, dtype=dtype, memory_format=memory_format(dtype))  # type: ignore[call-overload]
+        if not all(map(is_finite, vae.parameters())):
+            raise SourceError(f"{vae._label} has weights that are too large for {dtype}; take dtype 'fp32'.")
         quicken_attention(vae.network, dtype, device)
         if compile:
             vae.network.encoder.compile()
@@ -145,6 +148,10 @@ class VAE(Wrapper):
             place = source.device if source else None
             eps = torch.randn(mean.shape, generator=source, device=place).to(mean) if draws else None
             latents.append(latents_of(mean, logvar, eps, self.scale, self.shift))
+        if not all(map(is_finite, latents)):
+            raise SourceError(
+                f"{self._label} gives latents that are not finite; its weights are to blame: give another."
+            )
         return _stack(latents)
 
     def moments(self, images: Images, *, batch_size: int | None = None, tile: int | None = None) -> Any:
@@ -174,6 +181,8 @@ class VAE(Wrapper):
         sizes = self._sizes(size, latents)
         raw = [latent / self.scale + self.shift for latent in latents]
         decoded = self._each(self._decode, raw, batch_size, tile, 1, self.factor, "decode")
+        if not all(map(is_finite, decoded)):
+            raise self._overflow()
         cropped = [x.clamp(-1, 1)[:, :height, :width] for x, (height, width) in zip(decoded, sizes, strict=True)]
         return image_io.from_tensors(cropped, output_type)
 
@@ -194,6 +203,28 @@ class VAE(Wrapper):
         z = self.encode(pixels, sample=sample, seed=seed, batch_size=batch_size, tile=tile)
         return self.decode(z, size=sizes, output_type=output_type, batch_size=batch_size, tile=tile)
 
+    def try_out(self) -> None:
+        """Encode and decode a grey image."""
+        side = 4 * self.factor
+        self.network.encode(torch.zeros(1, 3, side, side, device=self.device, dtype=self.dtype))
+        self._run_decoder(self._black())
+
+    def _black(self) -> Tensor:
+        """Raw latents that are all 0, which every decoder takes."""
+        return torch.zeros(1, self.channels, 4, 4)
+
+    @property
+    def _label(self) -> str:
+        return f"the VAE of {self.name!r}" if self.name else "this VAE"
+
+    @torch.inference_mode()
+    def _overflow(self) -> SdkitError:
+        """The error for decoded images that are not finite: the latents or the VAE may be at fault."""
+        if is_finite(self._decode(self._black())):
+            return ArgumentError(f"{self._label} overflows for these latents; they are far from any that it encodes.")
+        return SourceError(f"{self._label} gives images that are not finite; its weights are to blame: give another.")
+
+    @blames_network
     def forward(self, x: Tensor, eps: Tensor | None = None) -> Forward:
         """Everything that training needs, with gradient.
 
@@ -226,6 +257,7 @@ class VAE(Wrapper):
         numbers = torch.cdist(places.flatten(0, -2), codebook).argmin(1).reshape(places.shape[:-1])
         return codebook[numbers].movedim(-1, 1), numbers
 
+    @blames_network
     def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Raw mean and log-variance, (B, 4, H/8, W/8) float32, of pixels (B, 3, H, W), with gradient; H and W multiples
         of 8."""
@@ -298,6 +330,7 @@ class VAE(Wrapper):
         with whole_image_statistics(self.network, run, x, side):
             return tiled(run, x, tile=side, down=down, up=up)
 
+    @blames_network
     def _run_decoder(self, raw: Tensor) -> Tensor:
         decoded: Any = self.network.decode(raw.to(self.device, self.dtype))
         return decoded.sample.float()  # type: ignore[no-any-return]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import pickle
 import stat
@@ -19,18 +20,36 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
+from torch import nn
 
 from sdkit.errors import SdkitError, SourceError
 from sdkit.files import open_regular
 from sdkit.messages import clean, first_line, stop_in
+from sdkit.models.file_kind import BEGINNING, EMPTY, SAFETENSORS, UNKNOWN, kind_of
 from sdkit.strict_json import LARGEST, parse_object
 
 loading = threading.RLock()
 """Held by the thread that makes a network while torch is patched for it; also to be held to add layers to one."""
 
 SUFFIXES = (".safetensors", ".ckpt", ".bin", ".pt", ".pth")
-DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
+DTYPES = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+}
+BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1, "float8_e5m2": 1}
+"""Bytes of a number in each dtype that weights may have."""
+INDICES = ("position_ids", "num_batches_tracked")
+EMBEDDING = "string_to_param"
+
+
+LEVELS = 32
+"""Entries of the longest list in a config."""
+LAYERS = 1000
+"""Layers of the deepest network that is built."""
 
 
 def _number(value: Any, low: float = -1e12, high: float = 1e12) -> bool:
@@ -41,44 +60,118 @@ def _whole(value: Any) -> bool:
     return type(value) is int and 1 <= value <= 1_000_000
 
 
+def _count(value: Any) -> bool:
+    return type(value) is int and 0 <= value <= LAYERS
+
+
 def _list_of(fits: Callable[[Any], bool], value: Any) -> bool:
-    return isinstance(value, list) and value != [] and all(map(fits, value))
+    return isinstance(value, (list, tuple)) and 0 < len(value) <= LEVELS and all(map(fits, value))
+
+
+def _one_or_list(fits: Callable[[Any], bool], value: Any) -> bool:
+    return fits(value) or _list_of(fits, value)
 
 
 def _beta(value: Any) -> bool:
     return _number(value, 0, 1)
 
 
+def _word(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+Check = tuple[str, Callable[[Any], bool]]
+
+
+def _or_null(check: Check) -> Check:
+    wanted, fits = check
+    return f"{wanted} or null", lambda x: x is None or fits(x)
+
+
+WHOLE: Check = ("a whole number from 1", _whole)
+WHOLES: Check = ("a list of whole numbers", lambda x: _list_of(_whole, x))
+COUNT: Check = (f"a whole number from 0 to {LAYERS}", _count)
+COUNTS: Check = (f"a list of whole numbers from 0 to {LAYERS}", lambda x: _list_of(_count, x))
+BLOCKS: Check = (f"a list of at most {LEVELS} words", lambda x: _list_of(_word, x))
+WHOLE_OR_LIST: Check = ("a whole number or a list", lambda x: _one_or_list(_whole, x))
+COUNT_OR_LIST: Check = (f"a whole number from 0 to {LAYERS} or a list", lambda x: _one_or_list(_count, x))
+NESTED_COUNTS: Check = (
+    f"a whole number from 0 to {LAYERS} or a list",
+    lambda x: _one_or_list(lambda one: _one_or_list(_count, one), x),
+)
+
 GUIDANCE = "_guidance_scale"
 """Where model_index.json says at which guidance scale a model is best drawn; diffusers passes over such a key."""
 
-VALUES: dict[str, dict[str, tuple[str, Callable[[Any], bool]]]] = {
+VALUES: dict[str, dict[str, Check]] = {
     "vae": {
         "scaling_factor": ("a number above 0", lambda x: _number(x, 1e-12)),
         "shift_factor": ("a number or null", lambda x: x is None or _number(x)),
-        **dict.fromkeys(
-            ("block_out_channels", "encoder_block_out_channels"),
-            ("a list of whole numbers or null", lambda x: x is None or _list_of(_whole, x)),
-        ),
+        **dict.fromkeys(("block_out_channels", "encoder_block_out_channels"), _or_null(WHOLES)),
+        "decoder_block_out_channels": WHOLES,
+        **dict.fromkeys(("vq_embed_dim", "norm_num_groups"), _or_null(WHOLE)),
+        **dict.fromkeys(("in_channels", "out_channels", "latent_channels", "num_vq_embeddings"), WHOLE),
+        **dict.fromkeys(("down_block_types", "up_block_types"), BLOCKS),
+        "layers_per_block": COUNT,
+        **dict.fromkeys(("num_encoder_blocks", "num_decoder_blocks"), COUNTS),
+        "upsampling_scaling_factor": WHOLE,
     },
     "unet": {
         "sample_size": (
             "a whole number, two of them or null",
             lambda x: x is None or _whole(x) or (_list_of(_whole, x) and len(x) == 2),
         ),
-        "cross_attention_dim": ("a whole number or a list", lambda x: _whole(x) or _list_of(_whole, x)),
+        "cross_attention_dim": WHOLE_OR_LIST,
+        "block_out_channels": WHOLES,
+        **dict.fromkeys(("in_channels", "out_channels", "conv_in_kernel", "conv_out_kernel"), WHOLE),
+        **dict.fromkeys(("down_block_types", "up_block_types"), BLOCKS),
+        "layers_per_block": COUNT_OR_LIST,
+        **dict.fromkeys(
+            ("transformer_layers_per_block", "reverse_transformer_layers_per_block"), _or_null(NESTED_COUNTS)
+        ),
+        **dict.fromkeys(("attention_head_dim", "num_attention_heads"), _or_null(WHOLE_OR_LIST)),
+        **dict.fromkeys(
+            (
+                "norm_num_groups",
+                "time_cond_proj_dim",
+                "time_embedding_dim",
+                "encoder_hid_dim",
+                "num_class_embeds",
+                "addition_time_embed_dim",
+                "projection_class_embeddings_input_dim",
+            ),
+            _or_null(WHOLE),
+        ),
+    },
+    "text": {
+        **dict.fromkeys(
+            (
+                "vocab_size",
+                "hidden_size",
+                "intermediate_size",
+                "num_attention_heads",
+                "max_position_embeddings",
+            ),
+            WHOLE,
+        ),
+        "num_hidden_layers": COUNT,
+        "hidden_act": ("a word", _word),
     },
     "scheduler": {
-        "_class_name": ("a word", lambda x: isinstance(x, str)),
-        "num_train_timesteps": ("a whole number from 1", _whole),
+        "_class_name": ("a word", _word),
+        "num_train_timesteps": WHOLE,
         "beta_start": ("a number from 0 to 1", _beta),
         "beta_end": ("a number from 0 to 1", _beta),
-        "trained_betas": ("a list of numbers from 0 to 1 or null", lambda x: x is None or _list_of(_beta, x)),
+        "trained_betas": (
+            "a list of numbers from 0 to 1 or null",
+            lambda x: x is None or (isinstance(x, list) and x != [] and all(map(_beta, x))),
+        ),
         "clip_sample_range": ("a number above 0", lambda x: _number(x, 1e-12)),
     },
     "index": {GUIDANCE: ("a number from 0 to 100", lambda x: _number(x, 0, 100))},
 }
-"""Of each part's config: what must be right for the package itself -> how a message puts it, and the check."""
+"""Checks of values, by part and key: how a message puts what is right, and the check. Those that size a network, and
+those that the package itself computes with; what is wrong with others the libraries say."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,30 +208,38 @@ class TensorFile:
 
 
 def open_tensors(path: Path) -> TensorFile:
-    """Reads the header of a safetensors file, or a pickle through torch's weights-only loader.
+    """Reads the header of a safetensors file, or a pickle through torch's weights-only loader; which of the two it is,
+    its first bytes say, not its name.
 
     Raises SourceError for a file that is damaged, empty, of another kind, or a pickle that holds more than tensors.
     """
-    if path.suffix not in SUFFIXES:
-        raise SourceError(f"{str(path)!r} is not a file of weights; give a {', '.join(SUFFIXES)} file or a folder.")
-    beginning = _read(path, 24)
-    if not beginning:
-        raise SourceError(f"{str(path)!r} is empty; download it again.")
-    if beginning == b"version https://git-lfs.":
-        raise SourceError(f"{str(path)!r} is a Git LFS pointer, not the weights; fetch them with `git lfs pull`.")
+    name = repr(clean(str(path)))
+    kind = kind_of(path, _read(path, BEGINNING))
+    if kind == EMPTY:
+        raise SourceError(f"{name} is empty; download it again.")
+    if isinstance(kind, tuple):
+        raise SourceError(f"{name} is {kind[0]}; {kind[1]}.")
+    suffix = path.suffix.lower()
+    if kind == UNKNOWN and suffix not in SUFFIXES:
+        raise SourceError(f"{name} is not a file of weights; give a {', '.join(SUFFIXES)} file or a folder.")
+    safe = kind == SAFETENSORS or (kind == UNKNOWN and suffix == ".safetensors")
     try:
-        return _open_safetensors(path) if path.suffix == ".safetensors" else _open_pickle(path)
+        return _open_safetensors(path) if safe else _open_pickle(path)
     except (SdkitError, MemoryError):
         raise
     except (pickle.UnpicklingError, LookupError, AttributeError, TypeError) as error:
+        if safe:
+            raise _damaged(name, ".safetensors", error) from error
         raise SourceError(
-            f"{str(path)!r} is a damaged pickle, or one that holds more than tensors and so could run code; "
+            f"{name} is a damaged pickle, or one that holds more than tensors and so could run code; "
             "sdkit executes none: use the model's .safetensors file."
         ) from error
     except Exception as error:  # whatever damage makes torch or safetensors raise
-        kind = f"damaged or not a {path.suffix} file"
-        told = f"{str(path)!r} is {kind} ({first_line(error)}); download it again."
-        raise stop_in(error) or SourceError(told) from error
+        raise stop_in(error) or _damaged(name, ".safetensors" if safe else ".ckpt", error) from error
+
+
+def _damaged(name: str, kind: str, error: Exception) -> SourceError:
+    return SourceError(f"{name} is damaged or not a {kind} file ({first_line(error)}); download it again.")
 
 
 def _open_safetensors(path: Path) -> TensorFile:
@@ -153,16 +254,13 @@ def _open_safetensors(path: Path) -> TensorFile:
 
 
 def _open_pickle(path: Path) -> TensorFile:
-    with warnings.catch_warnings():
+    misnamed = path.suffix == ".safetensors"  # torch would take the name for the content
+    with warnings.catch_warnings(), open_regular(path) as file:
         warnings.simplefilter("ignore")
-        # Only torch's zip format can be mapped into memory; older files are read whole.
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    if isinstance(content, dict):
-        content = content.get("state_dict", content)
-    items = content.items() if isinstance(content, dict) else ()
-    tensors = {str(key): value for key, value in items if isinstance(value, torch.Tensor)}
-    if not tensors:
-        raise SourceError(f"{str(path)!r} holds no named tensors; give a model's .safetensors file.")
+        # Only torch's zip format can be mapped into memory, by its name; other files are read whole.
+        mapped = zipfile.is_zipfile(path) and not misnamed
+        content = torch.load(path if mapped else file, map_location="cpu", weights_only=True, mmap=mapped)
+    tensors = _named_tensors(content, repr(clean(str(path))))
     return TensorFile(
         path=path,
         shapes={key: tuple(value.shape) for key, value in tensors.items()},
@@ -170,6 +268,73 @@ def _open_pickle(path: Path) -> TensorFile:
         metadata={},
         tensors=tensors,
     )
+
+
+def _named_tensors(content: Any, name: str) -> dict[str, torch.Tensor]:
+    """The tensors of a pickle's dict, or of the one dict of tensors inside that dict."""
+    outer = content if isinstance(content, dict) else {}
+    inside = {str(key): _tensors_of(value) for key, value in outer.items() if isinstance(value, dict)}
+    inside = {key: tensors for key, tensors in inside.items() if tensors}
+    if EMBEDDING in inside:  # A1111's textual inversion: its tensors are named as such
+        tensors = {f"{EMBEDDING}.{key}": tensor for key, tensor in inside[EMBEDDING].items()}
+    elif "state_dict" in inside:
+        tensors = inside["state_dict"]
+    elif not (tensors := _tensors_of(outer)) and len(inside) == 1:
+        (tensors,) = inside.values()
+    if not tensors and inside:
+        raise SourceError(
+            f"{name} holds tensors under {' and '.join(repr(clean(key)) for key in inside)}; give a file with one of "
+            "them, or the model's .safetensors file."
+        )
+    if not tensors:
+        raise SourceError(f"{name} holds no named tensors; give a model's .safetensors file.")
+    for key, tensor in tensors.items():
+        # One that repeats its storage can claim any size; the others have no numbers that could be read.
+        dense = tensor.layout == torch.strided and tensor.device.type == "cpu" and not tensor.is_quantized
+        if not dense or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+            raise SourceError(f"{name} holds {clean(key)}, which is no plain tensor; give a model's .safetensors file.")
+    return tensors
+
+
+def _tensors_of(content: dict[Any, Any]) -> dict[str, torch.Tensor]:
+    return {str(key): value for key, value in content.items() if isinstance(value, torch.Tensor)}
+
+
+def check_dtypes(file: TensorFile, keys: Iterable[str]) -> None:
+    """Raises SourceError for weights that are stored as anything but floating-point numbers. Buffers of positions may
+    be whole numbers."""
+    for key in keys:
+        dtype = file.dtypes[key]
+        if dtype not in BYTES and not key.endswith(INDICES):
+            raise SourceError(
+                f"{file.label} stores {clean(key)} as {clean(dtype)}; give the model with weights in "
+                "float32, float16, bfloat16, or float8."
+            )
+
+
+def check_finite(network: nn.Module, file: TensorFile, keys: Iterable[str]) -> None:
+    """Raises SourceError where a weight of `network`, made of the tensors `keys` of `file`, is not finite."""
+    # Both ends of a tensor are NaN where one of its values is; no other exact test comes near in speed.
+    if all(is_finite(tensor) for tensor in network.state_dict().values()):
+        return
+    for key in keys:
+        (tensor,) = file.read([key]).values()
+        if not is_finite(tensor if tensor.element_size() > 1 else tensor.float()):
+            raise not_finite(file.label, key)
+    dtype = str(next(network.parameters()).dtype).removeprefix("torch.")
+    raise SourceError(f"{file.label} has weights that are too large for {dtype}; take dtype 'fp32'.")
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether a tensor holds neither NaN nor infinity; whole numbers never do."""
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    return all(bool(end.isfinite()) for end in torch.aminmax(tensor.detach()))
+
+
+def not_finite(label: str, key: str) -> SourceError:
+    """The error for a tensor with NaN or infinity in it."""
+    return SourceError(f"{label} is damaged: its {clean(key)} is not finite; download it again.")
 
 
 def find(path: Path) -> os.stat_result | None:
@@ -217,14 +382,49 @@ def read_json(path: Path) -> dict[str, Any]:
 def read_config(path: Path, part: str) -> dict[str, Any]:
     """The config of `part` ("vae", "unet", "text", "scheduler"; "index", model_index.json) in `path`.
 
-    Raises SourceError for a value that this package computes with and that is of another type or range; what is wrong
-    with others the libraries say.
+    Raises SourceError for a value of another type or range than `VALUES` says, for NaN and infinity anywhere, and for
+    more layers than any network has.
     """
     config = read_json(path)
-    for key, (wanted, fits) in VALUES.get(part, {}).items():
-        if key in config and not fits(config[key]):
-            raise SourceError(f"{str(path)!r} has {key} {clean(repr(config[key]))}, not {wanted}; correct it.")
+    nested = [config[key] for key in ("text_config", "text_config_dict") if isinstance(config.get(key), dict)]
+    for values in [config, *nested]:
+        for key, (wanted, fits) in VALUES.get(part, {}).items():
+            if key in values and not fits(values[key]):
+                raise SourceError(f"{str(path)!r} has {key} {clean(repr(values[key]))}, not {wanted}; correct it.")
+        if (asked := layers_of(values, part)) > LAYERS:
+            raise SourceError(f"{str(path)!r} asks for {asked:,} layers; sdkit builds {LAYERS:,} at most; correct it.")
+    for key, value in config.items():
+        if not _all_finite(value):
+            raise SourceError(f"{str(path)!r} has NaN or infinity in {clean(key)!r}; correct it.")
     return config
+
+
+def _all_finite(value: Any) -> bool:
+    """Whether no number in a value of JSON is NaN or infinite."""
+    left = [value]
+    while left:  # JSON may be nested deeper than calls may be
+        one = left.pop()
+        if isinstance(one, (dict, list)):
+            left += one.values() if isinstance(one, dict) else one
+        elif isinstance(one, float) and not math.isfinite(one):
+            return False
+    return True
+
+
+def layers_of(config: dict[str, Any], part: str) -> int:
+    """At least as many layers as the network of a config has, whose values are checked. Each takes time and memory to
+    build, even without weights."""
+    sizes = {key: config[key] for key in VALUES.get(part, {}) if key in config}
+    levels = max(len(sizes.get(key) or ()) for key in ("block_out_channels", "down_block_types", "up_block_types"))
+    within = _most(sizes.get("transformer_layers_per_block", 1))
+    blocks = levels * _most(sizes.get("layers_per_block", 1)) * max(1, within)
+    tiny = sum(sum(sizes.get(key) or ()) for key in ("num_encoder_blocks", "num_decoder_blocks"))
+    return int(max(blocks, tiny, sizes.get("num_hidden_layers", 0)))
+
+
+def _most(value: Any) -> int:
+    """The largest number in a number or in nested lists; 0 for null."""
+    return max(map(_most, value), default=0) if isinstance(value, (list, tuple)) else int(value or 0)
 
 
 def check_fit(missing: Iterable[str], unexpected: Iterable[str], mismatched: Iterable[Any], problem: str) -> None:

@@ -2,17 +2,69 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import nn
+
+from sdkit.errors import SdkitError, SourceError
+from sdkit.messages import first_line
+
+P = ParamSpec("P")
+T = TypeVar("T")
+W = TypeVar("W", bound="Wrapper")
+DEVICE_ERROR: type[Exception] = getattr(torch, "AcceleratorError", MemoryError)  # since torch 2.8
+
+
+def blames_network(method: Callable[Concatenate[W, P], T]) -> Callable[Concatenate[W, P], T]:
+    """A method of a Wrapper, whose exceptions become SourceErrors if the network fails on a good input, too.
+
+    Some values of a config (an activation, groups, heads) break a network only when it runs.
+    """
+
+    @functools.wraps(method)
+    def call(self: W, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return method(self, *args, **kwargs)
+        except Exception as error:
+            self.blame(error)
+            raise
+
+    return call
 
 
 class Wrapper(nn.Module):
     """Holds one pretrained network, as `network`, all of whose weights are on one device and in one dtype."""
 
     network: Any
+    name: str = ""
+    """Where the network came from."""
+    _trial = False
+
+    def try_out(self) -> None:
+        """Run the network on inputs that every network of its kind takes."""
+        raise NotImplementedError
+
+    def blame(self, error: Exception) -> None:
+        """Raises SourceError if not the inputs of a call that raised `error`, but the network is at fault."""
+        exhausted = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "memory" in str(error)
+        # After an error of the device, every call fails.
+        if self._trial or exhausted or isinstance(error, (SdkitError, DEVICE_ERROR)):
+            return
+        self._trial = True
+        try:
+            with torch.no_grad():
+                self.try_out()
+        except Exception as fault:  # noqa: BLE001 (whatever a library makes of a value that it cannot use)
+            whose = f"the config of {self.name!r}" if self.name else f"the config of this {type(self).__name__}"
+            raise SourceError(
+                f"{whose} makes a network that cannot run: {first_line(fault)}; correct it, or give another source."
+            ) from error
+        finally:
+            self._trial = False
 
     @property
     def dtype(self) -> torch.dtype:

@@ -932,7 +932,7 @@ CASES: list[Case] = [
     (
         "text",
         lambda m, p: changed(m, p / "a", "text_encoder/config.json", num_hidden_layers="x"),
-        r"' cannot be loaded: Validation error for field 'num_hidden_layers': \w",
+        r"config.json' has num_hidden_layers 'x', not a whole number from 0 to 1000; correct it\.$",
     ),
     (
         "text",
