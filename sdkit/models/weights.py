@@ -152,6 +152,8 @@ def _open_pickle(path: Path) -> TensorFile:
         warnings.simplefilter("ignore")
         # Only torch's zip format can be mapped into memory; older files are read whole.
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    if isinstance(content, dict) and "string_to_param" in content:  # its tensors lie deeper than a model's
+        raise SourceError(f"{str(path)!r} looks like a textual inversion embedding; give a model or a LoRA.")
     if isinstance(content, dict):
         content = content.get("state_dict", content)
     items = content.items() if isinstance(content, dict) else ()
