@@ -12,13 +12,14 @@ import contextlib
 import math
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from sdkit import __version__
 from sdkit.cli_training import Add, add_command, add_training_commands
 from sdkit.console import complain, exit_code_of, flush, printable, say, say_json, say_path, say_table
 from sdkit.errors import ArgumentError, SdkitError
 from sdkit.files import find
+from sdkit.parser import Parser
 
 if TYPE_CHECKING:
     from sdkit.jobs import Reconstruction, Report
@@ -62,11 +63,6 @@ def _failures_told(report: Report[Any]) -> Iterator[None]:
             complain(sentence)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ArgumentError(f"{message}; see {self.prog} --help.")
-
-
 def generate(args: argparse.Namespace) -> int:
     """Make images from prompts."""
     from dataclasses import fields
@@ -79,6 +75,10 @@ def generate(args: argparse.Namespace) -> int:
     prompts = args.prompts + (read_prompts(args.prompts_file) if args.prompts_file else [])
     given = {field.name: getattr(args, field.name) for field in fields(Recipe) if field.name in args}
     recipe = (Recipe.read(args.from_image) if args.from_image else Recipe()).but(**given)
+    idle = [name for name in ("negative_prompt", "rescale", "interval") if given.get(name)]
+    if idle and recipe.scale == 1:
+        option = idle[0].replace("_", "-")
+        raise ArgumentError(f"--{option} belongs to guidance, and --scale 1 is none; leave one of them out.")
     sizes = {"count": args.count, "batch_size": args.batch_size}
     prompts = prompts or [recipe.prompt]
     check_generation(prompts, args.out, recipe, **sizes)  # told before a model is loaded, or even downloaded
@@ -93,7 +93,10 @@ def encode(args: argparse.Namespace) -> int:
     from sdkit.images import READABLE
     from sdkit.jobs import Report, encode_files
 
-    report, options = Report[Path](on_done=say_path), _checked(args, READABLE) | {"seed": args.seed}
+    if args.mean and args.seed is not None:
+        raise ArgumentError("--seed belongs to a sample, and --mean draws none; leave one of them out.")
+    seed = 0 if args.seed is None else args.seed
+    report, options = Report[Path](on_done=say_path), _checked(args, READABLE, seed) | {"seed": seed}
     with _failures_told(report):
         encode_files(_load_vae(args), args.paths, sample=not args.mean, report=report, **options)
     return 1 if report.failed else 0
@@ -171,13 +174,13 @@ def demo(args: argparse.Namespace) -> int:
     return 1 if report.failed else 0
 
 
-def _checked(args: argparse.Namespace, suffixes: Collection[str]) -> dict[str, Any]:
+def _checked(args: argparse.Namespace, suffixes: Collection[str], seed: int = 0) -> dict[str, Any]:
     """The options of a job on files; what is wrong is told before a model is loaded, or even downloaded."""
     from sdkit.jobs import check_files
 
     find(args.paths, suffixes)
     options = {"out": args.out, "batch_size": args.batch_size, "tile": args.tile}
-    check_files(**options, seed=getattr(args, "seed", 0))
+    check_files(**options, seed=seed)
     _check_place(args.dtype, args.device)
     return options
 
@@ -201,13 +204,13 @@ def _load_sd(args: argparse.Namespace, recipe: Recipe) -> StableDiffusion:
     from sdkit.models.lora import merge_lora, read_lora
     from sdkit.pipeline import StableDiffusion
 
-    lora = None if recipe.lora is None else read_lora(recipe.lora)  # first: it is smaller
+    loras = [(read_lora(source), scale) for source, scale in recipe.loras]  # first: they are smaller
     sd = StableDiffusion.from_pretrained(
         recipe.model, dtype=recipe.dtype, device=args.device, revision=recipe.revision, variant=recipe.variant,
-        config=recipe.config, prediction_type=recipe.prediction_type, compile=args.compile,
+        config=recipe.config, prediction_type=recipe.prediction_type, vae=recipe.vae, compile=args.compile,
     )  # fmt: skip
-    if lora is not None:
-        merge_lora(lora, sd.unet.network, sd.text.network, recipe.lora_scale)
+    for lora, scale in loras:
+        merge_lora(lora, sd.unet.network, sd.text.network, scale)
     return sd
 
 
@@ -247,7 +250,7 @@ def _scores_as_dict(model: str, report: Report[Reconstruction]) -> dict[str, Any
 
 def _parser() -> argparse.ArgumentParser:
     about = "Stable Diffusion 1.x / 2.x: images from text, through the VAE and back, and fine-tuning."
-    parser = _Parser(prog="sdkit", description=about, allow_abbrev=False)
+    parser = Parser(prog="sdkit", description=about)
     parser.add_argument("--version", action="version", version=f"sdkit {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for command, add_options in (
@@ -289,15 +292,18 @@ def _generate_options(add: Add) -> None:
     add("--interval", nargs=2, type=float, metavar=("LO", "HI"), help=levels, **unset)
     _model_options(add, **unset)
     add("--prediction-type", metavar="KIND", help="of a single file: epsilon or v_prediction", **unset)
-    add("--lora", metavar="LORA", help="a file, a folder as sdkit train makes it, or a Hub id", **unset)
-    add("--lora-scale", type=float, metavar="S", help="how much of it to add (default: 1)", **unset)
+    add("--vae", metavar="SOURCE", help="in place of the model's own: a folder, a Hub id, or a single file", **unset)
+    several: dict[str, Any] = {"action": "append", **unset}
+    add("--lora", metavar="LORA", help="a file, a folder, or a Hub id; may be given again: all are added", **several)
+    of_each = "how much of it to add (default: 1); of several LoRAs, give one for each, in the same order"
+    add("--lora-scale", type=float, metavar="S", help=of_each, **several)
 
 
 def _encode_options(add: Add) -> None:
     add("paths", nargs="+", metavar="IMAGE|FOLDER", help="folders are searched through")
     _files_options(add, "latents")
     add("--mean", action="store_true", help="the mean of the posterior, in place of a sample")
-    add("--seed", type=int, default=0, metavar="N", help="of the first image; the next ones follow (default: 0)")
+    add("--seed", type=int, metavar="N", help="of the first image; the next ones follow (default: 0)")
     _model_options(add)
 
 

@@ -6,7 +6,6 @@ The options of `sdkit train` are the fields of its settings, and their help is t
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, fields
@@ -19,6 +18,8 @@ from sdkit.console import complain, is_main_process, printable, say, say_json, s
 from sdkit.errors import ArgumentError
 from sdkit.fields import field_docs
 from sdkit.files import reason
+from sdkit.messages import clean
+from sdkit.strict_json import read_object
 
 if TYPE_CHECKING:
     from sdkit.data import Manifest
@@ -36,7 +37,7 @@ SHOWN = 5
 
 def add_command(commands: Commands, run: Command, add_options: Callable[[Add], None]) -> None:
     """A command with its function's name and docstring."""
-    child = commands.add_parser(run.__name__, help=run.__doc__, description=run.__doc__, allow_abbrev=False)
+    child = commands.add_parser(run.__name__, help=run.__doc__, description=run.__doc__)
     child.set_defaults(command=run)
     add_options(child.add_argument)
 
@@ -54,7 +55,7 @@ def add_training_commands(commands: Commands) -> None:
 
 
 def _group(commands: Commands, name: str, summary: str) -> Commands:
-    child = commands.add_parser(name, help=summary, description=summary, allow_abbrev=False)
+    child = commands.add_parser(name, help=summary, description=summary)
     inside: Commands = child.add_subparsers(required=True, metavar="COMMAND")
     return inside
 
@@ -78,8 +79,10 @@ def cache(args: argparse.Namespace) -> int:
     from sdkit.jobs import check_files
 
     check_files(args.out)
-    options = ("crop", "flip", "augmentations", "embeddings", "batch_size", "dtype", "device", "seed")
-    given = {name: getattr(args, name) for name in options}
+    if args.seed is not None and args.crop == "center" and not args.flip:
+        raise ArgumentError("--seed belongs to random crops and flips, and there are none; leave it out.")
+    options = ("crop", "flip", "augmentations", "embeddings", "batch_size", "dtype", "device", "vae")
+    given = {name: getattr(args, name) for name in options} | {"seed": 0 if args.seed is None else args.seed}
     folder = cache(args.model, args.data, args.out, size=_size(args.size), **given, **_data_options(args))
     if is_main_process():
         _tell_cache(folder, LatentCache(folder).manifest)
@@ -141,6 +144,7 @@ def _cache_options(add: Add) -> None:
     add("--out", "-o", required=True, metavar="FOLDER", help="for the cache; one that was begun there is finished")
     kinds = "a Hub id, a diffusers folder or a single file (default: emoji, which is embedded)"
     add("--model", "-m", default="emoji", metavar="SOURCE", help=kinds)
+    add("--vae", metavar="SOURCE", help="in place of the model's own: a folder, a Hub id, or a single file")
     _size_option(add)
     add("--crop", default="center", metavar="PLACE", help="center or random (default: center)")
     add("--flip", action="store_true", help="mirror left and right, half of the time")
@@ -150,7 +154,7 @@ def _cache_options(add: Add) -> None:
     add("--batch-size", type=int, metavar="N", help="images at a time (default: as many as usually fit)")
     add("--dtype", default="fp32", help="auto, fp32, bf16 or fp16, whose rounding stays in the cache (default: fp32)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 ... (default: auto)")
-    add("--seed", type=int, default=0, metavar="N", help="of crops and flips (default: 0)")
+    add("--seed", type=int, metavar="N", help="of crops and flips (default: 0)")
 
 
 def _size_option(add: Add) -> None:
@@ -186,7 +190,7 @@ def _convert_options(add: Add) -> None:
 def _add_stage(commands: Commands, stage: str, summary: str) -> None:
     from sdkit.training import config
 
-    child = commands.add_parser(stage, help=summary, description=summary, allow_abbrev=False)
+    child = commands.add_parser(stage, help=summary, description=summary)
     child.usage = f"{child.prog} --data PATH --out-dir PATH [OPTION ...]"
     child.set_defaults(command=partial(train, stage))
     child.add_argument("--config", metavar="FILE.json", help="settings from a file, such as a run's config.json")
@@ -209,18 +213,19 @@ def _settings(stage: type[StageSettings], args: argparse.Namespace) -> StageSett
 def _from_file(path: Path, stage: str, known: Mapping[str, _Field]) -> dict[str, Any]:
     """Settings out of a run's config.json, or of an object of fields."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8-sig"))
+        found = read_object(path)
     except OSError as error:
         raise ArgumentError(f"cannot read {path}: {reason(error)}.") from error
-    except (ValueError, RecursionError) as error:
-        raise ArgumentError(f"{path} is not JSON, as a file of settings has to be.") from error
-    if isinstance(found, dict) and found.get("stage", stage) != stage:
-        raise ArgumentError(f"{path} holds the settings of another stage, a {found['stage']}; give a {stage}'s.")
-    values = found.get("settings", found) if isinstance(found, dict) else found
+    except ValueError as error:
+        raise ArgumentError(f"{path} {error}; give a run's config.json, or an object of settings.") from error
+    if found.get("stage", stage) != stage:
+        other = clean(str(found["stage"]))
+        raise ArgumentError(f"{path} holds the settings of another stage, a {other}; give a {stage}'s.")
+    values = found.get("settings", found)
     if not isinstance(values, dict):
         raise ArgumentError(f"{path} holds no settings; give a run's config.json, or an object of them.")
     if unknown := [name for name in values if name not in known]:
-        raise ArgumentError(f"{path} sets {unknown[0]!r}, which is no setting of this stage; leave it out.")
+        raise ArgumentError(f"{path} sets {clean(unknown[0])!r}, which is no setting of this stage; leave it out.")
     return {name: known[name].value(value) for name, value in values.items()}
 
 

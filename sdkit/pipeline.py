@@ -16,12 +16,14 @@ from torch import Tensor
 from sdkit import images as image_io
 from sdkit.arguments import LONGEST_SIDE, number, one_of, seeded, strings, whole
 from sdkit.errors import ArgumentError, SdkitError
+from sdkit.files import expanded
 from sdkit.guidance import APG, guided
 from sdkit.models.lora import merge_lora, read_lora
 from sdkit.models.source import USUAL_GUIDANCE, load_guidance_scale
 from sdkit.models.text import TextEncoder
 from sdkit.models.unet import UNet
 from sdkit.models.vae import VAE
+from sdkit.models.weights import is_file
 from sdkit.progress import progress
 from sdkit.samplers import SAMPLERS, Step
 from sdkit.schedule import NoiseSchedule
@@ -70,6 +72,7 @@ class StableDiffusion:
         variant: str | None = None,
         config: str | PathLike[str] | None = None,
         prediction_type: str | None = None,
+        vae: str | PathLike[str] | None = None,
         compile: bool = False,
     ) -> StableDiffusion:
         """Load a whole model.
@@ -82,6 +85,8 @@ class StableDiffusion:
         revision, variant: of a Hub repository: branch, tag or commit; "fp16" for weights stored so.
         config: a folder of configs, for a single file of another shape than SD 1.x and 2.x.
         prediction_type: for a single file of SD 2.x that is not recognised: "epsilon" or "v_prediction".
+        vae: a VAE in place of the model's own, which may then have none: any source of this kind, or a VAE's own
+            folder, file, or Hub repository; `revision` and `variant` are the model's alone.
         compile: run U-Net and VAE through torch.compile.
 
         Raises SourceError, in one sentence, where the source is missing, unreadable, of another kind, or cannot be
@@ -89,8 +94,16 @@ class StableDiffusion:
         """
         place: dict[str, Any] = {"dtype": dtype, "device": device, "variant": variant}
         where: dict[str, Any] = {"revision": revision, "config": config}
+        own_vae = where | {"variant": variant}
+        beside = {"config": config if vae is not None and is_file(expanded(vae)) else None}
         return cls(
-            VAE.from_pretrained(source, compile=compile, **place, **where),
+            VAE.from_pretrained(
+                source if vae is None else vae,
+                dtype=dtype,
+                device=device,
+                compile=compile,
+                **(own_vae if vae is None else beside),
+            ),
             TextEncoder.from_pretrained(source, **place, **where),
             UNet.from_pretrained(source, compile=compile, **place, **where),
             NoiseSchedule.from_pretrained(source, prediction_type=prediction_type, **where),

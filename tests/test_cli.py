@@ -114,6 +114,12 @@ def test_the_choices_in_the_help_are_all_there_are() -> None:
     assert set(Recipe.__dataclass_fields__) - {"prompt"} <= set(options)
 
 
+def test_an_option_may_be_given_to_each_parse_of_a_parser() -> None:
+    parser = _parser()
+    for _ in range(2):
+        assert parser.parse_args(["generate", "a", "--lora", "x", "--lora", "y", "--steps", "3"]).lora == ["x", "y"]
+
+
 def test_generate_writes_pngs_that_say_how_they_were_made(run: Callable[..., Ran], work: Path) -> None:
     arguments = ("a cat", "red apple", "--count", 2, "--seed", 5, "--scale", "4.5", "--sampler", "dpm++2m", *QUICK)
     code, out, err = run("generate", *arguments, "--negative-prompt", "blue", "--grid")
@@ -263,6 +269,29 @@ BAD = {
         "batch_size must be a whole number of at least 1",
     ),
     "generate: clip-skip 99": (("generate", "a", "--clip-skip", "99", *QUICK), 2, "clip_skip"),
+    "generate: given twice": (("generate", "a", "--steps", "2", "--steps", "2"), 2, "--steps is given twice: give it"),
+    "generate: given twice, in two ways": (("generate", "a", "-o", "x", "--out=y"), 2, "--out is given twice"),
+    "generate: yes and no": (
+        ("generate", "a", "--weighting", "--no-weighting"),
+        2,
+        "--weighting/--no-weighting is given twice",
+    ),
+    "generate: a switch twice": (("generate", "a", "--grid", "--grid"), 2, "--grid is given twice"),
+    "generate: two values twice": (
+        ("generate", "a", "--interval", "1", "2", "--interval", "3", "4"),
+        2,
+        "--interval is given twice",
+    ),
+    "generate: negative prompt without guidance": (
+        ("generate", "a", "--scale", "1", "--negative-prompt", "b"),
+        2,
+        "--negative-prompt belongs to guidance",
+    ),
+    "generate: interval without guidance": (
+        ("generate", "a", "--scale", "1", "--interval", "0", "2"),
+        2,
+        "--interval belongs to guidance",
+    ),
     "generate: unknown model": (("generate", "a", "-m", "no-such-model"), 2, "no-such-model"),
     "generate: unknown dtype": (("generate", "a", "--dtype", "int8"), 2, "dtype 'int8'"),
     "generate: unknown device": (("generate", "a", "--device", "toaster"), 2, "device 'toaster'"),
@@ -287,6 +316,8 @@ BAD = {
         "batch_size must be a whole number of at least 1",
     ),
     "encode: seed -1": (("encode", "good.png", "--seed", "-1"), 2, "seed must be a whole number from 0"),
+    "encode: seed of a mean": (("encode", "good.png", "--mean", "--seed", "1"), 2, "--seed belongs to a sample"),
+    "encode: given twice": (("encode", "good.png", "-m", "emoji", "-m", "emoji"), 2, "--model is given twice"),
     "encode: out is a file": (("encode", "good.png", "--out", "file"), 2, "cannot write into file"),
     "encode: unknown dtype": (("encode", "good.png", "--dtype", "int8"), 2, "dtype 'int8'"),
     "encode: unknown device": (("encode", "good.png", "--device", "toaster"), 2, "device 'toaster'"),

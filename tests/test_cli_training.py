@@ -164,6 +164,7 @@ OWN: dict[str, dict[str, tuple[str, Any]]] = {
         "validation_data": ("others", "others"),
     },
     "unet": {
+        "vae": ("a/vae", "a/vae"),
         "lora_rank": ("8", 8),
         "train_text_encoder": ("", True),
         "prediction_type": ("v_prediction", "v_prediction"),
@@ -233,16 +234,27 @@ BAD: dict[str, tuple[tuple[str, ...], str]] = {
     "train: rate nan": (("train", "unet", *GIVEN, "--learning-rate", "nan"), "learning_rate must be a number"),
     "train: three sizes": (("train", "unet", *GIVEN, "--size", "8", "8", "8"), "size must be one number"),
     "train: augment": (("train", "unet", *GIVEN, "--augment", "crop", "spin"), "augment 'spin' is not one of"),
-    "train: data missing": (("train", "unet", *GIVEN, "--data", "./no"), "nor the id of a data set on the Hub"),
-    "train: data missing, vae": (("train", "vae", *GIVEN, "--data", "no"), "nor the id of a data set on the Hub"),
-    "train: out is a file": (("train", "unet", *GIVEN, "--out-dir", "file"), "cannot write into file"),
-    "train: out below a file": (("train", "vae", *GIVEN, "--out-dir", "file/x"), "cannot write into file"),
+    "train: data missing": (("train", "unet", "-o", "r", "--data", "./no"), "nor the id of a data set on the Hub"),
+    "train: data missing, vae": (("train", "vae", "-o", "r", "--data", "no"), "nor the id of a data set on the Hub"),
+    "train: out is a file": (("train", "unet", "--data", "photos", "-o", "file"), "cannot write into file"),
+    "train: out below a file": (("train", "vae", "--data", "photos", "-o", "file/x"), "cannot write into file"),
+    "train: given twice": (("train", "unet", *GIVEN, "--seed", "1", "--seed", "1"), "--seed is given twice: give it"),
+    "train: given twice, shortly": (("train", "unet", *GIVEN, "-m", "other"), "--model is given twice: give it once"),
+    "train: several, given twice": (
+        ("train", "unet", *GIVEN, "--augment", "crop", "--augment", "flip"), "with all values after one --augment"
+    ),
+    "train: yes and no": (
+        ("train", "unet", *GIVEN, "--zero-snr", "--no-zero-snr"), "--zero-snr/--no-zero-snr is given twice: give it"
+    ),
+    "train: discriminator without weight": (("train", "vae", *GIVEN, "--disc-start", "9"), "give disc_weight, too"),
+    "train: no VAE": (("train", "unet", "--data", "photos", "-o", "r", "--model", "model", "--vae", "none/"), "none/"),
+    "train: VAE of no name": (("train", "unet", *GIVEN, "--vae", ""), "vae must be a path or a name"),
     "train: no model": (("train", "unet", *GIVEN), "nowhere"),
     "config: missing": (("train", "unet", *GIVEN, "--config", "no.json"), "cannot read no.json: no such file"),
     "config: a folder": (("train", "unet", *GIVEN, "--config", "empty"), "cannot read empty: is a directory"),
-    "config: not JSON": (file("{", *GIVEN), "config.json is not JSON"),
-    "config: deep": (file("[" * 99999, *GIVEN), "config.json is not JSON"),
-    "config: a list": (file("[1]", *GIVEN), "holds no settings"),
+    "config: not JSON": (file("{", *GIVEN), "config.json is not valid JSON"),
+    "config: deep": (file("[" * 99999, *GIVEN), "config.json is not valid JSON (nested too deeply)"),
+    "config: a list": (file("[1]", *GIVEN), "config.json holds no JSON object; give a run's"),
     "config: settings no object": (file('{"settings": 3}', *GIVEN), "holds no settings"),
     "config: unknown field": (file('{"steps": 3}', *GIVEN), "sets 'steps', which is no setting of this stage"),
     "config: of the other stage": (
@@ -257,6 +269,10 @@ BAD: dict[str, tuple[tuple[str, ...], str]] = {
     "config: several for one": (file('{"init": ["a", "b"]}', *GIVEN), "init must be a path or a name, not ('a', 'b')"),
     "config: of several one wrong": (file('{"augment": ["crop", 1]}', *GIVEN), "augment must be a string or a list"),
     "config: NaN": (file('{"learning_rate": NaN}', *GIVEN), "learning_rate must be a number"),
+    "config: a device": (("train", "unet", *GIVEN, "--config", "/dev/zero"), "/dev/zero: it is not a regular file"),
+    "config: of a stage with line breaks": (
+        file('{"stage": "a\\n\\u001bb", "settings": {}}', *GIVEN), "a a  b; give a UNetConfig's"
+    ),
     "config: no folder": (file('{"data": "photos"}'), "--out-dir must be given"),
     "data: no command": (("data",), "required: COMMAND"),
     "data: missing": (("data", "check", "./no"), "nor the id of a data set"),
@@ -271,6 +287,9 @@ BAD: dict[str, tuple[tuple[str, ...], str]] = {
     "cache: no model": (("cache", "photos", "-o", "c", "-m", "nowhere"), "nowhere"),
     "cache: out is a file": (("cache", "photos", "-o", "file", "-m", "nowhere"), "cannot write into file"),
     "cache: out holds something else": (("cache", "photos", "-o", "photos", "-m", "model"), "holds no latent cache"),
+    "cache: given twice": (("cache", "photos", "-o", "c", "-o", "d"), "--out is given twice"),
+    "cache: seed of nothing": (("cache", "photos", "-o", "c", "--seed", "3"), "--seed belongs to random crops"),
+    "cache: no VAE": (("cache", "photos", "-o", "c", "-m", "model", "--vae", "nowhere"), "'nowhere' is neither a path"),
     "cache: crop": (("cache", "photos", "-o", "c", "-m", "model", "--crop", "left"), "crop 'left' is not one of"),
     "cache: augmentations alike": (
         ("cache", "photos", "-o", "c", "-m", "model", "--augmentations", "2"), "would all be alike"
@@ -291,6 +310,16 @@ BAD: dict[str, tuple[tuple[str, ...], str]] = {
     "convert: a name": (("convert", "nowhere", "x.ckpt"), "give a name that ends in .safetensors"),
     "generate: LoRA missing": (("generate", "a", "-m", "nowhere", "--lora", "no.safetensors"), "does not exist"),
     "generate: LoRA scale nan": (("generate", "a", "--lora", "run/result", "--lora-scale", "nan"), "lora_scale must"),
+    "generate: two scales, one LoRA": (
+        ("generate", "a", "--lora", "x", "--lora-scale", "2", "--lora-scale", "1"), "2 of lora_scale cannot serve 1"
+    ),
+    "generate: one scale, two LoRAs": (
+        ("generate", "a", "--lora", "x", "--lora-scale", "2", "--lora", "y"), "1 of lora_scale cannot serve 2 LoRAs"
+    ),
+    "generate: of two LoRAs one missing": (
+        ("generate", "a", "-m", "nowhere", "--lora", "run/result", "--lora", "no.safetensors"), "does not exist"
+    ),
+    "generate: no VAE": (("generate", "a", "--vae", "nowhere"), "'nowhere' is neither a path that exists nor a Hub id"),
     "generate: scale without LoRA": (("generate", "a", "--lora-scale", "2"), "lora_scale belongs to a LoRA"),
     "generate: LoRA of another model": (("generate", "a", "--lora", "run/result"), "was made for another model"),
 }  # fmt: skip
@@ -427,6 +456,69 @@ def test_a_converted_lora_does_the_same(run: Callable[..., Ran], work: Path) -> 
     assert not torch.equal(weights["run/result", "run/result"], weights["scaled.safetensors", "scaled.safetensors"])
 
 
+def drawn(run: Callable[..., Ran], name: str, *options: object) -> Any:
+    quick = ("--model", "model", "--steps", 3, "--dtype", "fp32", "--device", "cpu")
+    found = run("generate", "a red disc", *quick, *options, "-o", name)
+    assert found[::2] == (0, ""), found
+    return pixels(name)
+
+
+def test_several_loras_add_up_each_with_its_scale(run: Callable[..., Ran], work: Path) -> None:
+    tensors = load_file("run/result/pytorch_lora_weights.safetensors")
+    save_file({key: value.flip(0) if "up" in key else value for key, value in tensors.items()}, "other.safetensors")
+    scaled = ("--lora", "run/result", "--lora-scale", 2, "--lora", "other.safetensors", "--lora-scale", -1.5)
+    found = {"one": drawn(run, "one.png", "--lora", "other.safetensors"), "scaled": drawn(run, "scaled.png", *scaled)}
+    found["both"] = drawn(run, "both.png", "--lora", "run/result", "--lora", "other.safetensors")
+    for name, scales in (("both", (1, 1)), ("scaled", (2, -1.5))):
+        sd = sdkit.StableDiffusion.from_pretrained("model", dtype="fp32", device="cpu")
+        for source, scale in zip(("run/result", "other.safetensors"), scales, strict=True):
+            sd.load_lora(source, scale)
+        (expected,) = sd("a red disc", num_inference_steps=3, output_type="np")
+        np.testing.assert_array_equal(found[name], expected)
+        assert np.abs(expected.astype(int) - found["one"]).max() > 2
+        assert run("generate", "--from", f"{name}.png", "-o", "again.png").code == 0
+        assert Path("again.png").read_bytes() == Path(f"{name}.png").read_bytes()
+    # Another LoRA does not take over the scales of those in the PNG; one of theirs given again does not either.
+    assert run("generate", "--from", "scaled.png", "--lora", "other.safetensors", "-o", "again.png").code == 0
+    np.testing.assert_array_equal(pixels("again.png"), found["one"])
+    assert "1 of lora_scale cannot serve 2" in run("generate", "--from", "scaled.png", "--lora-scale", 1).err
+
+
+def test_a_vae_beside_the_model(run: Callable[..., Ran], work: Path) -> None:
+    """Its images, its PNG, the cache that it makes, the run that trains on it, and the pipeline that this exports."""
+    torch.manual_seed(1)
+    vae = sdkit.VAE.from_pretrained("model", dtype="fp32", device="cpu")
+    with torch.no_grad():
+        for parameter in vae.network.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    vae.network.save_pretrained("other/vae")
+    identity = sdkit.VAE.from_pretrained("other", device="cpu").identity
+    sd = sdkit.StableDiffusion.from_pretrained("model", vae="other/vae", dtype="fp32", device="cpu")
+    assert (sd.vae.identity, sd.name) == (identity, "model")
+    (expected,) = sd("a red disc", num_inference_steps=3, output_type="np")
+    np.testing.assert_array_equal(drawn(run, "one.png", "--vae", "other"), expected)
+    assert np.abs(drawn(run, "plain.png").astype(int) - expected).max() > 2
+    with Image.open("one.png") as image:
+        assert image.text["vae"] == str(work / "other")  # type: ignore[attr-defined]
+    assert run("generate", "--from", "one.png", "-o", "again.png").code == 0
+    assert Path("again.png").read_bytes() == Path("one.png").read_bytes()
+
+    assert run("cache", "photos", "--out", "cache", "--model", "model", "--vae", "other").code == 0
+    assert LatentCache("cache").manifest.settings.vae == identity
+    common = ("--ema-decay", 0, *SMALL, "--max-steps")
+    assert "made with the VAE" in run("train", "unet", "--data", "cache", "--out-dir", "r", *common, 1).err
+    losses = {}
+    for data in ("cache", "photos"):
+        train = ("train", "unet", "--data", data, "--out-dir", f"r-{data}", *common)
+        assert run(*train, 1, "--vae", "other").code == 0
+        assert sdkit.VAE.from_pretrained(f"r-{data}/result", device="cpu").identity == identity
+        losses[data] = read_metrics(Path(f"r-{data}/metrics.jsonl"))[1]["loss"]
+        again = run(*train, 2, "--vae", "other/vae") if data == "cache" else run(*train, 2)
+        assert again.code == (0 if data == "cache" else 2)  # paths may change, the VAE may not
+    assert "its model was another" in again.err
+    assert losses["cache"] == pytest.approx(losses["photos"], rel=2e-3)  # a cache holds float16
+
+
 # Stopped, and taken up again
 
 
@@ -528,8 +620,9 @@ def sentences(err: str) -> list[str]:
 def test_a_launched_run_stops_and_goes_on_and_speaks_with_one_voice(
     launch: Callable[..., subprocess.Popen[str]],
 ) -> None:
-    steps = ("--save-every", "100000", "--validate-every", "100000", "--batch-size", "1", "--out-dir", "r")
-    first = launch(*LORA, *steps, "--max-steps", "100000")
+    steps = ("train", "unet", "--data", "photos", "--lora-rank", "2", "--model", "model", "--size", "32")
+    steps += ("--batch-size", "1", "--save-every", "100000", "--validate-every", "100000", "--out-dir", "r")
+    first = launch(*steps, "--max-steps", "100000")
     metrics = Path("r/metrics.jsonl")
     while not metrics.exists() or len(metrics.read_text().splitlines()) < 4:
         assert first.poll() is None, first.communicate()
@@ -542,7 +635,7 @@ def test_a_launched_run_stops_and_goes_on_and_speaks_with_one_voice(
         "sdkit: stopping after this step; Ctrl-C again leaves at once.",
         f"sdkit: stopped after step {done}, with a checkpoint; the same command goes on from there.",
     ]
-    second = launch(*LORA, *steps, "--max-steps", str(done + 1))
+    second = launch(*steps, "--max-steps", str(done + 1))
     out, err = second.communicate(timeout=60)
     assert (second.returncode, out) == (0, f"r{os.sep}result\n"), err
     assert err.count("going on from") == 1

@@ -384,8 +384,9 @@ def test_a_recipe_goes_through_a_png_unchanged(tmp_path: Path) -> None:
         config="folder",
         prediction_type="epsilon",
         dtype="float16",
-        lora="some/lora",
-        lora_scale=-0.3,
+        vae="some/vae",
+        lora=("some/lora", "[other]"),
+        lora_scale=(-0.3, 1.0),
     )
     images.save(Image.new("RGB", (8, 8)), tmp_path / "x.png", recipe.text())
     assert Recipe.read(tmp_path / "x.png") == recipe
@@ -400,9 +401,9 @@ def test_a_recipe_names_files_and_folders_absolutely(tmp_path: Path, monkeypatch
     (tmp_path / "model.ckpt").touch()
     (tmp_path / "emoji").mkdir()
     (tmp_path / "configs").mkdir()
-    recipe = Recipe(model="./model.ckpt", config="configs", height=64, lora="configs")
+    recipe = Recipe(model="./model.ckpt", config="configs", height=64, lora=("configs",), vae="configs")
     assert recipe.text()["model"] == str(tmp_path / "model.ckpt")
-    assert recipe.text()["config"] == recipe.text()["lora"] == str(tmp_path / "configs")
+    assert recipe.text()["config"] == recipe.text()["lora"] == recipe.text()["vae"] == str(tmp_path / "configs")
     assert Recipe().text()["model"] == "emoji"  # the embedded one, whatever lies here
     assert Recipe(model="some/model").text()["model"] == "some/model"
     assert replace(recipe, model=recipe.text()["model"]).but(model="model.ckpt").height == 64
@@ -440,7 +441,8 @@ def test_what_a_recipe_refuses_the_model_refuses_too(
 
 
 def test_another_model_takes_nothing_over_from_the_old_one() -> None:
-    recipe = Recipe(height=64, scale=3.0, spacing="trailing", revision="main", steps=7, lora="a/lora", lora_scale=0.5)
+    own = {"height": 64, "scale": 3.0, "spacing": "trailing", "revision": "main", "vae": "a/vae"}
+    recipe = Recipe(**own, steps=7, lora=("a/lora",), lora_scale=(0.5,))
     assert recipe.but(model="other", width=72) == Recipe(model="other", width=72, steps=7)
     assert recipe.but(model="emoji") == recipe
 
@@ -451,7 +453,7 @@ def test_a_recipe_of_before_there_was_lora_is_read(tmp_path: Path) -> None:
     assert Recipe.read(tmp_path / "x.png") == Recipe(prompt="a")
 
 
-@pytest.mark.parametrize("changes", [{"lora_scale": 0.5}, {"lora": "some/lora", "lora_scale": math.inf}])
+@pytest.mark.parametrize("changes", [{"lora_scale": (0.5,)}, {"lora": ("some/lora",), "lora_scale": (math.inf,)}])
 def test_a_scale_needs_a_lora_and_is_finite(changes: dict[str, Any]) -> None:
     with pytest.raises(ArgumentError, match="lora_scale"):
         replace(Recipe(), **changes).check()

@@ -63,6 +63,7 @@ def cache(
     device: str | torch.device = "auto",
     seed: int = 0,
     shard_size: int = 1024,
+    vae: Source | None = None,
 ) -> Path:
     """Encode images and captions once, for training: into the folder `out`, which `LatentCache` reads.
 
@@ -81,6 +82,7 @@ def cache(
                    in the cache. Under `accelerate launch`, device "auto" is the process's own.
     seed:          of the crops and flips.
     shard_size:    images of one file, which is also what an interruption can lose.
+    vae:           a VAE in place of the model's own; see `StableDiffusion.from_pretrained`.
 
     Raises `CacheError` where `out` holds something else, `DataError` where no image can be used.
     """
@@ -90,7 +92,7 @@ def cache(
     whole("workers", workers, 1)
     if batch_size is not None:
         whole("batch_size", batch_size, 1)
-    transform = Transform(size=sides(size) if size is not None else own_size(model), crop=crop, flip=flip)
+    transform = Transform(size=sides(size) if size is not None else own_size(model, vae), crop=crop, flip=flip)
     if augmentations > 1 and not transform.random:
         raise ArgumentError(f"{augmentations} augmentations would all be alike; take crop='random' or flip as well.")
     folder = _folder(out)
@@ -99,19 +101,19 @@ def cache(
     examples = open_examples(
         data, split=split, image_column=image_column, caption_column=caption_column, streaming=streaming
     )
-    vae = VAE.from_pretrained(model, dtype=resolve_dtype(dtype, place), device=place)
+    source = model if vae is None else vae
+    autoencoder = VAE.from_pretrained(source, dtype=resolve_dtype(dtype, place), device=place)
     # In float32: its fingerprint does not depend on the dtype then, and beside the VAE it costs little.
     text = TextEncoder.from_pretrained(model, dtype="fp32", device=place if embeddings else "cpu")
-    vae.check_size(transform.size)
+    autoencoder.check_size(transform.size)
     settings = Settings(
-        vae=vae.identity, scale=vae.scale, shift=vae.shift, factor=vae.factor, text=manifests.text_identity(text),
-        tokenizer=manifests.tokenizer_identity(text), embeddings=embeddings, size=transform.size, crop=crop, flip=flip,
-        augmentations=augmentations, seed=seed, dtype=str(vae.dtype).removeprefix("torch."), data=examples.identity,
-        shard_size=shard_size,
+        vae=autoencoder.identity, scale=autoencoder.scale, shift=autoencoder.shift, factor=autoencoder.factor,
+        text=manifests.text_identity(text), tokenizer=manifests.tokenizer_identity(text), embeddings=embeddings,
+        size=transform.size, crop=crop, flip=flip, augmentations=augmentations, seed=seed,
+        dtype=str(autoencoder.dtype).removeprefix("torch."), data=examples.identity, shard_size=shard_size,
     )  # fmt: skip
-    manifest = Manifest(
-        settings=settings, sdkit=__version__, model=encodable(str(model)), source=encodable(os.fspath(data))
-    )
+    named = str(model) if vae is None else f"{model} with the VAE {vae}"
+    manifest = Manifest(settings=settings, sdkit=__version__, model=encodable(named), source=encodable(os.fspath(data)))
     with contextlib.ExitStack() as held:
         with processes.main_process_first():
             if _damaged(folder, manifest, processes.is_main_process) == []:
@@ -125,7 +127,7 @@ def cache(
                     _delete(folder / file)
                 manifest.write(folder)  # an unfinished one, so that what was begun is known for what it is
         pool = held.enter_context(ThreadPoolExecutor(workers))
-        encoder = ShardEncoder(vae, text, transform, settings, pool, batch_size)
+        encoder = ShardEncoder(autoencoder, text, transform, settings, pool, batch_size)
         shards = _Shards(examples, shard_size)
         for number, count, rows in shards:
             path = folder / shard_file(number)
@@ -143,9 +145,11 @@ def cache(
     return folder
 
 
-def own_size(model: Source) -> tuple[int, int]:
-    """The side that the model's U-Net was trained at."""
+def own_size(model: Source, vae: Source | None = None) -> tuple[int, int]:
+    """The side that the model's U-Net was trained at, in pixels of its VAE or of another `vae`."""
     parts = {component.part: component.config for component in describe(model).components}
+    if vae is not None:
+        parts |= {component.part: component.config for component in describe(vae).components if component.part == "vae"}
     side = parts.get("unet", {}).get("sample_size")
     if not isinstance(side, int):
         raise ArgumentError(f"the model {str(model)!r} does not say what size it is for; give size=.")

@@ -134,6 +134,8 @@ class VAEConfig(StageSettings):
         for name in ("lpips_weight", "kl_weight", "disc_weight"):
             self._keep(name, number(name, getattr(self, name), 0))
         self._keep("disc_start", whole("disc_start", self.disc_start, 0))
+        if self.disc_start and not self.disc_weight:
+            raise ArgumentError("disc_start belongs to a discriminator, and there is none; give disc_weight, too.")
 
 
 @documented
@@ -141,6 +143,9 @@ class VAEConfig(StageSettings):
 class UNetConfig(StageSettings):
     """Settings of `train_unet`. `data` may be a latent cache, too, from which nothing frozen is computed again."""
 
+    vae: str | os.PathLike[str] | None = None
+    """A VAE in place of the model's own, for whose latents the U-Net is trained and with which it is exported: a
+    folder, a Hub id, or a single file; None takes the model's own."""
     lora_rank: int | None = None
     """Train low-rank updates of the attention's projections, of this rank; None trains the whole network."""
     train_text_encoder: bool = False
@@ -159,10 +164,14 @@ class UNetConfig(StageSettings):
     validation_prompts: tuple[str, ...] = ()
     """Images of them are made at each validation, always from the same seeds."""
 
+    may_change = StageSettings.may_change | {"vae"}  # a path, too
+
     def __post_init__(self) -> None:
         super().__post_init__()
-        from sdkit.arguments import PREDICTIONS, flag, number, one_of, strings, whole
+        from sdkit.arguments import PREDICTIONS, flag, number, one_of, path_or_name, strings, whole
 
+        if self.vae is not None:
+            path_or_name("vae", self.vae)
         flag("train_text_encoder", self.train_text_encoder)
         if self.zero_snr is not None:
             flag("zero_snr", self.zero_snr)

@@ -26,6 +26,7 @@ from sdkit.training.checkpoint import Checkpoint, checkpoints, newest, read_stat
 WORDS = {  # of what is not told by its values
     "data_identity": "its data was other (names, captions or sizes of files)",
     "model_identity": "its model was another (weights or noise schedule)",
+    "vae_identity": "its VAE was another (weights or scale)",
     "lpips_identity": "its LPIPS had other weights",
     "validation_identity": "its validation data was other (names, captions or sizes of files)",
     "samples_per_step": "its steps took {was} samples, these take {now} (batch_size x gradient_accumulation_steps x "

@@ -80,7 +80,7 @@ class UNetStage:
 
     def __init__(self, config: UNetConfig) -> None:
         self.config = config
-        self.vae = VAE(load_vae(config.model)).eval().requires_grad_(False)
+        self.vae = VAE(load_vae(config.model if config.vae is None else config.vae)).eval().requires_grad_(False)
         self.text = TextEncoder(*load_text(config.model)).eval().requires_grad_(False)
         self.tokenizer = copy.deepcopy(self.text.tokenizer)  # as it was: what it would save changes when it is used
         self.scheduler = _scheduler(config)
@@ -98,7 +98,7 @@ class UNetStage:
         side = self.unet.sample_size * self.vae.factor
         self.latents = open_latents(config, self.vae, self.text, (side, side))
         model = identity_of(self.vae.network, self.text.network, self.unet.network, schedule=self.scheduler)
-        self.identity = {"data": self.latents.identity, "model": model}
+        self.identity = {"data": self.latents.identity, "model": model, "vae": self.vae.identity}
         self.size = len(self.latents.train)
         rate, ema = config.learning_rate, config.ema_decay > 0
         self.players = [Player("unet", self.denoiser, self.loss, learning_rate=rate, ema=ema)]

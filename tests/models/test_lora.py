@@ -6,6 +6,7 @@ import copy
 import json
 import logging
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from shutil import copy as copy_file
@@ -20,7 +21,7 @@ from torch.nn import functional as F
 
 import sdkit
 from sdkit.errors import ArgumentError, SdkitError, SourceError
-from sdkit.models.lora import FILENAME, add_lora, lora_tensors, merge_lora, read_lora, save_lora
+from sdkit.models.lora import FILENAME, TARGETS, add_lora, convert_lora, lora_tensors, merge_lora, read_lora, save_lora
 from tests.models.test_text import diffusers_pipeline
 
 pytest.importorskip("peft")
@@ -257,6 +258,86 @@ def old_processors(key: str) -> str:
     return key
 
 
+class TestPeft:
+    """The files that peft's `save_pretrained` writes, one network to a folder, against its own merged weights."""
+
+    @pytest.fixture(params=["unet", "text"])
+    def part(self, request: pytest.FixtureRequest) -> str:
+        part: str = request.param
+        return part
+
+    @pytest.fixture
+    def merged(self, sd: sdkit.StableDiffusion, part: str, tmp_path: Path) -> Callable[..., Tensors]:
+        """Save an adapter with the given settings in `tmp_path`, and return the weights that peft makes of it."""
+
+        def merged(**settings: Any) -> Tensors:
+            from peft import LoraConfig, get_peft_model
+
+            network = copy.deepcopy(getattr(sd, part).network)
+            options: dict[str, Any] = {"r": RANK, "target_modules": [*TARGETS, "conv1", "proj_in"]}
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of peft: it asks transformers for a name that is deprecated
+                live: Any = get_peft_model(network, LoraConfig(**{**options, **settings}))
+            torch.manual_seed(0)
+            for name, parameter in live.named_parameters():
+                if "lora_B" in name:
+                    nn.init.normal_(parameter, std=0.05)
+            live.save_pretrained(tmp_path, save_embedding_layers=False)
+            return dict(live.merge_and_unload().state_dict())
+
+        return merged
+
+    @pytest.mark.parametrize("rslora", [False, True])
+    def test_alphas_and_ranks_of_its_config(
+        self, sd: sdkit.StableDiffusion, merged: Callable[..., Tensors], part: str, tmp_path: Path, rslora: bool
+    ) -> None:
+        first = {"unet": TO_Q, "text": "encoder.layers.0.self_attn.q_proj"}[part]
+        last = {"unet": "mid_block.*.to_k", "text": r"layers\.1.*"}[part]
+        expected = merged(
+            lora_alpha=7, use_rslora=rslora, rank_pattern={first: 6}, alpha_pattern={f"^{first}": 16, last: 3}
+        )
+        found = getattr(loaded(sd, tmp_path), part).network.state_dict()
+        before = getattr(sd, part).network.state_dict()
+        for key, weight in expected.items():
+            torch.testing.assert_close(found[key], weight, atol=1e-5, rtol=0)
+        assert max(float((found[key] - before[key]).abs().max()) for key in before) > 0.05
+        assert sum(not torch.equal(found[key], before[key]) for key in before) > 10
+
+    def test_without_its_config(
+        self, sd: sdkit.StableDiffusion, merged: Callable[..., Tensors], part: str, tmp_path: Path
+    ) -> None:
+        expected = merged(lora_alpha=RANK)
+        (tmp_path / "adapter_config.json").unlink()
+        with pytest.warns(UserWarning, match=r"has no adapter_config\.json beside it, which states its alpha"):
+            found = getattr(loaded(sd, tmp_path / "adapter_model.safetensors"), part).network.state_dict()
+        for key, weight in expected.items():
+            torch.testing.assert_close(found[key], weight, atol=1e-5, rtol=0)
+
+    def test_a_config_that_cannot_be_used(self, merged: Callable[..., Tensors], tmp_path: Path) -> None:
+        merged(lora_alpha=7)
+        file = tmp_path / "adapter_config.json"
+        made = json.loads(file.read_text())
+        for changes, problem in (
+            ({"lora_alpha": None}, "has an alpha that is no number; download"),
+            ({"lora_alpha": float("nan")}, "has an alpha that is not finite, or too large; download"),
+            ({"use_rslora": "no"}, "has an alpha_pattern or use_rslora of another type or size; download"),
+            ({"alpha_pattern": {"(a+)+": 1}}, r"has the alpha_pattern '\(a\+\)\+', which is no name of a layer; down"),
+            ({"init_lora_weights": "pissa_niter_4"}, "was begun by pissa_niter_4, which changes the model's weights"),
+        ):
+            file.write_text(json.dumps(made | changes))
+            with pytest.raises(SourceError, match=rf"adapter_\w+\.\w+' {problem}"):
+                read_lora(tmp_path)
+        file.write_text("[" * 100_000)
+        with pytest.raises(
+            SourceError, match=r"adapter_config\.json' is not valid JSON \(nested too deeply\); download"
+        ):
+            read_lora(tmp_path)
+        file.unlink()
+        file.mkdir()
+        with pytest.warns(UserWarning, match="has no adapter_config"):
+            read_lora(tmp_path)
+
+
 class TestAlpha:
     def test_of_kohya(self, sd: sdkit.StableDiffusion, files: dict[str, Path], write: Callable[..., Path]) -> None:
         named = load_file(files["kohya"])
@@ -266,6 +347,62 @@ class TestAlpha:
         assert_same(ours, loaded(sd, files["kohya"], 0.5))
         without = write({key: tensor for key, tensor in named.items() if not key.endswith("alpha")})
         assert_same(loaded(sd, without), loaded(sd, files["kohya"]))
+
+    @pytest.mark.parametrize("alpha", ["Infinity", "NaN", "1e400", "1e300", "1" + "0" * 400, "-1e13", "true", '"7"'])
+    def test_not_finite_too_large_or_no_number(self, tensors: Tensors, write: Callable[..., Path], alpha: str) -> None:
+        for config in (f'{{"unet.lora_alpha": {alpha}}}', f'{{"unet.alpha_pattern": {{"to_q": {alpha}}}}}'):
+            file = write(tensors, {"lora_adapter_metadata": config})
+            for use in (read_lora, lambda file: convert_lora(file, file.parent / "made.safetensors")):
+                with pytest.raises(SourceError, match=r"has damaged metadata .*: it has an alpha that is (no|not) "):
+                    use(file)
+        assert not (file.parent / "made.safetensors").exists()
+
+    @pytest.mark.parametrize(
+        ("alpha", "problem"),
+        [
+            (torch.tensor(1 + 1j), "holds .* as complex64 numbers, not as floats"),
+            (torch.tensor(True), "holds .* as bool numbers, not as floats"),
+            (torch.tensor(torch.inf), "its .* is not finite"),
+            (torch.tensor(1e30), "has an alpha that is not finite, or too large at"),
+        ],
+    )
+    def test_of_a_tensor_that_is_none(
+        self, tensors: Tensors, write: Callable[..., Path], alpha: Tensor, problem: str
+    ) -> None:
+        with pytest.raises(SourceError, match=problem):
+            read_lora(write(tensors | {f"unet.{TO_Q}.alpha": alpha}))
+
+    def test_of_a_whole_number(self, tensors: Tensors, write: Callable[..., Path]) -> None:
+        lora = read_lora(write(tensors | {f"unet.{TO_Q}.alpha": torch.tensor(3)}))
+        assert lora.unet[TO_Q.replace(".", "_")].alpha == 3
+
+    @pytest.mark.parametrize("alpha", [100_000, 4.1, 2])
+    def test_converted_exactly(self, tensors: Tensors, write: Callable[..., Path], alpha: float) -> None:
+        """float16 ends at 65,504, and rounds 4.1."""
+        half = {key: tensor.half() for key, tensor in tensors.items()}
+        file = write(half, {"lora_adapter_metadata": json.dumps({"unet.lora_alpha": alpha})})
+        convert_lora(file, file.parent / "made.safetensors")
+        written = load_file(file.parent / "made.safetensors")[f"lora_unet_{TO_Q.replace('.', '_')}.alpha"]
+        assert written.item() == pytest.approx(alpha, rel=1e-7)
+        assert written.dtype == (torch.float16 if alpha == 2 else torch.float32)
+
+    def test_patterns_are_names_and_never_run(self, tensors: Tensors, write: Callable[..., Path]) -> None:
+        """As peft matches them: the whole name, or what follows a dot, `.*` for anything; the first that fits."""
+        config = {"to_q": 5, r"attn2\.to_k": 6, "^attn1.to_k": 7, "^down_blocks.1.*to_v$": 8, "o_v": 9, "lora_alpha": 1}
+        text = json.dumps({"unet.lora_alpha": 1, "unet.alpha_pattern": config})
+        for name, x in read_lora(write(tensors, {"lora_adapter_metadata": text})).unet.items():
+            wanted = {"attn1_to_q": 5, "attn2_to_q": 5, "attn2_to_k": 6}.get(name[-10:], 1)
+            wanted = 8 if name.startswith("down_blocks_1") and name.endswith("to_v") else wanted
+            assert x.alpha == wanted, name
+        for pattern in ("([a-z._0-9]+)+X", "a|b", "to_[qk]", "a*", ""):
+            text = json.dumps({"unet.alpha_pattern": {pattern: 1.0}})
+            with pytest.raises(
+                SourceError, match=r"it has the alpha_pattern .*, which is no name of a layer; download"
+            ):
+                read_lora(write(tensors, {"lora_adapter_metadata": text}))
+        text = json.dumps({"unet.alpha_pattern": {f"a{i}": 1.0 for i in range(1001)}})
+        with pytest.raises(SourceError, match="alpha_pattern or use_rslora of another type or size"):
+            read_lora(write(tensors, {"lora_adapter_metadata": text}))
 
     @pytest.mark.parametrize("rslora", [False, True])
     def test_of_diffusers_metadata(
@@ -330,6 +467,33 @@ class TestMerging:
         delta = tensors[f"unet.{TO_Q}.lora.up.weight"] @ tensors[f"unet.{TO_Q}.lora.down.weight"]
         assert torch.equal(half.unet.network.get_submodule(TO_Q).weight, (before.float() + delta).bfloat16())
         assert {parameter.dtype for parameter in half.unet.parameters()} == {torch.bfloat16}
+
+    @pytest.mark.parametrize(
+        ("dtype", "size", "scale"),
+        [("fp32", 1e25, 1.0), ("fp32", 1e25, 0.0), ("fp16", 100.0, 10.0), ("bf16", 1e19, 1.0)],
+    )
+    def test_what_overflows_is_refused_before_a_weight_changes(
+        self, tensors: Tensors, write: Callable[..., Path], dtype: str, size: float, scale: float
+    ) -> None:
+        """Factors that are finite, and whose product is not, in the last layer of all."""
+        name = "text_encoder.text_model.encoder.layers.2.self_attn.q_proj.lora_linear_layer"
+        large = {f"{name}.{side}.weight": tensors[f"{name}.{side}.weight"] * 0 + size for side in ("down", "up")}
+        model = sdkit.StableDiffusion.from_pretrained("emoji", dtype=dtype, device="cpu")
+        before = weights(model)
+        with pytest.raises(SourceError, match=r"at scale \S+ would make encoder_layers_2_self_attn_q_proj infinite"):
+            model.load_lora(write(tensors | large), scale)
+        found = weights(model)
+        assert all(torch.equal(found[key], before[key]) for key in before)
+
+    def test_what_nearly_overflows_is_merged(self, tensors: Tensors, write: Callable[..., Path]) -> None:
+        """The bound on the product is not sharp: where it does not settle it, the product itself does."""
+        name = f"unet.{TO_Q}.lora"
+        down, up = torch.zeros(RANK, 64), torch.zeros(64, RANK)
+        down[0, 0], up[0, 1] = 2000.0, 2000.0  # which never meet
+        model = sdkit.StableDiffusion.from_pretrained("emoji", dtype="fp16", device="cpu")
+        before = model.unet.network.get_submodule(TO_Q).weight.clone()
+        model.load_lora(write({f"{name}.down.weight": down, f"{name}.up.weight": up}))
+        assert torch.equal(model.unet.network.get_submodule(TO_Q).weight, before)
 
     def test_into_a_text_encoder_of_older_names(self, sd: sdkit.StableDiffusion, files: dict[str, Path]) -> None:
         nested = nn.Module()
@@ -445,6 +609,65 @@ class TestSources:
         with pytest.raises(SourceError, match=rf"lacks {FILENAME} \(filename= names another\)"):
             read_lora("org/lora")
 
+    @pytest.mark.parametrize("name", ["pytorch_lora_weights.bin", "adapter_model.bin", "old.bin"])
+    def test_folder_of_a_pickle(
+        self, sd: sdkit.StableDiffusion, files: dict[str, Path], tensors: Tensors, tmp_path: Path, name: str
+    ) -> None:
+        torch.save(tensors, tmp_path / name)
+        (tmp_path / "README.md").touch()
+        assert_same(loaded(sd, tmp_path), loaded(sd, files["diffusers"]), atol=0)
+        torch.save({"optimizer": 1}, tmp_path / "optimizer.bin")  # two: the usual names count alone
+        if name == "old.bin":
+            with pytest.raises(SourceError, match=r"it holds old\.bin, optimizer\.bin: name one by filename=\.$"):
+                read_lora(tmp_path)
+            assert name in read_lora(tmp_path, filename=name).label
+        else:
+            assert name in read_lora(tmp_path).label
+
+    @pytest.mark.parametrize("name", ["adapter_model.safetensors", "pytorch_lora_weights.bin", "adapter_model.bin"])
+    def test_hub_id_of_another_file(
+        self, tensors: Tensors, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+    ) -> None:
+        snapshot = tmp_path / "hub" / "models--org--lora" / "snapshots" / ("0123456789" * 4)
+        snapshot.mkdir(parents=True)
+        (snapshot.parents[1] / "refs").mkdir()
+        (snapshot.parents[1] / "refs" / "main").write_text(snapshot.name)
+        wrapped = {key.replace("unet.", "base_model.model."): x for key, x in tensors.items() if "unet." in key}
+        (save_file if name.endswith("safetensors") else torch.save)(wrapped, snapshot / name)
+        (snapshot / "adapter_config.json").write_text('{"lora_alpha": 3}')
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+        if name.startswith("adapter"):
+            assert {x.alpha for x in read_lora("org/lora").unet.values()} == {3}
+        assert name in read_lora("org/lora").label
+
+    def test_the_text_encoder_as_sdxl_names_it(
+        self, sd: sdkit.StableDiffusion, files: dict[str, Path], write: Callable[..., Path]
+    ) -> None:
+        """Some trainers write lora_te1_ for Stable Diffusion 1.x, too."""
+        named = {key.replace("lora_te_", "lora_te1_"): tensor for key, tensor in load_file(files["kohya"]).items()}
+        assert any("lora_te1_" in key for key in named)
+        assert_same(loaded(sd, write(named)), loaded(sd, files["kohya"]), atol=0)
+
+    def test_a_bundled_embedding_is_told_and_left_out(
+        self, sd: sdkit.StableDiffusion, files: dict[str, Path], write: Callable[..., Path]
+    ) -> None:
+        bundle = {"bundle_emb.zork.string_to_param.*": torch.randn(2, 192), "bundle_emb.zork.x": torch.zeros(1)}
+        file = write(load_file(files["kohya"]) | bundle)
+        with pytest.warns(UserWarning, match=r"brings the embedding 'zork' along, which is not used\.$") as caught:
+            model = loaded(sd, file)
+        assert len(caught) == 1
+        assert_same(model, loaded(sd, files["kohya"]), atol=0)
+
+    def test_an_embedding_is_told_for_what_it_is(self, tmp_path: Path) -> None:
+        vectors = torch.randn(2, 192)
+        torch.save({"string_to_token": {"*": 265}, "string_to_param": {"*": vectors}, "name": "z"}, tmp_path / "a.pt")
+        torch.save({"<zork>": vectors[0]}, tmp_path / "b.bin")
+        save_file({"emb_params": vectors}, tmp_path / "c.safetensors")
+        save_file({"clip_g": vectors.clone(), "clip_l": vectors}, tmp_path / "d.safetensors")
+        for file in sorted(tmp_path.iterdir()):
+            with pytest.raises(SourceError, match=r"looks like a textual inversion embedding; give .*\.$"):
+                read_lora(file)
+
     def test_bad_sources(self, files: dict[str, Path], tmp_path: Path) -> None:
         expected: dict[Any, str] = {
             "": r"^the LoRA '' does not exist",
@@ -467,7 +690,7 @@ class TestSources:
     @pytest.mark.parametrize(
         ("key", "kind"),
         [
-            ("lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_down.weight", "a LoRA of Stable Diffusion XL"),
+            ("lora_te2_text_model_encoder_layers_0_mlp_fc1.lora_down.weight", "a LoRA of Stable Diffusion XL"),
             ("lora_unet_input_blocks_4_1_proj_in.lora_down.weight", "a LoRA of Stable Diffusion XL"),
             ("text_encoder_2.text_model.encoder.layers.0.mlp.fc1.lora_A.weight", "a LoRA of Stable Diffusion XL"),
             ("lora_unet_mid_block_attentions_0_proj_in.hada_w1_a", "a LoHa"),
@@ -516,9 +739,51 @@ class TestSources:
                 read_lora(write(broken))
         with pytest.raises(SourceError, match=rf"is damaged: its {up} is not finite; download it again\.$"):
             read_lora(write(tensors | {up: torch.full((64, RANK), torch.nan)}))
+        for other in (f"unet.{TO_Q}.lora_B.weight", f"lora_unet_{TO_Q.replace('.', '_')}.lora_up.weight"):
+            again = {other: tensors[up].clone()}
+            again |= {other.replace("up", "down"): tensors[down].clone()} if "up" in other else {}
+            with pytest.raises(SourceError, match=r"one\.safetensors' is damaged: it holds \S+to_q twice; download"):
+                read_lora(write(tensors | again))
         for text in ("{", "[]", '{"unet.alpha_pattern": {"(": 1}}', '{"unet.lora_alpha": "x"}'):
             with pytest.raises(SourceError, match=r"one\.safetensors' has damaged metadata \(lora_adapter_metadata\)"):
                 read_lora(write(tensors, {"lora_adapter_metadata": text}))
+
+    @pytest.mark.parametrize(
+        ("make", "problem"),
+        [
+            (lambda x: torch.empty_like(x, device="meta"), r"as a meta tensor \(without content\), not as floats"),
+            (lambda x: x.to_sparse(), "as a sparse or nested tensor"),
+            (lambda x: x.to_sparse_csr(), "as a sparse or nested tensor"),
+            (lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.qint8), "as qint8 numbers"),
+            (lambda x: x.to(torch.int8), "as int8 numbers"),
+            (lambda x: x > 0, "as bool numbers"),
+            (lambda x: x.to(torch.complex64), "as complex64 numbers"),
+            (lambda x: x[:1, :1].expand(10**8, 10**8), "is damaged: its tensors are larger than the file"),
+        ],
+    )
+    @pytest.mark.filterwarnings("ignore::UserWarning")  # torch's, of quantized and of sparse tensors
+    def test_a_pickle_of_odd_tensors(
+        self, tensors: Tensors, tmp_path: Path, make: Callable[[Tensor], Tensor], problem: str
+    ) -> None:
+        down = f"unet.{TO_Q}.lora.down.weight"
+        torch.save(tensors | {down: make(tensors[down])}, tmp_path / "odd.pt")
+        for use in (read_lora, lambda file: convert_lora(file, tmp_path / "made.safetensors")):
+            with pytest.raises(SourceError, match=rf"odd\.pt' .*{problem}"):
+                use(tmp_path / "odd.pt")
+        assert not (tmp_path / "made.safetensors").exists()
+
+    def test_a_pickle_of_views(self, sd: sdkit.StableDiffusion, tensors: Tensors, tmp_path: Path) -> None:
+        """Transposed, expanded, and sharing memory, a trained parameter among them; all of which are converted, too."""
+        both = torch.cat([x.flatten() for x in tensors.values()])
+        views = dict(zip(tensors, both.split([x.numel() for x in tensors.values()]), strict=True))
+        views = {key: view.view(tensors[key].shape) for key, view in views.items()}
+        down, up = f"unet.{TO_Q}.lora.down.weight", f"unet.{TO_Q}.lora.up.weight"
+        views |= {down: tensors[down].T.contiguous().T, up: nn.Parameter(torch.tensor(0.1)).expand(64, RANK)}
+        torch.save(views, tmp_path / "views.pt")
+        save_file({key: view.detach().clone().contiguous() for key, view in views.items()}, tmp_path / "a.safetensors")
+        convert_lora(tmp_path / "views.pt", tmp_path / "b.safetensors")
+        for file in ("views.pt", "b.safetensors"):
+            assert_same(loaded(sd, tmp_path / file), loaded(sd, tmp_path / "a.safetensors"), atol=0)
 
     @pytest.mark.parametrize("scale", [float("nan"), float("inf"), "1", None])
     def test_bad_scale(self, sd: sdkit.StableDiffusion, files: dict[str, Path], scale: Any) -> None:

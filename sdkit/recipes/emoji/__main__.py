@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from sdkit.console import exit_code_of, say, say_path
+from sdkit.parser import Parser
 
 STEPS = ("prepare", "vae", "latents", "unet", "decoder", "export", "evaluate")
 EPILOG = """
@@ -60,12 +61,11 @@ def _do(step: str, args: argparse.Namespace) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m sdkit.recipes.emoji",
         description=__doc__,
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     add = parser.add_argument
     add("step", choices=("all", *STEPS))
