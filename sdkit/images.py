@@ -50,14 +50,14 @@ SUFFIXES = {
     "ICO": (".ico",),
     "TGA": (".tga", ".icb", ".vda", ".vst"),
 }
-"""Pillow's names of the formats that are read, and their suffixes. All are decoded by Pillow alone: of its other readers,
-one starts an interpreter (EPS), and some open further files or are stubs for other programs."""
+"""Pillow's names of the formats that are read, and their suffixes. Pillow decodes all of them itself: of its other
+readers, one starts an interpreter (EPS), and some open further files or are stubs for other programs."""
 _OPTIONAL = {"JPEG": "jpg", "JPEG2000": "jpg_2000", "WEBP": "webp", "AVIF": "avif", "PNG": "zlib"}
 _READ = tuple(kind for kind in SUFFIXES if kind not in _OPTIONAL or features.check(_OPTIONAL[kind]))
 READABLE = frozenset(suffix for kind in _READ for suffix in SUFFIXES[kind])
 """Suffixes, in lower case, of what the installed Pillow reads."""
-_KNOWN = """heic heif hif jxl jxr wdp cr2 cr3 crw nef nrw arw dng orf rw2 raf pef srw svg svgz eps ps ai pdf psd psb xcf kra
-    exr hdr dds icns wmf emf mp4 m4v mov avi mkv webm"""
+_KNOWN = """heic heif hif jxl jxr wdp cr2 cr3 crw nef nrw arw dng orf rw2 raf pef srw svg svgz eps ps ai pdf psd psb xcf
+    kra exr hdr dds icns wmf emf mp4 m4v mov avi mkv webm"""
 UNREADABLE = frozenset(f".{name}" for name in _KNOWN.split()).union(*SUFFIXES.values()) - READABLE
 """Suffixes of pictures that are not read: whoever looks through a folder names them, rather than pass them over in
 silence."""
@@ -264,7 +264,7 @@ def _transform(profile: bytes, mode: str) -> Any:
             opened, ImageCms.createProfile("sRGB"), space, "RGB", ImageCms.Intent.RELATIVE_COLORIMETRIC,
             ImageCms.Flags.BLACKPOINTCOMPENSATION,
         )  # fmt: skip
-    except Exception:  # a damaged profile: ImageCms raises several types
+    except Exception:  # noqa: BLE001 - on damaged profiles ImageCms raises several types
         message = "an image's colour profile cannot be read; its colours are taken for sRGB"
         warnings.warn(f"{message}, and may look pale.", stacklevel=2)
         return None

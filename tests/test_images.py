@@ -270,7 +270,7 @@ def test_what_is_in_a_file_of_another_kind_is_told(tmp_path: Path, data: bytes, 
 
 
 def test_no_reader_runs_a_program_or_opens_another_file() -> None:
-    """Ghostscript reads EPS; WMF, HDF5, GRIB and BUFR are handed to other code; FPX, MIC, IPTC, FITS open more files."""
+    """Ghostscript reads EPS; WMF, HDF5, GRIB, and BUFR are handed to other code; FPX, MIC, and IPTC open more files."""
     foreign = {"EPS", "WMF", "HDF5", "GRIB", "BUFR", "FPX", "MIC", "IPTC", "FITS", "MPEG", "PSD", "PCD"}
     assert not foreign & set(images._formats("x.eps"))
     assert "TGA" not in images._formats("x.png")
@@ -305,17 +305,15 @@ def png_of(bits: int, kind: int, row: bytes, width: int, key: bytes = b"") -> io
 
 
 GREY, RGB, GREY_ALPHA = 0, 2, 4  # colour types of PNG
+KEY = struct.pack(">3H", 1000, 2000, 3000)
 
 
 @pytest.mark.parametrize(
     ("file", "expected"),
     [
-        (png_of(16, GREY, struct.pack(">3H", 1000, 60000, 0), 3, struct.pack(">H", 1000)), [[255] * 3, [233] * 3, [0] * 3]),
+        (png_of(16, GREY, struct.pack(">2H", 1000, 60000), 2, struct.pack(">H", 1000)), [[255] * 3, [233] * 3]),
         (png_of(16, GREY_ALPHA, struct.pack(">4H", 257 * 40, 0, 257 * 40, 65535), 2), [[255] * 3, [40] * 3]),
-        (
-            png_of(16, RGB, struct.pack(">6H", 1000, 2000, 3000, 257, 514, 771), 2, struct.pack(">3H", 1000, 2000, 3000)),
-            [[255] * 3, [1, 2, 3]],
-        ),
+        (png_of(16, RGB, struct.pack(">6H", 1000, 2000, 3000, 257, 514, 771), 2, KEY), [[255] * 3, [1, 2, 3]]),
         (png_of(4, GREY, b"\x5a", 2, struct.pack(">H", 5)), [[255] * 3, [170] * 3]),
         (png_of(2, GREY, b"\x70", 2, struct.pack(">H", 1)), [[255] * 3, [255] * 3]),
         (png_of(1, GREY, b"\x40", 2, struct.pack(">H", 0)), [[255] * 3, [255] * 3]),
@@ -364,8 +362,8 @@ def icc(space: bytes, tags: dict[bytes, bytes], pcs: bytes = b"XYZ ") -> bytes:
     for name, data in tags.items():
         table += name + struct.pack(">2I", at + len(body), len(data))
         body += data + bytes(-len(data) % 4)
-    head = struct.pack(">I4sI4s4s4s12x4s", at + len(body), b"lcms", 0x02400000, b"prtr" if space == b"CMYK" else b"mntr",
-                       space, pcs, b"acsp")  # fmt: skip
+    device = b"prtr" if space == b"CMYK" else b"mntr"
+    head = struct.pack(">I4sI4s4s4s12x4s", at + len(body), b"lcms", 0x02400000, device, space, pcs, b"acsp")
     head += bytes(68 - len(head)) + _s15(*D50)
     return head + bytes(128 - len(head)) + struct.pack(">I", len(tags)) + table + body
 
@@ -401,7 +399,8 @@ def matrix_profile(primaries: list[tuple[float, float]], gamma: float | None) ->
         curve = b"curv\0\0\0\0" + struct.pack(">I", len(points)) + points.tobytes()
     else:
         curve = b"curv\0\0\0\0" + struct.pack(">IH", 1, round(gamma * 256))
-    colorants = {name: b"XYZ \0\0\0\0" + _s15(*column) for name, column in zip((b"rXYZ", b"gXYZ", b"bXYZ"), adapted.T)}
+    names = (b"rXYZ", b"gXYZ", b"bXYZ")
+    colorants = {name: b"XYZ \0\0\0\0" + _s15(*one) for name, one in zip(names, adapted.T, strict=True)}
     return icc(b"RGB ", {**colorants, **dict.fromkeys((b"rTRC", b"gTRC", b"bTRC"), curve)})
 
 
@@ -459,7 +458,7 @@ def test_inks_of_a_printer(tmp_path: Path) -> None:
     )
     lab = np.where(corners[:, 3:] == 1, [0, 0, 0], np.maximum(lab, [10, -99, -99]))
     lab[0] = (100, 0, 0)
-    stored = np.round((lab + [0, 128, 128]) * [652.8, 256, 256]).clip(0, 65280).astype(">u2")
+    stored = np.round((lab + np.array([0, 128, 128])) * [652.8, 256, 256]).clip(0, 65280).astype(">u2")
     straight = np.array([0, 65535], ">u2").tobytes()
     table = b"mft2\0\0\0\0" + bytes([4, 3, 2, 0]) + _s15(1, 0, 0, 0, 1, 0, 0, 0, 1) + struct.pack(">2H", 2, 2)
     table += straight * 4 + stored.tobytes() + straight * 3
