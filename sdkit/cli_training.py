@@ -171,10 +171,14 @@ def _source_options(add: Add) -> None:
     add("--image-column", metavar="NAME", help="of parquet files and data sets of the Hub (default: found)")
     add("--caption-column", metavar="NAME", help="there, or the key in metadata.jsonl or .json (default: found)")
     add("--streaming", action="store_true", help="read it as it comes, without a copy on the disk")
+    classes = "folders named like '10_zork dog': each image ten times, by default with the caption 'zork dog'"
+    add("--class-folders", action="store_true", help=classes)
+    add("--default-caption", metavar="TEXT", default="", help="of images that have none (default: the empty prompt)")
 
 
 def _data_options(args: argparse.Namespace) -> dict[str, Any]:
-    return {name: getattr(args, name) for name in ("split", "image_column", "caption_column", "streaming")}
+    names = ("split", "image_column", "caption_column", "streaming", "class_folders", "default_caption")
+    return {name: getattr(args, name) for name in names}
 
 
 def _plot_options(add: Add) -> None:

@@ -10,10 +10,12 @@ Three representations:
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import itertools
 import math
 import stat
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias
@@ -21,21 +23,49 @@ from typing import Any, BinaryIO, TypeAlias
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image, ImageColor, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageColor, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError, features
 from PIL.PngImagePlugin import PngImageFile, PngInfo
 from torch import Tensor
 
 from sdkit.arguments import one_of
 from sdkit.errors import ArgumentError, ImageError
 from sdkit.files import atomic_write, encodable
-from sdkit.messages import stop_in
+from sdkit.messages import clean, stop_in
 
 OneImage: TypeAlias = "Image.Image | npt.NDArray[Any] | Tensor | str | Path"
 Images: TypeAlias = "OneImage | Sequence[OneImage]"
 
-READABLE = frozenset({".png", ".jpg", ".jpeg", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
+SUFFIXES = {
+    "PNG": (".png", ".apng"),
+    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"),
+    "WEBP": (".webp",),
+    "AVIF": (".avif", ".avifs"),
+    "JPEG2000": (".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx"),
+    "BMP": (".bmp",),
+    "DIB": (".dib",),
+    "GIF": (".gif",),
+    "TIFF": (".tif", ".tiff"),
+    "PPM": (".ppm", ".pgm", ".pbm", ".pnm", ".pfm"),
+    "QOI": (".qoi",),
+    "ICO": (".ico",),
+    "TGA": (".tga", ".icb", ".vda", ".vst"),
+}
+"""Pillow's names of the formats that are read, and their suffixes. Pillow decodes all of them itself: of its other
+readers, one starts an interpreter (EPS), and some open further files or are stubs for other programs."""
+_OPTIONAL = {"JPEG": "jpg", "JPEG2000": "jpg_2000", "WEBP": "webp", "AVIF": "avif", "PNG": "zlib"}
+_READ = tuple(kind for kind in SUFFIXES if kind not in _OPTIONAL or features.check(_OPTIONAL[kind]))
+READABLE = frozenset(suffix for kind in _READ for suffix in SUFFIXES[kind])
+"""Suffixes, in lower case, of what the installed Pillow reads."""
+_KNOWN = """heic heif hif jxl jxr wdp cr2 cr3 crw nef nrw arw dng orf rw2 raf pef srw svg svgz eps ps ai pdf psd psb xcf
+    kra exr hdr dds icns wmf emf mp4 m4v mov avi mkv webm"""
+UNREADABLE = frozenset(f".{name}" for name in _KNOWN.split()).union(*SUFFIXES.values()) - READABLE
+"""Suffixes of pictures that are not read: whoever looks through a folder names them, rather than pass them over in
+silence."""
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}  # that `save` writes
 OUTPUT_TYPES = ("pil", "np", "pt")
+BLOCK = 2**20  # pixels of a float image that are scaled at a time
+LARGEST_PROFILE = 4 * 2**20  # bytes; those of printers take one or two million
+SAME = 2  # levels by which a profile that stands for sRGB may differ from it
 TOLERANCE = 1e-2  # by which a tensor may leave [-1, 1]: rounding of half precision and of resampling
 
 
@@ -47,36 +77,87 @@ def read(path: str | Path | BinaryIO, background: str = "white") -> Image.Image:
 
 @contextlib.contextmanager
 def _opened(path: str | Path | BinaryIO) -> Iterator[Image.Image]:
+    """The one place where an image file is opened: as one of the formats that are read, whatever its name says."""
     try:
         mode = Path(path).stat().st_mode if isinstance(path, (str, Path)) else stat.S_IFREG
         if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # a pipe might never end
             raise ImageError("it is not a regular file.")
-        with Image.open(path) as image:
+        with Image.open(path, formats=_formats(str(path))) as image:
             yield image
     except (ArgumentError, MemoryError):
         raise  # the background's fault, or the machine's; not the file's
     except ImageError as error:
-        raise ImageError(f"cannot read {path}: {error}") from error
+        raise ImageError(f"cannot read {clean(str(path))}: {error}") from error
     except UnidentifiedImageError as error:
-        raise ImageError(f"{path} is not an image, or of a format that Pillow does not know.") from error
+        raise ImageError(f"{clean(str(path))} is not an image{_instead(path)}.") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         limit = (Image.MAX_IMAGE_PIXELS or 0) * (2 if isinstance(error, Image.DecompressionBombError) else 1)
-        raise ImageError(f"{path} has too many pixels (over {limit // 10**6} million); resize it first.") from error
+        raise ImageError(
+            f"{clean(str(path))} has too many pixels (over {limit // 10**6} million); resize it first."
+        ) from error
     except Exception as error:  # on broken files Pillow's readers raise nearly anything
-        raise stop_in(error) or ImageError(f"cannot read {path}: {_reason(error)}.") from error
+        raise stop_in(error) or ImageError(f"cannot read {clean(str(path))}: {_reason(error)}.") from error
+
+
+@functools.cache
+def _known_formats() -> tuple[str, ...]:
+    Image.init()
+    return tuple(kind for kind in _READ if kind in Image.OPEN)
+
+
+def _formats(name: str) -> tuple[str, ...]:
+    """The formats that a file of this name may have. TGA files have no signature, and nearly anything could be one: for
+    them alone the suffix decides."""
+    return tuple(kind for kind in _known_formats() if kind != "TGA" or name.lower().endswith(SUFFIXES["TGA"]))
+
+
+SIGNATURES = {
+    b"%!": "PostScript",
+    b"%PDF": "a PDF",
+    b"8BPS": "a Photoshop file",
+    b"\xff\x0a": "JPEG XL",
+    b"\0\0\0\x0cJXL ": "JPEG XL",
+    b"II*\0\x10\0\0\0CR": "a camera's raw file",
+    b"<svg": "SVG",
+    b"<!DOCTYPE": "a web page",
+    b"<!doctype": "a web page",
+    b"<html": "a web page",
+    b"<?xml": "XML or SVG",
+    b"version https://git-lfs": "a pointer of Git LFS, in place of the file",
+}
+_BRANDS = {b"heic": "HEIC", b"heix": "HEIC", b"hevc": "HEIC", b"mif1": "HEIF", b"msf1": "HEIF", b"avif": "AVIF"}
+
+
+def _instead(path: str | Path | BinaryIO) -> str:
+    """The end of a sentence that says what a file is which is no image."""
+    head = b""
+    with contextlib.suppress(OSError, ValueError):
+        if isinstance(path, (str, Path)):
+            with Path(path).open("rb") as file:
+                head = file.read(64)
+        else:
+            path.seek(0)
+            head = path.read(64)
+    kind = next((kind for begin, kind in SIGNATURES.items() if head.lstrip().startswith(begin)), None)
+    if head[4:8] == b"ftyp":
+        kind = _BRANDS.get(head[8:12], "a video")
+    return f" that can be read here, but {kind}" if kind else ", or of a format that is not read here"
 
 
 def _reason(error: Exception) -> str:
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return (text or type(error).__name__).rstrip(".").replace("\n", " ")
+    return clean((text or type(error).__name__).rstrip("."))
 
 
 def to_rgb(image: Image.Image, background: str = "white") -> Image.Image:
-    """A PIL image of any mode as 8-bit RGB: rotated as its EXIF says, transparency laid over `background`.
+    """A PIL image of any mode as 8-bit RGB in the colour space sRGB: rotated as its EXIF says, its embedded colour
+    profile applied, transparency laid over `background`.
 
     Grey of 16 bits (modes "I;16" and "I") is scaled from [0, 65535]; float (mode "F") from [0, 1] where no value is
-    above 1, else from [0, 255]. Raises `ImageError` for an image that is empty, broken or outside its range.
+    above 1, else from [0, 255]. A profile that cannot be read is ignored with a warning. Raises `ImageError` for an
+    image that is empty, broken or outside its range.
     """
+    depth = _stored_as(image)
     try:
         upright = ImageOps.exif_transpose(image)
     except MemoryError:
@@ -85,10 +166,16 @@ def to_rgb(image: Image.Image, background: str = "white") -> Image.Image:
         raise stop_in(error) or ImageError(f"the image cannot be decoded ({_reason(error)}).") from error
     if 0 in upright.size:
         raise ImageError(f"an image of {upright.width} x {upright.height} pixels is empty.")
-    if upright.mode == "F" or upright.mode.startswith("I"):
-        return _from_levels(np.asarray(upright, dtype=np.float64), upright.mode).convert("RGB")
     color = _color(background)
+    profile = upright.info.get("icc_profile")
+    if upright.mode == "F" or upright.mode.startswith("I"):
+        rgb = _in_srgb(_from_levels(upright), profile).convert("RGB")
+        key = upright.info.get("transparency")
+        return rgb if key is None else _laid_over(rgb, upright, key, color)
     try:
+        if "transparency" in upright.info:
+            upright.info["transparency"] = _key_color(upright.info["transparency"], depth)
+        upright = _in_srgb(upright, profile)
         if upright.has_transparency_data:
             opaque = Image.new("RGBA", upright.size, color)
             opaque.alpha_composite(upright.convert("RGBA"))
@@ -100,12 +187,99 @@ def to_rgb(image: Image.Image, background: str = "white") -> Image.Image:
     return rgb
 
 
-def _from_levels(levels: npt.NDArray[np.float64], mode: str) -> Image.Image:  # (H, W) -> mode "L"
-    low, high = float(levels.min()), float(levels.max())
-    peak = 65535 if mode != "F" else 255 if high > 1 else 1
-    if not (low >= 0 and high <= peak):  # false for NaN too
-        raise ImageError(f"an image of mode {mode} has values from {low:g} to {high:g}; scale it to [0, {peak}] first.")
-    return Image.fromarray(np.round(levels * (255 / peak)).astype(np.uint8))
+def _blocks(image: Image.Image) -> Iterator[tuple[int, npt.NDArray[np.float64]]]:
+    """(first row, float64 (rows, W)) of a grey image, a few rows at a time: all at once would take gigabytes."""
+    rows = max(1, BLOCK // image.width)
+    for top in range(0, image.height, rows):
+        block = image.crop((0, top, image.width, min(top + rows, image.height)))
+        yield top, np.asarray(block, dtype=np.float64)
+
+
+def _from_levels(image: Image.Image) -> Image.Image:
+    """An image of mode "F", "I" or "I;16" in mode "L"."""
+    low, high = np.array([(levels.min(), levels.max()) for _, levels in _blocks(image)]).T
+    least, most = float(low.min()), float(high.max())
+    peak = 65535 if image.mode != "F" else 255 if most > 1 else 1
+    if not (least >= 0 and most <= peak):  # false for NaN too
+        raise ImageError(
+            f"an image of mode {image.mode} has values from {least:g} to {most:g}; scale it to [0, {peak}] first."
+        )
+    scaled = np.empty((image.height, image.width), np.uint8)
+    for top, levels in _blocks(image):
+        scaled[top : top + len(levels)] = np.round(levels * (255 / peak))
+    return Image.fromarray(scaled)
+
+
+def _laid_over(rgb: Image.Image, grey: Image.Image, key: Any, color: tuple[int, int, int]) -> Image.Image:
+    """`rgb` with `color` where `grey`, of 16 bits, has the level `key`, which a PNG calls transparent."""
+    for top, levels in _blocks(grey):
+        rgb.paste(color, (0, top), Image.fromarray(levels == key))
+    return rgb
+
+
+def _stored_as(image: Image.Image) -> str:
+    """Pillow's name of how a PNG that is not yet decoded stores its pixels; "" for any other image."""
+    tiles = image.tile if isinstance(image, PngImageFile) else []
+    return str(tiles[0][3]) if tiles else ""
+
+
+def _key_color(key: Any, depth: str) -> Any:
+    """A PNG's transparent colour in 8 bits: Pillow converts the pixels, and leaves the colour in the file's depth."""
+    if depth == "RGB;16B" and isinstance(key, tuple):
+        return tuple(level >> 8 for level in key)
+    scale = {"L;2": 85, "L;4": 17}.get(depth)
+    return key * scale if scale and isinstance(key, int) else key
+
+
+def _in_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
+    """An image of 8 bits a channel whose colours `profile` describes, in sRGB; the same one where they are in sRGB
+    already, or nothing is known of them."""
+    mode = {"L": "L", "LA": "L", "CMYK": "CMYK", "P": "RGB", "PA": "RGB", "RGB": "RGB", "RGBA": "RGB"}.get(image.mode)
+    transform = _transform(bytes(profile), mode) if profile and mode else None
+    if transform is None:
+        return image
+    converted = image.convert(transform.input_mode)
+    colors = Image.new("RGB", image.size)
+    transform.apply(converted, colors)
+    if image.has_transparency_data:
+        colors.putalpha(image.convert("RGBA").getchannel("A"))
+    return colors
+
+
+@functools.lru_cache(maxsize=16)
+def _transform(profile: bytes, mode: str) -> Any:
+    """From the colours of a profile to sRGB, for images of this mode; None where there is nothing to convert."""
+    if not features.check("littlecms2"):
+        return None
+    from PIL import ImageCms
+
+    try:
+        if len(profile) > LARGEST_PROFILE:
+            raise ValueError("it is too large")
+        opened = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        space = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}.get(opened.profile.xcolor_space.strip(), "")
+        if space not in {"L": ("L", "RGB")}.get(mode, (mode,)):  # grey may come with a profile of colours
+            raise ValueError("it is of another kind of image")
+        transform = ImageCms.buildTransform(
+            opened, ImageCms.createProfile("sRGB"), space, "RGB", ImageCms.Intent.RELATIVE_COLORIMETRIC,
+            ImageCms.Flags.BLACKPOINTCOMPENSATION,
+        )  # fmt: skip
+    except Exception:  # noqa: BLE001 - on damaged profiles ImageCms raises several types
+        message = "an image's colour profile cannot be read; its colours are taken for sRGB"
+        warnings.warn(f"{message}, and may look pale.", stacklevel=2)
+        return None
+    return None if _is_srgb(transform, space) else transform
+
+
+def _is_srgb(transform: Any, space: str) -> bool:
+    """Whether a transform to sRGB leaves colours as they are."""
+    if space == "CMYK":
+        return False
+    steps = np.arange(0, 256, 17, dtype=np.uint8)  # 16 levels a channel
+    levels = np.stack(np.meshgrid(*[steps] * 3), axis=-1).reshape(-1, 1, 3)
+    probe = Image.fromarray(levels if space == "RGB" else steps[:, None])
+    after = np.asarray(transform.apply(probe)).astype(int)
+    return bool(np.abs(after - np.asarray(probe.convert("RGB"))).max() <= SAME)
 
 
 def _color(color: str) -> tuple[int, int, int]:

@@ -375,7 +375,8 @@ def _targets(paths: Iterable[str | Path], suffixes: Collection[str], out: str | 
     earlier run left in an `out` inside an input folder is no input.
     """
     names, folder = list(paths), Path(out)
-    sources, given = find(names, suffixes), [Path(name) for name in names]
+    unreadable = images.UNREADABLE if ".png" in suffixes else ()
+    sources, given = find(names, suffixes, unreadable), [Path(name) for name in names]
     roots = {source: next((root for root in given if root in source.parents), source.parent) for source in sources}
     earlier = {source for source in sources if _is_in(source, folder) and _is_in(folder, roots[source])}
     below = {source: source.relative_to(roots[source]) for source in sources if source not in earlier}

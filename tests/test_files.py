@@ -238,11 +238,61 @@ def test_find_says_what_is_missing(folder: Path) -> None:
     for paths, sentence in (
         ([folder / "sub", folder / "no.png"], r"cannot read .*no\.png: no such file or directory; check the name\."),
         ([folder / ("n" * 300)], "cannot read .*: file name too long; check the name"),
-        ([folder / "sub"], r"found no \.gif/\.png file in .*sub; name one, or another folder\."),
+        ([folder / "sub"], r"found no \.gif/\.png file in .*sub \(but 1 \.jpg file\); name one, or another"),
         ([], "in an empty list of paths"),
     ):
         with pytest.raises(SdkitError, match=sentence):
             find(paths, {".png", ".gif"})
+
+
+@pytest.mark.parametrize("name", ["a\0b.png", "a\0b/c.png", "x" * 10_000, f"{'y/' * 5000}z.png"])
+def test_find_says_what_no_file_can_be_called(tmp_path: Path, name: str) -> None:
+    with pytest.raises(
+        SdkitError, match=r"^cannot read .*: (no file can have this name|file name too long); check"
+    ) as e:
+        find([tmp_path / name], {".png"})
+    assert len(str(e.value)) < 500
+
+
+@posix
+def test_find_in_a_folder_that_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    for given in (".", "sub", str(tmp_path / "gone")):
+        with pytest.raises(SdkitError, match=r"^cannot read .*: no such file or directory; check the name\.$"):
+            find([given], {".png"})
+
+
+def test_find_names_what_is_passed_over(folder: Path) -> None:
+    for name in ("x.heic", "sub/y.HEIC", "z.svg", "sub/n.txt"):
+        (folder / name).touch()
+    sentence = (
+        r"^2 \.heic files and 1 \.svg file are passed over, which cannot be read: .*sub.y\.HEIC, .*x.heic, .*z.svg\.$"
+    )
+    with pytest.warns(UserWarning, match=sentence):
+        found = find([folder], {".png"}, {".heic", ".svg"})
+    assert found == find([folder], {".png"})
+    with pytest.raises(
+        SdkitError, match=r"found no \.gif file in .*sub \(but 1 \.heic file and 1 \.jpg file and 1 \.txt"
+    ):
+        find([folder / "sub"], {".gif"}, {".heic"})
+
+
+@posix
+def test_find_follows_links_to_folders_once(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    other = tmp_path_factory.mktemp("other")
+    (other / "deep").mkdir()
+    for name in ("o.png", "deep/p.png"):
+        (other / name).touch()
+    (folder / "b-link").symlink_to(other)
+    (folder / "c-link").symlink_to(other)
+    (folder / "sub" / "inner").symlink_to(folder / "g.png")
+    (folder / "sub" / "up").symlink_to(folder)
+    (folder / "above").symlink_to(folder.parent)
+    (other / "back").symlink_to(folder)
+    found = [str(path.relative_to(folder)) for path in find([folder], {".png"})]
+    assert found == ["a.PNG", "b-link/deep/p.png", "b-link/o.png", "b.png", "g.png/in.png"]
 
 
 @posix

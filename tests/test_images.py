@@ -2,7 +2,11 @@ from __future__ import annotations
 
 import io
 import os
+import struct
+import subprocess
+import sys
 import warnings
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -227,7 +231,7 @@ def test_what_is_no_image_file_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "empty.png").touch()
     (tmp_path / "folder.png").mkdir()
     for name, sentence in (
-        ("text.png", r"text\.png is not an image, or of a format that Pillow does not know\."),
+        ("text.png", r"text\.png is not an image, or of a format that is not read here\.$"),
         ("empty.png", r"empty\.png is not an image"),
         ("folder.png", r"^cannot read .*folder\.png: Is a directory\."),
         ("missing.png", r"^cannot read .*missing\.png: No such file or directory\."),
@@ -243,6 +247,256 @@ def test_decompression_bomb(tmp_path: Path) -> None:
     Image.new("1", (20000, 10000)).save(path)  # 200 megapixels in a few kilobytes: over Pillow's own limit
     with pytest.raises(ImageError, match=r"bomb\.png has too many pixels \(over 178 million\); resize it first\.$"):
         images.read(path)
+
+
+@pytest.mark.parametrize(
+    ("data", "kind"),
+    [
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n%%EndComments\nshowpage\n%%EOF\n", "PostScript"),
+        (b"%PDF-1.7\n", "a PDF"),
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "HEIC"),
+        (b"\0\0\0\x20ftypisom", "a video"),
+        (b"\xff\x0a\xfa\x7f", "JPEG XL"),
+        (b"<!DOCTYPE html>\n<html>", "a web page"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "a pointer of Git LFS, in place of the file"),
+    ],
+)
+def test_what_is_in_a_file_of_another_kind_is_told(tmp_path: Path, data: bytes, kind: str) -> None:
+    (tmp_path / "x.png").write_bytes(data)
+    with pytest.raises(ImageError, match=rf"x\.png is not an image that can be read here, but {kind}\.$"):
+        images.read(tmp_path / "x.png")
+    with pytest.raises(ImageError, match=rf" is not an image that can be read here, but {kind}\.$"):
+        images.read(io.BytesIO(data))
+
+
+def test_no_reader_runs_a_program_or_opens_another_file() -> None:
+    """Ghostscript reads EPS; WMF, HDF5, GRIB, and BUFR are handed to other code; FPX, MIC, and IPTC open more files."""
+    foreign = {"EPS", "WMF", "HDF5", "GRIB", "BUFR", "FPX", "MIC", "IPTC", "FITS", "MPEG", "PSD", "PCD"}
+    assert not foreign & set(images._formats("x.eps"))
+    assert "TGA" not in images._formats("x.png")
+
+
+@pytest.mark.parametrize("suffix", sorted(images.READABLE - {".mpo", ".pfm", ".apng", ".avifs"}))
+def test_each_suffix_that_is_called_readable_is_read(tmp_path: Path, suffix: str) -> None:
+    kind = next(kind for kind, suffixes in images.SUFFIXES.items() if suffix in suffixes)
+    mode = {".pbm": "1", ".pgm": "L"}.get(suffix, "RGB")
+    stored = Image.fromarray(np.kron(SMALL[:2, :2], np.ones((16, 16, 1), np.uint8))).convert(mode)
+    stored.save(tmp_path / f"a{suffix}", kind, **({"quality": 95} if kind in ("JPEG", "AVIF", "WEBP") else {}))
+    again = np.asarray(images.read(tmp_path / f"a{suffix}")).astype(int)
+    difference = np.abs(again - np.asarray(stored.convert("RGB")))
+    assert difference.mean() <= (12 if kind in ("JPEG", "AVIF", "WEBP") else 0)
+
+
+def test_several_pictures_of_a_camera_are_one_image(tmp_path: Path) -> None:
+    first, second = (Image.new("RGB", (8, 8), color) for color in ("red", "blue"))
+    first.save(tmp_path / "a.jpg", "MPO", save_all=True, append_images=[second])
+    assert np.asarray(images.read(tmp_path / "a.jpg"))[0, 0].tolist() == [254, 0, 0]
+
+
+def png_of(bits: int, kind: int, row: bytes, width: int, key: bytes = b"") -> io.BytesIO:
+    """A PNG of one row in any depth and colour type, with a tRNS chunk where `key` is given; Pillow writes few."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    header = chunk(b"IHDR", struct.pack(">2I5B", width, 1, bits, kind, 0, 0, 0))
+    rest = (chunk(b"tRNS", key) if key else b"") + chunk(b"IDAT", zlib.compress(b"\0" + row)) + chunk(b"IEND", b"")
+    return io.BytesIO(b"\x89PNG\r\n\x1a\n" + header + rest)
+
+
+GREY, RGB, GREY_ALPHA = 0, 2, 4  # colour types of PNG
+KEY = struct.pack(">3H", 1000, 2000, 3000)
+
+
+@pytest.mark.parametrize(
+    ("file", "expected"),
+    [
+        (png_of(16, GREY, struct.pack(">2H", 1000, 60000), 2, struct.pack(">H", 1000)), [[255] * 3, [233] * 3]),
+        (png_of(16, GREY_ALPHA, struct.pack(">4H", 257 * 40, 0, 257 * 40, 65535), 2), [[255] * 3, [40] * 3]),
+        (png_of(16, RGB, struct.pack(">6H", 1000, 2000, 3000, 257, 514, 771), 2, KEY), [[255] * 3, [1, 2, 3]]),
+        (png_of(4, GREY, b"\x5a", 2, struct.pack(">H", 5)), [[255] * 3, [170] * 3]),
+        (png_of(2, GREY, b"\x70", 2, struct.pack(">H", 1)), [[255] * 3, [255] * 3]),
+        (png_of(1, GREY, b"\x40", 2, struct.pack(">H", 0)), [[255] * 3, [255] * 3]),
+        (png_of(8, GREY, b"\x05\x06", 2, struct.pack(">H", 5)), [[255] * 3, [6] * 3]),
+    ],
+    ids=["grey 16", "grey and alpha 16", "RGB 16", "grey 4", "grey 2", "grey 1", "grey 8"],
+)  # fmt: skip
+def test_the_transparent_colour_is_white_in_every_depth(file: io.BytesIO, expected: list[list[int]]) -> None:
+    assert np.asarray(images.read(file))[0].tolist() == expected
+
+
+@pytest.mark.parametrize("mode", ["F", "I", "I;16"])
+def test_grey_is_scaled_block_by_block_as_at_once(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(images, "BLOCK", 100)  # of 40 columns: two rows at a time
+    dtype = {"F": np.float32, "I": np.int32, "I;16": np.uint16}[mode]
+    levels = (RNG.random((7, 40)) * (200 if mode == "F" else 65535)).astype(dtype)
+    peak = 255 if mode == "F" else 65535
+    expected = np.round(levels.astype(np.float64) * (255 / peak)).astype(np.uint8)
+    assert np.array_equal(np.asarray(images.to_rgb(Image.fromarray(levels)))[..., 0], expected)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="measures memory as Linux counts it")
+def test_a_float_image_takes_no_gigabytes(tmp_path: Path) -> None:
+    """Just below Pillow's limit of pixels. A copy in float64 alone would take 1.1 GB."""
+    code = (
+        "import resource, sys, PIL.Image; from sdkit import images\n"
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "image, before = PIL.Image.new('F', (12000, 12000)), peak()\n"
+        "images.to_rgb(image); print(peak() - before)"
+    )
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout) * 1024 < 1.6e9  # a copy, the grey one, and RGB in Pillow's four bytes a pixel: 1.3 GB
+
+
+# --- colour profiles ---
+
+
+def _s15(*values: float) -> bytes:
+    return b"".join(struct.pack(">i", round(value * 65536)) for value in values)
+
+
+def icc(space: bytes, tags: dict[bytes, bytes], pcs: bytes = b"XYZ ") -> bytes:
+    """An ICC profile (version 2) for a monitor or a printer with these tags."""
+    tags = {b"desc": b"desc\0\0\0\0\0\0\0\2t\0" + bytes(78), b"wtpt": b"XYZ \0\0\0\0" + _s15(*D50), **tags}
+    body, table, at = b"", b"", 128 + 4 + 12 * len(tags)
+    for name, data in tags.items():
+        table += name + struct.pack(">2I", at + len(body), len(data))
+        body += data + bytes(-len(data) % 4)
+    device = b"prtr" if space == b"CMYK" else b"mntr"
+    head = struct.pack(">I4sI4s4s4s12x4s", at + len(body), b"lcms", 0x02400000, device, space, pcs, b"acsp")
+    head += bytes(68 - len(head)) + _s15(*D50)
+    return head + bytes(128 - len(head)) + struct.pack(">I", len(tags)) + table + body
+
+
+D50, D65 = np.array([0.9642, 1.0, 0.8249]), np.array([0.3127 / 0.3290, 1, (1 - 0.3127 - 0.3290) / 0.3290])
+SRGB = [(0.64, 0.33), (0.30, 0.60), (0.15, 0.06)]  # chromaticities of red, green, and blue
+P3 = [(0.680, 0.320), (0.265, 0.690), (0.150, 0.060)]
+ADOBE = [(0.64, 0.33), (0.21, 0.71), (0.15, 0.06)]
+BRADFORD = np.array([[0.8951, 0.2664, -0.1614], [-0.7502, 1.7135, 0.0367], [0.0389, -0.0685, 1.0296]])
+
+
+def to_xyz(primaries: list[tuple[float, float]]) -> np.ndarray:
+    """Linear RGB of these primaries with white D65 -> XYZ (Lindbloom)."""
+    columns = np.array([[x / y, 1, (1 - x - y) / y] for x, y in primaries]).T
+    return columns * np.linalg.solve(columns, D65)
+
+
+def linear(levels: Any) -> np.ndarray:
+    v = np.asarray(levels) / 255
+    return np.where(v <= 0.04045, v / 12.92, ((v + 0.055) / 1.055) ** 2.4)
+
+
+def srgb_levels(light: np.ndarray) -> np.ndarray:
+    light = np.clip(light, 0, 1)
+    return 255 * np.where(light <= 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055)
+
+
+def matrix_profile(primaries: list[tuple[float, float]], gamma: float | None) -> bytes:
+    """A monitor's profile; gamma None has the curve of sRGB."""
+    adapted = np.linalg.inv(BRADFORD) @ np.diag((BRADFORD @ D50) / (BRADFORD @ D65)) @ BRADFORD @ to_xyz(primaries)
+    if gamma is None:
+        points = np.round(linear(np.linspace(0, 255, 1024)) * 65535).astype(">u2")
+        curve = b"curv\0\0\0\0" + struct.pack(">I", len(points)) + points.tobytes()
+    else:
+        curve = b"curv\0\0\0\0" + struct.pack(">IH", 1, round(gamma * 256))
+    names = (b"rXYZ", b"gXYZ", b"bXYZ")
+    colorants = {name: b"XYZ \0\0\0\0" + _s15(*one) for name, one in zip(names, adapted.T, strict=True)}
+    return icc(b"RGB ", {**colorants, **dict.fromkeys((b"rTRC", b"gTRC", b"bTRC"), curve)})
+
+
+def expected_srgb(levels: np.ndarray, primaries: list[tuple[float, float]], gamma: float | None) -> np.ndarray:
+    light = linear(levels) if gamma is None else (levels / 255) ** gamma
+    return srgb_levels(light @ (np.linalg.inv(to_xyz(SRGB)) @ to_xyz(primaries)).T)
+
+
+@pytest.mark.parametrize(("primaries", "gamma"), [(P3, None), (ADOBE, 563 / 256)], ids=["Display P3", "Adobe RGB"])
+@pytest.mark.parametrize("suffix", [".png", ".tif", ".webp"])
+def test_other_colour_spaces_become_srgb(tmp_path: Path, primaries: Any, gamma: float | None, suffix: str) -> None:
+    """Against the closed form: curve, matrix of the primaries, curve."""
+    levels = np.concatenate([RNG.integers(0, 256, (1, 500, 3), dtype=np.uint8), np.uint8([[(200, 60, 60)]])], axis=1)
+    options: dict[str, Any] = {"lossless": True} if suffix == ".webp" else {}
+    Image.fromarray(levels).save(tmp_path / f"a{suffix}", icc_profile=matrix_profile(primaries, gamma), **options)
+    converted = images.read(tmp_path / f"a{suffix}")
+    assert np.abs(np.asarray(converted) - expected_srgb(levels, primaries, gamma)).max() <= 1.5  # one, and rounding
+    if primaries is P3:
+        assert converted.getpixel((500, 0)) == (217, 42, 52)
+    assert converted.info == {}
+
+
+def test_a_profile_meets_transparency_palettes_and_orientation(tmp_path: Path) -> None:
+    profile = matrix_profile(P3, None)
+    rgba = Image.new("RGBA", (2, 1), (200, 60, 60, 255))
+    rgba.putpixel((1, 0), (200, 60, 60, 0))
+    rgba.save(tmp_path / "a.png", icc_profile=profile)
+    assert np.asarray(images.read(tmp_path / "a.png")).tolist() == [[[217, 42, 52], [255] * 3]]
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    Image.new("RGB", (3, 2), (200, 60, 60)).quantize(4).save(tmp_path / "p.png", icc_profile=profile, exif=exif)
+    turned = images.read(tmp_path / "p.png")
+    assert (turned.size, turned.getpixel((0, 0))) == ((2, 3), (217, 42, 52))
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "I;16"])
+def test_grey_with_a_gamma_of_its_own(tmp_path: Path, mode: str) -> None:
+    levels = np.arange(256, dtype=np.uint8)[None]
+    profile = icc(b"GRAY", {b"kTRC": b"curv\0\0\0\0" + struct.pack(">IH", 1, round(1.8 * 256))})
+    stored = (
+        Image.fromarray(levels.astype(np.uint16) * 257) if mode == "I;16" else Image.fromarray(levels).convert(mode)
+    )
+    stored.save(tmp_path / "a.png", icc_profile=profile)
+    expected = srgb_levels((levels / 255) ** (round(1.8 * 256) / 256))
+    converted = np.asarray(images.read(tmp_path / "a.png"))
+    assert np.abs(converted - expected[..., None])[:, 8:].max() <= 1.5  # a steep start: Pillow converts in 8 bits
+    assert np.ptp(converted, axis=2).max() == 0
+
+
+def test_inks_of_a_printer(tmp_path: Path) -> None:
+    """A profile whose table holds the Lab value of each corner of CMYK, and so an exact one for them."""
+    corners = np.stack(np.meshgrid(*[[0, 1]] * 4, indexing="ij"), axis=-1).reshape(-1, 4)  # (16, CMYK)
+    lab = np.stack(
+        [100 - 30 * corners[:, :3].sum(1), 40 * corners[:, 1] - 20 * corners[:, 0], 40 * corners[:, 2] - 10], 1
+    )
+    lab = np.where(corners[:, 3:] == 1, [0, 0, 0], np.maximum(lab, [10, -99, -99]))
+    lab[0] = (100, 0, 0)
+    stored = np.round((lab + np.array([0, 128, 128])) * [652.8, 256, 256]).clip(0, 65280).astype(">u2")
+    straight = np.array([0, 65535], ">u2").tobytes()
+    table = b"mft2\0\0\0\0" + bytes([4, 3, 2, 0]) + _s15(1, 0, 0, 0, 1, 0, 0, 0, 1) + struct.pack(">2H", 2, 2)
+    table += straight * 4 + stored.tobytes() + straight * 3
+    levels = (corners * 255).astype(np.uint8)[None]
+    Image.fromarray(levels, "CMYK").save(tmp_path / "a.tif", icc_profile=icc(b"CMYK", {b"A2B0": table}, b"Lab "))
+    fy = (lab[:, 0] + 16) / 116
+    f = np.stack([fy + lab[:, 1] / 500, fy, fy - lab[:, 2] / 200], 1)
+    xyz = D50 * np.where(f > 6 / 29, f**3, 3 * (6 / 29) ** 2 * (f - 4 / 29))
+    to_d65 = np.linalg.inv(BRADFORD) @ np.diag((BRADFORD @ D65) / (BRADFORD @ D50)) @ BRADFORD
+    expected = srgb_levels(xyz @ to_d65.T @ np.linalg.inv(to_xyz(SRGB)).T)
+    assert np.abs(np.asarray(images.read(tmp_path / "a.tif"))[0] - expected).max() <= 2
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "P", "CMYK"])
+def test_without_a_profile_or_with_that_of_srgb_nothing_changes(tmp_path: Path, mode: str) -> None:
+    image = Image.fromarray(RNG.integers(0, 256, (20, 30, 3), dtype=np.uint8)).convert(mode)
+    untagged = np.asarray(images.to_rgb(image))
+    assert np.array_equal(untagged, image.convert("RGB"))
+    if mode != "CMYK":
+        for profile in (ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes(), matrix_profile(SRGB, None)):
+            image.save(tmp_path / "a.png", icc_profile=profile)
+            assert np.array_equal(images.read(tmp_path / "a.png"), untagged)
+
+
+@pytest.mark.parametrize("profile", [b"not a profile", matrix_profile(P3, None)[:300], icc(b"GRAY", {})])
+def test_a_damaged_profile_is_ignored_and_told(tmp_path: Path, profile: bytes) -> None:
+    images._transform.cache_clear()
+    Image.fromarray(SMALL).save(tmp_path / "a.png", icc_profile=profile)
+    with pytest.warns(UserWarning, match=r"^an image's colour profile cannot be read; its colours are taken for sRGB"):
+        assert np.array_equal(images.read(tmp_path / "a.png"), SMALL)
+
+
+def test_without_the_library_of_profiles_colours_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images._transform.cache_clear()
+    monkeypatch.setattr("PIL.features.check", lambda name: name != "littlecms2")
+    Image.fromarray(SMALL).save(tmp_path / "a.png", icc_profile=matrix_profile(P3, None))
+    assert np.array_equal(images.read(tmp_path / "a.png"), SMALL)
+    images._transform.cache_clear()
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs POSIX")

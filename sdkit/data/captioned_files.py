@@ -1,56 +1,87 @@
-"""Images in a folder or in tar shards, with their captions: found and listed, but not read."""
+"""Images in a folder, with their captions: found and listed, but not read."""
 
 from __future__ import annotations
 
-import json
 import os
-import tarfile
+import re
+import unicodedata
+import warnings
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
-from pathlib import Path, PurePosixPath
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from sdkit.data.captions import BESIDE, Texts
+from sdkit.data.metadata import NAMES, Row, read_metadata
 from sdkit.errors import DataError
-from sdkit.files import encodable, reason
+from sdkit.files import encodable, walk
 from sdkit.images import READABLE
+from sdkit.messages import clean
 
-BLOCK = 512  # bytes of zeros with which a tar file ends, at least
-METADATA = "metadata.jsonl"
 NAME, OFFSET, SIZE = "sdkit.name", "sdkit.offset", "sdkit.size"
 """Columns of rows beside `image` and `caption`; offset and size are those of an image in a tar shard."""
-CAPTION_KEYS = ("text", "caption", "captions", "prompt", "txt", "json")
-"""Names under which a caption is looked for where none is given, the first that is there."""
+CLASS_FOLDER = re.compile(r"(\d{1,4})_(.*)")
+TEXT_SUFFIXES = frozenset((*BESIDE, ".jsonl", ".csv", ".tsv", ".xml", ".yaml", ".yml", ".tags", ".cap", ".parquet"))
+"""Of files that may hold captions, whether they are read or not."""
 
 
-def caption_of(value: Any, key: str | None = None) -> str:
-    """The caption in whatever a caption column holds: text, a list of texts (the first), fields (one of them)."""
-    if isinstance(value, Mapping):
-        keys = CAPTION_KEYS if key is None else (key,)
-        value = next((value[key] for key in keys if value.get(key) is not None), None)
-    if isinstance(value, (list, tuple)):
-        value = value[0] if value else None
-    return "" if value is None else encodable(str(value)).strip()
+def folder_rows(
+    files: Iterable[Path], root: Path, caption_column: str | None, class_folders: bool = False
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """One row for each image file below `root`, and for each that metadata names, sorted by path; and, where no image
+    has a caption, files that may hold some and are not read. Captions are looked for as in `open_examples`.
 
-
-def folder_rows(files: Iterable[Path], root: Path, caption_column: str | None) -> list[dict[str, Any]]:
-    """One row for each image file below `root`, and for each that a metadata.jsonl names, sorted by path.
-
-    A caption is that of the metadata.jsonl in the image's folder or above it, else the text in NAME.txt beside it.
+    class_folders: repeat the images in a folder named like "10_zork dog" ten times, with "zork dog" as the caption of
+                   those without.
     """
-    stated = _read_metadata(root, caption_column)
-    texts = _Texts()
-    rows = []
+    listed = {str(Path(folder)): names for folder, names in walk(root)}
     place = _Places()
-    paths = {place(path): path for path in [*stated, *files]}  # one for each file, however it is written
-    captions = {place(path): caption for path, caption in stated.items()}
-    for key, path in sorted(paths.items(), key=lambda item: item[1]):
-        caption = captions.get(key)
-        beside = path.with_suffix(".txt")
-        if not caption and beside.is_file():
-            caption = texts.read(beside)
-        rows.append(_row(_relative(path, root), path, caption or ""))
+    images = {place(path): path for path in files}  # one for each file, however it is written
+    stated, keys = read_metadata(listed, caption_column)
+    captions = _matched(stated, images, place)
+    texts, beside = Texts(caption_column), _Beside(listed)
+    rows: list[dict[str, Any]] = []
+    classes = 0
+    for key, path in sorted(images.items(), key=lambda item: item[1]):
+        caption = captions.get(key, "")
+        if not caption:
+            caption = _first(beside.of(path, caption_column is not None), texts)
+        repeats = 1
+        if class_folders and (found := _class(path, root)):
+            classes += 1
+            repeats = int(found[1])
+            caption = caption or found[2].replace("_", " ").strip()
+        rows += [row(relative(path, root), path, caption)] * repeats
     texts.check()
-    return rows
+    beside.tell()
+    keys |= texts.keys
+    if caption_column is not None and caption_column not in keys:
+        have = ", ".join(map(repr, map(clean, sorted(keys)))) or "none"
+        raise DataError(
+            f"no line of a {NAMES[0]} in {root}, and no .json, has {caption_column!r}; the keys there: {have}."
+        )
+    if class_folders and not classes:
+        raise DataError(f"no folder in {root} is named like '10_zork dog'; leave class_folders out.")
+    return rows, [] if any(one["caption"] for one in rows) else _texts_in(listed)
+
+
+def _first(paths: Iterable[Path], texts: Texts) -> str:
+    return next((caption for path in paths if (caption := texts.read(path))), "")
+
+
+def _class(path: Path, root: Path) -> re.Match[str] | None:
+    """How often, and as what, the nearest folder of this kind has its images learnt."""
+    inside = [root.absolute().name, *Path(os.path.relpath(path, root)).parts[:-1]]
+    return next((found for part in reversed(inside) if (found := CLASS_FOLDER.fullmatch(part))), None)
+
+
+def _texts_in(listed: Mapping[str, Sequence[str]]) -> list[str]:
+    return sorted(
+        str(Path(folder, name))
+        for folder, names in listed.items()
+        for name in names
+        if os.path.splitext(name)[1].lower() in TEXT_SUFFIXES  # noqa: PTH122
+    )
 
 
 class _Places:
@@ -61,11 +92,12 @@ class _Places:
 
     def __call__(self, path: Path) -> Path:
         if path.parent not in self.folders:
-            self.folders[path.parent] = path.parent.resolve()
+            self.folders[path.parent] = Path(os.path.realpath(path.parent))  # pathlib's raises for a loop of links
         return self.folders[path.parent] / path.name
 
 
-def _row(name: str, path: Path, caption: str, offset: int | None = None, size: int | None = None) -> dict[str, Any]:
+def row(name: str, path: Path, caption: str, offset: int | None = None, size: int | None = None) -> dict[str, Any]:
+    """An image and its caption, as they are kept."""
     return {
         "image": {"bytes": None, "path": encodable(str(path))},
         "caption": caption,
@@ -75,148 +107,115 @@ def _row(name: str, path: Path, caption: str, offset: int | None = None, size: i
     }
 
 
-def _relative(path: Path, root: Path) -> str:
+def relative(path: Path, root: Path) -> str:
+    """The name by which people know a file below `root`."""
     return encodable(Path(os.path.relpath(path, root)).as_posix())
 
 
-def _read_metadata(root: Path, caption_column: str | None) -> dict[Path, str]:
-    """Image file -> caption, of every metadata.jsonl in or below `root`."""
+def alike(name: str) -> str:
+    """What all spellings of a name have in common: of another case, in NFC or NFD, with Windows' separator."""
+    return unicodedata.normalize("NFC", name.replace("\\", "/")).casefold()
+
+
+def _matched(stated: Iterable[Row], images: dict[Path, Path], place: _Places) -> dict[Path, str]:
+    """Captions by the place of their image. A name that no file has stands for the one file that is spelt alike, if it
+    has no line of its own; else the image is missing, and is added to `images` so that whoever reads it says so."""
     captions: dict[Path, str] = {}
-    keys: set[str] = set()
-    place, seen = _Places(), set[Path]()
-    files = [path for path in sorted(root.rglob(METADATA)) if not _hidden(path, root)]
-    for file in files:
-        for number, line in enumerate(_lines(file), start=1):
-            if not line.strip():
-                continue
-            where = f"{file}, line {number}"
-            fields = _fields(line, where)
-            path = Path(os.path.normpath(file.parent / fields.pop("file_name")))
-            if place(path) in seen:
-                raise DataError(f"{where}: {path.name} has a caption already; leave one line for each image.")
-            seen.add(place(path))
-            keys |= fields.keys()
-            captions[path] = caption_of(fields, caption_column)
-    if caption_column is not None and caption_column not in keys:
-        have = ", ".join(map(repr, sorted(keys))) or "none"
-        raise DataError(f"no line of a {METADATA} in {root} has {caption_column!r}; the keys there: {have}.")
+    missing: list[tuple[Row, Path]] = []
+
+    def add(one: Row, key: Path) -> None:
+        if key in captions:
+            raise DataError(f"{one.where}: {clean(key.name)} has a caption already; leave one line for each image.")
+        captions[key] = one.caption
+
+    for one in stated:
+        path = Path(os.path.normpath(one.folder / one.file_name))
+        if place(path) in images or os.path.lexists(path):
+            images.setdefault(place(path), path)
+            add(one, place(path))
+        else:
+            missing.append((one, path))
+    if not missing:
+        return captions
+    spelt: dict[str, list[Path]] = defaultdict(list)
+    for key in images.keys() - captions.keys():
+        spelt[alike(str(key))].append(key)
+    for one, path in missing:
+        written = Path(os.path.normpath(one.folder / one.file_name.replace("\\", "/")))
+        found = spelt.get(alike(str(place(written))), [])
+        if len(found) > 1:
+            names = " and ".join(sorted(clean(key.name) for key in found)[:2])
+            raise DataError(f"{one.where}: {clean(one.file_name)!r} may be {names}; write it as the file is called.")
+        key = found[0] if found else place(path)
+        images.setdefault(key, path)
+        add(one, key)
     return captions
 
 
-def _hidden(path: Path, root: Path) -> bool:
-    return any(part[0] == "." for part in path.relative_to(root).parts)
+class _Beside:
+    """Caption files beside images: A.txt, A.caption, A.png.txt, A.png.caption, A.json or A.png.json for A.png."""
 
+    def __init__(self, listed: Mapping[str, Sequence[str]]) -> None:
+        self.listed = listed
+        self.folders: dict[str, _Names] = {}
+        self.passed_over: list[str] = []
 
-def _lines(file: Path) -> list[str]:
-    try:
-        return file.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        problem = reason(error) if isinstance(error, OSError) else "it is not utf-8 text"
-        raise DataError(f"cannot read {file}: {problem}.") from error
+    def of(self, image: Path, json_first: bool) -> list[Path]:
+        """The caption files of an image, the first to be taken first."""
+        folder = str(image.parent)
+        if folder not in self.folders:
+            self.folders[folder] = _Names(self.listed[folder] if folder in self.listed else _list(folder))
+        names = self.folders[folder]
+        if not names.texts:
+            return []
+        stem = image.name[: len(image.name) - len(image.suffix)]
+        plain = [(base, suffix) for base in (stem, image.name) for suffix in BESIDE[:-1]]
+        fields = [(base, BESIDE[-1]) for base in (stem, image.name)]
+        order = [*fields, *plain] if json_first else [*plain, *fields]
+        found = [name for base, suffix in order if (name := names.find(base, suffix))]
+        texts = [name for name in found if not name.lower().endswith(".json")]
+        self.passed_over += [str(image.parent / name) for name in texts[1:]]
+        return [image.parent / name for name in found]
 
-
-def _fields(line: str, where: str) -> dict[str, Any]:
-    try:
-        fields = json.loads(line)
-    except ValueError as error:
-        raise DataError(f"{where}: this is not JSON ({error}); write one object a line.") from error
-    if not isinstance(fields, dict) or not isinstance(fields.get("file_name"), str) or not fields["file_name"]:
-        raise DataError(f'{where}: there is no file name; write {{"file_name": "a.jpg", "text": "what it shows"}}.')
-    return fields
-
-
-def tar_rows(shards: Iterable[Path], root: Path, caption_column: str | None) -> list[dict[str, Any]]:
-    """One row for each image in webdataset shards, in their order: KEY.jpg with the caption in KEY.txt or KEY.json.
-
-    The shards are only indexed; nothing is unpacked. An image of a key has its .txt as caption, else its .json's field.
-    """
-    rows: list[dict[str, Any]] = []
-    texts = _Texts()
-    keys: set[str] = set()
-    for shard in shards:
-        name = _relative(shard, root)
-        images: dict[str, list[tarfile.TarInfo]] = defaultdict(list)  # of each key, in order
-        captions: dict[str, str] = {}
-        for member, data in _members(shard):
-            path = PurePosixPath(member.name)
-            key = str(path.parent / path.name.partition(".")[0])
-            where = f"{name}/{member.name}"
-            if data is None:
-                images[key].append(member)
-            elif path.suffix.lower() == ".txt" and caption_column in (None, "txt"):
-                captions[key] = texts.decode(where, data)
-            elif path.suffix.lower() == ".json":
-                fields = texts.parse(where, data)
-                keys |= fields.keys()
-                captions.setdefault(key, caption_of(fields, caption_column))
-        rows += [
-            _row(encodable(f"{name}/{image.name}"), shard, captions.get(key, ""), image.offset_data, image.size)
-            for key, found in images.items()
-            for image in found
-        ]
-    texts.check()
-    if caption_column not in (None, "txt", *keys):
-        raise DataError(f"no .json in the shards of {root} has {caption_column!r}; the keys there: {sorted(keys)}.")
-    return rows
-
-
-def _members(shard: Path) -> Iterable[tuple[tarfile.TarInfo, bytes | None]]:
-    """The images of a shard (None for what is in them), and the .txt and .json files with what is in them."""
-    try:
-        with shard.open("rb") as end:  # tarfile takes a shard that was cut short between two members for whole
-            end.seek(max(0, shard.stat().st_size - BLOCK))
-            if end.read().strip(b"\0"):
-                raise tarfile.ReadError("it is cut short")
-        with tarfile.open(shard, "r:") as archive:
-            for member in archive:
-                path = PurePosixPath(member.name)
-                if not member.isfile() or path.name.startswith("."):
-                    continue
-                if path.suffix.lower() in READABLE:
-                    yield member, None
-                elif path.suffix.lower() in (".txt", ".json"):
-                    file = archive.extractfile(member)
-                    yield member, file.read() if file else b""
-    except (tarfile.TarError, OSError) as error:
-        raise DataError(
-            f"{shard} is not a whole tar file ({error}); fetch it again, or take it out of the data."
-        ) from error
-
-
-class _Texts:
-    """Decodes caption files, and remembers those that it cannot, so that one sentence can name them all."""
-
-    def __init__(self) -> None:
-        self.bad: list[str] = []
-
-    def read(self, path: Path) -> str:
-        try:
-            return self.decode(str(path), path.read_bytes())
-        except OSError:
-            self.bad.append(str(path))
-            return ""
-
-    def decode(self, name: str, data: bytes) -> str:
-        try:
-            return data.decode("utf-8-sig").strip()
-        except UnicodeDecodeError:
-            self.bad.append(name)
-            return ""
-
-    def parse(self, name: str, data: bytes) -> dict[str, Any]:
-        try:
-            fields = json.loads(data)
-        except ValueError:
-            fields = None
-        if not isinstance(fields, dict):
-            self.bad.append(name)
-            return {}
-        return fields
-
-    def check(self) -> None:
-        if self.bad:
-            more = f" and {len(self.bad) - 3} more" if len(self.bad) > 3 else ""
-            raise DataError(
-                f"the caption in {', '.join(self.bad[:3])}{more} cannot be read; save it as UTF-8 text "
-                "(.json: one object of fields) that you may read."
+    def tell(self) -> None:
+        """Warn of captions that another file's go before."""
+        if self.passed_over:
+            n = len(self.passed_over)
+            shown = ", ".join(map(clean, self.passed_over[:3])) + (f" and {n - 3} more" if n > 3 else "")
+            warnings.warn(
+                f"{shown} {'are' if n > 1 else 'is'} passed over, since the image has another caption file.",
+                stacklevel=3,
             )
+
+
+class _Names:
+    """The caption files in one folder, by name and by spelling."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        split = [os.path.splitext(name) for name in names]  # noqa: PTH122 - pathlib's takes thrice as long
+        texts = [(stem, suffix) for stem, suffix in split if suffix.lower() in BESIDE]
+        self.texts = {stem + suffix for stem, suffix in texts}
+        self.images = {base for stem, suffix in split if suffix.lower() in READABLE for base in (stem, stem + suffix)}
+        self.spelt: dict[str, list[str]] = defaultdict(list)
+        for stem, suffix in texts:
+            self.spelt[alike(stem + suffix)].append(stem + suffix)
+
+    def find(self, base: str, suffix: str) -> str | None:
+        """The file called `base` + `suffix`, or the one that is spelt alike and is no other image's."""
+        if base + suffix in self.texts:
+            return base + suffix
+        found = self.spelt.get(alike(base + suffix), [])
+        exact = [name for name in found if name[: -len(suffix)] == base]  # A.TXT
+        free = exact or [name for name in found if name[: -len(suffix)] not in self.images]
+        if len(free) > 1:
+            names = " or ".join(map(clean, sorted(free)[:2]))
+            raise DataError(f"the caption of {clean(base)} may be in {names}; leave one of them.")
+        return free[0] if free else None
+
+
+def _list(folder: str) -> list[str]:
+    try:
+        with os.scandir(folder) as entries:
+            return [entry.name for entry in entries if not entry.is_dir()]
+    except OSError:  # the image in it cannot be read either, which is told
+        return []

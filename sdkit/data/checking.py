@@ -18,7 +18,7 @@ from PIL import Image
 
 from sdkit.arguments import whole
 from sdkit.data.encoding import own_size
-from sdkit.data.examples import Example, Examples, open_examples
+from sdkit.data.examples import Example, Examples, Stream, open_examples
 from sdkit.data.prefetch import ahead
 from sdkit.data.transform import MAX_ENLARGEMENT, Transform, sides
 from sdkit.errors import ImageError
@@ -39,6 +39,7 @@ FINDINGS = {
     "too_small": (f"too small (enlarged over {MAX_ENLARGEMENT} times)", "training skips them, and names them"),
     "enlarged": ("smaller than the crop", "training enlarges them, and learns their blur"),
     "no_caption": ("without a caption, or with an empty one", "training takes the empty prompt: they teach no words"),
+    "unread": ("that may hold captions (no image has one)", "they are not read; see where sdkit looks for captions"),
     "long_caption": (
         "with a caption of more tokens than one chunk holds",
         "training encodes them in several; nothing is cut",
@@ -65,7 +66,7 @@ class Finding:
 
     @property
     def count(self) -> int:
-        """Images concerned."""
+        """Images, or other files, concerned."""
         return len(self.names) + sum(map(len, self.groups))
 
 
@@ -101,7 +102,8 @@ class CheckReport:
             f"{self.source}: {self.examples} images, {self.usable} of them usable for a crop of {width} x {height}"
         ]
         for found in self.findings:
-            lines.append(f"{found.count} {found.what}: {found.consequence}.")
+            files = "files " if found.kind == "unread" else ""
+            lines.append(f"{found.count} {files}{found.what}: {found.consequence}.")
             listed = [f"{name}{f': {found.reasons[name]}' if name in found.reasons else ''}" for name in found.names]
             listed += [", ".join(group) for group in found.groups]
             lines += [f"    {one}" for one in listed[:SHOWN]]
@@ -141,6 +143,8 @@ def check(
     image_column: str | None = None,
     caption_column: str | None = None,
     streaming: bool = False,
+    class_folders: bool = False,
+    default_caption: str = "",
     workers: int = 4,
 ) -> CheckReport:
     """Read a data set once, and report what training on it would meet. Parameters as in `sdkit.data.cache`.
@@ -150,8 +154,12 @@ def check(
     whole("workers", workers, 1)
     transform = Transform(size=sides(size) if size is not None else own_size(model) if model else sides(SD_SIZE))
     examples = open_examples(
-        data, split=split, image_column=image_column, caption_column=caption_column, streaming=streaming
-    )
+        data, split=split, image_column=image_column, caption_column=caption_column, streaming=streaming,
+        class_folders=class_folders, default_caption=default_caption,
+    )  # fmt: skip
+    distinct: Iterable[Example] = examples
+    if class_folders:  # each once, or those that count ten times would be told as duplicates
+        distinct = {example.name: example for example in examples}.values()
     if model:
         text, tokenizer = load_text(model)
         length = int(text.config.max_position_embeddings)
@@ -159,7 +167,7 @@ def check(
         tokenizer, length = load_tokenizer(ASSETS / "sd1" / "tokenizer"), 77
     with ThreadPoolExecutor(workers) as pool:
         total = len(examples) if isinstance(examples, Examples) else None
-        looks = list(progress(ahead(pool, _look, examples, 4 * workers), total, "check"))
+        looks = list(progress(ahead(pool, _look, distinct, 4 * workers), total, "check"))
     readable = [look for look in looks if not look.error]
     factors = {look: transform.enlargement(*look.size) for look in readable}
     tokens = {look: n for look in looks if (n := _tokens(tokenizer, look.caption)) > length - 2}
@@ -168,6 +176,7 @@ def check(
         _finding("too_small", too_small := [look for look, n in factors.items() if n > MAX_ENLARGEMENT]),
         _finding("enlarged", [look for look, n in factors.items() if 1 < n <= MAX_ENLARGEMENT]),
         _finding("no_caption", [look for look in looks if not look.caption]),
+        Finding(kind="unread", what=FINDINGS["unread"][0], consequence=FINDINGS["unread"][1], names=_unread(examples)),
         _finding("long_caption", {look: f"{n} tokens in {-(-n // (length - 2))} chunks" for look, n in tokens.items()}),
         _finding("duplicates", groups=_equal(readable)),
         _finding("near_duplicates", groups=_alike(readable)),
@@ -181,6 +190,10 @@ def check(
         findings=tuple(found for found in findings if found.count),
         shapes=tuple(Shape(width=width, height=height, count=n) for (width, height), n in counts),
     )
+
+
+def _unread(examples: Examples | Stream) -> tuple[str, ...]:
+    return tuple(examples.unread) if isinstance(examples, Examples) else ()
 
 
 def _finding(kind: str, looks: Collection[_Look] = (), groups: Sequence[Sequence[_Look]] = ()) -> Finding:

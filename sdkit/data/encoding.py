@@ -25,7 +25,7 @@ import torch
 from sdkit import __version__
 from sdkit.arguments import whole
 from sdkit.data import manifest as manifests
-from sdkit.data.examples import Example, Examples, Stream, open_examples
+from sdkit.data.examples import Example, Examples, Stream, open_examples, warn_without_captions
 from sdkit.data.latent_cache import damaged_files
 from sdkit.data.manifest import Manifest, Settings, Shard, Skipped, difference
 from sdkit.data.shard_file import ShardFile, save, shard_file
@@ -57,6 +57,8 @@ def cache(
     image_column: str | None = None,
     caption_column: str | None = None,
     streaming: bool = False,
+    class_folders: bool = False,
+    default_caption: str = "",
     batch_size: int | None = None,
     workers: int = 4,
     dtype: str | torch.dtype = "fp32",
@@ -75,7 +77,7 @@ def cache(
     size:          (height, width) in pixels, or one number; None takes the model's own.
     crop, flip:    see `Transform`. augmentations: of each image, where there is chance in them.
     embeddings:    store the text encoder's last hidden states too (float16), those of the empty prompt included.
-    split, image_column, caption_column, streaming: see `open_examples`.
+    split, image_column, caption_column, streaming, class_folders, default_caption: see `open_examples`.
     batch_size:    images that go through the VAE in one pass; None fits it to their size.
     workers:       threads that read and resize images.
     dtype, device: what the VAE computes in and on; bfloat16 is faster, but its rounding (0.3 % of a latent) would stay
@@ -99,8 +101,10 @@ def cache(
     processes = _processes()
     place = processes.device if device == "auto" else resolve_device(device)
     examples = open_examples(
-        data, split=split, image_column=image_column, caption_column=caption_column, streaming=streaming
-    )
+        data, split=split, image_column=image_column, caption_column=caption_column, streaming=streaming,
+        class_folders=class_folders, default_caption=default_caption,
+    )  # fmt: skip
+    warn_without_captions(examples)
     source = model if vae is None else vae
     autoencoder = VAE.from_pretrained(source, dtype=resolve_dtype(dtype, place), device=place)
     # In float32: its fingerprint does not depend on the dtype then, and beside the VAE it costs little.

@@ -13,6 +13,7 @@ import io
 import os
 import re
 import sys
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -23,12 +24,18 @@ from typing import Any, Literal, cast, overload
 from PIL import Image
 
 from sdkit import images
-from sdkit.data.captioned_files import CAPTION_KEYS, NAME, OFFSET, SIZE, caption_of, folder_rows, tar_rows
+from sdkit.console import is_main_process
+from sdkit.data.captioned_files import NAME, OFFSET, SIZE, folder_rows
+from sdkit.data.captions import CAPTION_KEYS, caption_of
+from sdkit.data.metadata import NAMES
+from sdkit.data.tar_shards import tar_rows
 from sdkit.errors import ArgumentError, DataError, ImageError, SdkitError
-from sdkit.files import encodable, expanded, find
-from sdkit.messages import stop_in
+from sdkit.files import encodable, expanded, find, open_regular
+from sdkit.messages import clean, first_line, stop_in
 
 IMAGE_COLUMNS = ("image", "jpg", "png", "jpeg", "webp", "img")
+ON_THE_HUB = re.compile(r"(?:(?:zip|tar|gzip)://[^:]*::)?hf://")
+"""How addresses begin that a stream of a data set on the Hub gives."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,15 +64,25 @@ class Example:
             with self._open(self.path) as file:
                 file.seek(self.offset or 0)
                 data = file.read(-1 if self.size is None else self.size)
+        except ImageError:
+            raise
         except Exception as error:  # of a file system on the web: nearly anything
-            told = f"cannot read {self.name}: {str(error).rstrip('.') or type(error).__name__}."
+            told = f"cannot read {clean(self.name)}: {first_line(error)}."
             raise stop_in(error) or ImageError(told) from error
         return _read(data, self.name)
 
-    @staticmethod
-    def _open(path: str) -> Any:
-        """A file here, or where a stream of the Hub says that it is (hf://...)."""
-        return import_module("fsspec").open(path, "rb") if "://" in path else Path(path).open("rb")
+    def _open(self, path: str) -> Any:
+        """A file here, or where a stream of the Hub says that it is: no other address that the data chose is opened."""
+        if self.offset is not None:
+            return open_regular(path)
+        if not ON_THE_HUB.match(path):
+            raise ImageError(
+                f"{clean(self.name)} lies at {clean(path)!r}, which is neither a file here nor on the Hub; store the "
+                "images themselves."
+            )
+        if import_module("huggingface_hub.constants").HF_HUB_OFFLINE:
+            raise ImageError(f"{clean(self.name)} lies on the Hub, and HF_HUB_OFFLINE forbids to fetch it.")
+        return import_module("fsspec").open(path, "rb")
 
 
 def _read(data: bytes, name: str) -> Image.Image:
@@ -79,9 +96,14 @@ def _read(data: bytes, name: str) -> Image.Image:
 class Examples:
     """The examples of a data set, in an order that never changes."""
 
-    def __init__(self, dataset: Any, image: str, caption: str | None, source: str) -> None:
-        """`dataset` is a `datasets.Dataset` whose column `image` is not decoded."""
-        self.dataset, self.source = dataset, source
+    def __init__(
+        self, dataset: Any, image: str, caption: str | None, source: str, *, default_caption: str = "",
+        folder: Path | None = None, unread: Sequence[str] = (),
+    ) -> None:  # fmt: skip
+        """`dataset` is a `datasets.Dataset` whose column `image` is not decoded. Paths in it are relative to `folder`.
+        `unread`: files that may hold captions, where no image has one."""
+        self.dataset, self.source, self.unread = dataset, source, unread
+        self._columns = _Columns(source, image, caption, default_caption, folder)
         self._image, self._caption = image, caption
 
     def __len__(self) -> int:
@@ -90,7 +112,7 @@ class Examples:
     def __getitem__(self, i: int) -> Example:
         if not -len(self) <= i < len(self):
             raise IndexError(f"there is no example {i} among {len(self)}.")
-        return _example(self.dataset[i], i % len(self), self._image, self._caption)
+        return self._columns.example(self.dataset[i], i % len(self))
 
     def __iter__(self) -> Iterator[Example]:
         return (self[i] for i in range(len(self)))
@@ -105,9 +127,17 @@ class Examples:
     @property
     def captions(self) -> list[str]:
         """Every example's caption."""
+        return list(self._captions())
+
+    def _captions(self) -> Iterator[str]:
         if self._caption is None:
-            return [""] * len(self)
-        return [caption_of(value) for value in self.dataset[self._caption]]
+            return iter([self._columns.default_caption] * len(self))
+        return (self._columns.caption_of(value, i) for i, value in enumerate(self.dataset[self._caption]))
+
+    @property
+    def has_captions(self) -> bool:
+        """Whether any example has one."""
+        return any(self._captions())
 
     @property
     def identity(self) -> str:
@@ -135,11 +165,20 @@ class Examples:
 class Stream(Iterable[Example]):
     """The examples of a data set that is read from one end to the other and never held: no length, no index."""
 
-    def __init__(self, dataset: Any, image: str, caption: str | None, source: str, files: Sequence[Path] = ()) -> None:
+    def __init__(
+        self, dataset: Any, image: str, caption: str | None, source: str, files: Sequence[Path] = (), *,
+        default_caption: str = "", folder: Path | None = None,
+    ) -> None:  # fmt: skip
         """`dataset` is a `datasets.IterableDataset` whose column `image` is not decoded, and reads `files`, if not the
-        Hub."""
+        Hub. Paths in it are relative to `folder`."""
         self.dataset, self.source, self.files = dataset, source, files
+        self._columns = _Columns(source, image, caption, default_caption, folder)
         self._image, self._caption = image, caption
+
+    @property
+    def has_captions(self) -> bool:
+        """Whether any example may have one: more is not known before the stream is read."""
+        return self._caption is not None or bool(self._columns.default_caption)
 
     def __iter__(self) -> Iterator[Example]:
         rows = enumerate(self.dataset)
@@ -148,7 +187,7 @@ class Stream(Iterable[Example]):
                 i, row = next(rows, (0, None))
             if row is None:
                 return
-            yield _example(row, i, self._image, self._caption)
+            yield self._columns.example(row, i)
 
     @property
     def identity(self) -> str:
@@ -156,19 +195,47 @@ class Stream(Iterable[Example]):
         not known before they are read."""
         sizes = [(file.name, _file_size(str(file))) for file in self.files]
         names = (self.source, self.dataset.split, self._image, self._caption, *chain(*sizes))
+        default = self._columns.default_caption
+        names += (default,) if default else ()
         return hashlib.sha256("".join(f"{name}\0" for name in names).encode()).hexdigest()[:16]
 
 
-def _example(row: dict[str, Any], i: int, image: str, caption: str | None) -> Example:
-    cell = row[image] or {"bytes": None, "path": None}
-    return Example(
-        name=row.get(NAME) or _name(cell["path"], i),
-        caption=caption_of(row[caption]) if caption else "",
-        path=cell["path"],
-        data=cell["bytes"],
-        offset=row.get(OFFSET),
-        size=row.get(SIZE),
-    )
+@dataclass(frozen=True)
+class _Columns:
+    """How a row of a data set becomes an example."""
+
+    source: str
+    image: str
+    caption: str | None
+    default_caption: str
+    folder: Path | None
+    """Which relative paths are relative to; None where they are whole."""
+
+    def example(self, row: dict[str, Any], i: int) -> Example:
+        """Row `i`."""
+        cell = row[self.image] or {"bytes": None, "path": None}
+        return Example(
+            name=row.get(NAME) or _name(cell["path"], i),
+            caption=self.caption_of(row[self.caption], i) if self.caption else self.default_caption,
+            path=self._whole(cell["path"]),
+            data=cell["bytes"],
+            offset=row.get(OFFSET),
+            size=row.get(SIZE),
+        )
+
+    def caption_of(self, value: Any, i: int) -> str:
+        """The caption in row `i`. Raises `DataError` for what was decoded wrongly."""
+        try:
+            return caption_of(value) or self.default_caption
+        except ValueError as error:
+            reason = "it is not UTF-8 text" if isinstance(error, UnicodeDecodeError) else str(error)
+            raise DataError(
+                f"the caption of row {i} in {clean(self.source)} cannot be used, for {reason}; correct the data."
+            ) from error
+
+    def _whole(self, path: str | None) -> str | None:
+        inside = str(self.folder / path) if self.folder and path and "://" not in path else None
+        return inside if inside and os.path.isfile(inside) else path  # noqa: PTH113 - pathlib's raises for long names
 
 
 def _file_size(path: str) -> int | None:
@@ -185,12 +252,12 @@ def _name(path: str | None, i: int) -> str:
 @overload
 def open_examples(
     data: str | os.PathLike[str], *, split: str = ..., image_column: str | None = ..., caption_column: str | None = ...,
-    streaming: Literal[False] = ...,
+    streaming: Literal[False] = ..., class_folders: bool = ..., default_caption: str = ...,
 ) -> Examples: ...  # fmt: skip
 @overload
 def open_examples(
     data: str | os.PathLike[str], *, split: str = ..., image_column: str | None = ..., caption_column: str | None = ...,
-    streaming: bool,
+    streaming: bool, class_folders: bool = ..., default_caption: str = ...,
 ) -> Examples | Stream: ...  # fmt: skip
 def open_examples(
     data: str | os.PathLike[str],
@@ -199,37 +266,104 @@ def open_examples(
     image_column: str | None = None,
     caption_column: str | None = None,
     streaming: bool = False,
+    class_folders: bool = False,
+    default_caption: str = "",
 ) -> Examples | Stream:
     """Open a data set. Raises `DataError` where there is none, or nothing in it.
 
-    data:           a folder of images, at any depth, with captions in metadata.jsonl (`file_name`, and `text` or
-                    `caption`), in NAME.txt beside each image, or none; webdataset shards (.tar: KEY.jpg, KEY.txt or
-                    KEY.json); parquet files; a folder of either; or a data set's id on the Hub ("org/name", or
-                    "org/name:config").
-    split:          of a data set on the Hub; files are one split.
-    image_column:   of parquet files and data sets of the Hub; None finds it.
-    caption_column: there, or the key in metadata.jsonl or .json; None finds `text`, `caption` or the like.
-    streaming:      read a data set of the Hub, or parquet files, as they come instead of copying them to a disk first;
-                    the result is a `Stream`. Of images in folders and shards nothing is copied either way.
+    data:            a folder of images, at any depth; webdataset shards (.tar); parquet files; a folder of either; or a
+                     data set's id on the Hub ("org/name", or "org/name:config").
+    split:           of a data set on the Hub; files are one split.
+    image_column:    of parquet files and data sets of the Hub; None finds it.
+    caption_column:  there, or the key in metadata or .json files; None finds `text`, `caption`, or the like.
+    streaming:       read a data set of the Hub, or parquet files, as they come instead of copying them to a disk first;
+                     the result is a `Stream`. Of images in folders and shards nothing is copied either way.
+    class_folders:   read names of folders as sd-scripts does: each image in "10_zork dog" counts ten times (and may be
+                     both learnt from and held out), and has the caption "zork dog" if it has no other.
+    default_caption: of all images that have none.
+
+    The caption of a.png in a folder is the first of these that is not empty: its line in a metadata.jsonl, .csv, or
+    .parquet (`file_name`, and `text` or `caption`) in its folder or above; a.txt; a.caption; a.png.txt; a.png.caption;
+    a.json; a.png.json. Where no file has a name, the one that differs in case, Unicode normalization, or separator is
+    taken. In shards it is KEY.txt, .caption, or .json, in this order. With `caption_column`, .json goes before .txt.
+    Links to folders are followed once.
     """
     if not isinstance(data, (str, os.PathLike)) or not os.fspath(data):
         raise ArgumentError(f"data must be the path of a data set or its id on the Hub, not {data!r}.")
-    source = os.fspath(data)
+    if not isinstance(default_caption, str):
+        raise ArgumentError(f"default_caption must be text, not {default_caption!r}.")
+    source, default_caption = os.fspath(data), default_caption.strip()
     path = expanded(source)
-    if not os.path.exists(path):  # noqa: PTH110 - pathlib's raises for overlong names
-        return _from_hub(source, split, image_column, caption_column, streaming)
-    kind, files = _kind(path)
+    here = _exists(path)
+    kind, files = _kind(path) if here else ("data sets of the Hub", [])
+    if class_folders and kind != FOLDER:
+        raise ArgumentError(f"class_folders= has no meaning for {kind}; leave it out.")
+    columns: dict[str, Any] = {
+        "image_column": image_column,
+        "caption_column": caption_column,
+        "default_caption": default_caption,
+    }
+    root = path if path.is_dir() else path.parent
+    if not here:
+        return _from_hub(source, split, streaming, **columns)
     if kind == "parquet":
+        for file in files:
+            _check_regular(file)
         names = [glob.escape(str(file)) for file in files]  # which the library takes for patterns
         options: dict[str, Any] = {"path": "parquet", "data_files": names, "batch_size": 100}
-        return _columns(_load(source, streaming, **options), source, image_column, caption_column, streaming, files)
+        dataset = _load(source, streaming, **options)
+        return _in_columns(dataset, source, streaming, files, folder=root.absolute(), **columns)
     if image_column is not None:
         raise ArgumentError(f"image_column= has no meaning for {kind}; leave it out.")
-    root = path if path.is_dir() else path.parent
-    rows = (tar_rows if kind == "tar shards" else folder_rows)(files, root, caption_column)
+    unread: list[str] = []
+    if kind == FOLDER:
+        rows, unread = folder_rows(files, root, caption_column, class_folders)
+    else:
+        rows, pictures = tar_rows(files, root, caption_column)
+        _tell_passed_over(pictures)
     if not rows:
-        raise DataError(f"there is no image in {source}; name other data.")
-    return Examples(_table(rows), "image", "caption", source)
+        raise DataError(f"there is no image in {clean(source)}; name other data.")
+    return Examples(_table(rows), "image", "caption", source, default_caption=default_caption, unread=unread)
+
+
+def warn_without_captions(examples: Examples | Stream) -> None:
+    """Warn, in the main process, where no example has a caption: what is trained on them learns no words."""
+    if not is_main_process() or examples.has_captions:
+        return
+    unread = examples.unread if isinstance(examples, Examples) else ()
+    shown = f" (there, but not read: {', '.join(map(clean, unread[:3]))})" if unread else ""
+    count = f"{len(examples)} images" if isinstance(examples, Examples) else "images"
+    warnings.warn(
+        f"none of the {count} in {clean(examples.source)} has a caption{shown}; the empty prompt is taken for all.",
+        stacklevel=1,
+    )
+
+
+def _tell_passed_over(names: Sequence[str]) -> None:
+    if names:
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        warnings.warn(
+            f"{len(names)} files are passed over, which cannot be read: {', '.join(map(clean, names[:3]))}{more}.",
+            stacklevel=1,
+        )
+
+
+def _exists(path: Path) -> bool:
+    """Whether there is something; false for names that no file can have, where pathlib's raises."""
+    try:
+        return os.path.exists(path)  # noqa: PTH110
+    except ValueError:
+        return False
+
+
+def _check_regular(file: Path) -> None:
+    try:
+        open_regular(file).close()
+    except OSError as error:
+        raise DataError(f"cannot read {clean(str(file))}: {str(error.strerror).lower()}.") from error
+
+
+FOLDER = "a folder of images"
 
 
 def check_source(data: str | os.PathLike[str]) -> None:
@@ -237,31 +371,39 @@ def check_source(data: str | os.PathLike[str]) -> None:
     source = os.fspath(data)
     parts = source.partition(":")[0].split("/")
     hub = len(parts) == 2 and all(parts) and parts[0][0] not in ".~" and "://" not in source
-    if not hub and not os.path.exists(expanded(source)):  # noqa: PTH110
-        raise DataError(f"{source!r} is neither a path that exists nor the id of a data set on the Hub (org/name).")
+    if not hub and not _exists(expanded(source)):
+        raise DataError(
+            f"{clean(source)!r} is neither a path that exists nor the id of a data set on the Hub (org/name)."
+        )
 
 
 def _kind(path: Path) -> tuple[str, list[Path]]:
     """What a path holds, and its files."""
-    suffixes = {"a folder of images": images.READABLE, "parquet": {".parquet"}, "tar shards": {".tar"}}
+    suffixes = {FOLDER: images.READABLE, "parquet": {".parquet"}, "tar shards": {".tar"}}
     if not path.is_dir() and path.suffix.lower() not in (".parquet", ".tar"):
         raise DataError(
-            f"{path} is no data set; name a folder of images, .parquet or .tar files, or one of the latter."
+            f"{clean(str(path))} is no data set; name a folder of images, .parquet or .tar files, or one of the latter."
         )
     every = frozenset[str]().union(*suffixes.values())
     try:
-        files = find([path], every)
+        files = find([path], every, images.UNREADABLE)
     except SdkitError as error:
         if isinstance(error.__cause__, OSError):
             raise DataError(str(error)) from error
-        raise DataError(f"there is no image, .parquet or .tar file in {path}; name other data.") from error
+        there = re.search(r" \(but .*?\)", str(error))
+        where = f"{clean(str(path))}{there[0] if there else ''}"
+        raise DataError(f"there is no image, .parquet or .tar file in {where}; name other data.") from error
     if closed := [file for file in files if file.suffix.lower() not in every]:
-        raise DataError(f"cannot read {closed[0]}; change its permissions, or take it out of the data.")
+        raise DataError(f"cannot read {clean(str(closed[0]))}; change its permissions, or take it out of the data.")
     kinds = {kind: [file for file in files if file.suffix.lower() in known] for kind, known in suffixes.items()}
+    if kinds[FOLDER]:  # those with metadata of the images are no data of their own
+        kinds["parquet"] = [file for file in kinds["parquet"] if file.name not in NAMES]
     present = {kind: found for kind, found in kinds.items() if found}
     if len(present) > 1:
         counts = " and ".join(f"{len(found)} {found[0].suffix}" for found in present.values())
-        raise DataError(f"{path} holds data of several kinds ({counts} files and the like); name a folder of one kind.")
+        raise DataError(
+            f"{clean(str(path))} holds data of several kinds ({counts} files and the like); name a folder of one kind."
+        )
     return next(iter(present.items()))
 
 
@@ -273,13 +415,11 @@ def _table(rows: list[dict[str, Any]]) -> Any:
     return datasets.Dataset.from_list(rows, features=datasets.Features(features))
 
 
-def _from_hub(
-    source: str, split: str, image_column: str | None, caption_column: str | None, streaming: bool
-) -> Examples | Stream:
+def _from_hub(source: str, split: str, streaming: bool, **columns: Any) -> Examples | Stream:
     check_source(source)
     name, _, config = source.partition(":")
     dataset = _load(source, streaming, split, path=name, **({"name": config} if config else {}))
-    return _columns(dataset, source, image_column, caption_column, streaming)
+    return _in_columns(dataset, source, streaming, **columns)
 
 
 def _load(source: str, streaming: bool, split: str = "train", **options: Any) -> Any:
@@ -288,13 +428,16 @@ def _load(source: str, streaming: bool, split: str = "train", **options: Any) ->
         return datasets.load_dataset(split=split, streaming=streaming, **options)
 
 
-def _columns(
+def _in_columns(
     dataset: Any,
     source: str,
-    image_column: str | None,
-    caption_column: str | None,
     streaming: bool,
     files: Sequence[Path] = (),
+    *,
+    image_column: str | None,
+    caption_column: str | None,
+    default_caption: str,
+    folder: Path | None = None,
 ) -> Examples | Stream:
     """The examples in the columns of these names, or of the likeliest ones."""
     datasets = _datasets()
@@ -302,27 +445,41 @@ def _columns(
         with _told(source):
             dataset = dataset._resolve_features()
     features: dict[str, Any] = dict(dataset.features)
+    listed = clean(", ".join(features))
     for option, column in (("image_column", image_column), ("caption_column", caption_column)):
         if column is not None and column not in features:
-            raise DataError(f"{option}: {source} has no column {column!r}; it has {', '.join(features)}.")
+            raise DataError(f"{option}: {clean(source)} has no column {clean(column)!r}; it has {listed}.")
     holding = [name for name, feature in features.items() if _holds_images(feature, datasets)]
     image = image_column or next((name for name in IMAGE_COLUMNS if name in holding), None) or next(iter(holding), None)
     if image is None or image not in holding:
-        what = "has no column of images" if image is None else f"has no images in its column {image!r}"
-        raise DataError(f"{source} {what}; its columns: {', '.join(features)}.")
-    if caption_column == image:
-        raise DataError(f"column {image!r} of {source} holds images; name another as caption_column.")
-    caption = caption_column or next((name for name in CAPTION_KEYS if name in features), None)
-    dataset = dataset.select_columns([image, caption] if caption else [image])
-    with _quiet(datasets):
+        what = "has no column of images" if image is None else f"has no images in its column {clean(image)!r}"
+        raise DataError(f"{clean(source)} {what}; its columns: {listed}.")
+    decoded = [name for name, feature in features.items() if _is_decoded(feature)]  # images, sounds: no captions
+    if caption_column == image or caption_column in decoded:
+        raise DataError(
+            f"column {clean(str(caption_column))!r} of {clean(source)} holds images or the like; name another as "
+            "caption_column."
+        )
+    likely = (name for name in CAPTION_KEYS if name in features and name not in decoded and name != image)
+    caption = caption_column or next(likely, None)
+    with _quiet(datasets), _told(source):
+        dataset = dataset.select_columns([image, caption] if caption else [image])
         dataset = dataset.cast_column(image, datasets.Image(decode=False))
-    return Stream(dataset, image, caption, source, files) if streaming else Examples(dataset, image, caption, source)
+    if streaming:
+        return Stream(dataset, image, caption, source, files, default_caption=default_caption, folder=folder)
+    return Examples(dataset, image, caption, source, default_caption=default_caption, folder=folder)
 
 
 def _holds_images(feature: Any, datasets: Any) -> bool:
     """Whether a column holds encoded images: of the type Image, bytes, or fields of which one is `bytes`."""
-    fields = isinstance(feature, dict) and "bytes" in feature
-    return isinstance(feature, datasets.Image) or fields or getattr(feature, "dtype", "") in ("binary", "large_binary")
+    encoded = feature.get("bytes") if isinstance(feature, dict) else feature
+    return isinstance(feature, datasets.Image) or getattr(encoded, "dtype", "") in ("binary", "large_binary")
+
+
+def _is_decoded(feature: Any) -> bool:
+    """Whether the library would open what is in a column: an image or a sound, which may be an address."""
+    parts = feature.values() if isinstance(feature, dict) else [getattr(feature, "feature", None)]
+    return hasattr(feature, "decode_example") or any(_is_decoded(part) for part in parts if part is not None)
 
 
 def _datasets() -> Any:
@@ -345,8 +502,8 @@ def _told(source: str) -> Iterator[None]:
         while cause.__cause__:
             cause = cause.__cause__
         reason = re.split(r"\n|[.!?] (?=[A-Z])", str(cause).strip())[0].rstrip(".!") or type(cause).__name__
-        told = f"cannot open the data set {source!r}: {reason}; check the name and the files."
-        raise DataError(told) from error
+        told = f"cannot open the data set {clean(source)!r}: {clean(reason)}; check the name and the files."
+        raise stop_in(error) or DataError(told) from error
 
 
 @contextlib.contextmanager

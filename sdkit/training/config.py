@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from sdkit.errors import ArgumentError
 from sdkit.fields import documented
@@ -31,6 +31,13 @@ class StageSettings(LoopSettings):
     data: str | os.PathLike[str]
     """A folder of images with captions (in NAME.txt beside each, or a metadata.jsonl), .tar or .parquet files, a data
     set's id on the Hub; for the U-Net also a latent cache, which can stream what does not fit on the disk."""
+    split: str = "train"
+    """Split of a data set on the Hub."""
+    image_column: str | None = None
+    """Column of the images in parquet files and data sets of the Hub; None finds it."""
+    class_folders: bool = False
+    """Read names of folders as sd-scripts does: each image in "10_zork dog" counts ten times, and has the caption
+    "zork dog" if it has no other."""
     out_dir: str | os.PathLike[str]
     """The run folder. A run that is there goes on."""
     learning_rate: float = 1e-5
@@ -43,6 +50,9 @@ class StageSettings(LoopSettings):
     """Of crop (at random places, not the centre) and flip (left and right, half of the time)."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass: less memory, about a third more time."""
+
+    data_options: ClassVar[tuple[str, ...]] = ("split", "image_column", "class_folders")
+    """The fields that say how `data` is opened: parameters of `open_examples`."""
 
     may_change = LoopSettings.may_change | {"init"}  # a path; the identity of the model tells what came of it
 
@@ -66,6 +76,14 @@ class StageSettings(LoopSettings):
         for name in self.augment:
             one_of("augment", name, AUGMENTATIONS)
         flag("gradient_checkpointing", self.gradient_checkpointing)
+        flag("class_folders", self.class_folders)
+        for name, value in self.opened_with().items():
+            if value is not None and not isinstance(value, (str, bool)):
+                raise ArgumentError(f"{name} must be text, not {value!r}.")
+
+    def opened_with(self) -> dict[str, Any]:
+        """Parameters of `open_examples` for `data`."""
+        return {name: getattr(self, name) for name in self.data_options}
 
     def _keep_apart(self, name: str, data: str | os.PathLike[str]) -> None:
         """Else a run that is taken up again would learn from the pictures of its own samples/."""
@@ -146,6 +164,10 @@ class UNetConfig(StageSettings):
     vae: str | os.PathLike[str] | None = None
     """A VAE in place of the model's own, for whose latents the U-Net is trained and with which it is exported: a
     folder, a Hub id, or a single file; None takes the model's own."""
+    caption_column: str | None = None
+    """Column of the captions in parquet files and data sets of the Hub, or key in metadata; None finds it."""
+    default_caption: str = ""
+    """Caption of the images that have none."""
     lora_rank: int | None = None
     """Train low-rank updates of the attention's projections, of this rank; None trains the whole network."""
     train_text_encoder: bool = False
@@ -165,6 +187,7 @@ class UNetConfig(StageSettings):
     """Images of them are made at each validation, always from the same seeds."""
 
     may_change = StageSettings.may_change | {"vae"}  # a path, too
+    data_options = (*StageSettings.data_options, "caption_column", "default_caption")
 
     def __post_init__(self) -> None:
         super().__post_init__()

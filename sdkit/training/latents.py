@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -9,9 +10,10 @@ from torch import Tensor
 
 from sdkit.console import is_main_process
 from sdkit.data import manifest
-from sdkit.data.examples import open_examples
+from sdkit.data.examples import open_examples, warn_without_captions
 from sdkit.data.latent_cache import Item, LatentCache, Prompt
 from sdkit.data.transform import Transform
+from sdkit.errors import ArgumentError
 from sdkit.models.text import TextEncoder
 from sdkit.models.vae import VAE
 from sdkit.training.config import UNetConfig
@@ -84,7 +86,9 @@ class ImageLatents:
     def __init__(self, config: UNetConfig, vae: VAE, text: TextEncoder, own_size: tuple[int, int]) -> None:
         size: Any = config.size or own_size
         vae.check_size(size)
-        self.images = TrainingImages(open_examples(config.data), config.transform(size), config.seed)
+        examples = open_examples(config.data, **config.opened_with())
+        warn_without_captions(examples)
+        self.images = TrainingImages(examples, config.transform(size), config.seed)
         self.identity = self.images.examples.identity
         self.validation_images = TrainingImages(self.images.examples, Transform(size=size), seed=0)
         self.scale, self.shift = vae.scale, vae.shift
@@ -118,5 +122,8 @@ def open_latents(
 ) -> CachedLatents | ImageLatents:
     """What `config.data` is: a folder with a cache's manifest, or else images, by default of the model's `own_size`."""
     if is_cache(config.data):
+        defaults = {field.name: field.default for field in fields(config)}
+        if given := [name for name, value in config.opened_with().items() if value != defaults[name]]:
+            raise ArgumentError(f"{given[0]}= has no meaning for a latent cache; give it to sdkit cache instead.")
         return CachedLatents(config, vae, text)
     return ImageLatents(config, vae, text, own_size)

@@ -111,7 +111,7 @@ class VAEStage:
                 raise DataError(
                     f"{os.fspath(data)!r} is a latent cache, and a VAE learns from images; give those it was made of."
                 )
-        examples = held_out = open_examples(config.data)
+        examples = held_out = open_examples(config.data, **config.opened_with())
         self.train, self.held_out = split(len(examples))
         if config.validation_data is not None:
             held_out = open_examples(config.validation_data)

@@ -81,7 +81,7 @@ OPEN: list[tuple[str, Callable[[Path], Any], dict[str, Any], type[sdkit.SdkitErr
     ("an image", lambda p: photos(p) / "0.png", {}, DATA, ("0.png is no data set; name a folder of images",)),
     ("dead link", lambda p: link(p / "x"), {}, DATA, ("is neither a path that exists nor",)),
     ("two kinds", lambda p: photos(parquet(p, image=[png()])), {}, DATA, ("several kinds (2 .png and 1 .parquet",)),
-    ("metadata: no JSON", lambda p: photos(p, metadata__jsonl=f"{ROW}\n{{"), {}, DATA, ("line 2: this is not JSON",)),
+    ("metadata: no JSON", lambda p: photos(p, metadata__jsonl=f"{ROW}\n{{"), {}, DATA, ("line 2: this is not valid",)),
     ("metadata: no object", lambda p: photos(p, metadata__jsonl="[3]"), {}, DATA, ("line 1: there is no file name",)),
     ("metadata: no file", lambda p: photos(p, metadata__jsonl=f'{ROW}\n\n{{"text": "a"}}'), {}, DATA, ("line 3: ",)),
     ("metadata: no text", lambda p: photos(p, metadata__jsonl=b"\xff\xfe"), {}, DATA, ("it is not utf-8 text",)),

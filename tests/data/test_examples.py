@@ -104,7 +104,7 @@ class TestFolder:
                 sdkit.errors.DataError, match=r"^cannot read .*c; change its permissions, or take it out"
             ):
                 open_examples(folder)
-        monkeypatch.setattr(Path, "read_bytes", lambda _: (_ for _ in ()).throw(PermissionError()))
+        monkeypatch.setattr("sdkit.data.captions.read_regular", lambda *_: (_ for _ in ()).throw(PermissionError()))
         with pytest.raises(sdkit.errors.DataError, match=r"^the caption in .*a\.txt cannot be read; "):
             open_examples(folder)
 
@@ -264,15 +264,88 @@ class TestColumns:
         pq.write_table(pa.table({"image": cells}), tmp_path / "a.parquet")
         assert open_examples(tmp_path).identity != identity
 
-    def test_images_that_lie_elsewhere(self, tmp_path: Path) -> None:
-        """As in a stream of a folder of images on the Hub, which gives addresses."""
-        (tmp_path / "a.png").write_bytes(encoded("blue"))
-        cells = [{"bytes": None, "path": (tmp_path / name).as_uri()} for name in ("a.png", "gone.png")]
+    @pytest.mark.parametrize("streaming", [False, True])
+    def test_images_that_are_files(self, tmp_path: Path, streaming: bool) -> None:
+        (tmp_path / "sub").mkdir()
+        (tmp_path / "sub" / "a.png").write_bytes(encoded("blue"))
+        paths = ["sub/a.png", str(tmp_path / "sub" / "a.png"), "gone.png"]
+        cells = [{"bytes": None, "path": path} for path in paths]
         pq.write_table(pa.table({"image": cells}, pa.schema({"image": IMAGE})), tmp_path / "a.parquet")
-        here, gone = open_examples(tmp_path / "a.parquet", streaming=True)
-        assert here.load().getpixel((0, 0)) == (0, 0, 255)
-        with pytest.raises(sdkit.ImageError, match=r"cannot read file:.*gone\.png: .*No such file"):
+        here, whole, gone = open_examples(tmp_path / "a.parquet", streaming=streaming)
+        assert (here.name, whole.load().getpixel((0, 0)), here.load().getpixel((0, 0))) == (
+            "sub/a.png", (0, 0, 255), (0, 0, 255),
+        )  # fmt: skip
+        with pytest.raises(sdkit.ImageError, match=r"cannot read gone\.png: No such file"):
             gone.load()
+
+    @pytest.mark.parametrize(
+        "path",
+        [
+            "ftp://127.0.0.1/x.png", "http://127.0.0.1/x.png", "github://a:b@/x.png", "local:///dev/zero",
+            "file:///dev/zero", "zip://x.png::http://127.0.0.1/a.zip", "simplecache::hf://datasets/a/b/x.png",
+        ],
+    )  # fmt: skip
+    def test_no_address_that_a_file_names_is_opened(self, tmp_path: Path, path: str) -> None:
+        cells = [{"bytes": None, "path": path}]
+        pq.write_table(pa.table({"image": cells}, pa.schema({"image": IMAGE})), tmp_path / "a.parquet")
+        (one,) = open_examples(tmp_path)
+        with pytest.raises(sdkit.ImageError, match=r"which is neither a file here nor on the Hub; store the images"):
+            one.load()
+
+    def test_the_hub_is_asked_only_where_it_may_be(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """As in a stream of a folder of images on the Hub, which gives addresses."""
+        asked: list[str] = []
+
+        def opened(path: str, mode: str) -> Any:
+            asked.append(path)
+            return io.BytesIO(encoded("blue"))
+
+        monkeypatch.setattr("fsspec.open", opened)
+        paths = ["hf://datasets/a/b@c/x.png", "zip://x.png::hf://datasets/a/b@c/d.zip"]
+        cells = [{"bytes": None, "path": path} for path in paths]
+        pq.write_table(pa.table({"image": cells}, pa.schema({"image": IMAGE})), tmp_path / "a.parquet")
+        examples = open_examples(tmp_path)
+        with pytest.raises(sdkit.ImageError, match=r"x\.png lies on the Hub, and HF_HUB_OFFLINE forbids to fetch it"):
+            examples[0].load()
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        assert colors(examples) == [(0, 0, 255)] * 2
+        assert asked == paths
+
+    @pytest.mark.skipif(not Path("/dev/zero").exists(), reason="needs POSIX")
+    def test_a_device_is_no_image(self, tmp_path: Path) -> None:
+        cells = [{"bytes": None, "path": "/dev/zero"}]
+        pq.write_table(pa.table({"image": cells}, pa.schema({"image": IMAGE})), tmp_path / "a.parquet")
+        with pytest.raises(sdkit.ImageError, match="it is not a regular file"):
+            open_examples(tmp_path)[0].load()
+
+    def test_numbers_are_no_images(self, tmp_path: Path) -> None:
+        pq.write_table(pa.table({"image": [{"bytes": 5, "path": 7}]}), tmp_path / "a.parquet")
+        with pytest.raises(sdkit.errors.DataError, match=r"has no column of images; its columns: image\.$"):
+            open_examples(tmp_path)
+
+    def test_captions_that_the_library_would_open_are_none(self, tmp_path: Path) -> None:
+        """A file's schema may call a column of paths images: decoding one would open its address."""
+        features = datasets.Features({"image": datasets.Image(), "text": datasets.Image(), "n": datasets.Value("int8")})
+        rows = {"image": self.cells(), "text": [{"bytes": None, "path": "ftp://127.0.0.1/x.png"}] * 3, "n": [1, 2, 3]}
+        with datasets_quiet():
+            schema = features.arrow_schema
+            pq.write_table(pa.table(rows, schema), tmp_path / "a.parquet")
+        assert open_examples(tmp_path).captions == [""] * 3
+        assert open_examples(tmp_path, caption_column="n").captions == ["1", "2", "3"]
+        with pytest.raises(sdkit.errors.DataError, match=r"column 'text' of .* holds images or the like"):
+            open_examples(tmp_path, caption_column="text")
+
+    def test_captions_that_are_missing_or_damaged(self, tmp_path: Path) -> None:
+        values = {"nan": [float("nan"), float("inf"), 2.5], "bool": [True, False, None], "bytes": [b"a dog", None, b""]}
+        pq.write_table(pa.table({"image": self.cells(), **values}), tmp_path / "a.parquet")
+        expected = {"nan": ["", "", "2.5"], "bool": [""] * 3, "bytes": ["a dog", "", ""]}
+        for column, captions in expected.items():
+            if column != "bytes":  # which would be taken for images
+                assert open_examples(tmp_path, caption_column=column).captions == captions
+        pq.write_table(pa.table({"image": self.cells(), "text": ["a", "b\0", "c"]}), tmp_path / "a.parquet")
+        for streaming in (False, True):
+            with pytest.raises(sdkit.errors.DataError, match=r"the caption of row 1 in .* it holds NUL characters"):
+                list(open_examples(tmp_path, streaming=streaming))
 
     def test_several_files_are_one(self, tmp_path: Path) -> None:
         for i, cell in enumerate(self.cells()):

@@ -1,0 +1,152 @@
+"""Captions in one file for a folder of images, as `datasets` has them: metadata.jsonl, .csv, or .parquet."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from sdkit import strict_json
+from sdkit.data.captions import CAPTION_KEYS, LONGEST, caption_of
+from sdkit.errors import DataError
+from sdkit.files import open_regular, reason
+from sdkit.messages import clean, first_line
+
+NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+"""Of those in one folder the first counts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """What a file of metadata says of one image."""
+
+    where: str
+    """The file and the line, for messages."""
+    folder: Path
+    file_name: str
+    """As it is written there; for an image in `folder` or below, or an absolute path."""
+    caption: str
+
+
+def read_metadata(folders: Mapping[str, Sequence[str]], caption_column: str | None) -> tuple[list[Row], set[str]]:
+    """The rows of all metadata in these folders (path -> names of files), and the keys in them.
+
+    Where no line has one of `CAPTION_KEYS`, a key that is the only one with text is taken for the caption's, with a
+    warning. Raises `DataError` for what cannot be read.
+    """
+    rows: list[Row] = []
+    keys: dict[str, bool] = {}  # whether there is text in it, but for the file's name
+    texts: list[dict[str, Any]] = []  # of each row, while no caption is known
+    for file in _files(folders):
+        for number, fields in _lines(file):
+            where = f"{clean(str(file))}, line {number}"
+            name = _checked(fields.pop("file_name", None), where)
+            try:
+                caption = caption_of(fields, caption_column)
+            except ValueError as error:
+                raise DataError(f"{where}: the caption cannot be used, for {error}.") from error
+            rows.append(Row(where=where, folder=file.parent, file_name=name, caption=caption))
+            text = {key: value for key, value in fields.items() if isinstance(value, str) and value.strip()}
+            keys |= dict.fromkeys(fields.keys() - keys.keys(), False) | dict.fromkeys(text, True)
+            if caption_column is None and not keys.keys() & set(CAPTION_KEYS):
+                texts.append(text)
+    if caption_column is None and rows and not keys.keys() & set(CAPTION_KEYS):
+        rows = _with_only_text(rows, texts, keys)
+    return rows, set(keys)
+
+
+def _with_only_text(rows: list[Row], texts: list[dict[str, Any]], keys: Mapping[str, bool]) -> list[Row]:
+    candidates = [key for key, has_text in keys.items() if has_text]
+    where = rows[0].where.rpartition(",")[0]
+    if len(candidates) != 1:
+        if candidates:
+            named = ", ".join(map(repr, map(clean, sorted(candidates)[:5])))
+            warnings.warn(
+                f"none of the keys in {where} ({named}) is taken for a caption; name one as caption_column.",
+                stacklevel=2,
+            )
+        return rows
+    warnings.warn(
+        f"the captions are taken from {clean(candidates[0])!r}, the only text in {where}; name it as caption_column.",
+        stacklevel=2,
+    )
+    return [
+        Row(where=row.where, folder=row.folder, file_name=row.file_name, caption=caption_of(text, candidates[0]))
+        for row, text in zip(rows, texts, strict=True)
+    ]
+
+
+def _files(folders: Mapping[str, Sequence[str]]) -> Iterator[Path]:
+    for folder, names in sorted(folders.items()):
+        present = [name for name in NAMES if name in names]
+        yield from (Path(folder, name) for name in present[:1])
+        for other in present[1:]:
+            both = f"{clean(str(Path(folder, other)))} is passed over, for there is a {present[0]} beside it"
+            warnings.warn(f"{both}; leave one of them.", stacklevel=2)
+
+
+def _checked(name: Any, where: str) -> str:
+    """The name of an image that metadata gives. Raises `DataError` for what no file can have."""
+    if not isinstance(name, str) or not name:
+        raise DataError(f'{where}: there is no file name; write {{"file_name": "a.jpg", "text": "what it shows"}}.')
+    try:
+        possible = b"\0" not in os.fsencode(name) and name.replace("\\", "/").rpartition("/")[2] not in ("", ".", "..")
+    except UnicodeEncodeError:
+        possible = False
+    if not possible:
+        raise DataError(f"{where}: {clean(name).encode(errors='replace').decode()!r} is no name of a file; correct it.")
+    return name
+
+
+def _lines(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(number, fields) of each line. Raises `DataError` for what is not of the kind that the suffix says."""
+    read = {".jsonl": _json_lines, ".csv": _csv_lines, ".parquet": _parquet_rows}[file.suffix]
+    try:
+        with open_regular(file) as opened:
+            yield from read(opened, file)
+    except DataError:
+        raise
+    except OSError as error:
+        raise DataError(f"cannot read {clean(str(file))}: {reason(error)}.") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"cannot read {clean(str(file))}: it is not utf-8 text.") from error
+    except Exception as error:  # of pyarrow: nearly anything
+        raise DataError(f"cannot read {clean(str(file))}: {first_line(error)}.") from error
+
+
+def _json_lines(file: BinaryIO, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    for number, line in enumerate(iter(lambda: file.readline(LONGEST + 1), b""), start=1):
+        where = f"{clean(str(path))}, line {number}"
+        if len(line) > LONGEST:
+            raise DataError(f"{where}: it is longer than 1 MiB; write one object a line.")
+        text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+        if not text:
+            continue
+        try:
+            fields = strict_json.parse(text)
+        except ValueError as error:
+            raise DataError(f"{where}: this {error}; write one object a line.") from error
+        yield number, fields if isinstance(fields, dict) else {}
+
+
+def _csv_lines(file: BinaryIO, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    reader = csv.DictReader(io.TextIOWrapper(file, encoding="utf-8-sig", newline=""), strict=True)
+    while True:
+        try:
+            fields = next(reader, None)
+        except csv.Error as error:
+            raise DataError(f"{clean(str(path))}, line {reader.line_num}: this is not CSV ({error}).") from error
+        if fields is None:
+            return
+        yield reader.line_num, {key: value for key, value in fields.items() if isinstance(key, str)}
+
+
+def _parquet_rows(file: BinaryIO, _: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    batches = import_module("pyarrow.parquet").ParquetFile(file).iter_batches(1000)
+    yield from enumerate((fields for batch in batches for fields in batch.to_pylist()), start=1)

@@ -1,0 +1,163 @@
+"""Images in tar shards, as webdataset has them, with their captions: listed, but not unpacked."""
+
+from __future__ import annotations
+
+import os
+import tarfile
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO
+
+from sdkit.data.captioned_files import relative, row
+from sdkit.data.captions import BESIDE, LONGEST, Texts
+from sdkit.errors import DataError
+from sdkit.files import encodable, open_regular, reason
+from sdkit.images import READABLE, UNREADABLE
+from sdkit.messages import clean, first_line
+
+BLOCK = 512  # bytes of zeros with which a tar file ends, at least
+KNOWN = READABLE | UNREADABLE | {*BESIDE}
+LONGEST_HEADER = 2**20  # bytes; of names and attributes of one member
+
+
+def tar_rows(shards: Iterable[Path], root: Path, caption_column: str | None) -> tuple[list[dict[str, Any]], list[str]]:
+    """One row for each image in webdataset shards, in their order; and the pictures that are passed over, since their
+    format is not read.
+
+    The caption of KEY.jpg is KEY.txt, .caption, or .json's field: the file whose name differs in the last suffix alone,
+    or else one whose name is the same up to the first dot, as webdataset groups files.
+    """
+    rows: list[dict[str, Any]] = []
+    passed_over: list[str] = []
+    texts = Texts(caption_column)
+    for shard in shards:
+        name = relative(shard, root)
+        pictures: dict[str, list[_Member]] = defaultdict(list)  # of each key, in order
+        captions: list[tuple[PurePosixPath, str]] = []
+        for member in _members(shard):
+            if member.suffix in READABLE:
+                pictures[_key(member.path)].append(member)
+            elif member.suffix in UNREADABLE:
+                passed_over.append(f"{name}/{member.name}")
+            elif member.suffix == ".json" or caption_column in (None, member.suffix[1:]):
+                captions.append((member.path, texts.decode(f"{name}/{member.name}", member.data)))
+        found = [one for group in pictures.values() for one in group]
+        of = _captions_of([one.path for one in found], captions)
+        rows += [row(encodable(f"{name}/{one.name}"), shard, of[str(one.path)], one.offset, one.size) for one in found]
+    texts.check()
+    if caption_column not in (None, "txt", "caption", *texts.keys):
+        have = ", ".join(map(repr, map(clean, sorted(texts.keys)))) or "none"
+        raise DataError(f"no .json in the shards of {root} has {caption_column!r}; the keys there: {have}.")
+    return rows, passed_over
+
+
+def _key(path: PurePosixPath) -> str:
+    """By what webdataset groups files: the path up to the first dot of the name."""
+    return str(path.parent / path.name.partition(".")[0])
+
+
+def _captions_of(pictures: Sequence[PurePosixPath], captions: Sequence[tuple[PurePosixPath, str]]) -> dict[str, str]:
+    """The caption of each picture, by its name in the shard."""
+    exact: dict[str, dict[str, str]] = defaultdict(dict)  # by the name without the last suffix, then by suffix
+    for path, caption in captions:
+        exact[str(path.with_suffix(""))][path.suffix.lower()] = caption
+    taken = {name for path in pictures for name in (str(path.with_suffix("")), str(path))}
+    grouped: dict[str, dict[str, str]] = defaultdict(dict)
+    for path, caption in captions:
+        if str(path.with_suffix("")) not in taken:
+            grouped[_key(path)].setdefault(path.suffix.lower(), caption)
+    found = {}
+    for path in pictures:
+        places = (exact.get(str(path.with_suffix(""))), exact.get(str(path)), grouped.get(_key(path)))
+        candidates = (place.get(suffix) for place in places if place for suffix in BESIDE)
+        found[str(path)] = next((caption for caption in candidates if caption), "")
+    return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Member:
+    """A file in a shard: where it lies, and what is in it if it may be a caption."""
+
+    name: str
+    offset: int
+    size: int
+    data: bytes = b""
+
+    @property
+    def path(self) -> PurePosixPath:
+        """Its name, taken apart."""
+        return PurePosixPath(self.name)
+
+    @property
+    def suffix(self) -> str:
+        """In lower case."""
+        return self.path.suffix.lower()
+
+
+class _Headers:
+    """A tar file as `tarfile` sees it: it reads headers, and none of those is large. A damaged one may ask for
+    gigabytes, or for a negative number of bytes, which is all there are."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.seek, self.tell, self._file = file.seek, file.tell, file
+
+    def read(self, size: int) -> bytes:
+        if not 0 <= size <= LONGEST_HEADER:
+            raise tarfile.ReadError("a header is damaged")
+        return self._file.read(size)
+
+
+def _members(shard: Path) -> Iterator[_Member]:
+    """The images, and the caption files with what is in them. Raises `DataError` where the shard is damaged."""
+    try:
+        with open_regular(shard) as file:
+            length = os.fstat(file.fileno()).st_size
+            file.seek(max(0, length - BLOCK))
+            if file.read().strip(b"\0"):  # tarfile takes a shard that was cut short between two members for whole
+                raise tarfile.ReadError("it is cut short")
+            file.seek(0)
+            yield from _listed(shard, file, length)
+    except (DataError, MemoryError):
+        raise
+    except OSError as error:
+        raise DataError(f"cannot read {clean(str(shard))}: {reason(error)}.") from error
+    except Exception as error:  # on damaged headers tarfile raises ten types
+        raise DataError(
+            f"{clean(str(shard))} is not a whole tar file ({first_line(error)}); fetch it again, or take it out of the "
+            "data."
+        ) from error
+
+
+def _listed(shard: Path, file: BinaryIO, length: int) -> Iterator[_Member]:
+    headers: Any = _Headers(file)
+    end = 0
+    with tarfile.open(fileobj=headers, mode="r:") as archive:
+        remembered: list[tarfile.TarInfo] = archive.members  # type: ignore[attr-defined]
+        while member := archive.next():
+            remembered.clear()  # a shard may have millions
+            if member.size < 0 or member.offset < end or (member.isreg() and member.offset_data > length):
+                raise tarfile.ReadError("a header is damaged")
+            end = member.offset_data
+            path = PurePosixPath(member.name)
+            suffix = path.suffix.lower()
+            if not member.isfile() or path.name.startswith(".") or suffix not in KNOWN:
+                continue
+            where = f"{clean(str(shard))}/{clean(member.name)}"
+            if member.issparse():
+                raise DataError(
+                    f"{where} is stored as a sparse file, which is not read; make the shard without --sparse."
+                )
+            if member.offset_data + member.size > length:
+                raise tarfile.ReadError("it is cut short")
+            data = b""
+            if suffix in BESIDE:
+                if member.size > LONGEST:
+                    raise DataError(f"{where} is larger than 1 MiB, too large for a caption; take it out of the data.")
+                file.seek(member.offset_data)
+                data = file.read(member.size)
+            yield _Member(name=member.name, offset=member.offset_data, size=member.size, data=data)
+        file.seek(archive.offset)
+        if file.read(BLOCK).strip(b"\0"):  # tarfile takes a damaged header for the end
+            raise tarfile.ReadError("a header is damaged")
