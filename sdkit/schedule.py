@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from os import PathLike
 from typing import Any, NamedTuple
 
@@ -17,25 +17,49 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sdkit.arguments import PREDICTIONS, one_of, whole
+from sdkit.arguments import PREDICTIONS, flag, number, one_of, whole
 from sdkit.errors import ArgumentError
 from sdkit.fields import documented
+from sdkit.messages import clean
 
 SPACINGS = ("leading", "trailing", "linspace")
-LEADING = ("DDIMScheduler", "DDPMScheduler", "PNDMScheduler", "LCMScheduler", "TCDScheduler")
-LINSPACE = (
-    *("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "HeunDiscreteScheduler"),
-    *("DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler", "DPMSolverSDEScheduler"),
-    *("KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler", "LMSDiscreteScheduler"),
-    *("DEISMultistepScheduler", "UniPCMultistepScheduler"),
-)
-"""diffusers' schedulers for models such as Stable Diffusion, by their default spacing."""
-LATENT_DEFAULTS = (
-    *("HeunDiscreteScheduler", "KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler"),
-    *("DPMSolverSDEScheduler", "LCMScheduler", "TCDScheduler"),
-)
-"""Those whose default betas are latent diffusion's."""
 VARIANCE_TYPES = ("fixed_small", "fixed_large", "learned_range")
+LONGEST_CHAIN = 1_000_000  # timesteps; models have 1,000, and a config may state any number
+
+
+@dataclass(frozen=True, kw_only=True)
+class SchedulerDefaults:
+    """Values that one of diffusers' scheduler classes takes for keys that its config leaves out."""
+
+    timestep_spacing: str = "leading"
+    clip_sample: bool = False
+    set_alpha_to_one: bool = True
+    beta_start: float = 1e-4
+    beta_end: float = 0.02
+    beta_schedule: str = "linear"
+
+
+_DDPM = SchedulerDefaults(clip_sample=True)
+_LINSPACE = SchedulerDefaults(timestep_spacing="linspace")
+_K_DIFFUSION = SchedulerDefaults(timestep_spacing="linspace", beta_start=0.00085, beta_end=0.012)
+_CONSISTENCY = SchedulerDefaults(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+SCHEDULERS = {
+    **dict.fromkeys(("DDIMScheduler", "DDIMParallelScheduler", "DDIMInverseScheduler"), _DDPM),
+    **dict.fromkeys(("DDPMScheduler", "DDPMParallelScheduler", "RePaintScheduler"), _DDPM),
+    "PNDMScheduler": SchedulerDefaults(set_alpha_to_one=False),
+    "UnCLIPScheduler": SchedulerDefaults(
+        timestep_spacing="linspace", clip_sample=True, beta_schedule="squaredcos_cap_v2"
+    ),
+    **dict.fromkeys(("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "LMSDiscreteScheduler"), _LINSPACE),
+    **dict.fromkeys(("DPMSolverMultistepScheduler", "DPMSolverMultistepInverseScheduler"), _LINSPACE),
+    **dict.fromkeys(("DPMSolverSinglestepScheduler", "DEISMultistepScheduler"), _LINSPACE),
+    **dict.fromkeys(("UniPCMultistepScheduler", "SASolverScheduler"), _LINSPACE),
+    **dict.fromkeys(("HeunDiscreteScheduler", "DPMSolverSDEScheduler"), _K_DIFFUSION),
+    **dict.fromkeys(("KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler"), _K_DIFFUSION),
+    **dict.fromkeys(("LCMScheduler", "TCDScheduler"), _CONSISTENCY),
+}
+"""diffusers' schedulers whose tables are DDPM's: they are solvers for the same models. Others (flow matching, EDM,
+score SDEs, IPNDM, CogVideoX, Würstchen, masks) have tables of their own."""
 
 
 @documented
@@ -121,9 +145,11 @@ class NoiseSchedule:
         cls, num_timesteps: int = 1000, s: float = 0.008, max_beta: float = 0.999, **fields: Any
     ) -> NoiseSchedule:
         """alphas_cumprod along a squared cosine (Nichol & Dhariwal 2021, https://arxiv.org/abs/2102.09672, eq. 17)."""
-        u = _linspace(0, 1, num_timesteps + 1)
-        f = torch.cos((u + s) / (1 + s) * math.pi / 2) ** 2
-        return cls(betas=(1 - f[1:] / f[:-1]).clamp(max=max_beta), **fields)
+
+        def squared_cosine(u: Tensor) -> Tensor:
+            return torch.cos((u + s) / (1 + s) * math.pi / 2) ** 2
+
+        return cls(betas=_betas_along(squared_cosine, num_timesteps, max_beta), **fields)
 
     @classmethod
     def from_pretrained(
@@ -134,37 +160,42 @@ class NoiseSchedule:
         config: str | PathLike[str] | None = None,
         prediction_type: str | None = None,
     ) -> NoiseSchedule:
-        """The schedule that a model was trained with; for `source` see `sdkit.StableDiffusion.from_pretrained`."""
+        """Read the schedule of a model of latents; for `source` see `sdkit.StableDiffusion.from_pretrained`.
+
+        Nothing is clipped, and `steps_offset` is 1, whatever the config says: see `from_config` with `latents`.
+        """
         from sdkit.models.source import load_scheduler_config
 
         found = load_scheduler_config(source, revision=revision, config=config, prediction_type=prediction_type)
-        return cls.from_config(found)
+        return cls.from_config(found, latents=True)
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> NoiseSchedule:
-        """A schedule from the contents of a diffusers `scheduler_config.json`.
+    def from_config(cls, config: Mapping[str, Any], *, latents: bool = False) -> NoiseSchedule:
+        """Make a schedule from the contents of a diffusers `scheduler_config.json`.
+
+        latents: whether the model denoises latents, as Stable Diffusion does. These lie beyond [-1, 1], so they are
+            never clipped, and `steps_offset` is 1: diffusers' `StableDiffusionPipeline` corrects configs in the same
+            way, since many leave these keys out. Without it, as for models of pixels, the config is taken as it is.
 
         Absent keys have that scheduler's own defaults, but a zero-terminal-SNR schedule is "trailing" unless it says
         otherwise: "leading" never starts from pure noise, for which such models are made.
         """
-        name = config.get("_class_name", "")
-        if name and name not in (*LEADING, *LINSPACE):
-            raise ArgumentError(f"a schedule of {name} is not one of Stable Diffusion 1.x / 2.x, and cannot be used.")
-        if config.get("thresholding"):
+        config = completed(config)
+        if flag("thresholding", config.get("thresholding", False)):
             raise ArgumentError("this model's scheduler asks for dynamic thresholding, which sdkit does not offer.")
-        variance_type = str(config.get("variance_type") or "fixed_small").removesuffix("_log")
-        zero_snr = bool(config.get("rescale_betas_zero_snr", False))
-        clip = config.get("clip_sample", name in ("DDIMScheduler", "DDPMScheduler"))
-        spacing = "trailing" if zero_snr else "linspace" if name in LINSPACE else "leading"
+        if flag("use_flow_sigmas", config.get("use_flow_sigmas", False)):
+            raise ArgumentError("this model's scheduler asks for flow matching (use_flow_sigmas), not for a diffusion.")
+        clip = flag("clip_sample", config["clip_sample"]) and not latents
         schedule = cls(
             betas=_betas_from_config(config),
             prediction_type=config.get("prediction_type", "epsilon"),
-            timestep_spacing=config.get("timestep_spacing", spacing),
-            steps_offset=config.get("steps_offset", 0),
-            set_alpha_to_one=config.get("set_alpha_to_one", name != "PNDMScheduler"),
-            variance_type=variance_type,
-            clip_x0=float(config.get("clip_sample_range", 1.0)) if clip else None,
+            timestep_spacing=config["timestep_spacing"],
+            steps_offset=1 if latents else config.get("steps_offset", 0),
+            set_alpha_to_one=flag("set_alpha_to_one", config["set_alpha_to_one"]),
+            variance_type=str(config.get("variance_type", "fixed_small")).removesuffix("_log"),
+            clip_x0=number("clip_sample_range", config.get("clip_sample_range", 1.0), 0) if clip else None,
         )
+        zero_snr = flag("rescale_betas_zero_snr", config.get("rescale_betas_zero_snr", False))
         return schedule.zero_terminal_snr() if zero_snr else schedule
 
     def zero_terminal_snr(self) -> NoiseSchedule:
@@ -277,18 +308,52 @@ def _linspace(start: float, end: float, n: int) -> Tensor:
     return torch.linspace(start, end, whole("num_timesteps", n, 1), dtype=torch.float64)
 
 
+def completed(config: Mapping[str, Any]) -> dict[str, Any]:
+    """`config` with the keys that it leaves out, or has as null, as the scheduler class that it names has them."""
+    stated = {key: value for key, value in config.items() if value is not None}
+    name = stated.get("_class_name", "")
+    if not isinstance(name, str) or (name and name not in SCHEDULERS):
+        raise ArgumentError(
+            f"a schedule of {clean(str(name))} is not one of Stable Diffusion 1.x / 2.x, and cannot be used."
+        )
+    defaults = asdict(SCHEDULERS.get(name, SchedulerDefaults()))
+    if stated.get("rescale_betas_zero_snr"):
+        defaults["timestep_spacing"] = "trailing"
+    return defaults | stated
+
+
 def _betas_from_config(config: Mapping[str, Any]) -> Tensor:
-    if config.get("trained_betas") is not None:
-        return torch.as_tensor(config["trained_betas"], dtype=torch.float64)
-    T = config.get("num_train_timesteps", 1000)
-    start, end = (0.00085, 0.012) if config.get("_class_name") in LATENT_DEFAULTS else (1e-4, 0.02)
-    span = {"beta_start": config.get("beta_start", start), "beta_end": config.get("beta_end", end)}
-    consistency = config.get("_class_name") in ("LCMScheduler", "TCDScheduler")
-    kind = config.get("beta_schedule", "scaled_linear" if consistency else "linear")
-    if kind == "linear":
-        return NoiseSchedule.linear(T, **span).betas
-    if kind == "scaled_linear":
-        return NoiseSchedule.scaled_linear(T, **span).betas
-    if kind == "squaredcos_cap_v2":
-        return NoiseSchedule.cosine(T).betas
-    raise ArgumentError(f"beta_schedule {kind!r} is not one of 'linear', 'scaled_linear', 'squaredcos_cap_v2'.")
+    """Betas (T,), float64, of a config that is `completed`."""
+    if "trained_betas" in config:
+        return torch.tensor(_numbers("trained_betas", config["trained_betas"]), dtype=torch.float64)
+    T = whole("num_train_timesteps", config.get("num_train_timesteps", 1000), 1, LONGEST_CHAIN)
+    start, end = (number(key, config[key], 0, 1) for key in ("beta_start", "beta_end"))
+    kinds: dict[str, Callable[[], Tensor]] = {
+        "linear": lambda: _linspace(start, end, T),
+        "scaled_linear": lambda: _linspace(start**0.5, end**0.5, T) ** 2,
+        "squaredcos_cap_v2": lambda: NoiseSchedule.cosine(T).betas,
+        "sigmoid": lambda: torch.sigmoid(_linspace(-6, 6, T)) * (end - start) + start,
+        "exp": lambda: _betas_along(lambda u: torch.exp(-12 * u), T),
+        "laplace": lambda: _betas_along(_laplace, T),
+    }
+    return kinds[one_of("beta_schedule", config["beta_schedule"], kinds)]()
+
+
+def _numbers(name: str, values: Any) -> list[float]:
+    if not isinstance(values, (list, tuple)):
+        raise ArgumentError(f"{name} must be a list of numbers from 0 to 1.")
+    return [number(name, value, 0, 1) for value in values]
+
+
+def _betas_along(alpha_cumprod: Callable[[Tensor], Tensor], num_timesteps: int, max_beta: float = 0.999) -> Tensor:
+    """Betas (T,) by which alphas_cumprod follows a function of u = (t + 1) / T, up to a factor."""
+    f = alpha_cumprod(_linspace(0, 1, num_timesteps + 1))
+    return (1 - f[1:] / f[:-1]).clamp(max=max_beta)
+
+
+def _laplace(u: Tensor) -> Tensor:
+    """alphas_cumprod whose log-SNR follows a Laplace distribution (Hang & Gu 2024, https://arxiv.org/abs/2407.03297,
+    table 1), with diffusers' own scale and root."""
+    side = torch.where(u <= 0.5, 1.0, -1.0)
+    log_snr = -0.5 * side * torch.log(1 - 2 * (0.5 - u).abs() + 1e-6)
+    return torch.sigmoid(log_snr).sqrt()

@@ -32,7 +32,7 @@ from sdkit.models.unet import UNet
 from sdkit.models.vae import VAE, latents_of
 from sdkit.models.weights import GUIDANCE, quiet
 from sdkit.pipeline import StableDiffusion
-from sdkit.schedule import NoiseSchedule
+from sdkit.schedule import NoiseSchedule, completed
 from sdkit.training import Player, Samples, go_on
 from sdkit.training.attention import PlainWhereSmall
 from sdkit.training.config import UNetConfig
@@ -84,7 +84,7 @@ class UNetStage:
         self.text = TextEncoder(*load_text(config.model)).eval().requires_grad_(False)
         self.tokenizer = copy.deepcopy(self.text.tokenizer)  # as it was: what it would save changes when it is used
         self.scheduler = _scheduler(config)
-        self.schedule = NoiseSchedule.from_config(self.scheduler)
+        self.schedule = NoiseSchedule.from_config(self.scheduler, latents=True)
         self.guidance_scale = USUAL_GUIDANCE if config.init else load_guidance_scale(config.model)
         self.zero_snr = float(self.schedule.alphas_cumprod[-1]) == 0
         if self.zero_snr and self.schedule.prediction_type == "epsilon":
@@ -307,7 +307,6 @@ def _scheduler(config: UNetConfig) -> dict[str, Any]:
     if config.zero_snr:  # steps must begin with the last timestep
         scheduler["timestep_spacing"] = "trailing"
     if config.zero_snr or config.prediction_type == "sample":  # DDIM's: PNDM, which SD 1.x comes with, knows neither
-        stated = NoiseSchedule.from_config(scheduler)  # what is left out means other things to another scheduler
-        scheduler |= {"clip_sample": stated.clip_x0 is not None, "set_alpha_to_one": stated.set_alpha_to_one}
-        scheduler["_class_name"] = "DDIMScheduler"
+        # Keys that are left out mean other things to another scheduler. Latents are never clipped.
+        scheduler = completed(scheduler) | {"_class_name": "DDIMScheduler", "clip_sample": False}
     return scheduler

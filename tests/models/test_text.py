@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -178,3 +180,120 @@ class TestWeighting:
 
     def test_no_weights_change_nothing(self, text: sdkit.TextEncoder) -> None:
         torch.testing.assert_close(text.encode("a cat", weighting=True), text.encode("a cat"), atol=1e-6, rtol=0)
+
+    def test_parser_against_the_rules_step_by_step(self) -> None:
+        """Closing a bracket multiplies the weights of all that stands inside, one character at a time."""
+        parts = ["(", ")", "[", "]", ":1.2)", ":-.5)", ": 3. )", "\\", "a", " b", ":", "0"]
+        choose = random.Random(0)
+        for _ in range(3000):
+            prompt = "".join(choose.choices(parts, k=choose.randint(1, 14)))
+            parsed = [(letter, weight) for text, weight in parse_weights(prompt) for letter in text]
+            expected = step_by_step(prompt)
+            assert [letter for letter, _ in parsed] == [letter for letter, _ in expected], prompt
+            assert [weight for _, weight in parsed] == pytest.approx([weight for _, weight in expected], rel=1e-9)
+
+    def test_brackets_in_one_another(self) -> None:
+        pieces = parse_weights("(a" * 5000 + ")" * 4999)
+        assert [text for text, _ in pieces] == ["a"] * 5000
+        assert [weight for _, weight in pieces] == pytest.approx([1.1 ** (i + 1) for i in range(5000)], rel=1e-9)
+        squared = parse_weights("[" * 500 + "a" + "]" * 500)
+        assert squared == [("a", pytest.approx(1.1**-500, rel=1e-9))]
+
+
+def step_by_step(prompt: str) -> list[tuple[str, float]]:
+    """A1111's weights of each character of a prompt."""
+    letters: list[tuple[str, float]] = []
+    opened: dict[str, list[int]] = {"(": [], "[": []}
+
+    def close(kind: str, factor: float, start: int | None = None) -> None:
+        start = opened[kind].pop() if start is None else start
+        letters[start:] = [(letter, weight * factor) for letter, weight in letters[start:]]
+
+    i = 0
+    while i < len(prompt):
+        given = re.match(r":\s*([+-]?[.\d]+)\s*\)", prompt[i:])
+        if prompt[i] == "\\" and prompt[i + 1 : i + 2] and prompt[i + 1] in "()[]\\":
+            letters.append((prompt[i + 1], 1.0))
+            i += 1
+        elif prompt[i] in opened:
+            opened[prompt[i]].append(len(letters))
+        elif given and opened["("]:
+            close("(", float(given[1]))
+            i += given.end() - 1
+        elif given:
+            letters += [(letter, 1.0) for letter in given[0]]
+            i += given.end() - 1
+        elif prompt[i] == ")" and opened["("]:
+            close("(", 1.1)
+        elif prompt[i] == "]" and opened["["]:
+            close("[", 1 / 1.1)
+        elif prompt[i] != "\\":
+            letters.append((prompt[i], 1.0))
+        i += 1
+    for kind, factor in (("(", 1.1), ("[", 1 / 1.1)):
+        for start in opened[kind]:
+            close(kind, factor, start)
+    return letters
+
+
+class TestBreak:
+    """A1111's BREAK fills the chunk up and begins the next one."""
+
+    @pytest.mark.parametrize(
+        ("prompt", "chunks"),
+        [
+            ("a cat BREAK a dog", ["a cat", "a dog"]),
+            ("a cat\nBREAK\na dog BREAK", ["a cat", "a dog"]),
+            ("BREAK a cat", ["", "a cat"]),
+            ("a cat BREAK BREAK a dog", ["a cat", "", "a dog"]),
+            ("BREAK", [""]),
+        ],
+    )
+    def test_chunks(self, text: sdkit.TextEncoder, prompt: str, chunks: list[str]) -> None:
+        ids, weights = text.tokenize(prompt, weighting=True)
+        assert torch.equal(ids[0], torch.cat([text.tokenize(chunk)[0][0] for chunk in chunks]))
+        assert (weights == 1).all()
+        encoded = torch.cat([text.encode(chunk) for chunk in chunks], dim=1)
+        torch.testing.assert_close(text.encode(prompt, weighting=True), encoded, atol=1e-5, rtol=0)
+
+    def test_in_brackets(self, text: sdkit.TextEncoder) -> None:
+        ids, weights = text.tokenize("(a cat BREAK a dog:1.5)", weighting=True)
+        assert torch.equal(ids, text.tokenize("a cat BREAK a dog", weighting=True)[0])
+        assert weights[0, :, :4].tolist() == [[1, 1.5, 1.5, 1]] * 2
+
+    def test_after_a_full_chunk_and_inside_a_long_section(self, text: sdkit.TextEncoder) -> None:
+        body = text.length - 2
+        full, longer = (" ".join(["red"] * n) for n in (body, body + 1))
+        assert text.tokenize(f"{full} BREAK cat", weighting=True)[0].shape[1] == 2
+        ids, _ = text.tokenize(f"{longer} BREAK cat", weighting=True)
+        expected = torch.cat([text.tokenize(longer)[0], text.tokenize("cat")[0]], dim=1)
+        assert torch.equal(ids, expected)
+
+    def test_is_a_word_of_its_own_and_only_with_weighting(self, text: sdkit.TextEncoder) -> None:
+        assert text.tokenize("a BREAKFAST, a break", weighting=True)[0].shape[1] == 1
+        assert text.tokenize("a cat BREAK a dog")[0].shape[1] == 1
+
+
+class TestSyntaxThatIsNotRead:
+    @pytest.mark.parametrize(
+        ("prompt", "found"),
+        [
+            ("a cat AND a dog :1.2", "'AND'"),
+            ("a [cat:dog:0.5] here", r"'\[cat:dog:0.5\]'"),
+            ("a [(cat:1.2):10] here", r"'\[\(cat:1.2\):10\]'"),
+            ("a [cat|dog] here", r"'\[cat\|dog\]'"),
+            ("a cat <lora:zork:0.8>", "'<lora:zork:0.8>' .* load_lora"),
+        ],
+    )
+    def test_is_told_and_read_as_plain_text(self, text: sdkit.TextEncoder, prompt: str, found: str) -> None:
+        with pytest.warns(UserWarning, match=rf"^{found}") as told:
+            ids, _ = text.tokenize(prompt, weighting=True)
+        assert len(told) == 1
+        assert "in the prompt is read as plain text; in A1111 it" in str(told[0].message)
+        plain = "".join(piece for piece, _ in parse_weights(prompt))
+        assert torch.equal(ids, text.tokenize(plain)[0])
+
+    @pytest.mark.parametrize("prompt", [r"a \[cat|dog\]", "[cat] a|b", "the SAND, 1 < 2: a > b", "[cat: a dog]"])
+    def test_nothing_is_told_of_plain_text(self, text: sdkit.TextEncoder, prompt: str) -> None:
+        text.tokenize(prompt, weighting=True)  # a warning is an error here
+        text.tokenize("a cat AND a [cat|dog] <lora:a:1>")  # nor without weighting
