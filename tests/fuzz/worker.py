@@ -1,19 +1,23 @@
 """A process that reads damaged files, one case for each line of its input, and tells what went wrong.
 
-`python -m tests.fuzz.worker FOLDER` reads lines of JSON, {"target": ..., "seed": ...}, and answers each with a line:
-{"what": ..., "problem": null or a sentence, "where": ...}. `harness.Worker` starts it and watches over it.
+`python -m tests.fuzz.worker FOLDER` reads lines of JSON, {"target": ..., "seed": ...}. It answers each with two lines:
+before it reads the case, {"what": what is damaged}; then {"problem": null or a sentence, "where": the lines of sdkit
+that were reached}. `harness.Worker` starts it and watches over it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import json
 import os
 import shutil
+import signal
 import sys
 import time
 import traceback
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -90,10 +94,10 @@ class Watch:
 class Cases:
     """Makes the cases of all targets below one folder, and reads them."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, tell: Callable[[dict[str, Any]], None] = lambda answer: None) -> None:
         from tests.fuzz import targets
 
-        self.targets = targets
+        self.targets, self.tell = targets, tell
         targets.set_home(root / "valid")
         self.case, self.out, self.home = root / "case", root / "out", Path(os.environ["HF_HOME"]).parent
         self.watch = Watch()
@@ -113,8 +117,9 @@ class Cases:
             target.repair(self.case)
         if keep:
             shutil.copytree(self.case, keep, symlinks=True, dirs_exist_ok=True)
+        self.tell({"what": what})
         problem, where = self._read(target)
-        return {"what": what, "problem": problem, "where": where}
+        return {"problem": problem, "where": where}
 
     def check_valid(self, name: str) -> dict[str, Any]:
         """Read what is not damaged, which must give a result."""
@@ -123,7 +128,7 @@ class Cases:
         self._warm_up(target, valid)
         self._fresh(valid)
         problem, where = self._read(target, accept_errors=False)
-        return {"what": "nothing is damaged", "problem": problem, "where": where}
+        return {"problem": problem, "where": where}
 
     def _warm_up(self, target: Any, valid: Path) -> None:
         """What is imported and set up at the first read is no case's."""
@@ -186,12 +191,10 @@ class Cases:
 
 
 def _where(error: BaseException) -> str:
-    """The last lines of this repository that the error passed."""
+    """The last two lines of sdkit that the error passed."""
     frames = traceback.extract_tb(error.__traceback__)
-    ours = [f for f in frames if "/sdkit/" in f.filename and "/site-packages/" not in f.filename]
-    names = [f"{f.filename.rpartition('/sdkit/')[2]}:{f.lineno} {f.name}" for f in ours[-2:]]
-    last = frames[-1] if frames else None
-    return " > ".join(names) + (f" > {Path(last.filename).name}:{last.lineno}" if last and last not in ours else "")
+    ours = [frame for frame in frames if "/sdkit/" in frame.filename and "/site-packages/" not in frame.filename]
+    return " > ".join(f"{frame.filename.rpartition('/sdkit/')[2]}:{frame.lineno}" for frame in ours[-2:])
 
 
 def _peak(reset: bool = False) -> int:
@@ -206,15 +209,19 @@ def _peak(reset: bool = False) -> int:
 
 
 def serve() -> None:
-    root = Path(sys.argv[1])
     answers = os.fdopen(os.dup(1), "w")  # what the commands print goes nowhere
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    faulthandler.enable()
+    faulthandler.register(signal.SIGUSR1)  # sent before a process that does not end is killed
     warnings.simplefilter("ignore")
     import torch
 
+    def tell(answer: dict[str, Any]) -> None:
+        print(json.dumps(answer), file=answers, flush=True)
+
     torch.set_num_threads(1)
-    cases = Cases(root)
-    print(json.dumps({"ready": os.getpid()}), file=answers, flush=True)
+    cases = Cases(Path(sys.argv[1]), tell)
+    tell({"ready": os.getpid()})
     for line in sys.stdin:
         asked = json.loads(line)
         try:
@@ -223,8 +230,8 @@ def serve() -> None:
             else:
                 answer = cases.run(asked["target"], asked["seed"], asked.get("keep"))
         except BaseException:  # noqa: BLE001 - ours, then
-            answer = {"what": "", "problem": f"the harness failed: {traceback.format_exc()[-1500:]}", "where": ""}
-        print(json.dumps(answer), file=answers, flush=True)
+            answer = {"problem": f"the harness failed: {traceback.format_exc()[-1500:]}", "where": ""}
+        tell(answer)
 
 
 if __name__ == "__main__":
