@@ -1,7 +1,8 @@
-"""Supervises the process that reads damaged files: it may crash, never end, or take all memory, and is then replaced."""
+"""Supervises the process that reads damaged files, and replaces it when it crashes, never ends, or takes all memory."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -54,12 +55,14 @@ class Worker:
 
     def __init__(self) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="sdkit-fuzz-"))
-        self.process: subprocess.Popen[str] | None = None
+        self.process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Worker:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._stop()
         shutil.rmtree(self.folder, ignore_errors=True)
 
@@ -70,7 +73,8 @@ class Worker:
         assert self.process
         assert self.process.stdin
         asked = {"target": target, "seed": seed, "keep": keep and str(keep)}
-        print(json.dumps(asked), file=self.process.stdin, flush=True)
+        with contextlib.suppress(BrokenPipeError):  # its end is seen below
+            self.process.stdin.write(json.dumps(asked).encode() + b"\n")
         answer: dict[str, Any] = {"what": "nothing is damaged" if seed is None else "the case is being made"}
         while "problem" not in answer:
             answer |= self._answer()
@@ -84,15 +88,15 @@ class Worker:
             (home / name).mkdir(parents=True, exist_ok=True)
         environment = os.environ | {
             "HF_HUB_OFFLINE": "1", "HF_HOME": str(home / "hf"), "HF_HUB_CACHE": str(home / "hf" / "hub"),
-            "HF_DATASETS_CACHE": str(home / "hf" / "datasets"), "TMPDIR": str(home / "tmp"), "MPLCONFIGDIR": str(home / "mpl"),
-            "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "TQDM_DISABLE": "1", "ACCELERATE_USE_CPU": "true",
-            "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1",
+            "HF_DATASETS_CACHE": str(home / "hf" / "datasets"), "TMPDIR": str(home / "tmp"),
+            "MPLCONFIGDIR": str(home / "mpl"), "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false",
+            "TQDM_DISABLE": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1",
         }  # fmt: skip
         environment.pop("SDKIT_DEBUG", None)
         self.errors = (self.folder / "stderr").open("w+")
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.fuzz.worker", str(self.folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            stderr=self.errors, text=True, env=environment, cwd=home / "cwd",
+            [sys.executable, "-m", "tests.fuzz.worker", str(self.folder)], stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE, stderr=self.errors, bufsize=0, env=environment, cwd=home / "cwd",
         )  # fmt: skip
         if "ready" not in (answer := self._answer(START)):
             raise RuntimeError(f"no worker can be started: {answer}\n{self._said()}")
@@ -104,6 +108,7 @@ class Worker:
         began = busy = time.monotonic()
         first_cpu, first_memory = self._usage()
         cpu = first_cpu
+        # Nothing is read ahead, since `select` would not know of it.
         while not select.select([self.process.stdout], [], [], 0.05)[0]:
             now, (used, held) = time.monotonic(), self._usage()
             if used > cpu + 0.01:
@@ -131,16 +136,17 @@ class Worker:
             fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
         except OSError:
             return 0.0, 0
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK"), int(fields[21]) * os.sysconf("SC_PAGE_SIZE")
+        ticks, pages = int(fields[11]) + int(fields[12]), int(fields[21])
+        return ticks / os.sysconf("SC_CLK_TCK"), pages * os.sysconf("SC_PAGE_SIZE")
 
     def _end(self, problem: str) -> dict[str, Any]:
         assert self.process
         if self.process.poll() is None:  # have it say where it is
             self.process.send_signal(signal.SIGUSR1)
             time.sleep(0.5)
-        lines = self._said().splitlines()
-        frames = [re.search(r'File ".*/sdkit/(.*)", line (\d+) in', line) for line in lines if "site-packages" not in line]
-        where = " > ".join([f"{frame[1]}:{frame[2]}" for frame in frames if frame][:2][::-1])
+        ours = "\n".join(line for line in self._said().splitlines() if "site-packages" not in line)
+        frames = re.findall(r'File ".*/sdkit/(.*)", line (\d+) in', ours)  # the innermost first
+        where = " > ".join(f"{file}:{line}" for file, line in frames[:2][::-1])
         self._stop()
         return {"problem": problem, "where": where}
 

@@ -82,7 +82,7 @@ _home = Path()
 
 def set_home(folder: Path) -> None:
     """Where valid inputs are made, once."""
-    global _home  # noqa: PLW0603 - set once, when a worker starts
+    global _home
     _home = folder
 
 
@@ -121,7 +121,9 @@ def make_model(folder: Path) -> None:
             max_position_embeddings=16, bos_token_id=0, eos_token_id=1, pad_token_id=1, dtype="float32",
         )
     )  # fmt: skip
-    torch.nn.init.normal_(next(p for n, p in text.named_parameters() if "final_layer_norm.bias" in n))  # else means are 0
+    torch.nn.init.normal_(
+        next(p for n, p in text.named_parameters() if "final_layer_norm.bias" in n)
+    )  # else means are 0
     scheduler = DDIMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False,
         steps_offset=1,
@@ -211,7 +213,9 @@ def read_schedule(folder: Path, out: Path) -> None:
     with_part(schedule=schedule)
     for sampler in ("ddpm", "dpm++2m"):
         whole = sd()
-        sdkit.StableDiffusion(whole.vae, whole.text, whole.unet, schedule)("", sampler=sampler, guidance_scale=1, **DRAW)
+        sdkit.StableDiffusion(whole.vae, whole.text, whole.unet, schedule)(
+            "", sampler=sampler, guidance_scale=1, **DRAW
+        )
 
 
 def read_model(folder: Path, out: Path) -> None:
@@ -274,7 +278,9 @@ def make_lora(layout: str, suffix: str = ".safetensors") -> Callable[[Path], Non
             settings = {"unet.r": 2, "unet.lora_alpha": 4, "unet.alpha_pattern": {"mid_block.*.to_k": 1}}
             save_file(tensors, path, {"lora_adapter_metadata": json.dumps(settings)})
         else:
-            named = {name.replace(".lora.down", ".lora_A").replace(".lora.up", ".lora_B"): x for name, x in tensors.items()}
+            named = {
+                name.replace(".lora.down", ".lora_A").replace(".lora.up", ".lora_B"): x for name, x in tensors.items()
+            }
             torch.save(named, path)
         if suffix == ".safetensors":
             path.write_bytes(in_order(path.read_bytes()))
@@ -379,7 +385,10 @@ def make_folder(folder: Path) -> None:
     picture().save(folder / "sub" / "4.png")
     (folder / "0.txt").write_text("a red disc")
     (folder / "1.txt").write_text("a green disc\n", encoding="utf-8-sig")
-    lines = [{"file_name": "2.png", "text": "a blue disc"}, {"file_name": "sub/4.png", "caption": ["a yellow disc", "x"]}]
+    lines = [
+        {"file_name": "2.png", "text": "a blue disc"},
+        {"file_name": "sub/4.png", "caption": ["a yellow disc", "x"]},
+    ]
     (folder / "metadata.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
 
 
@@ -484,7 +493,8 @@ def train_unet(folder: Path, steps: int) -> None:
     data = _made("cache", make_cache)
     train(
         UNetConfig(
-            data=data, out_dir=folder / "run", model=model(), max_steps=steps, validate_every=10, lora_rank=1, ema_decay=0,
+            data=data, out_dir=folder / "run", model=model(), max_steps=steps, validate_every=10, lora_rank=1,
+            ema_decay=0,
         )
     )  # fmt: skip
 
@@ -520,8 +530,9 @@ def read_run(folder: Path, out: Path) -> None:
 
 def make_settings(folder: Path) -> None:
     values: dict[str, Any] = {
-        "data": str(_made("cache", make_cache)), "model": str(model()), "max_steps": 1, "lora_rank": 1, "ema_decay": 0.0,
-        "learning_rate": 1e-4, "lr_scheduler": "constant", "size": [SIDE, SIDE], "augment": [], "report_to": [], "seed": 3,
+        "data": str(_made("cache", make_cache)), "model": str(model()), "max_steps": 1, "lora_rank": 1, "seed": 3,
+        "ema_decay": 0.0, "learning_rate": 1e-4, "lr_scheduler": "constant", "size": [SIDE, SIDE], "augment": [],
+        "report_to": [],
     }  # fmt: skip
     (folder / "one.json").write_text(json.dumps({"stage": "UNetConfig", "settings": values}))
 
@@ -547,7 +558,8 @@ TARGETS: dict[str, Target] = {
         Target(name="unet-weights", make=parts("unet"), read=read_unet, files=("unet/*.safetensors",)),
         Target(name="unet-pickle", make=as_pickles("unet"), read=read_unet, files=("unet/*.bin",)),
         Target(
-            name="text-config", make=parts("text_encoder", "tokenizer"), read=read_text, files=("text_encoder/config.json",)
+            name="text-config", make=parts("text_encoder", "tokenizer"), read=read_text,
+            files=("text_encoder/config.json",),
         ),
         Target(
             name="text-weights", make=parts("text_encoder", "tokenizer"), read=read_text,
@@ -559,7 +571,8 @@ TARGETS: dict[str, Target] = {
             make=lambda folder: (parts("text_encoder")(folder), make_tokenizer(folder / "tokenizer", fast=False)),
         ),
         Target(
-            name="scheduler-config", make=parts("scheduler"), read=read_schedule, files=("scheduler/scheduler_config.json",)
+            name="scheduler-config", make=parts("scheduler"), read=read_schedule,
+            files=("scheduler/scheduler_config.json",),
         ),
         Target(
             name="model-folder", make=make_model, read=read_model,

@@ -31,7 +31,9 @@ def told(found: list[Failure]) -> str:
     for failure in found:
         causes.setdefault(failure.cause, []).append(failure)
     ordered = sorted(causes.values(), key=len, reverse=True)
-    return f"{len(found)} failures of {len(causes)} causes:\n" + "\n".join(f"{len(same)} x {same[0]}" for same in ordered)
+    return f"{len(found)} failures of {len(causes)} causes:\n" + "\n".join(
+        f"{len(same)} x {same[0]}" for same in ordered
+    )
 
 
 def test_what_is_not_damaged_is_read() -> None:
@@ -76,7 +78,7 @@ def swallow(folder: Path, out: Path) -> None:
     """What an `except` keeps is known all the same."""
     try:
         os.system("true")
-    except BaseException as error:  # noqa: BLE001
+    except BaseException as error:
         raise SdkitError("something went wrong.") from error
 
 

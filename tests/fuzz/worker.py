@@ -27,8 +27,9 @@ SECONDS, BYTES = 5, 10**9
 
 PATHS = {  # audit events that change what is on the disk, and which of their arguments are paths
     "os.remove": (0,), "os.rename": (0, 1), "os.rmdir": (0,), "os.mkdir": (0,), "os.link": (1,), "os.symlink": (1,),
-    "os.chmod": (0,), "os.chown": (0,), "os.truncate": (0,), "os.utime": (0,), "os.setxattr": (0,), "shutil.rmtree": (0,),
-    "shutil.move": (0, 1), "shutil.copyfile": (1,), "shutil.unpack_archive": (1,), "shutil.copytree": (1,),
+    "os.chmod": (0,), "os.chown": (0,), "os.truncate": (0,), "os.utime": (0,), "os.setxattr": (0,),
+    "shutil.rmtree": (0,), "shutil.move": (0, 1), "shutil.copyfile": (1,), "shutil.unpack_archive": (1,),
+    "shutil.copytree": (1,),
 }  # fmt: skip
 FORBIDDEN = {
     "subprocess.Popen": "starts a process", "os.system": "starts a process", "os.exec": "starts a process",
@@ -66,7 +67,9 @@ class Watch:
         elif event in PATHS:
             folder = next((arg for arg in args[len(PATHS[event]) :] if type(arg) is int and arg > 2), -1)
             for i in PATHS[event]:
-                self._check(event, args[i], folder if event in ("os.remove", "os.rmdir", "os.mkdir", "os.rename") else -1)
+                self._check(
+                    event, args[i], folder if event in ("os.remove", "os.rmdir", "os.mkdir", "os.rename") else -1
+                )
         elif event == "exec" and str(getattr(args[0], "co_filename", "")).startswith(self.inputs):
             self._refuse(f"runs code that lies in the input ({args[0].co_filename})")
 
