@@ -17,7 +17,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from tests.fuzz.harness import Failure, failures, valid_inputs
+from tests.fuzz.harness import Failure, Worker, cases
 from tests.fuzz.targets import TARGETS
 
 
@@ -35,12 +35,14 @@ def main() -> int:
     count = args.count or (1 if args.target else 1000)
     found, done = list[Failure](), 0
     causes = Counter[tuple[str, str]]()
-    for failure in valid_inputs(names) if args.valid else failures(names, args.seed, count, args.keep):
-        done += 1
-        if failure:
-            found.append(failure)
-            causes[failure.cause] += 1
-            print(failure, flush=True)
+    asked = [(name, None) for name in names] if args.valid else cases(names, args.seed, count)
+    with Worker() as worker:
+        for target, seed in asked:
+            done += 1
+            if failure := worker.ask(target, seed, args.keep):
+                found.append(failure)
+                causes[failure.cause] += 1
+                print(failure, flush=True)
     print(f"{done} cases, {len(found)} failures of {len(causes)} causes")
     for (where, problem), number in causes.most_common():
         print(f"{number:6}  {problem}  {where}")

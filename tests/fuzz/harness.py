@@ -169,15 +169,7 @@ def cases(names: Iterable[str], seed: int, count: int) -> Iterator[tuple[str, in
         yield targets[i % len(targets)], seed + i // len(targets)
 
 
-def failures(names: Iterable[str], seed: int, count: int, keep: Path | None = None) -> Iterator[Failure | None]:
-    """Read `count` cases; for each, None or what was wrong."""
-    with Worker() as worker:
-        for target, number in cases(names, seed, count):
-            yield worker.ask(target, number, keep)
-
-
-def valid_inputs(names: Iterable[str]) -> Iterator[Failure | None]:
-    """Read the valid input of each target."""
-    with Worker() as worker:
-        for target in names:
-            yield worker.ask(target, None)
+def failures(worker: Worker, names: Iterable[str], seed: int, count: int) -> list[Failure]:
+    """What is wrong in `count` cases."""
+    found = (worker.ask(target, number) for target, number in cases(names, seed, count))
+    return [failure for failure in found if failure]

@@ -29,6 +29,7 @@ import sdkit
 from sdkit import images, jobs, latents
 from sdkit.cli import main
 from sdkit.errors import SdkitError
+from sdkit.files import read_regular
 from sdkit.models.lora import add_lora, convert_lora, lora_tensors, merge_lora, read_lora, save_lora
 from sdkit.models.source import describe
 from sdkit.recipe import Recipe
@@ -253,10 +254,15 @@ def make_single(suffix: str) -> Callable[[Path], None]:
     return make
 
 
-def read_single(folder: Path, out: Path) -> None:
-    (file,) = folder.iterdir()
-    describe(file, config=model())
-    drawn(sdkit.StableDiffusion.from_pretrained(file, config=model(), **CPU))
+def read_single(name: str) -> Callable[[Path, Path], None]:
+    def read(folder: Path, out: Path) -> None:
+        file = folder / name
+        with suppress(SdkitError):  # its networks are none of SD's sizes
+            describe(file)
+        describe(file, config=model())
+        drawn(sdkit.StableDiffusion.from_pretrained(file, config=model(), **CPU))
+
+    return read
 
 
 # LoRA
@@ -288,13 +294,15 @@ def make_lora(layout: str, suffix: str = ".safetensors") -> Callable[[Path], Non
     return make
 
 
-def read_one_lora(folder: Path, out: Path) -> None:
-    (file,) = folder.iterdir()
-    lora = read_lora(file)
-    whole = sdkit.StableDiffusion.from_pretrained(model(), **CPU)
-    merge_lora(lora, whole.unet.network, whole.text.network, 0.7)
-    drawn(whole)
-    convert_lora(file, out / "kohya.safetensors")
+def read_one_lora(name: str) -> Callable[[Path, Path], None]:
+    def read(folder: Path, out: Path) -> None:
+        lora = read_lora(folder / name)
+        whole = sdkit.StableDiffusion.from_pretrained(model(), **CPU)
+        merge_lora(lora, whole.unet.network, whole.text.network, 0.7)
+        drawn(whole)
+        convert_lora(folder / name, out / "kohya.safetensors")
+
+    return read
 
 
 # Images, latents, recipes, prompts
@@ -336,7 +344,7 @@ def make_latent(folder: Path) -> None:
 
 
 def read_latent(folder: Path, out: Path) -> None:
-    (file,) = folder.iterdir()
+    file = folder / "one.safetensors"
     with suppress(SdkitError):
         latent = latents.load(file)
         if max(latent.height, latent.width) > 64:
@@ -450,9 +458,9 @@ def make_cache(folder: Path) -> None:
 def repair_cache(folder: Path) -> None:
     """Sizes and checksums in the manifest, as of a cache that was made so on purpose."""
     with suppress(Exception):
-        manifest = json.loads((folder / "manifest.json").read_text())
+        manifest = json.loads(read_regular(folder / "manifest.json", 2**30))
         for entry in [*manifest["shards"], manifest["empty"]]:
-            data = (folder / entry["file"]).read_bytes()
+            data = read_regular(folder / entry["file"], 2**30)
             entry |= {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
         (folder / "manifest.json").write_text(json.dumps(manifest))
 
@@ -463,7 +471,7 @@ def read_cache(folder: Path, out: Path) -> None:
     made.check_model(vae=whole.vae.identity, scale=whole.vae.scale)
     made.verify()
     for item in made:
-        assert item["mean"].shape == item["logvar"].shape
+        assert item["mean"].shape == item["logvar"].shape, "mean and logvar have other shapes"
     _ = made.empty
 
 
@@ -474,7 +482,7 @@ def resume_cache(folder: Path, out: Path) -> None:
 
 def make_unfinished_cache(folder: Path) -> None:
     make_cache(folder)
-    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest = json.loads(read_regular(folder / "manifest.json", 2**30))
     manifest |= {"complete": False, "shards": [], "empty": None, "items": 0, "images": 0, "skipped": []}
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
@@ -515,9 +523,9 @@ def resume_toy_run(folder: Path, out: Path) -> None:
 def repair_checkpoints(folder: Path) -> None:
     for checkpoint in folder.glob("run/checkpoints/step-*"):
         with suppress(Exception):
-            manifest = json.loads((checkpoint / "manifest.json").read_text())
+            manifest = json.loads(read_regular(checkpoint / "manifest.json", 2**30))
             names = [path.name for path in checkpoint.iterdir() if path.name != "manifest.json"]
-            manifest["sha256"] = {n: hashlib.sha256((checkpoint / n).read_bytes()).hexdigest() for n in names}
+            manifest["sha256"] = {n: hashlib.sha256(read_regular(checkpoint / n, 2**30)).hexdigest() for n in names}
             (checkpoint / "manifest.json").write_text(json.dumps(manifest))
 
 
@@ -578,11 +586,11 @@ TARGETS: dict[str, Target] = {
             name="model-folder", make=make_model, read=read_model,
             files=("model_index.json", "*/*.json", "*/*.safetensors"),
         ),
-        Target(name="single-file", make=make_single(".safetensors"), read=read_single),
-        Target(name="single-pickle", make=make_single(".ckpt"), read=read_single),
-        Target(name="lora-diffusers", make=make_lora("diffusers"), read=read_one_lora),
-        Target(name="lora-kohya", make=make_lora("kohya"), read=read_one_lora),
-        Target(name="lora-pickle", make=make_lora("peft", ".bin"), read=read_one_lora),
+        Target(name="single-file", make=make_single(".safetensors"), read=read_single("one.safetensors")),
+        Target(name="single-pickle", make=make_single(".ckpt"), read=read_single("one.ckpt")),
+        Target(name="lora-diffusers", make=make_lora("diffusers"), read=read_one_lora("one.safetensors")),
+        Target(name="lora-kohya", make=make_lora("kohya"), read=read_one_lora("one.safetensors")),
+        Target(name="lora-pickle", make=make_lora("peft", ".bin"), read=read_one_lora("one.bin")),
         Target(name="folder", make=make_folder, read=read_data, files=("*", "sub/*")),
         Target(name="captions", make=make_folder, read=read_data, files=("*.txt", "*.jsonl")),
         Target(name="metadata-csv", make=make_csv, read=read_data, files=("*.csv",)),

@@ -6,11 +6,12 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -18,8 +19,8 @@ import pytest
 pytest.importorskip("datasets")
 
 from sdkit.errors import SdkitError
-from tests.fuzz import mutators, targets, worker
-from tests.fuzz.harness import Failure, Worker, failures, valid_inputs
+from tests.fuzz import harness, mutators, targets, worker
+from tests.fuzz.harness import Failure, Worker, failures
 from tests.fuzz.targets import TARGETS
 
 SHORT, LONG = 300, 10_000
@@ -36,20 +37,26 @@ def told(found: list[Failure]) -> str:
     )
 
 
-def test_what_is_not_damaged_is_read() -> None:
-    found = [failure for failure in valid_inputs(TARGETS) if failure]
+@pytest.fixture(scope="module")
+def shared() -> Iterator[Worker]:
+    with Worker() as one:
+        yield one
+
+
+def test_what_is_not_damaged_is_read(shared: Worker) -> None:
+    found = [failure for target in TARGETS if (failure := shared.ask(target, None))]
     assert not found, told(found)
 
 
-def test_damaged_files() -> None:
-    found = [failure for failure in failures(TARGETS, 0, SHORT) if failure]
+def test_damaged_files(shared: Worker) -> None:
+    found = failures(shared, TARGETS, 0, SHORT)
     assert not found, told(found)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(4 * 3600)
-def test_ten_thousand_damaged_files() -> None:
-    found = [failure for failure in failures(TARGETS, 1000, LONG) if failure]
+def test_ten_thousand_damaged_files(shared: Worker) -> None:
+    found = failures(shared, TARGETS, SHORT, LONG)
     assert not found, told(found)
 
 
@@ -135,16 +142,25 @@ def watch() -> worker.Watch:
     return worker.Watch()  # one: an audit hook stays until the process ends
 
 
-def test_a_worker_that_dies_is_told_and_replaced() -> None:
-    with Worker() as one:
-        assert one.ask("prompts", 0) is None
-        assert one.process is not None
-        one.process.kill()
-        failure = one.ask("prompts", 1)
-        assert failure is not None
-        assert "the process died (signal 9)" in failure.problem
-        assert "--target prompts --seed 1" in str(failure)
-        assert one.ask("prompts", 1) is None
+def test_a_worker_that_dies_is_told_and_replaced(shared: Worker) -> None:
+    assert shared.ask("prompts", None) is None
+    assert shared.process is not None
+    shared.process.kill()
+    failure = shared.ask("prompts", 1)
+    assert failure is not None
+    assert "the process died (signal 9)" in failure.problem
+    assert "--target prompts --seed 1" in str(failure)
+    assert shared.ask("prompts", None) is None
+
+
+def test_a_worker_that_waits_is_told_where(shared: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(harness, "IDLE", 1)
+    assert shared.ask("prompts", None) is None
+    assert shared.process is not None
+    shared.process.send_signal(signal.SIGSTOP)
+    failure = shared.ask("prompts", 1)
+    assert failure is not None
+    assert "waits for something" in failure.problem
 
 
 @pytest.mark.parametrize("suffix", [*mutators.STRUCTURED, ".webp"])

@@ -84,6 +84,7 @@ class Watch:
             real = os.path.join(os.path.realpath(os.path.dirname(place)), os.path.basename(place))  # noqa: PTH118, PTH119, PTH120
             real = os.path.realpath(real) if event == "open" else real
             allowed = real == os.devnull or any(f"{real}/".startswith(f"{root}/") for root in roots)
+            allowed |= event in ("os.remove", "os.rmdir") and not os.path.lexists(place)
         finally:
             self.roots = roots
         if not allowed:
