@@ -1,0 +1,175 @@
+"""Supervises the process that reads damaged files, and replaces it when it crashes, never ends, or takes all memory."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from tests.fuzz.worker import BYTES, SECONDS
+
+IDLE = 10
+"""Seconds without any work after which a process waits for what never comes (a pipe, a lock)."""
+START = 300
+"""Seconds within which a process has imported the libraries, or made a valid input."""
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failure:
+    """A case that ended otherwise than with a result or an `SdkitError`."""
+
+    target: str
+    seed: int | None
+    """None: the valid input itself."""
+    what: str
+    problem: str
+    where: str
+
+    @property
+    def cause(self) -> tuple[str, str]:
+        """Alike for failures that one mend would serve."""
+        return self.where.rpartition(" > ")[2] or self.target, self.problem.split(":")[0].split("(")[0]
+
+    def __str__(self) -> str:
+        seed = "" if self.seed is None else f" --seed {self.seed}"
+        place = f" [{self.where}]" if self.where else ""
+        return f"python -m tests.fuzz --target {self.target}{seed}\n    {self.what}: {self.problem}{place}"
+
+
+class Worker:
+    """A `tests.fuzz.worker` process, started when it is needed and again after each end."""
+
+    def __init__(self) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="sdkit-fuzz-"))
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def ask(self, target: str, seed: int | None, keep: Path | None = None) -> Failure | None:
+        """Read one case."""
+        if self.process is None:
+            self._start()
+        assert self.process
+        assert self.process.stdin
+        asked = {"target": target, "seed": seed, "keep": keep and str(keep)}
+        with contextlib.suppress(BrokenPipeError):  # its end is seen below
+            self.process.stdin.write(json.dumps(asked).encode() + b"\n")
+        answer: dict[str, Any] = {"what": "nothing is damaged" if seed is None else "the case is being made"}
+        while "problem" not in answer:
+            answer |= self._answer()
+        if answer["problem"] is None:
+            return None
+        return Failure(target=target, seed=seed, what=answer["what"], problem=answer["problem"], where=answer["where"])
+
+    def _start(self) -> None:
+        home = self.folder / "home"
+        for name in ("hf", "tmp", "mpl", "cwd"):
+            (home / name).mkdir(parents=True, exist_ok=True)
+        environment = os.environ | {
+            "HF_HUB_OFFLINE": "1", "HF_HOME": str(home / "hf"), "HF_HUB_CACHE": str(home / "hf" / "hub"),
+            "HF_DATASETS_CACHE": str(home / "hf" / "datasets"), "TMPDIR": str(home / "tmp"),
+            "MPLCONFIGDIR": str(home / "mpl"), "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false",
+            "TQDM_DISABLE": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1",
+        }  # fmt: skip
+        environment.pop("SDKIT_DEBUG", None)
+        self.errors = (self.folder / "stderr").open("w+")
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "tests.fuzz.worker", str(self.folder)], stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE, stderr=self.errors, bufsize=0, env=environment, cwd=home / "cwd",
+        )  # fmt: skip
+        if "ready" not in (answer := self._answer(START)):
+            raise RuntimeError(f"no worker can be started: {answer}\n{self._said()}")
+
+    def _answer(self, limit: float | None = None) -> dict[str, Any]:
+        """The next line, or what became of the process. Without a `limit`, it may work, but neither rest nor grow."""
+        assert self.process
+        assert self.process.stdout
+        began = busy = time.monotonic()
+        first_cpu, first_memory = self._usage()
+        cpu = first_cpu
+        # Nothing is read ahead, since `select` would not know of it.
+        while not select.select([self.process.stdout], [], [], 0.05)[0]:
+            now, (used, held) = time.monotonic(), self._usage()
+            if used > cpu + 0.01:
+                cpu, busy = used, now
+            if limit is not None:
+                if now - began > limit:
+                    return self._end(f"does not answer within {limit} s")
+            elif now - busy > IDLE:
+                return self._end("does not end: it waits for something")
+            elif held - first_memory > 4 * BYTES:
+                return self._end(f"takes over {4 * BYTES / 1e9:.0f} GB")
+            elif used - first_cpu > 6 * SECONDS:
+                return self._end(f"does not end within {6 * SECONDS} s of CPU time")
+        line = self.process.stdout.readline()
+        if line:
+            found: dict[str, Any] = json.loads(line)
+            return found
+        code = self.process.wait()
+        return self._end(f"the process died ({f'signal {-code}' if code < 0 else f'exit code {code}'})")
+
+    def _usage(self) -> tuple[float, int]:
+        """CPU time in seconds, and memory in bytes, of the process."""
+        assert self.process
+        try:
+            fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            return 0.0, 0
+        ticks, pages = int(fields[11]) + int(fields[12]), int(fields[21])
+        return ticks / os.sysconf("SC_CLK_TCK"), pages * os.sysconf("SC_PAGE_SIZE")
+
+    def _end(self, problem: str) -> dict[str, Any]:
+        assert self.process
+        if self.process.poll() is None:  # have it say where it is
+            self.process.send_signal(signal.SIGUSR1)
+            time.sleep(0.5)
+        ours = "\n".join(line for line in self._said().splitlines() if "site-packages" not in line)
+        frames = re.findall(r'File ".*/sdkit/(.*)", line (\d+) in', ours)  # the innermost first
+        where = " > ".join(f"{file}:{line}" for file, line in frames[:2][::-1])
+        self._stop()
+        return {"problem": problem, "where": where}
+
+    def _said(self) -> str:
+        self.errors.seek(0)
+        return self.errors.read()[-20_000:]
+
+    def _stop(self) -> None:
+        if self.process is not None:
+            self.process.kill()
+            self.process.communicate()
+            self.errors.close()
+            self.process = None
+
+
+def cases(names: Iterable[str], seed: int, count: int) -> Iterator[tuple[str, int]]:
+    """`count` cases: of each target in turn, with seeds from `seed` on."""
+    targets = list(names)
+    for i in range(count):
+        yield targets[i % len(targets)], seed + i // len(targets)
+
+
+def failures(worker: Worker, names: Iterable[str], seed: int, count: int) -> list[Failure]:
+    """What is wrong in `count` cases."""
+    found = (worker.ask(target, number) for target, number in cases(names, seed, count))
+    return [failure for failure in found if failure]
