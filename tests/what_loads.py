@@ -1,0 +1,674 @@
+"""The cases behind the guide "What loads": each makes a file or a folder as the field produces it, and says how it is read.
+
+A case's docstring is its row in the table; the test reads it and writes down what happened. `python -m tests.what_loads`
+writes the guide anew.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import shutil
+import sys
+import tarfile
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import sdkit
+from sdkit.models.single_file import ASSETS
+from tests import original_layout
+
+GUIDE = Path(__file__).parents[1] / "notebooks" / "what_loads.md"
+HEAD = """# What loads
+
+Every layout and kind of file that sdkit reads or refuses, and what it says. A test makes each of them, reads it, and
+compares this page with what happened (`python -m tests.what_loads` writes the page anew), so that it cannot go stale.
+"""
+Tensors = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Kit:
+    """A Stable Diffusion 1.x of few channels and random weights, from which the cases are made."""
+
+    root: Path
+
+    @cached_property
+    def folder(self) -> Path:
+        """The model as a folder in diffusers layout."""
+        from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+        from transformers import CLIPTextConfig, CLIPTextModel
+
+        torch.manual_seed(0)
+        here = self.root / "base"
+        vae = AutoencoderKL(
+            block_out_channels=(8,) * 4,
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            layers_per_block=2,
+            norm_num_groups=4,
+            latent_channels=4,
+        )
+        unet = UNet2DConditionModel(
+            block_out_channels=(8, 16, 16, 16),
+            norm_num_groups=4,
+            attention_head_dim=4,
+            cross_attention_dim=16,
+            sample_size=8,
+        )
+        text = CLIPTextModel(
+            CLIPTextConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
+        )
+        vae.save_pretrained(here / "vae")
+        unet.save_pretrained(here / "unet")
+        text.save_pretrained(here / "text_encoder")
+        DDIMScheduler(
+            beta_start=0.00085,
+            beta_end=0.012,
+            beta_schedule="scaled_linear",
+            clip_sample=False,
+            set_alpha_to_one=False,
+            steps_offset=1,
+        ).save_pretrained(here / "scheduler")
+        shutil.copytree(ASSETS / "clip_tokenizer", here / "tokenizer")
+        shutil.copy(ASSETS / "sd1" / "tokenizer" / "tokenizer_config.json", here / "tokenizer")
+        (here / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline"}))
+        return here
+
+    @cached_property
+    def original(self) -> Tensors:
+        """The model's tensors in the layout of CompVis."""
+        unet, vae, text = (self.weights(part) for part in ("unet", "vae", "text_encoder"))
+        tensors = original_layout.vae(vae) | original_layout.unet(unet, layers_per_block=2) | original_layout.clip(text)
+        return {name: tensor.contiguous() for name, tensor in tensors.items()}
+
+    @property
+    def vae(self) -> Tensors:
+        """The VAE's tensors alone in the layout of CompVis."""
+        begin = original_layout.VAE_PREFIX
+        return {name.removeprefix(begin): x for name, x in self.original.items() if name.startswith(begin)}
+
+    def weights(self, part: str) -> Tensors:
+        """The tensors of a part under diffusers' names."""
+        (file,) = (self.folder / part).glob("*.safetensors")
+        return load_file(file)
+
+    def copy(self, to: Path) -> Path:
+        """Another folder with the model."""
+        shutil.copytree(self.folder, to)
+        return to
+
+    def lora(self, prefix: str = "lora_unet_") -> Tensors:
+        """A LoRA of one layer in kohya's layout."""
+        name = f"{prefix}down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_k"
+        return {
+            f"{name}.lora_down.weight": torch.full((2, 8), 0.01),
+            f"{name}.lora_up.weight": torch.full((8, 2), 0.01),
+            f"{name}.alpha": torch.tensor(2.0),
+        }
+
+
+def edited(path: Path, **changes: Any) -> Path:
+    """A JSON file with some keys changed; None takes one out."""
+    fields = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({name: value for name, value in fields.items() if value is not None}))
+    return path
+
+
+def written(path: Path, tensors: Tensors, metadata: dict[str, str] | None = None) -> Path:
+    """A safetensors file."""
+    save_file({name: tensor.clone().contiguous() for name, tensor in tensors.items()}, path, metadata)
+    return path
+
+
+def picture(path: Path, **options: Any) -> Path:
+    """An image file of 64 x 64 pixels in the format of its suffix."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (64, 64), (20, 120, 200)).save(path, **options)
+    return path
+
+
+def encoded() -> bytes:
+    """The bytes of a PNG."""
+    data = io.BytesIO()
+    Image.new("RGB", (64, 64), (20, 120, 200)).save(data, "PNG")
+    return data.getvalue()
+
+
+Make = Callable[[Kit, Path], Any]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row: `make(kit, folder)` gives what `read` takes."""
+
+    what: str
+    make: Make
+    read: Callable[[Any, Kit], object]
+
+
+@dataclass
+class Group:
+    """Cases that are read alike."""
+
+    title: str
+    read: Callable[[Any, Kit], object]
+    cases: list[Case] = field(default_factory=list)
+
+    def __call__(self, make: Make) -> Make:
+        """Add a case; its docstring is what the row says."""
+        assert make.__doc__
+        self.cases.append(Case(what=" ".join(make.__doc__.split()).rstrip("."), make=make, read=self.read))
+        return make
+
+
+def _model(source: Any, kit: Kit) -> object:
+    options = {}
+    if isinstance(source, tuple):
+        source, options = source
+    if isinstance(source, Path) and source.is_file():
+        options = {"config": kit.folder, **options}
+    sd = sdkit.StableDiffusion.from_pretrained(source, dtype="fp32", device="cpu", **options)
+    return sd("a cat", num_inference_steps=1, output_type="latent")
+
+
+def _vae(source: Any, kit: Kit) -> object:
+    options = {"config": kit.folder} if Path(source).is_file() else {}
+    return sdkit.VAE.from_pretrained(source, dtype="fp32", device="cpu", **options)
+
+
+def _lora(source: Any, kit: Kit) -> object:
+    return sdkit.StableDiffusion.from_pretrained(kit.folder, dtype="fp32", device="cpu").load_lora(source)
+
+
+def _data(source: Any, _: Kit) -> str:
+    from sdkit.data import open_examples
+
+    options = {}
+    if isinstance(source, tuple):
+        source, options = source
+    found = [(one.name, one.caption, one.load().size) for one in open_examples(source, **options)]
+    return "; ".join(f"{name}: {caption!r}" for name, caption, _ in found)
+
+
+MODELS = Group("Models", _model)
+VAES = Group("VAEs alone", _vae)
+LORAS = Group("LoRA", _lora)
+IMAGES = Group("Images", lambda path, _: sdkit.images.read(path))
+DATA = Group("Images with captions", _data)
+LATENTS = Group("Latent files", lambda path, _: sdkit.latents.load(path))
+GROUPS = (MODELS, VAES, LORAS, IMAGES, DATA, LATENTS)
+
+
+def outcome(case: Case, kit: Kit, folder: Path) -> str:
+    """What came of reading a case, as the table says it; the folders of this run are left out."""
+    folder.mkdir(parents=True)
+    source = case.make(kit, folder)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            result = case.read(source, kit)
+            said = f"reads {result}" if isinstance(result, str) else "reads it"
+        except sdkit.SdkitError as error:
+            said = f"refuses: {error}"
+    told = [f"; warns: {one.message}" for one in caught if "sdkit" in Path(one.filename).parts]
+    text = said + "".join(dict.fromkeys(told))
+    for path in (folder, kit.root):
+        text = text.replace(f"{path}/", "").replace(str(path), path.name)
+    return re.sub(r"\s+", " ", text).replace("|", "\\|")
+
+
+def table(kit: Kit, root: Path) -> str:
+    """The guide."""
+    lines = [HEAD]
+    for group in GROUPS:
+        lines += [f"## {group.title}", "", "| what | what sdkit does |", "|---|---|"]
+        lines += [f"| {row} | {said} |" for row, said in _rows(group, kit, root)]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _rows(group: Group, kit: Kit, root: Path) -> Iterator[tuple[str, str]]:
+    for number, case in enumerate(group.cases):
+        yield case.what.replace("|", "\\|"), outcome(case, kit, root / f"{group.title.split()[0].lower()}-{number}")
+
+
+@MODELS
+def _(kit: Kit, here: Path) -> Path:
+    """A folder in diffusers layout"""
+    return kit.folder
+
+
+@MODELS
+def _(kit: Kit, here: Path) -> Path:
+    """One .safetensors file in the original layout (CompVis, A1111, civitai)"""
+    return written(here / "model.safetensors", kit.original)
+
+
+@MODELS
+def _(kit: Kit, here: Path) -> Path:
+    """The same as a pickle (.ckpt), with what a trainer leaves beside the weights"""
+    torch.save({"state_dict": kit.original, "global_step": 3}, here / "model.ckpt")
+    return here / "model.ckpt"
+
+
+@MODELS
+def _(kit: Kit, here: Path) -> Path:
+    """A safetensors file named .ckpt"""
+    return written(here / "model.safetensors", kit.original).rename(here / "model.ckpt")
+
+
+@MODELS
+def _(kit: Kit, here: Path) -> Path:
+    """A pickle named .safetensors"""
+    torch.save({"state_dict": kit.original}, here / "model.safetensors")
+    return here / "model.safetensors"
+
+
+@MODELS
+def _(kit: Kit, here: Path) -> Path:
+    """A web page named .safetensors (a download that needed a log-in)"""
+    (here / "model.safetensors").write_text("<!DOCTYPE html><html><body>Log in</body></html>")
+    return here / "model.safetensors"
+
+
+@MODELS
+def _(kit: Kit, here: Path) -> Path:
+    """A Git LFS pointer in place of the weights"""
+    (here / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    return here / "model.safetensors"
+
+
+@MODELS
+def _(kit: Kit, here: Path) -> Path:
+    """A file that was cut short"""
+    data = written(here / "whole.safetensors", kit.original).read_bytes()
+    (here / "model.safetensors").write_bytes(data[: len(data) // 2])
+    return here / "model.safetensors"
+
+
+@MODELS
+def _(kit: Kit, here: Path) -> Path:
+    """A checkpoint without a VAE"""
+    tensors = {name: x for name, x in kit.original.items() if not name.startswith(original_layout.VAE_PREFIX)}
+    return written(here / "model.safetensors", tensors)
+
+
+@MODELS
+def _(kit: Kit, here: Path) -> Any:
+    """A checkpoint without a VAE, and `vae=`"""
+    tensors = {name: x for name, x in kit.original.items() if not name.startswith(original_layout.VAE_PREFIX)}
+    return written(here / "model.safetensors", tensors), {"vae": kit.folder}
+
+
+@MODELS
+def _(kit: Kit, here: Path) -> Path:
+    """A tensor that no part of the model has a place for"""
+    extra = {"model.diffusion_model.input_blocks.1.2.temporal_transformer.norm.weight": torch.ones(4)}
+    return written(here / "model.safetensors", kit.original | extra)
+
+
+@MODELS
+def _(kit: Kit, here: Path) -> Path:
+    """A weight that is not finite"""
+    name = next(name for name in kit.original if name.endswith("out.2.weight"))
+    return written(here / "model.safetensors", kit.original | {name: kit.original[name] * float("nan")})
+
+
+@MODELS
+def _(kit: Kit, here: Path) -> Path:
+    """Weights stored as int8"""
+    return written(here / "model.safetensors", {name: x.to(torch.int8) for name, x in kit.original.items()})
+
+
+@MODELS
+def _(kit: Kit, here: Path) -> Path:
+    """Stable Diffusion XL in one file"""
+    extra = {"conditioner.embedders.0.transformer.text_model.final_layer_norm.weight": torch.ones(4)}
+    return written(here / "model.safetensors", kit.original | extra)
+
+
+@MODELS
+def _(kit: Kit, here: Path) -> Path:
+    """A folder that has only weights of the variant fp16"""
+    model = kit.copy(here / "model")
+    for file in [*model.rglob("*.safetensors")]:
+        file.rename(file.with_suffix(".fp16.safetensors"))
+    return model
+
+
+@MODELS
+def _(kit: Kit, here: Path) -> Any:
+    """`variant="fp16"` where only the U-Net has it"""
+    model = kit.copy(here / "model")
+    (file,) = (model / "unet").glob("*.safetensors")
+    file.rename(file.with_suffix(".fp16.safetensors"))
+    return model, {"variant": "fp16"}
+
+
+@MODELS
+def _(kit: Kit, here: Path) -> Path:
+    """A folder with sharded weights (`*.index.json`)"""
+    from diffusers import UNet2DConditionModel
+
+    model = kit.copy(here / "model")
+    unet = UNet2DConditionModel.from_pretrained(model / "unet")
+    shutil.rmtree(model / "unet")
+    unet.save_pretrained(model / "unet", max_shard_size="100KB")
+    return model
+
+
+@MODELS
+def _(kit: Kit, here: Path) -> Path:
+    """A folder whose configs do not name their class"""
+    model = kit.copy(here / "model")
+    for part in ("vae", "unet", "text_encoder"):
+        edited(model / part / "config.json", _class_name=None, architectures=None)
+    return model
+
+
+@MODELS
+def _(kit: Kit, here: Path) -> Path:
+    """The folder `models--org--name` of the Hub's cache"""
+    cache = here / "models--org--name"
+    kit.copy(cache / "snapshots" / "0123abcd")
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text("0123abcd")
+    return cache
+
+
+@MODELS
+def _(kit: Kit, here: Path) -> Path:
+    """A config that asks for 10^9 layers"""
+    model = kit.copy(here / "model")
+    edited(model / "unet" / "config.json", layers_per_block=10**9)
+    return model
+
+
+@MODELS
+def _(kit: Kit, here: Path) -> Path:
+    """A config that cannot be run (an unknown activation)"""
+    model = kit.copy(here / "model")
+    edited(model / "unet" / "config.json", act_fn="unknown")
+    return model
+
+
+@MODELS
+def _(kit: Kit, here: Path) -> str:
+    """The name of a folder that is not there, which might be a Hub id"""
+    return "models/sd15"
+
+
+@VAES
+def _(kit: Kit, here: Path) -> Path:
+    """One .safetensors file in the original layout"""
+    return written(here / "vae.safetensors", kit.vae)
+
+
+@VAES
+def _(kit: Kit, here: Path) -> Path:
+    """The same with diffusers' names of its attention (to_q, to_k, to_v, to_out.0, group_norm)"""
+    names = {
+        ".q.": ".to_q.",
+        ".k.": ".to_k.",
+        ".v.": ".to_v.",
+        ".proj_out.": ".to_out.0.",
+        "attn_1.norm.": "attn_1.group_norm.",
+    }
+
+    def renamed(name: str) -> str:
+        for old, new in names.items():
+            name = name.replace(old, new) if "attn_1" in name else name
+        return name
+
+    return written(here / "vae.safetensors", {renamed(name): x for name, x in kit.vae.items()})
+
+
+@VAES
+def _(kit: Kit, here: Path) -> Path:
+    """A part's file of weights in diffusers layout, without its folder"""
+    return kit.folder / "vae" / "diffusion_pytorch_model.safetensors"
+
+
+@VAES
+def _(kit: Kit, here: Path) -> Path:
+    """A folder of one part (config.json and its weights)"""
+    return kit.folder / "vae"
+
+
+@LORAS
+def _(kit: Kit, here: Path) -> Path:
+    """kohya's layout, which A1111 and civitai use"""
+    return written(here / "lora.safetensors", kit.lora())
+
+
+@LORAS
+def _(kit: Kit, here: Path) -> Path:
+    """diffusers' layout"""
+    name = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_k"
+    tensors = {f"{name}.lora.down.weight": torch.ones(2, 8), f"{name}.lora.up.weight": torch.ones(8, 2)}
+    return written(here / "lora.safetensors", tensors)
+
+
+@LORAS
+def _(kit: Kit, here: Path) -> Path:
+    """peft's own `adapter_model.safetensors`, with adapter_config.json beside it"""
+    name = "base_model.model.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_k"
+    (here / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 4}))
+    tensors = {f"{name}.lora_A.weight": torch.ones(2, 8), f"{name}.lora_B.weight": torch.ones(8, 2)}
+    return written(here / "adapter_model.safetensors", tensors)
+
+
+@LORAS
+def _(kit: Kit, here: Path) -> Path:
+    """A folder that holds only a .bin"""
+    torch.save(kit.lora(), here / "pytorch_lora_weights.bin")
+    return here
+
+
+@LORAS
+def _(kit: Kit, here: Path) -> Path:
+    """A LoRA that carries an embedding along (`bundle_emb`)"""
+    extra = {"bundle_emb.zork.string_to_param.*": torch.randn(2, 16, generator=torch.Generator().manual_seed(0))}
+    return written(here / "lora.safetensors", kit.lora() | extra)
+
+
+@LORAS
+def _(kit: Kit, here: Path) -> Path:
+    """A LoRA of Stable Diffusion XL"""
+    return written(here / "lora.safetensors", kit.lora() | kit.lora("lora_te2_text_model_"))
+
+
+@LORAS
+def _(kit: Kit, here: Path) -> Path:
+    """A LoHa"""
+    name = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_k"
+    return written(here / "lora.safetensors", {f"{name}.hada_w1_a": torch.ones(8, 2)})
+
+
+@LORAS
+def _(kit: Kit, here: Path) -> Path:
+    """An alpha that is infinite"""
+    tensors = kit.lora()
+    return written(
+        here / "lora.safetensors", {n: x * float("inf") if n.endswith("alpha") else x for n, x in tensors.items()}
+    )
+
+
+@LORAS
+def _(kit: Kit, here: Path) -> Path:
+    """A textual inversion embedding in place of a LoRA"""
+    return written(here / "zork.safetensors", {"emb_params": torch.ones(2, 16)})
+
+
+for suffix in ("png", "jpg", "jfif", "webp", "avif", "bmp", "gif", "tif", "tga", "jp2", "ppm"):
+
+    def _image(kit: Kit, here: Path, suffix: str = suffix) -> Path:
+        return picture(here / f"picture.{suffix}", **({"format": "JPEG"} if suffix == "jfif" else {}))
+
+    _image.__doc__ = f".{suffix}"
+    IMAGES(_image)
+
+
+@IMAGES
+def _(kit: Kit, here: Path) -> Path:
+    """A file that names itself PNG and is PostScript"""
+    (here / "picture.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\nshowpage\n%%EOF\n")
+    return here / "picture.png"
+
+
+@IMAGES
+def _(kit: Kit, here: Path) -> Path:
+    """An image with a colour profile (Display P3, Adobe RGB), converted to sRGB"""
+    from PIL import ImageCms
+
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    return picture(here / "picture.png", icc_profile=profile)
+
+
+@IMAGES
+def _(kit: Kit, here: Path) -> Path:
+    """A HEIC photo"""
+    (here / "picture.heic").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(64))
+    return here / "picture.heic"
+
+
+@IMAGES
+def _(kit: Kit, here: Path) -> Path:
+    """An image that was cut short"""
+    picture(here / "whole.png")
+    (here / "picture.png").write_bytes((here / "whole.png").read_bytes()[:100])
+    return here / "picture.png"
+
+
+def _beside(name: str, content: str | bytes, image: str = "a.png") -> Make:
+    def make(kit: Kit, here: Path) -> Path:
+        picture(here / image)
+        (here / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+        return here
+
+    return make
+
+
+for what, make in (
+    ("a.txt beside a.png", _beside("a.txt", "a dog")),
+    ("a.caption (sd-scripts)", _beside("a.caption", "a dog")),
+    ("a.png.txt", _beside("a.png.txt", "a dog")),
+    ("A.TXT beside A.PNG", _beside("A.TXT", "a dog", "A.PNG")),
+    ("a.json", _beside("a.json", '{"caption": "a dog"}')),
+    ("metadata.jsonl", _beside("metadata.jsonl", '{"file_name": "a.png", "text": "a dog"}')),
+    ("metadata.csv", _beside("metadata.csv", "file_name,text\na.png,a dog\n")),
+    (
+        "metadata.jsonl, none of whose keys is a caption's",
+        _beside("metadata.jsonl", '{"file_name": "a.png", "description": "a dog"}'),
+    ),
+    ("metadata.jsonl that says NaN", _beside("metadata.jsonl", '{"file_name": "a.png", "text": NaN}')),
+    ("A caption in UTF-16", _beside("a.txt", "a dog".encode("utf-16"))),
+    ("A caption in UTF-16 without a mark", _beside("a.txt", "a dog".encode("utf-16-le"))),
+    ("A caption in Latin-1", _beside("a.txt", "un café".encode("latin-1"))),
+    (
+        "metadata.jsonl nested 100,000 levels deep",
+        _beside("metadata.jsonl", '{"file_name": "a.png", "text": ' + "[" * 100_000),
+    ),
+    ("A HEIC photo among the images", _beside("b.heic", b"\0\0\0\x18ftypheic")),
+):
+    make.__doc__ = what
+    DATA(make)
+
+
+@DATA
+def _(kit: Kit, here: Path) -> Path:
+    """metadata.parquet beside the images"""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    picture(here / "a.png")
+    pq.write_table(pa.table({"file_name": ["a.png"], "text": ["a dog"]}), here / "metadata.parquet")
+    return here
+
+
+@DATA
+def _(kit: Kit, here: Path) -> Path:
+    """Parquet files with encoded images"""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table({"image": pa.array([encoded()], pa.binary()), "text": ["a dog"]}), here / "a.parquet")
+    return here
+
+
+@DATA
+def _(kit: Kit, here: Path) -> Path:
+    """A parquet file whose image is a URL"""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    image = pa.array([{"bytes": None, "path": "ftp://127.0.0.1/x.png"}], kind)
+    pq.write_table(pa.table({"image": image, "text": ["a dog"]}), here / "a.parquet")
+    return here
+
+
+def tar(path: Path, files: dict[str, bytes]) -> Path:
+    """A shard."""
+    with tarfile.open(path, "w") as archive:
+        for name, data in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    return path
+
+
+@DATA
+def _(kit: Kit, here: Path) -> Path:
+    """Webdataset shards (.tar), with dots in their names"""
+    return tar(
+        here / "a.tar",
+        {"1.large.png": encoded(), "1.large.txt": b"a dog", "1.small.png": encoded(), "1.small.txt": b"a cat"},
+    )
+
+
+@LATENTS
+def _(kit: Kit, here: Path) -> Path:
+    """As `sdkit encode` writes it"""
+    z = torch.zeros(4, 8, 8)
+    latent = sdkit.Latent(
+        z=z, height=64, width=64, vae="0" * 16, vae_name="emoji", scale=0.18215, sdkit="0.1.0", dtype="float32"
+    )
+    sdkit.latents.save(latent, here / "z.safetensors")
+    return here / "z.safetensors"
+
+
+@LATENTS
+def _(kit: Kit, here: Path) -> Path:
+    """Another safetensors file"""
+    return written(here / "z.safetensors", {"z": torch.zeros(4, 8, 8)})
+
+
+@LATENTS
+def _(kit: Kit, here: Path) -> Path:
+    """A PNG under this name"""
+    (here / "z.safetensors").write_bytes(encoded())
+    return here / "z.safetensors"
+
+
+def main() -> None:
+    """Write the guide anew."""
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        GUIDE.write_text(table(Kit(root / "kit"), root / "cases"), encoding="utf-8")
+    sys.stdout.write(f"{GUIDE}\n")
+
+
+if __name__ == "__main__":
+    main()
