@@ -24,7 +24,6 @@ from sdkit.data.shards import shard_file
 from sdkit.data.transform import Transform, draw
 from sdkit.errors import DataError, ImageError
 from sdkit.files import atomic_write, expanded
-from sdkit.strict_json import read_object
 from sdkit.training import Unfinished, go_on
 
 T = TypeVar("T")
@@ -50,9 +49,10 @@ def is_cache(data: str | os.PathLike[str]) -> bool:
     """Whether `data` is a folder with a latent cache, whole or not."""
     folder = expanded(data)
     try:
-        return read_object(folder / manifest.NAME).get("format") == manifest.FORMAT
+        fields = json.loads((folder / manifest.NAME).read_bytes())
     except (OSError, ValueError):
         return os.path.isfile(folder / shard_file(0))  # noqa: PTH113 - pathlib's raises for overlong names
+    return isinstance(fields, dict) and fields.get("format") == manifest.FORMAT
 
 
 def noise_of(seed: int, n: int) -> torch.Generator:
@@ -105,8 +105,8 @@ def report_skipped(skipped: dict[str, str], path: Path) -> None:
     everywhere = dict(gather_object(list(skipped.items())))
     if everywhere and PartialState().is_main_process:
         before: dict[str, Any] = {}
-        with contextlib.suppress(OSError, ValueError):  # there is none, or it is damaged
-            before = read_object(path)
+        with contextlib.suppress(OSError, ValueError, TypeError):  # there is none, or it is damaged
+            before = dict(json.loads(path.read_text(encoding="utf-8")))
         if before | everywhere != before:
             with atomic_write(path) as temporary:
                 text = json.dumps(before | everywhere, indent=1, ensure_ascii=False) + "\n"
