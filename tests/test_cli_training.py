@@ -550,13 +550,13 @@ def ended(process: Any, said: str = "said") -> Ran:
 @pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGINT", 130)])
 def test_a_signal_leaves_a_checkpoint_and_the_same_command_goes_on(work: Path, name: str, code: int) -> None:
     run = (*LORA, "--out-dir", "r", "--max-steps", "5", "--save-every", "2", "--validate-every", "9")
-    told = "sdkit: stopped after step 3, with a checkpoint; the same command goes on from there.\n"
-    noticed = "\nsdkit: stopping after this step; Ctrl-C again leaves at once.\n" if name == "SIGINT" else ""
-    # While the checkpoint of step 2 gets its name; the step that follows notices.
+    told = "sdkit: stopped after step 2, with a checkpoint; the same command goes on from there.\n"
+    noticed = "\nsdkit: stopping with a checkpoint; Ctrl-C again leaves at once.\n" if name == "SIGINT" else ""
+    # While the checkpoint of step 2 gets its name; no step follows.
     assert ended(started(*run, hook=f"{name} os.rename:step-00000002 1")) == Ran(code, "", noticed + told)
-    assert [path.name for path in checkpoints(Path("r/checkpoints"))] == ["step-00000003", "step-00000002"]
+    assert [path.name for path in checkpoints(Path("r/checkpoints"))] == ["step-00000002"]
     assert not Path("r/result").exists()
-    going_on = "going on from r/checkpoints/step-00000003\n"
+    going_on = "going on from r/checkpoints/step-00000002\n"
     assert ended(started(*run)) == Ran(0, f"r{os.sep}result\n", going_on)
     assert [line["step"] for line in read_metrics(Path("r/metrics.jsonl")) if "loss" in line] == [1, 2, 3, 4, 5]
 
@@ -564,7 +564,7 @@ def test_a_signal_leaves_a_checkpoint_and_the_same_command_goes_on(work: Path, n
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals to send")
 def test_a_second_ctrl_c_leaves_at_once(work: Path) -> None:
     run = (*LORA, "--out-dir", "r", "--max-steps", "9", "--save-every", "2", "--validate-every", "9")
-    hook = "SIGINT os.rename:step-00000002 1;SIGINT os.rename:step-00000003 1"
+    hook = "SIGINT os.rename:step-00000002 1;SIGINT os.rename:step-00000002 1"
     code, out, err = ended(started(*run, hook=hook))
     assert (code, out) == (130, "")
     assert [line[:15] for line in err.splitlines()] == ["", "sdkit: stopping", "sdkit: stopped;"]
@@ -632,7 +632,7 @@ def test_a_launched_run_stops_and_goes_on_and_speaks_with_one_voice(
     done = read_metrics(metrics)[-1]["step"]
     assert out == ""
     assert sentences(err) == [
-        "sdkit: stopping after this step; Ctrl-C again leaves at once.",
+        "sdkit: stopping with a checkpoint; Ctrl-C again leaves at once.",
         f"sdkit: stopped after step {done}, with a checkpoint; the same command goes on from there.",
     ]
     second = launch(*steps, "--max-steps", str(done + 1))

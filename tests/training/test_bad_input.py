@@ -282,7 +282,7 @@ CASES: list[tuple[str, str, Make, type[sdkit.SdkitError], tuple[str, ...]]] = [
     ("both", "init is no JSON", lambda k, p: {"init": written(p / "c.json", "{")}, SOURCE,
      ("c.json' is not valid JSON",)),
     ("both", "init is a list", lambda k, p: {"init": written(p / "c.json", "[]")}, SOURCE,
-     ("c.json' is not a config",)),
+     ("c.json' ", "holds no JSON object")),
     ("unet", "init of another width", lambda k, p: {"init": other_model(k, p / "m", cross_attention_dim=24)}, ARGUMENT,
      ("of width 24, this text encoder makes 16",)),
     ("unet", "eps at zero SNR", lambda k, p: {"zero_snr": True}, ARGUMENT,

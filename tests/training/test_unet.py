@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,7 +25,7 @@ import sdkit
 from sdkit.data import cache
 from sdkit.errors import ArgumentError, TrainingError
 from sdkit.models.source import load_guidance_scale
-from sdkit.training import Trained, UNetConfig, train_unet
+from sdkit.training import StopSignals, Trained, UNetConfig, Unfinished, train_unet
 from sdkit.training.loop import fit
 from sdkit.training.run_folder import read_metrics
 from sdkit.training.unet import UNetStage
@@ -538,6 +539,23 @@ class TestValidation:
             held_out = Theirs(kit.models["epsilon"]).loss(batch, [stage.text.tokenize("a red disc")[0][0]] * 8, None)[1]
         assert float(held_out) == pytest.approx(found[0][0], rel=1e-5)
         assert float(batch["eps"].std()) == pytest.approx(1, abs=0.2)
+
+    @pytest.mark.parametrize("passes", [1, 4])  # in the loss; in the first image
+    def test_a_signal_waits_for_one_pass(self, passes: int, kit: Kit, monkeypatch: pytest.MonkeyPatch) -> None:
+        stage, done = kit.stage(validation_prompts=("a disc", "a cat")), 0
+        forward = stage.unet.network.forward
+
+        def counted(*args: Any, **options: Any) -> Any:
+            nonlocal done
+            done += 1
+            if done == passes:
+                signal.raise_signal(signal.SIGTERM)
+            return forward(*args, **options)
+
+        monkeypatch.setattr(stage.unet.network, "forward", counted)
+        with StopSignals(), torch.no_grad(), pytest.raises(Unfinished):
+            stage.validate(0)
+        assert done == passes
 
     def test_images_of_prompts(self, kit: Kit, tmp_path: Path) -> None:
         """The same pixels for the same weights, and those that the public pipeline draws."""
