@@ -15,7 +15,7 @@ import pytest
 
 from sdkit import images, latents
 from sdkit.errors import ImageError, LatentError, SdkitError
-from sdkit.files import atomic_write, encodable, find
+from sdkit.files import atomic_write, beside, encodable, find, remove_abandoned, sha256
 
 posix = pytest.mark.skipif(os.name != "posix", reason="needs POSIX")
 
@@ -131,6 +131,100 @@ def test_full_and_read_only_disks(tmp_path: Path, option: str, reason: str) -> N
         pytest.skip("this machine lets tests mount nothing")
     done = python(WRITE_A_MEGABYTE.format(setup=""), tmp_path / "file.bin", before=mount)
     assert done.stdout.splitlines() == [f"cannot write {tmp_path / 'file.bin'}: {reason}.", "[]"], done.stderr
+
+
+@posix
+def test_what_a_killed_process_left_is_removed_by_the_next_that_writes_there(tmp_path: Path) -> None:
+    code = """
+        import os, signal, sys
+        from sdkit.files import atomic_write
+        with atomic_write(sys.argv[1]) as temporary:
+            temporary.write_text("half")
+            print(temporary.name, flush=True)
+            getattr(os, sys.argv[2])(*((os.getpid(), signal.SIGKILL) if sys.argv[2] == "kill" else (0, 1)))
+    """
+    killed = python(code, tmp_path / "killed", "kill")
+    assert [path.name for path in tmp_path.iterdir()] == [killed.stdout.strip()]
+    command = [sys.executable, "-c", textwrap.dedent(code), str(tmp_path / "living"), "read"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as living:
+        assert living.stdout is not None
+        name = living.stdout.readline().strip()
+        # Not ours: no name that we write. Ours, of another computer: may still be written to, until it is a day old.
+        for other in (
+            ".sdkit-mine",
+            ".sdkit-00000000-1-0123456789abcdef.png",
+            ".sdkit-00000000-1-fedcba9876543210.png",
+        ):
+            (tmp_path / other).write_text("x")
+        (tmp_path / ".sdkit-0123456789abcdef").mkdir()  # as older versions wrote them
+        for old in (".sdkit-mine", ".sdkit-00000000-1-fedcba9876543210.png", ".sdkit-0123456789abcdef"):
+            os.utime(tmp_path / old, (0, 0))
+        with atomic_write(tmp_path / "next") as temporary:
+            temporary.write_text("whole")
+        kept = {".sdkit-mine", ".sdkit-00000000-1-0123456789abcdef.png"}
+        assert {path.name for path in tmp_path.iterdir()} == {"next", name, *kept}
+        living.communicate("go on")
+    assert {path.name for path in tmp_path.iterdir()} == {"next", "living", *kept}
+
+
+@posix
+def test_a_leftover_that_is_a_link_takes_nothing_with_it(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "file").write_text("x")
+    link = tmp_path / "out" / ".sdkit-0123456789abcdef"
+    link.symlink_to(tmp_path / "precious")
+    os.utime(link, (0, 0), follow_symlinks=False)
+    remove_abandoned(tmp_path / "out")
+    assert not link.is_symlink()
+    assert (tmp_path / "precious" / "file").read_text() == "x"
+
+
+def test_a_temporary_name_fits_wherever_the_final_one_does(tmp_path: Path) -> None:
+    path = tmp_path / f"a.{'x' * 250}"
+    with atomic_write(path) as temporary:
+        temporary.write_text("x")
+    assert list(tmp_path.iterdir()) == [path]
+    assert beside(path, ".png").suffix == ".png"
+
+
+@posix
+def test_names_that_no_file_can_have(tmp_path: Path) -> None:
+    with (
+        pytest.raises(SdkitError, match=r"^cannot write .*: no file can have this name\.$"),
+        atomic_write(tmp_path / "nul\0") as temporary,
+    ):
+        temporary.write_text("x")
+    with pytest.raises(SdkitError, match=r"^cannot read .*: no file can have this name; check the name\.$"):
+        find([tmp_path / "nul\0"], {".png"})
+    assert list(tmp_path.iterdir()) == []
+
+
+@posix
+def test_a_working_folder_that_is_gone(tmp_path: Path) -> None:
+    code = """
+        import os, sys
+        from sdkit.errors import SdkitError
+        from sdkit.files import atomic_write
+        os.chdir(sys.argv[1])
+        os.rmdir(sys.argv[1])
+        try:
+            with atomic_write("file") as temporary:
+                temporary.write_text("x")
+        except SdkitError as error:
+            print(error)
+    """
+    (tmp_path / "gone").mkdir()
+    done = python(code, tmp_path / "gone")
+    assert done.stdout == "cannot write file: no such file or directory.\n", done.stderr
+
+
+@posix
+@pytest.mark.timeout(60)
+def test_a_checksum_is_of_a_regular_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match="not a regular file"):
+        sha256(tmp_path / "pipe")
 
 
 def test_two_processes_never_mix(tmp_path: Path) -> None:

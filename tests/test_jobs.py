@@ -1,7 +1,10 @@
 from __future__ import annotations
 
 import math
+import os
 import re
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -22,6 +25,7 @@ from sdkit.errors import ArgumentError
 from sdkit.jobs import (
     Report,
     _generate,
+    check_generation,
     decode_files,
     encode_files,
     generate_files,
@@ -477,3 +481,93 @@ def test_nothing_half_written_stays_when_the_disk_is_full(sd: sdkit.StableDiffus
         generate_files(sd, ["x"], Path("/dev/full/x.png"), QUICK)
     generate_files(sd, ["x"], tmp_path, QUICK)
     assert no_temporary_files(tmp_path)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs pipes and devices")
+@pytest.mark.timeout(60)
+def test_prompts_that_never_end_or_never_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sdkit.jobs.PATIENCE", 0.1)
+    os.mkfifo(tmp_path / "pipe")
+    for path, sentence in (
+        ("/dev/zero", r"^/dev/zero is larger than 64 MiB"),
+        (tmp_path / "pipe", "^there is no prompt in .*pipe; write one a line"),
+        (tmp_path, "cannot read the prompts in .*: is a directory"),
+        ("nul\0", "cannot read the prompts in .*: no file can have this name"),
+        ("n" * 300, "cannot read the prompts in .*: file name too long"),
+    ):
+        with pytest.raises(ArgumentError, match=sentence):
+            read_prompts(path)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs /dev/fd")
+def test_prompts_of_a_process_substitution() -> None:
+    reading, writing = os.pipe()
+    os.write(writing, b"a cat\na dog\n")
+    os.close(writing)
+    try:
+        assert read_prompts(f"/dev/fd/{reading}") == ["a cat", "a dog"]
+    finally:
+        os.close(reading)
+
+
+def test_a_folder_that_cannot_be_listed(
+    sd: sdkit.StableDiffusion, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Numbers are tried one after another there, and still nothing is overwritten."""
+
+    def refuse(_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "iterdir", refuse)
+        patch.setattr("os.scandir", refuse)
+        first = generate_files(sd, ["x"], tmp_path, QUICK, count=2)
+        kept = first[0].read_bytes()
+        second = generate_files(sd, ["x"], tmp_path, QUICK, count=2)
+    assert [path.name for path in first] == ["0001-x-0.png", "0002-x-1.png"]
+    assert [path.name for path in second] == ["0002-x-0.png", "0003-x-1.png"]
+    assert first[0].read_bytes() == kept
+    assert len([*tmp_path.iterdir()]) == 4
+
+
+@pytest.mark.parametrize("name", ["nul\0", "n" * 300, "n" * 300 + ".png", "nul\0.png"])
+def test_outputs_that_no_file_can_be_are_told_before_any_work(tmp_path: Path, name: str) -> None:
+    with pytest.raises(sdkit.SdkitError, match=r"^cannot write into .*; give another folder\.$"):
+        check_generation(["x"], tmp_path / name, QUICK)
+
+
+ELSEWHERE = """
+import os, sys
+from pathlib import Path
+from sdkit.images import save
+from sdkit.jobs import encode_files, decode_files, generate_files, read_prompts
+from sdkit.pipeline import StableDiffusion
+from sdkit.recipe import Recipe
+sd = StableDiffusion.from_pretrained("emoji", dtype="fp32", device="cpu")
+encode_files(sd.vae, ["in"], "latents")
+decode_files(sd.vae, ["latents"], "decoded")
+generate_files(sd, read_prompts("prompts.txt"), "outputs", Recipe(steps=1, height=64, width=64))
+print(sys.getfilesystemencoding())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere names are always UTF-8")
+def test_names_are_utf8_on_disk_whatever_the_locale(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    Image.new("RGB", (16, 16)).save(tmp_path / "in" / "猫.png")
+    (tmp_path / "prompts.txt").write_text("ein grüner Fuchs", encoding="utf-8")
+    made = []
+    for environment in ({"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, {"PYTHONUTF8": "1"}):
+        path = {"PYTHONPATH": str(Path(sdkit.__file__).parents[1])}
+        command = [sys.executable, "-c", ELSEWHERE]
+        done = subprocess.run(
+            command, env=os.environ | environment | path, cwd=tmp_path, capture_output=True, check=True
+        )
+        made.append((tmp_path / "latents" / "猫.safetensors").read_bytes())
+        assert (tmp_path / "decoded" / "猫.png").is_file()
+    assert done.stdout == b"utf-8\n"
+    assert made[0] == made[1]
+    assert latents.load(tmp_path / "latents" / "猫.safetensors").source == "猫.png"
+    assert sorted(path.name for path in (tmp_path / "outputs").iterdir()) == [
+        "0001-ein-grüner-fuchs-0.png", "0002-ein-grüner-fuchs-0.png",
+    ]  # fmt: skip

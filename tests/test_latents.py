@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import os
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -181,6 +182,12 @@ WHOLE = file_of(metadata_of())
         (b"", "this is not a whole safetensors file"),
         (b"a text file, but long enough to hold a header's length", "this is not a whole safetensors file"),
         (torch_pickle(), "this is a zip archive, as torch.save writes it, not a safetensors file"),
+        (pickle.dumps({"z": 0}), "this is a pickle, not a safetensors file"),
+        (b"\x89PNG\r\n\x1a\n" + bytes(99), "this is a PNG image, not a safetensors file"),
+        (b"\xff\xd8\xff\xe0" + bytes(99), "this is a JPEG image, not a safetensors file"),
+        (b"\n<!DOCTYPE html><title>404</title>", "this is a web page, not a safetensors file"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "this is a Git LFS pointer"),
+        (b"\x80\x02" + bytes(300), "this is not a whole safetensors file"),  # a header of 640 bytes, cut short
         (WHOLE[:5], "this is not a whole safetensors file"),
         (WHOLE[:100], "this is not a whole safetensors file"),
         (WHOLE[:-1], "this is not a whole safetensors file"),
@@ -193,6 +200,10 @@ WHOLE = file_of(metadata_of())
         (file_of({"format": "sdkit.latent"}), r"its metadata are damaged \('format_version'\); encode the image again"),
         (file_of(metadata_of(format_version="one")), "its metadata are damaged"),
         (file_of(metadata_of(height="20.5")), "its metadata are damaged"),
+        (file_of(metadata_of(height="2_0")), "its metadata are damaged"),
+        (file_of(metadata_of(width="-33")), "its metadata are damaged"),
+        (file_of(metadata_of(format_version="-1")), "its metadata are damaged"),
+        (file_of(metadata_of(scale="1e999")), "scale inf"),
         (file_of(metadata_of(scale="large")), "its metadata are damaged"),
         (file_of(metadata_of(height="9" * 400)), "the latents of 9+ x 33 pixels"),
         (file_of(metadata_of(), other=make().z), "there is no z in it"),
@@ -252,3 +263,45 @@ def test_check_vae() -> None:
     )
     with pytest.raises(LatentError, match=sentence):
         latents.check_vae(make(), "cd" * 32)
+
+
+def test_a_latent_that_contradicts_the_vae_that_it_names() -> None:
+    """The identity covers scale and shift, so that a latent with another scale was changed since."""
+    identity = "ab" * 32
+    latents.check_vae(make(shift=0.1), identity, scale=0.18215, shift=0.1)
+    for wanted, sentence in (
+        (
+            {"scale": 0.13025},
+            r"the latent says scale 0\.18215, but the VAE that it names has 0\.13025: its meta",
+        ),
+        ({"shift": 0.1}, r"the latent says shift 0, but the VAE that it names has 0\.1"),
+    ):
+        with pytest.raises(LatentError, match=sentence):
+            latents.check_vae(make(), identity, **wanted)
+        latents.check_vae(make(), identity, force=True, **wanted)
+
+
+def test_the_same_latent_has_the_same_bytes(tmp_path: Path) -> None:
+    """safetensors alone would write twelve metadata in another order each time."""
+    for i in range(8):
+        latents.save(make(source="naïve 猫.jpg"), tmp_path / f"{i}.safetensors")
+    assert len({path.read_bytes() for path in tmp_path.iterdir()}) == 1
+    data = (tmp_path / "0.safetensors").read_bytes()
+    assert int.from_bytes(data[:8], "little") % 8 == 0
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    assert list(header["__metadata__"]) == sorted(header["__metadata__"])
+    assert latents.load(tmp_path / "0.safetensors").source == "naïve 猫.jpg"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs names that are not UTF-8, and pipes")
+def test_files_with_odd_names_and_of_odd_kinds(tmp_path: Path) -> None:
+    odd = tmp_path / os.fsdecode(b"caf\xe9.safetensors")
+    latents.save(make(), odd)
+    assert_equal(latents.load(odd), make())
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "zero").symlink_to("/dev/zero")
+    with (tmp_path / "huge").open("wb") as file:
+        file.truncate(2**40)
+    for name in ("pipe", "zero", "huge", "nul\0", "n" * 300):
+        with pytest.raises(LatentError, match="the file cannot be read"):
+            latents.load(tmp_path / name)

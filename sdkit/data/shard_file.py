@@ -149,13 +149,12 @@ class ShardFile:
             whole = self._sound(name, part[:])
             if name == "ids" and len(whole) and whole.max() >= vocabulary:
                 raise ValueError("is damaged: there are no such token ids")
-            if name == "index" and any(
-                not first <= i < j for i, j in pairwise([*whole.tolist(), first + self.examples])
-            ):
-                raise ValueError("is damaged: it holds examples that belong elsewhere")
+            if name == "index":
+                order = [first - 1, *whole.tolist(), first + self.examples]
+                if any(one >= other for one, other in pairwise(order)):
+                    raise ValueError("is damaged: it holds examples that belong elsewhere")
             if name.endswith("_ends"):
-                ends = whole.tolist()
-                total = self._tensors[name.removesuffix("_ends")].get_shape()[0]
+                ends, total = whole.tolist(), self._tensors[name.removesuffix("_ends")].get_shape()[0]
                 if ends != sorted(ends) or (ends[-1] if ends else 0) != total:
                     raise ValueError(f"is damaged: {name!r} does not ascend to {total}")
         for row in range(self.images):

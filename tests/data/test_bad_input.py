@@ -219,7 +219,9 @@ class TestOut:
 
     def test_a_damaged_manifest(self, made: Path) -> None:
         (made / "out" / "manifest.json").write_text("{")
-        one_sentence(lambda: make_cache(made), CACHE, "manifest.json is damaged; delete the folder")
+        one_sentence(
+            lambda: make_cache(made), CACHE, "manifest.json is damaged: it is not valid JSON", "delete the folder"
+        )
 
     @pytest.mark.skipif(sys.platform != "linux", reason="needs a read-only file system")
     def test_a_place_that_cannot_be_written(self, made: Path) -> None:

@@ -4,23 +4,29 @@ from __future__ import annotations
 
 import errno
 import functools
+import json
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import filelock
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from diffusers import AutoencoderKL
 from PIL import Image
+from safetensors import safe_open
+from torch import Tensor
 
 import sdkit
 from sdkit.data import LatentCache, Transform, cache, open_examples
-from sdkit.data.manifest import text_identity, tokenizer_identity
+from sdkit.data.manifest import Manifest, text_identity, tokenizer_identity
 from sdkit.data.transform import draw
 from sdkit.errors import CacheError
 from tests.training import tiny
@@ -200,7 +206,7 @@ class TestProcesses:
         for start, out in ((functools.partial(run, "cache_job.py"), "one"), (self.launch, "two")):
             done = start(str(photos), str(tmp_path / out), *settings)
             assert done.returncode == 0, done.stderr
-            assert done.stdout.split() == {"one": ["1"], "two": ["2", "2"]}[out]  # processes that took part
+            assert sorted(done.stdout.replace("\n", "")) == list({"one": "1", "two": "22"}[out])  # processes' numbers
         assert content(tmp_path / "two") == content(tmp_path / "one")
         assert len(content(tmp_path / "one")) == 7
 
@@ -273,3 +279,131 @@ def test_one_call_at_a_time(photos: Path, tmp_path: Path) -> None:
     with held, pytest.raises(CacheError, match=r"^another process makes the cache .*; wait for it, or name another"):
         make(photos, tmp_path)
     assert len(make(photos, tmp_path)) == 5
+
+
+Tensors = dict[str, Tensor]
+HEADERS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "cut": lambda _: "{",
+    "nested": lambda _: "[" * 100_000,
+    "a list": lambda _: "[]",
+    "nothing skipped is said": lambda own: json.dumps({"settings": own["settings"]}),
+    "skipped no object": lambda own: json.dumps(own | {"skipped": [5]}),
+    "skipped of other types": lambda own: json.dumps(own | {"skipped": [{"name": 5, "reason": None}]}),
+    "skipped what is there": lambda own: json.dumps(own | {"skipped": [{"name": "0.png", "reason": "x"}]}),
+    "of other settings": lambda own: json.dumps(own | {"settings": "0" * 64}),
+}
+TENSORS: dict[str, Callable[[Tensors], Tensors]] = {
+    "mean has no axes": lambda x: x | {"mean": torch.zeros(())},
+    "images are missing": lambda x: x | {"mean": x["mean"][:1]},
+    "all of them": lambda x: {name: one[:1] if one.shape[0] == 2 else one for name, one in x.items()},
+    "one is missing everywhere": lambda x: {
+        name: one[:1] if name not in ("names", "ids") else one[: int(x[f"{name}_ends"][0])] for name, one in x.items()
+    },
+    "mean is NaN": lambda x: x | {"mean": x["mean"] * float("nan")},
+    "logvar is infinite": lambda x: x | {"logvar": x["logvar"] / 0},
+    "mean is float32": lambda x: x | {"mean": x["mean"].float()},
+    "other channels": lambda x: x | {name: x[name][:, :, :2] for name in ("mean", "logvar")},
+    "ids are negative": lambda x: x | {"ids": -x["ids"]},
+    "ids are beyond the vocabulary": lambda x: x | {"ids": x["ids"] + 100_000},
+    "ends descend": lambda x: x | {"ids_ends": x["ids_ends"].flip(0)},
+    "ends stop early": lambda x: x | {"names_ends": x["names_ends"] - 1},
+    "names are not UTF-8": lambda x: x | {"names": torch.full_like(x["names"], 255)},
+    "examples of another shard": lambda x: x | {"index": x["index"] + 2},
+    "examples twice": lambda x: x | {"index": x["index"] * 0},
+    **{
+        f"no {name}": lambda x, name=name: {key: x[key] for key in x if key != name}
+        for name in ("mean", "names", "ids")
+    },
+}
+
+
+def damage(folder: Path, file: str, name: str) -> None:
+    """Write a shard anew with something in it that is wrong, as HEADERS and TENSORS say."""
+    with safe_open(folder / file, "pt") as opened:
+        header = opened.metadata()["sdkit"]
+    tensors = safetensors.torch.load_file(folder / file)
+    if name in HEADERS:
+        header = HEADERS[name](json.loads(header))
+    else:
+        tensors = {key: x.contiguous().clone() for key, x in TENSORS[name](tensors).items()}
+    (folder / file).write_bytes(safetensors.torch.save(tensors, {"sdkit": header}))
+
+
+def unfinish(folder: Path) -> None:
+    """Leave the cache as if it had been stopped before its manifest was written."""
+    replace(
+        Manifest.read(folder), complete=False, examples=0, images=0, items=0, skipped=(), shards=(), empty=None
+    ).write(folder)
+
+
+class TestDamagedShardsWhileResuming:
+    @pytest.fixture(scope="class")
+    def whole(self, photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+        return make(photos, tmp_path_factory.mktemp("whole")).path
+
+    @pytest.mark.parametrize("name", [*HEADERS, *TENSORS])
+    def test_they_are_made_anew(self, whole: Path, photos: Path, tmp_path: Path, name: str) -> None:
+        folder = Path(shutil.copytree(whole, tmp_path / "c"))
+        unfinish(folder)
+        damage(folder, "shard-00000.safetensors", name)
+        make(photos, folder)
+        assert content(folder) == content(whole)
+
+    @pytest.mark.parametrize("name", ["cut", "ids are negative", "no ids"])
+    def test_the_empty_prompt_too(self, whole: Path, photos: Path, tmp_path: Path, name: str) -> None:
+        folder = Path(shutil.copytree(whole, tmp_path / "c"))
+        unfinish(folder)
+        damage(folder, "empty-prompt.safetensors", name)
+        make(photos, folder)
+        assert content(folder) == content(whole)
+
+    def test_whole_ones_stay(self, whole: Path, photos: Path, tmp_path: Path) -> None:
+        folder = Path(shutil.copytree(whole, tmp_path / "c"))
+        unfinish(folder)
+        before = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.safetensors")}
+        make(photos, folder)
+        assert {path.name: path.stat().st_mtime_ns for path in folder.glob("*.safetensors")} == before
+        assert content(folder) == content(whole)
+
+    def test_a_stream_tells_how_many_are_missing_only_at_its_end(self, photos: Path, tmp_path: Path) -> None:
+        folder = make(photos, tmp_path / "c", streaming=True).path
+        before = content(folder)
+        unfinish(folder)
+        damage(folder, "shard-00002.safetensors", "one is missing everywhere")
+        with pytest.raises(CacheError, match=r"shard-00002.safetensors lacked images and is deleted; run the same"):
+            make(photos, folder, streaming=True)
+        make(photos, folder, streaming=True)
+        assert content(folder) == before
+
+    def test_what_cannot_be_read_is_not_told_as_damaged(
+        self, whole: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        folder = Path(shutil.copytree(whole, tmp_path / "c"))
+        before = content(folder)
+        opening = Path.open
+
+        def refuse(path: Path, *arguments: Any, **options: Any) -> Any:
+            if path.name == "shard-00001.safetensors" and path.parent == folder:
+                raise PermissionError(errno.EACCES, "Permission denied")
+            return opening(path, *arguments, **options)
+
+        for finished in (True, False):
+            with monkeypatch.context() as patch:
+                patch.setattr(Path, "open", refuse)
+                with pytest.raises(CacheError, match=r"^cannot read .*shard-00001.safetensors: permission"):
+                    make(photos, folder)
+                if finished:
+                    for read in (LatentCache.verify, lambda made: made[2]):
+                        with pytest.raises(
+                            CacheError, match=r"^cannot read .*00001.safetensors: permission denied; check"
+                        ):
+                            read(LatentCache(folder))
+            assert content(folder) == before
+            unfinish(folder)
+            before = content(folder)
+
+
+def test_a_name_that_no_folder_can_have(photos: Path) -> None:
+    for name in ("nul\0", "n" * 300):
+        with pytest.raises(sdkit.ArgumentError, match=r"^cannot write .*; name another folder\.$"):
+            make(photos, Path(name))

@@ -13,8 +13,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file
 
 import sdkit
 from sdkit.data import LatentCache, Transform, cache
@@ -75,6 +78,7 @@ class TestDamage:
             (lambda fields: fields | {"format_version": 3}, "was written by a newer version of sdkit"),
             (lambda fields: fields | {"complete": False}, "it has a wrong checksum"),
             (lambda fields: fields | {"unknown": 1}, "is damaged"),
+            (lambda fields: {key: fields[key] for key in fields if key != "checksum"}, "has no 'checksum'"),
             (lambda fields: {key: fields[key] for key in fields if key != "settings"}, "is damaged"),
             (lambda fields: fields | {"settings": None}, "is damaged"),
             (lambda fields: [fields], "is damaged"),
@@ -85,6 +89,122 @@ class TestDamage:
         path.write_text(json.dumps(change(json.loads(path.read_text()))))
         with pytest.raises(sdkit.CacheError, match=fragment):
             LatentCache(copy)
+
+    @pytest.mark.parametrize(
+        ("change", "fragment"),
+        [
+            (lambda fields: fields | {"items": "3"}, "a 'items' of another type"),
+            (lambda fields: fields | {"complete": 1}, "a 'complete' of another type"),
+            (lambda fields: fields | {"skipped": [5]}, "holds something else in place of a skipped"),
+            (lambda fields: fields | {"items": 2}, "numbers that contradict one another"),
+            (lambda fields: fields | {"examples": 4}, "numbers that contradict one another"),
+            (lambda fields: fields | {"empty": None}, "numbers that contradict one another"),
+            (lambda fields: fields | {"shards": fields["shards"][:1] * 2}, "names a file twice"),
+            (lambda fields: fields | {"shards": [{"file": "a"}]}, "has no 'items'"),
+            *[
+                (lambda fields, key=key, value=value: fields | {"settings": fields["settings"] | {key: value}}, said)
+                for key, value, said in (
+                    ("size", "16", "a 'size' that is not two"),
+                    ("size", [16, 16.5], "a 'size' that is not two"),
+                    ("size", [16, 18], "that the 'factor' does not divide"),
+                    ("factor", 0, "impossible settings"),
+                    ("augmentations", 0, "impossible settings"),
+                    ("scale", float("nan"), "impossible settings"),
+                    ("flip", "no", "a 'flip' of another type"),
+                )
+            ],
+            *[
+                (
+                    lambda fields, key=key, value=value: (
+                        fields | {"shards": [fields["shards"][0] | {key: value}, fields["shards"][1]]}
+                    ),
+                    said,
+                )
+                for key, value, said in (
+                    ("file", "../shard-00000.safetensors", "outside of the folder"),
+                    ("file", "/etc/passwd", "outside of the folder"),
+                    ("file", "..", "outside of the folder"),
+                    ("file", "a\0", "outside of the folder"),
+                    ("bytes", -1, "an impossible size"),
+                    ("sha256", "x", "an impossible size or checksum"),
+                )
+            ],
+        ],
+    )
+    def test_manifests_of_the_first_version_have_no_checksum_but_are_checked(
+        self, copy: Path, change: Any, fragment: str
+    ) -> None:
+        path = copy / "manifest.json"
+        fields = json.loads(path.read_text()) | {"format_version": 1}
+        del fields["checksum"]
+        path.write_text(json.dumps(fields))
+        LatentCache(copy).verify()
+        path.write_text(json.dumps(change(fields)))
+        with pytest.raises(sdkit.CacheError, match=rf"manifest.json is damaged: it .*{fragment}.*; delete the folder"):
+            LatentCache(copy)
+
+    @pytest.mark.parametrize("field", ["scale", "shift", "vae", "data", "dtype"])
+    def test_a_manifest_has_a_checksum_of_itself(self, copy: Path, field: str) -> None:
+        """Whatever its content, one changed letter is found."""
+        path = copy / "manifest.json"
+        text = path.read_text()
+        at = text.index(f'"{field}": ') + len(f'"{field}": ') + 1
+        for other in ("1", "2"):
+            path.write_text(text[:at] + other + text[at + 1 :])
+            if path.read_text() != text:
+                with pytest.raises(sdkit.CacheError, match=r"manifest.json is damaged: it (has a wrong|is not valid)"):
+                    LatentCache(copy)
+
+    def test_an_unfinished_one(self, copy: Path) -> None:
+        replace(Manifest.read(copy), complete=False).write(copy)
+        with pytest.raises(sdkit.CacheError, match="is not finished"):
+            LatentCache(copy)
+
+    @pytest.mark.parametrize(
+        ("name", "change", "fragment"),
+        [
+            ("ids_ends", lambda x: x - 100, "row 0 of 'embeddings' would go from 0 to -99"),
+            ("ids_ends", lambda x: x + 2**40, "row 0 of 'embeddings' would go from 0 to"),
+            ("ids_ends", lambda x: x * 0, "row 0 of 'embeddings' would go from 0 to 0"),
+            ("names_ends", lambda x: x + 2**40, "row 0 of 'names' would go from 0 to"),
+            ("names", lambda x: x * 0 + 255, "the name of row 0 is not UTF-8"),
+            ("ids", lambda x: -x, "'ids' holds impossible numbers"),
+            ("index", lambda x: x - 5, "'index' holds impossible numbers"),
+            ("index", lambda x: x + 5, "examples that belong elsewhere"),
+            ("mean", lambda x: x * float("nan"), "'mean' holds impossible numbers"),
+            ("embeddings", lambda x: x / 0, "'embeddings' holds impossible numbers"),
+            ("mean", lambda x: x.float(), "holds 'mean' of another type or shape"),
+            ("logvar", lambda x: x[..., :1], "holds 'logvar' of another type or shape"),
+            ("ids", lambda x: x[:, :1], "holds 'ids' of another type or shape"),
+            ("mean", lambda _: None, "lacks the tensor 'mean'"),
+        ],
+    )
+    def test_numbers_that_cannot_be(self, copy: Path, name: str, change: Any, fragment: str) -> None:
+        """With a manifest that vouches for them, as one made over damaged files would: found by what they are."""
+        LatentCache(copy)[2]
+        path = copy / "shard-00000.safetensors"
+        with safe_open(path, "pt") as file:
+            header = file.metadata()
+        tensors = load_file(path)
+        changed = change(tensors.pop(name))
+        tensors |= {} if changed is None else {name: changed.contiguous()}
+        path.write_bytes(safetensors.torch.save(tensors, header))
+        manifest = Manifest.read(copy)
+        first = replace(manifest.shards[0], bytes=path.stat().st_size, sha256=sha256(path))
+        replace(manifest, shards=(first, *manifest.shards[1:])).write(copy)
+        made = LatentCache(copy)
+        made.verify()
+        made[2]  # of the other shard
+        with pytest.raises(sdkit.CacheError, match=rf"shard-00000.safetensors .*{fragment}.*; delete it, then run"):
+            made[0]
+
+    def test_shards_of_another_cache(self, folder: Path, copy: Path, tmp_path: Path) -> None:
+        """Swapped, with a manifest that vouches for them."""
+        manifest = Manifest.read(copy)
+        shards = tuple(replace(shard, items=2) for shard in manifest.shards)
+        replace(manifest, shards=shards, images=4, examples=4, items=4).write(copy)
+        with pytest.raises(sdkit.CacheError, match=r"holds another number of images than the manifest says"):
+            LatentCache(copy)[3]
 
     def test_no_cache(self, tmp_path: Path) -> None:
         with pytest.raises(sdkit.CacheError, match=r"there is no latent cache in .*; sdkit cache makes one\."):
@@ -100,7 +220,8 @@ class TestCheckModel:
         settings = made.manifest.settings
         made.check_model()
         made.check_model(
-            vae=settings.vae, scale=settings.scale, tokenizer=settings.tokenizer, text=settings.text,
+            vae=settings.vae, scale=settings.scale, shift=settings.shift, factor=settings.factor,
+            tokenizer=settings.tokenizer, text=settings.text,
             transform=Transform(size=(16, 16)),
         )  # fmt: skip
 
@@ -109,6 +230,8 @@ class TestCheckModel:
         [
             ({"vae": "0123"}, r"the VAE [0-9a-f]{16}, not 0123"),
             ({"scale": 0.18215}, r"scale 0\.456064, not 0\.18215"),
+            ({"shift": 0.1}, r"shift 0, not 0\.1"),
+            ({"factor": 4}, r"factor 8, not 4"),
             ({"tokenizer": "0123"}, r"the tokenizer [0-9a-f]{16}, not 0123"),
             ({"text": "0123"}, r"the text encoder [0-9a-f]{16}, not 0123"),
             ({"transform": Transform(size=(16, 24))}, r"size 16 x 16, not 16 x 24"),

@@ -9,6 +9,7 @@ import shutil
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from safetensors.torch import load_file, save_file
 
 import sdkit
 from sdkit.data import cache
+from sdkit.data.manifest import Manifest
 from sdkit.errors import CacheError, DataError, TrainingError
 from sdkit.training import UNetConfig, VAEConfig, train_unet, train_vae
 from sdkit.training.checkpoint import checkpoints, newest
@@ -210,8 +212,7 @@ def damaged(kit: Path, path: Path, how: str) -> Path:
     shutil.copytree(kit / "cache", path)
     shard = path / "shard-00000.safetensors"
     if how == "unfinished":
-        fields = json.loads((path / "manifest.json").read_text())
-        (path / "manifest.json").write_text(json.dumps(fields | {"complete": False}))
+        replace(Manifest.read(path), complete=False).write(path)
     elif how == "no manifest":
         (path / "manifest.json").write_text("{")
     elif how == "cut":
