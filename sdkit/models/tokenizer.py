@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 import tempfile
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdkit.errors import SourceError
-from sdkit.files import read_regular
 from sdkit.messages import clean
 from sdkit.models.single_file import ASSETS
 from sdkit.models.weights import guarded, is_file, read_json
@@ -57,22 +57,21 @@ def load_tokenizer(folder: Path) -> CLIPTokenizer:
 
     label = f"the tokenizer in {clean(str(folder))!r}"
     vocabulary = folder if has_vocabulary(folder) else VOCABULARY
-    content = {name: _settings(folder / name) for name in SETTINGS_FILES if is_file(folder / name)}
-    if is_file(folder / "tokenizer.json"):
-        content["tokenizer.json"] = _serialized(folder / "tokenizer.json")
-    for name, path in (("vocab.json", vocabulary / "vocab.json"), (ADDED, folder / ADDED)):
-        if is_file(path):
-            content[name] = _ids(path, read_json(path))
+    settings = {name: _settings(folder / name) for name in SETTINGS_FILES if is_file(folder / name)}
+    vocabulary_files = [vocabulary / name for name in VOCABULARY_FILES if is_file(vocabulary / name)]
+    added = _ids(folder / ADDED, read_json(folder / ADDED)) if is_file(folder / ADDED) else {}
+    for path in vocabulary_files:
+        _check_vocabulary(path)
     with guarded(label), tempfile.TemporaryDirectory(prefix="sdkit-") as copies:
-        for name, value in content.items():
-            Path(copies, name).write_text(json.dumps(value), encoding="utf-8")
-        if is_file(vocabulary / "merges.txt"):
-            Path(copies, "merges.txt").write_bytes(read_regular(vocabulary / "merges.txt", LARGEST))
+        for name, values in (settings | ({ADDED: added} if added else {})).items():
+            Path(copies, name).write_text(json.dumps(values), encoding="utf-8")
+        for path in vocabulary_files:
+            shutil.copyfile(path, Path(copies, path.name))
         tokenizer: CLIPTokenizer = CLIPTokenizer.from_pretrained(copies, local_files_only=True)
     tokenizer.name_or_path = str(folder)
     for key in ("name_or_path", "vocab_file", "merges_file", "tokenizer_file"):  # the copies are gone
         tokenizer.init_kwargs.pop(key, None)
-    _check(tokenizer, label, content.get(ADDED, {}))
+    _check(tokenizer, label, added)
     with guarded(label):
         tokenizer(TRIAL, add_special_tokens=False, truncation=False, padding=False, verbose=False)
     return tokenizer
@@ -80,17 +79,22 @@ def load_tokenizer(folder: Path) -> CLIPTokenizer:
 
 def _settings(path: Path) -> dict[str, Any]:
     """The settings in `path` that are plain values."""
-    return {key: value for key, value in read_json(path).items() if key in SETTINGS or key.endswith("_token")}
+    found = {key: value for key, value in read_json(path).items() if key in SETTINGS or key.endswith("_token")}
+    if type(length := found.get("model_max_length", 77)) not in (int, float):
+        raise SourceError(f"{clean(str(path))!r} has model_max_length {clean(repr(length))}, not a number; correct it.")
+    return found
 
 
-def _serialized(path: Path) -> dict[str, Any]:
-    """The content of a tokenizer.json, its vocabulary checked."""
-    content = read_json(path)
-    model = content.get("model")
-    if not isinstance(model, dict) or not isinstance(model.get("vocab"), dict):
-        raise SourceError(f"{clean(str(path))!r} holds no BPE vocabulary, as CLIP's tokenizer has; give another.")
-    _ids(path, model["vocab"])
-    return content
+def _check_vocabulary(path: Path) -> None:
+    if path.name == "vocab.json":
+        _ids(path, read_json(path))
+    if path.name == "tokenizer.json":
+        model = read_json(path).get("model")
+        if not isinstance(model, dict) or not isinstance(model.get("vocab"), dict):
+            raise SourceError(f"{clean(str(path))!r} holds no BPE vocabulary, as CLIP's tokenizer has; give another.")
+        _ids(path, model["vocab"])
+    if path.name == "merges.txt" and path.stat().st_size > LARGEST:
+        raise SourceError(f"{clean(str(path))!r} is larger than {LARGEST // 2**20} MiB; give another.")
 
 
 def _ids(path: Path, ids: dict[str, Any]) -> dict[str, int]:
@@ -109,9 +113,7 @@ def _check(tokenizer: CLIPTokenizer, label: str, added: dict[str, int]) -> None:
     for token in ("bos_token", "eos_token", "pad_token"):
         if not isinstance(getattr(tokenizer, f"{token}_id"), int):
             raise SourceError(f"{label} has no {token}; correct its tokenizer_config.json.")
-    if type(length := tokenizer.model_max_length) not in (int, float):
-        raise SourceError(f"{label} has model_max_length {clean(repr(length))}, not a number; correct it.")
-    ids = tokenizer.get_vocab()
+    ids = tokenizer.get_vocab() if added else {}
     for word, number in added.items():
         if ids.get(word) != number:
             raise SourceError(
