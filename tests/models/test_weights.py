@@ -235,7 +235,7 @@ class TestKinds:
         whole = tmp_path / "whole.ckpt"
         torch.save({"a": torch.ones(1000)}, whole, _use_new_zipfile_serialization=not legacy)
         (tmp_path / "cut.ckpt").write_bytes(whole.read_bytes()[:-500])
-        with pytest.raises(SourceError, match="cut.ckpt' is (damaged|a damaged pickle)"):
+        with pytest.raises(SourceError, match=r"cut.ckpt' is (damaged|a damaged pickle)"):
             open_tensors(tmp_path / "cut.ckpt")
 
     @pytest.mark.parametrize(
