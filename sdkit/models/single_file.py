@@ -274,24 +274,29 @@ def build(
 
 
 def blueprint(part: str, config: dict[str, Any], path: Path, most: int, label: str) -> Any:
-    """The network `part` in the shape of its config, on the meta device: without weights.
+    """The network `part` in the shape of its config, on the meta device: without weights, but with its buffers.
 
     Raises SourceError where the config, read from `path`, asks for more layers than `most`, the number of tensors.
     """
     from accelerate import init_empty_weights
 
-    if (asked := layers_of(config, part)) > max(most, SMALL_LAYERS):
-        raise SourceError(f"{str(path)!r} asks for {asked:,} layers, more than the weights can fill; correct it.")
+    _check_layers(part, config, path, most)
     with guarded(label), init_empty_weights():
         return empty(part, config)
+
+
+def _check_layers(part: str, config: dict[str, Any], path: Path, most: int) -> None:
+    if (asked := layers_of(config, part)) > max(most, SMALL_LAYERS):
+        raise SourceError(f"{str(path)!r} asks for {asked:,} layers, more than the weights can fill; correct it.")
 
 
 def check_size(part: str, config: dict[str, Any], path: Path, shapes: Collection[tuple[int, ...]] | None) -> None:
     """Raises SourceError for a config, read from `path`, of a network far larger than its tensors, which have `shapes`;
     or, of one from scratch (None), than any that could be trained. Building it would fill the memory.
     """
-    most = LAYERS if shapes is None else len(shapes)
-    network = blueprint(part, config, path, most, f"{NOUNS[part]} in {str(path.parent)!r}")
+    _check_layers(part, config, path, LAYERS if shapes is None else len(shapes))
+    with guarded(f"{NOUNS[part]} in {str(path.parent)!r}"), torch.device("meta"):
+        network = empty(part, config)
     count = sum(tensor.numel() for tensor in network.state_dict().values())
     held = LARGEST if shapes is None else sum(map(prod, shapes))
     if count > (held if shapes is None else 2 * held + SMALL):
