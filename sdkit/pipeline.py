@@ -7,6 +7,7 @@ it -> z; `VAE.decode` -> images.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from os import PathLike
 from typing import Any
 
@@ -150,7 +151,9 @@ class StableDiffusion:
         height, width: pixels, any number from 8; None is the size that the model was trained on.
         num_inference_steps, spacing: see `NoiseSchedule.timesteps`; spacing None is the model's own.
         guidance_scale: None is the model's own, 7.5 for most; 1 is no guidance, at half the cost. See `sdkit.guidance`
-            for `guidance_rescale` (phi), `guidance_interval` (noise levels) and `apg`.
+            for `guidance_rescale` (phi), `guidance_interval` (noise levels) and `apg`. A latent consistency model's
+            U-Net takes the scale as an input: one pass a step, by the sampler that is chosen (not by LCM's own), and
+            no negative prompt.
         sampler: "ddim" (`eta` from 0, deterministic, to 1, DDPM), "ddpm" or "dpm++2m".
         seed: image i starts from seed + i, or from the i-th of a list; the same seed gives the same image alone and in
             a batch.
@@ -171,6 +174,10 @@ class StableDiffusion:
         scale = self.guidance_scale if guidance_scale is None else guidance_scale
         guidance: dict[str, Any] = {"interval": guidance_interval, "phi": guidance_rescale, "projected": apg}
         unet = torch.inference_mode()(self.unet)  # it alone: the tensors of a `Step` are ordinary ones
+        if self.unet.guided:
+            self._check_guided(negatives, guidance)
+            unet = partial(unet, guidance_scale=number("the guidance scale", scale, -1e6, 1e6))
+            scale = 1.0  # one pass: it does itself what guidance would
 
         def denoise(chosen: list[int], chunks: int) -> Tensor:
             """Scaled latents of the chosen images, all of whose prompts take `chunks` chunks of tokens."""
@@ -197,6 +204,17 @@ class StableDiffusion:
                 "the U-Net gave numbers that are not finite; take dtype 'fp32' or 'bf16', or smaller prompt weights."
             )
         return self.vae.decode(z, size=(height, width), output_type=output_type, batch_size=batch_size)
+
+    @staticmethod
+    def _check_guided(negatives: list[str], guidance: dict[str, Any]) -> None:
+        """Refuse what a U-Net that takes the guidance scale as an input has no use for."""
+        used = {"negative_prompt": any(negatives), "guidance_interval": guidance["interval"] is not None,
+                "guidance_rescale": bool(guidance["phi"]), "apg": guidance["projected"] is not None}  # fmt: skip
+        if option := next((option for option, given in used.items() if given), None):
+            raise ArgumentError(
+                f"this model's U-Net takes the guidance scale as an input and makes one pass, without guidance: {option} "
+                "has no meaning for it; leave it out."
+            )
 
     def images_at_once(self, height: int, width: int) -> int:
         """How many images of this size, in pixels, are denoised together where no `batch_size` is given."""
