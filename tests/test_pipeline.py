@@ -360,6 +360,19 @@ def test_given_latents_and_the_steps_noise_are_not_the_same_numbers(sd: sdkit.St
 def test_numbers_that_are_not_finite(sd: sdkit.StableDiffusion, output_type: str) -> None:
     broken = copy.deepcopy(sd)
     broken.unet.network.conv_out.bias.data.fill_(float("nan"))
-    with pytest.raises(sdkit.SdkitError, match=r"^the U-Net gave numbers that are not finite; take dtype"):
+    with pytest.raises(sdkit.SdkitError, match=r"^the U-Net gave .* not finite; its weight conv_out.bias is not"):
         broken("a red apple", num_inference_steps=2, output_type=output_type)
     assert broken("a red apple", num_inference_steps=2, output_type="latent").isnan().any()
+
+
+def test_the_cause_of_numbers_that_are_not_finite_is_told(sd: sdkit.StableDiffusion) -> None:
+    with pytest.raises(sdkit.SdkitError, match=r"^the prompt's weights are so large"):
+        sd(f"a (cat:{'9' * 60})", weighting=True, num_inference_steps=1)
+    broken = copy.deepcopy(sd)
+    next(broken.text.network.parameters()).data.fill_(float("nan"))
+    with pytest.raises(sdkit.SdkitError, match=r"^the text encoder gave .* not finite; its weight .* is not: load"):
+        broken("a cat", num_inference_steps=1)
+    with pytest.raises(sdkit.ArgumentError, match=r"^latents must be finite floating-point numbers"):
+        sd("a cat", latents=torch.full((1, 4, 16, 16), float("nan")), num_inference_steps=1)
+    with pytest.raises(sdkit.ArgumentError, match=r"^latents must be of shape"):
+        sd("a cat", latents=torch.zeros(2, 4, 16, 16), num_inference_steps=1)

@@ -116,8 +116,8 @@ class UNetStage:
             )
         if self.unet.guided:
             raise ArgumentError(
-                "a U-Net that takes the guidance scale as an input (latent consistency) cannot be trained; give the model "
-                "that it was distilled from."
+                "a U-Net that takes the guidance scale as an input (latent consistency) cannot be trained; give the "
+                "model that it was distilled from."
             )
         network.set_attn_processor(PlainWhereSmall())
         trained = [network, *([self.text.network] if config.train_text_encoder else [])]

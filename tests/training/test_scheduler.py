@@ -70,5 +70,5 @@ def test_a_unet_that_takes_the_guidance_scale_is_not_trained(parts: Path, tmp_pa
     config = UNet2DConditionModel.load_config(folder / "unet") | {"time_cond_proj_dim": 8}
     UNet2DConditionModel.from_config(config).save_pretrained(folder / "unet")
     settings = UNetConfig(model=str(folder), data=str(parts / "photos"), out_dir=str(tmp_path / "run"))
-    with pytest.raises(sdkit.ArgumentError, match="takes the guidance scale as an input .* cannot be trained"):
+    with pytest.raises(sdkit.ArgumentError, match=r"takes the guidance scale as an input .* cannot be trained"):
         UNetStage(settings)
