@@ -17,7 +17,7 @@ from torch import Tensor
 from sdkit import images as image_io
 from sdkit.arguments import LONGEST_SIDE, number, one_of, seeded, strings, whole
 from sdkit.errors import ArgumentError, SdkitError
-from sdkit.guidance import APG, Model, guided
+from sdkit.guidance import APG, guided
 from sdkit.messages import clean
 from sdkit.models.lora import merge_lora, read_lora
 from sdkit.models.source import USUAL_GUIDANCE, load_guidance_scale
@@ -174,7 +174,7 @@ class StableDiffusion:
         options = self._options(sampler, eta)
         scale = self.guidance_scale if guidance_scale is None else guidance_scale
         guidance: dict[str, Any] = {"interval": guidance_interval, "phi": guidance_rescale, "projected": apg}
-        unet: Model = torch.inference_mode()(self.unet)  # it alone: the tensors of a `Step` are ordinary ones
+        unet: Any = torch.inference_mode()(self.unet)  # it alone: the tensors of a `Step` are ordinary ones
         if self.unet.guided:
             self._check_guided(negatives, guidance)
             unet = partial(unet, guidance_scale=number("the guidance scale", scale, -1e6, 1e6))
