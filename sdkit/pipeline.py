@@ -7,6 +7,7 @@ it -> z; `VAE.decode` -> images.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from os import PathLike
 from typing import Any
 
@@ -18,6 +19,7 @@ from sdkit.arguments import LONGEST_SIDE, number, one_of, seeded, strings, whole
 from sdkit.errors import ArgumentError, SdkitError
 from sdkit.files import expanded
 from sdkit.guidance import APG, guided
+from sdkit.messages import clean
 from sdkit.models.lora import merge_lora, read_lora
 from sdkit.models.source import USUAL_GUIDANCE, load_guidance_scale
 from sdkit.models.text import TextEncoder
@@ -163,7 +165,9 @@ class StableDiffusion:
         height, width: pixels, any number from 8; None is the size that the model was trained on.
         num_inference_steps, spacing: see `NoiseSchedule.timesteps`; spacing None is the model's own.
         guidance_scale: None is the model's own, 7.5 for most; 1 is no guidance, at half the cost. See `sdkit.guidance`
-            for `guidance_rescale` (phi), `guidance_interval` (noise levels) and `apg`.
+            for `guidance_rescale` (phi), `guidance_interval` (noise levels) and `apg`. A latent consistency model's
+            U-Net takes the scale as an input: one pass a step, by the sampler that is chosen (not by LCM's own), and
+            no negative prompt.
         sampler: "ddim" (`eta` from 0, deterministic, to 1, DDPM), "ddpm" or "dpm++2m".
         seed: image i starts from seed + i, or from the i-th of a list; the same seed gives the same image alone and in
             a batch.
@@ -183,13 +187,19 @@ class StableDiffusion:
         options = self._options(sampler, eta)
         scale = self.guidance_scale if guidance_scale is None else guidance_scale
         guidance: dict[str, Any] = {"interval": guidance_interval, "phi": guidance_rescale, "projected": apg}
-        unet = torch.inference_mode()(self.unet)  # it alone: the tensors of a `Step` are ordinary ones
+        unet: Any = torch.inference_mode()(self.unet)  # it alone: the tensors of a `Step` are ordinary ones
+        if self.unet.guided:
+            self._check_guided(negatives, guidance)
+            unet = partial(unet, guidance_scale=number("the guidance scale", scale, -1e6, 1e6))
+            scale = 1.0  # one pass: it does itself what guidance would
 
         def denoise(chosen: list[int], chunks: int) -> Tensor:
             """Scaled latents of the chosen images, all of whose prompts take `chunks` chunks of tokens."""
             encode = {"clip_skip": clip_skip, "weighting": weighting, "chunks": chunks}
             cond = self._embed([prompts[i] for i in chosen], **encode)
             uncond = None if scale == 1 else self._embed([negatives[i] for i in chosen], **encode)
+            if output_type != "latent":
+                self._check_embeddings([cond] if uncond is None else [cond, uncond], weighting)
             predict = guided(unet, self.schedule, cond, uncond, scale, **guidance)
             x = x_T[chosen].to(self.unet.device)
             own = [generators[i] for i in chosen]
@@ -206,10 +216,27 @@ class StableDiffusion:
         if output_type == "latent":
             return z
         if not bool(torch.isfinite(z).all()):
-            raise SdkitError(
-                "the U-Net gave numbers that are not finite; take dtype 'fp32' or 'bf16', or smaller prompt weights."
-            )
+            raise SdkitError(f"the U-Net gave numbers that are not finite; {_remedy(self.unet)}.")
         return self.vae.decode(z, size=(height, width), output_type=output_type, batch_size=batch_size)
+
+    def _check_embeddings(self, embeddings: list[Tensor], weighting: bool) -> None:
+        """Raise SdkitError, with the cause, where the text encoder gave numbers that are not finite."""
+        if all(bool(torch.isfinite(embedding).all()) for embedding in embeddings):
+            return
+        if weighting and bool(torch.isfinite(self.text.encode("")).all()):
+            raise SdkitError("the prompt's weights are so large that its embedding is not finite; give smaller ones.")
+        raise SdkitError(f"the text encoder gave numbers that are not finite; {_remedy(self.text)}.")
+
+    @staticmethod
+    def _check_guided(negatives: list[str], guidance: dict[str, Any]) -> None:
+        """Refuse what a U-Net that takes the guidance scale as an input has no use for."""
+        used = {"negative_prompt": any(negatives), "guidance_interval": guidance["interval"] is not None,
+                "guidance_rescale": bool(guidance["phi"]), "apg": guidance["projected"] is not None}  # fmt: skip
+        if option := next((option for option, given in used.items() if given), None):
+            raise ArgumentError(
+                "this model's U-Net takes the guidance scale as an input and makes one pass, without guidance: "
+                f"{option} has no meaning for it; leave it out."
+            )
 
     def images_at_once(self, height: int, width: int) -> int:
         """How many images of this size, in pixels, are denoised together where no `batch_size` is given."""
@@ -248,11 +275,12 @@ class StableDiffusion:
         drawn = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
         if latents is None:
             return drawn
-        if latents.shape != (len(generators), *shape) or not bool(torch.isfinite(latents).all()):
+        if latents.shape != (len(generators), *shape):
             raise ArgumentError(
-                f"latents must be finite and of shape {(len(generators), *shape)} for these images, "
-                f"not {tuple(latents.shape)}."
+                f"latents must be of shape {(len(generators), *shape)} for these images, not {tuple(latents.shape)}."
             )
+        if not latents.is_floating_point() or not bool(torch.isfinite(latents).all()):
+            raise ArgumentError("latents must be finite floating-point numbers: standard normal noise.")
         return latents.detach().float().cpu()
 
     def _options(self, sampler: str, eta: float) -> dict[str, float | None]:
@@ -294,3 +322,13 @@ class StableDiffusion:
         n = fitting if batch_size is None else whole("batch_size", batch_size, 1)
         for chunks, indices in sorted(groups.items()):
             yield from ((indices[i : i + n], chunks) for i in range(0, len(indices), n))
+
+
+def _remedy(part: UNet | TextEncoder) -> str:
+    """How to come by finite numbers from a network that gave others."""
+    broken = next((name for name, weight in part.network.named_parameters() if not weight.isfinite().all()), None)
+    if broken is not None:
+        return f"its weight {clean(broken)} is not: load the model anew, from a file that is whole"
+    if part.dtype == torch.float16:
+        return "float16 holds none above 65504: take dtype 'fp32' or 'bf16'"
+    return "its weights are: take a smaller guidance scale, smaller prompt weights, or a LoRA at a smaller scale"

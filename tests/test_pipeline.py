@@ -19,6 +19,7 @@ import sdkit
 from sdkit.guidance import APG
 from sdkit.samplers import SAMPLERS, Step
 from tests.models.test_text import EMOJI, diffusers_pipeline
+from tests.models.test_unet import guided_network
 
 PROMPTS = ["a red apple on a blue background", "a cat", "green tree", "rocket"]
 NEGATIVES = ["blue", "", "a dog", "a red ball"]
@@ -107,6 +108,45 @@ class TestAgainstDiffusers:
         expected = pipe(latents=latents.clone(), output_type="np", **common).images
         image = sd(latents=latents, output_type="np", **common)
         assert np.abs(image - expected * 255).max() <= 1
+
+
+class TestGuidanceAsAnInput:
+    """A latent consistency model's U-Net takes the guidance scale as an input."""
+
+    @pytest.fixture(scope="class")
+    def consistency(self, sd: sdkit.StableDiffusion) -> sdkit.StableDiffusion:
+        schedule = sdkit.NoiseSchedule.from_config({"_class_name": "DDIMScheduler", **SD_SCHEDULER})
+        return sdkit.StableDiffusion(sd.vae, sd.text, sdkit.UNet(guided_network(sd.text.width)), schedule)
+
+    @pytest.mark.parametrize("scale", [1.0, 1.5, 7.5, 8.5])
+    def test_latents_are_those_of_diffusers_in_one_pass(self, consistency: sdkit.StableDiffusion, scale: float) -> None:
+        pipe = diffusers_pipeline(consistency, DDIMScheduler(**SD_SCHEDULER))
+        latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+        common = {"num_inference_steps": 4, "guidance_scale": scale}
+        expected = theirs(pipe, prompt=PROMPTS[:2], latents=latents.clone(), **common)
+        z = consistency(PROMPTS[:2], latents=latents, output_type="latent", **common)
+        torch.testing.assert_close(z, expected, atol=1e-4, rtol=1e-4)
+        assert count(consistency, lambda: consistency(PROMPTS[:2], output_type="latent", **common)) == [2] * 4
+
+    def test_the_scale_matters(self, consistency: sdkit.StableDiffusion) -> None:
+        low, high = (
+            consistency("a cat", num_inference_steps=4, guidance_scale=scale, output_type="latent") for scale in (1, 8)
+        )
+        assert (low - high).abs().max() > 1e-3
+
+    @pytest.mark.parametrize(
+        "option",
+        [
+            {"negative_prompt": "blue"},
+            {"guidance_interval": (0.5, 3.0)},
+            {"guidance_rescale": 0.7},
+            {"apg": APG()},
+        ],
+        ids=lambda option: next(iter(option)),
+    )
+    def test_options_of_guidance_are_refused(self, consistency: sdkit.StableDiffusion, option: dict[str, Any]) -> None:
+        with pytest.raises(sdkit.ArgumentError, match=f"{next(iter(option))} has no meaning for it; leave it out"):
+            consistency("a cat", num_inference_steps=1, **option)
 
 
 class TestBatches:
@@ -320,6 +360,19 @@ def test_given_latents_and_the_steps_noise_are_not_the_same_numbers(sd: sdkit.St
 def test_numbers_that_are_not_finite(sd: sdkit.StableDiffusion, output_type: str) -> None:
     broken = copy.deepcopy(sd)
     broken.unet.network.conv_out.bias.data.fill_(float("nan"))
-    with pytest.raises(sdkit.SdkitError, match=r"^the U-Net gave numbers that are not finite; take dtype"):
+    with pytest.raises(sdkit.SdkitError, match=r"^the U-Net gave .* not finite; its weight conv_out.bias is not"):
         broken("a red apple", num_inference_steps=2, output_type=output_type)
     assert broken("a red apple", num_inference_steps=2, output_type="latent").isnan().any()
+
+
+def test_the_cause_of_numbers_that_are_not_finite_is_told(sd: sdkit.StableDiffusion) -> None:
+    with pytest.raises(sdkit.SdkitError, match=r"^the prompt's weights are so large"):
+        sd(f"a (cat:{'9' * 60})", weighting=True, num_inference_steps=1)
+    broken = copy.deepcopy(sd)
+    next(broken.text.network.parameters()).data.fill_(float("nan"))
+    with pytest.raises(sdkit.SdkitError, match=r"^the text encoder gave .* not finite; its weight .* is not: load"):
+        broken("a cat", num_inference_steps=1)
+    with pytest.raises(sdkit.ArgumentError, match=r"^latents must be finite floating-point numbers"):
+        sd("a cat", latents=torch.full((1, 4, 16, 16), float("nan")), num_inference_steps=1)
+    with pytest.raises(sdkit.ArgumentError, match=r"^latents must be of shape"):
+        sd("a cat", latents=torch.zeros(2, 4, 16, 16), num_inference_steps=1)

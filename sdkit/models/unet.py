@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sdkit.device import memory_format, resolve_device, resolve_dtype
+from sdkit.errors import ArgumentError
 from sdkit.models.attention import quicken_attention
 from sdkit.models.source import load_unet
 from sdkit.models.wrapper import Wrapper, blames_network
@@ -24,7 +25,8 @@ class UNet(Wrapper):
     """A `UNet2DConditionModel` that gives back the dtype it was given, whatever it computes in.
 
     Attributes: `network`, diffusers' own module; `channels` of its input (4); `width` D of the text embeddings it
-        attends to; `sample_size`, the side of the latents it was trained on.
+        attends to; `sample_size`, the side of the latents it was trained on; `guided`, whether it is distilled so that
+        it takes the guidance scale as an input (latent consistency models) and needs no second pass.
     """
 
     def __init__(self, network: UNet2DConditionModel) -> None:
@@ -34,6 +36,7 @@ class UNet(Wrapper):
         self.channels = int(config.in_channels)
         self.width = _one(config.cross_attention_dim)
         self.sample_size = _one(config.sample_size or 64)
+        self.guided = config.time_cond_proj_dim is not None
         network.time_embedding.register_forward_pre_hook(_first_row)
 
     @classmethod
@@ -69,27 +72,46 @@ class UNet(Wrapper):
         self.network(x_t, 1, x_t.new_zeros(1, 4, self.width), return_dict=False)
 
     @blames_network
-    def forward(self, x_t: Tensor, t: int | Tensor, cond: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x_t: Tensor,
+        t: int | Tensor,
+        cond: Tensor,
+        mask: Tensor | None = None,
+        *,
+        guidance_scale: float | Tensor | None = None,
+    ) -> Tensor:
         """The model's output, eps, v or x0 as it was trained, shaped like x_t (or with twice the channels where it
         learned its variance), in x_t's dtype.
 
         x_t: (B, 4, h, w). t: an integer or (B,). cond: (B, L, D) from `TextEncoder.encode`. mask: (B, L), True where
-        cond counts, for prompts of different lengths; None counts all.
+        cond counts, for prompts of different lengths; None counts all. guidance_scale: a number or (B,), for a network
+        that is `guided`, and for no other.
         """
+        if self.guided != (guidance_scale is not None):
+            problem = "takes the guidance scale as an input" if self.guided else "has no input for the guidance scale"
+            raise ArgumentError(f"this U-Net {problem}: {'give' if self.guided else 'leave out'} guidance_scale.")
         sample = x_t.to(self.device, self.dtype)
         t = t.to(self.device) if isinstance(t, Tensor) else t
         mask = None if mask is None else mask.to(self.device)
         _thread.shares_t = isinstance(t, int)
         try:
             output: Tensor = self.network(
-                sample, t, encoder_hidden_states=cond.to(sample), encoder_attention_mask=mask, return_dict=False
-            )[0]
+                sample, t, encoder_hidden_states=cond.to(sample), encoder_attention_mask=mask, return_dict=False,
+                timestep_cond=None if guidance_scale is None else self._guidance(guidance_scale).to(sample),
+            )[0]  # fmt: skip
         finally:
             _thread.shares_t = False  # of nobody else's call of the network
         return output.to(x_t)
 
+    def _guidance(self, scale: float | Tensor) -> Tensor:
+        """What the network is given for a guidance scale: (1, W), or (B, W) of (B,)."""
+        return guidance_embedding(torch.as_tensor(scale).reshape(-1), self.network.config.time_cond_proj_dim)
+
     @torch.no_grad()
-    def cross_attention(self, x_t: Tensor, t: int | Tensor, cond: Tensor) -> Tensor:
+    def cross_attention(
+        self, x_t: Tensor, t: int | Tensor, cond: Tensor, *, guidance_scale: float | Tensor | None = None
+    ) -> Tensor:
         """Where the model looks at each token of the prompt: (B, L, h, w) float32, which adds up to 1 over the L tokens
         at each place.
 
@@ -112,8 +134,21 @@ class UNet(Wrapper):
             for name, layer in self.network.named_modules():
                 if name.endswith(".attn2"):
                     hooks.enter_context(layer.register_forward_pre_hook(look, with_kwargs=True))
-            self(x_t, t, cond)
+            self(x_t, t, cond, guidance_scale=guidance_scale)
         return torch.stack(maps).mean(0)
+
+
+def guidance_embedding(scale: Tensor, width: int) -> Tensor:
+    """Sinusoids (B, width) of w = scale - 1, for guidance scales (B,) (Luo et al. 2023,
+    https://arxiv.org/abs/2310.04378, section 4.2; Meng et al. 2023, https://arxiv.org/abs/2210.03142).
+
+    In float32, as in training: the angles are so large that other arithmetic gives other sines.
+    """
+    w = (scale.detach().cpu().double() - 1).float() * 1000
+    half = width // 2
+    frequencies = torch.exp(torch.arange(half) * -(torch.log(torch.tensor(10000.0)) / (half - 1)))
+    angles = w[:, None] * frequencies
+    return F.pad(torch.cat([angles.sin(), angles.cos()], dim=1), (0, width % 2))
 
 
 def _sides(area: int, height: int, width: int) -> tuple[int, int]:

@@ -113,6 +113,11 @@ class UNetStage:
             raise ArgumentError(
                 "a U-Net that learned its variance cannot be trained; give one that predicts one thing."
             )
+        if self.unet.guided:
+            raise ArgumentError(
+                "a U-Net that takes the guidance scale as an input (latent consistency) cannot be trained; give the "
+                "model that it was distilled from."
+            )
         network.set_attn_processor(PlainWhereSmall())
         trained = [network, *([self.text.network] if config.train_text_encoder else [])]
         for one in trained:

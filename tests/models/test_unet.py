@@ -7,8 +7,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
 import sdkit
+from sdkit.models.unet import guidance_embedding
 
 
 @pytest.fixture(scope="module")
@@ -86,3 +88,50 @@ def test_a_call_leaves_the_network_as_it_was(sd: sdkit.StableDiffusion) -> None:
     theirs = sd.unet.network(x, t, encoder_hidden_states=cond).sample
     torch.testing.assert_close(theirs, sd.unet(x, t, cond))
     assert float((theirs[1] - sd.unet(x, 1, cond)[1]).abs().max()) > 1e-2
+
+
+class TestGuidanceAsAnInput:
+    """U-Nets of latent consistency models: `time_cond_proj_dim`."""
+
+    @pytest.fixture(scope="class")
+    def guided(self) -> sdkit.UNet:
+        return sdkit.UNet(guided_network())
+
+    @pytest.mark.parametrize("width", [16, 17, 256])
+    def test_embedding_is_that_of_diffusers(self, width: int) -> None:
+        scales = torch.tensor([0.0, 1.0, 1.1, 7.5, 8.5, 100.0])
+        expected = StableDiffusionPipeline.get_guidance_scale_embedding(None, scales - 1, embedding_dim=width)
+        assert torch.equal(guidance_embedding(scales, width), expected)
+
+    @torch.no_grad()
+    def test_equals_the_network(self, guided: sdkit.UNet) -> None:
+        x_t, cond = torch.randn(2, 2, 4, 8, 8, generator=torch.Generator().manual_seed(0))[0], torch.randn(2, 5, 8)
+        scales = torch.tensor([1.5, 8.0])
+        expected = guided.network(
+            x_t, 500, encoder_hidden_states=cond, timestep_cond=guidance_embedding(scales, 16)
+        ).sample
+        torch.testing.assert_close(guided(x_t, 500, cond, guidance_scale=scales), expected, atol=1e-5, rtol=0)
+        for i, scale in enumerate((1.5, 8.0)):
+            one = guided(x_t, 500, cond, guidance_scale=scale)
+            torch.testing.assert_close(one[i], expected[i], atol=1e-5, rtol=0)
+            assert torch.equal(one[:1], guided(x_t[:1], 500, cond[:1], guidance_scale=scale))
+        assert (expected[0] - guided(x_t, 500, cond, guidance_scale=8.0)[0]).abs().max() > 1e-4
+        shares = guided.cross_attention(x_t, 500, cond, guidance_scale=8.0)
+        torch.testing.assert_close(shares.sum(1), torch.ones(2, 8, 8))
+
+    def test_is_given_where_it_is_an_input_and_nowhere_else(self, unet: sdkit.UNet, guided: sdkit.UNet) -> None:
+        x_t, cond = inputs(1)
+        with pytest.raises(sdkit.ArgumentError, match="takes the guidance scale as an input: give guidance_scale"):
+            guided(x_t, 500, cond[..., :8])
+        with pytest.raises(sdkit.ArgumentError, match="has no input for the guidance scale: leave out guidance_scale"):
+            unet(x_t, 500, cond, guidance_scale=2.0)
+
+
+def guided_network(cross_attention_dim: int = 8) -> UNet2DConditionModel:
+    """A small one that takes the guidance scale as an input."""
+    torch.manual_seed(0)
+    return UNet2DConditionModel(
+        sample_size=8, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, attention_head_dim=4,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=cross_attention_dim, time_cond_proj_dim=16,
+    ).eval()  # fmt: skip
