@@ -25,7 +25,7 @@ from sdkit.errors import ArgumentError, SourceError
 from sdkit.files import atomic_write
 from sdkit.messages import clean
 from sdkit.models.folder import path_or_fetched
-from sdkit.models.weights import TensorFile, find, is_file, open_tensors
+from sdkit.models.weights import TensorFile, find, is_file, loading, open_tensors
 
 FILENAME = "pytorch_lora_weights.safetensors"
 LAYOUTS = ("diffusers", "kohya")
@@ -95,7 +95,8 @@ def add_lora(network: nn.Module, rank: int) -> None:
     except ImportError as error:
         raise ArgumentError("LoRA training needs peft; install 'sdkit[train]'.") from error
     config = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(TARGETS), init_lora_weights="gaussian")
-    inject_adapter_in_model(config, network)  # which freezes all else
+    with loading:  # layers made while another thread loads would be without memory
+        inject_adapter_in_model(config, network)  # which freezes all else
     for parameter in network.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
