@@ -26,7 +26,7 @@ from sdkit.errors import ArgumentError, SourceError
 from sdkit.files import atomic_write, expanded, reason
 from sdkit.messages import clean
 from sdkit.models.folder import HUB_ID, Place, absent, fetch
-from sdkit.models.weights import SUFFIXES, TensorFile, find, is_file, open_tensors
+from sdkit.models.weights import SUFFIXES, TensorFile, find, is_file, loading, open_tensors
 from sdkit.strict_json import parse_object, read_object
 
 FILENAME = "pytorch_lora_weights.safetensors"
@@ -132,7 +132,8 @@ def add_lora(network: nn.Module, rank: int) -> None:
     except ImportError as error:
         raise ArgumentError("LoRA training needs peft; install 'sdkit[train]'.") from error
     config = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(TARGETS), init_lora_weights="gaussian")
-    inject_adapter_in_model(config, network)  # which freezes all else
+    with loading:  # layers made while another thread loads would be without memory
+        inject_adapter_in_model(config, network)  # which freezes all else
     for parameter in network.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()

@@ -641,7 +641,8 @@ class Hub(BaseHTTPRequestHandler):
         if self.refusal:
             self.answer(self.refusal[0], {"X-Error-Code": self.refusal[1], "X-Error-Message": "refused"}, b"{}")
         elif name.startswith("/api/") and "/tree/" not in name:
-            self.answer(200, {}, json.dumps({"id": "org/name", "sha": COMMIT}).encode())
+            siblings = [{"rfilename": path} for path in self.files]
+            self.answer(200, {}, json.dumps({"id": "org/name", "sha": COMMIT, "siblings": siblings}).encode())
         elif name.startswith("/api/"):
             entries = [
                 {"type": "file", "path": path, "size": file.stat().st_size, "oid": f"{i:040x}"}
@@ -737,9 +738,36 @@ def test_hub_lacks_the_part(hub: HubState) -> None:
     with pytest.raises(SourceError, match=r"^'org/name' has no unet/config\.json on the Hub"):
         load_unet("org/name")
     with pytest.raises(
+        SourceError, match=r"^'org/name' has no vae/diffusion_pytorch_model\.bf16\.safetensors, but the variant 'fp16'"
+    ):
+        load_vae("org/name", variant="bf16")
+    files = hub.handler.files
+    hub.handler.files = {name: files[name] for name in files if ".fp16." not in name}
+    with pytest.raises(
         SourceError, match=r"^'org/name' has no vae/diffusion_pytorch_model\.bf16\.safetensors on the Hub"
     ):
         load_vae("org/name", variant="bf16")
+
+
+def test_hub_has_shards_and_trained_words(hub: HubState, sd1: Tiny, tmp_path: Path) -> None:
+    """The index, and then the shards that it names, are asked for; and every file of the tokenizer."""
+    tensors = load_file(sd1.folder / "unet" / "diffusion_pytorch_model.safetensors")
+    placed = {key: f"diffusion_pytorch_model-0000{i % 2 + 1}-of-00002.safetensors" for i, key in enumerate(tensors)}
+    for name in {*placed.values()}:
+        save_file({key: x for key, x in tensors.items() if placed[key] == name}, tmp_path / name)
+        hub.handler.files[f"unet/{name}"] = tmp_path / name
+    index = write(tmp_path / "index.json", {"weight_map": placed})
+    hub.handler.files["unet/diffusion_pytorch_model.safetensors.index.json"] = index
+    for suffix in ("safetensors", "bin", "fp16.safetensors"):
+        hub.handler.files.pop(f"unet/diffusion_pytorch_model.{suffix}")
+    assert_same(load_unet("org/name"), sd1.unet)
+    assert [component.parameters for component in describe("org/name").components[:2]] == [
+        None,
+        sum(p.numel() for p in sd1.unet.parameters()),
+    ]
+    hub.handler.files["tokenizer/added_tokens.json"] = write(tmp_path / "added.json", {"<cat-toy>": 49408})
+    with pytest.raises(SourceError, match=r"has 49409 tokens, its text encoder 49408; "):
+        load_text("org/name")
 
 
 @pytest.mark.parametrize("offline", [True, False])
