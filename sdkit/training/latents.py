@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from sdkit.data import manifest
 from sdkit.data.examples import open_examples, warn_without_captions
 from sdkit.data.latent_cache import Item, LatentCache, Prompt
 from sdkit.data.transform import Transform
+from sdkit.errors import ArgumentError
 from sdkit.models.text import TextEncoder
 from sdkit.models.vae import VAE
 from sdkit.training.config import UNetConfig
