@@ -51,8 +51,7 @@ class StageSettings(LoopSettings):
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass: less memory, about a third more time."""
 
-    data_options: ClassVar[tuple[str, ...]] = ("split", "image_column", "class_folders")
-    """The fields that say how `data` is opened: parameters of `open_examples`."""
+    data_options: ClassVar[tuple[str, ...]] = ("split", "image_column", "class_folders")  # of `open_examples`
 
     may_change = LoopSettings.may_change | {"init"}  # a path; the identity of the model tells what came of it
 

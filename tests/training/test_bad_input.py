@@ -239,7 +239,7 @@ Make = Callable[[Path, Path], dict[str, Any]]
 # Stages, what happens, the settings (of the kit and a folder of one's own), the kind of error, and what it says.
 CASES: list[tuple[str, str, Make, type[sdkit.SdkitError], tuple[str, ...]]] = [
     ("both", "empty folder", lambda k, p: {"data": folder(p / "d")}, DATA, ("there is no image, .parquet or",)),
-    ("both", "no images", lambda k, p: {"data": folder(p / "d", a__txt=b"x")}, DATA, ("d; name other data",)),
+    ("both", "no images", lambda k, p: {"data": folder(p / "d", a__txt=b"x")}, DATA, ("d (but 1 .txt file); name ot",)),
     ("both", "dots only", lambda k, p: {"data": dots(p / "d")}, DATA,
      ("2 images in a row in ", "a.png: 1 x 1 pixels are too few for a crop of 32 x 32", "; look at the data with")),
     ("both", "broken images only", lambda k, p: {"data": folder(p / "d", a__png=b"x", b__jpg=b"")}, DATA,
