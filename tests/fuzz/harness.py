@@ -22,8 +22,8 @@ from typing import Any
 from tests.fuzz.worker import BYTES, SECONDS
 
 IDLE, WORK = 10, 0.5
-"""A process that does not compute for `WORK` seconds in `IDLE` seconds waits for what never comes (a pipe, a lock); some
-threads of libraries wake up now and then all the same."""
+"""A process that computes for less than `WORK` seconds in `IDLE` seconds waits for what never comes (a pipe, a lock);
+some threads of libraries wake up now and then all the same."""
 START = 300
 """Seconds within which a process has imported the libraries, or made a valid input."""
 ROOT = Path(__file__).resolve().parents[2]
