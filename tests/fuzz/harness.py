@@ -21,8 +21,9 @@ from typing import Any
 
 from tests.fuzz.worker import BYTES, SECONDS
 
-IDLE = 10
-"""Seconds without any work after which a process waits for what never comes (a pipe, a lock)."""
+IDLE, WORK = 10, 0.5
+"""A process that computes for less than `WORK` seconds in `IDLE` seconds waits for what never comes (a pipe, a lock);
+some threads of libraries wake up now and then all the same."""
 START = 300
 """Seconds within which a process has imported the libraries, or made a valid input."""
 ROOT = Path(__file__).resolve().parents[2]
@@ -111,7 +112,7 @@ class Worker:
         # Nothing is read ahead, since `select` would not know of it.
         while not select.select([self.process.stdout], [], [], 0.05)[0]:
             now, (used, held) = time.monotonic(), self._usage()
-            if used > cpu + 0.01:
+            if used > cpu + WORK:
                 cpu, busy = used, now
             if limit is not None:
                 if now - began > limit:

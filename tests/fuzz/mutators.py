@@ -341,8 +341,11 @@ def mutate_safetensors(data: bytes, rng: Random) -> bytes:
         texts = (*TEXTS, *NUMBERS, str(int(float(value)) * 8), f"-{value}") if numbers else (*TEXTS, *NUMBERS)
         metadata[key] = mutate_json(value.encode(), rng).decode() if value[:1] == "{" else rng.choice(texts)
     elif action == "scalar":
-        width = {"F16": 2, "BF16": 2, "I64": 8, "F64": 8, "U8": 1}.get(entry["dtype"], 4)
-        header[name] = {**entry, "shape": rng.choice(([], [1])), "data_offsets": [start, start + width]}
+        for one in rng.choice(([name], names)):
+            entry = header[one]
+            start = entry["data_offsets"][0]
+            width = {"F16": 2, "BF16": 2, "I64": 8, "F64": 8, "U8": 1}.get(entry["dtype"], 4)
+            header[one] = {**entry, "shape": rng.choice(([], [1])), "data_offsets": [start, start + width]}
         return _repacked(header, body)
     elif action == "huge":
         entry["shape"] = rng.choice(([2**40], [2**32, 2**32], [0, 2**62], [2**63], [-1], [1.5]))

@@ -154,9 +154,9 @@ def test_a_worker_that_dies_is_told_and_replaced(shared: Worker) -> None:
 
 
 def test_a_worker_that_waits_is_told_where(shared: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(harness, "IDLE", 1)
     assert shared.ask("prompts", None) is None
     assert shared.process is not None
+    monkeypatch.setattr(harness, "IDLE", 1)
     shared.process.send_signal(signal.SIGSTOP)
     failure = shared.ask("prompts", 1)
     assert failure is not None
