@@ -36,7 +36,7 @@ def test_a_checkpoint_without_a_vae_takes_one_of_each_kind(tmp_path: Path) -> No
     torch.save(vae, tmp_path / "vae.ckpt")
     expected = drawn(whole)
     source = tmp_path / "bare.safetensors"
-    with pytest.raises(SourceError, match=r"not a VAE; name one beside it \(vae=, or --vae\)\.$"):
+    with pytest.raises(SourceError, match=r"not a VAE; give .*, or a VAE beside it \(vae=, --vae\)\.$"):
         sdkit.StableDiffusion.from_pretrained(source, config=folder, **PLACE)
     for kind in ("full.safetensors", "vae.safetensors", "vae.ckpt", "model", "model/vae"):
         sd = sdkit.StableDiffusion.from_pretrained(source, vae=tmp_path / kind, config=folder, **PLACE)

@@ -295,7 +295,10 @@ def absent(place: Place, what: str) -> SourceError:
     files = sorted(place.path.glob("*.safetensors"))
     if files and not any(is_file(place.path / name) for name in ("model_index.json", "config.json")):
         return SourceError(f"{place.label} has no {what}; give the file in it ({files[0].name}) if that is meant.")
-    return SourceError(f"{place.label} has no {what}; give a folder in diffusers layout, a single file or a Hub id.")
+    beside = ", or a VAE beside it (vae=, --vae)" if what.startswith(VAE.folder) else ""
+    return SourceError(
+        f"{place.label} has no {what}; give a folder in diffusers layout, a single file or a Hub id{beside}."
+    )
 
 
 def path_or_fetched(source: str | os.PathLike[str], filename: str, revision: str | None, hint: str = "") -> Path:

@@ -149,8 +149,8 @@ def require(file: TensorFile, part: str) -> list[str]:
         return keys
     held = " and ".join(NOUNS[other] for other in PREFIXES if keys_of(file, other))
     wanted = NOUNS[part]
-    remedy = "name one beside it (vae=, or --vae)" if part == "vae" else "give a whole checkpoint or another source"
-    raise SourceError(f"{file.label} holds {held}, not {wanted}; {remedy}.")
+    beside = ", or a VAE beside it (vae=, --vae)" if part == "vae" else ""
+    raise SourceError(f"{file.label} holds {held}, not {wanted}; give a whole checkpoint or another source{beside}.")
 
 
 def check_kind(file: TensorFile) -> None:
