@@ -172,6 +172,8 @@ OWN: dict[str, dict[str, tuple[str, Any]]] = {
         "noise_offset": ("0.1", 0.1),
         "caption_dropout": ("0", 0.0),
         "validation_prompts": ("apple ghost", ("apple", "ghost")),
+        "caption_column": ("label", "label"),
+        "default_caption": ("ghost", "ghost"),
     },
 }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from sdkit.errors import ArgumentError
 from sdkit.fields import documented
@@ -51,7 +51,7 @@ class StageSettings(LoopSettings):
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass: less memory, about a third more time."""
 
-    data_options: ClassVar[tuple[str, ...]] = ("split", "image_column", "class_folders")  # of `open_examples`
+    data_options = ("split", "image_column", "class_folders")  # of `open_examples`
 
     may_change = LoopSettings.may_change | {"init"}  # a path; the identity of the model tells what came of it
 
@@ -180,7 +180,7 @@ class UNetConfig(StageSettings):
     validation_prompts: tuple[str, ...] = ()
     """Images of them are made at each validation, always from the same seeds."""
 
-    data_options = (*StageSettings.data_options, "caption_column", "default_caption")
+    data_options = StageSettings.data_options + ("caption_column", "default_caption")  # noqa: RUF005
 
     def __post_init__(self) -> None:
         super().__post_init__()
