@@ -130,6 +130,9 @@ def settings(stage: str, *arguments: str) -> VAEConfig | UNetConfig:
 COMMON: dict[str, tuple[str, Any]] = {
     "model": ("a/b", "a/b"),
     "data": ("photos", "photos"),
+    "split": ("test", "test"),
+    "image_column": ("photo", "photo"),
+    "class_folders": ("", True),
     "out_dir": ("runs/a", "runs/a"),
     "max_steps": ("7", 7),
     "batch_size": ("3", 3),

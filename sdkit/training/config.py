@@ -180,7 +180,7 @@ class UNetConfig(StageSettings):
     validation_prompts: tuple[str, ...] = ()
     """Images of them are made at each validation, always from the same seeds."""
 
-    data_options = StageSettings.data_options + ("caption_column", "default_caption")  # noqa: RUF005
+    data_options = (*StageSettings.data_options, "caption_column", "default_caption")
 
     def __post_init__(self) -> None:
         super().__post_init__()
