@@ -113,7 +113,8 @@ def _lines(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     except DataError:
         raise
     except OSError as error:
-        raise DataError(f"cannot read {clean(str(file))}: {reason(error)}.") from error
+        why = reason(error) if error.strerror else first_line(error)  # pyarrow raises some of its own
+        raise DataError(f"cannot read {clean(str(file))}: {why}.") from error
     except UnicodeDecodeError as error:
         raise DataError(f"cannot read {clean(str(file))}: it is not utf-8 text.") from error
     except Exception as error:  # of pyarrow: nearly anything
