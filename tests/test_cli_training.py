@@ -130,6 +130,9 @@ def settings(stage: str, *arguments: str) -> VAEConfig | UNetConfig:
 COMMON: dict[str, tuple[str, Any]] = {
     "model": ("a/b", "a/b"),
     "data": ("photos", "photos"),
+    "split": ("test", "test"),
+    "image_column": ("photo", "photo"),
+    "class_folders": ("", True),
     "out_dir": ("runs/a", "runs/a"),
     "max_steps": ("7", 7),
     "batch_size": ("3", 3),
@@ -173,6 +176,8 @@ OWN: dict[str, dict[str, tuple[str, Any]]] = {
         "noise_offset": ("0.1", 0.1),
         "caption_dropout": ("0", 0.0),
         "validation_prompts": ("apple ghost", ("apple", "ghost")),
+        "caption_column": ("label", "label"),
+        "default_caption": ("ghost", "ghost"),
     },
 }
 

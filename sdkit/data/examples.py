@@ -303,9 +303,9 @@ def open_examples(
         "caption_column": caption_column,
         "default_caption": default_caption,
     }
-    root = path if path.is_dir() else path.parent
     if not here:
         return _from_hub(source, split, streaming, **columns)
+    root = path if path.is_dir() else path.parent
     if kind == "parquet":
         for file in files:
             _check_regular(file)

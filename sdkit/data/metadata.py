@@ -113,7 +113,8 @@ def _lines(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     except DataError:
         raise
     except OSError as error:
-        raise DataError(f"cannot read {clean(str(file))}: {reason(error)}.") from error
+        why = reason(error) if error.strerror else first_line(error)  # pyarrow raises some of its own
+        raise DataError(f"cannot read {clean(str(file))}: {why}.") from error
     except UnicodeDecodeError as error:
         raise DataError(f"cannot read {clean(str(file))}: it is not utf-8 text.") from error
     except Exception as error:  # of pyarrow: nearly anything
@@ -136,15 +137,15 @@ def _json_lines(file: BinaryIO, path: Path) -> Iterator[tuple[int, dict[str, Any
 
 
 def _csv_lines(file: BinaryIO, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    reader = csv.DictReader(io.TextIOWrapper(file, encoding="utf-8-sig", newline=""), strict=True)
-    while True:
-        try:
-            fields = next(reader, None)
-        except csv.Error as error:
-            raise DataError(f"{clean(str(path))}, line {reader.line_num}: this is not CSV ({error}).") from error
-        if fields is None:
-            return
-        yield reader.line_num, {key: value for key, value in fields.items() if isinstance(key, str)}
+    text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
+    reader = csv.DictReader(text, strict=True)
+    try:
+        for fields in reader:
+            yield reader.line_num, {key: value for key, value in fields.items() if isinstance(key, str)}
+    except csv.Error as error:
+        raise DataError(f"{clean(str(path))}, line {reader.line_num}: this is not CSV ({error}).") from error
+    finally:
+        text.detach()  # whoever opened the file closes it
 
 
 def _parquet_rows(file: BinaryIO, _: Path) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from sdkit.errors import ArgumentError
 from sdkit.fields import documented
@@ -51,8 +51,6 @@ class StageSettings(LoopSettings):
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass: less memory, about a third more time."""
 
-    data_options: ClassVar[tuple[str, ...]] = ("split", "image_column", "class_folders")  # of `open_examples`
-
     may_change = LoopSettings.may_change | {"init"}  # a path; the identity of the model tells what came of it
 
     def __post_init__(self) -> None:
@@ -82,7 +80,8 @@ class StageSettings(LoopSettings):
 
     def opened_with(self) -> dict[str, Any]:
         """Parameters of `open_examples` for `data`."""
-        return {name: getattr(self, name) for name in self.data_options}
+        names = ("split", "image_column", "class_folders")
+        return {name: getattr(self, name) for name in names}
 
     def _keep_apart(self, name: str, data: str | os.PathLike[str]) -> None:
         """Else a run that is taken up again would learn from the pictures of its own samples/."""
@@ -186,7 +185,6 @@ class UNetConfig(StageSettings):
     """Images of them are made at each validation, always from the same seeds."""
 
     may_change = StageSettings.may_change | {"vae"}  # a path, too
-    data_options = (*StageSettings.data_options, "caption_column", "default_caption")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -211,3 +209,7 @@ class UNetConfig(StageSettings):
         if self.validation_prompts:
             prompts = tuple(strings("validation_prompts", self.validation_prompts))
             self._keep("validation_prompts", prompts)
+
+    def opened_with(self) -> dict[str, Any]:
+        """Parameters of `open_examples` for `data`."""
+        return super().opened_with() | {"caption_column": self.caption_column, "default_caption": self.default_caption}

@@ -65,7 +65,7 @@ def captions(path: Path, **options: Any) -> dict[str, str]:
         ({"a.png": PNG, "a.caption": b"a dog"}, {"a.png": "a dog"}),
         ({"a.png": PNG, "a.json": b'{"text": "c"}', "a.caption": b"b", "a.txt": b"a"}, {"a.png": "a"}),
         ({"a.png": PNG, "a.json": b'{"text": "c"}', "a.txt": b" \n"}, {"a.png": "c"}),
-        ({"v1.0/1.png": PNG, "v1.0/1.txt": b"a", "v2.0/1.png": PNG, "v2.0/1.txt": b"b"}, {"v1.0/1.png": "a", "v2.0/1.png": "b"}),
+        ({"1.0/1.png": PNG, "1.0/1.txt": b"a", "2.0/1.png": PNG}, {"1.0/1.png": "a", "2.0/1.png": ""}),
         ({"./A.PNG": PNG, "./A.TXT": b"a dog"}, {"./A.PNG": "a dog"}),
         ({"a.json": b'{"text": NaN}', "a.png": PNG}, {"a.png": ""}),
     ],
@@ -183,5 +183,5 @@ def test_damaged_parquet_is_read_or_refused(tmp_path: Path) -> None:
             try:
                 for example in open_examples(tmp_path, streaming=streaming):
                     example.load()
-            except sdkit.SdkitError as error:
+            except sdkit.SdkitError as error:  # noqa: PERF203
                 assert "\n" not in str(error)  # noqa: PT017 - reading may also succeed
