@@ -21,9 +21,10 @@ from statistics import median
 ROOT = Path(__file__).resolve().parent.parent
 PARTS = ("folder", "file", "images", "data")
 
+LOAD = "import sdkit; sd = sdkit.StableDiffusion.from_pretrained(root / {name!r}, dtype='fp32', device='cpu')"
 WORK = {
-    "folder": "import sdkit; sd = sdkit.StableDiffusion.from_pretrained(root / 'sd15', dtype='fp32', device='cpu')",
-    "file": "import sdkit; sd = sdkit.StableDiffusion.from_pretrained(root / 'sd15.safetensors', dtype='fp32', device='cpu')",
+    "folder": LOAD.format(name="sd15"),
+    "file": LOAD.format(name="sd15.safetensors"),
     "images": "from sdkit import images; [images.read(path) for path in sorted((root / 'images').glob('*.png'))]",
     "data": "from sdkit.data import open_examples; found = open_examples(root / 'images'); found.identity",
 }
@@ -75,9 +76,8 @@ def seconds(part: str, root: Path, checkout: Path) -> float:
 def make(root: Path, n: int) -> None:
     """A model of random weights as a folder and as one file, and images with captions; left as they are if there."""
     import numpy as np
-    import torch
     from PIL import Image
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import save_file
 
     sys.path.insert(0, str(ROOT))
     from sdkit.models.single_file import ASSETS, empty
@@ -94,9 +94,7 @@ def make(root: Path, n: int) -> None:
                 "unet": lambda tensors: original_layout.unet(tensors, layers_per_block=2),
                 "text": original_layout.clip,
             }[part](state)
-            del network
         save_file({key: value.clone().contiguous() for key, value in original.items()}, root / "sd15.safetensors")
-        del original, state, load_file, torch
         for name in ("scheduler", "tokenizer"):
             (root / "sd15" / name).mkdir()
             for file in (ASSETS / "sd1" / name).iterdir():

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from sdkit.arguments import one_of
 from sdkit.errors import ArgumentError, ImageError
+from sdkit.file_kind import AVIF, BEGINNING, GIF, JPEG, PNG, WEBP, kind_of
 from sdkit.files import atomic_write, encodable
 from sdkit.messages import clean, stop_in
 
@@ -111,36 +112,19 @@ def _formats(name: str) -> tuple[str, ...]:
     return tuple(kind for kind in _known_formats() if kind != "TGA" or name.lower().endswith(SUFFIXES["TGA"]))
 
 
-SIGNATURES = {
-    b"%!": "PostScript",
-    b"%PDF": "a PDF",
-    b"8BPS": "a Photoshop file",
-    b"\xff\x0a": "JPEG XL",
-    b"\0\0\0\x0cJXL ": "JPEG XL",
-    b"II*\0\x10\0\0\0CR": "a camera's raw file",
-    b"<svg": "SVG",
-    b"<!DOCTYPE": "a web page",
-    b"<!doctype": "a web page",
-    b"<html": "a web page",
-    b"<?xml": "XML or SVG",
-    b"version https://git-lfs": "a pointer of Git LFS, in place of the file",
-}
-_BRANDS = {b"heic": "HEIC", b"heix": "HEIC", b"hevc": "HEIC", b"mif1": "HEIF", b"msf1": "HEIF", b"avif": "AVIF"}
-
-
 def _instead(path: str | Path | BinaryIO) -> str:
     """The end of a sentence that says what a file is which is no image."""
     head = b""
     with contextlib.suppress(OSError, ValueError):
         if isinstance(path, (str, Path)):
             with Path(path).open("rb") as file:
-                head = file.read(64)
+                head = file.read(BEGINNING)
         else:
             path.seek(0)
-            head = path.read(64)
-    kind = next((kind for begin, kind in SIGNATURES.items() if head.lstrip().startswith(begin)), None)
-    if head[4:8] == b"ftyp":
-        kind = _BRANDS.get(head[8:12], "a video")
+            head = path.read(BEGINNING)
+    kind = kind_of(head)
+    if kind in (PNG, JPEG, GIF, WEBP) or (kind == AVIF and AVIF in _known_formats()):
+        return f": it begins as {kind} does, but is damaged"
     return f" that can be read here, but {kind}" if kind else ", or of a format that is not read here"
 
 

@@ -11,7 +11,7 @@ LONGEST_MESSAGE = 1000
 
 def clean(text: str) -> str:
     """`text` without line breaks and control characters, and not too long."""
-    shown = "".join(letter if letter.isprintable() else " " for letter in text[: LONGEST_QUOTE + 1])
+    shown = "".join(letter if letter.isprintable() else "?" for letter in text[: LONGEST_QUOTE + 1])
     return shown if len(text) <= LONGEST_QUOTE else f"{shown[:LONGEST_QUOTE]}..."
 
 

@@ -15,21 +15,12 @@ import safetensors.torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from sdkit.file_kind import BEGINNING, SAFETENSORS, kind_of
 from sdkit.files import open_regular, read_regular
 from sdkit.messages import first_line
 from sdkit.strict_json import parse_object
 
 METADATA = "__metadata__"
-BEGINNINGS = {
-    b"PK\x03\x04": "a zip archive, as torch.save writes it",
-    b"\x89PNG\r\n": "a PNG image",
-    b"\xff\xd8\xff": "a JPEG image",
-    b"RIFF": "a WebP image or another RIFF file",
-    b"GIF8": "a GIF image",
-    b"\x1f\x8b": "a gzip archive",
-    b"%PDF-": "a PDF document",
-    b"version https://git-lfs.": "a Git LFS pointer, which `git lfs pull` replaces",
-}
 
 
 def encoded(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
@@ -55,13 +46,13 @@ def read(path: Path, largest: int) -> tuple[dict[str, Tensor], dict[str, str]]:
     except MemoryError:
         raise
     except Exception as error:  # whatever damage makes torch or safetensors raise
-        raise _unreadable(data[:512], error) from error
+        raise _unreadable(data[:BEGINNING], error) from error
 
 
 def open_mapped(path: Path) -> Any:
     """safetensors' `safe_open` of a file, which maps it into memory. Raises as `read` does."""
     with open_regular(path) as file:
-        beginning = file.read(512)
+        beginning = file.read(BEGINNING)
     try:
         return safe_open(path, framework="pt")
     except SafetensorError as error:
@@ -70,19 +61,6 @@ def open_mapped(path: Path) -> Any:
 
 def _unreadable(beginning: bytes, error: Exception) -> ValueError:
     kind = kind_of(beginning)
-    if kind:
-        return ValueError(f"is {kind}, not a safetensors file")
-    return ValueError(f"is not a whole safetensors file ({first_line(error)})")
-
-
-def kind_of(beginning: bytes) -> str | None:
-    """The kind of a file that is no whole safetensors file, by its first bytes; None where they do not tell."""
-    for start, kind in BEGINNINGS.items():
-        if beginning.startswith(start):
-            return kind
-    if beginning.lstrip()[:5].lower() in (b"<!doc", b"<html", b"<?xml", b"<head", b"<body"):
-        return "a web page"
-    # A header of 640 bytes begins with 80 02 00; no pickle goes on with 00 there.
-    if beginning[:1] == b"\x80" and beginning[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05") and any(beginning[2:3]):
-        return "a pickle"
-    return None
+    if kind in (None, SAFETENSORS):
+        return ValueError(f"is not a whole safetensors file ({first_line(error)})")
+    return ValueError(f"is {kind}, not a safetensors file")

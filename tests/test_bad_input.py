@@ -191,8 +191,8 @@ def test_call(sd: sdkit.StableDiffusion, case: int) -> None:
         (lambda: sdkit.NoiseSchedule.linear(prediction_type="noise"), "prediction_type 'noise' is not one of"),
         (lambda: sdkit.NoiseSchedule.linear(variance_type="learned"), "variance_type 'learned' is not one of"),
         (
-            lambda: sdkit.NoiseSchedule.from_config({"beta_schedule": "sigmoid"}),
-            "beta_schedule 'sigmoid' is not one of",
+            lambda: sdkit.NoiseSchedule.from_config({"beta_schedule": "quadratic"}),
+            "beta_schedule 'quadratic' is not one of",
         ),
         (lambda: sdkit.NoiseSchedule.from_config({"thresholding": True}), "dynamic thresholding"),
         (lambda: sdkit.NoiseSchedule.linear().snr(1000), "from 0 to 999"),

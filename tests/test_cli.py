@@ -486,8 +486,8 @@ def test_handlers_are_put_back_and_those_of_others_left_alone(run: Callable[...,
         assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
         with signals_raised():
             assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-            with pytest.raises(Stopped, match="stopped by SIGTERM"):
-                signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(Stopped, match="stopped by SIGTERM"), signals_raised():
+            signal.raise_signal(signal.SIGTERM)
     finally:
         for number, handler in zip((signal.SIGTERM, signal.SIGHUP), before, strict=True):
             signal.signal(number, handler)

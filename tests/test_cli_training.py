@@ -569,7 +569,7 @@ def test_a_signal_leaves_a_checkpoint_and_the_same_command_goes_on(work: Path, n
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals to send")
 def test_a_second_ctrl_c_leaves_at_once(work: Path) -> None:
     run = (*LORA, "--out-dir", "r", "--max-steps", "9", "--save-every", "2", "--validate-every", "9")
-    hook = "SIGINT os.rename:step-00000002 1;SIGINT os.rename:step-00000002 1"
+    hook = "SIGINT os.rename:step-00000002 1;SIGINT os.rename:step-00000002 2"  # both at the first one
     code, out, err = ended(started(*run, hook=hook))
     assert (code, out) == (130, "")
     assert [line[:15] for line in err.splitlines()] == ["", "sdkit: stopping", "sdkit: stopped;"]

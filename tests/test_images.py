@@ -253,12 +253,12 @@ def test_decompression_bomb(tmp_path: Path) -> None:
     ("data", "kind"),
     [
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n%%EndComments\nshowpage\n%%EOF\n", "PostScript"),
-        (b"%PDF-1.7\n", "a PDF"),
+        (b"%PDF-1.7\n", "a PDF document"),
         (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "HEIC"),
         (b"\0\0\0\x20ftypisom", "a video"),
         (b"\xff\x0a\xfa\x7f", "JPEG XL"),
-        (b"<!DOCTYPE html>\n<html>", "a web page"),
-        (b"version https://git-lfs.github.com/spec/v1\n", "a pointer of Git LFS, in place of the file"),
+        (b"<!DOCTYPE html>\n<html>", r"a web page \(HTML\)"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer"),
     ],
 )
 def test_what_is_in_a_file_of_another_kind_is_told(tmp_path: Path, data: bytes, kind: str) -> None:

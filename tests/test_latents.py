@@ -181,11 +181,11 @@ WHOLE = file_of(metadata_of())
     [
         (b"", "this is not a whole safetensors file"),
         (b"a text file, but long enough to hold a header's length", "this is not a whole safetensors file"),
-        (torch_pickle(), "this is a zip archive, as torch.save writes it, not a safetensors file"),
+        (torch_pickle(), "this is a zip archive, not a safetensors file"),
         (pickle.dumps({"z": 0}), "this is a pickle, not a safetensors file"),
         (b"\x89PNG\r\n\x1a\n" + bytes(99), "this is a PNG image, not a safetensors file"),
         (b"\xff\xd8\xff\xe0" + bytes(99), "this is a JPEG image, not a safetensors file"),
-        (b"\n<!DOCTYPE html><title>404</title>", "this is a web page, not a safetensors file"),
+        (b"\n<!DOCTYPE html><title>404</title>", "this is a web page .HTML., not a safetensors file"),
         (b"version https://git-lfs.github.com/spec/v1\n", "this is a Git LFS pointer"),
         (b"\x80\x02" + bytes(300), "this is not a whole safetensors file"),  # a header of 640 bytes, cut short
         (WHOLE[:5], "this is not a whole safetensors file"),

@@ -114,7 +114,8 @@ class TestGuidanceAsAnInput:
     """A latent consistency model's U-Net takes the guidance scale as an input."""
 
     @pytest.fixture(scope="class")
-    def consistency(self, sd: sdkit.StableDiffusion) -> sdkit.StableDiffusion:
+    @classmethod
+    def consistency(cls, sd: sdkit.StableDiffusion) -> sdkit.StableDiffusion:
         schedule = sdkit.NoiseSchedule.from_config({"_class_name": "DDIMScheduler", **SD_SCHEDULER})
         return sdkit.StableDiffusion(sd.vae, sd.text, sdkit.UNet(guided_network(sd.text.width)), schedule)
 

@@ -1,7 +1,7 @@
-"""The cases behind the guide "What loads": each makes a file or a folder as the field produces it, and says how it is read.
+"""The cases behind the guide "What loads": each makes a file or a folder as the field produces it.
 
-A case's docstring is its row in the table; the test reads it and writes down what happened. `python -m tests.what_loads`
-writes the guide anew.
+A case's docstring is its row in the table; the test reads the file and writes down what happened. `python -m
+tests.what_loads` writes the guide anew.
 """
 
 from __future__ import annotations

@@ -78,8 +78,6 @@ PATTERN = re.compile(r"\^?(?:\.\*|\\\.|[\w.-])+\$?")
 hold."""
 OTHER_BASE = ("pissa", "olora", "corda", "loftq")
 """Ways to begin a LoRA (peft's `init_lora_weights`) that change the weights it is added to."""
-SPARE = 2**28
-"""Bytes that the tensors of a file may take beyond its size: views in a pickle can be as large as they like."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -274,26 +272,15 @@ def _read(file: TensorFile, names: Iterable[str]) -> dict[str, Tensor]:
     """The named tensors, plain, contiguous, and finite."""
     tensors = file.read(names)
     for name, tensor in tensors.items():
-        if kind := _oddity(tensor, FLOATS | WHOLE if name.endswith(".alpha") else FLOATS):
-            raise SourceError(f"{file.label} holds {clean(name)} as {kind}, not as floats; give another file.")
+        if tensor.dtype not in (FLOATS | WHOLE if name.endswith(".alpha") else FLOATS):
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise SourceError(f"{file.label} holds {clean(name)} as {kind} numbers, not as floats; give another file.")
     if file.tensors is not None:
-        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-        if size > file.path.stat().st_size + SPARE:
-            raise SourceError(f"{file.label} is damaged: its tensors are larger than the file; download it again.")
         # Views, which may share memory: safetensors writes neither.
         tensors = {name: x.detach().clone(memory_format=torch.contiguous_format) for name, x in tensors.items()}
     if broken := next((name for name, tensor in tensors.items() if not tensor.float().isfinite().all()), None):
         raise SourceError(f"{file.label} is damaged: its {clean(broken)} is not finite; download it again.")
     return tensors
-
-
-def _oddity(tensor: Tensor, allowed: set[torch.dtype]) -> str | None:
-    """How a tensor differs from plain numbers of the allowed dtypes, in words."""
-    if tensor.is_meta:
-        return "a meta tensor (without content)"
-    if tensor.layout != torch.strided or tensor.is_nested:
-        return "a sparse or nested tensor"
-    return None if tensor.dtype in allowed else f"{str(tensor.dtype).removeprefix('torch.')} numbers"
 
 
 @dataclass(frozen=True, kw_only=True)

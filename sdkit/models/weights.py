@@ -23,9 +23,9 @@ from safetensors import safe_open
 from torch import nn
 
 from sdkit.errors import SdkitError, SourceError
+from sdkit.file_kind import BEGINNING, JSON, LFS, PAGE, PICKLE, SAFETENSORS, ZIP, kind_of
 from sdkit.files import open_regular
 from sdkit.messages import clean, first_line, stop_in
-from sdkit.models.file_kind import BEGINNING, EMPTY, SAFETENSORS, UNKNOWN, kind_of
 from sdkit.strict_json import LARGEST, parse_object
 
 loading = threading.RLock()
@@ -44,6 +44,14 @@ BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn
 """Bytes of a number in each dtype that weights may have."""
 INDICES = ("position_ids", "num_batches_tracked")
 EMBEDDING = "string_to_param"
+REMEDIES = {
+    LFS: "fetch them with `git lfs pull`",
+    PAGE: "the site may want a log-in: download the file itself with a browser",
+    JSON: "give the folder that it is in, or the file of weights beside it",
+}
+"""For files that are something else than weights, by their kind."""
+SPARE = 2**28
+"""Bytes by which tensors of a pickle may always be larger than their file: views may repeat their storage."""
 
 
 LEVELS = 32
@@ -214,15 +222,18 @@ def open_tensors(path: Path) -> TensorFile:
     Raises SourceError for a file that is damaged, empty, of another kind, or a pickle that holds more than tensors.
     """
     name = repr(clean(str(path)))
-    kind = kind_of(path, _read(path, BEGINNING))
-    if kind == EMPTY:
+    beginning, suffix = _read(path, BEGINNING), path.suffix.lower()
+    if not beginning:
         raise SourceError(f"{name} is empty; download it again.")
-    if isinstance(kind, tuple):
-        raise SourceError(f"{name} is {kind[0]}; {kind[1]}.")
-    suffix = path.suffix.lower()
-    if kind == UNKNOWN and suffix not in SUFFIXES:
+    kind = kind_of(beginning)
+    if kind == ZIP and _is_torchs(path):
+        kind = PICKLE
+    if kind is None and suffix not in SUFFIXES:
         raise SourceError(f"{name} is not a file of weights; give a {', '.join(SUFFIXES)} file or a folder.")
-    safe = kind == SAFETENSORS or (kind == UNKNOWN and suffix == ".safetensors")
+    if kind not in (None, SAFETENSORS, PICKLE):
+        remedy = "unpack it, and give the file of weights in it" if kind.endswith("archive") else REMEDIES.get(kind)
+        raise SourceError(f"{name} is {kind}, not the weights; {remedy or 'give the file of weights'}.")
+    safe = kind == SAFETENSORS or (kind is None and suffix == ".safetensors")
     try:
         return _open_safetensors(path) if safe else _open_pickle(path)
     except (SdkitError, MemoryError):
@@ -236,6 +247,15 @@ def open_tensors(path: Path) -> TensorFile:
         ) from error
     except Exception as error:  # whatever damage makes torch or safetensors raise
         raise stop_in(error) or _damaged(name, ".safetensors" if safe else ".ckpt", error) from error
+
+
+def _is_torchs(archive: Path) -> bool:
+    """Whether a zip archive holds FOLDER/data.pkl, as torch writes it, or is cut short, of which torch says so."""
+    try:
+        with zipfile.ZipFile(archive) as opened:
+            return any(name.endswith("/data.pkl") for name in opened.namelist())
+    except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile):
+        return True
 
 
 def _damaged(name: str, kind: str, error: Exception) -> SourceError:
@@ -260,7 +280,7 @@ def _open_pickle(path: Path) -> TensorFile:
         # Only torch's zip format can be mapped into memory, by its name; other files are read whole.
         mapped = zipfile.is_zipfile(path) and not misnamed
         content = torch.load(path if mapped else file, map_location="cpu", weights_only=True, mmap=mapped)
-    tensors = _named_tensors(content, repr(clean(str(path))))
+    tensors = _named_tensors(content, repr(clean(str(path))), path.stat().st_size)
     return TensorFile(
         path=path,
         shapes={key: tuple(value.shape) for key, value in tensors.items()},
@@ -270,8 +290,8 @@ def _open_pickle(path: Path) -> TensorFile:
     )
 
 
-def _named_tensors(content: Any, name: str) -> dict[str, torch.Tensor]:
-    """The tensors of a pickle's dict, or of the one dict of tensors inside that dict."""
+def _named_tensors(content: Any, name: str, size: int) -> dict[str, torch.Tensor]:
+    """The tensors of a pickle's dict, or of the one dict of tensors inside that dict; the file has `size` bytes."""
     outer = content if isinstance(content, dict) else {}
     inside = {str(key): _tensors_of(value) for key, value in outer.items() if isinstance(value, dict)}
     inside = {key: tensors for key, tensors in inside.items() if tensors}
@@ -289,10 +309,11 @@ def _named_tensors(content: Any, name: str) -> dict[str, torch.Tensor]:
     if not tensors:
         raise SourceError(f"{name} holds no named tensors; give a model's .safetensors file.")
     for key, tensor in tensors.items():
-        # One that repeats its storage can claim any size; the others have no numbers that could be read.
-        dense = tensor.layout == torch.strided and tensor.device.type == "cpu" and not tensor.is_quantized
-        if not dense or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        plain = tensor.layout == torch.strided and not tensor.is_nested and not tensor.is_quantized
+        if not plain or tensor.device.type != "cpu":
             raise SourceError(f"{name} holds {clean(key)}, which is no plain tensor; give a model's .safetensors file.")
+    if sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()) > 2 * size + SPARE:
+        raise SourceError(f"{name} is damaged: its tensors are larger than the file; download it again.")
     return tensors
 
 

@@ -751,10 +751,10 @@ class TestSources:
     @pytest.mark.parametrize(
         ("make", "problem"),
         [
-            (lambda x: torch.empty_like(x, device="meta"), r"as a meta tensor \(without content\), not as floats"),
-            (lambda x: x.to_sparse(), "as a sparse or nested tensor"),
-            (lambda x: x.to_sparse_csr(), "as a sparse or nested tensor"),
-            (lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.qint8), "as qint8 numbers"),
+            (lambda x: torch.empty_like(x, device="meta"), "which is no plain tensor"),
+            (lambda x: x.to_sparse(), "which is no plain tensor"),
+            (lambda x: x.to_sparse_csr(), "which is no plain tensor"),
+            (lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.qint8), "which is no plain tensor"),
             (lambda x: x.to(torch.int8), "as int8 numbers"),
             (lambda x: x > 0, "as bool numbers"),
             (lambda x: x.to(torch.complex64), "as complex64 numbers"),

@@ -760,12 +760,12 @@ def test_hub_has_shards_and_trained_words(hub: HubState, sd1: Tiny, tmp_path: Pa
     hub.handler.files["unet/diffusion_pytorch_model.safetensors.index.json"] = index
     for suffix in ("safetensors", "bin", "fp16.safetensors"):
         hub.handler.files.pop(f"unet/diffusion_pytorch_model.{suffix}")
+    hub.handler.files["tokenizer/added_tokens.json"] = write(tmp_path / "added.json", {"<cat-toy>": 49408})
     assert_same(load_unet("org/name"), sd1.unet)
     assert [component.parameters for component in describe("org/name").components[:2]] == [
         None,
         sum(p.numel() for p in sd1.unet.parameters()),
     ]
-    hub.handler.files["tokenizer/added_tokens.json"] = write(tmp_path / "added.json", {"<cat-toy>": 49408})
     with pytest.raises(SourceError, match=r"has 49409 tokens, its text encoder 49408; "):
         load_text("org/name")
 

@@ -169,7 +169,7 @@ class TestDtypes:
 
     def test_a_tensor_that_claims_more_than_it_holds(self, tmp_path: Path) -> None:
         torch.save({"decoder.conv_in.weight": torch.zeros(1).expand(10**6, 10**6)}, tmp_path / "a.ckpt")
-        with pytest.raises(SourceError, match=r"holds decoder.conv_in.weight, which is no plain tensor"):
+        with pytest.raises(SourceError, match="is damaged: its tensors are larger than the file"):
             load_vae(tmp_path / "a.ckpt")
 
 
@@ -207,8 +207,8 @@ class TestKinds:
             (b'{"error": "Invalid credentials"}', "is JSON text, not the weights"),
             (b"version https://git-lfs.github.com/spec/v1\noid", "is a Git LFS pointer, not the weights; fetch them"),
             (b"GGUF\x03\0\0\0", "is a GGUF file, quantized for other programs"),
-            (b"\x1f\x8b\x08\0", "is a gzip archive; unpack it"),
-            (b"\x89PNG\r\n\x1a\n", "is a picture"),
+            (b"\x1f\x8b\x08\0", "is a gzip archive, not the weights; unpack it"),
+            (b"\x89PNG\r\n\x1a\n", "is a PNG image, not the weights"),
             (b"PK\x05\x06" + b"\0" * 18, "is damaged|holds no"),
         ],
     )
@@ -227,7 +227,7 @@ class TestKinds:
         (tmp_path / "in" / "a.txt").write_text("x")
         shutil.make_archive(str(tmp_path / "m"), "zip", tmp_path / "in")
         (tmp_path / "m.zip").rename(tmp_path / "m.ckpt")
-        with pytest.raises(SourceError, match="is a zip archive, but no file of torch; unpack it"):
+        with pytest.raises(SourceError, match="is a zip archive, not the weights; unpack it"):
             load_vae(tmp_path / "m.ckpt")
 
     @pytest.mark.parametrize("legacy", [False, True])
