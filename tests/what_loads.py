@@ -25,8 +25,13 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import sdkit
+from sdkit.files import sha256
+from sdkit.jobs import read_prompts
 from sdkit.models.single_file import ASSETS
+from sdkit.recipe import Recipe
+from sdkit.schedule import SCHEDULERS
 from tests import original_layout
+from tests.color_profiles import P3, matrix_profile
 
 GUIDE = Path(__file__).parents[1] / "notebooks" / "what_loads.md"
 HEAD = """# What loads
@@ -107,6 +112,31 @@ class Kit:
         """Another folder with the model."""
         shutil.copytree(self.folder, to)
         return to
+
+    @cached_property
+    def photos(self) -> Path:
+        """A folder of three images with captions."""
+        for i in range(3):
+            picture(self.root / "photos" / f"{i}.png")
+            (self.root / "photos" / f"{i}.txt").write_text("a dog")
+        return self.root / "photos"
+
+    @cached_property
+    def cache(self) -> Path:
+        """A latent cache of the photos."""
+        return sdkit.data.cache(self.folder, self.photos, self.root / "cache", size=64, dtype="fp32", device="cpu")
+
+    @cached_property
+    def run(self) -> Path:
+        """A run of one step."""
+        return self.train(self.root / "run", 1)
+
+    def train(self, out_dir: Path, steps: int) -> Path:
+        """Train a LoRA, or resume its training."""
+        settings = sdkit.training.UNetConfig(
+            model=self.folder, data=self.photos, out_dir=out_dir, size=64, max_steps=steps, lora_rank=1, ema_decay=0
+        )
+        return sdkit.training.train_unet(settings)
 
     def lora(self, prefix: str = "lora_unet_") -> Tensors:
         """A LoRA of one layer in kohya's layout."""
@@ -206,8 +236,30 @@ VAES = Group("VAEs alone", _vae)
 LORAS = Group("LoRA", _lora)
 IMAGES = Group("Images", lambda path, _: sdkit.images.read(path))
 DATA = Group("Images with captions", _data)
+
+
+def _schedule(config: dict[str, Any], _: Kit) -> str:
+    schedule = sdkit.NoiseSchedule.from_config(config, latents=True)
+    return f"{schedule.num_timesteps} steps, {schedule.timestep_spacing} spacing, offset {schedule.steps_offset}"
+
+
+def _cache(path: Path, _: Kit) -> str:
+    from sdkit.data import LatentCache
+
+    return f"{len([*LatentCache(path)])} images"
+
+
+def _resumed(path: Path, kit: Kit) -> object:
+    return kit.train(path, 2)
+
+
+SCHEDULES = Group("Noise schedules (scheduler_config.json)", _schedule)
 LATENTS = Group("Latent files", lambda path, _: sdkit.latents.load(path))
-GROUPS = (MODELS, VAES, LORAS, IMAGES, DATA, LATENTS)
+CACHES = Group("Latent caches", _cache)
+RECIPES = Group("PNGs that say how they were made (`sdkit generate --from`)", lambda path, _: Recipe.read(path))
+PROMPTS = Group("Prompts (`sdkit generate --prompts`)", lambda path, _: "; ".join(read_prompts(path)))
+RUNS = Group("Runs that are resumed", _resumed)
+GROUPS = (MODELS, VAES, SCHEDULES, LORAS, IMAGES, DATA, RECIPES, PROMPTS, LATENTS, CACHES, RUNS)
 
 
 def outcome(case: Case, kit: Kit, folder: Path) -> str:
@@ -233,14 +285,16 @@ def table(kit: Kit, root: Path) -> str:
     lines = [HEAD]
     for group in GROUPS:
         lines += [f"## {group.title}", "", "| what | what sdkit does |", "|---|---|"]
-        lines += [f"| {row} | {said} |" for row, said in _rows(group, kit, root)]
+        lines += [f"| {row} | {said} |" for row, said in rows(group, kit, root)]
         lines.append("")
     return "\n".join(lines)
 
 
-def _rows(group: Group, kit: Kit, root: Path) -> Iterator[tuple[str, str]]:
+def rows(group: Group, kit: Kit, root: Path) -> Iterator[tuple[str, str]]:
+    """Each case of a group, and what came of it."""
     for number, case in enumerate(group.cases):
-        yield case.what.replace("|", "\\|"), outcome(case, kit, root / f"{group.title.split()[0].lower()}-{number}")
+        folder = root / f"{GROUPS.index(group)}-{number}"
+        yield case.what.replace("|", "\\|"), outcome(case, kit, folder)
 
 
 @MODELS
@@ -529,11 +583,14 @@ def _(kit: Kit, here: Path) -> Path:
 
 @IMAGES
 def _(kit: Kit, here: Path) -> Path:
-    """An image with a colour profile (Display P3, Adobe RGB), converted to sRGB"""
-    from PIL import ImageCms
+    """An image with a colour profile (Display P3, Adobe RGB, CMYK), which is converted to sRGB"""
+    return picture(here / "picture.png", icc_profile=matrix_profile(P3, None))
 
-    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-    return picture(here / "picture.png", icc_profile=profile)
+
+@IMAGES
+def _(kit: Kit, here: Path) -> Path:
+    """An image with a damaged colour profile"""
+    return picture(here / "picture.png", icc_profile=b"no profile")
 
 
 @IMAGES
@@ -660,6 +717,124 @@ def _(kit: Kit, here: Path) -> Path:
     """A PNG under this name"""
     (here / "z.safetensors").write_bytes(encoded())
     return here / "z.safetensors"
+
+
+SD_SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+for name in SCHEDULERS:
+
+    def _scheduler(kit: Kit, here: Path, name: str = name) -> dict[str, Any]:
+        return {"_class_name": name, **SD_SCHEDULE}
+
+    _scheduler.__doc__ = name
+    SCHEDULES(_scheduler)
+
+
+@SCHEDULES
+def _(kit: Kit, here: Path) -> dict[str, Any]:
+    """`clip_sample: true`, or no such key: latents are never clipped"""
+    return {"_class_name": "DDIMScheduler", **SD_SCHEDULE, "clip_sample": True}
+
+
+@SCHEDULES
+def _(kit: Kit, here: Path) -> dict[str, Any]:
+    """The class of another kind of model"""
+    return {"_class_name": "FlowMatchEulerDiscreteScheduler"}
+
+
+@SCHEDULES
+def _(kit: Kit, here: Path) -> dict[str, Any]:
+    """Dynamic thresholding"""
+    return {"_class_name": "DDIMScheduler", **SD_SCHEDULE, "thresholding": True}
+
+
+@RECIPES
+def _(kit: Kit, here: Path) -> Path:
+    """As `sdkit generate` writes it"""
+    sdkit.images.save(Image.new("RGB", (8, 8)), here / "a.png", Recipe(prompt="a dog").text())
+    return here / "a.png"
+
+
+@RECIPES
+def _(kit: Kit, here: Path) -> Path:
+    """An image of another program"""
+    return picture(here / "a.png")
+
+
+@RECIPES
+def _(kit: Kit, here: Path) -> Path:
+    """Values that sdkit never writes"""
+    sdkit.images.save(Image.new("RGB", (8, 8)), here / "a.png", Recipe(prompt="a dog").text() | {"steps": "many"})
+    return here / "a.png"
+
+
+@PROMPTS
+def _(kit: Kit, here: Path) -> Path:
+    """UTF-8 text, one prompt a line; # begins a comment"""
+    (here / "prompts.txt").write_text("# mine\na dog\n\na cat\n")
+    return here / "prompts.txt"
+
+
+@PROMPTS
+def _(kit: Kit, here: Path) -> Path:
+    """A device that never ends"""
+    return Path("/dev/zero")
+
+
+@CACHES
+def _(kit: Kit, here: Path) -> Path:
+    """As `sdkit cache` writes it"""
+    return kit.cache
+
+
+def _cache_with(file: str, damage: Callable[[Path], object]) -> Make:
+    def make(kit: Kit, here: Path) -> Path:
+        shutil.copytree(kit.cache, here / "cache")
+        damage(here / "cache" / file)
+        return here / "cache"
+
+    return make
+
+
+def _run_with(file: str, damage: Callable[[Path], object]) -> Make:
+    def make(kit: Kit, here: Path) -> Path:
+        shutil.copytree(kit.run, here / "run")
+        damage(here / "run" / file)
+        return here / "run"
+
+    return make
+
+
+DEEP = "[" * 100_000
+for what, make in (
+    ("A shard that is missing", _cache_with("shard-00000.safetensors", Path.unlink)),
+    ("A manifest that was changed by hand", _cache_with("manifest.json", lambda path: edited(path, images=2))),
+    ("A manifest nested 100,000 levels deep", _cache_with("manifest.json", lambda path: path.write_text(DEEP))),
+):
+    make.__doc__ = what
+    CACHES(make)
+
+
+def _other_shapes(checkpoint: Path) -> None:
+    """Cut every tensor of the optimizer to one number, with checksums that are right."""
+    file = checkpoint / "unet.optimizer.safetensors"
+    written(file, {name: x.flatten()[:1] for name, x in load_file(file).items()})
+    sums = {path.name: sha256(path) for path in sorted(checkpoint.iterdir()) if path.name != "manifest.json"}
+    edited(checkpoint / "manifest.json", sha256=sums)
+
+
+CHECKPOINT = "checkpoints/step-00000001"
+for what, make in (
+    ("As it was stopped", _run_with("config.json", lambda path: path)),
+    ("A checkpoint whose optimizer has other shapes", _run_with(CHECKPOINT, _other_shapes)),
+    (
+        "A checkpoint that was cut short",
+        _run_with(f"{CHECKPOINT}/rng.safetensors", lambda path: path.write_bytes(b"{")),
+    ),
+    ("Settings nested 100,000 levels deep", _run_with("config.json", lambda path: path.write_text(DEEP))),
+    ("Metrics that are no numbers", _run_with("metrics.jsonl", lambda path: path.write_text('{"step": "x"}\n'))),
+):
+    make.__doc__ = what
+    RUNS(make)
 
 
 def main() -> None:
