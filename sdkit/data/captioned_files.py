@@ -27,9 +27,10 @@ TEXT_SUFFIXES = frozenset((*BESIDE, ".jsonl", ".csv", ".tsv", ".xml", ".yaml", "
 
 def folder_rows(
     files: Iterable[Path], root: Path, caption_column: str | None, class_folders: bool = False
-) -> tuple[list[dict[str, Any]], list[str]]:
-    """One row for each image file below `root`, and for each that metadata names, sorted by path; and, where no image
-    has a caption, files that may hold some and are not read. Captions are looked for as in `open_examples`.
+) -> tuple[list[dict[str, Any]], list[str], list[str]]:
+    """One row for each image file below `root`, and for each that metadata names, sorted by path; where no image has a
+    caption, files that may hold some and are not read; suffixes of files with captions that are not the usual ones.
+    Captions are looked for as in `open_examples`.
 
     class_folders: repeat the images in a folder named like "10_zork dog" ten times, with "zork dog" as the caption of
                    those without.
@@ -40,12 +41,13 @@ def folder_rows(
     stated, keys = read_metadata(listed, caption_column)
     captions = _matched(stated, images, place)
     texts, beside = Texts(caption_column), _Beside(listed)
-    rows: list[dict[str, Any]] = []
+    rows, sources = list[dict[str, Any]](), set[str]()
     classes = 0
     for key, path in sorted(images.items(), key=lambda item: item[1]):
         caption = captions.get(key, "")
         if not caption:
-            caption = _first(beside.of(path, caption_column is not None), texts)
+            caption, source = _first(beside.of(path, caption_column is not None), texts)
+            sources.add(source)
         repeats = 1
         if class_folders and (found := _class(path, root)):
             classes += 1
@@ -62,11 +64,14 @@ def folder_rows(
         )
     if class_folders and not classes:
         raise DataError(f"no folder in {root} is named like '10_zork dog'; leave class_folders out.")
-    return rows, [] if any(one["caption"] for one in rows) else _texts_in(listed)
+    unread = [] if any(one["caption"] for one in rows) else _texts_in(listed)
+    return rows, unread, sorted(sources - {"", BESIDE[0]})
 
 
-def _first(paths: Iterable[Path], texts: Texts) -> str:
-    return next((caption for path in paths if (caption := texts.read(path))), "")
+def _first(paths: Iterable[Path], texts: Texts) -> tuple[str, str]:
+    """The first caption that is not empty, and the suffix of its file."""
+    found = ((texts.read(path), path.suffix.lower()) for path in paths)
+    return next((one for one in found if one[0]), ("", ""))
 
 
 def _class(path: Path, root: Path) -> re.Match[str] | None:

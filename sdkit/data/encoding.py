@@ -25,7 +25,7 @@ import torch
 from sdkit import __version__
 from sdkit.arguments import whole
 from sdkit.data import manifest as manifests
-from sdkit.data.examples import Example, Examples, Stream, open_examples, warn_without_captions
+from sdkit.data.examples import Example, Examples, Stream, open_examples, warn_of_captions
 from sdkit.data.latent_cache import damaged_files
 from sdkit.data.manifest import Manifest, Settings, Shard, Skipped, difference
 from sdkit.data.shard_file import ShardFile, save, shard_file
@@ -104,7 +104,7 @@ def cache(
         data, split=split, image_column=image_column, caption_column=caption_column, streaming=streaming,
         class_folders=class_folders, default_caption=default_caption,
     )  # fmt: skip
-    warn_without_captions(examples)
+    warn_of_captions(examples)
     source = model if vae is None else vae
     autoencoder = VAE.from_pretrained(source, dtype=resolve_dtype(dtype, place), device=place)
     # In float32: its fingerprint does not depend on the dtype then, and beside the VAE it costs little.

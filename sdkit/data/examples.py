@@ -98,11 +98,12 @@ class Examples:
 
     def __init__(
         self, dataset: Any, image: str, caption: str | None, source: str, *, default_caption: str = "",
-        folder: Path | None = None, unread: Sequence[str] = (),
+        folder: Path | None = None, unread: Sequence[str] = (), unusual: Sequence[str] = (),
     ) -> None:  # fmt: skip
         """`dataset` is a `datasets.Dataset` whose column `image` is not decoded. Paths in it are relative to `folder`.
-        `unread`: files that may hold captions, where no image has one."""
-        self.dataset, self.source, self.unread = dataset, source, unread
+        `unread`: files that may hold captions, where no image has one. `unusual`: suffixes of other files than .txt
+        that captions were read from."""
+        self.dataset, self.source, self.unread, self.unusual = dataset, source, unread, unusual
         self._columns = _Columns(source, image, caption, default_caption, folder)
         self._image, self._caption = image, caption
 
@@ -315,28 +316,32 @@ def open_examples(
         return _in_columns(dataset, source, streaming, files, folder=root.absolute(), **columns)
     if image_column is not None:
         raise ArgumentError(f"image_column= has no meaning for {kind}; leave it out.")
-    unread: list[str] = []
+    unread, unusual = list[str](), list[str]()
     if kind == FOLDER:
-        rows, unread = folder_rows(files, root, caption_column, class_folders)
+        rows, unread, unusual = folder_rows(files, root, caption_column, class_folders)
     else:
         rows, pictures = tar_rows(files, root, caption_column)
         _tell_passed_over(pictures)
     if not rows:
         raise DataError(f"there is no image in {clean(source)}; name other data.")
-    return Examples(_table(rows), "image", "caption", source, default_caption=default_caption, unread=unread)
+    found: dict[str, Any] = {"default_caption": default_caption, "unread": unread, "unusual": unusual}
+    return Examples(_table(rows), "image", "caption", source, **found)
 
 
-def warn_without_captions(examples: Examples | Stream) -> None:
-    """Warn, in the main process, where no example has a caption: what is trained on them learns no words."""
-    if not is_main_process() or examples.has_captions:
+def warn_of_captions(examples: Examples | Stream) -> None:
+    """Warn, in the main process, where no example has a caption (what is trained on them learns no words), or where the
+    captions lie in files that are not the usual ones."""
+    if not is_main_process():
         return
-    unread = examples.unread if isinstance(examples, Examples) else ()
-    shown = f" (there, but not read: {', '.join(map(clean, unread[:3]))})" if unread else ""
-    count = f"{len(examples)} images" if isinstance(examples, Examples) else "images"
-    warnings.warn(
-        f"none of the {count} in {clean(examples.source)} has a caption{shown}; the empty prompt is taken for all.",
-        stacklevel=1,
-    )
+    source = clean(examples.source)
+    unread, unusual = (examples.unread, examples.unusual) if isinstance(examples, Examples) else ((), ())
+    if not examples.has_captions:
+        count = f"{len(examples)} images" if isinstance(examples, Examples) else "images"
+        shown = f" (there, but not read: {', '.join(map(clean, unread[:3]))})" if unread else ""
+        told = f"none of the {count} in {source} has a caption{shown}; the empty prompt is taken for all."
+        warnings.warn(told, stacklevel=1)
+    elif unusual:
+        warnings.warn(f"captions in {source} are read from {' and '.join(unusual)} files.", stacklevel=1)
 
 
 def _tell_passed_over(names: Sequence[str]) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sdkit.console import is_main_process
 from sdkit.data import manifest
-from sdkit.data.examples import open_examples, warn_without_captions
+from sdkit.data.examples import open_examples, warn_of_captions
 from sdkit.data.latent_cache import Item, LatentCache, Prompt
 from sdkit.data.transform import Transform
 from sdkit.errors import ArgumentError
@@ -87,7 +87,7 @@ class ImageLatents:
         size: Any = config.size or own_size
         vae.check_size(size)
         examples = open_examples(config.data, **config.opened_with())
-        warn_without_captions(examples)
+        warn_of_captions(examples)
         self.images = TrainingImages(examples, config.transform(size), config.seed)
         self.identity = self.images.examples.identity
         self.validation_images = TrainingImages(self.images.examples, Transform(size=size), seed=0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import unicodedata
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from PIL import Image
 import sdkit
 from sdkit.data import check, open_examples
 from sdkit.data.captions import caption_of
-from sdkit.data.examples import warn_without_captions
+from sdkit.data.examples import warn_of_captions
 
 pytest.importorskip("datasets")
 import pyarrow as pa
@@ -291,7 +292,7 @@ class TestWithoutCaptions:
             r"^none of the 2 images in .* has a caption \(there, but not read: .*prompts\.csv, .*b\.tags\); the empty"
         )
         with pytest.warns(UserWarning, match=sentence):
-            warn_without_captions(examples)
+            warn_of_captions(examples)
         report = check(tmp_path, size=8)
         names = {one.kind: one.names for one in report.findings}
         assert names["no_caption"] == ("a.png", "b.png")
@@ -302,14 +303,14 @@ class TestWithoutCaptions:
     def test_one_caption_is_enough(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         folder_of(tmp_path, {"a.png": None, "b.png": None})
         with pytest.raises(UserWarning, match="none of the 2 images"):
-            warn_without_captions(open_examples(tmp_path))
-        warn_without_captions(open_examples(tmp_path, default_caption="a dog"))
+            warn_of_captions(open_examples(tmp_path))
+        warn_of_captions(open_examples(tmp_path, default_caption="a dog"))
         with monkeypatch.context() as other:  # one process of several tells it
             other.setenv("RANK", "1")
             other.setenv("WORLD_SIZE", "2")
-            warn_without_captions(open_examples(tmp_path))
+            warn_of_captions(open_examples(tmp_path))
         (tmp_path / "b.txt").write_text("a cat")
-        warn_without_captions(open_examples(tmp_path))
+        warn_of_captions(open_examples(tmp_path))
 
     def test_a_cache_tells_it(self, tmp_path: Path) -> None:
         folder_of(tmp_path / "data", {"a.png": None})
@@ -317,6 +318,15 @@ class TestWithoutCaptions:
             UserWarning, match=r"none of the 1 images in .*data has a caption; the empty prompt is taken"
         ):
             sdkit.data.cache("emoji", tmp_path / "data", tmp_path / "out", size=16)
+
+    @pytest.mark.parametrize(("name", "read_from"), [("a.txt", ""), ("a.caption", ".caption"), ("a.png.json", ".json")])
+    def test_files_that_are_not_the_usual_ones_are_named(self, tmp_path: Path, name: str, read_from: str) -> None:
+        folder_of(tmp_path, {"a.png": None, name: '{"text": "a dog"}'})
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            warn_of_captions(open_examples(tmp_path))
+        expected = [f"captions in {tmp_path} are read from {read_from} files."] if read_from else []
+        assert [str(one.message) for one in caught] == expected
 
 
 def test_pictures_that_cannot_be_read_are_named(tmp_path: Path) -> None:

@@ -107,13 +107,14 @@ class Worker:
         assert self.process
         assert self.process.stdout
         began = busy = time.monotonic()
-        first_cpu, first_memory = self._usage()
-        cpu = first_cpu
+        first_cpu, first_memory, _ = self._usage()
+        cpu, looks, ready = first_cpu, 0, 0
         # Nothing is read ahead, since `select` would not know of it.
         while not select.select([self.process.stdout], [], [], 0.05)[0]:
-            now, (used, held) = time.monotonic(), self._usage()
-            if used > cpu + WORK:
-                cpu, busy = used, now
+            now, (used, held, runnable) = time.monotonic(), self._usage()
+            looks, ready = looks + 1, ready + runnable
+            if used > cpu + WORK or (now - busy > IDLE and ready > looks / 5):  # or it would, on a busy machine
+                cpu, busy, looks, ready = used, now, 0, 0
             if limit is not None:
                 if now - began > limit:
                     return self._end(f"does not answer within {limit} s")
@@ -130,15 +131,16 @@ class Worker:
         code = self.process.wait()
         return self._end(f"the process died ({f'signal {-code}' if code < 0 else f'exit code {code}'})")
 
-    def _usage(self) -> tuple[float, int]:
-        """CPU time in seconds, and memory in bytes, of the process."""
+    def _usage(self) -> tuple[float, int, bool]:
+        """CPU time in seconds, and memory in bytes, of the process; whether it waits for nothing but a processor or a
+        disk."""
         assert self.process
         try:
             fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
         except OSError:
-            return 0.0, 0
+            return 0.0, 0, False
         ticks, pages = int(fields[11]) + int(fields[12]), int(fields[21])
-        return ticks / os.sysconf("SC_CLK_TCK"), pages * os.sysconf("SC_PAGE_SIZE")
+        return ticks / os.sysconf("SC_CLK_TCK"), pages * os.sysconf("SC_PAGE_SIZE"), fields[0] in "RD"
 
     def _end(self, problem: str) -> dict[str, Any]:
         assert self.process
