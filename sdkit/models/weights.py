@@ -44,6 +44,8 @@ BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn
 """Bytes of a number in each dtype that weights may have."""
 INDICES = ("position_ids", "num_batches_tracked")
 EMBEDDING = "string_to_param"
+MOST_AXES = 8
+"""Axes of a tensor of weights; no layer has more than five, and torch computes with no more than 64."""
 REMEDIES = {
     LFS: "fetch them with `git lfs pull`",
     PAGE: "the site may want a log-in: download the file itself with a browser",
@@ -235,7 +237,10 @@ def open_tensors(path: Path) -> TensorFile:
         raise SourceError(f"{name} is {kind}, not the weights; {remedy or 'give the file of weights'}.")
     safe = kind == SAFETENSORS or (kind is None and suffix == ".safetensors")
     try:
-        return _open_safetensors(path) if safe else _open_pickle(path)
+        opened = _open_safetensors(path) if safe else _open_pickle(path)
+        if odd := next((key for key, shape in opened.shapes.items() if len(shape) > MOST_AXES), None):
+            raise SourceError(f"{name} is damaged: its {clean(odd)} has over {MOST_AXES} axes; download it again.")
+        return opened
     except (SdkitError, MemoryError):
         raise
     except (pickle.UnpicklingError, LookupError, AttributeError, TypeError) as error:

@@ -172,6 +172,17 @@ class TestDtypes:
         with pytest.raises(SourceError, match="is damaged: its tensors are larger than the file"):
             load_vae(tmp_path / "a.ckpt")
 
+    def test_a_tensor_of_more_axes_than_torch_has(self, tmp_path: Path) -> None:
+        tensor = torch.ones(1)
+        file = saved(tmp_path / "m.safetensors", {"decoder.conv_in.weight": tensor})
+        data = file.read_bytes()
+        header = data[8 : 8 + int.from_bytes(data[:8], "little")].replace(b"[1]", str([1] * 65).encode())
+        file.write_bytes(len(header).to_bytes(8, "little") + header + data[-4:])
+        with pytest.raises(
+            SourceError, match=r"m\.safetensors' is damaged: its decoder\.conv_in\.weight has over 8 axes"
+        ):
+            open_tensors(file)
+
 
 class TestKinds:
     @pytest.mark.parametrize("name", ["m.ckpt", "m.pt", "M.SAFETENSORS", "m.bin", "m"])
