@@ -15,6 +15,7 @@ from diffusers.models import UNet2DConditionModel
 from torch import Tensor
 
 import sdkit
+from sdkit.errors import SourceError
 from sdkit.schedule import SCHEDULERS
 from tests.models.test_text import diffusers_pipeline
 
@@ -254,3 +255,18 @@ def test_a_config_of_pixels_is_taken_as_it_is_and_null_as_left_out() -> None:
     assert (schedule.clip_x0, schedule.steps_offset, schedule.prediction_type) == (1.0, 0, "epsilon")
     latents = sdkit.NoiseSchedule.from_config({"_class_name": "DDPMScheduler"}, latents=True)
     assert (latents.clip_x0, latents.steps_offset) == (None, 1)
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_configs_as_diffusers_writes_them_are_read(tmp_path: Path, name: str) -> None:
+    getattr(diffusers.schedulers, name)().save_pretrained(tmp_path / "scheduler")  # some with lambda_min_clipped -inf
+    theirs = getattr(diffusers.schedulers, name).from_pretrained(tmp_path, subfolder="scheduler")
+    schedule = sdkit.NoiseSchedule.from_pretrained(tmp_path)
+    np.testing.assert_allclose(schedule.alphas_cumprod, theirs.alphas_cumprod.double(), rtol=2e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("key", ["beta_start", "beta_end", "clip_sample_range"])
+def test_values_that_are_not_finite_are_refused_where_they_are_read(tmp_path: Path, key: str) -> None:
+    folder = written(tmp_path, "DDIMScheduler", STATED | {key: float("nan")})
+    with pytest.raises(SourceError, match=f"has {key} nan"):
+        sdkit.NoiseSchedule.from_pretrained(folder)

@@ -80,6 +80,8 @@ def load_tokenizer(folder: Path) -> CLIPTokenizer:
 def _settings(path: Path) -> dict[str, Any]:
     """The settings in `path` that are plain values."""
     found = {key: value for key, value in read_json(path).items() if key in SETTINGS or key.endswith("_token")}
+    if found.get("model_max_length", 0) is None:
+        del found["model_max_length"]  # as where it is not there at all
     if type(length := found.get("model_max_length", 77)) not in (int, float):
         raise SourceError(f"{clean(str(path))!r} has model_max_length {clean(repr(length))}, not a number; correct it.")
     return found

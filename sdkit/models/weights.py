@@ -183,6 +183,9 @@ VALUES: dict[str, dict[str, Check]] = {
 """Checks of values, by part and key: how a message puts what is right, and the check. Those that size a network, and
 those that the package itself computes with; what is wrong with others the libraries say."""
 
+UNBOUNDED = ("lambda_min_clipped",)
+"""Keys that diffusers itself writes as -Infinity: those of DPM-Solver's configs. They are not read here."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class TensorFile:
@@ -408,8 +411,8 @@ def read_json(path: Path) -> dict[str, Any]:
 def read_config(path: Path, part: str) -> dict[str, Any]:
     """The config of `part` ("vae", "unet", "text", "scheduler"; "index", model_index.json) in `path`.
 
-    Raises SourceError for a value of another type or range than `VALUES` says, for NaN and infinity anywhere, and for
-    more layers than any network has.
+    Raises SourceError for a value of another type or range than `VALUES` says, for NaN and infinity anywhere but in
+    `UNBOUNDED`, and for more layers than any network has.
     """
     config = read_json(path)
     nested = [config[key] for key in ("text_config", "text_config_dict") if isinstance(config.get(key), dict)]
@@ -420,7 +423,7 @@ def read_config(path: Path, part: str) -> dict[str, Any]:
         if (asked := layers_of(values, part)) > LAYERS:
             raise SourceError(f"{str(path)!r} asks for {asked:,} layers; sdkit builds {LAYERS:,} at most; correct it.")
     for key, value in config.items():
-        if not _all_finite(value):
+        if key not in UNBOUNDED and not _all_finite(value):
             raise SourceError(f"{str(path)!r} has NaN or infinity in {clean(key)!r}; correct it.")
     return config
 

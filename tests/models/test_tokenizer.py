@@ -179,3 +179,10 @@ def test_a_panic_of_the_library_is_one_sentence(model: Path, monkeypatch: pytest
     monkeypatch.setattr(CLIPTokenizer, "from_pretrained", fail)
     with pytest.raises(SourceError, match=r"^the tokenizer in '.*' cannot be loaded: index out of bounds\.$"):
         load_tokenizer(model / "tokenizer")
+
+
+@pytest.mark.parametrize("length", [None, 77, 1e30, int(1e30)])
+def test_any_model_max_length_is_read(model: Path, length: float | None) -> None:
+    expected = TextEncoder.from_pretrained(model, dtype="fp32", device="cpu").tokenize("a cat")[0]
+    edit(model / "tokenizer" / "tokenizer_config.json", lambda content: content.update(model_max_length=length))
+    assert TextEncoder.from_pretrained(model, dtype="fp32", device="cpu").tokenize("a cat")[0].equal(expected)
