@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from sdkit.errors import SdkitError
-from sdkit.messages import Stopped, clean, stop_in
+from sdkit.messages import Stopped, clean, printable, stop_in
 
 PATIENCE = 10
 """Seconds in which a launcher notices that a process has ended, and ends the others."""
@@ -53,11 +53,6 @@ def left_alone() -> bool:
     return True
 
 
-def printable(text: str) -> str:
-    """`text` in one line, with "?" for what might steer a terminal."""
-    return "".join(letter if letter.isprintable() else "?" for letter in text)
-
-
 def complain(sentence: str) -> None:
     """One line on stderr, whatever is in the names it quotes."""
     with contextlib.suppress(OSError):  # nobody can be told that nobody can be told
@@ -83,9 +78,9 @@ def say_path(path: Path) -> None:
 
 def say_table(rows: Sequence[Sequence[str]]) -> None:
     """Rows with their columns aligned."""
-    clean = [[printable(cell) for cell in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*clean, strict=True)]
-    for row in clean:
+    cells = [[printable(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    for row in cells:
         say("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from sdkit.errors import SdkitError
-from sdkit.messages import clean
+from sdkit.messages import clean, listed
 
 TEMPORARY = ".sdkit-"  # how names begin of what is being written: `find` skips them, and leftovers are known by it
 OWNER = re.compile(r"\.sdkit-(?:([0-9a-f]{8})-(\d+)-)?[0-9a-f]{16}(?:\..*)?", re.DOTALL)
@@ -239,15 +239,13 @@ def find(paths: Iterable[str | Path], suffixes: Collection[str], unreadable: Col
         found += inside
         others += rest
     if not found:
-        where = ", ".join(clean(str(path)) for path in given) or "an empty list of paths"
+        where = ", ".join(clean(path) for path in given) or "an empty list of paths"
         instead = f" (but {_counted(others)})" if others else ""
         wanted = f"{'/'.join(sorted(suffixes))} file" if len(suffixes) <= 4 else "file of a kind that is read here"
         raise SdkitError(f"found no {wanted} in {where}{instead}; name one, or another folder.")
     if passed_over := [path for path in others if _suffix(path) in unreadable]:
-        shown = ", ".join(clean(path) for path in passed_over[:3])
-        more = f" and {len(passed_over) - 3} more" if len(passed_over) > 3 else ""
         kinds = f"{_counted(passed_over)} {'are' if len(passed_over) > 1 else 'is'}"
-        warnings.warn(f"{kinds} passed over, which cannot be read: {shown}{more}.", stacklevel=1)
+        warnings.warn(f"{kinds} passed over, which cannot be read: {listed(passed_over)}.", stacklevel=1)
     return list(dict.fromkeys(found))
 
 
@@ -257,7 +255,7 @@ def _expand(path: Path, suffixes: Collection[str]) -> tuple[list[Path], list[str
         mode = status(path).st_mode
         if not stat.S_ISDIR(mode):
             if not stat.S_ISREG(mode):  # opening a pipe or a device might never end
-                raise SdkitError(f"{clean(str(path))} is neither a regular file nor a folder; name one.")
+                raise SdkitError(f"{clean(path)} is neither a regular file nor a folder; name one.")
             return [path], []
         unreadable: list[OSError] = []
         inside, others = list[Path](), list[str]()
@@ -269,7 +267,7 @@ def _expand(path: Path, suffixes: Collection[str]) -> tuple[list[Path], list[str
             raise unreadable[0]
     except OSError as error:
         where = path if error.filename is None else error.filename
-        raise SdkitError(f"cannot read {clean(str(where))}: {reason(error)}; check the name.") from error
+        raise SdkitError(f"cannot read {clean(where)}: {reason(error)}; check the name.") from error
     return sorted([*inside, *(Path(error.filename) for error in unreadable)]), sorted(others)
 
 

@@ -88,16 +88,16 @@ def _opened(path: str | Path | BinaryIO) -> Iterator[Image.Image]:
     except (ArgumentError, MemoryError):
         raise  # the background's fault, or the machine's; not the file's
     except ImageError as error:
-        raise ImageError(f"cannot read {clean(str(path))}: {error}") from error
+        raise ImageError(f"cannot read {clean(path)}: {error}") from error
     except UnidentifiedImageError as error:
-        raise ImageError(f"{clean(str(path))} is not an image{_instead(path)}.") from error
+        raise ImageError(f"{clean(path)} is not an image{_instead(path)}.") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         limit = (Image.MAX_IMAGE_PIXELS or 0) * (2 if isinstance(error, Image.DecompressionBombError) else 1)
         raise ImageError(
-            f"{clean(str(path))} has too many pixels (over {limit // 10**6} million); resize it first."
+            f"{clean(path)} has too many pixels (over {limit // 10**6} million); resize it first."
         ) from error
     except Exception as error:  # on broken files Pillow's readers raise nearly anything
-        raise stop_in(error) or ImageError(f"cannot read {clean(str(path))}: {_reason(error)}.") from error
+        raise stop_in(error) or ImageError(f"cannot read {clean(path)}: {_reason(error)}.") from error
 
 
 @functools.cache

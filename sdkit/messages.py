@@ -4,15 +4,28 @@ told from errors."""
 from __future__ import annotations
 
 import signal
+from collections.abc import Sequence
 
 LONGEST_QUOTE = 300
 LONGEST_MESSAGE = 1000
+LISTED = 3  # names of many that a message gives
 
 
-def clean(text: str) -> str:
-    """`text` without line breaks and control characters, and not too long."""
-    shown = "".join(letter if letter.isprintable() else "?" for letter in text[: LONGEST_QUOTE + 1])
-    return shown if len(text) <= LONGEST_QUOTE else f"{shown[:LONGEST_QUOTE]}..."
+def printable(text: str) -> str:
+    """`text` in one line, with "?" for what might steer a terminal."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
+
+
+def clean(foreign: object) -> str:
+    """A foreign text, path, or value in one line, without control characters, and not too long."""
+    text = str(foreign)
+    return printable(text) if len(text) <= LONGEST_QUOTE else f"{printable(text[:LONGEST_QUOTE])}..."
+
+
+def listed(names: Sequence[object]) -> str:
+    """The first names, and the number of the others: "a, b, c and 2 more"."""
+    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+    return ", ".join(map(clean, names[:LISTED])) + more
 
 
 def first_line(error: BaseException) -> str:

@@ -16,7 +16,7 @@ from sdkit.data.metadata import NAMES, Row, read_metadata
 from sdkit.errors import DataError
 from sdkit.files import encodable, walk
 from sdkit.images import READABLE
-from sdkit.messages import clean
+from sdkit.messages import clean, listed
 
 NAME, OFFSET, SIZE = "sdkit.name", "sdkit.offset", "sdkit.size"
 """Columns of rows beside `image` and `caption`; offset and size are those of an image in a tar shard."""
@@ -180,10 +180,9 @@ class _Beside:
     def tell(self) -> None:
         """Warn of captions that another file's go before."""
         if self.passed_over:
-            n = len(self.passed_over)
-            shown = ", ".join(map(clean, self.passed_over[:3])) + (f" and {n - 3} more" if n > 3 else "")
+            verb = "are" if len(self.passed_over) > 1 else "is"
             warnings.warn(
-                f"{shown} {'are' if n > 1 else 'is'} passed over, since the image has another caption file.",
+                f"{listed(self.passed_over)} {verb} passed over, since the image has another caption file.",
                 stacklevel=3,
             )
 

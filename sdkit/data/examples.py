@@ -31,7 +31,7 @@ from sdkit.data.metadata import NAMES
 from sdkit.data.tar_shards import tar_rows
 from sdkit.errors import ArgumentError, DataError, ImageError, SdkitError
 from sdkit.files import encodable, expanded, find, open_regular
-from sdkit.messages import clean, first_line, stop_in
+from sdkit.messages import clean, first_line, listed, stop_in
 
 IMAGE_COLUMNS = ("image", "jpg", "png", "jpeg", "webp", "img")
 ON_THE_HUB = re.compile(r"(?:(?:zip|tar|gzip)://[^:]*::)?hf://")
@@ -341,11 +341,7 @@ def warn_without_captions(examples: Examples | Stream) -> None:
 
 def _tell_passed_over(names: Sequence[str]) -> None:
     if names:
-        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-        warnings.warn(
-            f"{len(names)} files are passed over, which cannot be read: {', '.join(map(clean, names[:3]))}{more}.",
-            stacklevel=1,
-        )
+        warnings.warn(f"{len(names)} files are passed over, which cannot be read: {listed(names)}.", stacklevel=1)
 
 
 def _exists(path: Path) -> bool:
@@ -360,7 +356,7 @@ def _check_regular(file: Path) -> None:
     try:
         open_regular(file).close()
     except OSError as error:
-        raise DataError(f"cannot read {clean(str(file))}: {str(error.strerror).lower()}.") from error
+        raise DataError(f"cannot read {clean(file)}: {str(error.strerror).lower()}.") from error
 
 
 FOLDER = "a folder of images"
@@ -382,7 +378,7 @@ def _kind(path: Path) -> tuple[str, list[Path]]:
     suffixes = {FOLDER: images.READABLE, "parquet": {".parquet"}, "tar shards": {".tar"}}
     if not path.is_dir() and path.suffix.lower() not in (".parquet", ".tar"):
         raise DataError(
-            f"{clean(str(path))} is no data set; name a folder of images, .parquet or .tar files, or one of the latter."
+            f"{clean(path)} is no data set; name a folder of images, .parquet or .tar files, or one of the latter."
         )
     every = frozenset[str]().union(*suffixes.values())
     try:
@@ -391,10 +387,10 @@ def _kind(path: Path) -> tuple[str, list[Path]]:
         if isinstance(error.__cause__, OSError):
             raise DataError(str(error)) from error
         there = re.search(r" \(but .*?\)", str(error))
-        where = f"{clean(str(path))}{there[0] if there else ''}"
+        where = f"{clean(path)}{there[0] if there else ''}"
         raise DataError(f"there is no image, .parquet or .tar file in {where}; name other data.") from error
     if closed := [file for file in files if file.suffix.lower() not in every]:
-        raise DataError(f"cannot read {clean(str(closed[0]))}; change its permissions, or take it out of the data.")
+        raise DataError(f"cannot read {clean(closed[0])}; change its permissions, or take it out of the data.")
     kinds = {kind: [file for file in files if file.suffix.lower() in known] for kind, known in suffixes.items()}
     if kinds[FOLDER]:  # those with metadata of the images are no data of their own
         kinds["parquet"] = [file for file in kinds["parquet"] if file.name not in NAMES]
@@ -402,7 +398,7 @@ def _kind(path: Path) -> tuple[str, list[Path]]:
     if len(present) > 1:
         counts = " and ".join(f"{len(found)} {found[0].suffix}" for found in present.values())
         raise DataError(
-            f"{clean(str(path))} holds data of several kinds ({counts} files and the like); name a folder of one kind."
+            f"{clean(path)} holds data of several kinds ({counts} files and the like); name a folder of one kind."
         )
     return next(iter(present.items()))
 
@@ -457,7 +453,7 @@ def _in_columns(
     decoded = [name for name, feature in features.items() if _is_decoded(feature)]  # images, sounds: no captions
     if caption_column == image or caption_column in decoded:
         raise DataError(
-            f"column {clean(str(caption_column))!r} of {clean(source)} holds images or the like; name another as "
+            f"column {clean(caption_column)!r} of {clean(source)} holds images or the like; name another as "
             "caption_column."
         )
     likely = (name for name in CAPTION_KEYS if name in features and name not in decoded and name != image)

@@ -45,7 +45,7 @@ def read_metadata(folders: Mapping[str, Sequence[str]], caption_column: str | No
     texts: list[dict[str, Any]] = []  # of each row, while no caption is known
     for file in _files(folders):
         for number, fields in _lines(file):
-            where = f"{clean(str(file))}, line {number}"
+            where = f"{clean(file)}, line {number}"
             name = _checked(fields.pop("file_name", None), where)
             try:
                 caption = caption_of(fields, caption_column)
@@ -87,7 +87,7 @@ def _files(folders: Mapping[str, Sequence[str]]) -> Iterator[Path]:
         present = [name for name in NAMES if name in names]
         yield from (Path(folder, name) for name in present[:1])
         for other in present[1:]:
-            both = f"{clean(str(Path(folder, other)))} is passed over, for there is a {present[0]} beside it"
+            both = f"{clean(Path(folder, other))} is passed over, for there is a {present[0]} beside it"
             warnings.warn(f"{both}; leave one of them.", stacklevel=2)
 
 
@@ -114,16 +114,16 @@ def _lines(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         raise
     except OSError as error:
         why = reason(error) if error.strerror else first_line(error)  # pyarrow raises some of its own
-        raise DataError(f"cannot read {clean(str(file))}: {why}.") from error
+        raise DataError(f"cannot read {clean(file)}: {why}.") from error
     except UnicodeDecodeError as error:
-        raise DataError(f"cannot read {clean(str(file))}: it is not utf-8 text.") from error
+        raise DataError(f"cannot read {clean(file)}: it is not utf-8 text.") from error
     except Exception as error:  # of pyarrow: nearly anything
-        raise DataError(f"cannot read {clean(str(file))}: {first_line(error)}.") from error
+        raise DataError(f"cannot read {clean(file)}: {first_line(error)}.") from error
 
 
 def _json_lines(file: BinaryIO, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     for number, line in enumerate(iter(lambda: file.readline(LONGEST + 1), b""), start=1):
-        where = f"{clean(str(path))}, line {number}"
+        where = f"{clean(path)}, line {number}"
         if len(line) > LONGEST:
             raise DataError(f"{where}: it is longer than 1 MiB; write one object a line.")
         text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
@@ -143,7 +143,7 @@ def _csv_lines(file: BinaryIO, path: Path) -> Iterator[tuple[int, dict[str, Any]
         for fields in reader:
             yield reader.line_num, {key: value for key, value in fields.items() if isinstance(key, str)}
     except csv.Error as error:
-        raise DataError(f"{clean(str(path))}, line {reader.line_num}: this is not CSV ({error}).") from error
+        raise DataError(f"{clean(path)}, line {reader.line_num}: this is not CSV ({error}).") from error
     finally:
         text.detach()  # whoever opened the file closes it
 

@@ -355,9 +355,9 @@ def _peft_alphas(path: Path, label: str) -> _Alphas:
         config = read_object(path)
         alphas = _Alphas.read({"lora_alpha": 8, **config})  # peft's default
     except ValueError as error:
-        raise SourceError(f"{clean(str(path))!r} {error}; download it again.") from error
+        raise SourceError(f"{clean(path)!r} {error}; download it again.") from error
     except OSError as error:
-        raise SourceError(f"{clean(str(path))!r} cannot be read: {reason(error)}; check its permissions.") from error
+        raise SourceError(f"{clean(path)!r} cannot be read: {reason(error)}; check its permissions.") from error
     if (begun := str(config.get("init_lora_weights")).lower()).startswith(OTHER_BASE):
         raise SourceError(
             f"{label} was begun by {clean(begun)}, which changes the model's weights, too; give a plain LoRA of Stable "

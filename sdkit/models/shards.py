@@ -44,12 +44,12 @@ def read_index(path: Path) -> dict[str, set[str]]:
     """Shard -> the names of its tensors. Raises SourceError for an index that names anything but files beside it."""
     placed = read_json(path).get("weight_map")
     if not isinstance(placed, dict) or not placed:
-        raise SourceError(f"{clean(str(path))!r} has no weight_map, as an index of shards has; download it again.")
+        raise SourceError(f"{clean(path)!r} has no weight_map, as an index of shards has; download it again.")
     shards: dict[str, set[str]] = defaultdict(set)
     for key, shard in placed.items():
         if not isinstance(shard, str) or not SHARD.fullmatch(shard):
             raise SourceError(
-                f"{clean(str(path))!r} says that {clean(key)} is in {clean(repr(shard))}, which is no file of weights "
+                f"{clean(path)!r} says that {clean(key)} is in {clean(repr(shard))}, which is no file of weights "
                 "beside it; give another source."
             )
         shards[shard].add(key)

@@ -223,7 +223,7 @@ def _snapshot(path: Path) -> Path:
         return held[0]
     names = ", ".join(found.name for found in held)
     few = f"several snapshots: give one of snapshots/ ({names})" if held else "no snapshot: give another source"
-    raise SourceError(f"{clean(str(path))!r} is a folder of the Hub's cache with {few}.")
+    raise SourceError(f"{clean(path)!r} is a folder of the Hub's cache with {few}.")
 
 
 def _path(name: str) -> Path:

@@ -55,7 +55,7 @@ def load_tokenizer(folder: Path) -> CLIPTokenizer:
     """
     from transformers import CLIPTokenizer
 
-    label = f"the tokenizer in {clean(str(folder))!r}"
+    label = f"the tokenizer in {clean(folder)!r}"
     vocabulary = folder if has_vocabulary(folder) else VOCABULARY
     settings = {name: _settings(folder / name) for name in SETTINGS_FILES if is_file(folder / name)}
     vocabulary_files = [vocabulary / name for name in VOCABULARY_FILES if is_file(vocabulary / name)]
@@ -81,7 +81,7 @@ def _settings(path: Path) -> dict[str, Any]:
     """The settings in `path` that are plain values."""
     found = {key: value for key, value in read_json(path).items() if key in SETTINGS or key.endswith("_token")}
     if type(length := found.get("model_max_length", 77)) not in (int, float):
-        raise SourceError(f"{clean(str(path))!r} has model_max_length {clean(repr(length))}, not a number; correct it.")
+        raise SourceError(f"{clean(path)!r} has model_max_length {clean(repr(length))}, not a number; correct it.")
     return found
 
 
@@ -91,10 +91,10 @@ def _check_vocabulary(path: Path) -> None:
     if path.name == "tokenizer.json":
         model = read_json(path).get("model")
         if not isinstance(model, dict) or not isinstance(model.get("vocab"), dict):
-            raise SourceError(f"{clean(str(path))!r} holds no BPE vocabulary, as CLIP's tokenizer has; give another.")
+            raise SourceError(f"{clean(path)!r} holds no BPE vocabulary, as CLIP's tokenizer has; give another.")
         _ids(path, model["vocab"])
     if path.name == "merges.txt" and path.stat().st_size > LARGEST:
-        raise SourceError(f"{clean(str(path))!r} is larger than {LARGEST // 2**20} MiB; give another.")
+        raise SourceError(f"{clean(path)!r} is larger than {LARGEST // 2**20} MiB; give another.")
 
 
 def _ids(path: Path, ids: dict[str, Any]) -> dict[str, int]:
@@ -102,10 +102,10 @@ def _ids(path: Path, ids: dict[str, Any]) -> dict[str, int]:
     for token, number in ids.items():
         if type(number) is not int or not 0 <= number < LARGEST_ID:
             found = clean(repr(number))
-            raise SourceError(f"{clean(str(path))!r} gives {clean(token)!r} the id {found}; download it again.")
+            raise SourceError(f"{clean(path)!r} gives {clean(token)!r} the id {found}; download it again.")
     if len({*ids.values()}) < len(ids):
         number, count = Counter(ids.values()).most_common(1)[0]
-        raise SourceError(f"{clean(str(path))!r} gives {count} tokens the id {number}; download it again.")
+        raise SourceError(f"{clean(path)!r} gives {count} tokens the id {number}; download it again.")
     return ids
 
 

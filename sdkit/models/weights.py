@@ -221,7 +221,7 @@ def open_tensors(path: Path) -> TensorFile:
 
     Raises SourceError for a file that is damaged, empty, of another kind, or a pickle that holds more than tensors.
     """
-    name = repr(clean(str(path)))
+    name = repr(clean(path))
     beginning, suffix = _read(path, BEGINNING), path.suffix.lower()
     if not beginning:
         raise SourceError(f"{name} is empty; download it again.")
@@ -280,7 +280,7 @@ def _open_pickle(path: Path) -> TensorFile:
         # Only torch's zip format can be mapped into memory, by its name; other files are read whole.
         mapped = zipfile.is_zipfile(path) and not misnamed
         content = torch.load(path if mapped else file, map_location="cpu", weights_only=True, mmap=mapped)
-    tensors = _named_tensors(content, repr(clean(str(path))), path.stat().st_size)
+    tensors = _named_tensors(content, repr(clean(path)), path.stat().st_size)
     return TensorFile(
         path=path,
         shapes={key: tuple(value.shape) for key, value in tensors.items()},
@@ -389,7 +389,7 @@ def _read(path: Path, size: int) -> bytes:
 
 def _unreadable(path: Path, error: OSError) -> SourceError:
     reason = error.strerror or first_line(error)
-    return SourceError(f"{clean(str(path))!r} cannot be read ({reason}); check the path and its permissions.")
+    return SourceError(f"{clean(path)!r} cannot be read ({reason}); check the path and its permissions.")
 
 
 def read_json(path: Path) -> dict[str, Any]:
