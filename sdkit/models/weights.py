@@ -11,7 +11,7 @@ import threading
 import warnings
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
@@ -24,7 +24,7 @@ from torch import nn
 
 from sdkit.errors import SdkitError, SourceError
 from sdkit.file_kind import BEGINNING, JSON, LFS, PAGE, PICKLE, SAFETENSORS, ZIP, kind_of
-from sdkit.files import open_regular
+from sdkit.files import open_regular, status
 from sdkit.messages import clean, first_line, stop_in
 from sdkit.strict_json import LARGEST, parse_object
 
@@ -335,12 +335,11 @@ def check_dtypes(file: TensorFile, keys: Iterable[str]) -> None:
 
 def check_finite(network: nn.Module, file: TensorFile, keys: Iterable[str]) -> None:
     """Raises SourceError where a weight of `network`, made of the tensors `keys` of `file`, is not finite."""
-    # Both ends of a tensor are NaN where one of its values is; no other exact test comes near in speed.
     if all(is_finite(tensor) for tensor in network.state_dict().values()):
         return
     for key in keys:
         (tensor,) = file.read([key]).values()
-        if not is_finite(tensor if tensor.element_size() > 1 else tensor.float()):
+        if not is_finite(tensor):
             raise not_finite(file.label, key)
     dtype = str(next(network.parameters()).dtype).removeprefix("torch.")
     raise SourceError(f"{file.label} has weights that are too large for {dtype}; take dtype 'fp32'.")
@@ -350,7 +349,9 @@ def is_finite(tensor: torch.Tensor) -> bool:
     """Whether a tensor holds neither NaN nor infinity; whole numbers never do."""
     if not tensor.is_floating_point() or not tensor.numel():
         return True
-    return all(bool(end.isfinite()) for end in torch.aminmax(tensor.detach()))
+    wide = tensor.detach() if tensor.element_size() > 1 else tensor.detach().float()  # float8 has no minimum
+    # Both ends of a tensor are NaN where one of its values is; no other exact test comes near in speed.
+    return all(bool(end.isfinite()) for end in torch.aminmax(wide))
 
 
 def not_finite(label: str, key: str) -> SourceError:
@@ -362,8 +363,8 @@ def find(path: Path) -> os.stat_result | None:
     """What is at `path`, None for nothing. Raises SourceError where that cannot be known, as in a folder that is closed
     to this user."""
     try:
-        return path.stat()
-    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a name that no file can have
+        return status(path)
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
         raise _unreadable(path, error) from error
@@ -448,11 +449,14 @@ def _most(value: Any) -> int:
     return max(map(_most, value), default=0) if isinstance(value, (list, tuple)) else int(value or 0)
 
 
-def check_fit(missing: Iterable[str], unexpected: Iterable[str], mismatched: Iterable[Any], problem: str) -> None:
-    """Raises SourceError(`problem`) for weights that lack a tensor, have one of another shape, or one with no place."""
-    for key, found, wanted in sorted(mismatched):
-        raise SourceError(f"{problem}: {clean(key)} is {_by(found)} instead of {_by(wanted)}.")
-    for keys, what in ((sorted(missing), "missing"), (sorted(unexpected), "not part of that network")):
+def check_fit(found: Mapping[str, Sequence[int]], wanted: Mapping[str, Sequence[int]], problem: str) -> None:
+    """Raises SourceError(`problem`) where the shapes of weights are not those wanted: for a tensor that is missing, of
+    another shape, or has no place in the network."""
+    for key in sorted(found.keys() & wanted.keys()):
+        if tuple(found[key]) != tuple(wanted[key]):
+            raise SourceError(f"{problem}: {clean(key)} is {_by(found[key])} instead of {_by(wanted[key])}.")
+    missing, unexpected = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
+    for keys, what in ((missing, "missing"), (unexpected, "not part of that network")):
         if keys:
             verb = f"and {len(keys) - 1} more are" if keys[1:] else "is"
             raise SourceError(f"{problem}: {clean(keys[0])} {verb} {what}.")

@@ -28,6 +28,6 @@ def new_network(config: str | os.PathLike[str], part: str) -> Any:
         )
     if (name := class_name(fields := read_config(file, part))) not in (wanted := TRAINABLE[part]):
         raise SourceError(f"{str(file)!r} is the config of {name}, not of {' or '.join(wanted)}; give another.")
-    check_size(part, fields, file, None)
+    check_size(part, fields, file)
     with guarded(f"the config {str(file)!r}"):
         return empty(part, fields)
