@@ -1,4 +1,4 @@
-"""Files: written whole or not at all, and found in folders."""
+"""Files: written atomically, opened only where they are regular, and found in folders."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from sdkit.errors import SdkitError
-from sdkit.messages import clean, listed
+from sdkit.messages import clean, first_line, listed
 
 TEMPORARY = ".sdkit-"  # how names begin of what is being written: `find` skips them, and leftovers are known by it
 OWNER = re.compile(r"\.sdkit-(?:([0-9a-f]{8})-(\d+)-)?[0-9a-f]{16}(?:\..*)?", re.DOTALL)
@@ -65,7 +65,7 @@ def atomic_write(path: str | Path, *, overwrite: bool = True) -> Iterator[Path]:
 
 
 def _resolved(path: str | Path) -> Path:
-    """`path` with its links followed. Raises `OSError`, also for a name that no file can have."""
+    """Follow the links in `path`. Raises `OSError`, also for a name that no file can have."""
     try:
         return Path(os.path.realpath(path))
     except ValueError as error:
@@ -121,7 +121,8 @@ def sync(path: Path) -> None:
 
 
 def status(path: str | Path) -> os.stat_result:
-    """What is at `path`, links followed. Raises `OSError`, also for a name that no file can have (with NUL in it)."""
+    """The status of a file or folder, links followed. Raises `OSError`, also for a name that no file can have (with NUL
+    in it)."""
     try:
         return Path(path).stat()
     except ValueError as error:
@@ -129,7 +130,7 @@ def status(path: str | Path) -> os.stat_result:
 
 
 def check_name(path: str | Path) -> None:
-    """Raises `OSError` for a name that no file can have; whether there is one does not matter."""
+    """Raise `OSError` for a name that no file can have, whether there is one or not."""
     try:
         os.lstat(path)
     except ValueError as error:
@@ -144,7 +145,7 @@ def open_regular(path: str | Path) -> BinaryIO:
     end."""
     mode = status(path).st_mode
     if stat.S_ISDIR(mode):
-        os.scandir(path).close()  # says so where the permission is missing
+        os.scandir(path).close()  # raises where the permission is missing
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     if not stat.S_ISREG(mode):
         raise OSError(errno.EINVAL, "it is not a regular file", str(path))
@@ -216,8 +217,8 @@ def sha256(path: Path) -> str:
 
 
 def reason(error: Exception) -> str:
-    """What the system or a library says, as the end of a sentence."""
-    return str(getattr(error, "strerror", None) or error).lower()
+    """The system's or a library's message, as the end of a sentence."""
+    return str(getattr(error, "strerror", None) or first_line(error)).lower()
 
 
 def find(paths: Iterable[str | Path], suffixes: Collection[str], unreadable: Collection[str] = ()) -> list[Path]:

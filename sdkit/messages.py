@@ -1,5 +1,5 @@
-"""Foreign text (file names, values from files, other libraries' errors) made fit to be quoted in a message, and stops
-told from errors."""
+"""Foreign text (file names, values from files, other libraries' errors) made fit to be quoted in a message; and the
+stops (signals, Ctrl-C) behind other libraries' errors."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def stop_in(error: BaseException) -> BaseException | None:
     """The stop (a signal, Ctrl-C, `sys.exit`) that `error` is or was made of, None where there is none.
 
     Python 3.11 wraps whatever a `__set_name__` raises in a RuntimeError; ctypes, regex, and others do alike. A signal
-    that arrives there is told as a damaged file unless one looks for it.
+    that arrives there would otherwise be reported as a damaged file.
     """
     seen: dict[int, BaseException] = {}
     waiting: list[BaseException | None] = [error]

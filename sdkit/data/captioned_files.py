@@ -22,7 +22,7 @@ NAME, OFFSET, SIZE = "sdkit.name", "sdkit.offset", "sdkit.size"
 """Columns of rows beside `image` and `caption`; offset and size are those of an image in a tar shard."""
 CLASS_FOLDER = re.compile(r"(\d{1,4})_(.*)")
 TEXT_SUFFIXES = frozenset((*BESIDE, ".jsonl", ".csv", ".tsv", ".xml", ".yaml", ".yml", ".tags", ".cap", ".parquet"))
-"""Of files that may hold captions, whether they are read or not."""
+"""Suffixes of files that may hold captions, whether they are read or not."""
 
 
 def folder_rows(
@@ -53,7 +53,7 @@ def folder_rows(
             caption = caption or found[2].replace("_", " ").strip()
         rows += [row(relative(path, root), path, caption)] * repeats
     texts.check()
-    beside.tell()
+    beside.warn()
     keys |= texts.keys
     if caption_column is not None and caption_column not in keys:
         have = ", ".join(map(repr, map(clean, sorted(keys)))) or "none"
@@ -70,7 +70,7 @@ def _first(paths: Iterable[Path], texts: Texts) -> str:
 
 
 def _class(path: Path, root: Path) -> re.Match[str] | None:
-    """How often, and as what, the nearest folder of this kind has its images learnt."""
+    """Match of the name of the nearest such folder around an image: (repeats, caption)."""
     inside = [root.absolute().name, *Path(os.path.relpath(path, root)).parts[:-1]]
     return next((found for part in reversed(inside) if (found := CLASS_FOLDER.fullmatch(part))), None)
 
@@ -113,13 +113,16 @@ def relative(path: Path, root: Path) -> str:
 
 
 def alike(name: str) -> str:
-    """What all spellings of a name have in common: of another case, in NFC or NFD, with Windows' separator."""
+    """The form that all spellings of a name share: in upper or lower case, in NFC or NFD, with Windows' separator."""
     return unicodedata.normalize("NFC", name.replace("\\", "/")).casefold()
 
 
 def _matched(stated: Iterable[Row], images: dict[Path, Path], place: _Places) -> dict[Path, str]:
-    """Captions by the place of their image. A name that no file has stands for the one file that is spelt alike, if it
-    has no line of its own; else the image is missing, and is added to `images` so that whoever reads it says so."""
+    """Captions by the place of their image.
+
+    A name that no file has stands for the one file that is spelt alike, if that has no line of its own. Else the image
+    is missing; it is added to `images`, so that reading it reports that.
+    """
     captions: dict[Path, str] = {}
     missing: list[tuple[Row, Path]] = []
 
@@ -177,8 +180,8 @@ class _Beside:
         self.passed_over += [str(image.parent / name) for name in texts[1:]]
         return [image.parent / name for name in found]
 
-    def tell(self) -> None:
-        """Warn of captions that another file's go before."""
+    def warn(self) -> None:
+        """Warn of caption files that are ignored, since the image has another."""
         if self.passed_over:
             verb = "are" if len(self.passed_over) > 1 else "is"
             warnings.warn(
@@ -216,5 +219,5 @@ def _list(folder: str) -> list[str]:
     try:
         with os.scandir(folder) as entries:
             return [entry.name for entry in entries if not entry.is_dir()]
-    except OSError:  # the image in it cannot be read either, which is told
+    except OSError:  # nor can the image in it be read, and whoever reads it says so
         return []

@@ -48,7 +48,7 @@ class Texts:
         """`key`: the field of .json files that is the caption."""
         self.key = key
         self.keys: set[str] = set()
-        """Of all fields in .json files."""
+        """Names of all fields in .json files."""
         self.bad: list[str] = []
 
     def read(self, path: Path) -> str:

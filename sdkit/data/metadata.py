@@ -19,18 +19,18 @@ from sdkit.files import open_regular, reason
 from sdkit.messages import clean, first_line
 
 NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
-"""Of those in one folder the first counts."""
+"""Names of metadata files; the first one in a folder counts."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """What a file of metadata says of one image."""
+    """One image's line in a file of metadata."""
 
     where: str
     """The file and the line, for messages."""
     folder: Path
     file_name: str
-    """As it is written there; for an image in `folder` or below, or an absolute path."""
+    """The image's path as the line has it: relative to `folder`, or absolute."""
     caption: str
 
 
@@ -113,8 +113,7 @@ def _lines(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     except DataError:
         raise
     except OSError as error:
-        why = reason(error) if error.strerror else first_line(error)  # pyarrow raises some of its own
-        raise DataError(f"cannot read {clean(file)}: {why}.") from error
+        raise DataError(f"cannot read {clean(file)}: {reason(error)}.") from error
     except UnicodeDecodeError as error:
         raise DataError(f"cannot read {clean(file)}: it is not utf-8 text.") from error
     except Exception as error:  # of pyarrow: nearly anything

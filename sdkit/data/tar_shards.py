@@ -87,12 +87,12 @@ class _Member:
 
     @property
     def path(self) -> PurePosixPath:
-        """Its name, taken apart."""
+        """Its name as a path."""
         return PurePosixPath(self.name)
 
     @property
     def suffix(self) -> str:
-        """In lower case."""
+        """The suffix of its name, in lower case."""
         return self.path.suffix.lower()
 
 

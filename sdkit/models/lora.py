@@ -204,7 +204,7 @@ def _kohya(lora: LoRA) -> dict[str, Tensor]:
 
 
 def _alpha_tensor(alpha: float, dtype: torch.dtype) -> Tensor:
-    """In float32 where the dtype of the factors would round it, be it to infinity."""
+    """Alpha as a tensor; in float32 where the dtype of the factors would round it, be it to infinity."""
     tensor = torch.tensor(alpha, dtype=dtype)
     return tensor if float(tensor) == alpha else torch.tensor(alpha, dtype=torch.float32)
 

@@ -34,10 +34,10 @@ class Shards(TensorFile):
 
 
 def index_names(weights: str, variant: str | None) -> list[str]:
-    """Names of the index for the file name `weights`: of a variant today's and an older one."""
-    return (
-        [f"{weights}.index.{variant}.json", f"{weights}.{variant}.index.json"] if variant else [f"{weights}.index.json"]
-    )
+    """Names of the index for the file name `weights`; a variant's has had two forms, the newer first."""
+    if variant:
+        return [f"{weights}.index.{variant}.json", f"{weights}.{variant}.index.json"]
+    return [f"{weights}.index.json"]
 
 
 def read_index(path: Path) -> dict[str, set[str]]:
@@ -57,7 +57,7 @@ def read_index(path: Path) -> dict[str, set[str]]:
 
 
 def open_shards(index: Path) -> Shards:
-    """Opens every shard that `index` names. Raises SourceError for one whose tensors are others than the index says."""
+    """Open every shard that `index` names. Raises SourceError for one whose tensors are not those that it lists."""
     files = []
     for name, keys in read_index(index).items():
         file = open_tensors(index.parent / name)

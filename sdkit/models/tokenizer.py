@@ -1,4 +1,4 @@
-"""CLIP's tokenizer. Its files are read and checked here; the library is given copies of them and sees no other."""
+"""CLIP's tokenizer. Its files are read and checked here; transformers gets copies of them, and sees no other file."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ SETTINGS = (
     "clean_up_tokenization_spaces",
     "split_special_tokens",
 )
-"""Settings that the library is told, beside every `..._token`. Others name code, or files elsewhere, to be loaded."""
+"""Settings that are passed on to transformers, beside every `..._token`. Others name code or files to be loaded."""
 
 LARGEST_ID = 10_000_000
 TRIAL = "a photo of a cat, 1234! \N{CAT FACE}" + "".join(map(chr, range(0x20, 0x2000)))
-"""A text of many scripts: what breaks at the first prompt shows at once."""
+"""A text of many scripts, tokenized once: damage shows when the tokenizer is loaded, not at the first prompt."""
 
 
 def has_vocabulary(folder: Path) -> bool:

@@ -1,4 +1,4 @@
-"""Files of weights and of configs, opened without executing anything; what is wrong with them told in one sentence."""
+"""Files of weights and of configs, opened without executing anything; each damage is an error of one sentence."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from sdkit.messages import clean, first_line, stop_in
 from sdkit.strict_json import LARGEST, parse_object
 
 loading = threading.RLock()
-"""Held by the thread that makes a network while torch is patched for it; also to be held to add layers to one."""
+"""Held by the thread that makes a network, while torch is patched for it, or adds layers to one."""
 
 SUFFIXES = (".safetensors", ".ckpt", ".bin", ".pt", ".pth")
 DTYPES = {
@@ -49,10 +49,9 @@ REMEDIES = {
     PAGE: "the site may want a log-in: download the file itself with a browser",
     JSON: "give the folder that it is in, or the file of weights beside it",
 }
-"""For files that are something else than weights, by their kind."""
+"""Kind of a file that holds no weights -> the remedy in the sentence."""
 SPARE = 2**28
 """Bytes by which tensors of a pickle may always be larger than their file: views may repeat their storage."""
-
 
 LEVELS = 32
 """Entries of the longest list in a config."""
@@ -109,7 +108,7 @@ NESTED_COUNTS: Check = (
 )
 
 GUIDANCE = "_guidance_scale"
-"""Where model_index.json says at which guidance scale a model is best drawn; diffusers passes over such a key."""
+"""Key of model_index.json for the guidance scale that suits the model best; diffusers ignores it."""
 
 VALUES: dict[str, dict[str, Check]] = {
     "vae": {
@@ -216,8 +215,8 @@ class TensorFile:
 
 
 def open_tensors(path: Path) -> TensorFile:
-    """Reads the header of a safetensors file, or a pickle through torch's weights-only loader; which of the two it is,
-    its first bytes say, not its name.
+    """Read the header of a safetensors file, or a pickle through torch's weights-only loader. The first bytes decide
+    which of the two it is, not the name.
 
     Raises SourceError for a file that is damaged, empty, of another kind, or a pickle that holds more than tensors.
     """
@@ -250,7 +249,7 @@ def open_tensors(path: Path) -> TensorFile:
 
 
 def _is_torchs(archive: Path) -> bool:
-    """Whether a zip archive holds FOLDER/data.pkl, as torch writes it, or is cut short, of which torch says so."""
+    """Whether a zip archive holds FOLDER/data.pkl, as torch writes it, or is cut short, which torch reports."""
     try:
         with zipfile.ZipFile(archive) as opened:
             return any(name.endswith("/data.pkl") for name in opened.namelist())
@@ -360,8 +359,8 @@ def not_finite(label: str, key: str) -> SourceError:
 
 
 def find(path: Path) -> os.stat_result | None:
-    """What is at `path`, None for nothing. Raises SourceError where that cannot be known, as in a folder that is closed
-    to this user."""
+    """The status of a file or folder, None where there is none. Raises SourceError where that cannot be known, as in a
+    folder that this user may not enter."""
     try:
         return status(path)
     except (FileNotFoundError, NotADirectoryError):
@@ -434,7 +433,7 @@ def _all_finite(value: Any) -> bool:
 
 
 def layers_of(config: dict[str, Any], part: str) -> int:
-    """At least as many layers as the network of a config has, whose values are checked. Each takes time and memory to
+    """An upper bound of the layers in the network of a config, whose values are checked. Each takes time and memory to
     build, even without weights."""
     sizes = {key: config[key] for key in VALUES.get(part, {}) if key in config}
     levels = max(len(sizes.get(key) or ()) for key in ("block_out_channels", "down_block_types", "up_block_types"))
@@ -468,7 +467,7 @@ def _by(shape: Iterable[int]) -> str:
 
 @contextmanager
 def guarded(label: str) -> Iterator[None]:
-    """Keeps diffusers and transformers quiet for the time of a load, and makes one sentence of what they raise.
+    """Silence diffusers and transformers during a load, and raise their errors as a SourceError of one sentence.
 
     One thread at a time is inside: to load, the libraries patch torch for the whole process.
     """
@@ -487,8 +486,10 @@ def guarded(label: str) -> Iterator[None]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No log lines, warnings and progress bars of diffusers and transformers inside; torch's default dtype as before
-    afterwards. All this is the process's, so one thread at a time is inside."""
+    """Silence the log, warnings, and progress bars of diffusers and transformers, and restore torch's default dtype.
+
+    These belong to the whole process, so one thread at a time is inside.
+    """
     with loading:
         from diffusers.utils import logging as diffusers_logging
         from transformers.utils import logging as transformers_logging

@@ -33,7 +33,7 @@ from sdkit.models.vae import VAE, latents_of
 from sdkit.models.weights import GUIDANCE, quiet
 from sdkit.pipeline import StableDiffusion
 from sdkit.schedule import NoiseSchedule, completed
-from sdkit.training import Player, Samples, go_on
+from sdkit.training import Player, Samples, raise_if_stopped
 from sdkit.training.attention import PlainWhereSmall
 from sdkit.training.config import UNetConfig
 from sdkit.training.data import identity_of, noise_of, report_skipped, shared
@@ -251,7 +251,7 @@ class UNetStage:
         with torch.autocast(device.type, half, enabled=half is not None):
             z = sd(
                 prompt, seed=seed, height=height, width=width, num_inference_steps=VALIDATION_STEPS,
-                guidance_scale=self.guidance_scale, output_type="latent", callback=lambda _: go_on(),
+                guidance_scale=self.guidance_scale, output_type="latent", callback=lambda _: raise_if_stopped(),
             )  # fmt: skip
         # What is no number any more is shown all the same: a run that went wrong is ended by the loop, which says why.
         pixels = self.vae.decode(z.nan_to_num(0, 0, 0), output_type="pt")
