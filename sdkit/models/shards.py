@@ -12,7 +12,8 @@ import torch
 
 from sdkit.errors import SourceError
 from sdkit.messages import clean
-from sdkit.models.weights import TensorFile, open_tensors, read_json
+from sdkit.models.configs import read_json
+from sdkit.models.weights import TensorFile, open_tensors
 
 SHARD = re.compile(r"\w[\w.-]*\.(?:safetensors|bin)")
 """The name of a file beside the index: neither a path, nor a pattern."""

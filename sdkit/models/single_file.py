@@ -17,17 +17,8 @@ import torch
 from sdkit.arguments import PREDICTIONS
 from sdkit.errors import SourceError
 from sdkit.messages import clean
-from sdkit.models.weights import (
-    EMBEDDING,
-    VALUES,
-    TensorFile,
-    check_dtypes,
-    check_finite,
-    check_fit,
-    guarded,
-    layers_of,
-    read_config,
-)
+from sdkit.models.configs import VALUES, layers_of, read_config
+from sdkit.models.weights import EMBEDDING, TensorFile, check_dtypes, check_finite, check_fit, guarded
 
 Tensors = dict[str, torch.Tensor]
 

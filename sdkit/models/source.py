@@ -20,9 +20,10 @@ from sdkit.errors import ArgumentError, SourceError
 from sdkit.files import read_regular
 from sdkit.messages import clean
 from sdkit.models import folder, single_file, tokenizer
+from sdkit.models.configs import GUIDANCE, read_config, read_json
 from sdkit.models.folder import PARTS, SCHEDULER, TEXT, UNET, VAE, Part, Place
 from sdkit.models.single_file import ASSETS
-from sdkit.models.weights import GUIDANCE, SUFFIXES, TensorFile, find, is_file, open_tensors, read_config, read_json
+from sdkit.models.weights import SUFFIXES, TensorFile, find, is_file, open_tensors
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel, VQModel

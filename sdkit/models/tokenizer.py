@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from sdkit.errors import SourceError
 from sdkit.messages import clean
+from sdkit.models.configs import read_json
 from sdkit.models.single_file import ASSETS
-from sdkit.models.weights import guarded, is_file, read_json
+from sdkit.models.weights import guarded, is_file
 from sdkit.strict_json import LARGEST
 
 if TYPE_CHECKING:

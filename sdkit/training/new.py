@@ -7,9 +7,10 @@ from typing import Any
 
 from sdkit.errors import SourceError
 from sdkit.files import expanded
+from sdkit.models.configs import read_config
 from sdkit.models.folder import class_name
 from sdkit.models.single_file import check_size, empty
-from sdkit.models.weights import guarded, is_file, read_config
+from sdkit.models.weights import guarded, is_file
 
 TRAINABLE = {"vae": ("AutoencoderKL", "VQModel"), "unet": ("UNet2DConditionModel",)}
 

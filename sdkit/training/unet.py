@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from sdkit import images as image_io
 from sdkit.errors import ArgumentError
 from sdkit.losses import diffusion_loss, min_snr_weight
+from sdkit.models.configs import GUIDANCE
 from sdkit.models.lora import FILENAME, TARGETS, add_lora, lora_tensors, save_lora
 from sdkit.models.source import (
     USUAL_GUIDANCE,
@@ -30,7 +31,7 @@ from sdkit.models.source import (
 from sdkit.models.text import TextEncoder
 from sdkit.models.unet import UNet
 from sdkit.models.vae import VAE, latents_of
-from sdkit.models.weights import GUIDANCE, quiet
+from sdkit.models.weights import quiet
 from sdkit.pipeline import StableDiffusion
 from sdkit.schedule import NoiseSchedule, completed
 from sdkit.training import Player, Samples, raise_if_stopped
