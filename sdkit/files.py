@@ -99,7 +99,7 @@ def beside(path: Path, suffix: str = "") -> Path:
 
 @functools.cache
 def _host() -> str:
-    """Eight hexadecimal digits for the system whose process numbers these are: a container has its own."""
+    """Eight hexadecimal digits for the system that gives the process numbers: a container has its own."""
     try:
         processes = os.readlink("/proc/self/ns/pid")  # noqa: PTH115 - no path: "pid:[4026531836]"
     except OSError:
@@ -169,7 +169,7 @@ def remove_leftovers(folder: Path) -> None:
 
 @functools.cache
 def remove_abandoned(folder: Path) -> None:
-    """Remove, once in a process, what killed processes were writing in `folder`, where others may be writing now.
+    """Remove, once in a process, the temporary files of killed processes in `folder`; others may be writing there.
 
     A temporary file goes if its process is known to be gone, or, where that cannot be known (it ran on another
     computer), if nobody has written to it for a day.
@@ -288,7 +288,7 @@ def walk(top: Path, onerror: Callable[[OSError], object] | None = None) -> Itera
             folders[:] = sorted(name for name in folders if not name.startswith("."))
             links += [path for name in folders if os.path.islink(path := os.path.join(folder, name))]  # noqa: PTH114, PTH118
             yield folder, [name for name in files if not name.startswith(".")]
-        # `os.walk` does not follow them. One to a folder above would bring in what is not of this data.
+        # `os.walk` does not follow links. One to a folder above would bring in files that are not of this data.
         waiting += [link for link in links if not Path(above).is_relative_to(os.path.realpath(link))]
 
 

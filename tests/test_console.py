@@ -13,8 +13,8 @@ import pytest
 
 from sdkit.console import exit_code_of
 from sdkit.errors import SdkitError
-from sdkit.messages import Stopped, stop_in
 from sdkit.models.weights import guarded
+from sdkit.stops import Stopped, stop_in
 
 
 def raising(stop: BaseException) -> None:

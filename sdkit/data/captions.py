@@ -1,4 +1,4 @@
-"""Captions: where they are looked for, and what counts as one."""
+"""Captions: the files and fields that hold them, and the text in these."""
 
 from __future__ import annotations
 

@@ -31,11 +31,12 @@ from sdkit.data.metadata import NAMES
 from sdkit.data.tar_shards import tar_rows
 from sdkit.errors import ArgumentError, DataError, ImageError, SdkitError
 from sdkit.files import encodable, expanded, find, open_regular, reason
-from sdkit.messages import clean, first_line, listed, stop_in
+from sdkit.messages import clean, first_line, listed
+from sdkit.stops import stop_in
 
 IMAGE_COLUMNS = ("image", "jpg", "png", "jpeg", "webp", "img")
 ON_THE_HUB = re.compile(r"(?:(?:zip|tar|gzip)://[^:]*::)?hf://")
-"""How addresses begin that a stream of a data set on the Hub gives."""
+"""Matches the beginning of an address in a stream of a data set on the Hub."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,7 +200,7 @@ class Stream(Iterable[Example]):
 
 @dataclass(frozen=True)
 class _Columns:
-    """How a row of a data set becomes an example."""
+    """The columns by which a row of a data set becomes an example."""
 
     source: str
     image: str
@@ -209,7 +210,7 @@ class _Columns:
     """Folder that relative paths are relative to; None where all are absolute."""
 
     def example(self, row: dict[str, Any], i: int) -> Example:
-        """Row `i`."""
+        """The example in row `i`."""
         cell = row[self.image] or {"bytes": None, "path": None}
         return Example(
             name=row.get(NAME) or _name(cell["path"], i),
@@ -317,7 +318,7 @@ def open_examples(
         rows, unread = folder_rows(files, root, caption_column, class_folders)
     else:
         rows, pictures = tar_rows(files, root, caption_column)
-        _tell_passed_over(pictures)
+        _warn_passed_over(pictures)
     if not rows:
         raise DataError(f"there is no image in {clean(source)}; name other data.")
     return Examples(_table(rows), "image", "caption", source, default_caption=default_caption, unread=unread)
@@ -336,7 +337,7 @@ def warn_without_captions(examples: Examples | Stream) -> None:
     )
 
 
-def _tell_passed_over(names: Sequence[str]) -> None:
+def _warn_passed_over(names: Sequence[str]) -> None:
     if names:
         warnings.warn(f"{len(names)} files are passed over, which cannot be read: {listed(names)}.", stacklevel=1)
 

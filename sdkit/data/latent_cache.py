@@ -161,7 +161,7 @@ def _raised_as_cache_error(path: Path) -> Iterator[None]:
 
 
 def missing_files(folder: Path, manifest: Manifest) -> list[Shard]:
-    """Files of the manifest that are not there, or not of their size. Raises `CacheError` where that cannot be told."""
+    """Files of the manifest that are missing, or not of their size. Raises `CacheError` where that cannot be known."""
 
     def whole(one: Shard) -> bool:
         try:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from sdkit import strict_json
+from sdkit.arguments import possible_name
 from sdkit.data.captions import CAPTION_KEYS, LONGEST, caption_of
 from sdkit.errors import DataError
 from sdkit.files import open_regular, reason
@@ -95,11 +95,7 @@ def _checked(name: Any, where: str) -> str:
     """The name of an image that metadata gives. Raises `DataError` for what no file can have."""
     if not isinstance(name, str) or not name:
         raise DataError(f'{where}: there is no file name; write {{"file_name": "a.jpg", "text": "what it shows"}}.')
-    try:
-        possible = b"\0" not in os.fsencode(name) and name.replace("\\", "/").rpartition("/")[2] not in ("", ".", "..")
-    except UnicodeEncodeError:
-        possible = False
-    if not possible:
+    if not possible_name(name) or name.replace("\\", "/").rpartition("/")[2] in ("", ".", ".."):
         raise DataError(f"{where}: {clean(name).encode(errors='replace').decode()!r} is no name of a file; correct it.")
     return name
 

@@ -163,5 +163,5 @@ class ShardFile:
 
     @property
     def examples(self) -> int:
-        """How many examples of the data set it stands for."""
+        """Number of the data set's examples that it stands for."""
         return self.images + len(self.skipped)

@@ -54,7 +54,7 @@ def tar_rows(shards: Iterable[Path], root: Path, caption_column: str | None) -> 
 
 
 def _key(path: PurePosixPath) -> str:
-    """By what webdataset groups files: the path up to the first dot of the name."""
+    """The key by which webdataset groups files: the path up to the first dot of the name."""
     return str(path.parent / path.name.partition(".")[0])
 
 

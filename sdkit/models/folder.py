@@ -17,12 +17,13 @@ import torch
 
 from sdkit.errors import ArgumentError, SourceError
 from sdkit.files import expanded
-from sdkit.messages import clean, first_line, stop_in
+from sdkit.messages import clean, first_line
 from sdkit.models import tokenizer
 from sdkit.models.configs import read_config, read_json
 from sdkit.models.shards import index_names, open_shards, read_index
 from sdkit.models.single_file import NOUNS, build
 from sdkit.models.weights import SUFFIXES, TensorFile, find, is_file, open_tensors
+from sdkit.stops import stop_in
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer

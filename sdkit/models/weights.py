@@ -24,7 +24,8 @@ from torch import nn
 from sdkit.errors import SdkitError, SourceError
 from sdkit.file_kind import BEGINNING, JSON, LFS, PAGE, PICKLE, SAFETENSORS, ZIP, kind_of
 from sdkit.files import open_regular, status
-from sdkit.messages import clean, first_line, stop_in
+from sdkit.messages import clean, first_line
+from sdkit.stops import stop_in
 
 loading = threading.RLock()
 """Held by the thread that makes a network, while torch is patched for it, or adds layers to one."""
