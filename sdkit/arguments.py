@@ -64,15 +64,19 @@ def flag(name: str, value: Any) -> bool:
     return value
 
 
+def possible_name(name: str | os.PathLike[str]) -> bool:
+    """Whether a file can have this name here: it can be encoded, and holds no NUL."""
+    try:
+        return b"\0" not in os.fsencode(name)
+    except UnicodeEncodeError:
+        return False
+
+
 def path_or_name(name: str, value: Any) -> str:
     """A path or a name, as a string; not an empty one, nor one that no file can have."""
     if not isinstance(value, (str, os.PathLike)) or not os.fspath(value):
         raise ArgumentError(f"{name} must be a path or a name, not {value!r}.")
-    try:
-        possible = b"\0" not in os.fsencode(value)
-    except UnicodeEncodeError:
-        possible = False
-    if not possible:
+    if not possible_name(value):
         raise ArgumentError(f"{name} is {clean(repr(value))}, a name that no file can have here; give another.")
     return os.fspath(value)
 

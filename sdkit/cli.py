@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 from sdkit import __version__
 from sdkit.cli_training import Add, add_command, add_training_commands
-from sdkit.console import complain, exit_code_of, flush, printable, say, say_json, say_path, say_table
+from sdkit.console import complain, exit_code_of, flush, say, say_json, say_path, say_table
 from sdkit.errors import ArgumentError, SdkitError
 from sdkit.files import find
+from sdkit.messages import printable
 from sdkit.parser import Parser
 
 if TYPE_CHECKING:

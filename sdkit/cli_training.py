@@ -14,11 +14,11 @@ from pathlib import Path
 from types import NoneType
 from typing import TYPE_CHECKING, Any, TypeAlias, get_args, get_origin, get_type_hints
 
-from sdkit.console import complain, is_main_process, printable, say, say_json, say_path
+from sdkit.console import complain, is_main_process, say, say_json, say_path
 from sdkit.errors import ArgumentError
 from sdkit.fields import field_docs
 from sdkit.files import reason
-from sdkit.messages import clean
+from sdkit.messages import clean, printable
 from sdkit.strict_json import read_object
 
 if TYPE_CHECKING:
@@ -223,7 +223,7 @@ def _from_file(path: Path, stage: str, known: Mapping[str, _Field]) -> dict[str,
     except ValueError as error:
         raise ArgumentError(f"{path} {error}; give a run's config.json, or an object of settings.") from error
     if found.get("stage", stage) != stage:
-        other = clean(str(found["stage"]))
+        other = clean(found["stage"])
         raise ArgumentError(f"{path} holds the settings of another stage, a {other}; give a {stage}'s.")
     values = found.get("settings", found)
     if not isinstance(values, dict):

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from sdkit.errors import SdkitError
-from sdkit.messages import Stopped, clean, stop_in
+from sdkit.messages import clean, printable
+from sdkit.stops import Stopped, stop_in
 
 PATIENCE = 10
 """Seconds in which a launcher notices that a process has ended, and ends the others."""
@@ -53,11 +54,6 @@ def left_alone() -> bool:
     return True
 
 
-def printable(text: str) -> str:
-    """`text` in one line, with "?" for what might steer a terminal."""
-    return "".join(letter if letter.isprintable() else "?" for letter in text)
-
-
 def complain(sentence: str) -> None:
     """One line on stderr, whatever is in the names it quotes."""
     with contextlib.suppress(OSError):  # nobody can be told that nobody can be told
@@ -83,9 +79,9 @@ def say_path(path: Path) -> None:
 
 def say_table(rows: Sequence[Sequence[str]]) -> None:
     """Rows with their columns aligned."""
-    clean = [[printable(cell) for cell in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*clean, strict=True)]
-    for row in clean:
+    cells = [[printable(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    for row in cells:
         say("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
@@ -115,9 +111,9 @@ def mute_stdout() -> None:
 
 
 class _Stops:
-    """Handlers that raise `Stopped` or KeyboardInterrupt, again where a library swallowed it.
+    """Handlers that raise `Stopped` or KeyboardInterrupt, and raise it again where a library swallowed it.
 
-    It is lost where it is raised inside a `__del__` or a bare `except`. While it is on its way (`finally` blocks and
+    A stop is lost where it is raised inside a `__del__` or a bare `except`. While it propagates (`finally` blocks and
     context managers clear up then) one more signal is ignored, and the one after that ends the process at once.
     """
 
@@ -138,7 +134,7 @@ class _Stops:
         self.remind()
 
     def remind(self, *_: object) -> None:
-        """Raise the stop that was asked for, if any, unless it is on its way. Handles the timer, too."""
+        """Raise the stop that was asked for, if any, unless it propagates already. Handles the timer, too."""
         if self._number and not self._on_its_way():
             raise KeyboardInterrupt if self._number == signal.SIGINT else Stopped(self._number)
 
@@ -163,13 +159,13 @@ def signals_raised() -> Iterator[None]:
     stops.timer = stops.timer and bool(before)
     if stops.timer:
         before[signal.SIGALRM] = signal.signal(signal.SIGALRM, stops.remind)
-    told = sys.unraisablehook
-    sys.unraisablehook = lambda lost: None if lost.exc_value and stop_in(lost.exc_value) else told(lost)
+    hook = sys.unraisablehook
+    sys.unraisablehook = lambda lost: None if lost.exc_value and stop_in(lost.exc_value) else hook(lost)
     try:
         yield
         stops.remind()  # the work may have ended before the timer did
     finally:
-        sys.unraisablehook = told
+        sys.unraisablehook = hook
         if stops.timer:
             signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in before.items():
@@ -205,7 +201,7 @@ def exit_code_of(work: Callable[[], int]) -> int:
 
 
 def _check_folder() -> None:
-    """Without a working folder libraries fail in as many ways as there are, the first of them in their imports."""
+    """Raise `SdkitError` where the working folder is gone: each library fails in its own way then, some on import."""
     try:
         os.getcwd()  # noqa: PTH109 - pathlib's is the same, with an import more
     except OSError as error:
@@ -213,7 +209,7 @@ def _check_folder() -> None:
 
 
 def _sentence(error: Exception) -> str:
-    """Also for what the system refuses in places where nobody expects it: too many open files, say."""
+    """The message of an error, or a sentence for a refusal of the system that no code expects (too many open files)."""
     if isinstance(error, UnicodeEncodeError):
         return f"{clean(repr(error.object))} cannot be written in the {error.encoding} of this locale; use UTF-8."
     if isinstance(error, OSError):

@@ -1,4 +1,4 @@
-"""Files: written whole or not at all, and found in folders."""
+"""Files: written atomically, opened only where they are regular, and found in folders."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from sdkit.errors import SdkitError
-from sdkit.messages import clean
+from sdkit.messages import clean, first_line, listed
 
 TEMPORARY = ".sdkit-"  # how names begin of what is being written: `find` skips them, and leftovers are known by it
 OWNER = re.compile(r"\.sdkit-(?:([0-9a-f]{8})-(\d+)-)?[0-9a-f]{16}(?:\..*)?", re.DOTALL)
@@ -65,7 +65,7 @@ def atomic_write(path: str | Path, *, overwrite: bool = True) -> Iterator[Path]:
 
 
 def _resolved(path: str | Path) -> Path:
-    """`path` with its links followed. Raises `OSError`, also for a name that no file can have."""
+    """Follow the links in `path`. Raises `OSError`, also for a name that no file can have."""
     try:
         return Path(os.path.realpath(path))
     except ValueError as error:
@@ -99,7 +99,7 @@ def beside(path: Path, suffix: str = "") -> Path:
 
 @functools.cache
 def _host() -> str:
-    """Eight hexadecimal digits for the system whose process numbers these are: a container has its own."""
+    """Eight hexadecimal digits for the system that gives the process numbers: a container has its own."""
     try:
         processes = os.readlink("/proc/self/ns/pid")  # noqa: PTH115 - no path: "pid:[4026531836]"
     except OSError:
@@ -121,7 +121,8 @@ def sync(path: Path) -> None:
 
 
 def status(path: str | Path) -> os.stat_result:
-    """What is at `path`, links followed. Raises `OSError`, also for a name that no file can have (with NUL in it)."""
+    """The status of a file or folder, links followed. Raises `OSError`, also for a name that no file can have (with NUL
+    in it)."""
     try:
         return Path(path).stat()
     except ValueError as error:
@@ -129,7 +130,7 @@ def status(path: str | Path) -> os.stat_result:
 
 
 def check_name(path: str | Path) -> None:
-    """Raises `OSError` for a name that no file can have; whether there is one does not matter."""
+    """Raise `OSError` for a name that no file can have, whether there is one or not."""
     try:
         os.lstat(path)
     except ValueError as error:
@@ -144,7 +145,7 @@ def open_regular(path: str | Path) -> BinaryIO:
     end."""
     mode = status(path).st_mode
     if stat.S_ISDIR(mode):
-        os.scandir(path).close()  # says so where the permission is missing
+        os.scandir(path).close()  # raises where the permission is missing
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     if not stat.S_ISREG(mode):
         raise OSError(errno.EINVAL, "it is not a regular file", str(path))
@@ -168,7 +169,7 @@ def remove_leftovers(folder: Path) -> None:
 
 @functools.cache
 def remove_abandoned(folder: Path) -> None:
-    """Remove, once in a process, what killed processes were writing in `folder`, where others may be writing now.
+    """Remove, once in a process, the temporary files of killed processes in `folder`; others may be writing there.
 
     A temporary file goes if its process is known to be gone, or, where that cannot be known (it ran on another
     computer), if nobody has written to it for a day.
@@ -216,8 +217,8 @@ def sha256(path: Path) -> str:
 
 
 def reason(error: Exception) -> str:
-    """What the system or a library says, as the end of a sentence."""
-    return str(getattr(error, "strerror", None) or error).lower()
+    """The system's or a library's message, as the end of a sentence."""
+    return str(getattr(error, "strerror", None) or first_line(error)).lower()
 
 
 def find(paths: Iterable[str | Path], suffixes: Collection[str], unreadable: Collection[str] = ()) -> list[Path]:
@@ -239,15 +240,13 @@ def find(paths: Iterable[str | Path], suffixes: Collection[str], unreadable: Col
         found += inside
         others += rest
     if not found:
-        where = ", ".join(clean(str(path)) for path in given) or "an empty list of paths"
+        where = ", ".join(clean(path) for path in given) or "an empty list of paths"
         instead = f" (but {_counted(others)})" if others else ""
         wanted = f"{'/'.join(sorted(suffixes))} file" if len(suffixes) <= 4 else "file of a kind that is read here"
         raise SdkitError(f"found no {wanted} in {where}{instead}; name one, or another folder.")
     if passed_over := [path for path in others if _suffix(path) in unreadable]:
-        shown = ", ".join(clean(path) for path in passed_over[:3])
-        more = f" and {len(passed_over) - 3} more" if len(passed_over) > 3 else ""
         kinds = f"{_counted(passed_over)} {'are' if len(passed_over) > 1 else 'is'}"
-        warnings.warn(f"{kinds} passed over, which cannot be read: {shown}{more}.", stacklevel=1)
+        warnings.warn(f"{kinds} passed over, which cannot be read: {listed(passed_over)}.", stacklevel=1)
     return list(dict.fromkeys(found))
 
 
@@ -257,7 +256,7 @@ def _expand(path: Path, suffixes: Collection[str]) -> tuple[list[Path], list[str
         mode = status(path).st_mode
         if not stat.S_ISDIR(mode):
             if not stat.S_ISREG(mode):  # opening a pipe or a device might never end
-                raise SdkitError(f"{clean(str(path))} is neither a regular file nor a folder; name one.")
+                raise SdkitError(f"{clean(path)} is neither a regular file nor a folder; name one.")
             return [path], []
         unreadable: list[OSError] = []
         inside, others = list[Path](), list[str]()
@@ -269,7 +268,7 @@ def _expand(path: Path, suffixes: Collection[str]) -> tuple[list[Path], list[str
             raise unreadable[0]
     except OSError as error:
         where = path if error.filename is None else error.filename
-        raise SdkitError(f"cannot read {clean(str(where))}: {reason(error)}; check the name.") from error
+        raise SdkitError(f"cannot read {clean(where)}: {reason(error)}; check the name.") from error
     return sorted([*inside, *(Path(error.filename) for error in unreadable)]), sorted(others)
 
 
@@ -289,7 +288,7 @@ def walk(top: Path, onerror: Callable[[OSError], object] | None = None) -> Itera
             folders[:] = sorted(name for name in folders if not name.startswith("."))
             links += [path for name in folders if os.path.islink(path := os.path.join(folder, name))]  # noqa: PTH114, PTH118
             yield folder, [name for name in files if not name.startswith(".")]
-        # `os.walk` does not follow them. One to a folder above would bring in what is not of this data.
+        # `os.walk` does not follow links. One to a folder above would bring in files that are not of this data.
         waiting += [link for link in links if not Path(above).is_relative_to(os.path.realpath(link))]
 
 

@@ -31,7 +31,8 @@ from sdkit.arguments import one_of
 from sdkit.errors import ArgumentError, ImageError
 from sdkit.file_kind import AVIF, BEGINNING, GIF, JPEG, PNG, WEBP, kind_of
 from sdkit.files import atomic_write, encodable
-from sdkit.messages import clean, stop_in
+from sdkit.messages import clean, first_line
+from sdkit.stops import stop_in
 
 OneImage: TypeAlias = "Image.Image | npt.NDArray[Any] | Tensor | str | Path"
 Images: TypeAlias = "OneImage | Sequence[OneImage]"
@@ -60,8 +61,7 @@ READABLE = frozenset(suffix for kind in _READ for suffix in SUFFIXES[kind])
 _KNOWN = """heic heif hif jxl jxr wdp cr2 cr3 crw nef nrw arw dng orf rw2 raf pef srw svg svgz eps ps ai pdf psd psb xcf
     kra exr hdr dds icns wmf emf mp4 m4v mov avi mkv webm"""
 UNREADABLE = frozenset(f".{name}" for name in _KNOWN.split()).union(*SUFFIXES.values()) - READABLE
-"""Suffixes of pictures that are not read: whoever looks through a folder names them, rather than pass them over in
-silence."""
+"""Suffixes of pictures that are not read: a search through a folder names them in a warning."""
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}  # that `save` writes
 OUTPUT_TYPES = ("pil", "np", "pt")
 BLOCK = 2**20  # pixels of a float image that are scaled at a time
@@ -88,16 +88,16 @@ def _opened(path: str | Path | BinaryIO) -> Iterator[Image.Image]:
     except (ArgumentError, MemoryError):
         raise  # the background's fault, or the machine's; not the file's
     except ImageError as error:
-        raise ImageError(f"cannot read {clean(str(path))}: {error}") from error
+        raise ImageError(f"cannot read {clean(path)}: {error}") from error
     except UnidentifiedImageError as error:
-        raise ImageError(f"{clean(str(path))} is not an image{_instead(path)}.") from error
+        raise ImageError(f"{clean(path)} is not an image{_instead(path)}.") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         limit = (Image.MAX_IMAGE_PIXELS or 0) * (2 if isinstance(error, Image.DecompressionBombError) else 1)
         raise ImageError(
-            f"{clean(str(path))} has too many pixels (over {limit // 10**6} million); resize it first."
+            f"{clean(path)} has too many pixels (over {limit // 10**6} million); resize it first."
         ) from error
     except Exception as error:  # on broken files Pillow's readers raise nearly anything
-        raise stop_in(error) or ImageError(f"cannot read {clean(str(path))}: {_reason(error)}.") from error
+        raise stop_in(error) or ImageError(f"cannot read {clean(path)}: {_reason(error)}.") from error
 
 
 @functools.cache
@@ -129,8 +129,7 @@ def _instead(path: str | Path | BinaryIO) -> str:
 
 
 def _reason(error: Exception) -> str:
-    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return clean((text or type(error).__name__).rstrip("."))
+    return clean(error.strerror) if isinstance(error, OSError) and error.strerror else first_line(error)
 
 
 def to_rgb(image: Image.Image, background: str = "white") -> Image.Image:

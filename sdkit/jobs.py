@@ -35,7 +35,7 @@ from sdkit.progress import progress
 from sdkit.recipe import Recipe
 
 PROMPTS = 64 * 2**20  # bytes of the largest file of prompts
-PATIENCE = 5  # seconds in which whoever is to write to a named pipe has begun
+PATIENCE = 5  # seconds to wait for the first byte in a named pipe
 PIXELS_HELD = 2048 * 2048  # of input read before they go through a network: about 50 MB in float32
 
 T = TypeVar("T")
@@ -189,7 +189,7 @@ def mean_scores(done: Sequence[Reconstruction]) -> tuple[float | None, float | N
 def read_prompts(path: str | Path) -> list[str]:
     """The prompts in a UTF-8 file ("-": standard input), one a line; empty lines and # comments are skipped.
 
-    A pipe will do, if somebody is writing to it or begins to within seconds.
+    It may be a pipe, if something is written to it within seconds.
     """
     if str(path) == "-" and sys.stdin is None:
         raise ArgumentError("there is no standard input to read prompts from; name a file of them.")
@@ -212,11 +212,11 @@ def _read_prompts(path: str | Path) -> bytes:
     if not stat.S_ISFIFO(status(path).st_mode):
         with Path(path).open("rb") as file:
             return file.read(PROMPTS + 1)
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # does not wait for somebody to open the other end
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # returns before the other end is opened
     with os.fdopen(descriptor, "rb") as pipe:
         select.select([pipe], [], [], PATIENCE)
         os.set_blocking(descriptor, True)
-        return pipe.read(PROMPTS + 1)  # at once, and nothing, where nobody has the other end
+        return pipe.read(PROMPTS + 1)  # at once, and nothing, if the other end is not open
 
 
 def check_generation(
@@ -341,8 +341,7 @@ def _save(
 
 
 def _numbers(folder: Path) -> Iterator[int]:
-    """Numbers for files, each above those of all files in `folder`: of those that were there when it was drawn, or in a
-    folder that cannot be listed of those that were drawn before."""
+    """Yield numbers for files: each above those of all files that are in `folder` then, and above the one before."""
     last = 0
     while True:
         with contextlib.suppress(OSError):

@@ -83,9 +83,7 @@ class LPIPS(nn.Module):
         wanted = {name: tuple(model.state_dict()[key].shape) for name, key in names.items()}
         stored = {_plain(key): key for key in file.shapes if not key.startswith(SUPERFLUOUS)}
         shapes = {name: file.shapes[key] for name, key in stored.items()}
-        mismatched = [(k, shapes[k], wanted[k]) for k in wanted.keys() & shapes if shapes[k] != wanted[k]]
-        problem = f"{file.label} does not hold the weights of LPIPS with VGG-16"
-        check_fit(wanted.keys() - shapes, shapes.keys() - wanted, mismatched, problem)
+        check_fit(shapes, wanted, f"{file.label} does not hold the weights of LPIPS with VGG-16")
         check_dtypes(file, stored.values())
         tensors = file.read(stored.values())
         model.load_state_dict({names[name]: tensors[key] for name, key in stored.items()})

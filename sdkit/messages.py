@@ -1,18 +1,29 @@
-"""Foreign text (file names, values from files, other libraries' errors) made fit to be quoted in a message, and stops
-told from errors."""
+"""Foreign text (file names, values from files, other libraries' errors) made fit to be quoted in a message."""
 
 from __future__ import annotations
 
-import signal
+from collections.abc import Sequence
 
 LONGEST_QUOTE = 300
 LONGEST_MESSAGE = 1000
+LISTED = 3  # names of many that a message gives
 
 
-def clean(text: str) -> str:
-    """`text` without line breaks and control characters, and not too long."""
-    shown = "".join(letter if letter.isprintable() else "?" for letter in text[: LONGEST_QUOTE + 1])
-    return shown if len(text) <= LONGEST_QUOTE else f"{shown[:LONGEST_QUOTE]}..."
+def printable(text: str) -> str:
+    """`text` in one line, with "?" for what might steer a terminal."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
+
+
+def clean(foreign: object) -> str:
+    """A foreign text, path, or value in one line, without control characters, and not too long."""
+    text = str(foreign)
+    return printable(text) if len(text) <= LONGEST_QUOTE else f"{printable(text[:LONGEST_QUOTE])}..."
+
+
+def listed(names: Sequence[object]) -> str:
+    """The first names, and the number of the others: "a, b, c and 2 more"."""
+    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+    return ", ".join(map(clean, names[:LISTED])) + more
 
 
 def first_line(error: BaseException) -> str:
@@ -26,33 +37,3 @@ def shortened(message: str) -> str:
     """`message` without its middle where it is too long: the problem stands at its beginning, the remedy at its end."""
     half = LONGEST_MESSAGE // 2
     return message if len(message) <= LONGEST_MESSAGE else f"{message[:half]} ... {message[-half:]}"
-
-
-class Stopped(BaseException):
-    """A signal asked the process to end."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(f"stopped by {signal.Signals(number).name}")
-        self.number = number
-
-
-STOPS = (Stopped, KeyboardInterrupt, SystemExit)
-
-
-def stop_in(error: BaseException) -> BaseException | None:
-    """The stop (a signal, Ctrl-C, `sys.exit`) that `error` is or was made of, None where there is none.
-
-    Python 3.11 wraps whatever a `__set_name__` raises in a RuntimeError; ctypes, regex, and others do alike. A signal
-    that arrives there is told as a damaged file unless one looks for it.
-    """
-    seen: dict[int, BaseException] = {}
-    waiting: list[BaseException | None] = [error]
-    while waiting:
-        one = waiting.pop()
-        if one is None or id(one) in seen:
-            continue
-        if isinstance(one, STOPS):
-            return one
-        seen[id(one)] = one
-        waiting += [one.__context__, one.__cause__]
-    return None

@@ -1,4 +1,4 @@
-"""The parser of every command: errors are told in one sentence, and no option is overridden in silence."""
+"""The parser of every command: it raises errors of one sentence, and refuses an option that is given twice."""
 
 from __future__ import annotations
 

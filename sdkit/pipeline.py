@@ -94,20 +94,17 @@ class StableDiffusion:
         Raises SourceError, in one sentence, where the source is missing, unreadable, of another kind, or cannot be
         downloaded.
         """
-        place: dict[str, Any] = {"dtype": dtype, "device": device, "variant": variant}
+        place: dict[str, Any] = {"dtype": dtype, "device": device}
         where: dict[str, Any] = {"revision": revision, "config": config}
-        own_vae = where | {"variant": variant}
-        beside = {"config": config if vae is not None and is_file(expanded(vae)) else None}
+        if vae is None:
+            autoencoder = VAE.from_pretrained(source, variant=variant, compile=compile, **place, **where)
+        else:
+            configs = config if is_file(expanded(vae)) else None  # a folder has its own
+            autoencoder = VAE.from_pretrained(vae, config=configs, compile=compile, **place)
         return cls(
-            VAE.from_pretrained(
-                source if vae is None else vae,
-                dtype=dtype,
-                device=device,
-                compile=compile,
-                **(own_vae if vae is None else beside),
-            ),
-            TextEncoder.from_pretrained(source, **place, **where),
-            UNet.from_pretrained(source, compile=compile, **place, **where),
+            autoencoder,
+            TextEncoder.from_pretrained(source, variant=variant, **place, **where),
+            UNet.from_pretrained(source, variant=variant, compile=compile, **place, **where),
             NoiseSchedule.from_pretrained(source, prediction_type=prediction_type, **where),
             name=str(source),
             guidance_scale=load_guidance_scale(source, **where),

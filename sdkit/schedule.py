@@ -314,7 +314,7 @@ def completed(config: Mapping[str, Any]) -> dict[str, Any]:
     name = stated.get("_class_name", "")
     if not isinstance(name, str) or (name and name not in SCHEDULERS):
         raise ArgumentError(
-            f"a schedule of {clean(str(name))} is not one of Stable Diffusion 1.x / 2.x, and cannot be used."
+            f"a schedule of {clean(name)} is not one of Stable Diffusion 1.x / 2.x, and cannot be used."
         )
     defaults = asdict(SCHEDULERS.get(name, SchedulerDefaults()))
     if stated.get("rescale_betas_zero_snr"):

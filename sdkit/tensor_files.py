@@ -1,4 +1,4 @@
-"""Safetensors files: the same bytes for the same content, and every damage told.
+"""Safetensors files: the same bytes for the same content, and an error for every damage.
 
 The `ValueError`s of this module are predicates ("is not a whole safetensors file ..."), to be put behind the name of
 the file.
@@ -24,8 +24,8 @@ METADATA = "__metadata__"
 
 
 def encoded(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
-    """A safetensors file. safetensors itself writes several metadata in another order each time; here they are
-    sorted."""
+    """The bytes of a safetensors file. Its metadata are sorted: safetensors itself writes them in another order each
+    time."""
     data = safetensors.torch.save({name: x.detach().cpu().contiguous() for name, x in tensors.items()}, dict(metadata))
     end = 8 + int.from_bytes(data[:8], "little")
     header = json.loads(data[8:end])

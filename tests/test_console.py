@@ -13,8 +13,8 @@ import pytest
 
 from sdkit.console import exit_code_of
 from sdkit.errors import SdkitError
-from sdkit.messages import Stopped, stop_in
 from sdkit.models.weights import guarded
+from sdkit.stops import Stopped, stop_in
 
 
 def raising(stop: BaseException) -> None:
@@ -186,7 +186,7 @@ def test_a_working_folder_that_is_gone_is_told(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("error", "sentence"),
     [
-        (OSError(24, "Too many open files", "a\nb"), "the system refused: a b: too many open files;"),
+        (OSError(24, "Too many open files", "a\nb"), "the system refused: a?b: too many open files;"),
         (PermissionError("no"), "the system refused: no;"),
         (
             UnicodeEncodeError("ascii", "\u732b.png", 0, 1, "no"),

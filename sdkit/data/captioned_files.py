@@ -16,13 +16,13 @@ from sdkit.data.metadata import NAMES, Row, read_metadata
 from sdkit.errors import DataError
 from sdkit.files import encodable, walk
 from sdkit.images import READABLE
-from sdkit.messages import clean
+from sdkit.messages import clean, listed
 
 NAME, OFFSET, SIZE = "sdkit.name", "sdkit.offset", "sdkit.size"
 """Columns of rows beside `image` and `caption`; offset and size are those of an image in a tar shard."""
 CLASS_FOLDER = re.compile(r"(\d{1,4})_(.*)")
 TEXT_SUFFIXES = frozenset((*BESIDE, ".jsonl", ".csv", ".tsv", ".xml", ".yaml", ".yml", ".tags", ".cap", ".parquet"))
-"""Of files that may hold captions, whether they are read or not."""
+"""Suffixes of files that may hold captions, whether they are read or not."""
 
 
 def folder_rows(
@@ -55,7 +55,7 @@ def folder_rows(
             caption = caption or found[2].replace("_", " ").strip()
         rows += [row(relative(path, root), path, caption)] * repeats
     texts.check()
-    beside.tell()
+    beside.warn()
     keys |= texts.keys
     if caption_column is not None and caption_column not in keys:
         have = ", ".join(map(repr, map(clean, sorted(keys)))) or "none"
@@ -75,7 +75,7 @@ def _first(paths: Iterable[Path], texts: Texts) -> tuple[str, str]:
 
 
 def _class(path: Path, root: Path) -> re.Match[str] | None:
-    """How often, and as what, the nearest folder of this kind has its images learnt."""
+    """Match of the name of the nearest such folder around an image: (repeats, caption)."""
     inside = [root.absolute().name, *Path(os.path.relpath(path, root)).parts[:-1]]
     return next((found for part in reversed(inside) if (found := CLASS_FOLDER.fullmatch(part))), None)
 
@@ -118,13 +118,16 @@ def relative(path: Path, root: Path) -> str:
 
 
 def alike(name: str) -> str:
-    """What all spellings of a name have in common: of another case, in NFC or NFD, with Windows' separator."""
+    """The form that all spellings of a name share: in upper or lower case, in NFC or NFD, with Windows' separator."""
     return unicodedata.normalize("NFC", name.replace("\\", "/")).casefold()
 
 
 def _matched(stated: Iterable[Row], images: dict[Path, Path], place: _Places) -> dict[Path, str]:
-    """Captions by the place of their image. A name that no file has stands for the one file that is spelt alike, if it
-    has no line of its own; else the image is missing, and is added to `images` so that whoever reads it says so."""
+    """Captions by the place of their image.
+
+    A name that no file has stands for the one file that is spelt alike, if that has no line of its own. Else the image
+    is missing; it is added to `images`, so that reading it reports that.
+    """
     captions: dict[Path, str] = {}
     missing: list[tuple[Row, Path]] = []
 
@@ -182,13 +185,12 @@ class _Beside:
         self.passed_over += [str(image.parent / name) for name in texts[1:]]
         return [image.parent / name for name in found]
 
-    def tell(self) -> None:
-        """Warn of captions that another file's go before."""
+    def warn(self) -> None:
+        """Warn of caption files that are ignored, since the image has another."""
         if self.passed_over:
-            n = len(self.passed_over)
-            shown = ", ".join(map(clean, self.passed_over[:3])) + (f" and {n - 3} more" if n > 3 else "")
+            verb = "are" if len(self.passed_over) > 1 else "is"
             warnings.warn(
-                f"{shown} {'are' if n > 1 else 'is'} passed over, since the image has another caption file.",
+                f"{listed(self.passed_over)} {verb} passed over, since the image has another caption file.",
                 stacklevel=3,
             )
 
@@ -222,5 +224,5 @@ def _list(folder: str) -> list[str]:
     try:
         with os.scandir(folder) as entries:
             return [entry.name for entry in entries if not entry.is_dir()]
-    except OSError:  # the image in it cannot be read either, which is told
+    except OSError:  # nor can the image in it be read, and whoever reads it says so
         return []

@@ -1,4 +1,4 @@
-"""Captions: where they are looked for, and what counts as one."""
+"""Captions: the files and fields that hold them, and the text in these."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from sdkit import strict_json
 from sdkit.errors import DataError
 from sdkit.files import encodable, read_regular
-from sdkit.messages import clean
+from sdkit.messages import listed
 
 CAPTION_KEYS = ("text", "caption", "captions", "prompt", "txt", "json")
 """Names under which a caption is looked for where none is given, the first that is there."""
@@ -48,7 +48,7 @@ class Texts:
         """`key`: the field of .json files that is the caption."""
         self.key = key
         self.keys: set[str] = set()
-        """Of all fields in .json files."""
+        """Names of all fields in .json files."""
         self.bad: list[str] = []
 
     def read(self, path: Path) -> str:
@@ -74,8 +74,7 @@ class Texts:
     def check(self) -> None:
         """Raise `DataError` where a file could not be decoded."""
         if self.bad:
-            more = f" and {len(self.bad) - 3} more" if len(self.bad) > 3 else ""
             raise DataError(
-                f"the caption in {', '.join(map(clean, self.bad[:3]))}{more} cannot be read; save it as UTF-8 text "
+                f"the caption in {listed(self.bad)} cannot be read; save it as UTF-8 text "
                 "(.json: one object of fields) of at most 1 MiB that you may read."
             )

@@ -158,7 +158,7 @@ def check(
         class_folders=class_folders, default_caption=default_caption,
     )  # fmt: skip
     distinct: Iterable[Example] = examples
-    if class_folders:  # each once, or those that count ten times would be told as duplicates
+    if class_folders:  # each once: those that count ten times are no duplicates
         distinct = {example.name: example for example in examples}.values()
     if model:
         text, tokenizer = load_text(model)

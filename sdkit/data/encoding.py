@@ -236,10 +236,10 @@ def _delete(path: Path) -> None:
 
 
 class _Shards:
-    """Iterates over (number, how many examples it has, they themselves with their numbers) of each shard.
+    """Iterate over the shards as (number, count of examples, numbered examples).
 
-    The examples of a shard that nobody iterates over are not read; but a stream has to be, and does not say how many
-    there will be (None). `total`: how many examples there are, of a stream so far.
+    The examples of a shard are read only when they are iterated over. A stream is always read, and its counts are not
+    known before (None). `total`: the number of examples, of a stream those read so far.
     """
 
     def __init__(self, examples: Examples | Stream, size: int) -> None:

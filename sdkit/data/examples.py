@@ -30,12 +30,13 @@ from sdkit.data.captions import CAPTION_KEYS, caption_of
 from sdkit.data.metadata import NAMES
 from sdkit.data.tar_shards import tar_rows
 from sdkit.errors import ArgumentError, DataError, ImageError, SdkitError
-from sdkit.files import encodable, expanded, find, open_regular
-from sdkit.messages import clean, first_line, stop_in
+from sdkit.files import encodable, expanded, find, open_regular, reason
+from sdkit.messages import clean, first_line, listed
+from sdkit.stops import stop_in
 
 IMAGE_COLUMNS = ("image", "jpg", "png", "jpeg", "webp", "img")
 ON_THE_HUB = re.compile(r"(?:(?:zip|tar|gzip)://[^:]*::)?hf://")
-"""How addresses begin that a stream of a data set on the Hub gives."""
+"""Matches the beginning of an address in a stream of a data set on the Hub."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,8 +68,7 @@ class Example:
         except ImageError:
             raise
         except Exception as error:  # of a file system on the web: nearly anything
-            told = f"cannot read {clean(self.name)}: {first_line(error)}."
-            raise stop_in(error) or ImageError(told) from error
+            raise stop_in(error) or ImageError(f"cannot read {clean(self.name)}: {first_line(error)}.") from error
         return _read(data, self.name)
 
     def _open(self, path: str) -> Any:
@@ -105,7 +105,6 @@ class Examples:
         that captions were read from."""
         self.dataset, self.source, self.unread, self.unusual = dataset, source, unread, unusual
         self._columns = _Columns(source, image, caption, default_caption, folder)
-        self._image, self._caption = image, caption
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -131,9 +130,9 @@ class Examples:
         return list(self._captions())
 
     def _captions(self) -> Iterator[str]:
-        if self._caption is None:
+        if self._columns.caption is None:
             return iter([self._columns.default_caption] * len(self))
-        return (self._columns.caption_of(value, i) for i, value in enumerate(self.dataset[self._caption]))
+        return (self._columns.caption_of(value, i) for i, value in enumerate(self.dataset[self._columns.caption]))
 
     @property
     def has_captions(self) -> bool:
@@ -157,7 +156,7 @@ class Examples:
 
     def _field(self, name: str, function: str | None = None) -> list[Any]:
         """A field of the column of images, or a function of pyarrow.compute of it: no image is copied for it."""
-        fields = [chunk.field(name) for chunk in self.dataset.data.column(self._image).chunks]
+        fields = [chunk.field(name) for chunk in self.dataset.data.column(self._columns.image).chunks]
         if function:
             fields = [getattr(import_module("pyarrow.compute"), function)(one) for one in fields]
         return [value for one in fields for value in one.to_pylist()]
@@ -174,17 +173,16 @@ class Stream(Iterable[Example]):
         Hub. Paths in it are relative to `folder`."""
         self.dataset, self.source, self.files = dataset, source, files
         self._columns = _Columns(source, image, caption, default_caption, folder)
-        self._image, self._caption = image, caption
 
     @property
     def has_captions(self) -> bool:
         """Whether any example may have one: more is not known before the stream is read."""
-        return self._caption is not None or bool(self._columns.default_caption)
+        return self._columns.caption is not None or bool(self._columns.default_caption)
 
     def __iter__(self) -> Iterator[Example]:
         rows = enumerate(self.dataset)
         while True:
-            with _told(self.source):
+            with _raised_as_data_error(self.source):
                 i, row = next(rows, (0, None))
             if row is None:
                 return
@@ -195,7 +193,7 @@ class Stream(Iterable[Example]):
         """SHA-256 over the names of source, split and columns, and names and sizes of files here: what is in them is
         not known before they are read."""
         sizes = [(file.name, _file_size(str(file))) for file in self.files]
-        names = (self.source, self.dataset.split, self._image, self._caption, *chain(*sizes))
+        names = (self.source, self.dataset.split, self._columns.image, self._columns.caption, *chain(*sizes))
         default = self._columns.default_caption
         names += (default,) if default else ()
         return hashlib.sha256("".join(f"{name}\0" for name in names).encode()).hexdigest()[:16]
@@ -203,17 +201,17 @@ class Stream(Iterable[Example]):
 
 @dataclass(frozen=True)
 class _Columns:
-    """How a row of a data set becomes an example."""
+    """The columns by which a row of a data set becomes an example."""
 
     source: str
     image: str
     caption: str | None
     default_caption: str
     folder: Path | None
-    """Which relative paths are relative to; None where they are whole."""
+    """Folder that relative paths are relative to; None where all are absolute."""
 
     def example(self, row: dict[str, Any], i: int) -> Example:
-        """Row `i`."""
+        """The example in row `i`."""
         cell = row[self.image] or {"bytes": None, "path": None}
         return Example(
             name=row.get(NAME) or _name(cell["path"], i),
@@ -229,9 +227,9 @@ class _Columns:
         try:
             return caption_of(value) or self.default_caption
         except ValueError as error:
-            reason = "it is not UTF-8 text" if isinstance(error, UnicodeDecodeError) else str(error)
+            problem = "it is not UTF-8 text" if isinstance(error, UnicodeDecodeError) else str(error)
             raise DataError(
-                f"the caption of row {i} in {clean(self.source)} cannot be used, for {reason}; correct the data."
+                f"the caption of row {i} in {clean(self.source)} cannot be used, for {problem}; correct the data."
             ) from error
 
     def _whole(self, path: str | None) -> str | None:
@@ -321,7 +319,7 @@ def open_examples(
         rows, unread, unusual = folder_rows(files, root, caption_column, class_folders)
     else:
         rows, pictures = tar_rows(files, root, caption_column)
-        _tell_passed_over(pictures)
+        _warn_passed_over(pictures)
     if not rows:
         raise DataError(f"there is no image in {clean(source)}; name other data.")
     found: dict[str, Any] = {"default_caption": default_caption, "unread": unread, "unusual": unusual}
@@ -344,28 +342,20 @@ def warn_of_captions(examples: Examples | Stream) -> None:
         warnings.warn(f"captions in {source} are read from {' and '.join(unusual)} files.", stacklevel=1)
 
 
-def _tell_passed_over(names: Sequence[str]) -> None:
+def _warn_passed_over(names: Sequence[str]) -> None:
     if names:
-        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-        warnings.warn(
-            f"{len(names)} files are passed over, which cannot be read: {', '.join(map(clean, names[:3]))}{more}.",
-            stacklevel=1,
-        )
+        warnings.warn(f"{len(names)} files are passed over, which cannot be read: {listed(names)}.", stacklevel=1)
 
 
 def _exists(path: Path) -> bool:
-    """Whether there is something; false for names that no file can have, where pathlib's raises."""
-    try:
-        return os.path.exists(path)  # noqa: PTH110
-    except ValueError:
-        return False
+    return os.path.exists(path)  # noqa: PTH110 - pathlib's raises for overlong names
 
 
 def _check_regular(file: Path) -> None:
     try:
         open_regular(file).close()
     except OSError as error:
-        raise DataError(f"cannot read {clean(str(file))}: {str(error.strerror).lower()}.") from error
+        raise DataError(f"cannot read {clean(file)}: {reason(error)}.") from error
 
 
 FOLDER = "a folder of images"
@@ -387,7 +377,7 @@ def _kind(path: Path) -> tuple[str, list[Path]]:
     suffixes = {FOLDER: images.READABLE, "parquet": {".parquet"}, "tar shards": {".tar"}}
     if not path.is_dir() and path.suffix.lower() not in (".parquet", ".tar"):
         raise DataError(
-            f"{clean(str(path))} is no data set; name a folder of images, .parquet or .tar files, or one of the latter."
+            f"{clean(path)} is no data set; name a folder of images, .parquet or .tar files, or one of the latter."
         )
     every = frozenset[str]().union(*suffixes.values())
     try:
@@ -396,10 +386,10 @@ def _kind(path: Path) -> tuple[str, list[Path]]:
         if isinstance(error.__cause__, OSError):
             raise DataError(str(error)) from error
         there = re.search(r" \(but .*?\)", str(error))
-        where = f"{clean(str(path))}{there[0] if there else ''}"
+        where = f"{clean(path)}{there[0] if there else ''}"
         raise DataError(f"there is no image, .parquet or .tar file in {where}; name other data.") from error
     if closed := [file for file in files if file.suffix.lower() not in every]:
-        raise DataError(f"cannot read {clean(str(closed[0]))}; change its permissions, or take it out of the data.")
+        raise DataError(f"cannot read {clean(closed[0])}; change its permissions, or take it out of the data.")
     kinds = {kind: [file for file in files if file.suffix.lower() in known] for kind, known in suffixes.items()}
     if kinds[FOLDER]:  # those with metadata of the images are no data of their own
         kinds["parquet"] = [file for file in kinds["parquet"] if file.name not in NAMES]
@@ -407,7 +397,7 @@ def _kind(path: Path) -> tuple[str, list[Path]]:
     if len(present) > 1:
         counts = " and ".join(f"{len(found)} {found[0].suffix}" for found in present.values())
         raise DataError(
-            f"{clean(str(path))} holds data of several kinds ({counts} files and the like); name a folder of one kind."
+            f"{clean(path)} holds data of several kinds ({counts} files and the like); name a folder of one kind."
         )
     return next(iter(present.items()))
 
@@ -429,7 +419,7 @@ def _from_hub(source: str, split: str, streaming: bool, **columns: Any) -> Examp
 
 def _load(source: str, streaming: bool, split: str = "train", **options: Any) -> Any:
     datasets = _datasets()
-    with _told(source), _quiet(datasets):
+    with _raised_as_data_error(source), _quiet(datasets):
         return datasets.load_dataset(split=split, streaming=streaming, **options)
 
 
@@ -447,7 +437,7 @@ def _in_columns(
     """The examples in the columns of these names, or of the likeliest ones."""
     datasets = _datasets()
     if dataset.features is None:  # a stream that says nothing of its columns before it is read
-        with _told(source):
+        with _raised_as_data_error(source):
             dataset = dataset._resolve_features()
     features: dict[str, Any] = dict(dataset.features)
     listed = clean(", ".join(features))
@@ -462,12 +452,12 @@ def _in_columns(
     decoded = [name for name, feature in features.items() if _is_decoded(feature)]  # images, sounds: no captions
     if caption_column == image or caption_column in decoded:
         raise DataError(
-            f"column {clean(str(caption_column))!r} of {clean(source)} holds images or the like; name another as "
+            f"column {clean(caption_column)!r} of {clean(source)} holds images or the like; name another as "
             "caption_column."
         )
     likely = (name for name in CAPTION_KEYS if name in features and name not in decoded and name != image)
     caption = caption_column or next(likely, None)
-    with _quiet(datasets), _told(source):
+    with _quiet(datasets), _raised_as_data_error(source):
         dataset = dataset.select_columns([image, caption] if caption else [image])
         dataset = dataset.cast_column(image, datasets.Image(decode=False))
     if streaming:
@@ -482,7 +472,7 @@ def _holds_images(feature: Any, datasets: Any) -> bool:
 
 
 def _is_decoded(feature: Any) -> bool:
-    """Whether the library would open what is in a column: an image or a sound, which may be an address."""
+    """Whether the library would open the content of a column: an image or a sound, which may be an address."""
     parts = feature.values() if isinstance(feature, dict) else [getattr(feature, "feature", None)]
     return hasattr(feature, "decode_example") or any(_is_decoded(part) for part in parts if part is not None)
 
@@ -496,19 +486,17 @@ def _datasets() -> Any:
 
 
 @contextlib.contextmanager
-def _told(source: str) -> Iterator[None]:
+def _raised_as_data_error(source: str) -> Iterator[None]:
     """Raise whatever the library raises as a `DataError` of one sentence."""
     try:
         yield
     except Exception as error:  # its builders raise nearly anything
-        if stop := stop_in(error):
-            raise stop from error
         cause: BaseException = error
         while cause.__cause__:
             cause = cause.__cause__
-        reason = re.split(r"\n|[.!?] (?=[A-Z])", str(cause).strip())[0].rstrip(".!") or type(cause).__name__
-        told = f"cannot open the data set {clean(source)!r}: {clean(reason)}; check the name and the files."
-        raise stop_in(error) or DataError(told) from error
+        problem = re.split(r"\n|[.!?] (?=[A-Z])", str(cause).strip())[0].rstrip(".!") or type(cause).__name__
+        problem = f"cannot open the data set {clean(source)!r}: {clean(problem)}"
+        raise stop_in(error) or DataError(f"{problem}; check the name and the files.") from error
 
 
 @contextlib.contextmanager

@@ -72,7 +72,7 @@ class LatentCache:
         number = bisect.bisect_right(self._ends, i)
         one = self.manifest.shards[number]
         row, augmentation = divmod(i - (self._ends[number - 1] if number else 0), self.manifest.settings.augmentations)
-        with _told(self.path / one.file):
+        with _raised_as_cache_error(self.path / one.file):
             shard = self._shard(one)
             index = int(shard.get("index", row))
             if index >= self.manifest.examples:
@@ -93,7 +93,7 @@ class LatentCache:
     def empty(self) -> Prompt:
         """The empty prompt, in one chunk: what dropped captions become."""
         assert self.manifest.empty  # of every complete manifest
-        with _told(self.path / self.manifest.empty.file):
+        with _raised_as_cache_error(self.path / self.manifest.empty.file):
             return _prompt(self._shard(self.manifest.empty), 0)
 
     def check_model(
@@ -150,7 +150,7 @@ def _prompt(shard: ShardFile, row: int) -> Prompt:
 
 
 @contextlib.contextmanager
-def _told(path: Path) -> Iterator[None]:
+def _raised_as_cache_error(path: Path) -> Iterator[None]:
     """Raise `CacheError` for what is wrong with the file of a cache."""
     try:
         yield
@@ -161,7 +161,7 @@ def _told(path: Path) -> Iterator[None]:
 
 
 def missing_files(folder: Path, manifest: Manifest) -> list[Shard]:
-    """Files of the manifest that are not there, or not of their size. Raises `CacheError` where that cannot be told."""
+    """Files of the manifest that are missing, or not of their size. Raises `CacheError` where that cannot be known."""
 
     def whole(one: Shard) -> bool:
         try:

@@ -171,7 +171,7 @@ def _parsed(content: dict[str, Any]) -> Manifest:
 
 
 KINDS: dict[str, Any] = {"str": str, "int": int, "float": float, "bool": bool}
-"""Of the fields below that JSON holds as they are: by their annotation, their type. The others are checked before."""
+"""Annotation -> type, for the fields that JSON holds as they are. The others are checked before."""
 
 
 def _built(cls: type[T], given: Any) -> T:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,24 +12,25 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from sdkit import strict_json
+from sdkit.arguments import possible_name
 from sdkit.data.captions import CAPTION_KEYS, LONGEST, caption_of
 from sdkit.errors import DataError
 from sdkit.files import open_regular, reason
 from sdkit.messages import clean, first_line
 
 NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
-"""Of those in one folder the first counts."""
+"""Names of metadata files; the first one in a folder counts."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """What a file of metadata says of one image."""
+    """One image's line in a file of metadata."""
 
     where: str
     """The file and the line, for messages."""
     folder: Path
     file_name: str
-    """As it is written there; for an image in `folder` or below, or an absolute path."""
+    """The image's path as the line has it: relative to `folder`, or absolute."""
     caption: str
 
 
@@ -45,7 +45,7 @@ def read_metadata(folders: Mapping[str, Sequence[str]], caption_column: str | No
     texts: list[dict[str, Any]] = []  # of each row, while no caption is known
     for file in _files(folders):
         for number, fields in _lines(file):
-            where = f"{clean(str(file))}, line {number}"
+            where = f"{clean(file)}, line {number}"
             name = _checked(fields.pop("file_name", None), where)
             try:
                 caption = caption_of(fields, caption_column)
@@ -87,7 +87,7 @@ def _files(folders: Mapping[str, Sequence[str]]) -> Iterator[Path]:
         present = [name for name in NAMES if name in names]
         yield from (Path(folder, name) for name in present[:1])
         for other in present[1:]:
-            both = f"{clean(str(Path(folder, other)))} is passed over, for there is a {present[0]} beside it"
+            both = f"{clean(Path(folder, other))} is passed over, for there is a {present[0]} beside it"
             warnings.warn(f"{both}; leave one of them.", stacklevel=2)
 
 
@@ -95,11 +95,7 @@ def _checked(name: Any, where: str) -> str:
     """The name of an image that metadata gives. Raises `DataError` for what no file can have."""
     if not isinstance(name, str) or not name:
         raise DataError(f'{where}: there is no file name; write {{"file_name": "a.jpg", "text": "what it shows"}}.')
-    try:
-        possible = b"\0" not in os.fsencode(name) and name.replace("\\", "/").rpartition("/")[2] not in ("", ".", "..")
-    except UnicodeEncodeError:
-        possible = False
-    if not possible:
+    if not possible_name(name) or name.replace("\\", "/").rpartition("/")[2] in ("", ".", ".."):
         raise DataError(f"{where}: {clean(name).encode(errors='replace').decode()!r} is no name of a file; correct it.")
     return name
 
@@ -113,17 +109,16 @@ def _lines(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     except DataError:
         raise
     except OSError as error:
-        why = reason(error) if error.strerror else first_line(error)  # pyarrow raises some of its own
-        raise DataError(f"cannot read {clean(str(file))}: {why}.") from error
+        raise DataError(f"cannot read {clean(file)}: {reason(error)}.") from error
     except UnicodeDecodeError as error:
-        raise DataError(f"cannot read {clean(str(file))}: it is not utf-8 text.") from error
+        raise DataError(f"cannot read {clean(file)}: it is not utf-8 text.") from error
     except Exception as error:  # of pyarrow: nearly anything
-        raise DataError(f"cannot read {clean(str(file))}: {first_line(error)}.") from error
+        raise DataError(f"cannot read {clean(file)}: {first_line(error)}.") from error
 
 
 def _json_lines(file: BinaryIO, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     for number, line in enumerate(iter(lambda: file.readline(LONGEST + 1), b""), start=1):
-        where = f"{clean(str(path))}, line {number}"
+        where = f"{clean(path)}, line {number}"
         if len(line) > LONGEST:
             raise DataError(f"{where}: it is longer than 1 MiB; write one object a line.")
         text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
@@ -143,7 +138,7 @@ def _csv_lines(file: BinaryIO, path: Path) -> Iterator[tuple[int, dict[str, Any]
         for fields in reader:
             yield reader.line_num, {key: value for key, value in fields.items() if isinstance(key, str)}
     except csv.Error as error:
-        raise DataError(f"{clean(str(path))}, line {reader.line_num}: this is not CSV ({error}).") from error
+        raise DataError(f"{clean(path)}, line {reader.line_num}: this is not CSV ({error}).") from error
     finally:
         text.detach()  # whoever opened the file closes it
 

@@ -31,7 +31,7 @@ from sdkit.files import atomic_write, reason
 from sdkit.strict_json import parse_object, require
 from sdkit.tensor_files import open_mapped
 
-HEADER = "sdkit"  # the one key of a shard's metadata: with several, safetensors would write them in any order
+HEADER = "sdkit"  # the only key of a shard's metadata: safetensors would write several in any order
 LAYOUT = {
     "mean": ("F16", "NACHW"),
     "logvar": ("F16", "NACHW"),
@@ -42,7 +42,7 @@ LAYOUT = {
     "ids_ends": ("I64", "N"),
     "embeddings": ("F16", "KLD"),
 }
-"""Of each tensor its type and its axes: an axis has the same length in all tensors."""
+"""Each tensor's type and axes; an axis has the same length in all tensors."""
 PROMPT = ("ids", "ids_ends", "embeddings")
 
 
@@ -163,5 +163,5 @@ class ShardFile:
 
     @property
     def examples(self) -> int:
-        """How many examples of the data set it stands for."""
+        """Number of the data set's examples that it stands for."""
         return self.images + len(self.skipped)

@@ -84,8 +84,8 @@ class ShardEncoder:
         tensors["index"] = torch.tensor([one.index for one in kept], dtype=torch.int64)
         tensors |= self.prompts([one.example.caption for one in kept])
         skipped.sort(key=lambda one: one.index)
-        told = [Skipped(name=encodable(one.example.name), reason=encodable(one.reason)) for one in skipped]
-        return tensors, told
+        reasons = [Skipped(name=encodable(one.example.name), reason=encodable(one.reason)) for one in skipped]
+        return tensors, reasons
 
     def _load(self, numbered: tuple[int, Example]) -> _Loaded:
         index, example = numbered

@@ -54,7 +54,7 @@ def tar_rows(shards: Iterable[Path], root: Path, caption_column: str | None) -> 
 
 
 def _key(path: PurePosixPath) -> str:
-    """By what webdataset groups files: the path up to the first dot of the name."""
+    """The key by which webdataset groups files: the path up to the first dot of the name."""
     return str(path.parent / path.name.partition(".")[0])
 
 
@@ -87,12 +87,12 @@ class _Member:
 
     @property
     def path(self) -> PurePosixPath:
-        """Its name, taken apart."""
+        """Its name as a path."""
         return PurePosixPath(self.name)
 
     @property
     def suffix(self) -> str:
-        """In lower case."""
+        """The suffix of its name, in lower case."""
         return self.path.suffix.lower()
 
 
@@ -122,11 +122,10 @@ def _members(shard: Path) -> Iterator[_Member]:
     except (DataError, MemoryError):
         raise
     except OSError as error:
-        raise DataError(f"cannot read {clean(str(shard))}: {reason(error)}.") from error
+        raise DataError(f"cannot read {clean(shard)}: {reason(error)}.") from error
     except Exception as error:  # on damaged headers tarfile raises ten types
         raise DataError(
-            f"{clean(str(shard))} is not a whole tar file ({first_line(error)}); fetch it again, or take it out of the "
-            "data."
+            f"{clean(shard)} is not a whole tar file ({first_line(error)}); fetch it again, or take it out of the data."
         ) from error
 
 
@@ -144,7 +143,7 @@ def _listed(shard: Path, file: BinaryIO, length: int) -> Iterator[_Member]:
             suffix = path.suffix.lower()
             if not member.isfile() or path.name.startswith(".") or suffix not in KNOWN:
                 continue
-            where = f"{clean(str(shard))}/{clean(member.name)}"
+            where = f"{clean(shard)}/{clean(member.name)}"
             if member.issparse():
                 raise DataError(
                     f"{where} is stored as a sparse file, which is not read; make the shard without --sparse."

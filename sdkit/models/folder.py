@@ -17,11 +17,13 @@ import torch
 
 from sdkit.errors import ArgumentError, SourceError
 from sdkit.files import expanded
-from sdkit.messages import clean, first_line, stop_in
+from sdkit.messages import clean, first_line
 from sdkit.models import tokenizer
+from sdkit.models.configs import read_config, read_json
 from sdkit.models.shards import index_names, open_shards, read_index
 from sdkit.models.single_file import NOUNS, build
-from sdkit.models.weights import SUFFIXES, TensorFile, find, is_file, open_tensors, read_config, read_json
+from sdkit.models.weights import SUFFIXES, TensorFile, find, is_file, open_tensors
+from sdkit.stops import stop_in
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
@@ -301,14 +303,18 @@ def absent(place: Place, what: str) -> SourceError:
     )
 
 
+def is_hub_id(source: str | os.PathLike[str]) -> bool:
+    """Whether `source` may be a Hub id, going by its letters alone; a path object, or a name of weights, is none."""
+    return isinstance(source, str) and HUB_ID.fullmatch(source) is not None and not source.endswith(SUFFIXES)
+
+
 def path_or_fetched(source: str | os.PathLike[str], filename: str, revision: str | None, hint: str = "") -> Path:
     """The path that `source` is, there or not; where it is none but a Hub id, that of its `filename`, fetched.
 
     Raises SourceError, with the `hint`, for a repository without that file.
     """
     path = expanded(source)
-    hub = isinstance(source, str) and HUB_ID.fullmatch(source) and not source.endswith(SUFFIXES)
-    if not hub or find(path):
+    if not is_hub_id(source) or find(path):
         return path
     place = Place(name=str(source), kind="hub", path=path, revision=revision)
     if is_file(file := fetch(place, [filename]) / filename):

@@ -25,8 +25,17 @@ from sdkit.arguments import one_of
 from sdkit.errors import ArgumentError, SourceError
 from sdkit.files import atomic_write, expanded, reason
 from sdkit.messages import clean
-from sdkit.models.folder import HUB_ID, Place, absent, fetch
-from sdkit.models.weights import SUFFIXES, TensorFile, find, is_file, loading, open_tensors
+from sdkit.models.folder import Place, absent, fetch, is_hub_id
+from sdkit.models.weights import (
+    BYTES,
+    TensorFile,
+    find,
+    is_file,
+    is_finite,
+    loading,
+    not_finite,
+    open_tensors,
+)
 from sdkit.strict_json import parse_object, read_object
 
 FILENAME = "pytorch_lora_weights.safetensors"
@@ -67,7 +76,7 @@ FOREIGN = (
     ),
 )
 
-FLOATS = {torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2}
+FLOATS = {getattr(torch, name) for name in BYTES}
 WHOLE = {torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8}
 """Some files state alpha as a whole number."""
 LARGEST_ALPHA = 1e12
@@ -195,7 +204,7 @@ def _kohya(lora: LoRA) -> dict[str, Tensor]:
 
 
 def _alpha_tensor(alpha: float, dtype: torch.dtype) -> Tensor:
-    """In float32 where the dtype of the factors would round it, be it to infinity."""
+    """Alpha as a tensor; in float32 where the dtype of the factors would round it, be it to infinity."""
     tensor = torch.tensor(alpha, dtype=dtype)
     return tensor if float(tensor) == alpha else torch.tensor(alpha, dtype=torch.float32)
 
@@ -278,8 +287,8 @@ def _read(file: TensorFile, names: Iterable[str]) -> dict[str, Tensor]:
     if file.tensors is not None:
         # Views, which may share memory: safetensors writes neither.
         tensors = {name: x.detach().clone(memory_format=torch.contiguous_format) for name, x in tensors.items()}
-    if broken := next((name for name, tensor in tensors.items() if not tensor.float().isfinite().all()), None):
-        raise SourceError(f"{file.label} is damaged: its {clean(broken)} is not finite; download it again.")
+    if broken := next((name for name, tensor in tensors.items() if not is_finite(tensor)), None):
+        raise not_finite(file.label, broken)
     return tensors
 
 
@@ -355,9 +364,9 @@ def _peft_alphas(path: Path, label: str) -> _Alphas:
         config = read_object(path)
         alphas = _Alphas.read({"lora_alpha": 8, **config})  # peft's default
     except ValueError as error:
-        raise SourceError(f"{clean(str(path))!r} {error}; download it again.") from error
+        raise SourceError(f"{clean(path)!r} {error}; download it again.") from error
     except OSError as error:
-        raise SourceError(f"{clean(str(path))!r} cannot be read: {reason(error)}; check its permissions.") from error
+        raise SourceError(f"{clean(path)!r} cannot be read: {reason(error)}; check its permissions.") from error
     if (begun := str(config.get("init_lora_weights")).lower()).startswith(OTHER_BASE):
         raise SourceError(
             f"{label} was begun by {clean(begun)}, which changes the model's weights, too; give a plain LoRA of Stable "
@@ -416,7 +425,7 @@ def _locate(source: str | os.PathLike[str], filename: str | None, revision: str 
     name, path = os.fspath(source), expanded(source)
     found = find(path) if name else None
     if found is None:
-        if isinstance(source, str) and HUB_ID.fullmatch(name) and not name.endswith(SUFFIXES):
+        if is_hub_id(source):
             return _fetched(Place(name=name, kind="hub", path=path, revision=revision), filename)
         raise SourceError(f"the LoRA {clean(name)!r} does not exist; give a file, a folder with one or a Hub id.")
     if not stat.S_ISDIR(found.st_mode):

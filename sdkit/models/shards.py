@@ -12,7 +12,8 @@ import torch
 
 from sdkit.errors import SourceError
 from sdkit.messages import clean
-from sdkit.models.weights import TensorFile, open_tensors, read_json
+from sdkit.models.configs import read_json
+from sdkit.models.weights import TensorFile, open_tensors
 
 SHARD = re.compile(r"\w[\w.-]*\.(?:safetensors|bin)")
 """The name of a file beside the index: neither a path, nor a pattern."""
@@ -34,22 +35,22 @@ class Shards(TensorFile):
 
 
 def index_names(weights: str, variant: str | None) -> list[str]:
-    """Names of the index for the file name `weights`: of a variant today's and an older one."""
-    return (
-        [f"{weights}.index.{variant}.json", f"{weights}.{variant}.index.json"] if variant else [f"{weights}.index.json"]
-    )
+    """Names of the index for the file name `weights`; a variant's has had two forms, the newer first."""
+    if variant:
+        return [f"{weights}.index.{variant}.json", f"{weights}.{variant}.index.json"]
+    return [f"{weights}.index.json"]
 
 
 def read_index(path: Path) -> dict[str, set[str]]:
     """Shard -> the names of its tensors. Raises SourceError for an index that names anything but files beside it."""
     placed = read_json(path).get("weight_map")
     if not isinstance(placed, dict) or not placed:
-        raise SourceError(f"{clean(str(path))!r} has no weight_map, as an index of shards has; download it again.")
+        raise SourceError(f"{clean(path)!r} has no weight_map, as an index of shards has; download it again.")
     shards: dict[str, set[str]] = defaultdict(set)
     for key, shard in placed.items():
         if not isinstance(shard, str) or not SHARD.fullmatch(shard):
             raise SourceError(
-                f"{clean(str(path))!r} says that {clean(key)} is in {clean(repr(shard))}, which is no file of weights "
+                f"{clean(path)!r} says that {clean(key)} is in {clean(repr(shard))}, which is no file of weights "
                 "beside it; give another source."
             )
         shards[shard].add(key)
@@ -57,7 +58,7 @@ def read_index(path: Path) -> dict[str, set[str]]:
 
 
 def open_shards(index: Path) -> Shards:
-    """Opens every shard that `index` names. Raises SourceError for one whose tensors are others than the index says."""
+    """Open every shard that `index` names. Raises SourceError for one whose tensors are not those that it lists."""
     files = []
     for name, keys in read_index(index).items():
         file = open_tensors(index.parent / name)

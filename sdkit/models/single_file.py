@@ -9,7 +9,6 @@ import inspect
 import re
 import warnings
 from collections.abc import Callable, Collection
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -18,25 +17,14 @@ import torch
 from sdkit.arguments import PREDICTIONS
 from sdkit.errors import SourceError
 from sdkit.messages import clean
-from sdkit.models.weights import (
-    EMBEDDING,
-    LAYERS,
-    VALUES,
-    TensorFile,
-    check_dtypes,
-    check_finite,
-    check_fit,
-    guarded,
-    layers_of,
-    read_config,
-)
+from sdkit.models.configs import VALUES, layers_of, read_config
+from sdkit.models.weights import EMBEDDING, TensorFile, check_dtypes, check_finite, check_fit, guarded
 
 Tensors = dict[str, torch.Tensor]
 
 ASSETS = Path(__file__).parent.parent / "assets"
-SMALL = 10_000_000
-"""Parameters by which a config may always ask for more than a file has: which are missing is told tensor by tensor."""
 SMALL_LAYERS = 100
+"""Layers that a config may ask for whatever the file has: the sentence then names the tensors that are missing."""
 LARGEST = 10_000_000_000
 """Parameters of the largest network that is built from scratch."""
 NOUNS = {"vae": "a VAE", "unet": "a U-Net", "text": "a CLIP text encoder", "scheduler": "a noise schedule"}
@@ -280,28 +268,20 @@ def blueprint(part: str, config: dict[str, Any], path: Path, most: int, label: s
     """
     from accelerate import init_empty_weights
 
-    _check_layers(part, config, path, most)
+    if (asked := layers_of(config, part)) > max(most, SMALL_LAYERS):
+        raise SourceError(f"{str(path)!r} asks for {asked:,} layers, more than the weights can fill; correct it.")
     with guarded(label), init_empty_weights():
         return empty(part, config)
 
 
-def _check_layers(part: str, config: dict[str, Any], path: Path, most: int) -> None:
-    if (asked := layers_of(config, part)) > max(most, SMALL_LAYERS):
-        raise SourceError(f"{str(path)!r} asks for {asked:,} layers, more than the weights can fill; correct it.")
-
-
-def check_size(part: str, config: dict[str, Any], path: Path, shapes: Collection[tuple[int, ...]] | None) -> None:
-    """Raises SourceError for a config, read from `path`, of a network far larger than its tensors, which have `shapes`;
-    or, of one from scratch (None), than any that could be trained. Building it would fill the memory.
-    """
-    _check_layers(part, config, path, LAYERS if shapes is None else len(shapes))
+def check_size(part: str, config: dict[str, Any], path: Path) -> None:
+    """Raises SourceError for a config, read from `path`, of a network larger than any that could be trained: building
+    it would fill the memory."""
     with guarded(f"{NOUNS[part]} in {str(path.parent)!r}"), torch.device("meta"):
         network = empty(part, config)
     count = sum(tensor.numel() for tensor in network.state_dict().values())
-    held = LARGEST if shapes is None else sum(map(prod, shapes))
-    if count > (held if shapes is None else 2 * held + SMALL):
-        limit = "sdkit builds at most" if shapes is None else "the weights have"
-        raise SourceError(f"{str(path)!r} asks for {count:,} parameters, {limit} {held:,}; correct it.")
+    if count > LARGEST:
+        raise SourceError(f"{str(path)!r} asks for {count:,} parameters, sdkit builds at most {LARGEST:,}; correct it.")
 
 
 def empty(part: str, config: dict[str, Any]) -> Any:
@@ -374,8 +354,9 @@ def _converted_text(tensors: Tensors, network: Any) -> Tensors:
 
 def _fill(network: Any, weights: Tensors, dtype: torch.dtype, problem: str) -> None:
     """Puts `weights` into an empty network, each of them and no other; SourceError(`problem`: which) otherwise."""
-    expected = {key: tensor.shape for key, tensor in network.state_dict().items()}
-    both = expected.keys() & weights.keys()
-    mismatched = [(key, weights[key].shape, expected[key]) for key in both if weights[key].shape != expected[key]]
-    check_fit(expected.keys() - both, weights.keys() - both, mismatched, problem)
+    check_fit(_shapes(weights), _shapes(network.state_dict()), problem)
     network.load_state_dict({key: tensor.to(dtype, copy=True) for key, tensor in weights.items()}, assign=True)
+
+
+def _shapes(tensors: Tensors) -> dict[str, torch.Size]:
+    return {key: tensor.shape for key, tensor in tensors.items()}

@@ -20,9 +20,10 @@ from sdkit.errors import ArgumentError, SourceError
 from sdkit.files import read_regular
 from sdkit.messages import clean
 from sdkit.models import folder, single_file, tokenizer
+from sdkit.models.configs import GUIDANCE, read_config, read_json
 from sdkit.models.folder import PARTS, SCHEDULER, TEXT, UNET, VAE, Part, Place
 from sdkit.models.single_file import ASSETS
-from sdkit.models.weights import GUIDANCE, SUFFIXES, TensorFile, find, is_file, open_tensors, read_config, read_json
+from sdkit.models.weights import SUFFIXES, TensorFile, find, is_file, open_tensors
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel, VQModel
@@ -223,7 +224,7 @@ def _snapshot(path: Path) -> Path:
         return held[0]
     names = ", ".join(found.name for found in held)
     few = f"several snapshots: give one of snapshots/ ({names})" if held else "no snapshot: give another source"
-    raise SourceError(f"{clean(str(path))!r} is a folder of the Hub's cache with {few}.")
+    raise SourceError(f"{clean(path)!r} is a folder of the Hub's cache with {few}.")
 
 
 def _path(name: str) -> Path:

@@ -1,4 +1,4 @@
-"""CLIP's tokenizer. Its files are read and checked here; the library is given copies of them and sees no other."""
+"""CLIP's tokenizer. Its files are read and checked here; transformers gets copies of them, and sees no other file."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from sdkit.errors import SourceError
 from sdkit.messages import clean
+from sdkit.models.configs import read_json
 from sdkit.models.single_file import ASSETS
-from sdkit.models.weights import guarded, is_file, read_json
+from sdkit.models.weights import guarded, is_file
 from sdkit.strict_json import LARGEST
 
 if TYPE_CHECKING:
@@ -35,11 +36,11 @@ SETTINGS = (
     "clean_up_tokenization_spaces",
     "split_special_tokens",
 )
-"""Settings that the library is told, beside every `..._token`. Others name code, or files elsewhere, to be loaded."""
+"""Settings that are passed on to transformers, beside every `..._token`. Others name code or files to be loaded."""
 
 LARGEST_ID = 10_000_000
 TRIAL = "a photo of a cat, 1234! \N{CAT FACE}" + "".join(map(chr, range(0x20, 0x2000)))
-"""A text of many scripts: what breaks at the first prompt shows at once."""
+"""A text of many scripts, tokenized once: damage shows when the tokenizer is loaded, not at the first prompt."""
 
 
 def has_vocabulary(folder: Path) -> bool:
@@ -55,7 +56,7 @@ def load_tokenizer(folder: Path) -> CLIPTokenizer:
     """
     from transformers import CLIPTokenizer
 
-    label = f"the tokenizer in {clean(str(folder))!r}"
+    label = f"the tokenizer in {clean(folder)!r}"
     vocabulary = folder if has_vocabulary(folder) else VOCABULARY
     settings = {name: _settings(folder / name) for name in SETTINGS_FILES if is_file(folder / name)}
     vocabulary_files = [vocabulary / name for name in VOCABULARY_FILES if is_file(vocabulary / name)]
@@ -83,7 +84,7 @@ def _settings(path: Path) -> dict[str, Any]:
     if found.get("model_max_length", 0) is None:
         del found["model_max_length"]  # as where it is not there at all
     if type(length := found.get("model_max_length", 77)) not in (int, float):
-        raise SourceError(f"{clean(str(path))!r} has model_max_length {clean(repr(length))}, not a number; correct it.")
+        raise SourceError(f"{clean(path)!r} has model_max_length {clean(repr(length))}, not a number; correct it.")
     return found
 
 
@@ -93,10 +94,10 @@ def _check_vocabulary(path: Path) -> None:
     if path.name == "tokenizer.json":
         model = read_json(path).get("model")
         if not isinstance(model, dict) or not isinstance(model.get("vocab"), dict):
-            raise SourceError(f"{clean(str(path))!r} holds no BPE vocabulary, as CLIP's tokenizer has; give another.")
+            raise SourceError(f"{clean(path)!r} holds no BPE vocabulary, as CLIP's tokenizer has; give another.")
         _ids(path, model["vocab"])
     if path.name == "merges.txt" and path.stat().st_size > LARGEST:
-        raise SourceError(f"{clean(str(path))!r} is larger than {LARGEST // 2**20} MiB; give another.")
+        raise SourceError(f"{clean(path)!r} is larger than {LARGEST // 2**20} MiB; give another.")
 
 
 def _ids(path: Path, ids: dict[str, Any]) -> dict[str, int]:
@@ -104,10 +105,10 @@ def _ids(path: Path, ids: dict[str, Any]) -> dict[str, int]:
     for token, number in ids.items():
         if type(number) is not int or not 0 <= number < LARGEST_ID:
             found = clean(repr(number))
-            raise SourceError(f"{clean(str(path))!r} gives {clean(token)!r} the id {found}; download it again.")
+            raise SourceError(f"{clean(path)!r} gives {clean(token)!r} the id {found}; download it again.")
     if len({*ids.values()}) < len(ids):
         number, count = Counter(ids.values()).most_common(1)[0]
-        raise SourceError(f"{clean(str(path))!r} gives {count} tokens the id {number}; download it again.")
+        raise SourceError(f"{clean(path)!r} gives {count} tokens the id {number}; download it again.")
     return ids
 
 

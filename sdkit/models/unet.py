@@ -105,7 +105,7 @@ class UNet(Wrapper):
         return output.to(x_t)
 
     def _guidance(self, scale: float | Tensor) -> Tensor:
-        """What the network is given for a guidance scale: (1, W), or (B, W) of (B,)."""
+        """The network's input for a guidance scale: (1, W), or (B, W) for (B,)."""
         return guidance_embedding(torch.as_tensor(scale).reshape(-1), self.network.config.time_cond_proj_dim)
 
     @torch.no_grad()

@@ -1,9 +1,8 @@
-"""Files of weights and of configs, opened without executing anything; what is wrong with them told in one sentence."""
+"""Files of weights, opened without executing anything; each damage is an error of one sentence."""
 
 from __future__ import annotations
 
 import logging
-import math
 import os
 import pickle
 import stat
@@ -11,7 +10,7 @@ import threading
 import warnings
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
@@ -24,12 +23,12 @@ from torch import nn
 
 from sdkit.errors import SdkitError, SourceError
 from sdkit.file_kind import BEGINNING, JSON, LFS, PAGE, PICKLE, SAFETENSORS, ZIP, kind_of
-from sdkit.files import open_regular
-from sdkit.messages import clean, first_line, stop_in
-from sdkit.strict_json import LARGEST, parse_object
+from sdkit.files import open_regular, status
+from sdkit.messages import clean, first_line
+from sdkit.stops import stop_in
 
 loading = threading.RLock()
-"""Held by the thread that makes a network while torch is patched for it; also to be held to add layers to one."""
+"""Held by the thread that makes a network, while torch is patched for it, or adds layers to one."""
 
 SUFFIXES = (".safetensors", ".ckpt", ".bin", ".pt", ".pth")
 DTYPES = {
@@ -51,140 +50,9 @@ REMEDIES = {
     PAGE: "the site may want a log-in: download the file itself with a browser",
     JSON: "give the folder that it is in, or the file of weights beside it",
 }
-"""For files that are something else than weights, by their kind."""
+"""Kind of a file that holds no weights -> the remedy in the sentence."""
 SPARE = 2**28
 """Bytes by which tensors of a pickle may always be larger than their file: views may repeat their storage."""
-
-
-LEVELS = 32
-"""Entries of the longest list in a config."""
-LAYERS = 1000
-"""Layers of the deepest network that is built."""
-
-
-def _number(value: Any, low: float = -1e12, high: float = 1e12) -> bool:
-    return type(value) in (int, float) and low <= value <= high  # NaN is in no range
-
-
-def _whole(value: Any) -> bool:
-    return type(value) is int and 1 <= value <= 1_000_000
-
-
-def _count(value: Any) -> bool:
-    return type(value) is int and 0 <= value <= LAYERS
-
-
-def _list_of(fits: Callable[[Any], bool], value: Any) -> bool:
-    return isinstance(value, (list, tuple)) and 0 < len(value) <= LEVELS and all(map(fits, value))
-
-
-def _one_or_list(fits: Callable[[Any], bool], value: Any) -> bool:
-    return fits(value) or _list_of(fits, value)
-
-
-def _beta(value: Any) -> bool:
-    return _number(value, 0, 1)
-
-
-def _word(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-Check = tuple[str, Callable[[Any], bool]]
-
-
-def _or_null(check: Check) -> Check:
-    wanted, fits = check
-    return f"{wanted} or null", lambda x: x is None or fits(x)
-
-
-WHOLE: Check = ("a whole number from 1", _whole)
-WHOLES: Check = ("a list of whole numbers", lambda x: _list_of(_whole, x))
-COUNT: Check = (f"a whole number from 0 to {LAYERS}", _count)
-COUNTS: Check = (f"a list of whole numbers from 0 to {LAYERS}", lambda x: _list_of(_count, x))
-BLOCKS: Check = (f"a list of at most {LEVELS} words", lambda x: _list_of(_word, x))
-WHOLE_OR_LIST: Check = ("a whole number or a list", lambda x: _one_or_list(_whole, x))
-COUNT_OR_LIST: Check = (f"a whole number from 0 to {LAYERS} or a list", lambda x: _one_or_list(_count, x))
-NESTED_COUNTS: Check = (
-    f"a whole number from 0 to {LAYERS} or a list",
-    lambda x: _one_or_list(lambda one: _one_or_list(_count, one), x),
-)
-
-GUIDANCE = "_guidance_scale"
-"""Where model_index.json says at which guidance scale a model is best drawn; diffusers passes over such a key."""
-
-VALUES: dict[str, dict[str, Check]] = {
-    "vae": {
-        "scaling_factor": ("a number above 0", lambda x: _number(x, 1e-12)),
-        "shift_factor": ("a number or null", lambda x: x is None or _number(x)),
-        **dict.fromkeys(("block_out_channels", "encoder_block_out_channels"), _or_null(WHOLES)),
-        "decoder_block_out_channels": WHOLES,
-        **dict.fromkeys(("vq_embed_dim", "norm_num_groups"), _or_null(WHOLE)),
-        **dict.fromkeys(("in_channels", "out_channels", "latent_channels", "num_vq_embeddings"), WHOLE),
-        **dict.fromkeys(("down_block_types", "up_block_types"), BLOCKS),
-        "layers_per_block": COUNT,
-        **dict.fromkeys(("num_encoder_blocks", "num_decoder_blocks"), COUNTS),
-        "upsampling_scaling_factor": WHOLE,
-    },
-    "unet": {
-        "sample_size": (
-            "a whole number, two of them or null",
-            lambda x: x is None or _whole(x) or (_list_of(_whole, x) and len(x) == 2),
-        ),
-        "cross_attention_dim": WHOLE_OR_LIST,
-        "block_out_channels": WHOLES,
-        **dict.fromkeys(("in_channels", "out_channels", "conv_in_kernel", "conv_out_kernel"), WHOLE),
-        **dict.fromkeys(("down_block_types", "up_block_types"), BLOCKS),
-        "layers_per_block": COUNT_OR_LIST,
-        **dict.fromkeys(
-            ("transformer_layers_per_block", "reverse_transformer_layers_per_block"), _or_null(NESTED_COUNTS)
-        ),
-        **dict.fromkeys(("attention_head_dim", "num_attention_heads"), _or_null(WHOLE_OR_LIST)),
-        **dict.fromkeys(
-            (
-                "norm_num_groups",
-                "time_cond_proj_dim",
-                "time_embedding_dim",
-                "encoder_hid_dim",
-                "num_class_embeds",
-                "addition_time_embed_dim",
-                "projection_class_embeddings_input_dim",
-            ),
-            _or_null(WHOLE),
-        ),
-    },
-    "text": {
-        **dict.fromkeys(
-            (
-                "vocab_size",
-                "hidden_size",
-                "intermediate_size",
-                "num_attention_heads",
-                "max_position_embeddings",
-            ),
-            WHOLE,
-        ),
-        "num_hidden_layers": COUNT,
-        "hidden_act": ("a word", _word),
-    },
-    "scheduler": {
-        "_class_name": ("a word", _word),
-        "num_train_timesteps": WHOLE,
-        "beta_start": ("a number from 0 to 1", _beta),
-        "beta_end": ("a number from 0 to 1", _beta),
-        "trained_betas": (
-            "a list of numbers from 0 to 1 or null",
-            lambda x: x is None or (isinstance(x, list) and x != [] and all(map(_beta, x))),
-        ),
-        "clip_sample_range": ("a number above 0", lambda x: _number(x, 1e-12)),
-    },
-    "index": {GUIDANCE: ("a number from 0 to 100", lambda x: _number(x, 0, 100))},
-}
-"""Checks of values, by part and key: how a message puts what is right, and the check. Those that size a network, and
-those that the package itself computes with; what is wrong with others the libraries say."""
-
-UNBOUNDED = ("lambda_min_clipped",)
-"""Keys that diffusers itself writes as -Infinity: those of DPM-Solver's configs. They are not read here."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,13 +89,13 @@ class TensorFile:
 
 
 def open_tensors(path: Path) -> TensorFile:
-    """Reads the header of a safetensors file, or a pickle through torch's weights-only loader; which of the two it is,
-    its first bytes say, not its name.
+    """Read the header of a safetensors file, or a pickle through torch's weights-only loader. The first bytes decide
+    which of the two it is, not the name.
 
     Raises SourceError for a file that is damaged, empty, of another kind, or a pickle that holds more than tensors.
     """
-    name = repr(clean(str(path)))
-    beginning, suffix = _read(path, BEGINNING), path.suffix.lower()
+    name = repr(clean(path))
+    beginning, suffix = _beginning(path), path.suffix.lower()
     if not beginning:
         raise SourceError(f"{name} is empty; download it again.")
     kind = kind_of(beginning)
@@ -258,7 +126,7 @@ def open_tensors(path: Path) -> TensorFile:
 
 
 def _is_torchs(archive: Path) -> bool:
-    """Whether a zip archive holds FOLDER/data.pkl, as torch writes it, or is cut short, of which torch says so."""
+    """Whether a zip archive holds FOLDER/data.pkl, as torch writes it, or is cut short, which torch reports."""
     try:
         with zipfile.ZipFile(archive) as opened:
             return any(name.endswith("/data.pkl") for name in opened.namelist())
@@ -288,7 +156,7 @@ def _open_pickle(path: Path) -> TensorFile:
         # Only torch's zip format can be mapped into memory, by its name; other files are read whole.
         mapped = zipfile.is_zipfile(path) and not misnamed
         content = torch.load(path if mapped else file, map_location="cpu", weights_only=True, mmap=mapped)
-    tensors = _named_tensors(content, repr(clean(str(path))), path.stat().st_size)
+    tensors = _named_tensors(content, repr(clean(path)), path.stat().st_size)
     return TensorFile(
         path=path,
         shapes={key: tuple(value.shape) for key, value in tensors.items()},
@@ -343,12 +211,11 @@ def check_dtypes(file: TensorFile, keys: Iterable[str]) -> None:
 
 def check_finite(network: nn.Module, file: TensorFile, keys: Iterable[str]) -> None:
     """Raises SourceError where a weight of `network`, made of the tensors `keys` of `file`, is not finite."""
-    # Both ends of a tensor are NaN where one of its values is; no other exact test comes near in speed.
     if all(is_finite(tensor) for tensor in network.state_dict().values()):
         return
     for key in keys:
         (tensor,) = file.read([key]).values()
-        if not is_finite(tensor if tensor.element_size() > 1 else tensor.float()):
+        if not is_finite(tensor):
             raise not_finite(file.label, key)
     dtype = str(next(network.parameters()).dtype).removeprefix("torch.")
     raise SourceError(f"{file.label} has weights that are too large for {dtype}; take dtype 'fp32'.")
@@ -358,7 +225,9 @@ def is_finite(tensor: torch.Tensor) -> bool:
     """Whether a tensor holds neither NaN nor infinity; whole numbers never do."""
     if not tensor.is_floating_point() or not tensor.numel():
         return True
-    return all(bool(end.isfinite()) for end in torch.aminmax(tensor.detach()))
+    wide = tensor.detach() if tensor.element_size() > 1 else tensor.detach().float()  # float8 has no minimum
+    # Both ends of a tensor are NaN where one of its values is; no other exact test comes near in speed.
+    return all(bool(end.isfinite()) for end in torch.aminmax(wide))
 
 
 def not_finite(label: str, key: str) -> SourceError:
@@ -367,14 +236,14 @@ def not_finite(label: str, key: str) -> SourceError:
 
 
 def find(path: Path) -> os.stat_result | None:
-    """What is at `path`, None for nothing. Raises SourceError where that cannot be known, as in a folder that is closed
-    to this user."""
+    """The status of a file or folder, None where there is none. Raises SourceError where that cannot be known, as in a
+    folder that this user may not enter."""
     try:
-        return path.stat()
-    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a name that no file can have
+        return status(path)
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
-        raise _unreadable(path, error) from error
+        raise unreadable(path, error) from error
 
 
 def is_file(path: Path) -> bool:
@@ -383,84 +252,36 @@ def is_file(path: Path) -> bool:
     return found is not None and stat.S_ISREG(found.st_mode)
 
 
-def _read(path: Path, size: int) -> bytes:
-    """The first `size` bytes of a regular file."""
+def check_regular(path: Path) -> None:
+    """Raises SourceError where `path` is not a regular file, or is missing."""
     if not is_file(path):
         problem = "is not a regular file" if find(path) else "does not exist"
         raise SourceError(f"{str(path)!r} {problem}; give a source that has it.")
+
+
+def _beginning(path: Path) -> bytes:
+    check_regular(path)
     try:
         with open_regular(path) as file:
-            return file.read(size)
+            return file.read(BEGINNING)
     except OSError as error:
-        raise _unreadable(path, error) from error
+        raise unreadable(path, error) from error
 
 
-def _unreadable(path: Path, error: OSError) -> SourceError:
+def unreadable(path: Path, error: OSError) -> SourceError:
+    """The error for a file that the system does not let us read."""
     reason = error.strerror or first_line(error)
-    return SourceError(f"{clean(str(path))!r} cannot be read ({reason}); check the path and its permissions.")
+    return SourceError(f"{clean(path)!r} cannot be read ({reason}); check the path and its permissions.")
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`. Raises SourceError where the file is missing or is something else."""
-    try:
-        return parse_object(_read(path, LARGEST))
-    except ValueError as error:
-        raise SourceError(f"{str(path)!r} {error}; download it again.") from error
-
-
-def read_config(path: Path, part: str) -> dict[str, Any]:
-    """The config of `part` ("vae", "unet", "text", "scheduler"; "index", model_index.json) in `path`.
-
-    Raises SourceError for a value of another type or range than `VALUES` says, for NaN and infinity anywhere but in
-    `UNBOUNDED`, and for more layers than any network has.
-    """
-    config = read_json(path)
-    nested = [config[key] for key in ("text_config", "text_config_dict") if isinstance(config.get(key), dict)]
-    for values in [config, *nested]:
-        for key, (wanted, fits) in VALUES.get(part, {}).items():
-            if key in values and not fits(values[key]):
-                raise SourceError(f"{str(path)!r} has {key} {clean(repr(values[key]))}, not {wanted}; correct it.")
-        if (asked := layers_of(values, part)) > LAYERS:
-            raise SourceError(f"{str(path)!r} asks for {asked:,} layers; sdkit builds {LAYERS:,} at most; correct it.")
-    for key, value in config.items():
-        if key not in UNBOUNDED and not _all_finite(value):
-            raise SourceError(f"{str(path)!r} has NaN or infinity in {clean(key)!r}; correct it.")
-    return config
-
-
-def _all_finite(value: Any) -> bool:
-    """Whether no number in a value of JSON is NaN or infinite."""
-    left = [value]
-    while left:  # JSON may be nested deeper than calls may be
-        one = left.pop()
-        if isinstance(one, (dict, list)):
-            left += one.values() if isinstance(one, dict) else one
-        elif isinstance(one, float) and not math.isfinite(one):
-            return False
-    return True
-
-
-def layers_of(config: dict[str, Any], part: str) -> int:
-    """At least as many layers as the network of a config has, whose values are checked. Each takes time and memory to
-    build, even without weights."""
-    sizes = {key: config[key] for key in VALUES.get(part, {}) if key in config}
-    levels = max(len(sizes.get(key) or ()) for key in ("block_out_channels", "down_block_types", "up_block_types"))
-    within = _most(sizes.get("transformer_layers_per_block", 1))
-    blocks = levels * _most(sizes.get("layers_per_block", 1)) * max(1, within)
-    tiny = sum(sum(sizes.get(key) or ()) for key in ("num_encoder_blocks", "num_decoder_blocks"))
-    return int(max(blocks, tiny, sizes.get("num_hidden_layers", 0)))
-
-
-def _most(value: Any) -> int:
-    """The largest number in a number or in nested lists; 0 for null."""
-    return max(map(_most, value), default=0) if isinstance(value, (list, tuple)) else int(value or 0)
-
-
-def check_fit(missing: Iterable[str], unexpected: Iterable[str], mismatched: Iterable[Any], problem: str) -> None:
-    """Raises SourceError(`problem`) for weights that lack a tensor, have one of another shape, or one with no place."""
-    for key, found, wanted in sorted(mismatched):
-        raise SourceError(f"{problem}: {clean(key)} is {_by(found)} instead of {_by(wanted)}.")
-    for keys, what in ((sorted(missing), "missing"), (sorted(unexpected), "not part of that network")):
+def check_fit(found: Mapping[str, Sequence[int]], wanted: Mapping[str, Sequence[int]], problem: str) -> None:
+    """Raises SourceError(`problem`) where the shapes of weights are not those wanted: for a tensor that is missing, of
+    another shape, or has no place in the network."""
+    for key in sorted(found.keys() & wanted.keys()):
+        if tuple(found[key]) != tuple(wanted[key]):
+            raise SourceError(f"{problem}: {clean(key)} is {_by(found[key])} instead of {_by(wanted[key])}.")
+    missing, unexpected = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
+    for keys, what in ((missing, "missing"), (unexpected, "not part of that network")):
         if keys:
             verb = f"and {len(keys) - 1} more are" if keys[1:] else "is"
             raise SourceError(f"{problem}: {clean(keys[0])} {verb} {what}.")
@@ -472,7 +293,7 @@ def _by(shape: Iterable[int]) -> str:
 
 @contextmanager
 def guarded(label: str) -> Iterator[None]:
-    """Keeps diffusers and transformers quiet for the time of a load, and makes one sentence of what they raise.
+    """Silence diffusers and transformers during a load, and raise their errors as a SourceError of one sentence.
 
     One thread at a time is inside: to load, the libraries patch torch for the whole process.
     """
@@ -491,8 +312,10 @@ def guarded(label: str) -> Iterator[None]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No log lines, warnings and progress bars of diffusers and transformers inside; torch's default dtype as before
-    afterwards. All this is the process's, so one thread at a time is inside."""
+    """Silence the log, warnings, and progress bars of diffusers and transformers, and restore torch's default dtype.
+
+    These belong to the whole process, so one thread at a time is inside.
+    """
     with loading:
         from diffusers.utils import logging as diffusers_logging
         from transformers.utils import logging as transformers_logging

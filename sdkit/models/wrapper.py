@@ -1,4 +1,4 @@
-"""What the wrappers of pretrained networks share."""
+"""The base class of the wrappers of pretrained networks, and the fingerprint of a VAE."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ DEVICE_ERROR: type[Exception] = getattr(torch, "AcceleratorError", MemoryError) 
 
 
 def blames_network(method: Callable[Concatenate[W, P], T]) -> Callable[Concatenate[W, P], T]:
-    """A method of a Wrapper, whose exceptions become SourceErrors if the network fails on a good input, too.
+    """Decorate a method of a Wrapper: its exception becomes a SourceError if the network fails on a good input, too.
 
     Some values of a config (an activation, groups, heads) break a network only when it runs.
     """
@@ -49,7 +49,7 @@ class Wrapper(nn.Module):
         raise NotImplementedError
 
     def blame(self, error: Exception) -> None:
-        """Raises SourceError if not the inputs of a call that raised `error`, but the network is at fault."""
+        """Raise SourceError if the network is at fault for `error`, not the inputs of the call that raised it."""
         exhausted = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "memory" in str(error)
         # After an error of the device, every call fails.
         if self._trial or exhausted or isinstance(error, (SdkitError, DEVICE_ERROR)):

@@ -284,7 +284,7 @@ class Stage(Protocol):
     def validate(self, step: int) -> dict[str, float]:
         """Metrics after `step` steps, the same on every process. Called on every process, with the averaged weights in
         the networks, in evaluation mode and without gradients; a stage splits the work itself. May raise `Unfinished`
-        (see `go_on`), on every process."""
+        (see `raise_if_stopped`), on every process."""
 
     def export(self, folder: Path) -> None:
         """Fill an empty folder with the result. Called on the main process, in the state that `validate` finds. May
@@ -300,7 +300,7 @@ class TrainingStopped(SdkitError):  # noqa: N818 - it is none
 
 
 class Unfinished(Exception):  # noqa: N818 - it is none
-    """Work between two steps' checkpoints was broken off because the process was asked to stop."""
+    """Work after the last finished step was abandoned, because the process was asked to stop."""
 
 
 class StopSignals:
@@ -342,8 +342,8 @@ class StopSignals:
         self.exit_code = self.exit_code or 128 + which
 
 
-def go_on() -> None:
-    """Raise `Unfinished` where this process was asked to stop. To be called before each pass of a network."""
+def raise_if_stopped() -> None:
+    """Raise `Unfinished` if this process was asked to stop. Call it before each pass of a network."""
     if StopSignals.noting and StopSignals.noting.exit_code:
         raise Unfinished
 

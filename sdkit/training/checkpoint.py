@@ -110,9 +110,8 @@ def load(folder: Path) -> Checkpoint:
         files = sorted(folder / name for name in _sums(folder) if name.endswith(".safetensors"))
         tensors = {file.stem: load_file(file) for file in files}
     except (OSError, ValueError, SafetensorError) as error:
-        told = clean(reason(error)).rstrip(".")
         raise TrainingError(
-            f"checkpoint {folder} cannot be read: {told}; remove it, or name another out_dir."
+            f"checkpoint {folder} cannot be read: {reason(error)}; remove it, or name another out_dir."
         ) from error
     return Checkpoint(step=state["step"], tensors=tensors, state=state)
 

@@ -25,7 +25,7 @@ from sdkit.data.transform import Transform, draw
 from sdkit.errors import DataError, ImageError
 from sdkit.files import atomic_write, encodable, expanded
 from sdkit.strict_json import read_object
-from sdkit.training import Unfinished, go_on
+from sdkit.training import Unfinished, raise_if_stopped
 
 T = TypeVar("T")
 
@@ -120,7 +120,7 @@ def shared(n: int, do: Callable[[int], T]) -> list[T]:
     state, mine = PartialState(), list[tuple[int, T]]()
     with contextlib.suppress(Unfinished):  # the other processes wait for what there is
         for i in range(state.process_index, n, state.num_processes):
-            go_on()
+            raise_if_stopped()
             mine.append((i, do(i)))
     done: list[tuple[int, T]] = gather_object(mine)
     if len(done) < n:

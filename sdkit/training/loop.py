@@ -28,8 +28,8 @@ from sdkit.training import (
     TrainingStopped,
     Unfinished,
     alone,
-    go_on,
     on_main,
+    raise_if_stopped,
     tracked,
 )
 from sdkit.training.batches import loaded_ahead
@@ -46,8 +46,8 @@ def fit(stage: Stage, settings: LoopSettings, out_dir: str | Path) -> Path:
     Resuming is exact: a step depends on its number, the checkpoint, and settings that may not change, alone. Raises
     TrainingStopped after SIGTERM or Ctrl-C, once a checkpoint is written, and TrainingError where it cannot go on.
 
-    A signal waits for one pass of a network, and the micro-batches of its step are forgotten. Only a step in which a
-    player has stepped is finished, and any step of several processes, which would have to agree.
+    A signal waits for at most one pass of a network, and the micro-batches of that step are discarded. A step is
+    finished if an optimizer has stepped in it, or if there are several processes, which would have to agree.
     """
     accelerator = settings.accelerator(Path(out_dir))
     run = RunFolder(Path(out_dir))
@@ -87,11 +87,11 @@ def fit(stage: Stage, settings: LoopSettings, out_dir: str | Path) -> Path:
             message = f"stopped after step {loop.step}, with a checkpoint; the same command goes on from there."
             raise TrainingStopped(message, stop.exit_code or 143)  # 143: another process was told to
         with loop.at_rest():
-            on_main(accelerator, lambda: _exported(run, stage, loop.step, stop))
+            on_main(accelerator, lambda: _export(run, stage, loop.step, stop))
     return run.path
 
 
-def _exported(run: RunFolder, stage: Stage, step: int, stop: StopSignals) -> None:
+def _export(run: RunFolder, stage: Stage, step: int, stop: StopSignals) -> None:
     try:
         run.export(stage.export, step)
     except Unfinished as error:
@@ -130,7 +130,7 @@ class _Loop:
         began, stopping = time.perf_counter(), False
         loaded = []
         for _ in range(self.settings.gradient_accumulation_steps):
-            self._go_on()
+            self._raise_if_stopped()
             loaded.append(next(ahead))
         batches = [send_to_device(batch, self.accelerator.device, non_blocking=True) for _, batch in loaded]
         buffers = [(b, b.clone()) for network in self.networks.values() for b in network.buffers()]
@@ -158,12 +158,12 @@ class _Loop:
             self._complain([samples[i] for i in set.union(*bad)], samples)
         return line.get("loss", math.nan), stopping
 
-    def _go_on(self) -> None:
+    def _raise_if_stopped(self) -> None:
         if self.accelerator.num_processes == 1:  # others would wait for this one
-            go_on()
+            raise_if_stopped()
 
     def _undo(self, buffers: Sequence[tuple[Tensor, Tensor]], rng: Mapping[str, Tensor] | None) -> None:
-        """Forget what passes have changed before any optimizer stepped."""
+        """Restore buffers, gradients, and random numbers as before the step, in which no optimizer has stepped."""
         for buffer, before in buffers:
             buffer.copy_(before)
         for t in self.trained:
@@ -183,7 +183,7 @@ class _Loop:
         with alone(t, self.trained, self.accelerator):
             for i, batch in enumerate(batches):
                 if may_stop:
-                    self._go_on()
+                    self._raise_if_stopped()
                 with self.accelerator.no_sync(t.network) if i + 1 < len(batches) else nullcontext():
                     loss, parts = t.player.loss(self.networks, batch, self.step)
                     self.accelerator.backward(loss / len(batches))

@@ -7,9 +7,10 @@ from typing import Any
 
 from sdkit.errors import SourceError
 from sdkit.files import expanded
+from sdkit.models.configs import read_config
 from sdkit.models.folder import class_name
 from sdkit.models.single_file import check_size, empty
-from sdkit.models.weights import guarded, is_file, read_config
+from sdkit.models.weights import guarded, is_file
 
 TRAINABLE = {"vae": ("AutoencoderKL", "VQModel"), "unet": ("UNet2DConditionModel",)}
 
@@ -28,6 +29,6 @@ def new_network(config: str | os.PathLike[str], part: str) -> Any:
         )
     if (name := class_name(fields := read_config(file, part))) not in (wanted := TRAINABLE[part]):
         raise SourceError(f"{str(file)!r} is the config of {name}, not of {' or '.join(wanted)}; give another.")
-    check_size(part, fields, file, None)
+    check_size(part, fields, file)
     with guarded(f"the config {str(file)!r}"):
         return empty(part, fields)

@@ -159,7 +159,7 @@ class RunFolder:
         steps = [one["settings"].get("max_steps") for one in (old, config)]
         if steps[0] != steps[1] and not str(now["lr_scheduler"]).startswith("constant"):
             warnings.warn(
-                f"max_steps was {clean(str(steps[0]))}, is {steps[1]}: the {now['lr_scheduler']} learning-rate "
+                f"max_steps was {clean(steps[0])}, is {steps[1]}: the {now['lr_scheduler']} learning-rate "
                 "schedule now goes on as if it had been so from the start.", stacklevel=2,
             )  # fmt: skip
         return str(old.get("run"))

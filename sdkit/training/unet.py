@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from sdkit import images as image_io
 from sdkit.errors import ArgumentError
 from sdkit.losses import diffusion_loss, min_snr_weight
+from sdkit.models.configs import GUIDANCE
 from sdkit.models.lora import FILENAME, TARGETS, add_lora, lora_tensors, save_lora
 from sdkit.models.source import (
     USUAL_GUIDANCE,
@@ -30,10 +31,10 @@ from sdkit.models.source import (
 from sdkit.models.text import TextEncoder
 from sdkit.models.unet import UNet
 from sdkit.models.vae import VAE, latents_of
-from sdkit.models.weights import GUIDANCE, quiet
+from sdkit.models.weights import quiet
 from sdkit.pipeline import StableDiffusion
 from sdkit.schedule import NoiseSchedule, completed
-from sdkit.training import Player, Samples, go_on
+from sdkit.training import Player, Samples, raise_if_stopped
 from sdkit.training.attention import PlainWhereSmall
 from sdkit.training.config import UNetConfig
 from sdkit.training.data import identity_of, noise_of, report_skipped, shared
@@ -251,7 +252,7 @@ class UNetStage:
         with torch.autocast(device.type, half, enabled=half is not None):
             z = sd(
                 prompt, seed=seed, height=height, width=width, num_inference_steps=VALIDATION_STEPS,
-                guidance_scale=self.guidance_scale, output_type="latent", callback=lambda _: go_on(),
+                guidance_scale=self.guidance_scale, output_type="latent", callback=lambda _: raise_if_stopped(),
             )  # fmt: skip
         # What is no number any more is shown all the same: a run that went wrong is ended by the loop, which says why.
         pixels = self.vae.decode(z.nan_to_num(0, 0, 0), output_type="pt")

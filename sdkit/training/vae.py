@@ -30,7 +30,7 @@ from sdkit.models.discriminator import SMALLEST as DISCRIMINATOR_SMALLEST
 from sdkit.models.discriminator import Discriminator
 from sdkit.models.source import load_vae
 from sdkit.models.vae import DETERMINISTIC, VAE
-from sdkit.training import Player, Samples, go_on
+from sdkit.training import Player, Samples, raise_if_stopped
 from sdkit.training.config import VAEConfig
 from sdkit.training.data import TrainingImages, identity_of, is_cache, noise_of, report_skipped, shared, split
 from sdkit.training.loop import fit
@@ -234,7 +234,7 @@ class VAEStage:
 
     def _measured(self, i: int) -> Measured:
         """What one held-out image tells."""
-        go_on()
+        raise_if_stopped()
         x = self.validation.load_held_out(self.held_out, i)[0][None].to(self.vae.device)
         # in float32, which `self.vae(x)` would not be in mixed precision
         y, mean, logvar, codes = VAE.forward(self.vae, x)

@@ -950,7 +950,7 @@ CASES: list[Case] = [
     (
         "unet",
         lambda m, p: spoiled(m, p / "a", "unet/config.json", '{"_class_name": "A\\n\\u001b[2J"}'),
-        r"' holds an A  \[2J, not a U-Net",
+        r"' holds an A\?\?\[2J, not a U-Net",
     ),
     (
         "text",

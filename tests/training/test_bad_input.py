@@ -395,24 +395,26 @@ def losses(out: Path) -> list[float]:
 # Values that are no numbers
 
 
-def huge_in_model(kit: Path, path: Path, part: str, key: str) -> Path:
-    """A model whose weights are finite, but nothing that is computed with those of `key`."""
+def overflow_in_model(kit: Path, path: Path, part: str, key: str) -> Path:
     shutil.copytree(kit / "model", path)
     weights = path / part / "diffusion_pytorch_model.safetensors"
     tensors = load_file(weights)
-    tensors[key].fill_(3e38)
+    tensors[key].fill_(3e38)  # finite, as loading demands, but no sum of its products is
     save_file(tensors, weights, {"format": "pt"})
     return path
 
 
 BAD_NUMBERS: dict[str, tuple[str, Make]] = {
-    "a VAE's decoder": ("vae", lambda k, p: {"model": huge_in_model(k, p / "m", "vae", "decoder.conv_out.weight")}),
-    "a VAE's encoder": ("vae", lambda k, p: {"model": huge_in_model(k, p / "m", "vae", "encoder.conv_in.weight")}),
-    "a U-Net": ("unet", lambda k, p: {"model": huge_in_model(k, p / "m", "unet", "conv_in.weight")}),
-    "the U-Net's VAE": ("unet", lambda k, p: {"model": huge_in_model(k, p / "m", "vae", "encoder.conv_out.weight")}),
+    "a VAE's decoder": ("vae", lambda k, p: {"model": overflow_in_model(k, p / "m", "vae", "decoder.conv_out.weight")}),
+    "a VAE's encoder": ("vae", lambda k, p: {"model": overflow_in_model(k, p / "m", "vae", "encoder.conv_in.weight")}),
+    "a U-Net": ("unet", lambda k, p: {"model": overflow_in_model(k, p / "m", "unet", "conv_in.weight")}),
+    "the U-Net's VAE": (
+        "unet",
+        lambda k, p: {"model": overflow_in_model(k, p / "m", "vae", "encoder.conv_out.weight")},
+    ),
     "LoRA's U-Net": (
         "unet",
-        lambda k, p: {"model": huge_in_model(k, p / "m", "unet", "conv_in.weight"), "lora_rank": 2},
+        lambda k, p: {"model": overflow_in_model(k, p / "m", "unet", "conv_in.weight"), "lora_rank": 2},
     ),
 }
 

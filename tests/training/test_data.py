@@ -23,7 +23,7 @@ from sdkit.errors import ArgumentError, CacheError, DataError
 from sdkit.models.source import load_text, load_vae
 from sdkit.models.text import TextEncoder
 from sdkit.models.vae import VAE
-from sdkit.training import StopSignals, UNetConfig, Unfinished, go_on
+from sdkit.training import StopSignals, UNetConfig, Unfinished, raise_if_stopped
 from sdkit.training.data import TrainingImages, noise_of, report_skipped, shared, split
 from sdkit.training.latents import CachedLatents, ImageLatents, open_latents
 
@@ -137,7 +137,7 @@ class TestReport:
         def do(i: int) -> None:
             if i == 2:
                 signal.raise_signal(getattr(signal, name))
-            go_on()  # as a stage asks between two passes of one piece
+            raise_if_stopped()  # as a stage asks between two passes of one piece
             done.append(i)
 
         with StopSignals() as stop, pytest.raises(Unfinished):

@@ -8,8 +8,9 @@ from typing import Any
 from sdkit.data import cache, open_examples
 from sdkit.errors import SourceError
 from sdkit.lpips import LPIPS
+from sdkit.models.configs import GUIDANCE
 from sdkit.models.vae import VAE
-from sdkit.models.weights import GUIDANCE, quiet
+from sdkit.models.weights import quiet
 from sdkit.pipeline import StableDiffusion
 from sdkit.recipes.emoji.pictures import SIZE
 from sdkit.recipes.emoji.settings import settings, shape_file

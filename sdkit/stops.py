@@ -1,0 +1,35 @@
+"""Stops: what asks the process to end (a signal, Ctrl-C, `sys.exit`), and its search behind other libraries' errors."""
+
+from __future__ import annotations
+
+import signal
+
+
+class Stopped(BaseException):
+    """A signal asked the process to end."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(number).name}")
+        self.number = number
+
+
+STOPS = (Stopped, KeyboardInterrupt, SystemExit)
+
+
+def stop_in(error: BaseException) -> BaseException | None:
+    """The stop (a signal, Ctrl-C, `sys.exit`) that `error` is or was made of, None where there is none.
+
+    Python 3.11 wraps whatever a `__set_name__` raises in a RuntimeError; ctypes, regex, and others do alike. A signal
+    that arrives there would otherwise be reported as a damaged file.
+    """
+    seen: dict[int, BaseException] = {}
+    waiting: list[BaseException | None] = [error]
+    while waiting:
+        one = waiting.pop()
+        if one is None or id(one) in seen:
+            continue
+        if isinstance(one, STOPS):
+            return one
+        seen[id(one)] = one
+        waiting += [one.__context__, one.__cause__]
+    return None
