@@ -28,7 +28,7 @@ from sdkit.stops import stop_in
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
 
-# What `Attention` was called in diffusers before 0.18, and what stands beside the text encoder in a CLIP model.
+# Names in an `Attention` of diffusers before 0.18, and of the parts beside the text encoder in a CLIP model.
 NEW_ATTENTION = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
 OLD_ATTENTION = re.compile(r"\.(?:query|key|value|proj_attn)\.(?=(?:weight|bias)$)")
 BESIDE_TEXT = ("vision_model.", "visual_projection.", "text_projection.", "logit_scale")
