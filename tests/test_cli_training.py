@@ -276,7 +276,7 @@ BAD: dict[str, tuple[tuple[str, ...], str]] = {
     "config: NaN": (file('{"learning_rate": NaN}', *GIVEN), "learning_rate must be a number"),
     "config: a device": (("train", "unet", *GIVEN, "--config", "/dev/zero"), "/dev/zero: it is not a regular file"),
     "config: of a stage with line breaks": (
-        file('{"stage": "a\\n\\u001bb", "settings": {}}', *GIVEN), "a a  b; give a UNetConfig's"
+        file('{"stage": "a\\n\\u001bb", "settings": {}}', *GIVEN), "a a??b; give a UNetConfig's"
     ),
     "config: no folder": (file('{"data": "photos"}'), "--out-dir must be given"),
     "data: no command": (("data",), "required: COMMAND"),

@@ -459,10 +459,18 @@ def repair_cache(folder: Path) -> None:
     """Sizes and checksums in the manifest, as of a cache that was made so on purpose."""
     with suppress(Exception):
         manifest = json.loads(read_regular(folder / "manifest.json", 2**30))
+        write_manifest(folder, manifest)  # whatever the loop below stumbles over
         for entry in [*manifest["shards"], manifest["empty"]]:
             data = read_regular(folder / entry["file"], 2**30)
             entry |= {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-        (folder / "manifest.json").write_text(json.dumps(manifest))
+        write_manifest(folder, manifest)
+
+
+def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+    """A cache's manifest with the checksum of itself."""
+    content = {key: value for key, value in manifest.items() if key != "checksum"}
+    checksum = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    (folder / "manifest.json").write_text(json.dumps(content | {"checksum": checksum}))
 
 
 def read_cache(folder: Path, out: Path) -> None:
@@ -483,8 +491,8 @@ def resume_cache(folder: Path, out: Path) -> None:
 def make_unfinished_cache(folder: Path) -> None:
     make_cache(folder)
     manifest = json.loads(read_regular(folder / "manifest.json", 2**30))
-    manifest |= {"complete": False, "shards": [], "empty": None, "items": 0, "images": 0, "skipped": []}
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    manifest |= {"complete": False, "shards": [], "empty": None, "items": 0, "images": 0, "examples": 0, "skipped": []}
+    write_manifest(folder, manifest)
 
 
 # Runs
