@@ -18,7 +18,7 @@ from PIL import Image
 
 from sdkit.arguments import whole
 from sdkit.data.encoding import own_size
-from sdkit.data.examples import Example, Examples, Stream, open_examples
+from sdkit.data.examples import Example, Examples, open_examples
 from sdkit.data.prefetch import ahead
 from sdkit.data.transform import MAX_ENLARGEMENT, Transform, sides
 from sdkit.errors import ImageError
@@ -176,7 +176,9 @@ def check(
         _finding("too_small", too_small := [look for look, n in factors.items() if n > MAX_ENLARGEMENT]),
         _finding("enlarged", [look for look, n in factors.items() if 1 < n <= MAX_ENLARGEMENT]),
         _finding("no_caption", [look for look in looks if not look.caption]),
-        Finding(kind="unread", what=FINDINGS["unread"][0], consequence=FINDINGS["unread"][1], names=_unread(examples)),
+        Finding(
+            kind="unread", what=FINDINGS["unread"][0], consequence=FINDINGS["unread"][1], names=tuple(examples.unread)
+        ),
         _finding("long_caption", {look: f"{n} tokens in {-(-n // (length - 2))} chunks" for look, n in tokens.items()}),
         _finding("duplicates", groups=_equal(readable)),
         _finding("near_duplicates", groups=_alike(readable)),
@@ -190,10 +192,6 @@ def check(
         findings=tuple(found for found in findings if found.count),
         shapes=tuple(Shape(width=width, height=height, count=n) for (width, height), n in counts),
     )
-
-
-def _unread(examples: Examples | Stream) -> tuple[str, ...]:
-    return tuple(examples.unread) if isinstance(examples, Examples) else ()
 
 
 def _finding(kind: str, looks: Collection[_Look] = (), groups: Sequence[Sequence[_Look]] = ()) -> Finding:

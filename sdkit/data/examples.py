@@ -165,6 +165,9 @@ class Examples:
 class Stream(Iterable[Example]):
     """The examples of a data set that is read from one end to the other and never held: no length, no index."""
 
+    unread: Sequence[str] = ()
+    unusual: Sequence[str] = ()
+
     def __init__(
         self, dataset: Any, image: str, caption: str | None, source: str, files: Sequence[Path] = (), *,
         default_caption: str = "", folder: Path | None = None,
@@ -331,8 +334,7 @@ def warn_of_captions(examples: Examples | Stream) -> None:
     captions lie in files that are not the usual ones."""
     if not is_main_process():
         return
-    source = clean(examples.source)
-    unread, unusual = (examples.unread, examples.unusual) if isinstance(examples, Examples) else ((), ())
+    source, unread, unusual = clean(examples.source), examples.unread, examples.unusual
     if not examples.has_captions:
         count = f"{len(examples)} images" if isinstance(examples, Examples) else "images"
         shown = f" (there, but not read: {', '.join(map(clean, unread[:3]))})" if unread else ""

@@ -344,19 +344,17 @@ def whole(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class TestDamagedShardsWhileResuming:
-    @pytest.mark.parametrize("name", [*HEADERS, *TENSORS])
-    def test_they_are_made_anew(self, whole: Path, photos: Path, tmp_path: Path, name: str) -> None:
+    @pytest.mark.parametrize(
+        ("file", "name"),
+        [
+            *(("shard-00000.safetensors", name) for name in (*HEADERS, *TENSORS)),
+            *(("empty-prompt.safetensors", name) for name in ("cut", "ids are negative", "no ids")),
+        ],
+    )
+    def test_they_are_made_anew(self, whole: Path, photos: Path, tmp_path: Path, file: str, name: str) -> None:
         folder = Path(shutil.copytree(whole, tmp_path / "c"))
         unfinish(folder)
-        damage(folder, "shard-00000.safetensors", name)
-        make(photos, folder)
-        assert content(folder) == content(whole)
-
-    @pytest.mark.parametrize("name", ["cut", "ids are negative", "no ids"])
-    def test_the_empty_prompt_too(self, whole: Path, photos: Path, tmp_path: Path, name: str) -> None:
-        folder = Path(shutil.copytree(whole, tmp_path / "c"))
-        unfinish(folder)
-        damage(folder, "empty-prompt.safetensors", name)
+        damage(folder, file, name)
         make(photos, folder)
         assert content(folder) == content(whole)
 
