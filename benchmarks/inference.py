@@ -194,7 +194,7 @@ def facts(_: Json) -> Json:
     import diffusers
     import torch
 
-    from sdkit.device import has_native_bf16, resolve_device
+    from sdkit.engines.device import has_native_bf16, resolve_device
 
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads"
     bf16 = "bf16 in hardware" if has_native_bf16(resolve_device()) else "no bf16 in hardware"

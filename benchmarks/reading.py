@@ -34,7 +34,7 @@ from pathlib import Path
 import diffusers, transformers, datasets
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTokenizer
-import sdkit, sdkit.pipeline
+import sdkit, sdkit.pipelines.text_to_image
 root = Path(sys.argv[1])
 begin = time.perf_counter()
 {work}
@@ -80,7 +80,7 @@ def make(root: Path, n: int) -> None:
     from safetensors.torch import save_file
 
     sys.path.insert(0, str(ROOT))
-    from sdkit.models.single_file import ASSETS, empty
+    from sdkit.loading.single_file import ASSETS, empty
     from tests import original_layout
 
     if not (root / "sd15.safetensors").is_file():

@@ -35,10 +35,10 @@ from skimage import data as photos
 from torch import Tensor, nn
 
 import sdkit.data
-from sdkit.models.source import load_scheduler_config, load_text, load_unet, load_vae
+from sdkit.loading.source import load_scheduler_config, load_text, load_unet, load_vae
 from sdkit.training import UNetConfig
 from sdkit.training.loop import fit
-from sdkit.training.unet import UNetStage
+from sdkit.training.stages.unet import UNetStage
 
 ASSETS = Path(__file__).resolve().parent.parent / "sdkit" / "assets"
 PARTS = ("step", "overhead", "cache")

@@ -25,13 +25,13 @@ from sdkit.lazy import attributes
 
 if TYPE_CHECKING:
     from sdkit import data, guidance, images, latents, metrics, samplers, training
-    from sdkit.latents import Latent
-    from sdkit.models.text import TextEncoder
-    from sdkit.models.unet import UNet
-    from sdkit.models.vae import VAE
-    from sdkit.pipeline import StableDiffusion
-    from sdkit.samplers import Step
-    from sdkit.schedule import NoiseSchedule, Prediction
+    from sdkit.data.latent_file import Latent
+    from sdkit.diffusion.samplers import Step
+    from sdkit.diffusion.schedule import NoiseSchedule, Prediction
+    from sdkit.networks.autoencoder import VAE
+    from sdkit.networks.denoiser import UNet
+    from sdkit.networks.text_encoder import TextEncoder
+    from sdkit.pipelines.text_to_image import StableDiffusion
 
 __version__ = "0.1.0"
 
@@ -65,14 +65,14 @@ __all__ = [
 _MODULES = ("data", "guidance", "images", "latents", "metrics", "samplers", "training")
 _HOMES = {
     **{name: f"sdkit.{name}" for name in _MODULES},
-    "Latent": "sdkit.latents",
-    "NoiseSchedule": "sdkit.schedule",
-    "Prediction": "sdkit.schedule",
-    "StableDiffusion": "sdkit.pipeline",
-    "Step": "sdkit.samplers",
-    "TextEncoder": "sdkit.models.text",
-    "UNet": "sdkit.models.unet",
-    "VAE": "sdkit.models.vae",
+    "Latent": "sdkit.data.latent_file",
+    "NoiseSchedule": "sdkit.diffusion.schedule",
+    "Prediction": "sdkit.diffusion.schedule",
+    "StableDiffusion": "sdkit.pipelines.text_to_image",
+    "Step": "sdkit.diffusion.samplers",
+    "TextEncoder": "sdkit.networks.text_encoder",
+    "UNet": "sdkit.networks.denoiser",
+    "VAE": "sdkit.networks.autoencoder",
 }
 
 if not TYPE_CHECKING:  # a type checker reads the imports above, and so finds a misspelt name

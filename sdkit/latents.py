@@ -1,149 +1,17 @@
-"""The latent file: the scaled latents of one image, with what is needed to decode them.
-
-It is a safetensors file that any safetensors reader opens. It holds one tensor, `z` (C, h, w), in the dtype it was
-computed in, and these metadata, all strings:
-
-    format          "sdkit.latent"
-    format_version  "1"
-    height, width   of the image in pixels; of the `h * factor` rows that are decoded the first `height` are the image
-    factor          pixels per latent along each axis (8 in Stable Diffusion): h = ceil(height / factor), w likewise
-    vae             hash of the VAE's encoder side: equal hashes mean latents of one space
-    vae_name        what that VAE was loaded from
-    scale, shift    z = (raw - shift) * scale, where raw is what the VAE's own decoder takes
-    dtype           what the VAE computed in, such as "bfloat16" (z itself is stored as it came out)
-    source          name of the image file (only where there was one)
-    sdkit           version of sdkit that wrote the file
-"""
+"""Latent files, as `sdkit.latents`: see `sdkit.data.latent_file`."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from sdkit.data.latent_file import (
+    Latent,
+    check_vae,
+    load,
+    save,
+)
 
-import torch
-from torch import Tensor
-
-from sdkit import tensor_files
-from sdkit.errors import LatentError
-from sdkit.files import atomic_write, encodable, reason
-from sdkit.messages import clean
-
-FORMAT = "sdkit.latent"
-FORMAT_VERSION = 1
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-LARGEST = 2**31
-"""Bytes of the largest latent file that is read."""
-
-
-def _whole(text: str) -> int:
-    if not (text.isascii() and text.isdigit()):
-        raise ValueError(f"{clean(text)!r} is no whole number")
-    return int(text)
-
-
-PARSERS: dict[str, Callable[[str], Any]] = {
-    **dict.fromkeys(("height", "width", "factor"), _whole),
-    **dict.fromkeys(("scale", "shift"), float),
-    **dict.fromkeys(("vae", "vae_name", "dtype", "sdkit"), str),
-}
-"""Of each field but z and source: how it is read from the metadata, which are strings."""
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Latent:
-    """Scaled latents of one image and where they come from. Raises `LatentError` where the parts do not fit.
-
-    z: (C, h, w), of a dtype in DTYPES. height, width: of the image, in pixels. vae, vae_name: identity of the VAE's
-    encoder side, and where it came from. scale, shift: raw latents are z / scale + shift. sdkit: version that made it.
-    dtype: what the VAE computed in. factor: pixels per latent along each axis. source: name of the image file.
-    """
-
-    z: Tensor
-    height: int
-    width: int
-    vae: str
-    vae_name: str
-    scale: float
-    sdkit: str
-    dtype: str
-    shift: float = 0.0
-    factor: int = 8
-    source: str | None = None
-
-    def __post_init__(self) -> None:
-        finite = math.isfinite(self.scale) and math.isfinite(self.shift)
-        if not finite or min(self.height, self.width, self.factor, self.scale) <= 0:
-            raise LatentError(
-                f"a latent of {self.height} x {self.width} pixels with factor {self.factor}, scale {self.scale} and "
-                f"shift {self.shift} cannot exist; all but the shift must be positive, and finite."
-            )
-        expected = (-(-self.height // self.factor), -(-self.width // self.factor))  # rounded up
-        if self.z.ndim != 3 or tuple(self.z.shape[1:]) != expected or len(self.z) == 0:
-            raise LatentError(
-                f"z has shape {tuple(self.z.shape)}, but the latents of {self.height} x {self.width} pixels have shape "
-                f"(C, {expected[0]}, {expected[1]}); encode the image again."
-            )
-        if self.z.dtype not in DTYPES or not torch.isfinite(self.z).all():
-            raise LatentError(
-                "z is not made of finite floating point numbers (float16, bfloat16, float32 or float64); encode the "
-                "image again."
-            )
-
-
-def save(latent: Latent, path: str | Path) -> None:
-    """Write `latent` to `path`, whole or not at all. Raises `SdkitError` where the file cannot be written."""
-    metadata = {name: encodable(str(getattr(latent, name))) for name in PARSERS}
-    metadata |= {"format": FORMAT, "format_version": str(FORMAT_VERSION)}
-    if latent.source is not None:
-        metadata["source"] = encodable(latent.source)
-    data = tensor_files.encoded({"z": latent.z}, metadata)
-    with atomic_write(path) as temporary:
-        temporary.write_bytes(data)
-
-
-def load(path: str | Path) -> Latent:
-    """Read a latent file; `z` is on the CPU. Raises `LatentError` for what is no whole latent file of this version."""
-    try:
-        tensors, metadata = tensor_files.read(Path(path), LARGEST)
-    except OSError as error:
-        raise LatentError(f"{path}: the file cannot be read ({reason(error)}); check the name.") from error
-    except ValueError as error:
-        raise LatentError(f"{path}: this {error}; encode the image again.") from error
-    try:
-        if metadata.get("format") != FORMAT:
-            raise LatentError("this is not a latent file of sdkit; sdkit encode makes them.")
-        if _whole(metadata["format_version"]) > FORMAT_VERSION:
-            raise LatentError("this was written by a newer version of sdkit; update sdkit to read it.")
-        if "z" not in tensors:
-            raise LatentError("there is no z in it, which is not a whole latent file; encode the image again.")
-        fields = {name: parse(metadata[name]) for name, parse in PARSERS.items()}
-        return Latent(z=tensors["z"], **fields, source=metadata.get("source"))
-    except LatentError as error:
-        raise LatentError(f"{path}: {error}") from None
-    except (KeyError, ValueError) as error:
-        raise LatentError(f"{path}: its metadata are damaged ({error}); encode the image again.") from error
-
-
-def check_vae(
-    latent: Latent, identity: str, force: bool = False, *, scale: float | None = None, shift: float | None = None
-) -> None:
-    """Raise `LatentError` where the VAE with this identity hash did not make the latent, unless `force`.
-
-    scale, shift: of that VAE. As the identity covers both, a latent that has the one and not the others is damaged.
-    """
-    if force:
-        return
-    if latent.vae != identity:
-        raise LatentError(
-            f"the latent was made by another VAE ({clean(latent.vae_name)}, {latent.vae[:12]}) than this one "
-            f"({identity[:12]}); decode it with that VAE, or force it."
-        )
-    for name, own, wanted in (("scale", latent.scale, scale), ("shift", latent.shift, shift)):
-        if wanted is not None and not math.isclose(own, wanted, rel_tol=1e-5, abs_tol=1e-9):
-            raise LatentError(
-                f"the latent says {name} {own:g}, but the VAE that it names has {wanted:g}: its metadata are damaged; "
-                "encode the image again, or force it."
-            )
+__all__ = [
+    "Latent",
+    "check_vae",
+    "load",
+    "save",
+]

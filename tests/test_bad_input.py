@@ -15,8 +15,8 @@ import torch
 from PIL import Image
 
 import sdkit
-from sdkit.guidance import APG
-from sdkit.models.vae import VAE
+from sdkit.diffusion.guidance import APG
+from sdkit.networks.autoencoder import VAE
 
 IMAGE = Image.new("RGB", (16, 16))
 NAN = float("nan")

@@ -24,12 +24,13 @@ import torch
 from PIL import Image
 
 import sdkit
-from sdkit import images, latents
+from sdkit import images
 from sdkit.cli import _parser, main
-from sdkit.console import Stopped, signals_raised
-from sdkit.recipe import Recipe
-from sdkit.samplers import SAMPLERS
-from sdkit.schedule import SPACINGS
+from sdkit.cli.console import Stopped, signals_raised
+from sdkit.data import latent_file as latents
+from sdkit.diffusion.samplers import SAMPLERS
+from sdkit.diffusion.schedule import SPACINGS
+from sdkit.pipelines.generation import Recipe
 
 QUICK = ("--steps", "2", "--dtype", "fp32", "--device", "cpu")
 ROOT = Path(__file__).parents[1]
@@ -181,7 +182,7 @@ def test_reconstruct_prints_a_table_or_json(run: Callable[..., Ran], work: Path)
 
 
 def test_json_has_no_infinity(run: Callable[..., Ran], work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sdkit.metrics.psnr", lambda x, y: torch.tensor([torch.inf]))
+    monkeypatch.setattr("sdkit.evaluation.similarity.psnr", lambda x, y: torch.tensor([torch.inf]))
     found = json.loads(run("reconstruct", "good.png", "--json").out, parse_constant=pytest.fail)
     assert found["images"][0]["psnr"] is found["mean"]["psnr"] is None
 
@@ -195,7 +196,7 @@ def test_info_as_table_and_as_json(run: Callable[..., Ran]) -> None:
 
 
 def test_demo_shows_a_grid_and_photos(run: Callable[..., Ran], work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sdkit.jobs.DEMO_PROMPTS", ("a red apple", "a red apple on a blue background"))
+    monkeypatch.setattr("sdkit.cli.jobs.DEMO_PROMPTS", ("a red apple", "a red apple on a blue background"))
     monkeypatch.setattr("skimage.data.astronaut", lambda: np.zeros((16, 16, 3), np.uint8))
     call = sdkit.StableDiffusion.__call__
     monkeypatch.setattr(sdkit.StableDiffusion, "__call__", functools.partialmethod(call, num_inference_steps=2))
@@ -204,7 +205,7 @@ def test_demo_shows_a_grid_and_photos(run: Callable[..., Ran], work: Path, monke
     assert "photos given" in out
     assert "good-reconstruction.png" in out
     assert opened("demo/generated.png").width > 2 * 128
-    monkeypatch.setattr("sdkit.jobs.DEMO_PHOTOS", ("astronaut",))
+    monkeypatch.setattr("sdkit.cli.jobs.DEMO_PHOTOS", ("astronaut",))
     assert "photos of scikit-image" in run("demo").out
     monkeypatch.setitem(sys.modules, "skimage", None)
     assert "generated images" in run("demo").out
@@ -395,7 +396,7 @@ def test_lack_of_memory_is_told_in_one_sentence(
     def fail(*arguments: object, **options: object) -> None:
         raise error
 
-    monkeypatch.setattr("sdkit.models.vae.VAE.encode", fail)
+    monkeypatch.setattr("sdkit.networks.autoencoder.VAE.encode", fail)
     found = run("encode", "good.png")
     assert found[:2] == (2, "")
     assert found.err == "sdkit: the memory does not suffice; give a smaller --batch-size, --tile or image size.\n"
@@ -405,7 +406,7 @@ def test_a_bug_is_not_hidden(run: Callable[..., Ran], work: Path, monkeypatch: p
     def fail(*arguments: object, **options: object) -> None:
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr("sdkit.models.vae.VAE.encode", fail)
+    monkeypatch.setattr("sdkit.networks.autoencoder.VAE.encode", fail)
     with pytest.raises(RuntimeError, match="a bug"):
         run("encode", "good.png")
 
@@ -562,7 +563,7 @@ def test_wrong_flags_are_told_before_a_model_is_loaded(
     run: Callable[..., Ran], work: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...]
 ) -> None:
     for name in ("_load_sd", "_load_vae"):
-        monkeypatch.setattr(f"sdkit.cli.{name}", lambda *_: pytest.fail("a model was loaded"))
+        monkeypatch.setattr(f"sdkit.cli.commands.{name}", lambda *_: pytest.fail("a model was loaded"))
     before = sorted(work.rglob("*"))
     assert run(*arguments).code == 2
     assert sorted(work.rglob("*")) == before
@@ -646,8 +647,8 @@ def test_an_error_may_have_its_own_code(run: Callable[..., Ran], work: Path, mon
     def fail(*_: object, **__: object) -> None:
         raise Halted("halted.")
 
-    monkeypatch.setattr("sdkit.models.vae.VAE.encode", fail)
-    monkeypatch.setattr("sdkit.cli._load_vae", fail)
+    monkeypatch.setattr("sdkit.networks.autoencoder.VAE.encode", fail)
+    monkeypatch.setattr("sdkit.cli.commands._load_vae", fail)
     assert run("encode", "good.png") == Ran(143, "", "sdkit: halted.\n")
 
 

@@ -22,9 +22,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import sdkit
-from sdkit import console
-from sdkit.cli import _parser, main
-from sdkit.cli_training import _settings
+from sdkit.cli.commands import _parser, console, main
+from sdkit.cli.training import _settings
 from sdkit.data import LatentCache, check
 from sdkit.training import UNetConfig, VAEConfig, train_unet
 from sdkit.training.checkpoint import checkpoints
@@ -540,7 +539,7 @@ def command(arguments: list[str], folder: Path, said: Path, hook: str, environme
 
 def started(*arguments: str, hook: str = "", said: str = "said", **environment: str) -> Any:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([toy.__name__, "sdkit.training.unet", "datasets", "peft"])
+    context.set_forkserver_preload([toy.__name__, "sdkit.training.stages.unet", "datasets", "peft"])
     process = context.Process(target=command, args=(arguments, Path.cwd(), Path(said).resolve(), hook, environment))
     process.start()
     return process

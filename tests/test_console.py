@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from sdkit.console import exit_code_of
+from sdkit.cli.console import exit_code_of
 from sdkit.errors import SdkitError
-from sdkit.models.weights import guarded
+from sdkit.loading.tensors import guarded
 from sdkit.stops import Stopped, stop_in
 
 
@@ -66,7 +66,7 @@ def test_an_error_without_a_stop_has_none_even_where_its_chain_is_a_circle() -> 
 SCRIPT = """
 import os, signal, sys, time
 from pathlib import Path
-from sdkit.console import exit_code_of
+from sdkit.cli.console import exit_code_of
 
 def send(name):
     os.kill(os.getpid(), getattr(signal, name))
@@ -211,7 +211,7 @@ def test_what_the_system_refuses_anywhere_is_one_sentence(
 
 @pytest.mark.parametrize("closed", [0, 1, 2])
 def test_a_closed_stream_costs_nothing(closed: int) -> None:
-    work = "def work():\n    from sdkit.console import say\n    say('\u732b')\n    return 0"
+    work = "def work():\n    from sdkit.cli.console import say\n    say('\u732b')\n    return 0"
     script = f"import os, subprocess, sys; os.close({closed}); sys.exit(subprocess.call(sys.argv[1:], close_fds=False))"
     command = [sys.executable, "-c", script, sys.executable, "-c", SCRIPT.format(work=work)]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=60, env=os.environ | {"LC_ALL": "C"})

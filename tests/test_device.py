@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from sdkit.device import resolve_device, resolve_dtype
+from sdkit.engines.device import resolve_device, resolve_dtype
 from sdkit.errors import ArgumentError
 
 PRESENT = [

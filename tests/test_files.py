@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from sdkit import images, latents
+from sdkit import images
+from sdkit.data import latent_file as latents
 from sdkit.errors import ImageError, LatentError, SdkitError
 from sdkit.files import atomic_write, beside, encodable, find, remove_abandoned, sha256
 

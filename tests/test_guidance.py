@@ -13,10 +13,10 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import resca
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sdkit.diffusion.guidance import APG, apg, cfg, classifier, guided, rescale
+from sdkit.diffusion.samplers import SAMPLERS
+from sdkit.diffusion.schedule import NoiseSchedule, Prediction
 from sdkit.errors import ArgumentError
-from sdkit.guidance import APG, apg, cfg, classifier, guided, rescale
-from sdkit.samplers import SAMPLERS
-from sdkit.schedule import NoiseSchedule, Prediction
 
 from . import reference
 

@@ -15,8 +15,9 @@ import torch
 from accelerate.commands.launch import launch_command_parser
 from PIL import Image
 
-from sdkit.cli import _parser, main
-from sdkit.lpips import LPIPS
+from sdkit.cli import main
+from sdkit.cli.commands import _parser
+from sdkit.networks.lpips import LPIPS
 
 ROOT = Path(__file__).parents[1]
 GUIDES = {

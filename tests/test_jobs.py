@@ -20,9 +20,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import sdkit
-from sdkit import images, latents
-from sdkit.errors import ArgumentError
-from sdkit.jobs import (
+from sdkit import images
+from sdkit.cli.jobs import (
     Report,
     _generate,
     check_generation,
@@ -33,7 +32,9 @@ from sdkit.jobs import (
     read_prompts,
     reconstruct_files,
 )
-from sdkit.recipe import Recipe
+from sdkit.data import latent_file as latents
+from sdkit.errors import ArgumentError
+from sdkit.pipelines.generation import Recipe
 
 QUICK = Recipe(steps=3, scale=5.0)
 
@@ -294,7 +295,7 @@ def test_files_are_written_batch_by_batch(
     """A job that is stopped half-way keeps what it finished, and holds only so many pixels at a time."""
     for i in range(6):
         astronaut.resize((32, 32)).save(tmp_path / f"{i}.png")
-    monkeypatch.setattr("sdkit.jobs.PIXELS_HELD", 2 * 32 * 32)
+    monkeypatch.setattr("sdkit.cli.jobs.PIXELS_HELD", 2 * 32 * 32)
     held = []
     real = sd.vae.encode
 
@@ -486,7 +487,7 @@ def test_nothing_half_written_stays_when_the_disk_is_full(sd: sdkit.StableDiffus
 @pytest.mark.skipif(os.name != "posix", reason="needs pipes and devices")
 @pytest.mark.timeout(60)
 def test_prompts_that_never_end_or_never_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sdkit.jobs.PATIENCE", 0.1)
+    monkeypatch.setattr("sdkit.cli.jobs.PATIENCE", 0.1)
     os.mkfifo(tmp_path / "pipe")
     for path, sentence in (
         ("/dev/zero", r"^/dev/zero is larger than 64 MiB"),
@@ -540,9 +541,9 @@ ELSEWHERE = """
 import os, sys
 from pathlib import Path
 from sdkit.images import save
-from sdkit.jobs import encode_files, decode_files, generate_files, read_prompts
-from sdkit.pipeline import StableDiffusion
-from sdkit.recipe import Recipe
+from sdkit.cli.jobs import encode_files, decode_files, generate_files, read_prompts
+from sdkit.pipelines.text_to_image import StableDiffusion
+from sdkit.pipelines.generation import Recipe
 sd = StableDiffusion.from_pretrained("emoji", dtype="fp32", device="cpu")
 encode_files(sd.vae, ["in"], "latents")
 decode_files(sd.vae, ["latents"], "decoded")

@@ -16,9 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from sdkit import latents
+from sdkit.data import latent_file as latents
+from sdkit.data.latent_file import Latent
 from sdkit.errors import LatentError, SdkitError
-from sdkit.latents import Latent
 
 
 def make(**changes: Any) -> Latent:

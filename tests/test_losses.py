@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from torch.autograd import gradcheck
 from torch.distributions import Normal, kl_divergence
 
-from sdkit.errors import ArgumentError
-from sdkit.losses import (
+from sdkit.diffusion.losses import (
     adaptive_weight,
     diffusion_loss,
     hinge_discriminator,
@@ -22,7 +21,8 @@ from sdkit.losses import (
     l2,
     min_snr_weight,
 )
-from sdkit.schedule import NoiseSchedule
+from sdkit.diffusion.schedule import NoiseSchedule
+from sdkit.errors import ArgumentError
 
 SNR = torch.tensor([0.0, 1e-4, 0.5, 4.999, 5.0, 7.0, 1e3, math.inf], dtype=torch.float64)
 

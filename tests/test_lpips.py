@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sdkit.errors import ImageError, SdkitError, SourceError
-from sdkit.lpips import LPIPS
+from sdkit.networks.lpips import LPIPS
 
 SHARED = Path(__file__).parents[2] / "shared" / "data" / "lpips_vgg16.safetensors"
 WEIGHTS = Path(os.environ.get("SDKIT_LPIPS") or SHARED)

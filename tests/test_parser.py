@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from sdkit.cli.parser import Parser
 from sdkit.errors import ArgumentError
-from sdkit.parser import Parser
 from sdkit.recipes.emoji.__main__ import _parser as emoji_parser
 
 

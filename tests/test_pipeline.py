@@ -16,8 +16,8 @@ from PIL import Image
 from torch import Tensor
 
 import sdkit
-from sdkit.guidance import APG
-from sdkit.samplers import SAMPLERS, Step
+from sdkit.diffusion.guidance import APG
+from sdkit.diffusion.samplers import SAMPLERS, Step
 from tests.models.test_text import EMOJI, diffusers_pipeline
 from tests.models.test_unet import guided_network
 

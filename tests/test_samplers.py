@@ -12,9 +12,9 @@ from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sdkit.diffusion.samplers import SAMPLERS, Step, ddim, ddim_step, ddpm, ddpm_step, dpmpp_2m, dpmpp_2m_step
+from sdkit.diffusion.schedule import NoiseSchedule, Prediction
 from sdkit.errors import ArgumentError
-from sdkit.samplers import SAMPLERS, Step, ddim, ddim_step, ddpm, ddpm_step, dpmpp_2m, dpmpp_2m_step
-from sdkit.schedule import NoiseSchedule, Prediction
 
 from . import reference
 

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 import torch
 
-from sdkit.samplers import ddim, ddim_step, ddpm, ddpm_step, dpmpp_2m
-from sdkit.schedule import NoiseSchedule, Prediction
+from sdkit.diffusion.samplers import ddim, ddim_step, ddpm, ddpm_step, dpmpp_2m
+from sdkit.diffusion.schedule import NoiseSchedule, Prediction
 
 from . import reference
 

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sdkit
+from sdkit.diffusion.schedule import NoiseSchedule, Prediction
 from sdkit.errors import ArgumentError, SdkitError
-from sdkit.schedule import NoiseSchedule, Prediction
 
 from . import reference
 

@@ -15,8 +15,8 @@ from diffusers.models import UNet2DConditionModel
 from torch import Tensor
 
 import sdkit
+from sdkit.diffusion.schedule import SCHEDULERS
 from sdkit.errors import SourceError
-from sdkit.schedule import SCHEDULERS
 from tests.models.test_text import diffusers_pipeline
 
 # Heun and others with NumPy 2; and the pipeline, which says so when it corrects a config.

@@ -25,11 +25,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import sdkit
+from sdkit.cli.jobs import read_prompts
+from sdkit.diffusion.schedule import SCHEDULERS
 from sdkit.files import sha256
-from sdkit.jobs import read_prompts
-from sdkit.models.single_file import ASSETS
-from sdkit.recipe import Recipe
-from sdkit.schedule import SCHEDULERS
+from sdkit.loading.single_file import ASSETS
+from sdkit.pipelines.generation import Recipe
 from tests import original_layout
 from tests.color_profiles import P3, matrix_profile
 

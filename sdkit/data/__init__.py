@@ -9,13 +9,13 @@ from sdkit.lazy import attributes
 if TYPE_CHECKING:  # `as` exports a name to type checkers, which cannot work out the __all__ below
     from sdkit.data.checking import CheckReport as CheckReport
     from sdkit.data.checking import check as check
-    from sdkit.data.encoding import cache as cache
     from sdkit.data.examples import Example as Example
     from sdkit.data.examples import Examples as Examples
     from sdkit.data.examples import Stream as Stream
     from sdkit.data.examples import open_examples as open_examples
-    from sdkit.data.latent_cache import LatentCache as LatentCache
-    from sdkit.data.manifest import Manifest as Manifest
+    from sdkit.data.latent_cache.manifest import Manifest as Manifest
+    from sdkit.data.latent_cache.reading import LatentCache as LatentCache
+    from sdkit.data.latent_cache.writing import cache as cache
     from sdkit.data.transform import Transform as Transform
 
 # No module here has the name of a function: importing it would put the module in the function's place.
@@ -23,11 +23,11 @@ _HOMES = {
     "CheckReport": "sdkit.data.checking",
     "Example": "sdkit.data.examples",
     "Examples": "sdkit.data.examples",
-    "LatentCache": "sdkit.data.latent_cache",
-    "Manifest": "sdkit.data.manifest",
+    "LatentCache": "sdkit.data.latent_cache.reading",
+    "Manifest": "sdkit.data.latent_cache.manifest",
     "Stream": "sdkit.data.examples",
     "Transform": "sdkit.data.transform",
-    "cache": "sdkit.data.encoding",
+    "cache": "sdkit.data.latent_cache.writing",
     "check": "sdkit.data.checking",
     "open_examples": "sdkit.data.examples",
 }

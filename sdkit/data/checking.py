@@ -17,14 +17,14 @@ import numpy.typing as npt
 from PIL import Image
 
 from sdkit.arguments import whole
-from sdkit.data.encoding import own_size
 from sdkit.data.examples import Example, Examples, open_examples
-from sdkit.data.prefetch import ahead
+from sdkit.data.latent_cache.writing import own_size
 from sdkit.data.transform import MAX_ENLARGEMENT, Transform, sides
 from sdkit.errors import ImageError
-from sdkit.models.single_file import ASSETS
-from sdkit.models.source import Source, load_text
-from sdkit.models.tokenizer import load_tokenizer
+from sdkit.loading.single_file import ASSETS
+from sdkit.loading.source import Source, load_text
+from sdkit.loading.tokenizer import load_tokenizer
+from sdkit.prefetch import ahead
 from sdkit.progress import progress
 
 SD_SIZE = 512

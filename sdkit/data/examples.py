@@ -24,7 +24,6 @@ from typing import Any, Literal, cast, overload
 from PIL import Image
 
 from sdkit import images
-from sdkit.console import is_main_process
 from sdkit.data.captioned_files import NAME, OFFSET, SIZE, folder_rows
 from sdkit.data.captions import CAPTION_KEYS, caption_of
 from sdkit.data.metadata import NAMES
@@ -32,6 +31,7 @@ from sdkit.data.tar_shards import tar_rows
 from sdkit.errors import ArgumentError, DataError, ImageError, SdkitError
 from sdkit.files import encodable, expanded, find, open_regular, reason
 from sdkit.messages import clean, first_line, listed
+from sdkit.processes import is_main_process
 from sdkit.stops import stop_in
 
 IMAGE_COLUMNS = ("image", "jpg", "png", "jpeg", "webp", "img")

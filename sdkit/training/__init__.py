@@ -14,9 +14,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
-from sdkit.console import is_main_process
 from sdkit.errors import ArgumentError, SdkitError
 from sdkit.lazy import attributes
+from sdkit.processes import is_main_process
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from torch import Tensor, nn
 
-    from sdkit.training.config import UNetConfig, VAEConfig
-    from sdkit.training.unet import train_unet
-    from sdkit.training.vae import train_vae
+    from sdkit.training.settings import UNetConfig, VAEConfig
+    from sdkit.training.stages.unet import train_unet
+    from sdkit.training.stages.vae import train_vae
 
     Loss = Callable[[Mapping[str, nn.Module], dict[str, Any], int], tuple[Tensor, Mapping[str, float | Tensor]]]
 
@@ -108,7 +108,7 @@ class LoopSettings:
         from accelerate.utils import DynamoBackend, GradientAccumulationPlugin
 
         from sdkit.arguments import one_of
-        from sdkit.training.sharding import set_up_fsdp
+        from sdkit.training.distributed import set_up_fsdp
 
         for name in self.report_to:
             one_of("report_to", name, LOGGER_TYPE_TO_CLASS)
@@ -207,8 +207,8 @@ class Trained:
     its network is a copy of the stage's."""
 
     def __init__(self, player: Player, settings: LoopSettings, accelerator: Accelerator) -> None:
+        from sdkit.training.distributed import copy_to_split, is_sharded
         from sdkit.training.ema import EMA
-        from sdkit.training.sharding import copy_to_split, is_sharded
 
         for p in player.network.parameters():
             if p.requires_grad:
@@ -226,7 +226,7 @@ class Trained:
     @contextlib.contextmanager
     def at_rest(self) -> Iterator[None]:
         """The stage's network has averaged weights and is in evaluation mode inside."""
-        from sdkit.training.sharding import gather
+        from sdkit.training.distributed import gather
 
         network = self.stages_network
         with self.ema.swapped() if self.ema else contextlib.nullcontext():
@@ -244,7 +244,7 @@ class Trained:
 @contextlib.contextmanager
 def alone(turn: Trained, trained: Sequence[Trained], accelerator: Accelerator) -> Iterator[None]:
     """Of `trained` only `turn` gathers gradients inside; the others let them through, to it, and reduce none."""
-    from sdkit.training.sharding import is_sharded, put_away
+    from sdkit.training.distributed import is_sharded, put_away
 
     with contextlib.ExitStack() as stack:
         for other in trained:
@@ -379,10 +379,10 @@ def on_main(accelerator: Accelerator, do: Callable[[], T]) -> T:
 __all__ = ["TrainingStopped", "UNetConfig", "VAEConfig", "train_unet", "train_vae"]
 
 _HOMES = {
-    "UNetConfig": "sdkit.training.config",
-    "VAEConfig": "sdkit.training.config",
-    "train_unet": "sdkit.training.unet",
-    "train_vae": "sdkit.training.vae",
+    "UNetConfig": "sdkit.training.settings",
+    "VAEConfig": "sdkit.training.settings",
+    "train_unet": "sdkit.training.stages.unet",
+    "train_vae": "sdkit.training.stages.vae",
 }
 
 if not TYPE_CHECKING:  # a type checker reads the imports above, and so finds a misspelt name

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from sdkit.data.prefetch import ahead
+from sdkit.prefetch import ahead
 from sdkit.training import LoopSettings, Samples, Stage
 
 LOADERS = min(16, max(2, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))

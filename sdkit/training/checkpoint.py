@@ -31,7 +31,7 @@ from sdkit.files import beside, reason, sha256, sync
 from sdkit.messages import clean
 from sdkit.strict_json import read_object, require
 from sdkit.training import Trained
-from sdkit.training.sharding import is_sharded, split_as, whole
+from sdkit.training.distributed import is_sharded, split_as, whole
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

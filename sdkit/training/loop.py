@@ -34,8 +34,8 @@ from sdkit.training import (
 )
 from sdkit.training.batches import loaded_ahead
 from sdkit.training.checkpoint import load, restore, rng_state, set_rng_state, snapshot
+from sdkit.training.distributed import whole
 from sdkit.training.run_folder import RunFolder
-from sdkit.training.sharding import whole
 
 BAD_STEPS = 10  # in a row, without a finite loss, end a run
 

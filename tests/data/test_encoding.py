@@ -26,8 +26,8 @@ from torch import Tensor
 
 import sdkit
 from sdkit.data import LatentCache, Transform, cache, open_examples
-from sdkit.data.manifest import Manifest, text_identity, tokenizer_identity
-from sdkit.data.shards import ShardEncoder
+from sdkit.data.latent_cache.manifest import Manifest, text_identity, tokenizer_identity
+from sdkit.data.latent_cache.shards import ShardEncoder
 from sdkit.data.transform import draw
 from sdkit.errors import CacheError
 from tests.training import tiny

@@ -21,8 +21,8 @@ from safetensors.torch import load_file
 
 import sdkit
 from sdkit.data import LatentCache, Transform, cache
-from sdkit.data.manifest import Manifest, Settings, Shard
-from sdkit.data.shard_file import save
+from sdkit.data.latent_cache.manifest import Manifest, Settings, Shard
+from sdkit.data.latent_cache.shard_file import save
 from sdkit.files import sha256
 
 pytest.importorskip("datasets")

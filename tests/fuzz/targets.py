@@ -26,14 +26,15 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
 import sdkit
-from sdkit import images, jobs, latents
-from sdkit.cli import main
+from sdkit import images
+from sdkit.cli import jobs, main
+from sdkit.data import latent_file as latents
+from sdkit.diffusion.schedule import NoiseSchedule
 from sdkit.errors import SdkitError
 from sdkit.files import read_regular
-from sdkit.models.lora import add_lora, convert_lora, lora_tensors, merge_lora, read_lora, save_lora
-from sdkit.models.source import describe
-from sdkit.recipe import Recipe
-from sdkit.schedule import NoiseSchedule
+from sdkit.loading.source import describe
+from sdkit.networks.lora import add_lora, convert_lora, lora_tensors, merge_lora, read_lora, save_lora
+from sdkit.pipelines.generation import Recipe
 from sdkit.training.loop import fit
 from sdkit.training.plot import plot
 from tests import original_layout

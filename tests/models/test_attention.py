@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from diffusers.models import AutoencoderKL, UNet2DConditionModel
 
 import sdkit
-from sdkit.models import attention as module
-from sdkit.models.attention import attention, quicken_attention
+from sdkit.engines import attention as module
+from sdkit.engines.attention import attention, quicken_attention
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1, 8), (6, 64, 64, 16), (6, 64, 7, 16), (3, 100, 33, 40)], ids=str)

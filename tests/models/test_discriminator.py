@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from sdkit.diffusion.losses import hinge_discriminator, hinge_generator
 from sdkit.errors import ImageError
-from sdkit.losses import hinge_discriminator, hinge_generator
-from sdkit.models.discriminator import Discriminator
+from sdkit.networks.discriminator import Discriminator
 
 
 @pytest.fixture(scope="module")

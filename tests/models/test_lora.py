@@ -21,7 +21,16 @@ from torch.nn import functional as F
 
 import sdkit
 from sdkit.errors import ArgumentError, SdkitError, SourceError
-from sdkit.models.lora import FILENAME, TARGETS, add_lora, convert_lora, lora_tensors, merge_lora, read_lora, save_lora
+from sdkit.networks.lora import (
+    FILENAME,
+    TARGETS,
+    add_lora,
+    convert_lora,
+    lora_tensors,
+    merge_lora,
+    read_lora,
+    save_lora,
+)
 from tests.models.test_text import diffusers_pipeline
 
 pytest.importorskip("peft")

@@ -27,10 +27,10 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel
 
 from sdkit.errors import ArgumentError, SourceError
-from sdkit.models import source
-from sdkit.models.single_file import ASSETS, probe_prediction
-from sdkit.models.source import describe, load_guidance_scale, load_scheduler_config, load_text, load_unet, load_vae
-from sdkit.models.tokenizer import load_tokenizer
+from sdkit.loading import source
+from sdkit.loading.single_file import ASSETS, probe_prediction
+from sdkit.loading.source import describe, load_guidance_scale, load_scheduler_config, load_text, load_unet, load_vae
+from sdkit.loading.tokenizer import load_tokenizer
 from tests import original_layout
 
 LOADERS: dict[str, Callable[..., Any]] = {
@@ -544,7 +544,7 @@ def test_describe(tiny: Tiny) -> None:
 def test_loading_is_silent_and_restores_the_logs(tmp_path: Path, sd1: Tiny) -> None:
     code = (
         "import sys; from diffusers.utils import logging as d; from transformers.utils import logging as t;"
-        "from sdkit.models.source import load_vae, load_unet, load_text;"
+        "from sdkit.loading.source import load_vae, load_unet, load_text;"
         "state = lambda: [(x.get_verbosity(), x.is_progress_bar_enabled()) for x in (d, t)]; before = state();"
         "load_vae(sys.argv[1]); load_unet(sys.argv[1]); load_text(sys.argv[1]);"
         "load_text(sys.argv[2], config=sys.argv[1]);"

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 import sdkit
-from sdkit.models.text import parse_weights
-from sdkit.models.tokenizer import load_tokenizer
+from sdkit.loading.tokenizer import load_tokenizer
+from sdkit.networks.text_encoder import parse_weights
 
 EMOJI = Path(sdkit.__file__).parent / "assets" / "emoji"
 

@@ -12,10 +12,10 @@ import pytest
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from sdkit.errors import SourceError
-from sdkit.models.single_file import ASSETS
-from sdkit.models.source import load_text
-from sdkit.models.text import TextEncoder
-from sdkit.models.tokenizer import TRIAL, load_tokenizer
+from sdkit.loading.single_file import ASSETS
+from sdkit.loading.source import load_text
+from sdkit.loading.tokenizer import TRIAL, load_tokenizer
+from sdkit.networks.text_encoder import TextEncoder
 
 EMOJI = ASSETS / "emoji"
 

@@ -10,7 +10,7 @@ import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
 import sdkit
-from sdkit.models.unet import guidance_embedding
+from sdkit.networks.denoiser import guidance_embedding
 
 
 @pytest.fixture(scope="module")

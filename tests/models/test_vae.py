@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 import sdkit
-from sdkit.models.vae import DETERMINISTIC
+from sdkit.networks.autoencoder import DETERMINISTIC
 
 SD_VAE = {
     "in_channels": 3,

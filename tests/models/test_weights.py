@@ -16,12 +16,12 @@ from safetensors.torch import load_file, save_file
 import sdkit
 from sdkit.cli import main
 from sdkit.errors import SourceError
-from sdkit.lpips import LPIPS
-from sdkit.models.lora import read_lora
-from sdkit.models.single_file import ASSETS
-from sdkit.models.source import describe, load_text, load_unet, load_vae
-from sdkit.models.weights import open_tensors
-from sdkit.training.new import new_network
+from sdkit.loading.new_network import new_network
+from sdkit.loading.single_file import ASSETS
+from sdkit.loading.source import describe, load_text, load_unet, load_vae
+from sdkit.loading.tensors import open_tensors
+from sdkit.networks.lora import read_lora
+from sdkit.networks.lpips import LPIPS
 from tests import original_layout
 
 EMOJI = ASSETS / "emoji"

@@ -13,7 +13,7 @@ from PIL import Image
 
 import sdkit
 from sdkit.errors import ArgumentError, SourceError
-from sdkit.models.single_file import ASSETS
+from sdkit.loading.single_file import ASSETS
 
 IMAGE = Image.new("RGB", (32, 32), "teal")
 

@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
+from sdkit.cli.jobs import DEMO_PROMPTS
 from sdkit.data import open_examples
 from sdkit.errors import DataError, SdkitError
-from sdkit.jobs import DEMO_PROMPTS
 from sdkit.recipes.emoji import pictures as table
 from sdkit.recipes.emoji import prepare as module
 from sdkit.recipes.emoji.pictures import (

@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw
 
 import sdkit
 from sdkit.errors import SdkitError
-from sdkit.lpips import LPIPS
+from sdkit.networks.lpips import LPIPS
 from sdkit.recipes.emoji import __main__ as command
 from sdkit.recipes.emoji import evaluation, report
 from sdkit.recipes.emoji.evaluation import Gallery, Prompt, background_of, fidelity, prompts, prompts_held_out

@@ -30,12 +30,12 @@ from safetensors.torch import save, save_file
 from transformers import CLIPTextModel, CLIPTokenizer  # noqa: F401
 
 from sdkit.errors import SdkitError
-from sdkit.lpips import LPIPS
+from sdkit.networks.lpips import LPIPS
 from sdkit.training import UNetConfig, VAEConfig, checkpoint, train_unet, train_vae
 from sdkit.training.ema import EMA
 from sdkit.training.loop import fit
-from sdkit.training.unet import UNetStage
-from sdkit.training.vae import VAEStage
+from sdkit.training.stages.unet import UNetStage
+from sdkit.training.stages.vae import VAEStage
 from tests.training import toy
 
 CALLS = ("batch", "loss", "discriminator_loss", "validate", "export")

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 
 import sdkit
 from sdkit.data import cache
-from sdkit.data.manifest import Manifest
+from sdkit.data.latent_cache.manifest import Manifest
 from sdkit.errors import CacheError, DataError, TrainingError
 from sdkit.training import UNetConfig, VAEConfig, train_unet, train_vae
 from sdkit.training.checkpoint import checkpoints, newest

@@ -15,12 +15,12 @@ from diffusers.models.autoencoders.vae import VectorQuantizer
 from PIL import Image
 
 import sdkit
+from sdkit.diffusion.losses import vq
 from sdkit.errors import ArgumentError, SourceError
-from sdkit.losses import vq
-from sdkit.metrics import codebook_use
+from sdkit.evaluation.similarity import codebook_use
 from sdkit.training import VAEConfig, train_vae
 from sdkit.training.run_folder import read_metrics
-from sdkit.training.vae import VAEStage
+from sdkit.training.stages.vae import VAEStage
 from tests.sentences import one_sentence
 
 from . import tiny

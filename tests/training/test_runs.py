@@ -20,11 +20,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from sdkit.data import cache
-from sdkit.models.vae import latents_of
+from sdkit.networks.autoencoder import latents_of
 from sdkit.training.checkpoint import checkpoints, newest
 from sdkit.training.loop import fit
 from sdkit.training.run_folder import read_metrics
-from sdkit.training.unet import UNetStage
+from sdkit.training.stages.unet import UNetStage
 
 from . import runs as helper
 from . import tiny

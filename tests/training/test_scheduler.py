@@ -11,7 +11,7 @@ import torch
 
 import sdkit
 from sdkit.training import UNetConfig
-from sdkit.training.unet import UNetStage
+from sdkit.training.stages.unet import UNetStage
 
 from . import tiny
 

@@ -24,11 +24,11 @@ from transformers import CLIPTextModel
 import sdkit
 from sdkit.data import cache
 from sdkit.errors import ArgumentError, TrainingError
-from sdkit.models.source import load_guidance_scale
+from sdkit.loading.source import load_guidance_scale
 from sdkit.training import StopSignals, Trained, UNetConfig, Unfinished, train_unet
 from sdkit.training.loop import fit
 from sdkit.training.run_folder import read_metrics
-from sdkit.training.unet import UNetStage
+from sdkit.training.stages.unet import UNetStage
 
 from . import tiny
 
@@ -453,7 +453,7 @@ class TestCaptionsOfSeveralLengths:
         assert torch.equal(fresh._cond(batch), first)
 
     def test_not_more_are_remembered_than_there_is_room_for(self, kit: Kit, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("sdkit.training.unet.REMEMBERED", 2)
+        monkeypatch.setattr("sdkit.training.stages.unet.REMEMBERED", 2)
         stage = kit.stage()
         first = stage._cond(batch := stage.batch(BATCH))
         assert len(stage._embeddings) <= 2

@@ -19,14 +19,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import sdkit
-from sdkit.lpips import LPIPS
-from sdkit.metrics import psnr, ssim
+from sdkit.evaluation.similarity import psnr, ssim
+from sdkit.networks.lpips import LPIPS
 from sdkit.training import Trained, VAEConfig, alone, train_vae
 from sdkit.training.batches import samples_of
-from sdkit.training.data import noise_of
 from sdkit.training.loop import fit
 from sdkit.training.run_folder import read_metrics
-from sdkit.training.vae import VAEStage
+from sdkit.training.stages.images import noise_of
+from sdkit.training.stages.vae import VAEStage
 
 from . import tiny
 

@@ -6,8 +6,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from sdkit.console import exit_code_of, say, say_path
-from sdkit.parser import Parser
+from sdkit.cli.console import exit_code_of, say, say_path
+from sdkit.cli.parser import Parser
 
 STEPS = ("prepare", "vae", "latents", "unet", "decoder", "export", "evaluate")
 EPILOG = """

@@ -21,11 +21,11 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from sdkit import images as image_io
+from sdkit.evaluation.similarity import psnr, ssim
 from sdkit.files import atomic_write
-from sdkit.lpips import LPIPS
-from sdkit.metrics import psnr, ssim
-from sdkit.models.vae import VAE
-from sdkit.pipeline import StableDiffusion
+from sdkit.networks.autoencoder import VAE
+from sdkit.networks.lpips import LPIPS
+from sdkit.pipelines.text_to_image import StableDiffusion
 from sdkit.progress import progress
 from sdkit.recipes.emoji.pictures import BACKGROUNDS, SIDE, Picture, caption, composed, pictures, read, used
 

@@ -18,8 +18,8 @@ import numpy as np
 from PIL import Image
 
 from sdkit import images as image_io
-from sdkit.data.prefetch import ahead
 from sdkit.errors import DataError, SdkitError
+from sdkit.prefetch import ahead
 from sdkit.progress import progress
 from sdkit.recipes.emoji.pictures import (
     BACKGROUNDS,

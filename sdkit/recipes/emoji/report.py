@@ -15,14 +15,14 @@ from PIL import Image
 
 from sdkit import images as image_io
 from sdkit.arguments import whole
+from sdkit.cli.jobs import check_files
 from sdkit.data.transform import Transform
 from sdkit.errors import ArgumentError, DataError
 from sdkit.files import atomic_write
-from sdkit.jobs import check_files
-from sdkit.lpips import LPIPS
-from sdkit.models.vae import VAE
-from sdkit.pipeline import StableDiffusion
-from sdkit.recipe import anywhere
+from sdkit.networks.autoencoder import VAE
+from sdkit.networks.lpips import LPIPS
+from sdkit.pipelines.generation import anywhere
+from sdkit.pipelines.text_to_image import StableDiffusion
 from sdkit.recipes.emoji import evaluation as measure
 from sdkit.recipes.emoji.evaluation import SCALE, STEPS, Gallery, Prompt
 from sdkit.recipes.emoji.pictures import BACKGROUNDS, composed, read

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from sdkit.models.weights import quiet
+from sdkit.loading.tensors import quiet
 from sdkit.recipes.emoji.settings import shape
 from sdkit.training.checkpoint import whole_folder
 

@@ -7,11 +7,11 @@ from typing import Any
 
 from sdkit.data import cache, open_examples
 from sdkit.errors import SourceError
-from sdkit.lpips import LPIPS
-from sdkit.models.configs import GUIDANCE
-from sdkit.models.vae import VAE
-from sdkit.models.weights import quiet
-from sdkit.pipeline import StableDiffusion
+from sdkit.loading.configs import GUIDANCE
+from sdkit.loading.tensors import quiet
+from sdkit.networks.autoencoder import VAE
+from sdkit.networks.lpips import LPIPS
+from sdkit.pipelines.text_to_image import StableDiffusion
 from sdkit.recipes.emoji.pictures import SIZE
 from sdkit.recipes.emoji.settings import settings, shape_file
 from sdkit.recipes.emoji.start import make_start

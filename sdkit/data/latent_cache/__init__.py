@@ -1,0 +1,1 @@
+"""The latent cache: posteriors and token ids of a data set, computed once."""

@@ -1,0 +1,242 @@
+"""What a latent cache is made of and with: manifest.json, beside its shards."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, dataclass, fields
+from pathlib import Path
+from types import NoneType
+from typing import Any, TypeVar
+
+from torch import nn
+
+from sdkit.errors import CacheError
+from sdkit.files import atomic_write, reason
+from sdkit.messages import clean
+from sdkit.networks.text_encoder import TextEncoder
+from sdkit.networks.wrapper import fingerprint
+from sdkit.strict_json import read_object, require
+
+NAME = "manifest.json"
+FORMAT = "sdkit.cache"
+FORMAT_VERSION = 2
+"""Since version 2 the manifest has a checksum of itself."""
+LARGEST = 2**29
+"""Bytes of the largest manifest that is read: one that names two million skipped images."""
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """All that the content of a cache depends on."""
+
+    vae: str
+    """`VAE.identity`."""
+    scale: float
+    shift: float
+    factor: int
+    text: str
+    """`text_identity`."""
+    tokenizer: str
+    """`tokenizer_identity`."""
+    embeddings: bool
+    """Whether the text encoder's last hidden states are stored."""
+    size: tuple[int, int]
+    """(height, width) of the images in pixels."""
+    crop: str
+    flip: bool
+    augmentations: int
+    """Of each image."""
+    seed: int
+    """Of the augmentations."""
+    dtype: str
+    """What the VAE computed in."""
+    data: str
+    """`Examples.identity`."""
+    shard_size: int
+    """Examples of a shard, broken ones among them."""
+
+
+WORDS = {
+    "vae": "the VAE",
+    "text": "the text encoder",
+    "tokenizer": "the tokenizer",
+    "data": "the data (names, captions, file sizes)",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shard:
+    """One file of a cache."""
+
+    file: str
+    items: int
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Skipped:
+    """An image that could not be used."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """The whole of manifest.json."""
+
+    settings: Settings
+    sdkit: str
+    """Version that made it."""
+    model: str
+    """What VAE and text encoder were loaded from, and `source` what the images were: for people."""
+    source: str
+    complete: bool = False
+    examples: int = 0
+    """Images with captions that the data held."""
+    images: int = 0
+    """Those of them that are in the cache."""
+    items: int = 0
+    """`images` times `augmentations`: the length of the cache."""
+    skipped: tuple[Skipped, ...] = ()
+    shards: tuple[Shard, ...] = ()
+    empty: Shard | None = None
+    """The file of the empty prompt's token ids (and embeddings), without items."""
+
+    @property
+    def files(self) -> tuple[Shard, ...]:
+        """All files beside the manifest."""
+        return (*self.shards, *([self.empty] if self.empty else []))
+
+    @property
+    def identity(self) -> str:
+        """SHA-256 over the checksums of all files; 16 hexadecimal digits."""
+        return hashlib.sha256("".join(one.sha256 for one in self.files).encode()).hexdigest()[:16]
+
+    def write(self, folder: Path) -> None:
+        """Write it as `folder`/manifest.json, whole or not at all."""
+        content = {"format": FORMAT, "format_version": FORMAT_VERSION} | asdict(self)
+        text = json.dumps(content | {"checksum": _checksum(content)}, indent=1, ensure_ascii=False) + "\n"
+        with atomic_write(folder / NAME) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+
+    @classmethod
+    def read(cls, folder: Path) -> Manifest:
+        """The manifest of a cache, complete or not. Raises `CacheError` where there is none, or a damaged one."""
+        path = folder / NAME
+        try:
+            content = read_object(path, LARGEST)
+            if content.get("format") != FORMAT:
+                raise CacheError(f"{path} is not the manifest of a latent cache; sdkit cache makes them.")
+            require(content, {"format_version": int})
+            if content["format_version"] > FORMAT_VERSION:
+                raise CacheError(f"{folder} was written by a newer version of sdkit; update sdkit to read it.")
+            return _parsed(content)
+        except FileNotFoundError as error:
+            raise CacheError(f"there is no latent cache in {folder}; sdkit cache makes one.") from error
+        except OSError as error:
+            raise CacheError(f"cannot read {path}: {reason(error)}.") from error
+        except ValueError as error:
+            raise CacheError(f"{path} is damaged: it {error}; delete the folder and make the cache again.") from error
+
+
+def _checksum(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _parsed(content: dict[str, Any]) -> Manifest:
+    """Raises `ValueError`, a predicate, where something is missing, of another type, or contradicts something else."""
+    if content["format_version"] > 1:
+        require(content, {"checksum": str})
+        if content.pop("checksum") != _checksum(content):
+            raise ValueError("has a wrong checksum")
+    require(content, {"settings": dict, "empty": (dict, NoneType), "skipped": list, "shards": list})
+    given = {key: value for key, value in content.items() if key not in ("format", "format_version")}
+    size = given["settings"].get("size")
+    if not (isinstance(size, list) and len(size) == 2 and all(type(side) is int and side > 0 for side in size)):
+        raise ValueError("has a 'size' that is not two whole numbers")
+    settings = _built(Settings, given["settings"] | {"size": tuple(size)})
+    shards = tuple(_built(Shard, one) for one in given["shards"])
+    empty = _built(Shard, given["empty"]) if given["empty"] else None
+    parts = {"settings": settings, "shards": shards, "empty": empty, "skipped": skipped_from(given["skipped"])}
+    manifest = _built(Manifest, given | parts)
+    _check(manifest)
+    return manifest
+
+
+KINDS: dict[str, Any] = {"str": str, "int": int, "float": float, "bool": bool}
+"""Annotation -> type, for the fields that JSON holds as they are. The others are checked before."""
+
+
+def _built(cls: type[T], given: Any) -> T:
+    if not isinstance(given, dict):
+        raise ValueError(f"holds something else in place of a {cls.__name__.lower()}")
+    known = {field.name: field for field in fields(cls)}  # type: ignore[arg-type]
+    if unknown := sorted(given.keys() - known.keys()):
+        raise ValueError(f"has an unknown {clean(unknown[0])!r}")
+    needed = {name: field for name, field in known.items() if name in given or field.default is MISSING}
+    require(given, {name: KINDS.get(str(field.type), object) for name, field in needed.items()})
+    return cls(**given)
+
+
+def skipped_from(given: list[Any]) -> tuple[Skipped, ...]:
+    """The skipped images that JSON holds. Raises `ValueError` for anything else."""
+    return tuple(_built(Skipped, one) for one in given)
+
+
+def _check(manifest: Manifest) -> None:
+    made = manifest.settings
+    finite = math.isfinite(made.scale) and math.isfinite(made.shift)
+    if not finite or made.scale <= 0 or min(made.factor, made.augmentations, made.shard_size) < 1:
+        raise ValueError("has impossible settings")
+    if any(side % made.factor for side in made.size):
+        raise ValueError("has a 'size' that the 'factor' does not divide")
+    for one in manifest.files:
+        if one.file in (".", "..") or not re.fullmatch(r"[^/\\:\0]+", one.file):
+            raise ValueError(f"names the file {clean(one.file)!r}, which is outside of the folder")
+        if min(one.items, one.bytes) < 0 or not re.fullmatch("[0-9a-f]{64}", one.sha256):
+            raise ValueError(f"has an impossible size or checksum of {clean(one.file)!r}")
+    if len({one.file for one in manifest.files}) < len(manifest.files):
+        raise ValueError("names a file twice")
+    sums = (manifest.images * made.augmentations, sum(one.items for one in manifest.shards))
+    examples = manifest.images + len(manifest.skipped)
+    if manifest.complete and (sums != (manifest.items,) * 2 or manifest.examples != examples or not manifest.empty):
+        raise ValueError("has numbers that contradict one another")
+
+
+def difference(made: Settings, wanted: dict[str, Any]) -> str | None:
+    """The first of the settings that is not as wanted, in words."""
+    for name, want in wanted.items():
+        have = getattr(made, name)
+        if have != want:
+            return f"{WORDS.get(name, name)} {_shown(have)}, not {_shown(want)}"
+    return None
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, tuple):
+        return " x ".join(map(str, value))
+    return str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def text_identity(text: TextEncoder) -> str:
+    """Fingerprint of a text encoder's weights, as `VAE.identity` is one of a VAE's."""
+    return weights_identity(text.network)
+
+
+def weights_identity(network: nn.Module) -> str:
+    """Fingerprint of all weights of a network, which must be loaded in float32: bfloat16 would round it to another."""
+    return fingerprint(nn.ModuleDict({"encoder": network}), scale=1.0, shift=0.0)  # that is the part it looks at
+
+
+def tokenizer_identity(text: TextEncoder) -> str:
+    """SHA-256 over the vocabulary and the special tokens; 16 hexadecimal digits."""
+    tokenizer = text.tokenizer
+    special = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, text.length]
+    return hashlib.sha256(json.dumps([special, sorted(tokenizer.get_vocab().items())]).encode()).hexdigest()[:16]

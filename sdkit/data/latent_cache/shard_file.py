@@ -1,0 +1,167 @@
+"""The shards of a latent cache, as files: saved, opened, and checked.
+
+A shard is a safetensors file of N images in A augmentations:
+
+    mean, logvar          (N, A, C, H/8, W/8) float16   raw moments of the posterior
+    index                 (N,) int64                    of the example in its data set, ascending
+    ids, ids_ends         (K, 77) int32, (N,) int64     token ids; image n's chunks end at ids_ends[n]
+    embeddings            (K, 77, D) float16            last hidden states of the text encoder, where asked for
+    names, names_ends     (bytes,) uint8, (N,) int64    UTF-8
+
+Its one metadata key holds JSON: what made it, and which images it lacks because they could not be used. The file of the
+empty prompt holds ids, ids_ends, and embeddings alone. The `ValueError`s of this module are predicates.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from torch import Tensor
+
+from sdkit.data.latent_cache.manifest import Settings, Skipped, skipped_from
+from sdkit.errors import CacheError
+from sdkit.files import atomic_write, reason
+from sdkit.strict_json import parse_object, require
+from sdkit.tensor_files import open_mapped
+
+HEADER = "sdkit"  # the only key of a shard's metadata: safetensors would write several in any order
+LAYOUT = {
+    "mean": ("F16", "NACHW"),
+    "logvar": ("F16", "NACHW"),
+    "index": ("I64", "N"),
+    "names": ("U8", "B"),
+    "names_ends": ("I64", "N"),
+    "ids": ("I32", "KL"),
+    "ids_ends": ("I64", "N"),
+    "embeddings": ("F16", "KLD"),
+}
+"""Each tensor's type and axes; an axis has the same length in all tensors."""
+PROMPT = ("ids", "ids_ends", "embeddings")
+
+
+def shard_file(number: int) -> str:
+    """Name of the shard with this number."""
+    return f"shard-{number:05}.safetensors"
+
+
+def _digest(settings: Settings) -> str:
+    return hashlib.sha256(json.dumps(asdict(settings), sort_keys=True).encode()).hexdigest()
+
+
+def save(path: Path, tensors: dict[str, Tensor], skipped: Sequence[Skipped], settings: Settings) -> None:
+    """Write a shard, whole or not at all; its header names what was skipped, and what made it."""
+    header = json.dumps({"settings": _digest(settings), "skipped": [asdict(one) for one in skipped]})
+    encoded = safetensors.torch.save({name: x.contiguous() for name, x in tensors.items()}, {HEADER: header})
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(encoded)
+
+
+def unreadable(path: Path, error: OSError) -> CacheError:
+    """The error for a file of a cache that may be whole, but that the system does not let us read."""
+    return CacheError(f"cannot read {path}: {reason(error)}; check the disk and its permissions.")
+
+
+class ShardFile:
+    """A shard that was opened: mapped into memory, so that what is not asked for is not read.
+
+    Its layout is checked here, its numbers when they are read. Raises `OSError` where it cannot be read, and, here and
+    below, `ValueError` where it is damaged, or was made with other settings.
+
+    lengths: of axes in `LAYOUT` that are known: C, L, and D depend on the networks.
+    Attributes: `images`, how many it holds; `skipped`, the others; `lengths`, of all its axes.
+    """
+
+    def __init__(
+        self, path: Path, settings: Settings, lengths: Mapping[str, int] | None = None, *, prompt_only: bool = False
+    ) -> None:
+        file = open_mapped(path)
+        header = parse_object((file.metadata() or {}).get(HEADER, "{}"))
+        require(header, {"settings": str, "skipped": list})
+        if header["settings"] != _digest(settings):
+            raise ValueError("was made with other settings")
+        self.skipped = skipped_from(header["skipped"])
+        height, width = settings.size
+        self.lengths = {"A": settings.augmentations, "H": height // settings.factor, "W": width // settings.factor}
+        self.lengths |= {"N": 1} if prompt_only else {}
+        self.lengths |= lengths or {}
+        wanted = [name for name in LAYOUT if settings.embeddings or name != "embeddings"]
+        self._tensors: dict[str, Any] = {}
+        for name in (name for name in wanted if not prompt_only or name in PROMPT):
+            self._tensors[name] = self._checked(name, file)
+        self.images = 0 if prompt_only else self.lengths["N"]
+
+    def _checked(self, name: str, file: Any) -> Any:
+        if name not in file.keys():  # noqa: SIM118 - it is no dict
+            raise ValueError(f"lacks the tensor {name!r}")
+        dtype, axes = LAYOUT[name]
+        part = file.get_slice(name)
+        shape = part.get_shape()
+        fits = len(shape) == len(axes) and all(
+            self.lengths.setdefault(axis, n) == n for axis, n in zip(axes, shape, strict=True)
+        )
+        if part.get_dtype() != dtype or not fits:
+            raise ValueError(f"holds {name!r} of another type or shape than a shard of this cache has")
+        return part
+
+    def has(self, name: str) -> bool:
+        """Whether the tensor is there; embeddings may not be."""
+        return name in self._tensors
+
+    def get(self, name: str, *at: int) -> Tensor:
+        """A copy of one entry of a tensor: the rest of it is not touched."""
+        return self._sound(name, self._tensors[name][at])
+
+    def ragged(self, name: str, row: int, ends: str | None = None) -> Tensor:
+        """A copy of the entries of a tensor that belong to `row`, of which each row has its own number."""
+        limits = self._tensors[f"{ends or name}_ends"]
+        start, end = int(limits[row - 1]) if row else 0, int(limits[row])
+        if not 0 <= start <= end <= self._tensors[name].get_shape()[0] or (start == end and name != "names"):
+            raise ValueError(f"is damaged: row {row} of {name!r} would go from {start} to {end}")
+        return self._sound(name, self._tensors[name][start:end])
+
+    def name(self, row: int) -> str:
+        """Name of an image."""
+        try:
+            return bytes(self.ragged("names", row).tolist()).decode()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"is damaged: the name of row {row} is not UTF-8") from error
+
+    def _sound(self, name: str, part: Tensor) -> Tensor:
+        copy = part.clone()
+        if not copy.isfinite().all() if copy.is_floating_point() else bool((copy < 0).any()):
+            raise ValueError(f"is damaged: {name!r} holds impossible numbers")
+        return copy
+
+    def check(self, vocabulary: int, first: int = 0) -> None:
+        """Read all of it.
+
+        Raises `ValueError` where its numbers contradict one another, or cannot be of a shard whose first example is
+        number `first`, or of a text encoder with so many tokens in its vocabulary.
+        """
+        for name, part in self._tensors.items():
+            whole = self._sound(name, part[:])
+            if name == "ids" and len(whole) and whole.max() >= vocabulary:
+                raise ValueError("is damaged: there are no such token ids")
+            if name == "index":
+                order = [first - 1, *whole.tolist(), first + self.examples]
+                if any(one >= other for one, other in pairwise(order)):
+                    raise ValueError("is damaged: it holds examples that belong elsewhere")
+            if name.endswith("_ends"):
+                ends, total = whole.tolist(), self._tensors[name.removesuffix("_ends")].get_shape()[0]
+                if ends != sorted(ends) or (ends[-1] if ends else 0) != total:
+                    raise ValueError(f"is damaged: {name!r} does not ascend to {total}")
+        for row in range(self.images):
+            self.name(row)
+            self.ragged("ids", row)
+
+    @property
+    def examples(self) -> int:
+        """Number of the data set's examples that it stands for."""
+        return self.images + len(self.skipped)

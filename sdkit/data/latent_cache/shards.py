@@ -1,0 +1,124 @@
+"""Making the shards of a latent cache: their tensors, out of images and captions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sdkit.data.examples import Example
+from sdkit.data.latent_cache.manifest import Settings, Skipped
+from sdkit.data.latent_cache.shard_file import ShardFile, unreadable
+from sdkit.data.transform import Transform, draw
+from sdkit.errors import ImageError
+from sdkit.files import encodable
+from sdkit.networks.autoencoder import PIXELS_AT_ONCE, VAE
+from sdkit.networks.text_encoder import CHUNKS_AT_ONCE, TextEncoder
+from sdkit.prefetch import ahead
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    index: int
+    example: Example
+    pixels: list[Tensor]  # (3, H, W), one for each augmentation; none where the image cannot be used
+    reason: str = ""
+
+
+class ShardEncoder:
+    """Makes the tensors of a shard."""
+
+    def __init__(
+        self, vae: VAE, text: TextEncoder, transform: Transform, settings: Settings, pool: ThreadPoolExecutor,
+        batch_size: int | None,
+    ) -> None:  # fmt: skip
+        self.vae, self.text, self.transform, self.settings, self.pool = vae, text, transform, settings, pool
+        self.batch_size = batch_size
+        height, width = settings.size
+        fitting = batch_size or max(1, PIXELS_AT_ONCE // (height * width))
+        self.images_at_once = -(-fitting // settings.augmentations)
+
+    def made(self, path: Path, first: int = 0, count: int | None = None, *, prompt_only: bool = False) -> bool:
+        """Whether `path` is a whole shard already, of `count` examples from number `first` on; None: of any count.
+
+        Reads all of it. Raises `CacheError` where it cannot be read.
+        """
+        lengths = {"C": self.vae.channels, "L": self.text.length}
+        lengths |= {"D": self.text.width} if self.settings.embeddings else {}
+        try:
+            shard = ShardFile(path, self.settings, lengths, prompt_only=prompt_only)
+            shard.check(self.text.network.get_input_embeddings().num_embeddings, first)
+        except FileNotFoundError:
+            return False
+        except OSError as error:
+            raise unreadable(path, error) from error
+        except ValueError:  # it is damaged, or of another cache
+            return False
+        return count is None or shard.examples == count
+
+    def shard(self, rows: Iterable[tuple[int, Example]]) -> tuple[dict[str, Tensor], list[Skipped]]:
+        """Tensors of the examples that can be used, and the others."""
+        height, width = (side // self.vae.factor for side in self.settings.size)
+        shape = (0, self.settings.augmentations, self.vae.channels, height, width)
+        moments = [torch.empty(2, *shape, dtype=torch.float16)]
+        kept: list[_Loaded] = []
+        skipped: list[_Loaded] = []
+        loaded = iter(ahead(self.pool, self._load, rows, 2 * self.images_at_once))
+        while batch := list(islice(loaded, self.images_at_once)):
+            usable = [one for one in batch if one.pixels]
+            skipped += [one for one in batch if not one.pixels]
+            if usable:
+                both, finite = self._moments([x for one in usable for x in one.pixels], shape[1:])
+                moments.append(both[:, finite])
+                kept += [replace(one, pixels=[]) for one, good in zip(usable, finite, strict=True) if good]
+                reason = "the VAE gives numbers that are not finite for it."
+                skipped += [replace(one, reason=reason) for one, good in zip(usable, finite, strict=True) if not good]
+        mean, logvar = torch.cat(moments, dim=1)
+        names, name_ends = _packed([one.example.name for one in kept])
+        tensors = {"mean": mean, "logvar": logvar, "names": names, "names_ends": name_ends}
+        tensors["index"] = torch.tensor([one.index for one in kept], dtype=torch.int64)
+        tensors |= self.prompts([one.example.caption for one in kept])
+        skipped.sort(key=lambda one: one.index)
+        reasons = [Skipped(name=encodable(one.example.name), reason=encodable(one.reason)) for one in skipped]
+        return tensors, reasons
+
+    def _load(self, numbered: tuple[int, Example]) -> _Loaded:
+        index, example = numbered
+        draws = (draw(self.settings.seed, index, a) for a in range(self.settings.augmentations))
+        try:
+            image = example.load()
+            bare = replace(example, data=None)
+            return _Loaded(index, bare, [self.transform(image, generator) for generator in draws])
+        except ImageError as error:
+            return _Loaded(index, replace(example, data=None), [], str(error))
+
+    def _moments(self, pixels: list[Tensor], shape: tuple[int, ...]) -> tuple[Tensor, list[bool]]:
+        """Mean and logvar (2, n, a, 4, H/8, W/8), float16, of n images, and whether those of each are finite."""
+        means, logvars = self.vae.moments(pixels, batch_size=self.batch_size)
+        both = torch.stack([means, logvars]).half().unflatten(1, (-1, shape[0]))
+        return both, both.isfinite().all(dim=0).flatten(1).all(dim=1).tolist()
+
+    def prompts(self, captions: list[str]) -> dict[str, Tensor]:
+        """Token ids (K, 77), int32, of the chunks of all captions; where each caption's end; their embeddings."""
+        rows = [self.text.tokenize(caption)[0][0] for caption in captions]  # (k, 77) each
+        ids = torch.cat([torch.empty(0, self.text.length, dtype=torch.int64), *rows])
+        ends = torch.tensor([len(row) for row in rows], dtype=torch.int64).cumsum(0)
+        tensors = {"ids": ids.int(), "ids_ends": ends}
+        if self.settings.embeddings:
+            with torch.inference_mode():
+                parts = [self.text(part).half().cpu() for part in ids.split(CHUNKS_AT_ONCE) if len(part)]
+            empty = torch.empty(0, self.text.length, self.text.width, dtype=torch.float16)
+            tensors["embeddings"] = torch.cat([empty, *parts])
+        return tensors
+
+
+def _packed(names: list[str]) -> tuple[Tensor, Tensor]:
+    """Names as UTF-8 in one tensor, and where each ends."""
+    encoded = [encodable(name).encode() for name in names]
+    ends = torch.tensor([len(one) for one in encoded], dtype=torch.int64).cumsum(0)
+    return torch.tensor(list(b"".join(encoded)), dtype=torch.uint8), ends

@@ -1,0 +1,148 @@
+"""Guidance: two predictions, with and without the prompt, made into one. Functions of tensors, and `guided`, which
+wraps a model into a predictor; `classifier` guides by the gradient of a classifier."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sdkit.arguments import noise_levels, number
+from sdkit.diffusion.schedule import NoiseSchedule, Predict, Prediction
+from sdkit.errors import ArgumentError
+from sdkit.fields import documented
+
+Model = Callable[[Tensor, int, Tensor], Tensor]
+TINY = 1e-30  # what divides in place of 0
+
+
+def cfg(uncond: Tensor, cond: Tensor, scale: float) -> Tensor:
+    """Classifier-free guidance uncond + scale * (cond - uncond) (Ho & Salimans 2022, https://arxiv.org/abs/2207.12598,
+    eq. 6 with scale = 1 + w)."""
+    return uncond + scale * (cond - uncond)
+
+
+def rescale(guided: Tensor, cond: Tensor, phi: float) -> Tensor:
+    """Pull the guided output's standard deviation back to the conditional one's (Lin et al. 2023,
+    https://arxiv.org/abs/2305.08891, eq. 15-16).
+
+    phi = 0 changes nothing, phi = 1 restores it wholly; the paper uses 0.7. Each image of (B, ...) has its own
+    deviation.
+    """
+    dims = tuple(range(1, cond.ndim))
+    restored = guided * (cond.std(dims, keepdim=True) / guided.std(dims, keepdim=True).clamp(min=TINY))
+    return phi * restored + (1 - phi) * guided
+
+
+@documented
+@dataclass(frozen=True, kw_only=True)
+class APG:
+    """Settings of adaptive projected guidance (Sadat et al. 2024, https://arxiv.org/abs/2410.02416)."""
+
+    eta: float = 0.0
+    """weight of the update's part parallel to the conditional prediction, which oversaturates; 1 keeps it whole"""
+    norm_threshold: float = 0.0
+    """longest update allowed, the paper's r; 0 is no bound"""
+    momentum: float = 0.0
+    """the paper's beta; negative values (it uses -0.5) push away from directions already taken"""
+
+    def __post_init__(self) -> None:
+        number("eta", self.eta)
+        number("norm_threshold", self.norm_threshold, 0)
+        number("momentum", self.momentum)
+
+
+def apg(
+    uncond_x0: Tensor, cond_x0: Tensor, scale: float, settings: APG, average: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Guided x0 and the running average of updates to hand to the next step (Sadat et al. 2024, Algorithm 1). All are
+    (B, ...)."""
+    dims = tuple(range(1, cond_x0.ndim))
+    update = average = cond_x0 - uncond_x0 + (0 if average is None else settings.momentum * average)
+    if settings.norm_threshold > 0:
+        norm = torch.linalg.vector_norm(update, dim=dims, keepdim=True)
+        update = update * (settings.norm_threshold / norm).clamp(max=1)
+    unit = cond_x0 / torch.linalg.vector_norm(cond_x0, dim=dims, keepdim=True).clamp(min=TINY)
+    parallel = (update * unit).sum(dims, keepdim=True) * unit
+    return cond_x0 + (scale - 1) * (update - parallel + settings.eta * parallel), average
+
+
+def guided(
+    model: Model,
+    schedule: NoiseSchedule,
+    cond: Tensor,
+    uncond: Tensor | None = None,
+    scale: float = 7.5,
+    *,
+    interval: tuple[float, float] | None = None,
+    phi: float = 0.0,
+    projected: APG | None = None,
+) -> Predict:
+    """A predictor that calls `model(x_t, t, cond)` with guidance; made anew for each sampling run (APG keeps its
+    average in it).
+
+    cond, uncond: (B, L, D). With guidance one pass over a batch of 2B, [uncond, cond]; where `scale` is 1, or the noise
+        level sigma = sqrt((1 - a) / a) lies outside `interval` = (low, high] (Kynkäänniemi et al. 2024,
+        https://arxiv.org/abs/2404.07724), one pass over B. `phi` is `rescale`'s; `projected` replaces `cfg` by `apg`.
+    """
+    scale = number("the guidance scale", scale, -1e6, 1e6)
+    phi = number("the guidance rescale (phi)", phi, 0, 1)
+    if interval is not None:
+        interval = noise_levels("the guidance interval", interval)
+    if projected is not None and not isinstance(projected, APG):
+        raise ArgumentError(f"projected guidance takes its settings as sdkit.guidance.APG(...), not {projected!r}.")
+    if phi and projected is not None:
+        raise ArgumentError("guidance is either rescaled or projected (APG): give one of the two.")
+    if scale != 1 and uncond is None:
+        raise ArgumentError(
+            "guidance with a scale other than 1 needs the unconditional embedding (that of the empty prompt)."
+        )
+    both = cond if uncond is None else torch.cat([uncond, cond])
+    average: Tensor | None = None
+
+    def predict(x_t: Tensor, t: int) -> Prediction:
+        nonlocal average
+        if scale == 1 or (interval is not None and not interval[0] < schedule.sigma(t) <= interval[1]):
+            return schedule.prediction(model(x_t, t, cond), x_t, t)
+        out_uncond, out_cond = model(torch.cat([x_t, x_t]), t, both).chunk(2)
+        if projected is not None:
+            p_uncond, p_cond = (schedule.prediction(out, x_t, t) for out in (out_uncond, out_cond))
+            x0, average = apg(p_uncond.x0, p_cond.x0, scale, projected, average)
+            return schedule.prediction(x0, x_t, t, "sample")._replace(variance=p_cond.variance)
+        channels = x_t.shape[1]  # a learned variance, in the channels beyond, is not guided
+        output = cfg(out_uncond[:, :channels], out_cond[:, :channels], scale)
+        if phi:
+            output = rescale(output, out_cond[:, :channels], phi)
+        return schedule.prediction(torch.cat([output, out_cond[:, channels:]], dim=1), x_t, t)
+
+    return predict
+
+
+def classifier(
+    predict: Predict, log_prob: Callable[[Tensor, int], Tensor], schedule: NoiseSchedule, scale: float = 1.0
+) -> Predict:
+    """A predictor that follows a classifier of noisy images: eps - scale * sqrt(1 - a) * grad log p(y | x_t) (Dhariwal
+    & Nichol 2021, https://arxiv.org/abs/2105.05233, Algorithm 2).
+
+    predict: the predictor to be steered, of a model without classes or told none (the paper steers others, too).
+    log_prob: log_prob(x_t, t) of the classes asked for, (B,), differentiable; x_t is (B, C, h, w) with noise.
+    scale: 1 is Bayes' rule; more concentrates on what the classifier is sure of.
+
+    At zero terminal SNR, where x_t holds nothing of the image, there is nothing to follow.
+    """
+    scale = number("the guidance scale", scale, -1e6, 1e6)
+
+    def guided_by_classifier(x_t: Tensor, t: int) -> Prediction:
+        unguided = predict(x_t, t)
+        if (a := schedule.alpha_cumprod(t)) == 0:
+            return unguided
+        with torch.inference_mode(False), torch.enable_grad():
+            x = x_t.detach().clone().requires_grad_()
+            (gradient,) = torch.autograd.grad(log_prob(x, t).sum(), x)
+        eps = unguided.eps - scale * math.sqrt(1 - a) * gradient
+        return schedule.prediction(eps, x_t, t, "epsilon")._replace(variance=unguided.variance)
+
+    return guided_by_classifier

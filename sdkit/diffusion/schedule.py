@@ -1,0 +1,359 @@
+"""The noise schedule of a diffusion model: x_t = sqrt(alphas_cumprod[t]) x0 + sqrt(1 - alphas_cumprod[t]) eps.
+
+Notation follows DDPM (Ho et al. 2020, https://arxiv.org/abs/2006.11239): t counts from 0 (least noise) to T - 1 (most),
+and t = -1 stands for the clean end of the chain. Tables are float64 and are cast last: in bfloat16 1 -
+alphas_cumprod[0] would round to zero.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from os import PathLike
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sdkit.arguments import PREDICTIONS, flag, number, one_of, whole
+from sdkit.errors import ArgumentError
+from sdkit.fields import documented
+from sdkit.messages import clean
+
+SPACINGS = ("leading", "trailing", "linspace")
+VARIANCE_TYPES = ("fixed_small", "fixed_large", "learned_range")
+LONGEST_CHAIN = 1_000_000  # timesteps; models have 1,000, and a config may state any number
+
+
+@dataclass(frozen=True, kw_only=True)
+class SchedulerDefaults:
+    """Values that one of diffusers' scheduler classes takes for keys that its config leaves out."""
+
+    timestep_spacing: str = "leading"
+    clip_sample: bool = False
+    set_alpha_to_one: bool = True
+    beta_start: float = 1e-4
+    beta_end: float = 0.02
+    beta_schedule: str = "linear"
+
+
+_DDPM = SchedulerDefaults(clip_sample=True)
+_LINSPACE = SchedulerDefaults(timestep_spacing="linspace")
+_K_DIFFUSION = SchedulerDefaults(timestep_spacing="linspace", beta_start=0.00085, beta_end=0.012)
+_CONSISTENCY = SchedulerDefaults(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+SCHEDULERS = {
+    **dict.fromkeys(("DDIMScheduler", "DDIMParallelScheduler", "DDIMInverseScheduler"), _DDPM),
+    **dict.fromkeys(("DDPMScheduler", "DDPMParallelScheduler", "RePaintScheduler"), _DDPM),
+    "PNDMScheduler": SchedulerDefaults(set_alpha_to_one=False),
+    "UnCLIPScheduler": SchedulerDefaults(
+        timestep_spacing="linspace", clip_sample=True, beta_schedule="squaredcos_cap_v2"
+    ),
+    **dict.fromkeys(("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "LMSDiscreteScheduler"), _LINSPACE),
+    **dict.fromkeys(("DPMSolverMultistepScheduler", "DPMSolverMultistepInverseScheduler"), _LINSPACE),
+    **dict.fromkeys(("DPMSolverSinglestepScheduler", "DEISMultistepScheduler"), _LINSPACE),
+    **dict.fromkeys(("UniPCMultistepScheduler", "SASolverScheduler"), _LINSPACE),
+    **dict.fromkeys(("HeunDiscreteScheduler", "DPMSolverSDEScheduler"), _K_DIFFUSION),
+    **dict.fromkeys(("KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler"), _K_DIFFUSION),
+    **dict.fromkeys(("LCMScheduler", "TCDScheduler"), _CONSISTENCY),
+}
+"""diffusers' schedulers whose tables are DDPM's: they are solvers for the same models. Others (flow matching, EDM,
+score SDEs, IPNDM, CogVideoX, Würstchen, masks) have tables of their own."""
+
+
+@documented
+class Prediction(NamedTuple):
+    """What a model believes at (x_t, t), whatever it was trained to output. Each is shaped like x_t."""
+
+    x0: Tensor
+    """the clean sample"""
+    eps: Tensor
+    """the noise: x_t = sqrt(a) x0 + sqrt(1 - a) eps"""
+    variance: Tensor | None = None
+    """learned-range models only: where in [-1, 1] the log-variance lies between its two bounds (Nichol & Dhariwal 2021,
+    eq. 15)"""
+
+
+Predict = Callable[[Tensor, int], Prediction]
+"""A model at one timestep: predict(x_t, t), with x_t (B, C, h, w)."""
+
+
+@documented
+@dataclass(frozen=True, kw_only=True, eq=False)
+class NoiseSchedule:
+    """Tables of one noise schedule and what its model was trained to predict.
+
+    Make one with `from_pretrained`, `linear`, `scaled_linear`, `cosine` or `from_betas`; each takes the fields below as
+    keywords.
+    """
+
+    betas: Tensor
+    """(T,) float64: the variance added by each step of the forward process"""
+    prediction_type: str = "epsilon"
+    """what the model outputs: "epsilon", "v_prediction" or "sample" (x0)"""
+    timestep_spacing: str = "leading"
+    """default spacing of `timesteps`"""
+    steps_offset: int = 0
+    """added to each timestep of "leading" spacing (1 in Stable Diffusion)"""
+    set_alpha_to_one: bool = True
+    """whether DDIM's last step goes to alphas_cumprod = 1, or to alphas_cumprod[0] (Stable Diffusion)"""
+    variance_type: str = "fixed_small"
+    """variance of DDPM's reverse step: "fixed_small", "fixed_large" or "learned_range" """
+    clip_x0: float | None = None
+    """the bound to hand to a sampler as its `clip_x0` (models of pixels), None for latents; the pipeline does so"""
+    alphas_cumprod: Tensor = field(init=False, repr=False)
+    """(T,) float64: the share of x0's variance left at each t"""
+
+    def __post_init__(self) -> None:
+        betas = torch.as_tensor(self.betas, dtype=torch.float64, device="cpu")
+        if betas.ndim != 1 or betas.numel() == 0 or not bool(((betas >= 0) & (betas <= 1)).all()):
+            raise ArgumentError("betas must be a list of at least one number, each in [0, 1].")
+        one_of("prediction_type", self.prediction_type, PREDICTIONS)
+        one_of("timestep_spacing", self.timestep_spacing, SPACINGS)
+        one_of("variance_type", self.variance_type, VARIANCE_TYPES)
+        if 1 - betas[0] == 1 or bool((torch.cumprod(1 - betas[:-1], dim=0) == 0).any()):
+            raise ArgumentError("betas must begin above 0, and only the last may be 1.")
+        whole("steps_offset", self.steps_offset, 0)
+        object.__setattr__(self, "betas", betas.clone())
+        object.__setattr__(self, "prediction_type", PREDICTIONS[self.prediction_type])
+        object.__setattr__(self, "alphas_cumprod", torch.cumprod(1 - betas, dim=0))
+
+    @classmethod
+    def from_betas(cls, betas: Tensor | list[float], **fields: Any) -> NoiseSchedule:
+        """A schedule from its betas, (T,) values in [0, 1]."""
+        return cls(betas=torch.as_tensor(betas, dtype=torch.float64), **fields)
+
+    @classmethod
+    def linear(
+        cls, num_timesteps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02, **fields: Any
+    ) -> NoiseSchedule:
+        """Betas evenly spaced, as in DDPM (Ho et al. 2020, section 4)."""
+        return cls(betas=_linspace(beta_start, beta_end, num_timesteps), **fields)
+
+    @classmethod
+    def scaled_linear(
+        cls, num_timesteps: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012, **fields: Any
+    ) -> NoiseSchedule:
+        """Square roots of the betas evenly spaced, as in latent diffusion (Rombach et al. 2022); the defaults are
+        Stable Diffusion's."""
+        roots = _linspace(beta_start**0.5, beta_end**0.5, num_timesteps)
+        return cls(betas=roots**2, **fields)
+
+    @classmethod
+    def cosine(
+        cls, num_timesteps: int = 1000, s: float = 0.008, max_beta: float = 0.999, **fields: Any
+    ) -> NoiseSchedule:
+        """alphas_cumprod along a squared cosine (Nichol & Dhariwal 2021, https://arxiv.org/abs/2102.09672, eq. 17)."""
+
+        def squared_cosine(u: Tensor) -> Tensor:
+            return torch.cos((u + s) / (1 + s) * math.pi / 2) ** 2
+
+        return cls(betas=_betas_along(squared_cosine, num_timesteps, max_beta), **fields)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | PathLike[str],
+        *,
+        revision: str | None = None,
+        config: str | PathLike[str] | None = None,
+        prediction_type: str | None = None,
+    ) -> NoiseSchedule:
+        """Read the schedule of a model of latents; for `source` see `sdkit.StableDiffusion.from_pretrained`.
+
+        Nothing is clipped, and `steps_offset` is 1, whatever the config says: see `from_config` with `latents`.
+        """
+        from sdkit.loading.source import load_scheduler_config
+
+        found = load_scheduler_config(source, revision=revision, config=config, prediction_type=prediction_type)
+        return cls.from_config(found, latents=True)
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], *, latents: bool = False) -> NoiseSchedule:
+        """Make a schedule from the contents of a diffusers `scheduler_config.json`.
+
+        latents: whether the model denoises latents, as Stable Diffusion does. These lie beyond [-1, 1], so they are
+            never clipped, and `steps_offset` is 1: diffusers' `StableDiffusionPipeline` corrects configs in the same
+            way, since many leave these keys out. Without it, as for models of pixels, the config is taken as it is.
+
+        Absent keys have that scheduler's own defaults, but a zero-terminal-SNR schedule is "trailing" unless it says
+        otherwise: "leading" never starts from pure noise, for which such models are made.
+        """
+        config = completed(config)
+        if flag("thresholding", config.get("thresholding", False)):
+            raise ArgumentError("this model's scheduler asks for dynamic thresholding, which sdkit does not offer.")
+        if flag("use_flow_sigmas", config.get("use_flow_sigmas", False)):
+            raise ArgumentError("this model's scheduler asks for flow matching (use_flow_sigmas), not for a diffusion.")
+        clip = flag("clip_sample", config["clip_sample"]) and not latents
+        schedule = cls(
+            betas=_betas_from_config(config),
+            prediction_type=config.get("prediction_type", "epsilon"),
+            timestep_spacing=config["timestep_spacing"],
+            steps_offset=1 if latents else config.get("steps_offset", 0),
+            set_alpha_to_one=flag("set_alpha_to_one", config["set_alpha_to_one"]),
+            variance_type=str(config.get("variance_type", "fixed_small")).removesuffix("_log"),
+            clip_x0=number("clip_sample_range", config.get("clip_sample_range", 1.0), 0) if clip else None,
+        )
+        zero_snr = flag("rescale_betas_zero_snr", config.get("rescale_betas_zero_snr", False))
+        return schedule.zero_terminal_snr() if zero_snr else schedule
+
+    def zero_terminal_snr(self) -> NoiseSchedule:
+        """The same schedule, shifted and stretched so that x_{T-1} is pure noise (Lin et al. 2023,
+        https://arxiv.org/abs/2305.08891, Alg. 1)."""
+        root = self.alphas_cumprod.sqrt()
+        root = (root - root[-1]) * root[0] / (root[0] - root[-1])
+        alphas_cumprod = root**2
+        alphas = torch.cat([alphas_cumprod[:1], alphas_cumprod[1:] / alphas_cumprod[:-1]])
+        return replace(self, betas=1 - alphas)
+
+    @property
+    def num_timesteps(self) -> int:
+        """T, the number of steps of the forward process."""
+        return len(self.betas)
+
+    @property
+    def final_alpha_cumprod(self) -> float:
+        """What DDIM's last step goes to."""
+        return 1.0 if self.set_alpha_to_one else float(self.alphas_cumprod[0])
+
+    def alpha_cumprod(self, t: int, final: float | None = None) -> float:
+        """alphas_cumprod[t]; at t = -1 `final`, or `final_alpha_cumprod` where that is None."""
+        if t == -1:
+            return self.final_alpha_cumprod if final is None else final
+        return float(self.alphas_cumprod[self._checked(t)])
+
+    def sigma(self, t: int) -> float:
+        """Noise level sqrt((1 - a) / a) of t, in units of the data (EDM's sigma; Karras et al. 2022); infinite where a
+        = 0."""
+        a = self.alpha_cumprod(t)
+        return math.sqrt((1 - a) / a) if a > 0 else math.inf
+
+    def snr(self, t: int | Tensor) -> Tensor:
+        """Signal-to-noise ratio a / (1 - a) of t, an integer or (B,); float64."""
+        a = self.alphas_cumprod[self._checked(t)]
+        return a / (1 - a)
+
+    def timesteps(self, n: int, spacing: str | None = None) -> list[tuple[int, int]]:
+        """The `n` steps of a sampler as pairs (t, t_prev), from most noise to least; the last t_prev is -1.
+
+        Spacings are those of Lin et al. 2023, table 2: "leading" (Stable Diffusion's, never reaches T - 1), "trailing"
+        (starts at T - 1: the one for zero-terminal-SNR models), "linspace" (both ends).
+        """
+        T, spacing = self.num_timesteps, self.timestep_spacing if spacing is None else spacing
+        n = whole("the number of steps", n, 1, T)
+        one_of("spacing", spacing, SPACINGS)
+        if spacing == "leading":
+            stride = T // n
+            offset = min(self.steps_offset, T - 1 - stride * (n - 1))
+            t = np.arange(n, dtype=np.float64)[::-1] * stride + offset
+        elif spacing == "trailing":
+            t = np.round(np.arange(T, 0, -T / n))[:n] - 1
+        else:
+            t = np.round(np.linspace(0, T - 1, n))[::-1] if n > 1 else np.array([T - 1.0])
+        ts = [int(value) for value in t]
+        return list(zip(ts, [*ts[1:], -1], strict=True))
+
+    def add_noise(self, x0: Tensor, eps: Tensor, t: int | Tensor) -> Tensor:
+        """x_t = sqrt(a_t) x0 + sqrt(1 - a_t) eps (Ho et al. 2020, eq. 4); `t` is an integer or (B,). In x0's dtype."""
+        a, s = self._signal_noise(t, x0)
+        return (a * x0 + s * eps).to(x0.dtype)
+
+    def velocity(self, x0: Tensor, eps: Tensor, t: int | Tensor) -> Tensor:
+        """v = sqrt(a_t) eps - sqrt(1 - a_t) x0 (Salimans & Ho 2022, https://arxiv.org/abs/2202.00512, appendix D). In
+        x0's dtype."""
+        a, s = self._signal_noise(t, x0)
+        return (a * eps - s * x0).to(x0.dtype)
+
+    def prediction(self, output: Tensor, x_t: Tensor, t: int | Tensor, kind: str | None = None) -> Prediction:
+        """x0 and eps from a model's output, which is an eps, a v or an x0 by `kind` (the schedule's `prediction_type`
+        where None).
+
+        `output` is shaped like x_t (B, C, ...), or has 2C channels, of which the second half is the learned variance.
+        Raises ArgumentError for eps where alphas_cumprod[t] is 0: x_t then holds nothing of x0 (use a v or x0 model).
+        """
+        kind = kind or self.prediction_type
+        one_of("kind", kind, PREDICTIONS)
+        variance = None
+        if x_t.ndim > 1 and output.shape[1] == 2 * x_t.shape[1]:
+            output, variance = output.chunk(2, dim=1)
+        a, s = self._signal_noise(t, x_t)
+        output = output.to(a.dtype)
+        if PREDICTIONS[kind] == "v_prediction":
+            return Prediction(a * x_t - s * output, a * output + s * x_t, variance)
+        if PREDICTIONS[kind] == "sample":
+            return Prediction(output, (x_t - a * output) / s, variance)
+        if bool((a == 0).any()):
+            raise ArgumentError(
+                "at zero terminal SNR an eps model says nothing of x0: use a v or x0 model, or 'leading' spacing."
+            )
+        return Prediction((x_t - s * output) / a, output, variance)
+
+    def _checked(self, t: int | Tensor) -> Tensor:
+        """`t` as an index into the tables; indices out of range would otherwise wrap around."""
+        index = torch.as_tensor(t, device="cpu")
+        if index.is_floating_point() or bool((index < 0).any()) or bool((index >= self.num_timesteps).any()):
+            raise ArgumentError(f"timesteps are whole numbers from 0 to {self.num_timesteps - 1}, not {t!r}.")
+        return index
+
+    def _signal_noise(self, t: int | Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """sqrt(a_t) and sqrt(1 - a_t), of float32 or wider, shaped to broadcast over (B, ...)."""
+        a = self.alphas_cumprod[self._checked(t)]
+        shape = (-1,) + (1,) * (like.ndim - 1)  # a scalar would not widen half precision
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        return a.sqrt().reshape(shape).to(like.device, dtype), (1 - a).sqrt().reshape(shape).to(like.device, dtype)
+
+
+def _linspace(start: float, end: float, n: int) -> Tensor:
+    return torch.linspace(start, end, whole("num_timesteps", n, 1), dtype=torch.float64)
+
+
+def completed(config: Mapping[str, Any]) -> dict[str, Any]:
+    """`config` with the keys that it leaves out, or has as null, as the scheduler class that it names has them."""
+    stated = {key: value for key, value in config.items() if value is not None}
+    name = stated.get("_class_name", "")
+    if not isinstance(name, str) or (name and name not in SCHEDULERS):
+        raise ArgumentError(
+            f"a schedule of {clean(name)} is not one of Stable Diffusion 1.x / 2.x, and cannot be used."
+        )
+    defaults = asdict(SCHEDULERS.get(name, SchedulerDefaults()))
+    if stated.get("rescale_betas_zero_snr"):
+        defaults["timestep_spacing"] = "trailing"
+    return defaults | stated
+
+
+def _betas_from_config(config: Mapping[str, Any]) -> Tensor:
+    """Betas (T,), float64, of a config that is `completed`."""
+    if "trained_betas" in config:
+        return torch.tensor(_numbers("trained_betas", config["trained_betas"]), dtype=torch.float64)
+    T = whole("num_train_timesteps", config.get("num_train_timesteps", 1000), 1, LONGEST_CHAIN)
+    start, end = (number(key, config[key], 0, 1) for key in ("beta_start", "beta_end"))
+    kinds: dict[str, Callable[[], Tensor]] = {
+        "linear": lambda: _linspace(start, end, T),
+        "scaled_linear": lambda: _linspace(start**0.5, end**0.5, T) ** 2,
+        "squaredcos_cap_v2": lambda: NoiseSchedule.cosine(T).betas,
+        "sigmoid": lambda: torch.sigmoid(_linspace(-6, 6, T)) * (end - start) + start,
+        "exp": lambda: _betas_along(lambda u: torch.exp(-12 * u), T),
+        "laplace": lambda: _betas_along(_laplace, T),
+    }
+    return kinds[one_of("beta_schedule", config["beta_schedule"], kinds)]()
+
+
+def _numbers(name: str, values: Any) -> list[float]:
+    if not isinstance(values, (list, tuple)):
+        raise ArgumentError(f"{name} must be a list of numbers from 0 to 1.")
+    return [number(name, value, 0, 1) for value in values]
+
+
+def _betas_along(alpha_cumprod: Callable[[Tensor], Tensor], num_timesteps: int, max_beta: float = 0.999) -> Tensor:
+    """Betas (T,) by which alphas_cumprod follows a function of u = (t + 1) / T, up to a factor."""
+    f = alpha_cumprod(_linspace(0, 1, num_timesteps + 1))
+    return (1 - f[1:] / f[:-1]).clamp(max=max_beta)
+
+
+def _laplace(u: Tensor) -> Tensor:
+    """alphas_cumprod whose log-SNR follows a Laplace distribution (Hang & Gu 2024, https://arxiv.org/abs/2407.03297,
+    table 1), with diffusers' own scale and root."""
+    side = torch.where(u <= 0.5, 1.0, -1.0)
+    log_snr = -0.5 * side * torch.log(1 - 2 * (0.5 - u).abs() + 1e-6)
+    return torch.sigmoid(log_snr).sqrt()

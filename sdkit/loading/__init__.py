@@ -1,0 +1,1 @@
+"""Model sources: found, checked, and read into networks."""

@@ -1,0 +1,405 @@
+"""A model in diffusers layout: a pipeline's folder or one component's own, on disk or on the Hub (and in its cache)."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from sdkit.errors import ArgumentError, SourceError
+from sdkit.files import expanded
+from sdkit.loading import tokenizer
+from sdkit.loading.configs import read_config, read_json
+from sdkit.loading.shards import index_names, open_shards, read_index
+from sdkit.loading.single_file import NOUNS, build
+from sdkit.loading.tensors import SUFFIXES, TensorFile, find, is_file, open_tensors
+from sdkit.messages import clean, first_line
+from sdkit.stops import stop_in
+
+if TYPE_CHECKING:
+    from transformers import CLIPTokenizer
+
+# Names in an `Attention` of diffusers before 0.18, and of the parts beside the text encoder in a CLIP model.
+NEW_ATTENTION = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
+OLD_ATTENTION = re.compile(r"\.(?:query|key|value|proj_attn)\.(?=(?:weight|bias)$)")
+BESIDE_TEXT = ("vision_model.", "visual_projection.", "text_projection.", "logit_scale")
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+VARIANT = re.compile(r"[\w-]+")
+
+_fetching = threading.Lock()
+_before: list[tuple[int, bool]] = []  # one entry a thread that fetches: the log level before, were bars silenced
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """One part of a model: where diffusers keeps it, and what of its config matters to people."""
+
+    name: str
+    folder: str
+    classes: dict[str, str] = field(default_factory=dict)
+    """The class named in the config -> the class that loads it. Empty for the schedule, which is read as data."""
+    telling: dict[str, str] = field(default_factory=dict)
+    """A field of the config -> the class it is of, for configs that name none; the most telling first."""
+    config: str = "config.json"
+    weights: tuple[str, ...] = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
+    shown: dict[str, Any] = field(default_factory=dict)
+    """Values of the config to show -> their defaults in diffusers."""
+
+    @property
+    def files(self) -> list[str]:
+        """Every small file that the part may need, in a pipeline's repository or in its own."""
+        names = [self.config, f"{self.folder}/{self.config}"]
+        if self is TEXT:
+            names += [f"{folder}{name}" for folder in ("", "tokenizer/") for name in tokenizer.FILES]
+        return names
+
+
+VAE = Part(
+    name="vae",
+    folder="vae",
+    classes={name: name for name in ("AutoencoderKL", "AutoencoderTiny", "VQModel")},
+    telling={
+        "encoder_block_out_channels": "AutoencoderTiny",
+        "num_vq_embeddings": "VQModel",
+        "latent_channels": "AutoencoderKL",
+    },
+    shown={"latent_channels": 4, "scaling_factor": 0.18215},
+)
+UNET = Part(
+    name="unet",
+    folder="unet",
+    classes={"UNet2DConditionModel": "UNet2DConditionModel"},
+    telling={"cross_attention_dim": "UNet2DConditionModel"},
+    shown={"in_channels": 4, "cross_attention_dim": 1280, "sample_size": None},
+)
+TEXT = Part(
+    name="text",
+    folder="text_encoder",
+    classes={"CLIPTextModel": "CLIPTextModel", "CLIPModel": "CLIPTextModel"},
+    telling={"text_config": "CLIPModel", "max_position_embeddings": "CLIPTextModel"},
+    weights=("model.safetensors", "pytorch_model.bin"),
+    shown={"hidden_size": 512, "num_hidden_layers": 12, "max_position_embeddings": 77},
+)
+SCHEDULER = Part(
+    name="scheduler",
+    folder="scheduler",
+    config="scheduler_config.json",
+    shown={"prediction_type": "epsilon", "timestep_spacing": "leading", "rescale_betas_zero_snr": False},
+)
+PARTS = (VAE, UNET, TEXT, SCHEDULER)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """A source told apart by its kind ("embedded", "hub", "folder", "file"), before anything of it is read."""
+
+    name: str
+    kind: str
+    path: Path
+    """The folder or the file; unused for a Hub id, whose snapshot is known once it is fetched."""
+    revision: str | None = None
+
+    @property
+    def label(self) -> str:
+        """The source as messages name it."""
+        return clean(repr(self.name))
+
+    def root(self, files: list[str]) -> Path:
+        """The folder that has those of `files` that exist, fetched if it is on the Hub."""
+        return fetch(self, files) if self.kind == "hub" else self.path
+
+
+def locate(place: Place, part: Part) -> Path:
+    """The folder with the part's config: a pipeline's subfolder or the place itself. Checks the class in the config."""
+    root = place.root(part.files)
+    for folder in (root / part.folder, root):
+        if is_file(folder / part.config):
+            name = class_of(read_json(folder / part.config), part)
+            if part.classes and name not in part.classes:
+                raise _wrong(place, name, part)
+            return folder
+    if other := next((file for file in (root / "config.json", root / SCHEDULER.config) if is_file(file)), None):
+        raise _wrong(place, class_name(read_json(other)), part)
+    raise absent(place, f"{part.folder}/{part.config}")
+
+
+def class_name(config: dict[str, Any]) -> str:
+    """The class that a diffusers or transformers config was written for."""
+    architectures = config.get("architectures")
+    names = [config.get("_class_name"), *(architectures if isinstance(architectures, list) else [])]
+    return clean(next((name for name in names if name and isinstance(name, str)), "unknown network"))
+
+
+def class_of(config: dict[str, Any], part: Part) -> str:
+    """The class that a config was written for; where it names none, the one of `part` that its fields tell of."""
+    if config.get("_class_name") is None and config.get("architectures") is None:
+        clip = config.get("model_type") in (None, "clip", "clip_text_model")
+        return next((name for key, name in part.telling.items() if key in config and clip), "unknown network")
+    return class_name(config)
+
+
+def _wrong(place: Place, name: str, part: Part) -> SourceError:
+    wanted = f" ({' or '.join(dict.fromkeys(part.classes.values()))})" if part.classes else ""
+    article = "an" if name.lower().startswith(("a", "e", "i", "o", "unknown")) else "a"
+    return SourceError(f"{place.label} holds {article} {name}, not {NOUNS[part.name]}{wanted}; give another source.")
+
+
+def load_network(place: Place, part: Part, dtype: torch.dtype, variant: str | None) -> Any:
+    """The network of `part`, in eval mode on the CPU.
+
+    diffusers and transformers make it of its config alone. They open no file: what is loaded is what was checked.
+    """
+    folder = locate(place, part)
+    config = read_config(folder / part.config, part.name)
+    if config.get("quantization_config"):
+        problem = "is the config of quantized weights (quantization_config)"
+        raise SourceError(f"{str(folder / part.config)!r} {problem}; give the model in float16 or float32.")
+    weights = _open(_find_weights(place, part, folder, variant))
+    return build(
+        part.name,
+        config | {"_class_name": class_of(config, part)},
+        lambda network: _named(part, weights, network),
+        dtype,
+        file=weights,
+        keys=weights.shapes,
+        path=folder / part.config,
+        label=f"{NOUNS[part.name]} in {str(folder)!r}",
+        problem=f"the weights in {weights.label} do not fit the config.json beside them",
+    )
+
+
+def _named(part: Part, weights: TensorFile, network: Any) -> dict[str, torch.Tensor]:
+    """The tensors under the network's own names. What else a whole CLIP model has is left out."""
+    expected = network.state_dict().keys()
+    names = {key: key for key in weights.shapes}
+    if part is TEXT:
+        level = "text_model." if any(key.startswith("text_model.") for key in expected) else ""
+        own = [key for key in names if not key.startswith(BESIDE_TEXT) and not key.endswith("position_ids")]
+        names = {key: level + key.removeprefix("text_model.") for key in own}
+    for key in names:
+        renamed = OLD_ATTENTION.sub(lambda match: NEW_ATTENTION[match[0]], key)
+        if renamed in expected and renamed not in names:
+            names[key] = renamed
+    return {names[key]: tensor for key, tensor in weights.read(names).items()}
+
+
+def _open(path: Path) -> TensorFile:
+    return open_shards(path) if path.suffix == ".json" else open_tensors(path)
+
+
+def open_weights(place: Place, part: Part, folder: Path) -> TensorFile | None:
+    """The weights of `part` that `folder` holds, without those of a variant; None where the Hub has (more of) them."""
+    path = _there(folder, _weights_names(part, None))
+    if path and path.suffix == ".json" and place.kind == "hub" and not _complete(path):
+        return None
+    return _open(path) if path else None
+
+
+def _weights_names(part: Part, variant: str | None) -> list[str]:
+    """File names of the weights, the best first: safetensors rather than a pickle, one file rather than shards."""
+    return [
+        candidate
+        for name in part.weights
+        for candidate in (name.replace(".", f".{variant}.", 1) if variant else name, *index_names(name, variant))
+    ]
+
+
+def _there(folder: Path, names: list[str]) -> Path | None:
+    return next((folder / name for name in names if is_file(folder / name)), None)
+
+
+def _complete(index: Path) -> bool:
+    return all(is_file(index.parent / shard) for shard in read_index(index))
+
+
+def _find_weights(place: Place, part: Part, folder: Path, variant: str | None) -> Path:
+    """The part's file of weights, or the index of its shards; downloaded if need be, and no other with it.
+
+    A part without the variant, in a model of which others have it, is loaded from its plain file, as diffusers does.
+    """
+    if variant is not None and not VARIANT.fullmatch(variant):
+        raise ArgumentError(f"variant {clean(repr(variant))} is not one word such as 'fp16'; correct it.")
+    inside = f"{part.folder}/" if folder.name == part.folder else ""
+    if found := _fetched(place, folder, inside, _weights_names(part, variant)):
+        return found
+    names = _listed(place, folder.parent if inside else folder)
+    elsewhere = variant and any(variant in _variants(names, other, f"{other.folder}/") for other in PARTS)
+    if elsewhere and (found := _fetched(place, folder, inside, _weights_names(part, None))):
+        return found
+    wanted = inside + _weights_names(part, variant)[0]
+    if others := _variants(names, part, inside):
+        held = " and ".join(map(repr, others))
+        raise SourceError(f"{place.label} has no {wanted}, but the variant {held}; choose it by variant=.")
+    raise absent(place, wanted)
+
+
+def _fetched(place: Place, folder: Path, inside: str, names: list[str]) -> Path | None:
+    """The first of the files of weights that the part has, with its shards if it is their index."""
+    found = _there(folder, names)
+    if place.kind != "hub":
+        return found
+    if found is None:
+        tried = (_there(fetch(place, [inside + name]) / inside, [name]) for name in names)
+        found = next(filter(None, tried), None)
+    if found and found.suffix == ".json" and not _complete(found):
+        fetch(place, [inside + shard for shard in read_index(found)])
+        if shard := next((shard for shard in read_index(found) if not is_file(found.parent / shard)), None):
+            raise absent(place, inside + shard)
+    return found
+
+
+def _variants(names: list[str], part: Part, inside: str) -> list[str]:
+    """The variants that a part has weights of, told by its files' names."""
+    found = set()
+    for weights in part.weights:
+        stem, suffix = map(re.escape, weights.split("."))
+        for pattern in (rf"{stem}\.([\w-]+)\.{suffix}", rf"{stem}\.{suffix}\.index\.([\w-]+)\.json"):
+            found |= {match[1] for name in names if (match := re.fullmatch(re.escape(inside) + pattern, name))}
+    return sorted(found)
+
+
+def _listed(place: Place, root: Path) -> list[str]:
+    """The files of a place: of a Hub id those on the Hub, or where it cannot be reached those in the cache."""
+    if place.kind == "hub" and (names := _on_the_hub(place)) is not None:
+        return names
+    folders = [root, *(root / part.folder for part in PARTS)]
+    return [path.relative_to(root).as_posix() for folder in folders for path in folder.glob("*")]
+
+
+def load_place_tokenizer(place: Place) -> CLIPTokenizer:
+    """The tokenizer that belongs to the text encoder of `place`: in the same folder, or in ../tokenizer."""
+    folder = locate(place, TEXT)
+    for candidate in (folder, folder.parent / "tokenizer"):
+        if tokenizer.has_vocabulary(candidate):
+            return tokenizer.load_tokenizer(candidate)
+    raise absent(place, "tokenizer (vocab.json and merges.txt, or tokenizer.json)")
+
+
+def absent(place: Place, what: str) -> SourceError:
+    """The error for a place that lacks `what`."""
+    what = clean(what)
+    if place.kind == "hub":
+        if _on_the_hub(place) is not None:
+            return SourceError(f"{place.label} has no {what} on the Hub; give another id, variant or revision.")
+        return SourceError(
+            f"the snapshot of {place.label} in the cache is incomplete: it lacks {what}, and the Hub cannot be "
+            "reached; load it once with a connection."
+        )
+    files = sorted(place.path.glob("*.safetensors"))
+    if files and not any(is_file(place.path / name) for name in ("model_index.json", "config.json")):
+        return SourceError(f"{place.label} has no {what}; give the file in it ({files[0].name}) if that is meant.")
+    beside = ", or a VAE beside it (vae=, --vae)" if what.startswith(VAE.folder) else ""
+    return SourceError(
+        f"{place.label} has no {what}; give a folder in diffusers layout, a single file or a Hub id{beside}."
+    )
+
+
+def is_hub_id(source: str | os.PathLike[str]) -> bool:
+    """Whether `source` may be a Hub id, going by its letters alone; a path object, or a name of weights, is none."""
+    return isinstance(source, str) and HUB_ID.fullmatch(source) is not None and not source.endswith(SUFFIXES)
+
+
+def path_or_fetched(source: str | os.PathLike[str], filename: str, revision: str | None, hint: str = "") -> Path:
+    """The path that `source` is, there or not; where it is none but a Hub id, that of its `filename`, fetched.
+
+    Raises SourceError, with the `hint`, for a repository without that file.
+    """
+    path = expanded(source)
+    if not is_hub_id(source) or find(path):
+        return path
+    place = Place(name=str(source), kind="hub", path=path, revision=revision)
+    if is_file(file := fetch(place, [filename]) / filename):
+        return file
+    raise absent(place, filename + hint)
+
+
+def _on_the_hub(place: Place) -> list[str] | None:
+    """The files of a repository; None where the Hub cannot be reached."""
+    from huggingface_hub import HfApi
+
+    try:
+        found = HfApi().repo_info(place.name, revision=place.revision, timeout=10)
+    except Exception as error:  # whatever else it is, the Hub did not answer
+        if stop := stop_in(error):
+            raise stop from error
+        return None
+    return [file.rfilename for file in getattr(found, "siblings", None) or ()]
+
+
+def fetch(place: Place, files: list[str]) -> Path:
+    """The snapshot of a Hub id with those of `files` that it has, from the cache where there is no network."""
+    from huggingface_hub import errors, snapshot_download
+
+    at = f"{place.label} (revision {place.revision!r})" if place.revision else place.label
+    try:
+        with _quiet_hub():
+            try:
+                return Path(snapshot_download(place.name, revision=place.revision, allow_patterns=files))
+            except errors.OfflineModeIsEnabled:  # huggingface_hub 1.x does not look into its cache for a commit
+                return Path(
+                    snapshot_download(place.name, revision=place.revision, allow_patterns=files, local_files_only=True)
+                )
+    except errors.LocalEntryNotFoundError as error:
+        if partial := getattr(error, "snapshot_path", None):
+            return Path(partial)  # it may have what is needed all the same; if not, `absent` says so
+        raise SourceError(
+            f"{at} is not in the cache, and the Hub cannot be reached; load it once with a connection, or correct the "
+            "path if a folder is meant, for there is none of that name."
+        ) from error
+    except Exception as error:  # the network can fail in as many ways as there are libraries below
+        raise stop_in(error) or SourceError(_hub_problem(place, at, error)) from error
+
+
+def _hub_problem(place: Place, at: str, error: Exception) -> str:
+    from huggingface_hub import errors
+
+    if isinstance(error, errors.HFValidationError):
+        return f"{place.label} is neither a path that exists nor a Hub id (org/name); check its spelling."
+    if isinstance(error, errors.RevisionNotFoundError):
+        return f"{place.label} has no revision {place.revision!r} on the Hub; give a branch, tag or commit."
+    if isinstance(error, errors.GatedRepoError):
+        page = f"https://huggingface.co/{place.name}"
+        return f"{place.label} is gated; accept its terms at {page} and log in with `hf auth login`."
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return (
+            f"{place.label} is not on the Hub, or is private; check its spelling, log in with `hf auth login`, or "
+            "correct the path if a folder is meant, for there is none of that name."
+        )
+    return f"{at} cannot be loaded from the Hub ({first_line(error)}); try again."
+
+
+@contextmanager
+def _quiet_hub() -> Iterator[None]:
+    """No log lines of huggingface_hub, and its progress bars only on a terminal. Of several threads, the first to begin
+    silences it, and the last to end restores it."""
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    logger = logging.getLogger("huggingface_hub")
+    with _fetching:
+        if not _before:
+            silence = not sys.stderr.isatty() and not are_progress_bars_disabled()
+            logger_level = logger.level
+            logger.setLevel(logging.CRITICAL)
+            if silence:
+                disable_progress_bars()
+        else:
+            logger_level, silence = _before[-1]
+        _before.append((logger_level, silence))
+    try:
+        yield
+    finally:
+        with _fetching:
+            level, silenced = _before.pop()
+            if not _before:
+                logger.setLevel(level)
+                if silenced:
+                    enable_progress_bars()

@@ -1,0 +1,34 @@
+"""Networks that are trained from nothing."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from sdkit.errors import SourceError
+from sdkit.files import expanded
+from sdkit.loading.configs import read_config
+from sdkit.loading.diffusers_folder import class_name
+from sdkit.loading.single_file import check_size, empty
+from sdkit.loading.tensors import guarded, is_file
+
+TRAINABLE = {"vae": ("AutoencoderKL", "VQModel"), "unet": ("UNet2DConditionModel",)}
+
+
+def new_network(config: str | os.PathLike[str], part: str) -> Any:
+    """A network of the `part` ("vae" or "unet") in the shape that `config` gives, with weights drawn anew from torch's
+    global generator; in training mode, on the CPU.
+
+    config: a config.json of diffusers, or a folder with one, itself or in a subfolder of the part's name.
+    """
+    path = expanded(config)
+    candidates = (path, path / "config.json", path / part / "config.json")
+    if not (file := next((candidate for candidate in candidates if is_file(candidate)), None)):
+        raise SourceError(
+            f"there is no config at {str(path)!r}; give a config.json of diffusers, or a folder with one."
+        )
+    if (name := class_name(fields := read_config(file, part))) not in (wanted := TRAINABLE[part]):
+        raise SourceError(f"{str(file)!r} is the config of {name}, not of {' or '.join(wanted)}; give another.")
+    check_size(part, fields, file)
+    with guarded(f"the config {str(file)!r}"):
+        return empty(part, fields)

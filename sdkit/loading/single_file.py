@@ -1,0 +1,362 @@
+"""A file of weights in the original (CompVis, A1111, civitai) layout, made into networks with no network connection.
+
+diffusers' converters rename the tensors; which public config they are poured into is read off their shapes.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import warnings
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sdkit.arguments import PREDICTIONS
+from sdkit.errors import SourceError
+from sdkit.loading.configs import VALUES, layers_of, read_config
+from sdkit.loading.tensors import EMBEDDING, TensorFile, check_dtypes, check_finite, check_fit, guarded
+from sdkit.messages import clean
+
+Tensors = dict[str, torch.Tensor]
+
+ASSETS = Path(__file__).parent.parent / "assets"
+SMALL_LAYERS = 100
+"""Layers that a config may ask for whatever the file has: the sentence then names the tensors that are missing."""
+LARGEST = 10_000_000_000
+"""Parameters of the largest network that is built from scratch."""
+NOUNS = {"vae": "a VAE", "unet": "a U-Net", "text": "a CLIP text encoder", "scheduler": "a noise schedule"}
+
+# How the names of each part begin in a checkpoint; a VAE alone has its names without a prefix.
+PREFIXES = {
+    "vae": ("first_stage_model.", "vae.", ""),
+    "unet": ("model.diffusion_model.",),
+    "text": ("cond_stage_model.",),
+}
+VAE_MODULES = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
+OPEN_CLIP = "cond_stage_model.model."
+GUIDANCE_INPUT = "model.diffusion_model.time_embed.cond_proj.weight"
+FIRST_CONV = "model.diffusion_model.input_blocks.0.0.weight"
+
+# Pieces of names that only other models have, the most telling first.
+FOREIGN = (
+    ("conditioner.embedders.", "Stable Diffusion XL"),
+    ("joint_blocks.", "Stable Diffusion 3"),
+    ("double_blocks.", "Flux"),
+    ("control_model.", "a ControlNet"),
+    ("label_emb.", "a class-conditioned model such as SD 2.1 unCLIP"),
+)
+# Pieces of names of what is added to a model. A whole checkpoint may carry some along, which decide nothing there.
+ADDITIONS = (
+    ("lora_", "a LoRA"),
+    (".lora", "a LoRA"),
+    (EMBEDDING, "a textual inversion embedding"),
+    ("emb_params", "a textual inversion embedding"),
+)
+# How names begin in a whole checkpoint that no network needs: copies and tables of training, markers, and additions.
+PASSED_OVER = (
+    "model_ema.",
+    "embedding_manager.",
+    "bundle_emb.",
+    "alphas_cumprod",
+    "betas",
+    "log_one_minus_alphas_cumprod",
+    "logvar",
+    "lvlb_weights",
+    "posterior_",
+    "sqrt_",
+    "scale_factor",
+    "v_pred",
+    "ztsnr",
+    "edm_",
+    "loss.",
+    "discriminator.",
+    "first_stage_model.loss.",
+    "first_stage_model.discriminator.",
+    "first_stage_model.model_ema.",
+    "first_stage_model.logvar",
+    "vae.loss.",
+    "optimizer_states",
+    "state_dict",
+    "global_step",
+)
+# Ends of the names of a text encoder's tensors that SD's does not use.
+UNUSED_TEXT = ("position_ids", "logit_scale", "text_projection", "text_projection.weight", "attn_mask")
+UNUSED_TOWERS = (
+    f"{OPEN_CLIP}visual.",
+    "cond_stage_model.transformer.vision_model.",
+    "cond_stage_model.transformer.visual_projection.",
+)
+# Attention of VAEs as diffusers has called its layers -> as the original layout does.
+VAE_ATTENTION = {
+    "group_norm": "norm",
+    **dict.fromkeys(("to_q", "query"), "q"),
+    **dict.fromkeys(("to_k", "key"), "k"),
+    **dict.fromkeys(("to_v", "value"), "v"),
+    **dict.fromkeys(("to_out.0", "proj_attn"), "proj_out"),
+}
+RENAMED = re.compile(rf"(\.mid\.attn_1\.)({'|'.join(map(re.escape, VAE_ATTENTION))})(\.weight|\.bias)$")
+# The names of diffusers' and transformers' own layout, which say too little without the config.json beside them.
+DIFFUSERS_NAMES = ("down_blocks.", "text_model.encoder.", "encoder.layers.", "decoder.layers.")
+WIDTHS = {768: "sd1", 1024: "sd2", 1280: "the refiner of Stable Diffusion XL", 2048: "Stable Diffusion XL"}
+# The parameters of transformers' CLIPTextConfig.
+TEXT_FIELDS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "projection_dim",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "max_position_embeddings",
+    "hidden_act",
+    "layer_norm_eps",
+    "attention_dropout",
+    "initializer_range",
+    "initializer_factor",
+    "pad_token_id",
+    "bos_token_id",
+    "eos_token_id",
+)
+INPUTS = {5: "a depth model", 7: "an upscaler", 8: "InstructPix2Pix", 9: "an inpainting model"}
+
+
+def keys_of(file: TensorFile, part: str) -> list[str]:
+    """The names of the tensors of `part` ("vae", "unet", "text"); an empty list where it is not in the file."""
+    for prefix in PREFIXES[part]:
+        begins = tuple(prefix + module for module in VAE_MODULES) if part == "vae" else (prefix,)
+        if keys := [key for key in file.shapes if key.startswith(begins)]:
+            return keys
+    return []
+
+
+def require(file: TensorFile, part: str) -> list[str]:
+    """The names of the tensors of `part`, or a SourceError that says what the file holds instead."""
+    if keys := keys_of(file, part):
+        return keys
+    held = " and ".join(NOUNS[other] for other in PREFIXES if keys_of(file, other))
+    wanted = NOUNS[part]
+    beside = ", or a VAE beside it (vae=, --vae)" if part == "vae" else ""
+    raise SourceError(f"{file.label} holds {held}, not {wanted}; give a whole checkpoint or another source{beside}.")
+
+
+def check_kind(file: TensorFile) -> None:
+    """Raises SourceError for names that belong to other models, saying which, or to none that sdkit knows."""
+    parts = {key for part in PREFIXES for key in keys_of(file, part)}
+    for name, looks_like in FOREIGN if parts else (*FOREIGN, *ADDITIONS):
+        if any(name in key for key in file.shapes):
+            raise SourceError(f"{file.label} looks like {looks_like}; sdkit loads Stable Diffusion 1.x and 2.x.")
+    if "xl" in file.metadata.get("modelspec.architecture", ""):  # an SDXL VAE has the shapes of SD's, not its scale
+        raise SourceError(f"{file.label} looks like Stable Diffusion XL; sdkit loads Stable Diffusion 1.x and 2.x.")
+    own = [key for key in file.shapes if not key.startswith(PREFIXES["text"])]
+    if any(name in key for key in own for name in DIFFUSERS_NAMES):
+        raise SourceError(f"{file.label} is one part in diffusers layout; give its folder, with the config.json in it.")
+    if not parts:
+        if len(file.shapes) == 1 and next(iter(file.shapes.values()))[-1:] in {(width,) for width in WIDTHS}:
+            raise SourceError(f"{file.label} looks like a textual inversion embedding; give a model.")
+        raise SourceError(f"{file.label} holds neither a Stable Diffusion checkpoint nor a VAE; give another file.")
+    known = (*PASSED_OVER, *PREFIXES["unet"], *PREFIXES["text"])
+    if strange := sorted(key for key in file.shapes.keys() - parts if not key.startswith(known)):
+        more = f" and {len(strange) - 1} more tensors" if strange[1:] else ""
+        warnings.warn(
+            f"{file.label} also holds {clean(strange[0])}{more}, which is no part of the model and is not used.",
+            stacklevel=2,
+        )
+
+
+def family_of(file: TensorFile) -> str:
+    """The public config that fits: "sd1", "sd2", or "sd2-v" where the file says so.
+
+    Raises SourceError where the sizes are of neither family, naming what the file looks like.
+    """
+    latents = next((_inputs(file, key) for key in keys_of(file, "vae") if key.endswith("decoder.conv_in.weight")), 4)
+    if latents != 4:
+        raise SourceError(f"{file.label} holds a VAE of another family: {latents} latent channels where SD has 4.")
+    channels = _inputs(file, FIRST_CONV) if FIRST_CONV in file.shapes else 4
+    if channels != 4:
+        name = INPUTS.get(channels, "another kind of model")
+        raise SourceError(f"{file.label} looks like {name} ({channels} input channels); give a text-to-image model.")
+    if unet := keys_of(file, "unet"):
+        width = next((_inputs(file, key) for key in unet if key.endswith(".attn2.to_k.weight")), 0)
+        family = WIDTHS.get(width, "a model of another family")
+        if family not in ("sd1", "sd2"):
+            raise SourceError(f"{file.label} looks like {family} (cross-attention width {width}); SD has 768 or 1024.")
+    else:
+        family = "sd2" if any(key.startswith(OPEN_CLIP) for key in file.shapes) else "sd1"
+    return "sd2-v" if family == "sd2" and marked_prediction(file) == "v_prediction" else family
+
+
+def _inputs(file: TensorFile, key: str) -> int:
+    """How many channels the layer takes whose weight is `key`."""
+    shape = file.shapes[key]
+    if len(shape) < 2:
+        raise SourceError(f"{file.label} is damaged, for its {clean(key)} is no matrix; download it again.")
+    return shape[1]
+
+
+def marked_prediction(file: TensorFile) -> str | None:
+    """The prediction type that the file states by its metadata or by marker keys; None where it says nothing."""
+    stated = PREDICTIONS.get(file.metadata.get("modelspec.prediction_type", ""))
+    return stated or ("v_prediction" if "v_pred" in file.shapes else None)
+
+
+@torch.inference_mode()
+def probe_prediction(unet: Any) -> str:
+    """ "epsilon" or "v_prediction", told by what a U-Net of SD 2.x answers to pure noise at the last timestep.
+
+    There x_t is nearly eps: an eps model returns nearly its input, a v model nearly -x0, which is unlike it.
+    """
+    channels, width = unet.config.in_channels, unet.config.cross_attention_dim
+    # 8 x 8 latents are enough to tell, and quick in float16 on a CPU too, where 32 x 32 take a minute.
+    x_t = torch.randn((1, channels, 8, 8), generator=torch.Generator().manual_seed(0))
+    cond = torch.zeros((1, 77, width), dtype=unet.dtype)
+    output = unet(x_t.to(unet.dtype), 999, cond).sample.float()[:, :channels]
+    correlation = torch.corrcoef(torch.stack([x_t.flatten(), output.flatten()]))[0, 1]
+    return "epsilon" if correlation > 0.5 else "v_prediction"
+
+
+def load_network(file: TensorFile, part: str, configs: Path, dtype: torch.dtype) -> Any:
+    """The network `part` of the file, built from `configs` (a folder in diffusers layout), in eval mode."""
+    keys = require(file, part)
+    path = configs / ("text_encoder" if part == "text" else part) / "config.json"
+    against = f"the public config {configs.name!r}" if configs.parent == ASSETS else f"the config in {str(configs)!r}"
+    return build(
+        part,
+        read_config(path, part),
+        lambda network: _converted(part, file.read(keys), network),
+        dtype,
+        file=file,
+        keys=keys,
+        path=path,
+        label=f"{NOUNS[part]} from {file.label}",
+        problem=f"the weights in {file.label} do not fit {against}",
+    )
+
+
+def build(
+    part: str,
+    config: dict[str, Any],
+    weights: Callable[[Any], Tensors],
+    dtype: torch.dtype,
+    *,
+    file: TensorFile,
+    keys: Collection[str],
+    path: Path,
+    label: str,
+    problem: str,
+) -> Any:
+    """The network `part` in the shape of `config`, in eval mode, filled with what `weights` gives for it.
+
+    file, keys: where the weights come from, and the names of their tensors there.
+    path:    of the config.
+    label:   names the network where a library fails.
+    problem: begins the sentence for weights that do not fit.
+    """
+    check_dtypes(file, keys)
+    network = blueprint(part, config, path, len(keys), label)
+    with guarded(label):
+        _fill(network, weights(network), dtype, problem)
+    check_finite(network, file, keys)
+    return network.eval()
+
+
+def blueprint(part: str, config: dict[str, Any], path: Path, most: int, label: str) -> Any:
+    """The network `part` in the shape of its config, on the meta device: without weights, but with its buffers.
+
+    Raises SourceError where the config, read from `path`, asks for more layers than `most`, the number of tensors.
+    """
+    from accelerate import init_empty_weights
+
+    if (asked := layers_of(config, part)) > max(most, SMALL_LAYERS):
+        raise SourceError(f"{str(path)!r} asks for {asked:,} layers, more than the weights can fill; correct it.")
+    with guarded(label), init_empty_weights():
+        return empty(part, config)
+
+
+def check_size(part: str, config: dict[str, Any], path: Path) -> None:
+    """Raises SourceError for a config, read from `path`, of a network larger than any that could be trained: building
+    it would fill the memory."""
+    with guarded(f"{NOUNS[part]} in {str(path.parent)!r}"), torch.device("meta"):
+        network = empty(part, config)
+    count = sum(tensor.numel() for tensor in network.state_dict().values())
+    if count > LARGEST:
+        raise SourceError(f"{str(path)!r} asks for {count:,} parameters, sdkit builds at most {LARGEST:,}; correct it.")
+
+
+def empty(part: str, config: dict[str, Any]) -> Any:
+    """The network `part` in the shape of its config, its weights not yet those of anything.
+
+    Of a stranger's config the libraries see their networks' own parameters alone: other keys may name code, kernels, or
+    files to be fetched (`auto_map`, `attn_implementation`, `quantization_config`).
+    """
+    if part == "text":
+        from transformers import CLIPTextConfig, CLIPTextModel
+
+        sizes = config.get("text_config", config)  # of a whole CLIP model
+        return CLIPTextModel(CLIPTextConfig(**{key: sizes[key] for key in TEXT_FIELDS if key in sizes}))
+    network = _class(part, config.get("_class_name"))
+    known = {"_class_name", *VALUES[part], *inspect.signature(network.__init__).parameters}
+    return network.from_config({key: value for key, value in config.items() if key in known})
+
+
+def _class(part: str, name: Any) -> Any:
+    if part == "unet":
+        from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+
+        return UNet2DConditionModel
+    from diffusers import AutoencoderKL, AutoencoderTiny, VQModel
+
+    return {"VQModel": VQModel, "AutoencoderTiny": AutoencoderTiny}.get(name, AutoencoderKL)
+
+
+def _converted(part: str, tensors: Tensors, network: Any) -> Tensors:
+    """The tensors under the network's own names; those that have no place in it under the names that they had."""
+    from diffusers.loaders import single_file_utils as converters
+
+    if part == "text":
+        return _converted_text(tensors, network)
+    if part == "vae":
+        original = {RENAMED.sub(_original_name, key): tensor for key, tensor in tensors.items()}
+        named = dict(converters.convert_ldm_vae_checkpoint(original, network.config))
+    else:
+        named = dict(converters.convert_ldm_unet_checkpoint(tensors, network.config))
+        if GUIDANCE_INPUT in tensors and network.time_embedding.cond_proj is not None:  # a latent consistency model
+            named["time_embedding.cond_proj.weight"] = tensors[GUIDANCE_INPUT]
+    # The converters drop what they have no rule for. What they keep, be it reshaped, is where it was in memory.
+    kept = {tensor.data_ptr() for tensor in named.values() if tensor.numel()}
+    return named | {key: tensor for key, tensor in tensors.items() if tensor.data_ptr() not in kept}
+
+
+def _original_name(match: re.Match[str]) -> str:
+    return f"{match[1]}{VAE_ATTENTION[match[2]]}{match[3]}"
+
+
+def _converted_text(tensors: Tensors, network: Any) -> Tensors:
+    """As `_converted`. What SD does not use is left out: buffers, the projection, and of SD 2.x the last layer."""
+    from diffusers.loaders import single_file_utils as converters
+
+    last = f"{OPEN_CLIP}transformer.resblocks.{network.config.num_hidden_layers}."
+    unused = (last, *UNUSED_TOWERS)
+    used = {key: x for key, x in tensors.items() if not key.endswith(UNUSED_TEXT) and not key.startswith(unused)}
+    if any(key.startswith(OPEN_CLIP) for key in tensors):
+        named = converters.convert_open_clip_checkpoint(network, used)
+        rules = converters.DIFFUSERS_TO_LDM_MAPPING["openclip"]["layers"].values()
+        begins = (f"{OPEN_CLIP}transformer.", *(OPEN_CLIP + name for name in rules))
+    else:
+        named = converters.convert_ldm_clip_checkpoint(used)
+        begins = tuple(converters.LDM_CLIP_PREFIX_TO_REMOVE)
+    # transformers dropped this level of names in 5.6.
+    level = "text_model." if any(key.startswith("text_model.") for key in network.state_dict()) else ""
+    named = {level + key.removeprefix("text_model."): tensor for key, tensor in named.items()}
+    return named | {key: tensor for key, tensor in used.items() if not key.startswith(begins)}
+
+
+def _fill(network: Any, weights: Tensors, dtype: torch.dtype, problem: str) -> None:
+    """Puts `weights` into an empty network, each of them and no other; SourceError(`problem`: which) otherwise."""
+    check_fit(_shapes(weights), _shapes(network.state_dict()), problem)
+    network.load_state_dict({key: tensor.to(dtype, copy=True) for key, tensor in weights.items()}, assign=True)
+
+
+def _shapes(tensors: Tensors) -> dict[str, torch.Size]:
+    return {key: tensor.shape for key, tensor in tensors.items()}

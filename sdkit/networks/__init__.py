@@ -1,0 +1,1 @@
+"""The networks: diffusers' and transformers' own, with the process around each."""

@@ -1,0 +1,180 @@
+"""The denoising U-Net of Stable Diffusion: one call, in the model's own parameterisation."""
+
+from __future__ import annotations
+
+import threading
+from contextlib import ExitStack
+from os import PathLike
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sdkit.engines.attention import quicken_attention
+from sdkit.engines.device import memory_format, resolve_device, resolve_dtype
+from sdkit.errors import ArgumentError
+from sdkit.loading.source import load_unet
+from sdkit.networks.wrapper import Wrapper, blames_network
+
+if TYPE_CHECKING:
+    from diffusers import UNet2DConditionModel
+
+
+class UNet(Wrapper):
+    """A `UNet2DConditionModel` that gives back the dtype it was given, whatever it computes in.
+
+    Attributes: `network`, diffusers' own module; `channels` of its input (4); `width` D of the text embeddings it
+        attends to; `sample_size`, the side of the latents it was trained on; `guided`, whether it is distilled so that
+        it takes the guidance scale as an input (latent consistency models) and needs no second pass.
+    """
+
+    def __init__(self, network: UNet2DConditionModel) -> None:
+        super().__init__()
+        config: Any = network.config
+        self.network = network
+        self.channels = int(config.in_channels)
+        self.width = _one(config.cross_attention_dim)
+        self.sample_size = _one(config.sample_size or 64)
+        self.guided = config.time_cond_proj_dim is not None
+        network.time_embedding.register_forward_pre_hook(_first_row)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | PathLike[str],
+        *,
+        dtype: str | torch.dtype = "auto",
+        device: str | torch.device = "auto",
+        revision: str | None = None,
+        variant: str | None = None,
+        config: str | PathLike[str] | None = None,
+        compile: bool = False,
+    ) -> UNet:
+        """Load a U-Net; parameters as in `sdkit.VAE.from_pretrained`."""
+        device = resolve_device(device)
+        dtype = resolve_dtype(dtype, device)
+        unet = cls(load_unet(source, dtype=dtype, revision=revision, variant=variant, config=config))
+        unet.name = str(source)
+        # On a CPU the group norms of small feature maps lose more by channels_last than the convolutions gain.
+        small = device.type == "cpu" and unet.sample_size < 32
+        layout = torch.contiguous_format if small else memory_format(dtype)
+        unet.eval().to(device=device, memory_format=layout)  # type: ignore[call-overload]
+        quicken_attention(unet.network, dtype, device)
+        if compile:
+            unet.network.compile()
+        return unet
+
+    def try_out(self) -> None:
+        """Denoise small latents, which every U-Net of its channels and width takes."""
+        side = 2 ** len(self.network.config.block_out_channels)
+        x_t = torch.zeros(1, self.channels, side, side, device=self.device, dtype=self.dtype)
+        self.network(x_t, 1, x_t.new_zeros(1, 4, self.width), return_dict=False)
+
+    @blames_network
+    def forward(
+        self,
+        x_t: Tensor,
+        t: int | Tensor,
+        cond: Tensor,
+        mask: Tensor | None = None,
+        *,
+        guidance_scale: float | Tensor | None = None,
+    ) -> Tensor:
+        """The model's output, eps, v or x0 as it was trained, shaped like x_t (or with twice the channels where it
+        learned its variance), in x_t's dtype.
+
+        x_t: (B, 4, h, w). t: an integer or (B,). cond: (B, L, D) from `TextEncoder.encode`. mask: (B, L), True where
+        cond counts, for prompts of different lengths; None counts all. guidance_scale: a number or (B,), for a network
+        that is `guided`, and for no other.
+        """
+        if self.guided != (guidance_scale is not None):
+            problem = "takes the guidance scale as an input" if self.guided else "has no input for the guidance scale"
+            raise ArgumentError(f"this U-Net {problem}: {'give' if self.guided else 'leave out'} guidance_scale.")
+        sample = x_t.to(self.device, self.dtype)
+        t = t.to(self.device) if isinstance(t, Tensor) else t
+        mask = None if mask is None else mask.to(self.device)
+        _thread.shares_t = isinstance(t, int)
+        try:
+            output: Tensor = self.network(
+                sample, t, encoder_hidden_states=cond.to(sample), encoder_attention_mask=mask, return_dict=False,
+                timestep_cond=None if guidance_scale is None else self._guidance(guidance_scale).to(sample),
+            )[0]  # fmt: skip
+        finally:
+            _thread.shares_t = False  # of nobody else's call of the network
+        return output.to(x_t)
+
+    def _guidance(self, scale: float | Tensor) -> Tensor:
+        """The network's input for a guidance scale: (1, W), or (B, W) for (B,)."""
+        return guidance_embedding(torch.as_tensor(scale).reshape(-1), self.network.config.time_cond_proj_dim)
+
+    @torch.no_grad()
+    def cross_attention(
+        self, x_t: Tensor, t: int | Tensor, cond: Tensor, *, guidance_scale: float | Tensor | None = None
+    ) -> Tensor:
+        """Where the model looks at each token of the prompt: (B, L, h, w) float32, which adds up to 1 over the L tokens
+        at each place.
+
+        The mean over heads and layers, as in DAAM (Tang et al. 2022, https://arxiv.org/abs/2210.04885); layers of
+        smaller feature maps are enlarged. Parameters as in `forward`.
+        """
+        height, width = x_t.shape[2:]
+        maps: list[Tensor] = []
+
+        def look(attn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x, context = args[0], kwargs["encoder_hidden_states"]
+            q, k = (attn.head_to_batch_dim(y).float() for y in (attn.to_q(x), attn.to_k(context)))
+            shares = (q @ k.transpose(1, 2) * attn.scale).softmax(dim=-1)  # (B * heads, h w, L)
+            mean = shares.unflatten(0, (len(x), -1)).mean(1).transpose(1, 2)  # (B, L, h w)
+            coarse = mean.unflatten(2, _sides(mean.shape[2], height, width))
+            maps.append(F.interpolate(coarse, (height, width), mode="bilinear"))
+
+        with ExitStack() as hooks:
+            hooks.enter_context(torch.compiler.set_stance("force_eager"))  # compiled code runs no hooks
+            for name, layer in self.network.named_modules():
+                if name.endswith(".attn2"):
+                    hooks.enter_context(layer.register_forward_pre_hook(look, with_kwargs=True))
+            self(x_t, t, cond, guidance_scale=guidance_scale)
+        return torch.stack(maps).mean(0)
+
+
+def guidance_embedding(scale: Tensor, width: int) -> Tensor:
+    """Sinusoids (B, width) of w = scale - 1, for guidance scales (B,) (Luo et al. 2023,
+    https://arxiv.org/abs/2310.04378, section 4.2; Meng et al. 2023, https://arxiv.org/abs/2210.03142).
+
+    In float32, as in training: the angles are so large that other arithmetic gives other sines.
+    """
+    w = (scale.detach().cpu().double() - 1).float() * 1000
+    half = width // 2
+    frequencies = torch.exp(torch.arange(half) * -(torch.log(torch.tensor(10000.0)) / (half - 1)))
+    angles = w[:, None] * frequencies
+    return F.pad(torch.cat([angles.sin(), angles.cos()], dim=1), (0, width % 2))
+
+
+def _sides(area: int, height: int, width: int) -> tuple[int, int]:
+    """Of a layer's feature map: halved, and rounded up, until the area is right."""
+    while height * width > area:
+        height, width = (height + 1) // 2, (width + 1) // 2
+    return height, width
+
+
+def _one(value: Any) -> int:
+    """A number that configs may give once for each side or block."""
+    return int(value[0] if isinstance(value, (list, tuple)) else value)
+
+
+_thread = threading.local()
+
+
+def _first_row(_: torch.nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """Embed a timestep that the whole batch shares once, not once for each image.
+
+    Matrix products of a few rows round differently for 2 rows than for 8: of all the network's layers only those of the
+    time embedding are so small, and without them image i is the same to the bit, alone and in a batch.
+    """
+    if torch.compiler.is_compiling():
+        return None
+    rows, shared = inputs[0], getattr(_thread, "shares_t", False)
+    if not shared and rows.device.type == "cpu":  # a call past this class; on a GPU a look at them would hold it up
+        shared = bool((rows == rows[:1]).all())
+    return (rows[:1], *inputs[1:]) if shared else None

@@ -1,0 +1,231 @@
+"""The text encoder of Stable Diffusion: prompts of any length to the embeddings that the U-Net attends to."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import sys
+import threading
+import warnings
+from collections.abc import Sequence
+from os import PathLike
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from sdkit.arguments import strings, whole
+from sdkit.engines.device import resolve_device, resolve_dtype
+from sdkit.loading.source import load_text
+from sdkit.messages import clean
+from sdkit.networks.wrapper import Wrapper, blames_network
+
+if TYPE_CHECKING:
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+Tokens = list[tuple[int, float]]
+"""Token ids and the weight of each."""
+CHUNKS_AT_ONCE = 64
+_one_at_a_time = threading.Lock()  # a tokenizer is not for several threads, and training loads in some
+
+
+class TextEncoder(Wrapper):
+    """CLIP's text transformer (Radford et al. 2021, https://arxiv.org/abs/2103.00020) with its tokenizer.
+
+    Attributes: `network` and `tokenizer`, those of transformers; `length`, tokens of one chunk, its two end marks
+        included (77); `width` D.
+    """
+
+    def __init__(self, network: CLIPTextModel, tokenizer: CLIPTokenizer) -> None:
+        super().__init__()
+        self.network = network
+        self.tokenizer: Any = tokenizer
+        self.length = int(network.config.max_position_embeddings)
+        self.width = int(network.config.hidden_size)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | PathLike[str],
+        *,
+        dtype: str | torch.dtype = "auto",
+        device: str | torch.device = "auto",
+        revision: str | None = None,
+        variant: str | None = None,
+        config: str | PathLike[str] | None = None,
+    ) -> TextEncoder:
+        """Load a text encoder and its tokenizer; parameters as in `sdkit.VAE.from_pretrained`."""
+        device = resolve_device(device)
+        dtype = resolve_dtype(dtype, device)
+        text = cls(*load_text(source, dtype=dtype, revision=revision, variant=variant, config=config))
+        text.name = str(source)
+        return text.eval().to(device=device)
+
+    def encode(
+        self, prompts: str | Sequence[str], *, clip_skip: int = 0, weighting: bool = False, chunks: int | None = None
+    ) -> Tensor:
+        """Embeddings (B, 77k, D), float32, of B prompts, each encoded in k chunks of at most 75 tokens, as many as the
+        longest prompt needs.
+
+        clip_skip: how many of the last layers to pass over (A1111's "clip skip" less one); the final layer norm is
+            applied all the same.
+        weighting: read `(word:1.3)`, `(word)` (1.1) and `[word]` (1 / 1.1) as A1111 does, and weight those tokens'
+            embeddings; `\\(` is a plain bracket, and BREAK begins a new chunk. Without it, a prompt is plain words.
+        chunks: the least k, for prompts that are to be compared with longer ones.
+        """
+        layers = int(self.network.config.num_hidden_layers)
+        clip_skip = whole("clip_skip", clip_skip, 0, layers - 1)
+        ids, weights = self.tokenize(prompts, weighting=weighting, chunks=chunks)
+        with torch.inference_mode():
+            embedded = [self._embed(part, clip_skip) for part in ids.flatten(0, 1).split(CHUNKS_AT_ONCE)]
+        embeddings = torch.cat(embedded).clone()  # outside of inference mode, so that autograd takes it
+        if weighting:
+            mean = embeddings.mean(dim=(1, 2), keepdim=True)
+            embeddings = embeddings * weights.flatten(0, 1)[:, :, None].to(embeddings)
+            embeddings = embeddings * (mean / embeddings.mean(dim=(1, 2), keepdim=True))
+        return embeddings.reshape(len(ids), -1, self.width)
+
+    def try_out(self) -> None:
+        """Encode a chunk of the token that every vocabulary has."""
+        self.network(torch.zeros(1, self.length, dtype=torch.int64, device=self.device))
+
+    @blames_network
+    def forward(self, ids: Tensor) -> Tensor:
+        """Last hidden states (N, 77, D) of token ids (N, 77), with gradient, for training."""
+        hidden: Tensor = self.network(ids.to(self.device)).last_hidden_state
+        return hidden
+
+    def tokenize(
+        self, prompts: str | Sequence[str], *, weighting: bool = False, chunks: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Token ids and their weights, each (B, k, 77): every chunk is begin, at most 75 tokens, end, padding."""
+        prompts = strings("prompts", prompts)
+        rows = [self._chunks(prompt, weighting) for prompt in prompts]
+        k = max(1 if chunks is None else whole("chunks", chunks, 1), *map(len, rows))
+        ids = torch.full((len(prompts), k, self.length), self.tokenizer.pad_token_id)
+        weights = torch.ones(ids.shape)
+        for b, row in enumerate(rows):
+            for c, chunk in enumerate([*row, *[[]] * (k - len(row))]):
+                framed = [self.tokenizer.bos_token_id, *(token for token, _ in chunk), self.tokenizer.eos_token_id]
+                ids[b, c, : len(framed)] = torch.tensor(framed)
+                weights[b, c, 1 : len(framed) - 1] = torch.tensor([weight for _, weight in chunk])
+        return ids, weights
+
+    def _chunks(self, prompt: str, weighting: bool) -> list[Tokens]:
+        """The prompt's tokens and their weights in chunks of at most 75; with `weighting`, BREAK ends one early."""
+        if not weighting:
+            return self._filled(self._tokens(prompt, 1.0))
+        warn_of_unread_syntax(prompt)
+        sections: list[Tokens] = [[]]
+        for text, weight in parse_weights(prompt):
+            first, *others = _BREAK.split(text)
+            sections[-1] += self._tokens(first, weight)
+            sections += [self._tokens(other, weight) for other in others]
+        if len(sections) > 1 and not sections[-1]:  # nothing follows the last BREAK
+            sections.pop()
+        return [chunk for section in sections for chunk in self._filled(section)]
+
+    def _filled(self, tokens: Tokens) -> list[Tokens]:
+        """Chunks of at most 75 tokens, an empty one where there are none."""
+        body = self.length - 2
+        return [tokens[i : i + body] for i in range(0, max(1, len(tokens)), body)]
+
+    def _tokens(self, text: str, weight: float) -> Tokens:
+        with _one_at_a_time:
+            encoded = self.tokenizer(text, add_special_tokens=False, truncation=False, padding=False, verbose=False)
+        return [(token, weight) for token in encoded.input_ids]
+
+    @blames_network
+    def _embed(self, ids: Tensor, clip_skip: int) -> Tensor:
+        """Hidden states (N, 77, D), float32, of token ids (N, 77)."""
+        if clip_skip == 0:
+            return self(ids).float()  # type: ignore[no-any-return]
+        hidden = self.network(ids.to(self.device), output_hidden_states=True).hidden_states[-1 - clip_skip]
+        transformer = getattr(self.network, "text_model", self.network)  # transformers 4 nests it, 5 does not
+        return transformer.final_layer_norm(hidden).float()  # type: ignore[no-any-return]
+
+
+_SYNTAX = re.compile(r"\\[()\[\]\\]|[()\[\]]|:\s*([+-]?(?:\d+(?:\.\d*)?|\.\d+))\s*\)|[^\\()\[\]:]+|:|\\", re.DOTALL)
+_BREAK = re.compile(r"\bBREAK\b")
+_NOT_READ = {
+    "joins two prompts": re.compile(r"\bAND\b"),
+    "changes the prompt while it draws": re.compile(r"(?<!\\)\[[^\[\]]*:\s*[\d.]+\s*\]"),
+    "alternates between words": re.compile(r"(?<!\\)\[[^\[\]|]*\|[^\[\]]*\]"),
+    "loads a network, as load_lora (--lora) does here": re.compile(r"<\w+:[^<>]+>"),
+}
+"""A1111's syntax that is not offered, by its meaning there. Each pattern takes linear time, whatever the prompt."""
+
+
+def warn_of_unread_syntax(prompt: str) -> None:
+    """Warn of each kind of A1111's syntax in `prompt` that is read as plain text."""
+    for meaning, pattern in _NOT_READ.items():
+        if found := pattern.search(prompt):
+            # At this line, not the caller's: a prompt is read several times, and Python shows a line's warning once.
+            warnings.warn(
+                f"{clean(found[0])!r} in the prompt is read as plain text; in A1111 it {meaning}.", stacklevel=1
+            )
+
+
+def parse_weights(prompt: str) -> list[tuple[str, float]]:
+    """Read A1111's prompt syntax as (text, weight) pairs: `(a)` 1.1, `((a))` 1.21, `[a]` 1 / 1.1, `(a:1.3)` 1.3; `\\(`
+    escapes; open brackets close at the end."""
+    texts: list[str] = []
+    round_, square = _Brackets(1.1), _Brackets(1 / 1.1)
+    for match in _SYNTAX.finditer(prompt):
+        symbol, weight = match[0], match[1]
+        if symbol in ("(", "["):
+            (round_ if symbol == "(" else square).open(len(texts))
+        elif (symbol == ")" or weight is not None) and round_.opened:
+            round_.close(len(texts), None if weight is None else float(weight))
+        elif symbol == "]" and square.opened:
+            square.close(len(texts))
+        else:
+            texts.append(symbol.removeprefix("\\"))
+    weights = [a * b for a, b in zip(round_.products(len(texts)), square.products(len(texts)), strict=True)]
+    pieces: list[tuple[str, float]] = []
+    first = 0
+    for _, group in itertools.groupby(weights, key="{:.12g}".format):  # equal but for rounding
+        end = first + sum(1 for _ in group)
+        pieces.append(("".join(texts[first:end]), weights[first]))
+        first = end
+    return pieces
+
+
+class _Brackets:
+    """The brackets of one kind in a prompt that is cut into pieces, in the order of their opening. They nest."""
+
+    def __init__(self, factor: float) -> None:
+        self.factor = factor
+        self.starts: list[int] = []  # of each bracket: the first piece inside
+        self.ends: list[int] = []  # the first piece behind
+        self.factors: list[float] = []
+        self.opened: list[int] = []  # brackets that are not closed yet
+
+    def open(self, start: int) -> None:
+        self.opened.append(len(self.starts))
+        self.starts.append(start)
+        self.ends.append(sys.maxsize)
+        self.factors.append(self.factor)
+
+    def close(self, end: int, factor: float | None = None) -> None:
+        """Close the innermost one."""
+        bracket = self.opened.pop()
+        self.ends[bracket] = end
+        self.factors[bracket] = self.factor if factor is None else factor
+
+    def products(self, n: int) -> list[float]:
+        """The product, for each of n pieces, of the factors of the brackets around it, in linear time."""
+        products: list[float] = []
+        ends, around = [sys.maxsize], [1.0]  # of the brackets around a piece; with the factors of those outside
+        following = 0
+        for i in range(n):
+            while ends[-1] <= i:
+                ends.pop()
+                around.pop()
+            while following < len(self.starts) and self.starts[following] == i:
+                if self.ends[following] > i:  # empty ones are around nothing
+                    ends.append(self.ends[following])
+                    around.append(around[-1] * self.factors[following])
+                following += 1
+            products.append(around[-1])
+        return products

@@ -1,0 +1,1 @@
+"""Whole models at work, from a prompt to images."""

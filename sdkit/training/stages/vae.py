@@ -1,0 +1,287 @@
+"""Fine-tuning the VAE: pixels -> `VAE.forward` -> reconstruction, LPIPS, KL and adversarial loss."""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from accelerate.utils import reduce
+from PIL import Image
+from torch import Tensor, nn
+
+from sdkit import images as image_io
+from sdkit.data.examples import open_examples
+from sdkit.data.transform import Transform
+from sdkit.diffusion.losses import adaptive_weight, hinge_discriminator, hinge_generator, kl, l1, l2, vq
+from sdkit.errors import ArgumentError, DataError
+from sdkit.evaluation.similarity import WINDOW, codebook_use, psnr, ssim
+from sdkit.loading.new_network import TRAINABLE, new_network
+from sdkit.loading.source import load_vae
+from sdkit.networks.autoencoder import DETERMINISTIC, VAE
+from sdkit.networks.discriminator import SMALLEST as DISCRIMINATOR_SMALLEST
+from sdkit.networks.discriminator import Discriminator
+from sdkit.networks.lpips import LPIPS
+from sdkit.networks.lpips import SMALLEST as LPIPS_SMALLEST
+from sdkit.training import Player, Samples, raise_if_stopped
+from sdkit.training.loop import fit
+from sdkit.training.settings import VAEConfig
+from sdkit.training.stages.images import TrainingImages, identity_of, is_cache, noise_of, report_skipped, shared, split
+
+GAN_BETAS = (0.5, 0.9)  # of AdamW, as in VQGAN
+MOST_VALIDATED, SHOWN = 64, 8  # images
+TOLERATED_DRIFT = 0.1
+
+
+def train_vae(config: VAEConfig) -> Path:
+    """Fine-tune a VAE, or train one from nothing, and return the run folder; its result/ is the VAE as diffusers has
+    it.
+
+    The decoder alone trains by default: latents then mean what they meant, and U-Nets and caches stay valid. With
+    `train_encoder`, validation tells how far latents have moved from the starting VAE's. Running it again goes on where
+    an earlier run was stopped. Raises SdkitError in one sentence for what the user can put right, and TrainingStopped
+    after SIGTERM or Ctrl-C, once a checkpoint is written.
+    """
+    return fit(VAEStage(config), config, Path(config.out_dir))
+
+
+class Measured(NamedTuple):
+    """Of one held-out image."""
+
+    numbers: dict[str, float]
+    pair: tuple[Image.Image, Image.Image] | None
+    """of the first ones, it and its reconstruction"""
+    codes: Tensor | None
+    """numbers of a VQModel's"""
+
+
+class VAEStage:
+    """What `sdkit.training.loop.fit` trains: a VAE, and the discriminator that it plays against."""
+
+    def __init__(self, config: VAEConfig) -> None:
+        self.config = config
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            network = load_vae(config.model) if config.init is None else new_network(config.init, "vae")
+            self.discriminator = Discriminator() if config.disc_weight else None
+        label = os.fspath(config.model if config.init is None else config.init)
+        if (kind := type(network).__name__) not in TRAINABLE["vae"]:
+            raise ArgumentError(
+                f"{label!r} holds an {kind}, which cannot be trained; give an AutoencoderKL or VQModel."
+            )
+        if (config.regularizer == "vq") != (kind == "VQModel"):
+            held = (
+                "a VQModel: its regularizer is 'vq'"
+                if kind == "VQModel"
+                else f"an {kind}: its regularizer is 'kl' or 'none'"
+            )
+            raise ArgumentError(f"{label!r} holds {held}, not {config.regularizer!r}.")
+        if config.regularizer == "none":
+            remove_noise(network)
+        self.vae = VAE(network, name=str(config.model))
+        self.trains_encoder = config.train_encoder or config.init is not None
+        if not self.trains_encoder:
+            for part in (network.encoder, network.quant_conv, getattr(network, "quantize", None)):
+                if part is not None:
+                    part.requires_grad_(False)
+        if config.gradient_checkpointing:
+            network._supports_gradient_checkpointing = True  # the parts of a VQModel do, but it does not say so
+            network.enable_gradient_checkpointing()
+        # Beside the network, not in it: its encoder as it was, which the one in training is compared with.
+        tuned = config.train_encoder and config.init is None
+        self.start = VAE(copy.deepcopy(network)).eval().requires_grad_(False) if tuned else None
+        if self.start:
+            self.start.network.decoder = nn.Identity()
+        self.lpips = LPIPS.from_pretrained(config.lpips) if config.lpips_weight or config.lpips else None
+        self.training_lpips = self.lpips
+        if self.lpips and config.lpips_weight and config.mixed_precision == "bf16":
+            # channels_last: a step of the embedded model's VAE takes 0.45 s on two cores, not 0.52
+            self.training_lpips = copy.deepcopy(self.lpips).bfloat16().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        size = self._size()
+        for data in (config.data, config.validation_data):
+            if data is not None and is_cache(data):
+                raise DataError(
+                    f"{os.fspath(data)!r} is a latent cache, and a VAE learns from images; give those it was made of."
+                )
+        examples = held_out = open_examples(config.data, **config.opened_with())
+        self.train, self.held_out = split(len(examples))
+        if config.validation_data is not None:
+            held_out = open_examples(config.validation_data)
+            self.train, self.held_out = np.arange(len(examples)), [*range(min(MOST_VALIDATED, len(held_out)))]
+        self.images = TrainingImages(examples, config.transform(size), config.seed)
+        self.validation = TrainingImages(held_out, Transform(size=size), seed=0)
+        self.identity = {"data": examples.identity, "model": identity_of(network)}
+        self.identity["validation"] = (
+            held_out.identity if config.validation_data is not None else "held out of the data"
+        )
+        if self.lpips and config.lpips_weight:
+            self.identity["lpips"] = identity_of(self.lpips)
+        if held_out is examples:
+            self.validation.skipped = self.images.skipped
+        self.size = len(self.train)
+        self.players = [
+            Player("vae", self.vae, self.loss, learning_rate=config.learning_rate, ema=config.ema_decay > 0)
+        ]
+        if self.discriminator:
+            self.players.append(
+                Player(
+                    "discriminator", self.discriminator, self.discriminator_loss, learning_rate=config.learning_rate,
+                    starts_at=config.disc_start, betas=GAN_BETAS,
+                )
+            )  # fmt: skip
+
+    def _size(self) -> tuple[int, int]:
+        own: Any = self.vae.network.config.sample_size
+        size: Any = self.config.size or ((own, own) if isinstance(own, int) else tuple(own))
+        smallest = max(WINDOW, LPIPS_SMALLEST if self.lpips else 0, DISCRIMINATOR_SMALLEST if self.discriminator else 0)
+        if any(side % self.vae.factor or side < smallest for side in size):
+            raise ArgumentError(
+                f"size {size[0]} x {size[1]} must divide by {self.vae.factor} and be at least {smallest}; change it."
+            )
+        return size  # type: ignore[no-any-return]
+
+    def batch(self, samples: Samples) -> dict[str, Any]:
+        """Pixels (B, 3, H, W) and the noise of the posterior (B, 4, H/8, W/8) of samples (n, item)."""
+        pixels = [self.images.load(self.train, item, n // self.size)[0] for n, item in samples]
+        height, width = (side // self.vae.factor for side in self.images.transform.size)
+        eps = [
+            torch.randn(self.vae.channels, height, width, generator=noise_of(self.config.seed, n)) for n, _ in samples
+        ]
+        return {"pixels": torch.stack(pixels), "eps": torch.stack(eps)}
+
+    def names(self, samples: Samples) -> list[str]:
+        """Names of the examples of samples (n, item)."""
+        return [self.images.examples[int(self.train[item])].name for _, item in samples]
+
+    def loss(
+        self, networks: Mapping[str, nn.Module], batch: dict[str, Any], step: int
+    ) -> tuple[Tensor, Mapping[str, float | Tensor]]:
+        """Reconstruction, LPIPS and KL or codebook loss, as in latent diffusion (Rombach et al. 2022, appendix G), and
+        the adversarial loss with VQGAN's adaptive weight (Esser et al. 2021, eq. 7)."""
+        config, x = self.config, batch["pixels"]
+        y, mean, logvar, codes = networks["vae"](x, batch["eps"] if config.regularizer == "kl" else None)
+        loss = (l1 if config.reconstruction == "l1" else l2)(y, x)
+        parts: dict[str, float | Tensor] = {config.reconstruction: loss.detach()}
+        if config.lpips_weight and self.training_lpips:
+            lpips = self.training_lpips.to(x.device)(y, x).mean()
+            loss = loss + config.lpips_weight * lpips
+            parts["lpips"] = lpips.detach()
+        reconstruction = loss
+        if self.trains_encoder and config.regularizer == "vq":
+            codebook = vq(mean, codes)
+            loss = loss + codebook
+            parts["codebook"] = codebook.detach()
+        if self.trains_encoder and config.regularizer == "kl" and config.kl_weight:
+            divergence = kl(mean, logvar)
+            loss = loss + config.kl_weight * divergence / x[0].numel()
+            parts["kl"] = divergence.detach()
+        if self.discriminator and step >= config.disc_start:
+            batch["reconstruction"] = y.detach()
+            adversarial = hinge_generator(networks["discriminator"](y))
+            vae: Any = getattr(networks["vae"], "module", networks["vae"])  # which DDP's wrapper has
+            last = vae.network.decoder.conv_out.weight
+            n = x[0].numel()  # of sums over an image's values: the gradients of their means underflow in float16
+            average = partial(reduce, reduction="mean")
+            weight = adaptive_weight(reconstruction * n, adversarial * n, last, average)
+            loss = loss + config.disc_weight * weight * adversarial
+            parts |= {"adversarial": adversarial.detach(), "adaptive_weight": weight}
+        return loss, parts
+
+    def discriminator_loss(
+        self, networks: Mapping[str, nn.Module], batch: dict[str, Any], step: int
+    ) -> tuple[Tensor, Mapping[str, float | Tensor]]:
+        """The hinge loss on what the VAE's turn has just reconstructed."""
+        both = torch.cat([batch["pixels"], batch["reconstruction"]])
+        real, fake = networks["discriminator"](both).float().chunk(2)
+        return hinge_discriminator(real, fake), {"real": real.mean(), "fake": fake.mean()}
+
+    def validate(self, step: int) -> dict[str, float]:
+        """PSNR (dB), SSIM and LPIPS of held-out images through the posterior's mean, and a picture of some of them;
+        mean and standard deviation of their latents, the scale that would make the latter 1, and how much of a codebook
+        they use.
+
+        Where the encoder trains, `latent_drift` is how far latents have moved from the starting VAE's: the root mean
+        square, in the standard deviation that those have.
+        """
+        found = shared(len(self.held_out), self._measured)
+        report_skipped(self.images.skipped | self.validation.skipped, Path(self.config.out_dir) / "skipped.json")
+        average = _average([one.numbers for one in found])
+        metrics = {key: value for key, value in average.items() if key in ("psnr", "ssim", "lpips")}
+        std = _deviation(average, "")
+        metrics["latent_mean"] = (average["mean"] - self.vae.shift) * self.vae.scale
+        metrics["latent_std"], metrics["recommended_scale"] = std * self.vae.scale, 1 / std
+        if self.vae.codebook is not None:
+            chosen = torch.cat([one.codes.flatten() for one in found if one.codes is not None])
+            metrics["codebook_use"], metrics["perplexity"] = codebook_use(chosen, len(self.vae.codebook))
+        if self.start:
+            metrics["latent_drift"] = math.sqrt(average["moved"]) / _deviation(average, "start_")
+        if PartialState().is_main_process:
+            self._show([one.pair for one in found if one.pair], step)
+            if metrics.get("latent_drift", 0) > TOLERATED_DRIFT:
+                warnings.warn(
+                    f"latents have moved by {metrics['latent_drift']:.2f} of their standard deviation: U-Nets and "
+                    "caches made for the starting VAE no longer fit.", stacklevel=2,
+                )  # fmt: skip
+        return metrics
+
+    def _measured(self, i: int) -> Measured:
+        """What one held-out image tells."""
+        raise_if_stopped()
+        x = self.validation.load_held_out(self.held_out, i)[0][None].to(self.vae.device)
+        # in float32, which `self.vae(x)` would not be in mixed precision
+        y, mean, logvar, codes = VAE.forward(self.vae, x)
+        y = y.clamp(-1, 1)
+        measured = {"psnr": float(psnr(x.cpu(), y.cpu())), "ssim": float(ssim(x.cpu(), y.cpu()))}
+        if self.lpips:
+            measured["lpips"] = float(self.lpips.to(x.device)(x, y))
+        measured |= _moments(mean, logvar, "")
+        if self.start:
+            start_mean, start_logvar = self.start.to(x.device).posterior(x)
+            measured |= _moments(start_mean, start_logvar, "start_")
+            measured["moved"] = float((mean - start_mean).square().mean())
+        pair = (image_io.to_pil(x)[0], image_io.to_pil(y.nan_to_num())[0]) if i < SHOWN else None
+        return Measured(measured, pair, None if codes is None else self.vae.quantize(mean)[1].cpu())
+
+    def _show(self, pairs: list[tuple[Image.Image, Image.Image]], step: int) -> None:
+        originals, reconstructions = zip(*pairs, strict=True)
+        rows = ("original", f"step {step}")
+        sheet = image_io.grid([*originals, *reconstructions], len(pairs), padding=4, row_labels=rows)
+        image_io.save(sheet, self.config.samples / f"step-{step:08d}.png")
+
+    def export(self, folder: Path) -> None:
+        """The VAE in diffusers layout. One that was trained from nothing gets the scale that its latents ask for."""
+        if self.config.init is not None:
+            average = _average([self._measured(i).numbers for i in range(len(self.held_out))])
+            self.vae.network.register_to_config(scaling_factor=1 / _deviation(average, ""))
+        self.vae.network.save_pretrained(folder)
+
+
+@torch.no_grad()
+def remove_noise(network: Any) -> None:
+    """Make the posterior of an AutoencoderKL a point, as `VAE.encode` knows it, whatever the image."""
+    layer = network.encoder.conv_out if network.quant_conv is None else network.quant_conv
+    half = layer.out_channels // 2
+    layer.weight[half:] = 0
+    layer.bias[half:] = 2000 * DETERMINISTIC  # which diffusers clamps; DETERMINISTIC itself, weight decay would lift
+
+
+def _average(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    return {key: math.fsum(row[key] for row in rows) / len(rows) for key in rows[0]}
+
+
+def _moments(mean: Tensor, logvar: Tensor, prefix: str) -> dict[str, float]:
+    """First and second moment of samples of the posterior."""
+    return {f"{prefix}mean": float(mean.mean()), f"{prefix}square": float((mean.square() + logvar.exp()).mean())}
+
+
+def _deviation(moments: Mapping[str, float], prefix: str) -> float:
+    """Standard deviation, of moments averaged over images."""
+    return math.sqrt(max(moments[f"{prefix}square"] - moments[f"{prefix}mean"] ** 2, 1e-12))
