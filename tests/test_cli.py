@@ -25,7 +25,8 @@ from PIL import Image
 
 import sdkit
 from sdkit import images
-from sdkit.cli import _parser, main
+from sdkit.cli import main
+from sdkit.cli.commands import _parser
 from sdkit.cli.console import Stopped, signals_raised
 from sdkit.data import latent_file as latents
 from sdkit.diffusion.samplers import SAMPLERS

@@ -22,7 +22,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import sdkit
-from sdkit.cli.commands import _parser, console, main
+from sdkit.cli import console, main
+from sdkit.cli.commands import _parser
 from sdkit.cli.training import _settings
 from sdkit.data import LatentCache, check
 from sdkit.training import UNetConfig, VAEConfig, train_unet
