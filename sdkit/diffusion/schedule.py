@@ -265,6 +265,22 @@ class NoiseSchedule:
         a, s = self._signal_noise(t, x0)
         return (a * eps - s * x0).to(x0.dtype)
 
+    def target(self, x0: Tensor, eps: Tensor, t: int | Tensor) -> Tensor:
+        """What a model trained on this schedule should output at x_t = `add_noise(x0, eps, t)`.
+
+        Args:
+            x0: (B, C, ...), the clean sample.
+            eps: The noise, shaped like x0.
+            t: An integer or (B,).
+
+        Returns:
+            eps, v, or x0, by the schedule's `prediction_type`. `prediction` is the inverse.
+        """
+        kind = PREDICTIONS[self.prediction_type]
+        if kind == "epsilon":
+            return eps
+        return x0 if kind == "sample" else self.velocity(x0, eps, t)
+
     def prediction(self, output: Tensor, x_t: Tensor, t: int | Tensor, kind: str | None = None) -> Prediction:
         """x0 and eps from a model's output, which is an eps, a v or an x0 by `kind` (the schedule's `prediction_type`
         where None).

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from sdkit import images as image_io
 from sdkit.arguments import LONGEST_SIDE, number, one_of, seeded, strings, whole
+from sdkit.diffusion.conditioning import Conditioning
 from sdkit.diffusion.guidance import APG, guided
 from sdkit.diffusion.samplers import SAMPLERS, Step
 from sdkit.diffusion.schedule import NoiseSchedule
@@ -197,7 +198,10 @@ class StableDiffusion:
             uncond = None if scale == 1 else self._embed([negatives[i] for i in chosen], **encode)
             if output_type != "latent":
                 self._check_embeddings([cond] if uncond is None else [cond, uncond], weighting)
-            predict = guided(unet, self.schedule, cond, uncond, scale, **guidance)
+            predict = guided(
+                unet, self.schedule, Conditioning(cond), None if uncond is None else Conditioning(uncond), scale,
+                **guidance,
+            )  # fmt: skip
             x = x_T[chosen].to(self.unet.device)
             own = [generators[i] for i in chosen]
             loop = SAMPLERS[sampler](predict, x, self.schedule, timesteps, generators=own, **options)

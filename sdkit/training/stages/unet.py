@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from sdkit import images as image_io
+from sdkit.diffusion.conditioning import Conditioning
 from sdkit.diffusion.losses import diffusion_loss, min_snr_weight
 from sdkit.diffusion.schedule import NoiseSchedule, completed
 from sdkit.engines.training_attention import PlainWhereSmall
@@ -67,12 +69,14 @@ class Denoiser(nn.Module):
         super().__init__()
         self.unet, self.text = unet, text
 
-    def forward(self, x_t: Tensor, t: Tensor, cond: Tensor, mask: Tensor | None) -> Tensor:
-        """The U-Net's output; `cond` is embeddings (B, 77k, D), or token ids (B, k, 77) where the text encoder is
-        here."""
-        if self.text is not None:
-            cond = self.text(cond.flatten(0, 1)).unflatten(0, cond.shape[:2]).flatten(1, 2)
-        output: Tensor = self.unet(x_t, t, cond, mask)
+    def forward(self, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+        """The U-Net's output; `cond.text` is embeddings (B, 77k, D), or token ids (B, k, 77) if the text encoder is
+        trained."""
+        if self.text is not None and cond.text is not None:
+            ids = cond.text
+            embeddings = self.text(ids.flatten(0, 1)).unflatten(0, ids.shape[:2]).flatten(1, 2)
+            cond = replace(cond, text=embeddings)
+        output: Tensor = self.unet(x_t, t, cond)
         return output
 
 
@@ -190,9 +194,8 @@ class UNetStage:
             mean, logvar = batch["mean"], batch["logvar"]
         z = latents_of(mean, logvar, batch["posterior_eps"], self.latents.scale, self.latents.shift)
         x_t = self.schedule.add_noise(z, eps, t)
-        kind = self.schedule.prediction_type
-        target = eps if kind == "epsilon" else z if kind == "sample" else self.schedule.velocity(z, eps, t)
-        return network(x_t, t.to(eps.device), self._cond(batch), batch["mask"]), target
+        cond = Conditioning(self._cond(batch), batch["mask"])
+        return network(x_t, t.to(eps.device), cond), self.schedule.target(z, eps, t)
 
     def _cond(self, batch: Mapping[str, Any]) -> Tensor:
         """Token ids for a text encoder in training, embeddings of a frozen one."""
