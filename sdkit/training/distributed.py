@@ -1,19 +1,103 @@
-"""Networks split over the processes: fully sharded data parallelism (FSDP, version 2) as Accelerate sets it up."""
+"""Many processes: work split over them, and networks sharded over them (FSDP, version 2, as Accelerate sets it up)."""
 
 from __future__ import annotations
 
+import contextlib
+import os
+import warnings
+from collections.abc import Callable
 from copy import deepcopy
-from typing import TYPE_CHECKING, TypeGuard
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
 
 import torch
-from accelerate.utils import broadcast, disable_fsdp_ram_efficient_loading
+from accelerate import Accelerator, DistributedType, PartialState
+from accelerate.state import AcceleratorState
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+from accelerate.utils import (
+    DynamoBackend,
+    GradientAccumulationPlugin,
+    broadcast,
+    broadcast_object_list,
+    disable_fsdp_ram_efficient_loading,
+    gather_object,
+)
 from torch import Tensor, nn
 
-from sdkit.errors import ArgumentError
+from sdkit.arguments import one_of
+from sdkit.errors import ArgumentError, SdkitError
+from sdkit.training.settings import LoopSettings
+from sdkit.training.signals import Unfinished, raise_if_stopped
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator
     from torch.distributed.tensor import DTensor  # slow to import
+
+T = TypeVar("T")
+
+
+def make_accelerator(settings: LoopSettings, out_dir: Path) -> Accelerator:
+    """Accelerate's view of the processes, with precision and trackers as set here (not as in its configuration:
+    what trains is what config.json says)."""
+    for name in settings.report_to:
+        one_of("report_to", name, LOGGER_TYPE_TO_CLASS)
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":  # which steps in the backward pass
+        raise ArgumentError("DeepSpeed does not work here; launch with FSDP (fsdp_version: 2), which shares as much.")
+    # Else a second run in this process could not have another precision, nor FSDP again.
+    again = PartialState._shared_state.get("distributed_type") == DistributedType.FSDP
+    AcceleratorState._reset_state(reset_partial_state=again)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "`log_with=")  # of a missing tracker, which is an error below
+            accelerator = Accelerator(
+                mixed_precision=settings.mixed_precision,
+                gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # the loop counts for itself
+                log_with=list(settings.report_to) or None,
+                project_dir=out_dir / "trackers",
+            )
+    except ValueError as error:  # fp16 without a GPU, a tracker that does not exist
+        raise ArgumentError(str(error)) from error
+    if len(accelerator.log_with) < len(set(settings.report_to)):
+        missing = [name for name in settings.report_to if name not in map(str, accelerator.log_with)]
+        raise ArgumentError(f"report_to names {missing[0]!r}, which is not installed; install it, or leave it out.")
+    if settings.mixed_precision == "fp16" and accelerator.device.type == "cpu":  # Accelerate would use float32
+        raise ArgumentError("mixed_precision 'fp16' needs a GPU; use 'bf16' or 'no'.")
+    # Checked on torch 2.13: more than half of a U-Net's parameters get a gradient of 0 there, in silence.
+    if accelerator.device.type == "cpu" and accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
+        AcceleratorState._reset_state()  # it would be the next Accelerator's, too
+        raise ArgumentError("torch.compile loses gradients on a CPU; leave Accelerate's dynamo_backend off.")
+    if accelerator.distributed_type == DistributedType.FSDP:
+        set_up_fsdp(accelerator)
+        if settings.use_8bit_adam:
+            raise ArgumentError("use_8bit_adam does not work with FSDP; leave it off.")
+    return accelerator
+
+
+def on_main(accelerator: Accelerator, do: Callable[[], T]) -> T:
+    """What `do` returns, called on the main process; every process gets it, or the `SdkitError` that it ended with."""
+    said: list[Any] = [None, None]
+    if accelerator.is_main_process:
+        try:
+            said[0] = do()
+        except SdkitError as error:
+            said[1] = error
+    result, failure = broadcast_object_list(said)
+    if failure:
+        raise failure
+    return result  # type: ignore[no-any-return]
+
+
+def split_over_processes(n: int, do: Callable[[int], T]) -> list[T]:
+    """`do`(i) for each i below n, each on one of the processes, gathered on all of them. Raises `Unfinished` on every
+    process where one was asked to stop before its share was done."""
+    state, mine = PartialState(), list[tuple[int, T]]()
+    with contextlib.suppress(Unfinished):  # the other processes wait for what there is
+        for i in range(state.process_index, n, state.num_processes):
+            raise_if_stopped()
+            mine.append((i, do(i)))
+    done: list[tuple[int, T]] = gather_object(mine)
+    if len(done) < n:
+        raise Unfinished
+    return [one for _, one in sorted(done, key=lambda numbered: numbered[0])]
 
 
 def is_sharded(accelerator: Accelerator) -> bool:
@@ -42,7 +126,7 @@ def _is_split(tensor: Tensor) -> TypeGuard[DTensor]:
     return hasattr(tensor, "full_tensor")
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """`tensor`, or all of it where each process holds a part; then every process has to ask."""
     return tensor.full_tensor() if _is_split(tensor) else tensor
 
@@ -79,7 +163,7 @@ def gather(split: nn.Module, network: nn.Module) -> None:
     broadcast([*split.buffers()])
     own, parts = ((*n.parameters(), *n.buffers()) for n in (network, split))
     for tensor, part in zip(own, parts, strict=True):
-        tensor.copy_(whole(part))
+        tensor.copy_(full_tensor(part))
 
 
 def put_away(split: nn.Module) -> None:

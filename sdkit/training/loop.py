@@ -8,7 +8,7 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import InitVar, dataclass
+from dataclasses import InitVar, asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,23 +19,14 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from sdkit.errors import TrainingError
-from sdkit.training import (
-    LoopSettings,
-    Samples,
-    Stage,
-    StopSignals,
-    Trained,
-    TrainingStopped,
-    Unfinished,
-    alone,
-    on_main,
-    raise_if_stopped,
-    tracked,
-)
 from sdkit.training.batches import loaded_ahead
 from sdkit.training.checkpoint import load, restore, rng_state, set_rng_state, snapshot
-from sdkit.training.distributed import whole
+from sdkit.training.distributed import full_tensor, make_accelerator, on_main
+from sdkit.training.prepared import PreparedPlayer, only_gradients_of
 from sdkit.training.run_folder import RunFolder
+from sdkit.training.settings import LoopSettings
+from sdkit.training.signals import StopSignals, TrainingStopped, Unfinished, raise_if_stopped
+from sdkit.training.stage import Samples, Stage
 
 BAD_STEPS = 10  # in a row, without a finite loss, end a run
 
@@ -49,7 +40,7 @@ def fit(stage: Stage, settings: LoopSettings, out_dir: str | Path) -> Path:
     A signal waits for at most one pass of a network, and the micro-batches of that step are discarded. A step is
     finished if an optimizer has stepped in it, or if there are several processes, which would have to agree.
     """
-    accelerator = settings.accelerator(Path(out_dir))
+    accelerator = make_accelerator(settings, Path(out_dir))
     run = RunFolder(Path(out_dir))
     rank, world = accelerator.process_index, accelerator.num_processes
     with ExitStack() as stack:
@@ -60,7 +51,7 @@ def fit(stage: Stage, settings: LoopSettings, out_dir: str | Path) -> Path:
             return run.path
         stop = stack.enter_context(StopSignals())
         loop = _Loop(stage, settings, accelerator, run, stop, start.checkpoint)
-        stack.enter_context(tracked(accelerator, settings))
+        stack.enter_context(_trackers(accelerator, settings))
         batches = stack.enter_context(loaded_ahead(stage, settings, loop.step, rank, world))
         hidden = rank > 0 or None  # None: where stderr is no terminal
         bar = stack.enter_context(tqdm(total=settings.max_steps, initial=loop.step, disable=hidden, desc="training"))
@@ -99,6 +90,18 @@ def _export(run: RunFolder, stage: Stage, step: int, stop: StopSignals) -> None:
         raise TrainingStopped(message, stop.exit_code) from error
 
 
+@contextmanager
+def _trackers(accelerator: Accelerator, settings: LoopSettings) -> Iterator[None]:
+    """The trackers that `settings` asks for take what `accelerator.log` gets inside."""
+    values = {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in asdict(settings).items()}
+    accelerator.init_trackers("sdkit", values)
+    try:
+        yield
+    finally:
+        for tracker in accelerator.trackers:
+            tracker.finish()
+
+
 @dataclass
 class _Loop:
     stage: Stage
@@ -110,17 +113,17 @@ class _Loop:
 
     def __post_init__(self, checkpoint: Path | None) -> None:
         set_seed(self.settings.seed, device_specific=True)
-        self.trained = [Trained(player, self.settings, self.accelerator) for player in self.stage.players]
-        self.networks: dict[str, nn.Module] = {t.player.name: t.network for t in self.trained}
+        self.prepared = [PreparedPlayer(player, self.settings, self.accelerator) for player in self.stage.players]
+        self.networks: dict[str, nn.Module] = {t.player.name: t.network for t in self.prepared}
         self.step = self.skipped = self.skipped_in_a_row = 0
         if checkpoint:
             found = load(checkpoint)
-            restore(self.trained, self.accelerator, found)
+            restore(self.prepared, self.accelerator, found)
             self.step, (self.skipped, self.skipped_in_a_row) = found.step, found.state["skipped"]
             self.accelerator.print(f"going on from {checkpoint}", file=sys.stderr)
 
     def save(self) -> int:
-        checkpoint = snapshot(self.trained, self.accelerator, self.step, (self.skipped, self.skipped_in_a_row))
+        checkpoint = snapshot(self.prepared, self.accelerator, self.step, (self.skipped, self.skipped_in_a_row))
         on_main(self.accelerator, lambda: self.run.save(checkpoint, self.settings.keep_checkpoints))
         return self.step
 
@@ -137,14 +140,14 @@ class _Loop:
         rng = rng_state(self.accelerator.device) if len(loaded) > 1 else None  # else it stops before the first draw
         line: dict[str, float] = {"step": self.step + 1}
         bad: list[set[int]] = []  # of each player that made no step, the micro-batches here that are to blame
-        for t in self.trained:
+        for t in self.prepared:
             if self.step >= t.player.starts_at:
                 try:
                     values, blamed, stopping = self._turn(t, batches, may_stop=len(line) == 1)
                 except Unfinished:
                     self._undo(buffers, rng)
                     raise
-                prefix = "" if t is self.trained[0] else f"{t.player.name}/"
+                prefix = "" if t is self.prepared[0] else f"{t.player.name}/"
                 line |= {prefix + key: value for key, value in values.items()}
                 bad += [] if blamed is None else [blamed]
         self.step += 1
@@ -166,13 +169,13 @@ class _Loop:
         """Restore buffers, gradients, and random numbers as before the step, in which no optimizer has stepped."""
         for buffer, before in buffers:
             buffer.copy_(before)
-        for t in self.trained:
+        for t in self.prepared:
             t.optimizer.zero_grad()
         if rng is not None:
             set_rng_state(rng, self.accelerator.device)
 
     def _turn(
-        self, t: Trained, batches: Sequence[dict[str, Any]], *, may_stop: bool
+        self, t: PreparedPlayer, batches: Sequence[dict[str, Any]], *, may_stop: bool
     ) -> tuple[dict[str, float], set[int] | None, bool]:
         """Returns means over all processes; None, or this process's bad micro-batches where the step was skipped; and
         whether any process is to stop."""
@@ -180,7 +183,7 @@ class _Loop:
         lr = t.player.learning_rate * t.lr_factor(self.step - t.player.starts_at)
         for group in t.optimizer.param_groups:
             group["lr"] = lr
-        with alone(t, self.trained, self.accelerator):
+        with only_gradients_of(t, self.prepared, self.accelerator):
             for i, batch in enumerate(batches):
                 if may_stop:
                     self._raise_if_stopped()
@@ -191,7 +194,7 @@ class _Loop:
                 rows.append(torch.stack(values))
         limit = self.settings.max_grad_norm
         self.accelerator.unscale_gradients()
-        norm = whole(nn.utils.clip_grad_norm_(t.parameters, math.inf if limit is None else limit)).to(device)
+        norm = full_tensor(nn.utils.clip_grad_norm_(t.parameters, math.inf if limit is None else limit)).to(device)
         local = torch.cat([torch.stack(rows).mean(0), norm[None], norm.new_tensor([self.stop.exit_code > 0])])
         *means, grad_norm, stopping = self.accelerator.reduce(local, "mean").tolist()
         line = {**dict(zip(("loss", *parts), means, strict=True)), "lr": lr, "grad_norm": grad_norm}
@@ -229,7 +232,7 @@ class _Loop:
         """Averaged weights, evaluation mode, no gradients; the random numbers drawn inside are as if not drawn."""
         rng = rng_state(self.accelerator.device)
         with ExitStack() as stack, torch.no_grad():
-            for t in self.trained:
+            for t in self.prepared:
                 stack.enter_context(t.at_rest())
             stack.callback(set_rng_state, rng, self.accelerator.device)
             yield

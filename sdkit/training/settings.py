@@ -5,20 +5,81 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, ClassVar
 
 from sdkit.errors import ArgumentError
 from sdkit.fields import documented
 from sdkit.files import expanded
-from sdkit.training import LoopSettings
 
-if TYPE_CHECKING:
-    from sdkit.data.transform import Transform
+# Names of diffusers.optimization.get_scheduler, but the one whose rules are a language of their own.
+LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
 
 AUGMENTATIONS = ("crop", "flip")
 RECONSTRUCTIONS = ("l1", "l2")
 REGULARIZERS = ("none", "kl", "vq")
 LPIPS = "SDKIT_LPIPS"  # an environment variable
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopSettings:
+    """What the loop asks of every stage's settings, which are a subclass."""
+
+    max_steps: int = 1000
+    """Optimizer steps in all."""
+    batch_size: int = 1
+    """Samples of each process and micro-batch."""
+    gradient_accumulation_steps: int = 1
+    """Micro-batches to an optimizer step."""
+    mixed_precision: str = "no"
+    """Autocast to "bf16" or "fp16"; "no" is float32. Trained weights are float32 in each."""
+    seed: int = 0
+    """Of everything that is drawn."""
+    lr_scheduler: str = "constant"
+    """constant, constant_with_warmup, linear, cosine, cosine_with_restarts or polynomial; counts optimizer steps."""
+    lr_warmup_steps: int = 0
+    """Optimizer steps in which the learning rate rises from 0, for the schedules that have them."""
+    max_grad_norm: float | None = 1.0
+    """Gradients are clipped to it; None clips none."""
+    use_8bit_adam: bool = False
+    """AdamW of bitsandbytes, with its state in 8 bits."""
+    ema_decay: float = 0.9999
+    """Of the moving average of the weights, which is what validation and result see; 0 has none."""
+    save_every: int = 100
+    """Steps between checkpoints."""
+    keep_checkpoints: int = 2
+    """The last N are kept."""
+    validate_every: int = 100
+    """Steps between validations; there is one before the first step and one after the last, too."""
+    report_to: tuple[str, ...] = ()
+    """Trackers that also get the metrics, such as tensorboard and wandb."""
+
+    # What a run may be taken up again with other values of; the first two as long as a step takes as many samples.
+    may_change: ClassVar[frozenset[str]] = frozenset({
+        *("batch_size", "data", "gradient_accumulation_steps", "keep_checkpoints", "max_steps", "model", "out_dir"),
+        *("report_to", "save_every", "validate_every"),
+    })  # fmt: skip
+
+    def __post_init__(self) -> None:
+        from sdkit.arguments import flag, number, one_of, strings, whole  # which loads PyTorch
+
+        for name in ("max_steps", "batch_size", "gradient_accumulation_steps", "save_every", "keep_checkpoints"):
+            self._keep(name, whole(name, getattr(self, name), 1))
+        self._keep("validate_every", whole("validate_every", self.validate_every, 1))
+        self._keep("lr_warmup_steps", whole("lr_warmup_steps", self.lr_warmup_steps, 0))
+        self._keep("seed", whole("seed", self.seed, 0, 2**31 - 1))
+        self._keep("ema_decay", number("ema_decay", self.ema_decay, 0, 1))
+        if self.lr_warmup_steps and self.lr_scheduler == "constant":
+            raise ArgumentError("lr_scheduler constant has no lr_warmup_steps; take constant_with_warmup.")
+        if self.max_grad_norm is not None:
+            self._keep("max_grad_norm", number("max_grad_norm", self.max_grad_norm, 1e-9))
+        one_of("mixed_precision", self.mixed_precision, ("no", "bf16", "fp16"))
+        one_of("lr_scheduler", self.lr_scheduler, LR_SCHEDULERS)
+        flag("use_8bit_adam", self.use_8bit_adam)
+        self._keep("report_to", tuple(strings("report_to", self.report_to)) if self.report_to else ())
+
+    def _keep(self, name: str, value: object) -> None:
+        """Set a field to what its check made of it: of NumPy's numbers Python's, which config.json can hold."""
+        object.__setattr__(self, name, value)
 
 
 @documented
@@ -91,13 +152,6 @@ class StageSettings(LoopSettings):
                 f"out_dir {str(self.out_dir)!r} lies in {name} {os.fspath(data)!r}, of which its pictures would become "
                 "a part; name another."
             )
-
-    def transform(self, size: tuple[int, int]) -> Transform:
-        """What happens to a training image."""
-        from sdkit.data.transform import Transform
-
-        crop = "random" if "crop" in self.augment else "center"
-        return Transform(size=size, crop=crop, flip="flip" in self.augment)
 
     @property
     def samples(self) -> Path:

@@ -17,7 +17,7 @@ from sdkit.networks.autoencoder import VAE
 from sdkit.networks.text_encoder import TextEncoder
 from sdkit.processes import is_main_process
 from sdkit.training.settings import UNetConfig
-from sdkit.training.stages.images import TrainingImages, is_cache, split
+from sdkit.training.stages.images import TrainingImages, is_cache, split, training_transform
 
 Example = dict[str, Tensor]
 """Its caption as `ids` (k, 77) and perhaps `embeddings` (77k, D); its image as raw `mean` and `logvar` (4, h, w), or as
@@ -88,7 +88,7 @@ class ImageLatents:
         vae.check_size(size)
         examples = open_examples(config.data, **config.opened_with())
         warn_of_captions(examples)
-        self.images = TrainingImages(examples, config.transform(size), config.seed)
+        self.images = TrainingImages(examples, training_transform(size, config.augment), config.seed)
         self.identity = self.images.examples.identity
         self.validation_images = TrainingImages(self.images.examples, Transform(size=size), seed=0)
         self.scale, self.shift = vae.scale, vae.shift

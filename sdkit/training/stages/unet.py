@@ -36,11 +36,13 @@ from sdkit.networks.denoiser import UNet
 from sdkit.networks.lora import FILENAME, TARGETS, add_lora, lora_tensors, save_lora
 from sdkit.networks.text_encoder import TextEncoder
 from sdkit.pipelines.text_to_image import StableDiffusion
-from sdkit.training import Player, Samples, raise_if_stopped
+from sdkit.training.distributed import split_over_processes
 from sdkit.training.loop import fit
 from sdkit.training.settings import UNetConfig
+from sdkit.training.signals import raise_if_stopped
+from sdkit.training.stage import Player, Samples
 from sdkit.training.stages.examples import open_latents
-from sdkit.training.stages.images import identity_of, noise_of, report_skipped, shared
+from sdkit.training.stages.images import identity_of, noise_of, report_skipped
 
 VALIDATION_TIMESTEPS = 8  # of each image
 VALIDATION_STEPS = 25  # of the images of fixed prompts
@@ -217,7 +219,7 @@ class UNetStage:
 
     def validate(self, step: int) -> dict[str, float]:
         """The loss, without weights, over a fixed grid of images, noises and timesteps, and images of fixed prompts."""
-        losses = shared(len(self.latents.held_out), self._validation_loss)
+        losses = split_over_processes(len(self.latents.held_out), self._validation_loss)
         report_skipped(self.latents.skipped, Path(self.config.out_dir) / "skipped.json")
         if self.config.validation_prompts:
             self._show(step)
@@ -235,7 +237,8 @@ class UNetStage:
     def _show(self, step: int) -> None:
         prompts = self.config.validation_prompts
         images = [
-            Image.fromarray(pixels) for pixels in shared(len(prompts), lambda i: np.asarray(self._drawn(prompts[i], i)))
+            Image.fromarray(pixels)
+            for pixels in split_over_processes(len(prompts), lambda i: np.asarray(self._drawn(prompts[i], i)))
         ]
         self.vae.cpu()
         if not self.config.train_text_encoder:

@@ -31,10 +31,20 @@ from sdkit.networks.discriminator import SMALLEST as DISCRIMINATOR_SMALLEST
 from sdkit.networks.discriminator import Discriminator
 from sdkit.networks.lpips import LPIPS
 from sdkit.networks.lpips import SMALLEST as LPIPS_SMALLEST
-from sdkit.training import Player, Samples, raise_if_stopped
+from sdkit.training.distributed import split_over_processes
 from sdkit.training.loop import fit
 from sdkit.training.settings import VAEConfig
-from sdkit.training.stages.images import TrainingImages, identity_of, is_cache, noise_of, report_skipped, shared, split
+from sdkit.training.signals import raise_if_stopped
+from sdkit.training.stage import Player, Samples
+from sdkit.training.stages.images import (
+    TrainingImages,
+    identity_of,
+    is_cache,
+    noise_of,
+    report_skipped,
+    split,
+    training_transform,
+)
 
 GAN_BETAS = (0.5, 0.9)  # of AdamW, as in VQGAN
 MOST_VALIDATED, SHOWN = 64, 8  # images
@@ -116,7 +126,7 @@ class VAEStage:
         if config.validation_data is not None:
             held_out = open_examples(config.validation_data)
             self.train, self.held_out = np.arange(len(examples)), [*range(min(MOST_VALIDATED, len(held_out)))]
-        self.images = TrainingImages(examples, config.transform(size), config.seed)
+        self.images = TrainingImages(examples, training_transform(size, config.augment), config.seed)
         self.validation = TrainingImages(held_out, Transform(size=size), seed=0)
         self.identity = {"data": examples.identity, "model": identity_of(network)}
         self.identity["validation"] = (
@@ -211,7 +221,7 @@ class VAEStage:
         Where the encoder trains, `latent_drift` is how far latents have moved from the starting VAE's: the root mean
         square, in the standard deviation that those have.
         """
-        found = shared(len(self.held_out), self._measured)
+        found = split_over_processes(len(self.held_out), self._measured)
         report_skipped(self.images.skipped | self.validation.skipped, Path(self.config.out_dir) / "skipped.json")
         average = _average([one.numbers for one in found])
         metrics = {key: value for key, value in average.items() if key in ("psnr", "ssim", "lpips")}
