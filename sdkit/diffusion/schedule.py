@@ -265,6 +265,12 @@ class NoiseSchedule:
         a, s = self._signal_noise(t, x0)
         return (a * eps - s * x0).to(x0.dtype)
 
+    def target(self, x0: Tensor, eps: Tensor, t: int | Tensor) -> Tensor:
+        """Training target of a model of this `prediction_type`: eps, x0, or the velocity; `t` as in `velocity`."""
+        if self.prediction_type == "epsilon":
+            return eps
+        return x0 if self.prediction_type == "sample" else self.velocity(x0, eps, t)
+
     def prediction(self, output: Tensor, x_t: Tensor, t: int | Tensor, kind: str | None = None) -> Prediction:
         """x0 and eps from a model's output, which is an eps, a v or an x0 by `kind` (the schedule's `prediction_type`
         where None).

@@ -26,8 +26,9 @@ from sdkit.networks.text_encoder import TextEncoder
 from sdkit.training import UNetConfig
 from sdkit.training.distributed import split_over_processes
 from sdkit.training.signals import StopSignals, Unfinished, raise_if_stopped
-from sdkit.training.stages.examples import CachedLatents, ImageLatents, open_latents
+from sdkit.training.stages.examples import CachedLatents, ImageLatents
 from sdkit.training.stages.images import TrainingImages, noise_of, report_skipped, split
+from sdkit.training.stages.unet import open_latents
 
 from . import tiny
 

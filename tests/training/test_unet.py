@@ -181,7 +181,10 @@ class TestLoss:
         batch["t"][:2] = [0, 999]
         with torch.no_grad():
             loss, parts = stage.loss({"unet": stage.denoiser}, batch, 0)
-        settings = {"prediction_type": stage.schedule.prediction_type, "rescale_betas_zero_snr": stage.zero_snr}
+        settings = {
+            "prediction_type": stage.schedule.prediction_type,
+            "rescale_betas_zero_snr": stage.objective.zero_snr,
+        }
         theirs = Theirs(kit.models["epsilon"], **settings)
         ids = captions(kit.stage(data="photos"), BATCH)
         assert [len(one) for one in ids] == [1, 2, 1, 1, 1, 1, 1, 1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from sdkit import images as image_io
-from sdkit.diffusion.losses import diffusion_loss, min_snr_weight
+from sdkit.data.examples import open_examples
+from sdkit.diffusion.losses import diffusion_loss
 from sdkit.diffusion.schedule import NoiseSchedule, completed
 from sdkit.engines.training_attention import PlainWhereSmall
 from sdkit.errors import ArgumentError
@@ -41,10 +43,10 @@ from sdkit.training.loop import fit
 from sdkit.training.settings import UNetConfig
 from sdkit.training.signals import raise_if_stopped
 from sdkit.training.stage import Player, Samples
-from sdkit.training.stages.examples import open_latents
-from sdkit.training.stages.images import identity_of, noise_of, report_skipped
+from sdkit.training.stages.denoising import DenoisingObjective
+from sdkit.training.stages.examples import CachedLatents, ImageLatents
+from sdkit.training.stages.images import identity_of, is_cache, noise_of, report_skipped, training_transform
 
-VALIDATION_TIMESTEPS = 8  # of each image
 VALIDATION_STEPS = 25  # of the images of fixed prompts
 REMEMBERED = 4096  # captions whose embeddings are kept in memory, each 0.24 MB for SD 1.x; a cache has room for all
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -89,8 +91,8 @@ class UNetStage:
         self.scheduler = _scheduler(config)
         self.schedule = NoiseSchedule.from_config(self.scheduler, latents=True)
         self.guidance_scale = USUAL_GUIDANCE if config.init else load_guidance_scale(config.model)
-        self.zero_snr = float(self.schedule.alphas_cumprod[-1]) == 0
-        if self.zero_snr and self.schedule.prediction_type == "epsilon":
+        self.objective = DenoisingObjective(self.schedule, snr_gamma=config.snr_gamma, noise_offset=config.noise_offset)
+        if self.objective.zero_snr and self.schedule.prediction_type == "epsilon":
             raise ArgumentError(
                 "at zero terminal SNR the noise says nothing of the image: train with prediction_type v_prediction or "
                 "sample, or without zero_snr."
@@ -148,23 +150,22 @@ class UNetStage:
             example = self.latents.load(item, n // self.size)
             source = noise_of(self.config.seed, n)
             dropped = float(torch.rand((), generator=source)) < self.config.caption_dropout
-            t = int(torch.randint(self.schedule.num_timesteps, (), generator=source))
+            t = self.objective.timestep(source)
             rows.append(
                 {
                     **example,
                     **(self.latents.empty if dropped else {}),
-                    **self._noise(source, self.config.noise_offset),
+                    **self.objective.noise(self._shape, source),
                     "t": t,
                 }
             )
         return collated(rows)
 
-    def _noise(self, source: torch.Generator, noise_offset: float) -> dict[str, Tensor]:
-        """Standard normal noise for the posterior and for the latents, (4, h, w), the latter with an offset of each
-        channel."""
-        shape = (self.vae.channels, *self.latents.shape)
-        posterior, eps, offset = (torch.randn(s, generator=source) for s in (shape, shape, (shape[0], 1, 1)))
-        return {"posterior_eps": posterior, "eps": eps + noise_offset * offset}
+    @property
+    def _shape(self) -> tuple[int, int, int]:
+        """(4, h, w) of the latents of one example."""
+        height, width = self.latents.shape
+        return (self.vae.channels, height, width)
 
     def names(self, samples: Samples) -> list[str]:
         """Names of the examples of samples (n, item)."""
@@ -175,11 +176,7 @@ class UNetStage:
     ) -> tuple[Tensor, Mapping[str, float | Tensor]]:
         """The weighted denoising loss, and beside it `mse`, the same without weights, where there are some."""
         output, target = self._denoised(networks["unet"], batch)
-        kind, gamma = self.schedule.prediction_type, self.config.snr_gamma
-        snr = self.schedule.snr(torch.tensor(batch["t"])).float()
-        weight = min_snr_weight(snr, gamma, kind, keep_noisiest=self.zero_snr)
-        loss = diffusion_loss(output, target, weight.to(output.device))
-        return loss, {} if gamma is None else {"mse": diffusion_loss(output, target).detach()}
+        return self.objective.loss(output, target, batch["t"])
 
     def _denoised(self, network: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         """What the network says of noised latents, and what it should."""
@@ -191,9 +188,7 @@ class UNetStage:
         else:
             mean, logvar = batch["mean"], batch["logvar"]
         z = latents_of(mean, logvar, batch["posterior_eps"], self.latents.scale, self.latents.shift)
-        x_t = self.schedule.add_noise(z, eps, t)
-        kind = self.schedule.prediction_type
-        target = eps if kind == "epsilon" else z if kind == "sample" else self.schedule.velocity(z, eps, t)
+        x_t, target = self.objective.noised(z, eps, t)
         return network(x_t, t.to(eps.device), self._cond(batch), batch["mask"]), target
 
     def _cond(self, batch: Mapping[str, Any]) -> Tensor:
@@ -228,8 +223,7 @@ class UNetStage:
     def _validation_loss(self, i: int) -> float:
         """Of one held-out image, with noise that is the same in every run, at timesteps spread over all of them."""
         example = self.latents.validation(i)
-        T, n = self.schedule.num_timesteps, VALIDATION_TIMESTEPS
-        rows = [example | self._noise(noise_of(0, i * n + j), 0) | {"t": (2 * j + 1) * T // (2 * n)} for j in range(n)]
+        rows = [example | drawn for drawn in self.objective.validation_grid(i, self._shape)]
         device = self.unet.device
         batch = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in collated(rows).items()}
         return float(diffusion_loss(*self._denoised(self.denoiser, batch)))
@@ -279,6 +273,22 @@ class UNetStage:
             if self.guidance_scale != USUAL_GUIDANCE:
                 pipeline.register_to_config(**{GUIDANCE: self.guidance_scale})
             pipeline.save_pretrained(folder)
+
+
+def open_latents(
+    config: UNetConfig, vae: VAE, text: TextEncoder, own_size: tuple[int, int]
+) -> CachedLatents | ImageLatents:
+    """Open `config.data`: a latent cache, or images, by default of the model's `own_size`."""
+    if is_cache(config.data):
+        defaults = {field.name: field.default for field in fields(config)}
+        if given := [name for name, value in config.opened_with().items() if value != defaults[name]]:
+            raise ArgumentError(f"{given[0]}= has no meaning for a latent cache; give it to sdkit cache instead.")
+        trains_text = config.train_text_encoder
+        return CachedLatents(config.data, vae, text, size=config.size, augment=config.augment, trains_text=trains_text)
+    size: Any = config.size or own_size
+    vae.check_size(size)
+    examples = open_examples(config.data, **config.opened_with())
+    return ImageLatents(examples, training_transform(size, config.augment), vae, text, seed=config.seed)
 
 
 def collated(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
