@@ -1,4 +1,4 @@
-"""Checkpoints of safetensors and JSON, written whole or not at all, from which a run goes on exactly.
+"""Checkpoints of safetensors and JSON, written atomically, from which a run resumes bit-identically.
 
 A checkpoint is a folder, written beside its place and renamed when it is whole, with the SHA-256 of each of its files.
 Nothing in it can execute code when it is loaded, and nothing is restored that this run could not have written: an
@@ -188,7 +188,7 @@ def _damage(folder: Path) -> str:
 def snapshot(
     prepared: Sequence[PreparedPlayer], accelerator: Accelerator, step: int, skipped: Sequence[int]
 ) -> Checkpoint:
-    """All that the next step depends on. The tensors are not copied. To be called on every process."""
+    """Return everything that the next step depends on. Tensors are not copied. Call it on every process."""
     rng = gather_object([rng_state(accelerator.device)])
     tensors: dict[str, Tensors] = {"rng": {f"{i}/{name}": v for i, own in enumerate(rng) for name, v in own.items()}}
     numbers = {}

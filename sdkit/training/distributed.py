@@ -36,13 +36,13 @@ T = TypeVar("T")
 
 
 def make_accelerator(settings: LoopSettings, out_dir: Path) -> Accelerator:
-    """Accelerate's view of the processes, with precision and trackers as set here (not as in its configuration:
-    what trains is what config.json says)."""
+    """Make the Accelerator with the precision and trackers of `settings`, not of Accelerate's own configuration:
+    config.json alone says how a run trains."""
     for name in settings.report_to:
         one_of("report_to", name, LOGGER_TYPE_TO_CLASS)
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":  # which steps in the backward pass
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":  # it steps the optimizer in the backward pass
         raise ArgumentError("DeepSpeed does not work here; launch with FSDP (fsdp_version: 2), which shares as much.")
-    # Else a second run in this process could not have another precision, nor FSDP again.
+    # Without this reset, a second run in this process could not have another precision, nor FSDP again.
     again = PartialState._shared_state.get("distributed_type") == DistributedType.FSDP
     AcceleratorState._reset_state(reset_partial_state=again)
     try:
@@ -50,7 +50,7 @@ def make_accelerator(settings: LoopSettings, out_dir: Path) -> Accelerator:
             warnings.filterwarnings("ignore", "`log_with=")  # of a missing tracker, which is an error below
             accelerator = Accelerator(
                 mixed_precision=settings.mixed_precision,
-                gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # the loop counts for itself
+                gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # the loop accumulates itself
                 log_with=list(settings.report_to) or None,
                 project_dir=out_dir / "trackers",
             )
@@ -73,7 +73,7 @@ def make_accelerator(settings: LoopSettings, out_dir: Path) -> Accelerator:
 
 
 def on_main(accelerator: Accelerator, do: Callable[[], T]) -> T:
-    """What `do` returns, called on the main process; every process gets it, or the `SdkitError` that it ended with."""
+    """Call `do` on the main process, and return its result, or raise its `SdkitError`, on every process."""
     said: list[Any] = [None, None]
     if accelerator.is_main_process:
         try:
@@ -87,8 +87,8 @@ def on_main(accelerator: Accelerator, do: Callable[[], T]) -> T:
 
 
 def split_over_processes(n: int, do: Callable[[int], T]) -> list[T]:
-    """`do`(i) for each i below n, each on one of the processes, gathered on all of them. Raises `Unfinished` on every
-    process where one was asked to stop before its share was done."""
+    """Return `do`(i) for each i below n, each computed on one process and gathered on all. Raises `Unfinished` on every
+    process if one was asked to stop before its share was done."""
     state, mine = PartialState(), list[tuple[int, T]]()
     with contextlib.suppress(Unfinished):  # the other processes wait for what there is
         for i in range(state.process_index, n, state.num_processes):
@@ -101,12 +101,12 @@ def split_over_processes(n: int, do: Callable[[int], T]) -> list[T]:
 
 
 def is_sharded(accelerator: Accelerator) -> bool:
-    """Whether `accelerator` splits what it prepares."""
+    """Return whether `accelerator` shards the networks that it prepares."""
     return bool(getattr(accelerator, "is_fsdp2", False))  # which Accelerate has since 1.6
 
 
 def set_up_fsdp(accelerator: Accelerator) -> None:
-    """Take from Accelerate's configuration what suits, and raise ArgumentError for what does not."""
+    """Adapt Accelerate's FSDP plugin, and raise ArgumentError for options that do not work here."""
     plugin = accelerator.state.fsdp_plugin
     if not is_sharded(accelerator):
         raise ArgumentError("FSDP works in version 2 alone; set fsdp_version: 2.")
@@ -127,13 +127,13 @@ def _is_split(tensor: Tensor) -> TypeGuard[DTensor]:
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """`tensor`, or all of it where each process holds a part; then every process has to ask."""
+    """Return the full tensor, gathered from its shards if it is sharded; then every process has to call."""
     return tensor.full_tensor() if _is_split(tensor) else tensor
 
 
 def split_as(tensor: Tensor, other: Tensor) -> Tensor:
-    """`tensor`, split over the processes where `other` is; then every process has to call, and that of the main process
-    counts."""
+    """Return `tensor`, sharded like `other` if that is sharded; then every process has to call, and the main process's
+    values are used."""
     if not _is_split(other):
         return tensor
     from torch.distributed.tensor import distribute_tensor
@@ -143,7 +143,7 @@ def split_as(tensor: Tensor, other: Tensor) -> Tensor:
 
 @torch.no_grad()
 def copy_to_split(network: nn.Module, accelerator: Accelerator) -> nn.Module:
-    """A copy of `network` for Accelerate to split, the same on every process, as data parallelism would make it."""
+    """Return a copy of `network` for Accelerate to shard, with the main process's weights on every process."""
     accelerator.prepare_model(network, device_placement=False, evaluation_mode=True)  # autocast, in the copy too
     copy = deepcopy(network).to(accelerator.device)
     for p in copy.parameters():
@@ -159,7 +159,7 @@ def copy_to_split(network: nn.Module, accelerator: Accelerator) -> nn.Module:
 
 @torch.no_grad()
 def gather(split: nn.Module, network: nn.Module) -> None:
-    """Give `network` the weights and buffers of the copy of it that is split; every process has to call."""
+    """Copy weights and buffers from the sharded copy back into `network`; every process has to call."""
     broadcast([*split.buffers()])
     own, parts = ((*n.parameters(), *n.buffers()) for n in (network, split))
     for tensor, part in zip(own, parts, strict=True):
@@ -167,7 +167,7 @@ def gather(split: nn.Module, network: nn.Module) -> None:
 
 
 def put_away(split: nn.Module) -> None:
-    """Free the weights that a forward pass has gathered, which would else outlive the optimizer's step."""
+    """Free the weights gathered by a forward pass; they would otherwise go stale after the optimizer's step."""
     from torch.distributed.fsdp import FSDPModule
 
     for module in split.modules():

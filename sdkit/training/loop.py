@@ -32,7 +32,7 @@ BAD_STEPS = 10  # in a row, without a finite loss, end a run
 
 
 def fit(stage: Stage, settings: LoopSettings, out_dir: str | Path) -> Path:
-    """Train `stage` in the run folder `out_dir`, or go on with the run that is there, and return the folder.
+    """Train `stage` in the run folder `out_dir`, or resume the run that is there, and return the folder.
 
     Resuming is exact: a step depends on its number, the checkpoint, and settings that may not change, alone. Raises
     TrainingStopped after SIGTERM or Ctrl-C, once a checkpoint is written, and TrainingError where it cannot go on.
@@ -92,7 +92,7 @@ def _export(run: RunFolder, stage: Stage, step: int, stop: StopSignals) -> None:
 
 @contextmanager
 def _trackers(accelerator: Accelerator, settings: LoopSettings) -> Iterator[None]:
-    """The trackers that `settings` asks for take what `accelerator.log` gets inside."""
+    """Start the trackers of `settings`, and finish them afterwards."""
     values = {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in asdict(settings).items()}
     accelerator.init_trackers("sdkit", values)
     try:
@@ -175,42 +175,92 @@ class _Loop:
             set_rng_state(rng, self.accelerator.device)
 
     def _turn(
-        self, t: PreparedPlayer, batches: Sequence[dict[str, Any]], *, may_stop: bool
+        self, turn: PreparedPlayer, batches: Sequence[dict[str, Any]], *, may_stop: bool
     ) -> tuple[dict[str, float], set[int] | None, bool]:
-        """Returns means over all processes; None, or this process's bad micro-batches where the step was skipped; and
-        whether any process is to stop."""
-        device, rows = self.accelerator.device, list[Tensor]()
-        lr = t.player.learning_rate * t.lr_factor(self.step - t.player.starts_at)
-        for group in t.optimizer.param_groups:
-            group["lr"] = lr
-        with only_gradients_of(t, self.prepared, self.accelerator):
+        """One optimizer step of one player.
+
+        Returns:
+            Means over all processes; this process's bad micro-batches where the step was skipped, else None; and
+            whether any process is to stop.
+        """
+        learning_rate = self._set_learning_rate(turn)
+        names, rows = self._accumulate_gradients(turn, batches, may_stop=may_stop)
+        norm = self._clip_gradients(turn)
+        *means, grad_norm, stopping = self._reduce(rows, norm)
+        line = {**dict(zip(names, means, strict=True)), "lr": learning_rate, "grad_norm": grad_norm}
+        blamed = None
+        if self._gradients_are_good(grad_norm) and math.isfinite(means[0]):
+            self._take_step(turn, grad_norm)
+        else:
+            blamed = self._skip_step(rows)
+        turn.optimizer.zero_grad()
+        return line, blamed, stopping > 0
+
+    def _set_learning_rate(self, turn: PreparedPlayer) -> float:
+        """Set the learning rate of this step, which follows from the step's number alone, and return it."""
+        learning_rate = turn.player.learning_rate * turn.lr_factor(self.step - turn.player.starts_at)
+        for group in turn.optimizer.param_groups:
+            group["lr"] = learning_rate
+        return learning_rate
+
+    def _accumulate_gradients(
+        self, turn: PreparedPlayer, batches: Sequence[dict[str, Any]], *, may_stop: bool
+    ) -> tuple[list[str], list[Tensor]]:
+        """Add up the gradients of all micro-batches.
+
+        Returns:
+            The names of the loss and its parts, and a row of their values for each micro-batch.
+        """
+        names, rows = list[str](), list[Tensor]()
+        with only_gradients_of(turn, self.prepared, self.accelerator):
             for i, batch in enumerate(batches):
                 if may_stop:
                     self._raise_if_stopped()
-                with self.accelerator.no_sync(t.network) if i + 1 < len(batches) else nullcontext():
-                    loss, parts = t.player.loss(self.networks, batch, self.step)
+                # Processes exchange gradients once a step, in the backward pass of the last micro-batch.
+                with self.accelerator.no_sync(turn.network) if i + 1 < len(batches) else nullcontext():
+                    loss, parts = turn.player.loss(self.networks, batch, self.step)
                     self.accelerator.backward(loss / len(batches))
-                values = [torch.as_tensor(v).detach().to(device, torch.float32) for v in (loss, *parts.values())]
-                rows.append(torch.stack(values))
+                names, values = ["loss", *parts], (loss, *parts.values())
+                device = self.accelerator.device
+                rows.append(torch.stack([torch.as_tensor(v).detach().to(device, torch.float32) for v in values]))
+        return names, rows
+
+    def _clip_gradients(self, turn: PreparedPlayer) -> Tensor:
+        """Clip the gradients to `max_grad_norm`, and return their norm before that."""
         limit = self.settings.max_grad_norm
-        self.accelerator.unscale_gradients()
-        norm = full_tensor(nn.utils.clip_grad_norm_(t.parameters, math.inf if limit is None else limit)).to(device)
-        local = torch.cat([torch.stack(rows).mean(0), norm[None], norm.new_tensor([self.stop.exit_code > 0])])
-        *means, grad_norm, stopping = self.accelerator.reduce(local, "mean").tolist()
-        line = {**dict(zip(("loss", *parts), means, strict=True)), "lr": lr, "grad_norm": grad_norm}
-        scaler, blamed = self.accelerator.scaler, None
-        # A scaler finds its scale by gradients that overflow; where the smallest scale does not help they are bad.
-        good = math.isfinite(grad_norm) or (scaler is not None and scaler.get_scale() >= 1)
-        if good and math.isfinite(means[0]):
-            t.optimizer.step()  # with a scaler, unless gradients overflowed, which is how it finds its scale
-            if t.ema and math.isfinite(grad_norm):
-                t.ema.update()
-        else:
-            blamed = {i for i, row in enumerate(rows) if not math.isfinite(row[0])}
-            if scaler:
-                scaler.update()  # else it would not unscale the next gradients
-        t.optimizer.zero_grad()
-        return line, blamed, stopping > 0
+        self.accelerator.unscale_gradients()  # with float16's scaler, the norm would else be that of scaled gradients
+        norm = nn.utils.clip_grad_norm_(turn.parameters, math.inf if limit is None else limit)
+        return full_tensor(norm).to(self.accelerator.device)
+
+    def _reduce(self, rows: list[Tensor], norm: Tensor) -> list[float]:
+        """Average over all processes: the rows' mean, the gradient norm, and whether this process was asked to stop.
+
+        All values travel in one tensor, so that processes reduce once.
+        """
+        stopping = norm.new_tensor([self.stop.exit_code > 0])
+        local = torch.cat([torch.stack(rows).mean(0), norm[None], stopping])
+        values: list[float] = self.accelerator.reduce(local, "mean").tolist()
+        return values
+
+    def _gradients_are_good(self, grad_norm: float) -> bool:
+        """Whether gradients are finite, or have overflowed only because float16's scaler is still finding its scale.
+
+        Where they overflow at a scale below 1, the gradients themselves are bad.
+        """
+        scaler = self.accelerator.scaler
+        return math.isfinite(grad_norm) or (scaler is not None and scaler.get_scale() >= 1)
+
+    def _take_step(self, turn: PreparedPlayer, grad_norm: float) -> None:
+        """Update the weights, and the moving average of them. A scaler skips the update where gradients overflowed."""
+        turn.optimizer.step()
+        if turn.ema and math.isfinite(grad_norm):
+            turn.ema.update()
+
+    def _skip_step(self, rows: list[Tensor]) -> set[int]:
+        """Return this process's micro-batches whose loss is not finite."""
+        if self.accelerator.scaler:
+            self.accelerator.scaler.update()  # else it would refuse to unscale the next gradients
+        return {i for i, row in enumerate(rows) if not math.isfinite(row[0])}
 
     def _complain(self, blamed: list[Samples], all_of_them: list[Samples]) -> None:
         names = gather_object([name for samples in blamed for name in self.stage.names(samples)])
@@ -229,7 +279,7 @@ class _Loop:
 
     @contextmanager
     def at_rest(self) -> Iterator[None]:
-        """Averaged weights, evaluation mode, no gradients; the random numbers drawn inside are as if not drawn."""
+        """Averaged weights, evaluation mode, no gradients; the random number generators are restored afterwards."""
         rng = rng_state(self.accelerator.device)
         with ExitStack() as stack, torch.no_grad():
             for t in self.prepared:

@@ -20,8 +20,10 @@ from sdkit.training.stage import Player
 
 
 class PreparedPlayer:
-    """A player prepared for precision and processes, with what training adds to it. Where processes share the weights,
-    its network is a copy of the stage's."""
+    """A player prepared for precision and processes, with its optimizer, learning-rate schedule, and moving average.
+
+    With FSDP its network is a sharded copy of the stage's network.
+    """
 
     def __init__(self, player: Player, settings: LoopSettings, accelerator: Accelerator) -> None:
 
@@ -40,7 +42,7 @@ class PreparedPlayer:
 
     @contextlib.contextmanager
     def at_rest(self) -> Iterator[None]:
-        """The stage's network has averaged weights and is in evaluation mode inside."""
+        """Put the averaged weights into the stage's network, and that in evaluation mode, inside the context."""
 
         network = self.stages_network
         with self.ema.swapped() if self.ema else contextlib.nullcontext():
@@ -52,14 +54,14 @@ class PreparedPlayer:
             finally:
                 network.train()
         if network is not self.player.network:
-            network.to("cpu")  # where it is in nobody's way
+            network.to("cpu")  # between validations only the sharded copy needs GPU memory
 
 
 @contextlib.contextmanager
 def only_gradients_of(
     turn: PreparedPlayer, prepared: Sequence[PreparedPlayer], accelerator: Accelerator
 ) -> Iterator[None]:
-    """Of `prepared` only `turn` gathers gradients inside; the others let them through, to it, and reduce none."""
+    """Of `prepared` only `turn` gathers gradients inside; the others only pass them on, and reduce none."""
     with contextlib.ExitStack() as stack:
         for other in prepared:
             if is_sharded(accelerator):
@@ -73,7 +75,7 @@ def only_gradients_of(
 
 
 def make_optimizer(player: Player, settings: LoopSettings, device: torch.device) -> torch.optim.Optimizer:
-    """AdamW over what `player` trains."""
+    """Return AdamW over the trainable parameters of `player`."""
     parameters = [p for p in player.network.parameters() if p.requires_grad]
     options: dict[str, Any] = {
         "lr": player.learning_rate, "betas": player.betas, "weight_decay": player.weight_decay
@@ -89,7 +91,7 @@ def make_optimizer(player: Player, settings: LoopSettings, device: torch.device)
 
 
 def lr_factor_of(player: Player, settings: LoopSettings) -> Callable[[int], float]:
-    """What multiplies the learning rate in optimizer step n of `player`, counted from its first."""
+    """Return the factor of the learning rate by optimizer step of `player`, counted from its first."""
     from diffusers.optimization import get_scheduler
 
     any_optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=player.learning_rate)

@@ -199,7 +199,7 @@ class RunFolder:
         save(self.checkpoints, replace(checkpoint, state={**checkpoint.state, "run": self._run}), keep)
 
     def export(self, fill: Callable[[Path], None], step: int) -> None:
-        """Make result/, whole or not at all."""
+        """Make result/ atomically."""
         with whole_folder(self.result) as temporary:
             fill(temporary)
             (temporary / "training.json").write_text(json.dumps({"step": step}))

@@ -15,26 +15,26 @@ if TYPE_CHECKING:
     from types import FrameType
 
 
-class TrainingStopped(SdkitError):  # noqa: N818 - it is none
-    """The run was asked to stop, and did so with a checkpoint. `exit_code` is 128 and the signal's number."""
+class TrainingStopped(SdkitError):  # noqa: N818 - a stop is not an error
+    """The run was asked to stop, and saved a checkpoint. `exit_code` is 128 plus the signal's number."""
 
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
         self.exit_code = exit_code
 
 
-class Unfinished(Exception):  # noqa: N818 - it is none
-    """Work after the last finished step was abandoned, because the process was asked to stop."""
+class Unfinished(Exception):  # noqa: N818 - a stop is not an error
+    """Work after the last finished step was discarded, because the process was asked to stop."""
 
 
 class StopSignals:
-    """SIGTERM, SIGHUP, and Ctrl-C as a wish that the loop looks at: `exit_code` is 0 until one came, then 128 and its
-    number.
+    """Context that notes SIGTERM, SIGHUP, and Ctrl-C for the loop: `exit_code` is 0 until one arrives, then 128 plus
+    its number.
 
-    They are noted from entering to leaving; a second Ctrl-C is handled as before, and so raises KeyboardInterrupt.
+    A second Ctrl-C is handled as outside the context, and so raises KeyboardInterrupt.
     """
 
-    noting: ClassVar[StopSignals | None] = None  # the one that is entered: signals are the whole process's
+    noting: ClassVar[StopSignals | None] = None  # the active context: signals concern the whole process
 
     def __init__(self) -> None:
         self.exit_code = 0

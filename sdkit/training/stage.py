@@ -22,8 +22,8 @@ class Player:
 
     What is trained are the network's parameters that require gradients when training begins. `loss(networks, batch,
     step)` gives the loss, a mean over the batch, and its parts to be logged. It gets the networks of all players by
-    name, as prepared for many processes, and may only call them (`networks["unet"](...)`), for gradients are reduced
-    by what hooks on to that. (With FSDP they are copies: the stage's own networks have the trained weights in
+    name, as prepared for many processes, and may only call them (`networks["unet"](...)`), because the hooks that
+    reduce gradients run on that call. (With FSDP they are copies: the stage's own networks have the trained weights in
     `validate` and `export` alone.) `batch` lives as long as the optimizer step: an earlier player can leave things in
     it.
     """
@@ -40,11 +40,11 @@ class Player:
 
 
 class Stage(Protocol):
-    """What the loop is given to train."""
+    """What the loop trains: players, batches of samples, validation, and export."""
 
     @property
     def players(self) -> Sequence[Player]:
-        """Trained in this order in each optimizer step. The first one's metrics carry no name."""
+        """Players, trained in this order in each optimizer step. The first one's metrics have no prefix."""
 
     @property
     def size(self) -> int:
@@ -52,20 +52,22 @@ class Stage(Protocol):
 
     @property
     def identity(self) -> Mapping[str, str]:
-        """What a run goes on with alone, wherever it lies: of "data" and "model", a word that is another for others."""
+        """Fingerprints of the data and the model. A run refuses to resume if either differs; paths may change."""
 
     def batch(self, samples: Samples) -> dict[str, Any]:
-        """The batch of some samples (n, item): n counts samples since the run began, and is what noise may depend on
-        (with the seed); item is the index of the example. Called ahead, from other threads; the loop moves tensors to
-        the device."""
+        """Return the batch of samples (n, item). n counts samples since the run began, and noise may depend only on it
+        and the seed; item is the index of the example. Called ahead, from other threads; the loop moves tensors to the
+        device."""
 
     def names(self, samples: Samples) -> list[str]:
-        """What to call these samples in messages, as by their files."""
+        """Return names of these samples for messages, such as their file names."""
 
     def validate(self, step: int) -> dict[str, float]:
-        """Metrics after `step` steps, the same on every process. Called on every process, with the averaged weights in
-        the networks, in evaluation mode and without gradients; a stage splits the work itself. May raise `Unfinished`
-        (see `raise_if_stopped`), on every process."""
+        """Return metrics after `step` steps, the same on every process.
+
+        Called on every process, with the averaged weights in the networks, in evaluation mode, and without gradients;
+        a stage splits the work itself. May raise `Unfinished` (see `raise_if_stopped`), on every process.
+        """
 
     def export(self, folder: Path) -> None:
         """Fill an empty folder with the result. Called on the main process, in the state that `validate` finds. May

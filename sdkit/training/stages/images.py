@@ -1,4 +1,4 @@
-"""What the stages take from a data set: examples to learn from and examples held out, their pixels, their noise."""
+"""Images of a data set for the stages: training and held-out examples, their pixels, and their noise."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ NOISE = 2**32 - 1  # where `draw` takes the number of an augmentation, of which 
 
 
 def split(n: int) -> tuple[npt.NDArray[np.int64], list[int]]:
-    """Indices of the images to learn from and of those to validate on, of n images in all.
+    """Return the indices of the training images and of the validation images, of n images in all.
 
-    Those to validate on are spread evenly, and held out; of fewer than 20 images none can be spared, and those to
-    validate on are learnt from as well.
+    Validation images are spread evenly and held out. With fewer than 20 images none is held out: validation images
+    are trained on as well.
     """
     count = min(MOST_HELD_OUT, n // OF) or min(MOST_HELD_OUT, n)
     validation = [(2 * i + 1) * n // (2 * count) for i in range(count)]
@@ -44,7 +44,7 @@ def split(n: int) -> tuple[npt.NDArray[np.int64], list[int]]:
 
 
 def is_cache(data: str | os.PathLike[str]) -> bool:
-    """Whether `data` is a folder with a latent cache, whole or not."""
+    """Return whether `data` is a folder with a latent cache, complete or not."""
     folder = expanded(data)
     try:
         return read_object(folder / manifest.NAME, manifest.LARGEST).get("format") == manifest.FORMAT
@@ -53,12 +53,12 @@ def is_cache(data: str | os.PathLike[str]) -> bool:
 
 
 def noise_of(seed: int, n: int) -> torch.Generator:
-    """The source of all noise of the n-th sample of a run: it does not depend on batches and processes."""
+    """Return the generator of all noise of the n-th sample of a run, independent of batches and processes."""
     return draw(seed, n, NOISE)
 
 
 def identity_of(*networks: nn.Module, schedule: Any = None) -> str:
-    """A word that is another for other weights, or another noise schedule."""
+    """Return a fingerprint of the weights and the noise schedule."""
     parts = [manifest.weights_identity(network) for network in networks]
     return hashlib.sha256(json.dumps([parts, schedule], sort_keys=True).encode()).hexdigest()[:16]
 

@@ -1,4 +1,4 @@
-"""Fine-tuning the U-Net: latents and captions -> noise -> what the network says -> the denoising loss."""
+"""Fine-tuning the U-Net: latents and captions -> noise -> network -> denoising loss."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from sdkit import images as image_io
 from sdkit.data.examples import open_examples
 from sdkit.diffusion.losses import diffusion_loss
 from sdkit.diffusion.schedule import NoiseSchedule, completed
-from sdkit.engines.training_attention import PlainWhereSmall
+from sdkit.engines.attention import PlainWhereSmall
 from sdkit.errors import ArgumentError
 from sdkit.loading.configs import GUIDANCE
 from sdkit.loading.new_network import new_network
@@ -53,10 +53,10 @@ HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def train_unet(config: UNetConfig) -> Path:
-    """Fine-tune a U-Net, whole or by LoRA, or train one from nothing, and return the run folder.
+    """Fine-tune a U-Net, whole or by LoRA, or train one from scratch, and return the run folder.
 
     result/ is a whole pipeline as diffusers has it, or pytorch_lora_weights.safetensors. `config.data` is a latent
-    cache, from which the VAE has nothing to do, or images. Running it again goes on where an earlier run was stopped.
+    cache, from which the VAE has nothing to do, or images. An existing run is resumed.
     Raises SdkitError in one sentence for what the user can put right, and TrainingStopped after SIGTERM or Ctrl-C, once
     a checkpoint is written.
     """
@@ -87,7 +87,9 @@ class UNetStage:
         self.config = config
         self.vae = VAE(load_vae(config.model if config.vae is None else config.vae)).eval().requires_grad_(False)
         self.text = TextEncoder(*load_text(config.model)).eval().requires_grad_(False)
-        self.tokenizer = copy.deepcopy(self.text.tokenizer)  # as it was: what it would save changes when it is used
+        self.tokenizer = copy.deepcopy(
+            self.text.tokenizer
+        )  # an unused copy for export: using a tokenizer changes what it saves
         self.scheduler = _scheduler(config)
         self.schedule = NoiseSchedule.from_config(self.scheduler, latents=True)
         self.guidance_scale = USUAL_GUIDANCE if config.init else load_guidance_scale(config.model)
@@ -134,7 +136,7 @@ class UNetStage:
                     "saves nothing; give a smaller one."
                 )
             else:
-                for p in one.parameters():  # what is frozen is as well in half precision, as autocast would have it
+                for p in one.parameters():  # frozen weights may be in half precision, since autocast casts them anyway
                     p.data = p.data.to(HALF.get(config.mixed_precision, torch.float32))
                 add_lora(one, config.lora_rank)
             if config.gradient_checkpointing:
@@ -143,8 +145,10 @@ class UNetStage:
         self.denoiser = Denoiser(self.unet, self.text if config.train_text_encoder else None)
 
     def batch(self, samples: Samples) -> dict[str, Any]:
-        """Of samples (n, item), whose noise depends on n and the seed alone: posterior or pixels, caption, timestep and
-        noise."""
+        """Return posterior or pixels, caption, timestep, and noise of samples (n, item).
+
+        Noise depends only on n and the seed.
+        """
         rows = []
         for n, item in samples:
             example = self.latents.load(item, n // self.size)
@@ -168,7 +172,7 @@ class UNetStage:
         return (self.vae.channels, height, width)
 
     def names(self, samples: Samples) -> list[str]:
-        """Names of the examples of samples (n, item)."""
+        """Return the names of the examples of samples (n, item)."""
         return [self.latents.name(item) for _, item in samples]
 
     def loss(
@@ -179,7 +183,7 @@ class UNetStage:
         return self.objective.loss(output, target, batch["t"])
 
     def _denoised(self, network: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-        """What the network says of noised latents, and what it should."""
+        """Return the network's output for noised latents, and its target."""
         t, eps = torch.tensor(batch["t"]), batch["eps"]
         if "pixels" in batch:
             half = self.config.mixed_precision == "bf16"  # in float16 this VAE can overflow
@@ -203,8 +207,8 @@ class UNetStage:
 
     @torch.no_grad()
     def _embedding(self, ids: Tensor, key: bytes) -> Tensor:
-        """Embeddings (77k, D) of one caption's ids (k, 77), encoded alone, so that a run that was taken up again,
-        and begins to remember anew, has the same to the bit."""
+        """Return embeddings (77k, D) of one caption's ids (k, 77). Captions are encoded one at a time: a resumed run
+        starts with an empty cache and must get bit-identical embeddings."""
         if key in self._embeddings:
             return self._embeddings[key].to(ids.device)
         embedding: Tensor = self.text.to(ids.device)(ids).flatten(0, 1)
@@ -221,7 +225,7 @@ class UNetStage:
         return {"loss": math.fsum(losses) / len(losses)}
 
     def _validation_loss(self, i: int) -> float:
-        """Of one held-out image, with noise that is the same in every run, at timesteps spread over all of them."""
+        """Return the loss of one held-out image over the validation grid."""
         example = self.latents.validation(i)
         rows = [example | drawn for drawn in self.objective.validation_grid(i, self._shape)]
         device = self.unet.device
@@ -306,13 +310,13 @@ def collated(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _widest(network: nn.Module) -> int:
-    """The highest rank that one of the layers that LoRA changes can have."""
+    """Return the highest rank that a layer with LoRA can have."""
     layers = (layer for name, layer in network.named_modules() if name.endswith(TARGETS))
     return max(min(layer.weight.shape) for layer in layers if isinstance(layer, nn.Linear))
 
 
 def _scheduler(config: UNetConfig) -> dict[str, Any]:
-    """The model's scheduler config with what the run changes in it."""
+    """Return the model's scheduler config, with the changes that the run asks for."""
     scheduler = dict(load_scheduler_config(config.model))
     own = {"prediction_type": scheduler.get("prediction_type", "epsilon")}
     own["zero_snr"] = bool(scheduler.get("rescale_betas_zero_snr"))
@@ -325,7 +329,7 @@ def _scheduler(config: UNetConfig) -> dict[str, Any]:
         scheduler["rescale_betas_zero_snr"] = config.zero_snr
     if config.zero_snr:  # steps must begin with the last timestep
         scheduler["timestep_spacing"] = "trailing"
-    if config.zero_snr or config.prediction_type == "sample":  # DDIM's: PNDM, which SD 1.x comes with, knows neither
+    if config.zero_snr or config.prediction_type == "sample":  # SD 1.x ships PNDM, which supports neither
         # Keys that are left out mean other things to another scheduler. Latents are never clipped.
         scheduler = completed(scheduler) | {"_class_name": "DDIMScheduler", "clip_sample": False}
     return scheduler

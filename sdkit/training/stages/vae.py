@@ -52,25 +52,25 @@ TOLERATED_DRIFT = 0.1
 
 
 def train_vae(config: VAEConfig) -> Path:
-    """Fine-tune a VAE, or train one from nothing, and return the run folder; its result/ is the VAE as diffusers has
+    """Fine-tune a VAE, or train one from scratch, and return the run folder; its result/ is the VAE as diffusers has
     it.
 
     The decoder alone trains by default: latents then mean what they meant, and U-Nets and caches stay valid. With
-    `train_encoder`, validation tells how far latents have moved from the starting VAE's. Running it again goes on where
-    an earlier run was stopped. Raises SdkitError in one sentence for what the user can put right, and TrainingStopped
+    `train_encoder`, validation tells how far latents have moved from the starting VAE's. An existing
+    run is resumed. Raises SdkitError in one sentence for what the user can put right, and TrainingStopped
     after SIGTERM or Ctrl-C, once a checkpoint is written.
     """
     return fit(VAEStage(config), config, Path(config.out_dir))
 
 
 class Measured(NamedTuple):
-    """Of one held-out image."""
+    """Measurements of one held-out image."""
 
     numbers: dict[str, float]
     pair: tuple[Image.Image, Image.Image] | None
     """of the first ones, it and its reconstruction"""
     codes: Tensor | None
-    """numbers of a VQModel's"""
+    """code indices of a VQModel"""
 
 
 class VAEStage:
@@ -243,10 +243,10 @@ class VAEStage:
         return metrics
 
     def _measured(self, i: int) -> Measured:
-        """What one held-out image tells."""
+        """Return the measurements of held-out image i."""
         raise_if_stopped()
         x = self.validation.load_held_out(self.held_out, i)[0][None].to(self.vae.device)
-        # in float32, which `self.vae(x)` would not be in mixed precision
+        # VAE.forward runs in float32; calling self.vae would run Accelerate's autocast
         y, mean, logvar, codes = VAE.forward(self.vae, x)
         y = y.clamp(-1, 1)
         measured = {"psnr": float(psnr(x.cpu(), y.cpu())), "ssim": float(ssim(x.cpu(), y.cpu()))}
@@ -267,7 +267,7 @@ class VAEStage:
         image_io.save(sheet, self.config.samples / f"step-{step:08d}.png")
 
     def export(self, folder: Path) -> None:
-        """The VAE in diffusers layout. One that was trained from nothing gets the scale that its latents ask for."""
+        """The VAE in diffusers layout. One trained from scratch gets the scale that its latents ask for."""
         if self.config.init is not None:
             average = _average([self._measured(i).numbers for i in range(len(self.held_out))])
             self.vae.network.register_to_config(scaling_factor=1 / _deviation(average, ""))
