@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from sdkit.prefetch import ahead
-from sdkit.training import LoopSettings, Samples, Stage
+from sdkit.training.settings import LoopSettings
+from sdkit.training.stage import Samples, Stage
 
 LOADERS = min(16, max(2, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 """Threads that load batches ahead, and batches that they load."""
