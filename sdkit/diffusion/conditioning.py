@@ -67,12 +67,9 @@ class Conditioning:
 
     def __len__(self) -> int:
         """The batch size, B."""
-        present = [
-            part for part in (self.text, self.concat, self.label, *(self.added or {}).values()) if part is not None
-        ]
-        if self.residuals is not None:
-            present.append(self.residuals[1])
-        return len(present[0]) if present else 0
+        middle = None if self.residuals is None else self.residuals[1]
+        parts = (self.text, self.concat, self.label, middle, *(self.added or {}).values())
+        return next((len(part) for part in parts if part is not None), 0)
 
     def repeat(self, n: int) -> Conditioning:
         """Repeat each image's condition `n` times, one after another."""
