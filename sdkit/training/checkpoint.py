@@ -87,7 +87,7 @@ class Checkpoint:
 
 def save(root: Path, checkpoint: Checkpoint, keep: int) -> Path:
     """Write `root`/step-N and, once it is whole, remove all but the last `keep` up to step N, and those beyond it (of
-    a run that was taken up again from before them). Raises TrainingError where it cannot be written."""
+    a run that was resumed from before them). Raises TrainingError where it cannot be written."""
     folder = root / f"step-{checkpoint.step:08d}"
     with whole_folder(folder) as temporary:
         for name, tensors in checkpoint.tensors.items():
@@ -136,7 +136,7 @@ def _sums(folder: Path) -> dict[str, str]:
 
 
 def checkpoints(root: Path) -> list[Path]:
-    """The checkpoints in `root`, damaged ones too, the newest first. Raises `OSError` where it cannot be listed: a glob
+    """List checkpoints in `root`, damaged ones too, newest first. Raises `OSError` where it cannot be listed: a glob
     would find nothing there."""
     try:
         return sorted((path for path in root.iterdir() if NAME.fullmatch(path.name)), reverse=True)
@@ -145,7 +145,7 @@ def checkpoints(root: Path) -> list[Path]:
 
 
 def newest(root: Path) -> Path | None:
-    """The newest checkpoint that is whole, None where there is none at all. A damaged one is passed over with a
+    """Return the newest undamaged checkpoint, None where there is none at all. A damaged one is passed over with a
     warning; raises TrainingError where all are damaged, or where one cannot be read, which is no damage."""
     found = checkpoints(root)
     for folder in found:
@@ -165,7 +165,7 @@ def newest(root: Path) -> Path | None:
 
 
 def _damage(folder: Path) -> str:
-    """The first thing that is wrong with a checkpoint, "" where it is whole. Raises `OSError` where that cannot be
+    """Return what is wrong with a checkpoint, or "". Raises `OSError` where that cannot be
     known."""
     name = MANIFEST
     try:
@@ -209,7 +209,7 @@ def snapshot(
 
 
 def restore(prepared: Sequence[PreparedPlayer], accelerator: Accelerator, checkpoint: Checkpoint) -> None:
-    """Bring players and this process to where `snapshot` found them. Raises TrainingError where these could not have
+    """Restore players and random number generators from a checkpoint. Raises TrainingError where these could not have
     given the checkpoint."""
     _check(prepared, accelerator, checkpoint)
     for t in prepared:
@@ -320,7 +320,7 @@ def _named(prepared: PreparedPlayer) -> list[tuple[str, nn.Parameter]]:
 
 
 def _network_tensors(network: nn.Module) -> dict[str, Tensor]:
-    """What training changes in a network: its trainable parameters, and its buffers."""
+    """Return the tensors that training changes in a network: trainable parameters and buffers."""
     state = network.state_dict()  # of the buffers, only those that a network's file holds are in it
     names = [n for n, p in network.named_parameters() if p.requires_grad] + [n for n, _ in network.named_buffers()]
     return {name: state[name] for name in names if name in state}
@@ -333,7 +333,7 @@ def _restore_network(network: nn.Module, tensors: Tensors) -> None:
 
 
 def _restore_optimizer(prepared: PreparedPlayer, state: Mapping[str, Any]) -> None:
-    """The optimizer's learning rate and other settings stay its own."""
+    """Restore the optimizer's state; its learning rate and other settings stay as they are."""
     parameters = dict(_named(prepared))
     numbers = {p: i for i, p in enumerate(p for group in prepared.optimizer.param_groups for p in group["params"])}
     numbered: dict[int, dict[str, Any]] = {}

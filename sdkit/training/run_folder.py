@@ -212,7 +212,7 @@ class RunFolder:
         return -1
 
     def close(self) -> None:
-        """Let other processes have the folder."""
+        """Release the folder for other processes."""
         with contextlib.suppress(OSError):  # what a full disk refused was told when it was written
             if self._metrics is not None:
                 self._metrics.close()
