@@ -20,12 +20,12 @@ from safetensors.torch import load_file, save_file
 from sdkit.data import LatentCache, Transform, cache, open_examples
 from sdkit.data.transform import draw
 from sdkit.errors import ArgumentError, CacheError, DataError
-from sdkit.loading.source import load_text, load_vae
 from sdkit.networks.autoencoder import VAE
 from sdkit.networks.text_encoder import TextEncoder
 from sdkit.training import StopSignals, UNetConfig, Unfinished, raise_if_stopped
 from sdkit.training.stages.examples import CachedLatents, ImageLatents, open_latents
 from sdkit.training.stages.images import TrainingImages, noise_of, report_skipped, shared, split
+from tests.loaders import load_text, load_vae
 
 from . import tiny
 
