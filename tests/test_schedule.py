@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 import sdkit
 from sdkit.diffusion.schedule import NoiseSchedule, Prediction
 from sdkit.errors import ArgumentError, SdkitError
+from tests.loaders import load_schedule
 
 from . import reference
 
@@ -122,7 +123,7 @@ def test_from_config_of_the_embedded_model() -> None:
 
 
 def test_from_pretrained_reads_the_embedded_model() -> None:
-    ours, expected = NoiseSchedule.from_pretrained("emoji"), NoiseSchedule.from_config(EMOJI)
+    ours, expected = load_schedule("emoji"), NoiseSchedule.from_config(EMOJI)
     for field in dataclasses.fields(NoiseSchedule):
         a, b = getattr(ours, field.name), getattr(expected, field.name)
         assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b

@@ -141,9 +141,9 @@ def info(args: argparse.Namespace) -> int:
     """Tell what a model source is and holds."""
     from dataclasses import asdict
 
-    from sdkit.loading.source import describe
+    from sdkit.loading.source import Source
 
-    description = describe(args.source, revision=args.revision, config=args.config)
+    description = Source.open(args.source, revision=args.revision, config=args.config).describe()
     if args.json:
         say_json(asdict(description))
         return 0

@@ -22,7 +22,7 @@ from sdkit.data.latent_cache.writing import own_size
 from sdkit.data.transform import MAX_ENLARGEMENT, Transform, sides
 from sdkit.errors import ImageError
 from sdkit.loading.single_file import ASSETS
-from sdkit.loading.source import Source, load_text
+from sdkit.loading.source import Source, SourceName
 from sdkit.loading.tokenizer import load_tokenizer
 from sdkit.prefetch import ahead
 from sdkit.progress import progress
@@ -137,7 +137,7 @@ class _Look:
 def check(
     data: str | os.PathLike[str],
     *,
-    model: Source | None = None,
+    model: SourceName | None = None,
     size: int | tuple[int, int] | None = None,
     split: str = "train",
     image_column: str | None = None,
@@ -161,7 +161,7 @@ def check(
     if class_folders:  # each once: those that count ten times are no duplicates
         distinct = {example.name: example for example in examples}.values()
     if model:
-        text, tokenizer = load_text(model)
+        text, tokenizer = Source.open(model).text_encoder()
         length = int(text.config.max_position_embeddings)
     else:
         tokenizer, length = load_tokenizer(ASSETS / "sd1" / "tokenizer"), 77

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from os import PathLike
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -84,8 +83,8 @@ Predict = Callable[[Tensor, int], Prediction]
 class NoiseSchedule:
     """Tables of one noise schedule and what its model was trained to predict.
 
-    Make one with `from_pretrained`, `linear`, `scaled_linear`, `cosine` or `from_betas`; each takes the fields below as
-    keywords.
+    Make one with `linear`, `scaled_linear`, `cosine` or `from_betas`; each takes the fields below as keywords. That of
+    a model is `sdkit.loading.source.Source.open(...).schedule()`.
     """
 
     betas: Tensor
@@ -150,24 +149,6 @@ class NoiseSchedule:
             return torch.cos((u + s) / (1 + s) * math.pi / 2) ** 2
 
         return cls(betas=_betas_along(squared_cosine, num_timesteps, max_beta), **fields)
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        source: str | PathLike[str],
-        *,
-        revision: str | None = None,
-        config: str | PathLike[str] | None = None,
-        prediction_type: str | None = None,
-    ) -> NoiseSchedule:
-        """Read the schedule of a model of latents; for `source` see `sdkit.StableDiffusion.from_pretrained`.
-
-        Nothing is clipped, and `steps_offset` is 1, whatever the config says: see `from_config` with `latents`.
-        """
-        from sdkit.loading.source import load_scheduler_config
-
-        found = load_scheduler_config(source, revision=revision, config=config, prediction_type=prediction_type)
-        return cls.from_config(found, latents=True)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], *, latents: bool = False) -> NoiseSchedule:

@@ -25,7 +25,7 @@ from sdkit.engines.device import memory_format, resolve_device, resolve_dtype
 from sdkit.errors import ArgumentError, SdkitError, SourceError
 from sdkit.fields import documented
 from sdkit.images import Images
-from sdkit.loading.source import load_vae
+from sdkit.loading.source import Source
 from sdkit.loading.tensors import is_finite
 from sdkit.networks.tiling import tiled, whole_image_statistics
 from sdkit.networks.wrapper import Wrapper, blames_network, fingerprint
@@ -105,10 +105,23 @@ class VAE(Wrapper):
         """
         device = resolve_device(device)
         dtype = resolve_dtype(dtype, device)
+        opened = Source.open(source, revision=revision, variant=variant, config=config)
+        return cls.from_source(opened, dtype=dtype, device=device, compile=compile)
+
+    @classmethod
+    def from_source(
+        cls,
+        source: Source,
+        *,
+        dtype: str | torch.dtype = "auto",
+        device: str | torch.device = "auto",
+        compile: bool = False,
+    ) -> VAE:
+        """Load a VAE from a source that is open; parameters as in `from_pretrained`."""
+        device = resolve_device(device)
+        dtype = resolve_dtype(dtype, device)
         # Loaded in float32, so that the identity does not depend on the dtype asked for.
-        vae = cls(
-            load_vae(source, dtype=torch.float32, revision=revision, variant=variant, config=config), name=str(source)
-        )
+        vae = cls(source.autoencoder(torch.float32), name=source.name)
         vae.eval().to(device=device, dtype=dtype, memory_format=memory_format(dtype))  # type: ignore[call-overload]
         if not all(map(is_finite, vae.parameters())):
             raise SourceError(f"{vae._label} has weights that are too large for {dtype}; take dtype 'fp32'.")

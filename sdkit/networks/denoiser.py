@@ -15,7 +15,7 @@ from sdkit.diffusion.conditioning import Conditioning
 from sdkit.engines.attention import quicken_attention
 from sdkit.engines.device import memory_format, resolve_device, resolve_dtype
 from sdkit.errors import ArgumentError
-from sdkit.loading.source import load_unet
+from sdkit.loading.source import Source
 from sdkit.networks.wrapper import Wrapper, blames_network
 
 if TYPE_CHECKING:
@@ -55,8 +55,23 @@ class UNet(Wrapper):
         """Load a U-Net; parameters as in `sdkit.VAE.from_pretrained`."""
         device = resolve_device(device)
         dtype = resolve_dtype(dtype, device)
-        unet = cls(load_unet(source, dtype=dtype, revision=revision, variant=variant, config=config))
-        unet.name = str(source)
+        opened = Source.open(source, revision=revision, variant=variant, config=config)
+        return cls.from_source(opened, dtype=dtype, device=device, compile=compile)
+
+    @classmethod
+    def from_source(
+        cls,
+        source: Source,
+        *,
+        dtype: str | torch.dtype = "auto",
+        device: str | torch.device = "auto",
+        compile: bool = False,
+    ) -> UNet:
+        """Load a U-Net from a source that is open; parameters as in `from_pretrained`."""
+        device = resolve_device(device)
+        dtype = resolve_dtype(dtype, device)
+        unet = cls(source.denoiser(dtype))
+        unet.name = source.name
         # On a CPU the group norms of small feature maps lose more by channels_last than the convolutions gain.
         small = device.type == "cpu" and unet.sample_size < 32
         layout = torch.contiguous_format if small else memory_format(dtype)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sdkit.arguments import strings, whole
 from sdkit.engines.device import resolve_device, resolve_dtype
-from sdkit.loading.source import load_text
+from sdkit.loading.source import Source
 from sdkit.messages import clean
 from sdkit.networks.wrapper import Wrapper, blames_network
 
@@ -57,8 +57,22 @@ class TextEncoder(Wrapper):
         """Load a text encoder and its tokenizer; parameters as in `sdkit.VAE.from_pretrained`."""
         device = resolve_device(device)
         dtype = resolve_dtype(dtype, device)
-        text = cls(*load_text(source, dtype=dtype, revision=revision, variant=variant, config=config))
-        text.name = str(source)
+        opened = Source.open(source, revision=revision, variant=variant, config=config)
+        return cls.from_source(opened, dtype=dtype, device=device)
+
+    @classmethod
+    def from_source(
+        cls,
+        source: Source,
+        *,
+        dtype: str | torch.dtype = "auto",
+        device: str | torch.device = "auto",
+    ) -> TextEncoder:
+        """Load a text encoder and its tokenizer from a source that is open; parameters as in `from_pretrained`."""
+        device = resolve_device(device)
+        dtype = resolve_dtype(dtype, device)
+        text = cls(*source.text_encoder(dtype))
+        text.name = source.name
         return text.eval().to(device=device)
 
     def encode(

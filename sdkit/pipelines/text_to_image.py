@@ -22,7 +22,7 @@ from sdkit.diffusion.samplers import Step
 from sdkit.diffusion.schedule import NoiseSchedule
 from sdkit.errors import ArgumentError, SdkitError
 from sdkit.files import expanded
-from sdkit.loading.source import USUAL_GUIDANCE, load_guidance_scale
+from sdkit.loading.source import USUAL_GUIDANCE, Source
 from sdkit.loading.tensors import is_file
 from sdkit.messages import clean
 from sdkit.networks.autoencoder import VAE
@@ -96,19 +96,19 @@ class StableDiffusion:
         downloaded.
         """
         place: dict[str, Any] = {"dtype": dtype, "device": device}
-        where: dict[str, Any] = {"revision": revision, "config": config}
+        opened = Source.open(source, revision=revision, variant=variant, config=config, prediction_type=prediction_type)
         if vae is None:
-            autoencoder = VAE.from_pretrained(source, variant=variant, compile=compile, **place, **where)
+            autoencoder = VAE.from_source(opened, compile=compile, **place)
         else:
             configs = config if is_file(expanded(vae)) else None  # a folder has its own
             autoencoder = VAE.from_pretrained(vae, config=configs, compile=compile, **place)
         return cls(
             autoencoder,
-            TextEncoder.from_pretrained(source, variant=variant, **place, **where),
-            UNet.from_pretrained(source, variant=variant, compile=compile, **place, **where),
-            NoiseSchedule.from_pretrained(source, prediction_type=prediction_type, **where),
-            name=str(source),
-            guidance_scale=load_guidance_scale(source, **where),
+            TextEncoder.from_source(opened, **place),
+            UNet.from_source(opened, compile=compile, **place),
+            opened.schedule(),
+            name=opened.name,
+            guidance_scale=opened.guidance_scale,
         )
 
     def load_lora(

@@ -29,16 +29,15 @@ import sdkit
 from sdkit import images
 from sdkit.cli import jobs, main
 from sdkit.data import latent_file as latents
-from sdkit.diffusion.schedule import NoiseSchedule
 from sdkit.errors import SdkitError
 from sdkit.files import read_regular
-from sdkit.loading.source import describe
 from sdkit.networks.lora import add_lora, convert_lora, lora_tensors, merge_lora, read_lora, save_lora
 from sdkit.pipelines.generation import Generation
 from sdkit.training.loop import fit
 from sdkit.training.plot import plot
 from tests import original_layout
 from tests.fuzz.mutators import in_order
+from tests.loaders import describe, load_schedule
 from tests.training.toy import Toy, ToySettings
 
 SIDE = 16  # pixels
@@ -211,7 +210,7 @@ def read_text(folder: Path, out: Path) -> None:
 
 def read_schedule(folder: Path, out: Path) -> None:
     describe(folder)
-    schedule = NoiseSchedule.from_pretrained(folder)
+    schedule = load_schedule(folder)
     with_part(schedule=schedule)
     for sampler in ("ddpm", "dpm++2m"):
         whole = sd()

@@ -20,7 +20,6 @@ from safetensors.torch import load_file, save_file
 from sdkit.data import LatentCache, Transform, cache, open_examples
 from sdkit.data.transform import draw
 from sdkit.errors import ArgumentError, CacheError, DataError
-from sdkit.loading.source import load_text, load_vae
 from sdkit.networks.autoencoder import VAE
 from sdkit.networks.text_encoder import TextEncoder
 from sdkit.training import UNetConfig
@@ -29,6 +28,7 @@ from sdkit.training.signals import StopSignals, Unfinished, raise_if_stopped
 from sdkit.training.stages.examples import CachedLatents, ImageLatents
 from sdkit.training.stages.images import TrainingImages, noise_of, report_skipped, split
 from sdkit.training.stages.unet import open_latents
+from tests.loaders import load_text, load_vae
 
 from . import tiny
 

@@ -24,7 +24,6 @@ from transformers import CLIPTextModel
 import sdkit
 from sdkit.data import cache
 from sdkit.errors import ArgumentError, TrainingError
-from sdkit.loading.source import load_guidance_scale
 from sdkit.training import UNetConfig, train_unet
 from sdkit.training.distributed import make_accelerator
 from sdkit.training.loop import fit
@@ -32,6 +31,7 @@ from sdkit.training.prepared import PreparedPlayer
 from sdkit.training.run_folder import read_metrics
 from sdkit.training.signals import StopSignals, Unfinished
 from sdkit.training.stages.unet import UNetStage
+from tests.loaders import load_guidance_scale, load_schedule
 
 from . import tiny
 
@@ -216,7 +216,7 @@ class TestLoss:
         expected = {"v": "v_prediction", "x0": "sample"}[kind]
         assert (saved["_class_name"], saved["prediction_type"]) == ("DDIMScheduler", expected)
         assert (saved["rescale_betas_zero_snr"], saved["timestep_spacing"]) == (True, "trailing")
-        schedule = sdkit.NoiseSchedule.from_pretrained(tmp_path / "result")
+        schedule = load_schedule(tmp_path / "result")
         assert schedule.alphas_cumprod[-1] == 0
         assert schedule.timesteps(4)[0][0] == 999
 

@@ -34,7 +34,7 @@ from sdkit.data.transform import Transform, sides
 from sdkit.engines.device import resolve_device, resolve_dtype
 from sdkit.errors import ArgumentError, CacheError, DataError, SdkitError
 from sdkit.files import TEMPORARY, check_name, encodable, expanded, reason, remove_leftovers, sha256
-from sdkit.loading.source import Source, describe
+from sdkit.loading.source import Source, SourceName
 from sdkit.networks.autoencoder import VAE
 from sdkit.networks.text_encoder import TextEncoder
 from sdkit.progress import progress
@@ -44,7 +44,7 @@ LOCK = ".lock"
 
 
 def cache(
-    model: Source,
+    model: SourceName,
     data: str | os.PathLike[str],
     out: str | os.PathLike[str],
     *,
@@ -65,7 +65,7 @@ def cache(
     device: str | torch.device = "auto",
     seed: int = 0,
     shard_size: int = 1024,
-    vae: Source | None = None,
+    vae: SourceName | None = None,
 ) -> Path:
     """Encode images and captions once, for training: into the folder `out`, which `LatentCache` reads.
 
@@ -149,11 +149,15 @@ def cache(
     return folder
 
 
-def own_size(model: Source, vae: Source | None = None) -> tuple[int, int]:
+def own_size(model: SourceName, vae: SourceName | None = None) -> tuple[int, int]:
     """The side that the model's U-Net was trained at, in pixels of its VAE or of another `vae`."""
-    parts = {component.part: component.config for component in describe(model).components}
+    parts = {component.part: component.config for component in Source.open(model).describe().components}
     if vae is not None:
-        parts |= {component.part: component.config for component in describe(vae).components if component.part == "vae"}
+        parts |= {
+            component.part: component.config
+            for component in Source.open(vae).describe().components
+            if component.part == "vae"
+        }
     side = parts.get("unet", {}).get("sample_size")
     if not isinstance(side, int):
         raise ArgumentError(f"the model {str(model)!r} does not say what size it is for; give size=.")

@@ -25,14 +25,7 @@ from sdkit.engines.attention import PlainWhereSmall
 from sdkit.errors import ArgumentError
 from sdkit.loading.configs import GUIDANCE
 from sdkit.loading.new_network import new_network
-from sdkit.loading.source import (
-    USUAL_GUIDANCE,
-    load_guidance_scale,
-    load_scheduler_config,
-    load_text,
-    load_unet,
-    load_vae,
-)
+from sdkit.loading.source import USUAL_GUIDANCE, Source
 from sdkit.loading.tensors import quiet
 from sdkit.networks.autoencoder import VAE, latents_of
 from sdkit.networks.denoiser import UNet
@@ -88,14 +81,15 @@ class UNetStage:
 
     def __init__(self, config: UNetConfig) -> None:
         self.config = config
-        self.vae = VAE(load_vae(config.model if config.vae is None else config.vae)).eval().requires_grad_(False)
-        self.text = TextEncoder(*load_text(config.model)).eval().requires_grad_(False)
-        self.tokenizer = copy.deepcopy(
-            self.text.tokenizer
-        )  # an unused copy for export: using a tokenizer changes what it saves
-        self.scheduler = _scheduler(config)
+        model = Source.open(config.model)
+        beside = model if config.vae is None else Source.open(config.vae)
+        self.vae = VAE(beside.autoencoder()).eval().requires_grad_(False)
+        self.text = TextEncoder(*model.text_encoder()).eval().requires_grad_(False)
+        # An unused copy, for the export: using a tokenizer changes what it saves.
+        self.tokenizer = copy.deepcopy(self.text.tokenizer)
+        self.scheduler = _scheduler(model, config)
         self.schedule = NoiseSchedule.from_config(self.scheduler, latents=True)
-        self.guidance_scale = USUAL_GUIDANCE if config.init else load_guidance_scale(config.model)
+        self.guidance_scale = USUAL_GUIDANCE if config.init else model.guidance_scale
         self.objective = DenoisingObjective(self.schedule, snr_gamma=config.snr_gamma, noise_offset=config.noise_offset)
         if self.objective.zero_snr and self.schedule.prediction_type == "epsilon":
             raise ArgumentError(
@@ -104,19 +98,19 @@ class UNetStage:
             )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            self._make_networks()
+            self._make_networks(model)
         side = self.unet.sample_size * self.vae.factor
         self.latents = open_latents(config, self.vae, self.text, (side, side))
-        model = identity_of(self.vae.network, self.text.network, self.unet.network, schedule=self.scheduler)
-        self.identity = {"data": self.latents.identity, "model": model, "vae": self.vae.identity}
+        networks = identity_of(self.vae.network, self.text.network, self.unet.network, schedule=self.scheduler)
+        self.identity = {"data": self.latents.identity, "model": networks, "vae": self.vae.identity}
         self.size = len(self.latents.train)
         rate, ema = config.learning_rate, config.ema_decay > 0
         self.players = [Player("unet", self.denoiser, self.loss, learning_rate=rate, ema=ema)]
         self._embeddings: dict[bytes, Tensor] = {}
 
-    def _make_networks(self) -> None:
+    def _make_networks(self, model: Source) -> None:
         config = self.config
-        network = load_unet(config.model) if config.init is None else new_network(config.init, "unet")
+        network = model.denoiser() if config.init is None else new_network(config.init, "unet")
         self.unet = UNet(network)
         StableDiffusion(self.vae, self.text, self.unet, self.schedule)  # says so where they do not belong together
         if network.config.out_channels != network.config.in_channels:
@@ -318,9 +312,9 @@ def _widest(network: nn.Module) -> int:
     return max(min(layer.weight.shape) for layer in layers if isinstance(layer, nn.Linear))
 
 
-def _scheduler(config: UNetConfig) -> dict[str, Any]:
+def _scheduler(model: Source, config: UNetConfig) -> dict[str, Any]:
     """Return the model's scheduler config, with the changes that the run asks for."""
-    scheduler = dict(load_scheduler_config(config.model))
+    scheduler = model.scheduler_config()
     own = {"prediction_type": scheduler.get("prediction_type", "epsilon")}
     own["zero_snr"] = bool(scheduler.get("rescale_betas_zero_snr"))
     changed = [name for name, value in own.items() if getattr(config, name) not in (None, value)]

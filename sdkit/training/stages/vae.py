@@ -25,7 +25,7 @@ from sdkit.diffusion.losses import adaptive_weight, hinge_discriminator, hinge_g
 from sdkit.errors import ArgumentError, DataError
 from sdkit.evaluation.similarity import WINDOW, codebook_use, psnr, ssim
 from sdkit.loading.new_network import TRAINABLE, new_network
-from sdkit.loading.source import load_vae
+from sdkit.loading.source import Source
 from sdkit.networks.autoencoder import DETERMINISTIC, VAE
 from sdkit.networks.discriminator import SMALLEST as DISCRIMINATOR_SMALLEST
 from sdkit.networks.discriminator import Discriminator
@@ -80,7 +80,9 @@ class VAEStage:
         self.config = config
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            network = load_vae(config.model) if config.init is None else new_network(config.init, "vae")
+            network = (
+                Source.open(config.model).autoencoder() if config.init is None else new_network(config.init, "vae")
+            )
             self.discriminator = Discriminator() if config.disc_weight else None
         label = os.fspath(config.model if config.init is None else config.init)
         if (kind := type(network).__name__) not in TRAINABLE["vae"]:
