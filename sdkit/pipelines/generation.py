@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sdkit import __version__, images, strict_json
-from sdkit.arguments import LONGEST_SIDE, PREDICTIONS, noise_levels, number, one_of, strings, whole
+from sdkit.arguments import LONGEST_SIDE, PREDICTIONS, noise_levels, number, one_of, strings, whole_number
 from sdkit.diffusion.samplers import SAMPLERS
 from sdkit.diffusion.schedule import SPACINGS
 from sdkit.errors import ArgumentError, ImageError
@@ -58,8 +58,8 @@ class Recipe:
         """Raise `ArgumentError` for what no model takes, which `StableDiffusion` would tell only once it is loaded."""
         strings("prompt", self.prompt)
         strings("negative_prompt", self.negative_prompt)
-        whole("seed", self.seed, 0, 2**63 - 1)
-        whole("steps", self.steps, 1, 1000)
+        whole_number("seed", self.seed, 0, 2**63 - 1)
+        whole_number("steps", self.steps, 1, 1000)
         one_of("sampler", self.sampler, SAMPLERS)
         if number("eta", self.eta, 0, 1) and self.sampler != "ddim":
             raise ArgumentError(f"eta belongs to sampler 'ddim'; '{self.sampler}' has none.")
@@ -68,7 +68,7 @@ class Recipe:
         number("the guidance rescale (phi)", self.rescale, 0, 1)
         if self.interval is not None:
             noise_levels("the guidance interval", self.interval)
-        whole("clip_skip", self.clip_skip, 0)
+        whole_number("clip_skip", self.clip_skip, 0)
         for scale in self.lora_scale:
             number("lora_scale", scale)
         if self.lora_scale and not self.lora:
@@ -82,7 +82,7 @@ class Recipe:
             one_of("prediction_type", self.prediction_type, PREDICTIONS)
         for name, pixels in (("height", self.height), ("width", self.width)):
             if pixels is not None:
-                whole(name, pixels, 8, LONGEST_SIDE)
+                whole_number(name, pixels, 8, LONGEST_SIDE)
 
     def text(self) -> dict[str, str]:
         """The text chunks of a PNG; paths are absolute in it, since it is read elsewhere."""

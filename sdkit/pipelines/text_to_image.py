@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sdkit import images as image_io
-from sdkit.arguments import LONGEST_SIDE, number, one_of, seeded, strings, whole
+from sdkit.arguments import LONGEST_SIDE, number, one_of, seeded, strings, whole_number
 from sdkit.diffusion.guidance import APG, guided
 from sdkit.diffusion.samplers import SAMPLERS, Step
 from sdkit.diffusion.schedule import NoiseSchedule
@@ -251,7 +251,7 @@ class StableDiffusion:
             raise ArgumentError(
                 f"{len(negatives)} negative prompts cannot serve {len(prompts)} prompts: give one, or one for each."
             )
-        copies = whole("num_images_per_prompt", copies, 1)
+        copies = whole_number("num_images_per_prompt", copies, 1)
         return [text for text in prompts for _ in range(copies)], [text for text in negatives for _ in range(copies)]
 
     def _size(self, height: int | None, width: int | None, latents: Tensor | None) -> tuple[int, int]:
@@ -262,8 +262,8 @@ class StableDiffusion:
                 raise ArgumentError("latents must be a tensor (N, 4, h, w) of standard normal noise.")
             height = latents.shape[2] * factor if height is None else height
             width = latents.shape[3] * factor if width is None else width
-        height = whole("height", side * factor if height is None else height, factor, LONGEST_SIDE)
-        return height, whole("width", side * factor if width is None else width, factor, LONGEST_SIDE)
+        height = whole_number("height", side * factor if height is None else height, factor, LONGEST_SIDE)
+        return height, whole_number("width", side * factor if width is None else width, factor, LONGEST_SIDE)
 
     def _noise(self, latents: Tensor | None, generators: list[torch.Generator], height: int, width: int) -> Tensor:
         """x_T (N, 4, ceil(H / 8), ceil(W / 8)), image i's from its own generator."""
@@ -316,7 +316,7 @@ class StableDiffusion:
             chunks = lengths[prompt] if scale == 1 else max(lengths[prompt], lengths[negative])
             groups.setdefault(chunks, []).append(i)
         fitting = self.images_at_once(x_T.shape[2] * self.vae.factor, x_T.shape[3] * self.vae.factor)
-        n = fitting if batch_size is None else whole("batch_size", batch_size, 1)
+        n = fitting if batch_size is None else whole_number("batch_size", batch_size, 1)
         for chunks, indices in sorted(groups.items()):
             yield from ((indices[i : i + n], chunks) for i in range(0, len(indices), n))
 

@@ -78,13 +78,13 @@ class LoopSettings:
     })  # fmt: skip
 
     def __post_init__(self) -> None:
-        from sdkit.arguments import flag, number, one_of, strings, whole  # which loads PyTorch
+        from sdkit.arguments import flag, number, one_of, strings, whole_number  # which loads PyTorch
 
         for name in ("max_steps", "batch_size", "gradient_accumulation_steps", "save_every", "keep_checkpoints"):
-            self._keep(name, whole(name, getattr(self, name), 1))
-        self._keep("validate_every", whole("validate_every", self.validate_every, 1))
-        self._keep("lr_warmup_steps", whole("lr_warmup_steps", self.lr_warmup_steps, 0))
-        self._keep("seed", whole("seed", self.seed, 0, 2**31 - 1))
+            self._keep(name, whole_number(name, getattr(self, name), 1))
+        self._keep("validate_every", whole_number("validate_every", self.validate_every, 1))
+        self._keep("lr_warmup_steps", whole_number("lr_warmup_steps", self.lr_warmup_steps, 0))
+        self._keep("seed", whole_number("seed", self.seed, 0, 2**31 - 1))
         self._keep("ema_decay", number("ema_decay", self.ema_decay, 0, 1))
         if self.lr_warmup_steps and self.lr_scheduler == "constant":
             raise ArgumentError("lr_scheduler constant has no lr_warmup_steps; take constant_with_warmup.")

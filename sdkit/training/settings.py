@@ -135,7 +135,7 @@ class VAEConfig(StageSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        from sdkit.arguments import flag, number, one_of, path_or_name, whole
+        from sdkit.arguments import flag, number, one_of, path_or_name, whole_number
 
         if self.lpips is None and os.environ.get(LPIPS):
             self._keep("lpips", os.environ[LPIPS])  # which the run then depends on
@@ -149,7 +149,7 @@ class VAEConfig(StageSettings):
         one_of("regularizer", self.regularizer, REGULARIZERS)
         for name in ("lpips_weight", "kl_weight", "disc_weight"):
             self._keep(name, number(name, getattr(self, name), 0))
-        self._keep("disc_start", whole("disc_start", self.disc_start, 0))
+        self._keep("disc_start", whole_number("disc_start", self.disc_start, 0))
         if self.disc_start and not self.disc_weight:
             raise ArgumentError("disc_start belongs to a discriminator, and there is none; give disc_weight, too.")
 
@@ -188,7 +188,7 @@ class UNetConfig(StageSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        from sdkit.arguments import PREDICTIONS, flag, number, one_of, path_or_name, strings, whole
+        from sdkit.arguments import PREDICTIONS, flag, number, one_of, path_or_name, strings, whole_number
 
         if self.vae is not None:
             path_or_name("vae", self.vae)
@@ -196,7 +196,7 @@ class UNetConfig(StageSettings):
         if self.zero_snr is not None:
             flag("zero_snr", self.zero_snr)
         if self.lora_rank is not None:
-            self._keep("lora_rank", whole("lora_rank", self.lora_rank, 1))
+            self._keep("lora_rank", whole_number("lora_rank", self.lora_rank, 1))
             if self.init is not None:
                 raise ArgumentError("a network made from init= has nothing for LoRA to add to; leave one of them out.")
         if self.prediction_type is not None:
