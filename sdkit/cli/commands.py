@@ -19,7 +19,7 @@ from sdkit.cli.console import complain, exit_code_of, flush, say, say_json, say_
 from sdkit.cli.parser import Parser
 from sdkit.cli.training import Add, add_command, add_training_commands
 from sdkit.errors import ArgumentError, SdkitError
-from sdkit.files import find
+from sdkit.files import find_files
 from sdkit.messages import printable
 
 if TYPE_CHECKING:
@@ -165,7 +165,7 @@ def demo(args: argparse.Namespace) -> int:
     from sdkit.pipelines.generation import Generation
 
     if args.photos:
-        find(args.photos, READABLE)
+        find_files(args.photos, READABLE)
     check_files(args.out)
     _check_place(args.dtype, args.device)
     grid, kind, report = demo_files(_load_sd(args, Generation(dtype=args.dtype)), args.out, args.photos)
@@ -180,7 +180,7 @@ def _checked(args: argparse.Namespace, suffixes: Collection[str], seed: int = 0)
     """The options of a job on files; what is wrong is told before a model is loaded, or even downloaded."""
     from sdkit.cli.jobs import check_files
 
-    find(args.paths, suffixes)
+    find_files(args.paths, suffixes)
     options = {"out": args.out, "batch_size": args.batch_size, "tile": args.tile}
     check_files(**options, seed=seed)
     _check_place(args.dtype, args.device)

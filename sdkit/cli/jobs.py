@@ -26,11 +26,11 @@ import torch
 from PIL import Image
 
 from sdkit import __version__, images
-from sdkit.arguments import strings, whole
+from sdkit.arguments import strings, whole_number
 from sdkit.data import latent_file as latents
 from sdkit.errors import ArgumentError, LatentError, SdkitError
 from sdkit.evaluation import similarity as metrics
-from sdkit.files import check_name, encodable, find, reason, status, utf8_name
+from sdkit.files import check_name, encodable, find_files, reason, status, utf8_name
 from sdkit.networks.autoencoder import VAE
 from sdkit.pipelines.generation import Generation
 from sdkit.pipelines.text_to_image import StableDiffusion
@@ -77,11 +77,11 @@ class Reconstruction:
 
 def check_files(out: str | Path, *, batch_size: int | None = None, tile: int | None = None, seed: int = 0) -> None:
     """Raise `SdkitError` where the jobs below cannot take these, which can be told before a model is loaded."""
-    whole("seed", seed, 0, 2**62)
+    whole_number("seed", seed, 0, 2**62)
     if batch_size is not None:
-        whole("batch_size", batch_size, 1)
+        whole_number("batch_size", batch_size, 1)
     if tile:
-        whole("tile (0 is none)", tile, 128)
+        whole_number("tile (0 is none)", tile, 128)
     _check_writable(Path(out))
 
 
@@ -226,9 +226,9 @@ def check_generation(
 ) -> int:
     """How many images `generate_files` makes of these; raises what it would, but without a model."""
     generation.check()
-    n = len(strings("prompts", prompts)) * whole("count", count, 1)
+    n = len(strings("prompts", prompts)) * whole_number("count", count, 1)
     if batch_size is not None:
-        whole("batch_size", batch_size, 1)
+        whole_number("batch_size", batch_size, 1)
     if _is_image_name(Path(out)) and (Path(out).suffix.lower() != ".png" or n > 1):
         raise ArgumentError(f"{out} cannot hold {n} PNG image(s); give a folder, or a .png for a single image.")
     _check_writable(Path(out), is_file=_is_image_name(Path(out)))
@@ -379,7 +379,7 @@ def _targets(paths: Iterable[str | Path], suffixes: Collection[str], out: str | 
     """
     names, folder = list(paths), Path(out)
     unreadable = images.UNREADABLE if ".png" in suffixes else ()
-    sources, given = find(names, suffixes, unreadable), [Path(name) for name in names]
+    sources, given = find_files(names, suffixes, unreadable), [Path(name) for name in names]
     roots = {source: next((root for root in given if root in source.parents), source.parent) for source in sources}
     earlier = {source for source in sources if _is_in(source, folder) and _is_in(folder, roots[source])}
     below = {source: source.relative_to(roots[source]) for source in sources if source not in earlier}

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from sdkit.arguments import whole
+from sdkit.arguments import whole_number
 from sdkit.data.examples import Example, Examples, open_examples
 from sdkit.data.latent_cache.writing import own_size
 from sdkit.data.transform import MAX_ENLARGEMENT, Transform, sides
@@ -151,7 +151,7 @@ def check(
 
     model: whose size and tokenizer count; None takes those of Stable Diffusion 1.x: 512 pixels, 77 tokens.
     """
-    whole("workers", workers, 1)
+    whole_number("workers", workers, 1)
     transform = Transform(size=sides(size) if size is not None else own_size(model) if model else sides(SD_SIZE))
     examples = open_examples(
         data, split=split, image_column=image_column, caption_column=caption_column, streaming=streaming,

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sdkit.arguments import PREDICTIONS, flag, number, one_of, whole
+from sdkit.arguments import PREDICTIONS, flag, number, one_of, whole_number
 from sdkit.errors import ArgumentError
 from sdkit.fields import documented
 from sdkit.messages import clean
@@ -113,7 +113,7 @@ class NoiseSchedule:
         one_of("variance_type", self.variance_type, VARIANCE_TYPES)
         if 1 - betas[0] == 1 or bool((torch.cumprod(1 - betas[:-1], dim=0) == 0).any()):
             raise ArgumentError("betas must begin above 0, and only the last may be 1.")
-        whole("steps_offset", self.steps_offset, 0)
+        whole_number("steps_offset", self.steps_offset, 0)
         object.__setattr__(self, "betas", betas.clone())
         object.__setattr__(self, "prediction_type", PREDICTIONS[self.prediction_type])
         object.__setattr__(self, "alphas_cumprod", torch.cumprod(1 - betas, dim=0))
@@ -222,7 +222,7 @@ class NoiseSchedule:
         (starts at T - 1: the one for zero-terminal-SNR models), "linspace" (both ends).
         """
         T, spacing = self.num_timesteps, self.timestep_spacing if spacing is None else spacing
-        n = whole("the number of steps", n, 1, T)
+        n = whole_number("the number of steps", n, 1, T)
         one_of("spacing", spacing, SPACINGS)
         if spacing == "leading":
             stride = T // n
@@ -302,7 +302,7 @@ class NoiseSchedule:
 
 
 def _linspace(start: float, end: float, n: int) -> Tensor:
-    return torch.linspace(start, end, whole("num_timesteps", n, 1), dtype=torch.float64)
+    return torch.linspace(start, end, whole_number("num_timesteps", n, 1), dtype=torch.float64)
 
 
 def completed(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -323,7 +323,7 @@ def _betas_from_config(config: Mapping[str, Any]) -> Tensor:
     """Betas (T,), float64, of a config that is `completed`."""
     if "trained_betas" in config:
         return torch.tensor(_numbers("trained_betas", config["trained_betas"]), dtype=torch.float64)
-    T = whole("num_train_timesteps", config.get("num_train_timesteps", 1000), 1, LONGEST_CHAIN)
+    T = whole_number("num_train_timesteps", config.get("num_train_timesteps", 1000), 1, LONGEST_CHAIN)
     start, end = (number(key, config[key], 0, 1) for key in ("beta_start", "beta_end"))
     kinds: dict[str, Callable[[], Tensor]] = {
         "linear": lambda: _linspace(start, end, T),

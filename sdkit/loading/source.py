@@ -25,7 +25,7 @@ from sdkit.loading import single_file, tokenizer
 from sdkit.loading.configs import GUIDANCE, read_config, read_json
 from sdkit.loading.diffusers_folder import PARTS, SCHEDULER, TEXT, UNET, VAE, Part, Place
 from sdkit.loading.single_file import ASSETS
-from sdkit.loading.tensors import SUFFIXES, find, is_file, open_tensors
+from sdkit.loading.tensors import SUFFIXES, is_file, open_tensors, status_or_none
 from sdkit.messages import clean
 
 if TYPE_CHECKING:
@@ -337,7 +337,7 @@ def _kind(source: SourceName, path: Path) -> str:
         return "embedded"
     if "://" in name:
         raise SourceError(f"{name!r} is a URL; give the Hub id alone (org/name), or the path of the downloaded file.")
-    if name and (found := find(path)):
+    if name and (found := status_or_none(path)):
         if stat.S_ISDIR(found.st_mode):
             return "folder"
         if stat.S_ISREG(found.st_mode):

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sdkit import images as image_io
-from sdkit.arguments import one_of, seeded, whole
+from sdkit.arguments import one_of, seeded, whole_number
 from sdkit.engines.attention import quicken_attention
 from sdkit.engines.device import memory_format, resolve_device, resolve_dtype
 from sdkit.errors import ArgumentError, SdkitError, SourceError
@@ -320,7 +320,7 @@ class VAE(Wrapper):
     def _batches(self, items: Sequence[Tensor], batch_size: int | None, area: int) -> Iterator[list[int]]:
         """Indices of items to go through the network together: of one shape, and not more than fit."""
         if batch_size is not None:
-            batch_size = whole("batch_size", batch_size, 1)
+            batch_size = whole_number("batch_size", batch_size, 1)
         # A CPU is no faster in batches, and in half precision batches of different sizes round visibly differently.
         one_by_one = self.device.type == "cpu" and self.dtype != torch.float32
         shapes: dict[torch.Size, list[int]] = {}
@@ -338,7 +338,7 @@ class VAE(Wrapper):
             tile = 1024 if x.shape[2] * x.shape[3] * up**2 > TILED_FROM else 0
         if tile == 0:
             return run(x).float().cpu()
-        tile = whole("tile (0 is none)", tile, 16 * self.factor)
+        tile = whole_number("tile (0 is none)", tile, 16 * self.factor)
         side = tile // self.factor * down
         with whole_image_statistics(self.network, run, x, side):
             return tiled(run, x, tile=side, down=down, up=up)

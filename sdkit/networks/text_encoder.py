@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from sdkit.arguments import strings, whole
+from sdkit.arguments import strings, whole_number
 from sdkit.engines.device import resolve_device, resolve_dtype
 from sdkit.loading.source import Source
 from sdkit.messages import clean
@@ -88,7 +88,7 @@ class TextEncoder(Wrapper):
         chunks: the least k, for prompts that are to be compared with longer ones.
         """
         layers = int(self.network.config.num_hidden_layers)
-        clip_skip = whole("clip_skip", clip_skip, 0, layers - 1)
+        clip_skip = whole_number("clip_skip", clip_skip, 0, layers - 1)
         ids, weights = self.tokenize(prompts, weighting=weighting, chunks=chunks)
         with torch.inference_mode():
             embedded = [self._embed(part, clip_skip) for part in ids.flatten(0, 1).split(CHUNKS_AT_ONCE)]
@@ -115,7 +115,7 @@ class TextEncoder(Wrapper):
         """Token ids and their weights, each (B, k, 77): every chunk is begin, at most 75 tokens, end, padding."""
         prompts = strings("prompts", prompts)
         rows = [self._chunks(prompt, weighting) for prompt in prompts]
-        k = max(1 if chunks is None else whole("chunks", chunks, 1), *map(len, rows))
+        k = max(1 if chunks is None else whole_number("chunks", chunks, 1), *map(len, rows))
         ids = torch.full((len(prompts), k, self.length), self.tokenizer.pad_token_id)
         weights = torch.ones(ids.shape)
         for b, row in enumerate(rows):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sdkit import __version__, images, strict_json
-from sdkit.arguments import PREDICTIONS, noise_levels, number, one_of, strings, whole
+from sdkit.arguments import PREDICTIONS, noise_levels, number, one_of, strings, whole_number
 from sdkit.diffusion.schedule import SPACINGS
 from sdkit.errors import ArgumentError, ImageError
 from sdkit.loading.source import EMBEDDED
@@ -67,15 +67,15 @@ class Generation:
         """Raise `ArgumentError` for what no model takes, before one is loaded."""
         strings("prompt", self.prompt)
         strings("negative_prompt", self.negative_prompt)
-        whole("seed", self.seed, 0, 2**63 - 1)
-        whole("num_inference_steps", self.num_inference_steps, 1)  # the most is known to the model's schedule
+        whole_number("seed", self.seed, 0, 2**63 - 1)
+        whole_number("num_inference_steps", self.num_inference_steps, 1)  # the most is known to the model's schedule
         check_sampler(self.sampler, self.eta)
         one_of("spacing", self.spacing or SPACINGS[0], SPACINGS)
         number("the guidance scale", 0 if self.guidance_scale is None else self.guidance_scale, -1e6, 1e6)
         number("the guidance rescale (phi)", self.guidance_rescale, 0, 1)
         if self.guidance_interval is not None:
             noise_levels("the guidance interval", self.guidance_interval)
-        whole("clip_skip", self.clip_skip, 0)
+        whole_number("clip_skip", self.clip_skip, 0)
         for scale in self.lora_scale:
             number("lora_scale", scale)
         if self.lora_scale and not self.lora:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdkit.arguments import LONGEST_SIDE, number, one_of, whole
+from sdkit.arguments import LONGEST_SIDE, number, one_of, whole_number
 from sdkit.diffusion.conditioning import Conditioning
 from sdkit.diffusion.samplers import SAMPLERS, Generators, Step, Timesteps
 from sdkit.diffusion.schedule import NoiseSchedule, Predict
@@ -138,4 +138,4 @@ def check_sampler(sampler: str, eta: float) -> None:
 
 def check_side(name: str, pixels: int, smallest: int = 8) -> int:
     """Return the height or width of an image in pixels. Raise ArgumentError where no model draws images of it."""
-    return whole(name, pixels, smallest, LONGEST_SIDE)
+    return whole_number(name, pixels, smallest, LONGEST_SIDE)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sdkit import images as image_io
-from sdkit.arguments import number, one_of, seeded, strings, whole
+from sdkit.arguments import number, one_of, seeded, strings, whole_number
 from sdkit.diffusion.conditioning import Conditioning
 from sdkit.diffusion.guidance import APG, Model, guided
 from sdkit.diffusion.samplers import Step
@@ -253,7 +253,7 @@ class StableDiffusion:
             raise ArgumentError(
                 f"{len(negatives)} negative prompts cannot serve {len(prompts)} prompts: give one, or one for each."
             )
-        copies = whole("num_images_per_prompt", copies, 1)
+        copies = whole_number("num_images_per_prompt", copies, 1)
         return [text for text in prompts for _ in range(copies)], [text for text in negatives for _ in range(copies)]
 
     def _size(self, height: int | None, width: int | None, latents: Tensor | None) -> tuple[int, int]:
@@ -292,7 +292,7 @@ class StableDiffusion:
             chunks = lengths[prompt] if scale == 1 else max(lengths[prompt], lengths[negative])
             groups.setdefault(chunks, []).append(i)
         fitting = self.images_at_once(x_T.shape[2] * self.vae.factor, x_T.shape[3] * self.vae.factor)
-        n = fitting if batch_size is None else whole("batch_size", batch_size, 1)
+        n = fitting if batch_size is None else whole_number("batch_size", batch_size, 1)
         for chunks, indices in sorted(groups.items()):
             yield from ((indices[i : i + n], chunks) for i in range(0, len(indices), n))
 

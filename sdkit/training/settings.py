@@ -61,13 +61,13 @@ class LoopSettings:
     })  # fmt: skip
 
     def __post_init__(self) -> None:
-        from sdkit.arguments import flag, number, one_of, strings, whole  # which loads PyTorch
+        from sdkit.arguments import flag, number, one_of, strings, whole_number  # which loads PyTorch
 
         for name in ("max_steps", "batch_size", "gradient_accumulation_steps", "save_every", "keep_checkpoints"):
-            self._keep(name, whole(name, getattr(self, name), 1))
-        self._keep("validate_every", whole("validate_every", self.validate_every, 1))
-        self._keep("lr_warmup_steps", whole("lr_warmup_steps", self.lr_warmup_steps, 0))
-        self._keep("seed", whole("seed", self.seed, 0, 2**31 - 1))
+            self._keep(name, whole_number(name, getattr(self, name), 1))
+        self._keep("validate_every", whole_number("validate_every", self.validate_every, 1))
+        self._keep("lr_warmup_steps", whole_number("lr_warmup_steps", self.lr_warmup_steps, 0))
+        self._keep("seed", whole_number("seed", self.seed, 0, 2**31 - 1))
         self._keep("ema_decay", number("ema_decay", self.ema_decay, 0, 1))
         if self.lr_warmup_steps and self.lr_scheduler == "constant":
             raise ArgumentError("lr_scheduler constant has no lr_warmup_steps; take constant_with_warmup.")
@@ -192,7 +192,7 @@ class VAEConfig(StageSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        from sdkit.arguments import flag, number, one_of, path_or_name, whole
+        from sdkit.arguments import flag, number, one_of, path_or_name, whole_number
 
         if self.lpips is None and os.environ.get(LPIPS):
             self._keep("lpips", os.environ[LPIPS])  # saved with the settings, because the run depends on it
@@ -206,7 +206,7 @@ class VAEConfig(StageSettings):
         one_of("regularizer", self.regularizer, REGULARIZERS)
         for name in ("lpips_weight", "kl_weight", "disc_weight"):
             self._keep(name, number(name, getattr(self, name), 0))
-        self._keep("disc_start", whole("disc_start", self.disc_start, 0))
+        self._keep("disc_start", whole_number("disc_start", self.disc_start, 0))
         if self.disc_start and not self.disc_weight:
             raise ArgumentError("disc_start belongs to a discriminator, and there is none; give disc_weight, too.")
 
@@ -245,7 +245,7 @@ class UNetConfig(StageSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        from sdkit.arguments import PREDICTIONS, flag, number, one_of, path_or_name, strings, whole
+        from sdkit.arguments import PREDICTIONS, flag, number, one_of, path_or_name, strings, whole_number
 
         if self.vae is not None:
             path_or_name("vae", self.vae)
@@ -253,7 +253,7 @@ class UNetConfig(StageSettings):
         if self.zero_snr is not None:
             flag("zero_snr", self.zero_snr)
         if self.lora_rank is not None:
-            self._keep("lora_rank", whole("lora_rank", self.lora_rank, 1))
+            self._keep("lora_rank", whole_number("lora_rank", self.lora_rank, 1))
             if self.init is not None:
                 raise ArgumentError("a network made from init= has nothing for LoRA to add to; leave one of them out.")
         if self.prediction_type is not None:

@@ -23,7 +23,7 @@ import filelock
 import torch
 
 from sdkit import __version__
-from sdkit.arguments import whole
+from sdkit.arguments import whole_number
 from sdkit.data.examples import Example, Examples, Stream, open_examples, warn_of_captions
 from sdkit.data.latent_cache import manifest as manifests
 from sdkit.data.latent_cache.manifest import Manifest, Settings, Shard, Skipped, difference
@@ -88,12 +88,12 @@ def cache(
 
     Raises `CacheError` where `out` holds something else, `DataError` where no image can be used.
     """
-    whole("augmentations", augmentations, 1)
-    whole("seed", seed, 0, 2**63 - 1)
-    whole("shard_size", shard_size, 1)
-    whole("workers", workers, 1)
+    whole_number("augmentations", augmentations, 1)
+    whole_number("seed", seed, 0, 2**63 - 1)
+    whole_number("shard_size", shard_size, 1)
+    whole_number("workers", workers, 1)
     if batch_size is not None:
-        whole("batch_size", batch_size, 1)
+        whole_number("batch_size", batch_size, 1)
     transform = Transform(size=sides(size) if size is not None else own_size(model, vae), crop=crop, flip=flip)
     if augmentations > 1 and not transform.random:
         raise ArgumentError(f"{augmentations} augmentations would all be alike; take crop='random' or flip as well.")

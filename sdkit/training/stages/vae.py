@@ -23,7 +23,8 @@ from sdkit.data.examples import open_examples
 from sdkit.data.transform import Transform
 from sdkit.diffusion.losses import adaptive_weight, hinge_discriminator, hinge_generator, kl, l1, l2, vq
 from sdkit.errors import ArgumentError, DataError
-from sdkit.evaluation.similarity import WINDOW, codebook_use, psnr, ssim
+from sdkit.evaluation.codebook import codebook_use
+from sdkit.evaluation.similarity import WINDOW, psnr, ssim
 from sdkit.loading.new_network import TRAINABLE, new_network
 from sdkit.loading.source import Source
 from sdkit.networks.autoencoder import DETERMINISTIC, VAE
