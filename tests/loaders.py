@@ -26,8 +26,8 @@ def load_scheduler_config(name: Any, **options: Any) -> dict[str, Any]:
     return Source.open(name, **options).scheduler_config()
 
 
-def load_schedule(name: Any, **options: Any) -> NoiseSchedule:
-    return Source.open(name, **options).schedule()
+def load_schedule(source: Any, **options: Any) -> NoiseSchedule:
+    return Source.open(source, **options).schedule()
 
 
 def load_guidance_scale(name: Any, **options: Any) -> float:

@@ -763,7 +763,9 @@ def _(kit: Kit, here: Path) -> Path:
 @RECIPES
 def _(kit: Kit, here: Path) -> Path:
     """Values that sdkit never writes"""
-    sdkit.images.save(Image.new("RGB", (8, 8)), here / "a.png", Generation(prompt="a dog").text() | {"steps": "many"})
+    sdkit.images.save(
+        Image.new("RGB", (8, 8)), here / "a.png", Generation(prompt="a dog").text() | {"num_inference_steps": "many"}
+    )
     return here / "a.png"
 
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import sdkit
+from sdkit.diffusion.conditioning import Conditioning
 from sdkit.errors import ArgumentError, SdkitError, SourceError
 from sdkit.networks.lora import (
     FILENAME,
@@ -149,7 +150,7 @@ class TestTraining:
         ids, _ = text.tokenize(["a cat", "a dog"])
         noise = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bf16"):
-            output = unet(noise, torch.tensor([3, 900]), text(ids[:, 0]))
+            output = unet(noise, torch.tensor([3, 900]), Conditioning(text(ids[:, 0])))
         output.square().mean().backward()
         for name, parameter in [*unet.named_parameters(), *text.named_parameters()]:
             if ".lora_" not in name:
