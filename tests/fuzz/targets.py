@@ -356,7 +356,8 @@ def read_latent(folder: Path, out: Path) -> None:
 
 def make_recipe(folder: Path) -> None:
     recipe = Generation(
-        prompt=PROMPT, negative_prompt="café ☕", num_inference_steps=2, guidance_scale=2.0, height=SIDE, width=SIDE, guidance_interval=(0.5, 5.0),
+        prompt=PROMPT, negative_prompt="café ☕", num_inference_steps=2, guidance_scale=2.0, height=SIDE, width=SIDE,
+        guidance_interval=(0.5, 5.0),
         spacing="leading", dtype="fp32", weighting=True, model=str(model()),
     )  # fmt: skip
     images.save(picture(), folder / "one.png", recipe.text())
