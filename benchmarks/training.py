@@ -185,8 +185,9 @@ def caching(root: Path, n: int) -> dict[str, Any]:
     folder = make_photos(root / "folder", n, 512)
 
     def naive() -> None:
-        vae = Source.open("emoji").autoencoder().to(DEVICE)
-        _, tokenizer = Source.open("emoji").text_encoder()
+        source = Source.open("emoji")
+        vae = source.autoencoder().to(DEVICE)
+        _, tokenizer = source.text_encoder()
         for path in sorted(folder.glob("*.png")):
             image = Image.open(path).convert("RGB").resize((256, 256), Image.Resampling.LANCZOS)
             x = torch.from_numpy(np.asarray(image)).permute(2, 0, 1)[None].float().to(DEVICE) / 127.5 - 1

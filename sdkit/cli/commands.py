@@ -188,9 +188,9 @@ def _checked(args: argparse.Namespace, suffixes: Collection[str], seed: int = 0)
 
 
 def _check_place(dtype: str, device: str) -> None:
-    from sdkit.engines.device import resolve_device, resolve_dtype
+    from sdkit.engines.device import resolve_place
 
-    resolve_dtype(dtype, resolve_device(device))
+    resolve_place(dtype, device)
 
 
 def _load_vae(args: argparse.Namespace) -> VAE:

@@ -152,7 +152,9 @@ def check(
     model: whose size and tokenizer count; None takes those of Stable Diffusion 1.x: 512 pixels, 77 tokens.
     """
     whole_number("workers", workers, 1)
-    transform = Transform(size=sides(size) if size is not None else own_size(model) if model else sides(SD_SIZE))
+    opened = Source.open(model) if model else None
+    own = own_size(opened, opened) if opened and size is None else sides(SD_SIZE if size is None else size)
+    transform = Transform(size=own)
     examples = open_examples(
         data, split=split, image_column=image_column, caption_column=caption_column, streaming=streaming,
         class_folders=class_folders, default_caption=default_caption,
@@ -160,8 +162,9 @@ def check(
     distinct: Iterable[Example] = examples
     if class_folders:  # each once: those that count ten times are no duplicates
         distinct = {example.name: example for example in examples}.values()
-    if model:
-        text, tokenizer = Source.open(model).text_encoder()
+    if opened:
+        text, tokenizer = opened.text_encoder()
+        del opened  # it holds the tensors of a checkpoint that is a pickle
         length = int(text.config.max_position_embeddings)
     else:
         tokenizer, length = load_tokenizer(ASSETS / "sd1" / "tokenizer"), 77

@@ -1,9 +1,9 @@
-"""Conditioning: all that a denoiser is told beside x_t and t, as one value that can be joined, split, and moved."""
+"""Conditioning: a denoiser's inputs beside x_t and t, as one value that can be concatenated, split, and moved."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -83,12 +83,20 @@ class Conditioning:
 _PARTS = tuple(Conditioning.__dataclass_fields__)
 
 
+def check_condition(cond: object) -> None:
+    """Raise ArgumentError for anything but a `Conditioning`, such as a bare tensor of embeddings."""
+    if not isinstance(cond, Conditioning):
+        raise ArgumentError(
+            f"the condition is given as sdkit.guidance.Conditioning(embeddings), not {type(cond).__name__}."
+        )
+
+
 def _counting_all(cond: Conditioning) -> Conditioning:
     """The condition with a mask that counts all its tokens."""
     if cond.text is None:
         raise ArgumentError("a mask belongs to a text, and one of the conditions has none.")
     mask = torch.ones(cond.text.shape[:2], dtype=torch.bool, device=cond.text.device)
-    return Conditioning(**{name: getattr(cond, name) for name in _PARTS} | {"mask": mask})
+    return replace(cond, mask=mask)
 
 
 def _mapped(part: Any, function: Callable[[Tensor], Tensor]) -> Any:

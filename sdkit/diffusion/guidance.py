@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sdkit.arguments import noise_levels, number
-from sdkit.diffusion.conditioning import Conditioning
+from sdkit.diffusion.conditioning import Conditioning, check_condition
 from sdkit.diffusion.schedule import NoiseSchedule, Predict, Prediction
 from sdkit.errors import ArgumentError
 from sdkit.fields import documented
@@ -111,10 +111,7 @@ def guided(
         predict = guided(sd.unet, sd.schedule, cond, uncond, scale=5.0)
     """
     for condition in (cond, *([] if uncond is None else [uncond])):
-        if not isinstance(condition, Conditioning):
-            raise ArgumentError(
-                f"conditions are given as sdkit.guidance.Conditioning(embeddings), not {type(condition).__name__}."
-            )
+        check_condition(condition)
     scale = number("the guidance scale", scale, -1e6, 1e6)
     phi = number("the guidance rescale (phi)", phi, 0, 1)
     if interval is not None:

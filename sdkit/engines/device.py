@@ -16,6 +16,12 @@ DTYPES = {
 }
 
 
+def resolve_place(dtype: str | torch.dtype, device: str | torch.device) -> tuple[torch.dtype, torch.device]:
+    """Return the dtype and the device that a network computes in and on: see `resolve_dtype` and `resolve_device`."""
+    resolved = resolve_device(device)
+    return resolve_dtype(dtype, resolved), resolved
+
+
 def resolve_device(device: str | torch.device = "auto") -> torch.device:
     """Return a device: `"auto"` is a CUDA GPU, else Apple's, else the CPU; others are checked by computing on them."""
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}

@@ -1,4 +1,4 @@
-"""What a model source is: the embedded name, a Hub id, a diffusers folder or a single file. One resolver for them all.
+"""Model sources: the embedded name, a Hub id, a diffusers folder, or a single file. One resolver for them all.
 
 A path that exists wins over a Hub id. Nothing here runs code that came with a model: configs are JSON, weights are
 safetensors or weights-only pickles, and the classes they become are a fixed few.
@@ -48,7 +48,7 @@ class Component:
     class_name: str
     parameters: int | None = None
     dtype: str | None = None
-    """Of most of the parameters as stored: "float32", "float16", ..."""
+    """The dtype that most parameters are stored in: "float32", "float16", ..."""
     bytes: int | None = None
     config: dict[str, Any]
     """The values that matter: latent channels, scaling factor, cross-attention width, prediction type, ..."""
@@ -56,7 +56,7 @@ class Component:
 
 @dataclass(frozen=True, kw_only=True)
 class Description:
-    """What a source is and holds, told without loading it."""
+    """Description of a source and its parts, made without loading them."""
 
     source: str
     kind: str
@@ -74,14 +74,11 @@ class Source:
     Raises SourceError, as its methods do, for anything that is missing, damaged or of another kind.
     """
 
-    def __init__(
-        self, place: Place, backend: _Folder | _File, prediction_type: str | None, family: str | None = None
-    ) -> None:
+    def __init__(self, place: Place, backend: _Folder | _File, prediction_type: str | None) -> None:
         self.place = place
         self.name = place.name
         self._backend = backend
         self._prediction_type = prediction_type
-        self._family = family
 
     @classmethod
     def open(
@@ -107,7 +104,7 @@ class Source:
             prediction_type = PREDICTIONS[one_of("prediction_type", prediction_type, PREDICTIONS)]
         place = _resolve(name, revision=revision, variant=variant, config=config)
         backend = _File(place, config) if place.kind == "file" else _Folder(place, variant)
-        return cls(place, backend, prediction_type, None if config is None else str(config))
+        return cls(place, backend, prediction_type)
 
     def autoencoder(self, dtype: torch.dtype = torch.float32) -> AutoencoderKL | AutoencoderTiny | VQModel:
         """The VAE, in eval mode on the CPU, its weights as `dtype` whatever they are stored in."""
@@ -172,13 +169,13 @@ class Source:
         return float(read_config(index, "index").get(GUIDANCE, USUAL_GUIDANCE)) if is_file(index) else USUAL_GUIDANCE
 
     def describe(self) -> Description:
-        """What the source is and holds, from its configs and headers alone. Of a Hub id no weights are downloaded."""
+        """Describe the source from its configs and headers alone. No weights of a Hub id are downloaded."""
         path, family, components = self._backend.description()
         return Description(
             source=self.name,
             kind=self.place.kind,
             path=path,
-            family=self._family or family,
+            family=family,
             components=components,
         )
 
@@ -217,6 +214,7 @@ class _File:
     def __init__(self, place: Place, config: SourceName | None) -> None:
         self.place = place
         self.config = config
+        self._probed: str | None = None
         self.file = open_tensors(place.path)
         single_file.check_kind(self.file)
 
@@ -256,7 +254,8 @@ class _File:
         return self.place.path / "model_index.json"  # a path that cannot be: a file has no index
 
     def description(self) -> tuple[Path, str | None, tuple[Component, ...]]:
-        return self.place.path, self.configs.name, tuple(self._components())
+        family = self.configs.name if self.config is None else str(self.config)
+        return self.place.path, family, tuple(self._components())
 
     @property
     def unstated(self) -> bool:
@@ -272,8 +271,6 @@ class _File:
             unet = unet or single_file.load_network(self.file, "unet", ASSETS / "sd2", torch.float32)
             self._probed = single_file.probe_prediction(unet)
         return self._probed
-
-    _probed: str | None = None
 
     def _components(self) -> Iterator[Component]:
         file, configs = self.file, self.configs

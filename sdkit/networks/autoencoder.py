@@ -21,7 +21,7 @@ from torch import Tensor
 from sdkit import images as image_io
 from sdkit.arguments import one_of, seeded, whole_number
 from sdkit.engines.attention import quicken_attention
-from sdkit.engines.device import memory_format, resolve_device, resolve_dtype
+from sdkit.engines.device import memory_format, resolve_place
 from sdkit.errors import ArgumentError, SdkitError, SourceError
 from sdkit.fields import documented
 from sdkit.images import Images
@@ -103,23 +103,13 @@ class VAE(Wrapper):
         `dtype` "auto" is bfloat16 where the hardware multiplies it, else float32; `compile` runs it through
         torch.compile. Raises SourceError where the source cannot be found or holds no VAE.
         """
-        device = resolve_device(device)
-        dtype = resolve_dtype(dtype, device)
+        dtype, device = resolve_place(dtype, device)
         opened = Source.open(source, revision=revision, variant=variant, config=config)
         return cls.from_source(opened, dtype=dtype, device=device, compile=compile)
 
     @classmethod
-    def from_source(
-        cls,
-        source: Source,
-        *,
-        dtype: str | torch.dtype = "auto",
-        device: str | torch.device = "auto",
-        compile: bool = False,
-    ) -> VAE:
-        """Load a VAE from a source that is open; parameters as in `from_pretrained`."""
-        device = resolve_device(device)
-        dtype = resolve_dtype(dtype, device)
+    def from_source(cls, source: Source, *, dtype: torch.dtype, device: torch.device, compile: bool = False) -> VAE:
+        """Load a VAE from an open source; `dtype` and `device` are resolved already."""
         # Loaded in float32, so that the identity does not depend on the dtype asked for.
         vae = cls(source.autoencoder(torch.float32), name=source.name)
         vae.eval().to(device=device, dtype=dtype, memory_format=memory_format(dtype))  # type: ignore[call-overload]

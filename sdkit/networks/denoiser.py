@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sdkit.diffusion.conditioning import Conditioning
+from sdkit.diffusion.conditioning import Conditioning, check_condition
 from sdkit.engines.attention import quicken_attention
-from sdkit.engines.device import memory_format, resolve_device, resolve_dtype
+from sdkit.engines.device import memory_format, resolve_place
 from sdkit.errors import ArgumentError
 from sdkit.loading.source import Source
 from sdkit.networks.wrapper import Wrapper, blames_network
@@ -53,23 +53,13 @@ class UNet(Wrapper):
         compile: bool = False,
     ) -> UNet:
         """Load a U-Net; parameters as in `sdkit.VAE.from_pretrained`."""
-        device = resolve_device(device)
-        dtype = resolve_dtype(dtype, device)
+        dtype, device = resolve_place(dtype, device)
         opened = Source.open(source, revision=revision, variant=variant, config=config)
         return cls.from_source(opened, dtype=dtype, device=device, compile=compile)
 
     @classmethod
-    def from_source(
-        cls,
-        source: Source,
-        *,
-        dtype: str | torch.dtype = "auto",
-        device: str | torch.device = "auto",
-        compile: bool = False,
-    ) -> UNet:
-        """Load a U-Net from a source that is open; parameters as in `from_pretrained`."""
-        device = resolve_device(device)
-        dtype = resolve_dtype(dtype, device)
+    def from_source(cls, source: Source, *, dtype: torch.dtype, device: torch.device, compile: bool = False) -> UNet:
+        """Load a U-Net from an open source; `dtype` and `device` are resolved already."""
         unet = cls(source.denoiser(dtype))
         unet.name = source.name
         # On a CPU the group norms of small feature maps lose more by channels_last than the convolutions gain.
@@ -111,10 +101,7 @@ class UNet(Wrapper):
             ArgumentError: `cond` is no `Conditioning`; or the guidance scale is given to a network that has no input
                 for it, or missing for one that has.
         """
-        if not isinstance(cond, Conditioning):
-            raise ArgumentError(
-                f"the condition is given as sdkit.guidance.Conditioning(embeddings), not {type(cond).__name__}."
-            )
+        check_condition(cond)
         if self.guided != (guidance_scale is not None):
             problem = "takes the guidance scale as an input" if self.guided else "has no input for the guidance scale"
             raise ArgumentError(f"this U-Net {problem}: {'give' if self.guided else 'leave out'} guidance_scale.")

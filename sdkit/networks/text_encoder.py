@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sdkit.arguments import strings, whole_number
-from sdkit.engines.device import resolve_device, resolve_dtype
+from sdkit.engines.device import resolve_place
 from sdkit.loading.source import Source
 from sdkit.messages import clean
 from sdkit.networks.wrapper import Wrapper, blames_network
@@ -55,22 +55,13 @@ class TextEncoder(Wrapper):
         config: str | PathLike[str] | None = None,
     ) -> TextEncoder:
         """Load a text encoder and its tokenizer; parameters as in `sdkit.VAE.from_pretrained`."""
-        device = resolve_device(device)
-        dtype = resolve_dtype(dtype, device)
+        dtype, device = resolve_place(dtype, device)
         opened = Source.open(source, revision=revision, variant=variant, config=config)
         return cls.from_source(opened, dtype=dtype, device=device)
 
     @classmethod
-    def from_source(
-        cls,
-        source: Source,
-        *,
-        dtype: str | torch.dtype = "auto",
-        device: str | torch.device = "auto",
-    ) -> TextEncoder:
-        """Load a text encoder and its tokenizer from a source that is open; parameters as in `from_pretrained`."""
-        device = resolve_device(device)
-        dtype = resolve_dtype(dtype, device)
+    def from_source(cls, source: Source, *, dtype: torch.dtype, device: torch.device) -> TextEncoder:
+        """Load a text encoder and its tokenizer from an open source; `dtype` and `device` are resolved already."""
         text = cls(*source.text_encoder(dtype))
         text.name = source.name
         return text.eval().to(device=device)

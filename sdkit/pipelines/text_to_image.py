@@ -20,6 +20,7 @@ from sdkit.diffusion.conditioning import Conditioning
 from sdkit.diffusion.guidance import APG, Model, guided
 from sdkit.diffusion.samplers import Step
 from sdkit.diffusion.schedule import NoiseSchedule
+from sdkit.engines.device import resolve_place
 from sdkit.errors import ArgumentError, SdkitError
 from sdkit.files import expanded
 from sdkit.loading.source import USUAL_GUIDANCE, Source
@@ -95,17 +96,15 @@ class StableDiffusion:
         Raises SourceError, in one sentence, where the source is missing, unreadable, of another kind, or cannot be
         downloaded.
         """
-        place: dict[str, Any] = {"dtype": dtype, "device": device}
+        dtype, device = resolve_place(dtype, device)
         opened = Source.open(source, revision=revision, variant=variant, config=config, prediction_type=prediction_type)
-        if vae is None:
-            autoencoder = VAE.from_source(opened, compile=compile, **place)
-        else:
-            configs = config if is_file(expanded(vae)) else None  # a folder has its own
-            autoencoder = VAE.from_pretrained(vae, config=configs, compile=compile, **place)
+        beside = opened
+        if vae is not None:
+            beside = Source.open(vae, config=config if is_file(expanded(vae)) else None)  # a folder has its own configs
         return cls(
-            autoencoder,
-            TextEncoder.from_source(opened, **place),
-            UNet.from_source(opened, compile=compile, **place),
+            VAE.from_source(beside, dtype=dtype, device=device, compile=compile),
+            TextEncoder.from_source(opened, dtype=dtype, device=device),
+            UNet.from_source(opened, dtype=dtype, device=device, compile=compile),
             opened.schedule(),
             name=opened.name,
             guidance_scale=opened.guidance_scale,
@@ -190,8 +189,11 @@ class StableDiffusion:
         with torch.no_grad():
             for chosen, chunks in self._batches(prompts, negatives, scale, weighting, x_T, batch_size):
                 encode: dict[str, Any] = {"clip_skip": clip_skip, "weighting": weighting, "chunks": chunks}
-                cond = embed(self.text, [prompts[i] for i in chosen], **encode)
-                uncond = None if scale == 1 else embed(self.text, [negatives[i] for i in chosen], **encode)
+                # Moved once, not in every step, where the text encoder is on another device.
+                cond = embed(self.text, [prompts[i] for i in chosen], **encode).to(self.unet.device)
+                uncond = None
+                if scale != 1:
+                    uncond = embed(self.text, [negatives[i] for i in chosen], **encode).to(self.unet.device)
                 if output_type != "latent":
                     self._check_embeddings([cond] if uncond is None else [cond, uncond], weighting)
                 predict = guided(model, self.schedule, cond, uncond, scale, **guidance)

@@ -94,7 +94,9 @@ def cache(
     whole_number("workers", workers, 1)
     if batch_size is not None:
         whole_number("batch_size", batch_size, 1)
-    transform = Transform(size=sides(size) if size is not None else own_size(model, vae), crop=crop, flip=flip)
+    opened = Source.open(model)
+    beside = opened if vae is None else Source.open(vae)
+    transform = Transform(size=sides(size) if size is not None else own_size(opened, beside), crop=crop, flip=flip)
     if augmentations > 1 and not transform.random:
         raise ArgumentError(f"{augmentations} augmentations would all be alike; take crop='random' or flip as well.")
     folder = _folder(out)
@@ -105,10 +107,10 @@ def cache(
         class_folders=class_folders, default_caption=default_caption,
     )  # fmt: skip
     warn_of_captions(examples)
-    source = model if vae is None else vae
-    autoencoder = VAE.from_pretrained(source, dtype=resolve_dtype(dtype, place), device=place)
+    autoencoder = VAE.from_source(beside, dtype=resolve_dtype(dtype, place), device=place)
     # In float32: its fingerprint does not depend on the dtype then, and beside the VAE it costs little.
-    text = TextEncoder.from_pretrained(model, dtype="fp32", device=place if embeddings else "cpu")
+    text = TextEncoder.from_source(opened, dtype=torch.float32, device=place if embeddings else torch.device("cpu"))
+    del opened, beside  # they hold the tensors of a checkpoint that is a pickle
     autoencoder.check_size(transform.size)
     settings = Settings(
         vae=autoencoder.identity, scale=autoencoder.scale, shift=autoencoder.shift, factor=autoencoder.factor,
@@ -149,20 +151,21 @@ def cache(
     return folder
 
 
-def own_size(model: SourceName, vae: SourceName | None = None) -> tuple[int, int]:
-    """The side that the model's U-Net was trained at, in pixels of its VAE or of another `vae`."""
-    parts = {component.part: component.config for component in Source.open(model).describe().components}
-    if vae is not None:
-        parts |= {
-            component.part: component.config
-            for component in Source.open(vae).describe().components
-            if component.part == "vae"
-        }
+def own_size(model: Source, vae: Source) -> tuple[int, int]:
+    """Return the size that the model's U-Net was trained at, in pixels of the VAE in `vae`, which may be `model`."""
+    parts = _configs(model)
+    if vae is not model:
+        parts["vae"] = _configs(vae).get("vae", parts.get("vae", {}))
     side = parts.get("unet", {}).get("sample_size")
     if not isinstance(side, int):
-        raise ArgumentError(f"the model {str(model)!r} does not say what size it is for; give size=.")
+        raise ArgumentError(f"the model {model.name!r} does not say what size it is for; give size=.")
     pixels = parts.get("vae", {}).get("factor", 8) * side
     return pixels, pixels
+
+
+def _configs(source: Source) -> dict[str, dict[str, Any]]:
+    """The config of each part of a source."""
+    return {component.part: component.config for component in source.describe().components}
 
 
 def _folder(out: str | os.PathLike[str]) -> Path:
