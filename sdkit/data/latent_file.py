@@ -49,7 +49,7 @@ PARSERS: dict[str, Callable[[str], Any]] = {
     **dict.fromkeys(("scale", "shift"), float),
     **dict.fromkeys(("vae", "vae_name", "dtype", "sdkit"), str),
 }
-"""Of each field but z and source: how it is read from the metadata, which are strings."""
+"""Parsers of the metadata, which are strings, by field; all but z and source."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -247,7 +247,7 @@ class NoiseSchedule:
         return (a * eps - s * x0).to(x0.dtype)
 
     def target(self, x0: Tensor, eps: Tensor, t: int | Tensor) -> Tensor:
-        """What a model trained on this schedule should output at x_t = `add_noise(x0, eps, t)`.
+        """Return the training target at x_t = `add_noise(x0, eps, t)`.
 
         Args:
             x0: (B, C, ...), the clean sample.

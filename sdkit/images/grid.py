@@ -100,11 +100,11 @@ class _Pen:
         return line[:fitting].rstrip() + "…"
 
     def width(self, labels: Sequence[str]) -> int:
-        """Of a column that holds each of the wrapped labels, with a gap beside it; 0 without labels."""
+        """Width of a column that holds each of the wrapped labels, with a gap beside it; 0 without labels."""
         return max((math.ceil(self._box(label)[0]) + self.size for label in labels), default=0)
 
     def height(self, labels: Sequence[str]) -> int:
-        """Of a row that holds each of the wrapped labels, with gaps; 0 without labels."""
+        """Height of a row that holds each of the wrapped labels, with gaps; 0 without labels."""
         return max((math.ceil(self._box(label)[1]) + self.size // 2 for label in labels), default=0)
 
     def _box(self, label: str) -> tuple[float, float]:

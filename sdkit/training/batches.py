@@ -1,4 +1,4 @@
-"""Which samples each step takes, and threads that load them ahead."""
+"""The samples of each step, their randomness, and threads that load them ahead."""
 
 from __future__ import annotations
 
@@ -10,13 +10,16 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
+import torch
 
+from sdkit.data.transform import draw
 from sdkit.prefetch import ahead
 from sdkit.training.settings import LoopSettings
 from sdkit.training.stage import Samples, Stage
 
 LOADERS = min(16, max(2, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 """Number of loading threads, and of batches loaded ahead."""
+NOISE = 2**32 - 1  # where `draw` takes the number of an augmentation, of which no image has so many
 
 
 def samples_of(settings: LoopSettings, step: int, micro_batch: int, rank: int, world: int, size: int) -> Samples:
@@ -28,6 +31,11 @@ def samples_of(settings: LoopSettings, step: int, micro_batch: int, rank: int, w
     first = ((step * settings.gradient_accumulation_steps + micro_batch) * world + rank) * settings.batch_size
     numbers = range(first, first + settings.batch_size)
     return [(n, int(_permutation(settings.seed, n // size, size)[n % size])) for n in numbers]
+
+
+def noise_of(seed: int, n: int) -> torch.Generator:
+    """Return the generator of all noise of the n-th sample of a run, independent of batches and processes."""
+    return draw(seed, n, NOISE)
 
 
 @lru_cache(maxsize=2)  # a batch can reach from one epoch into the next

@@ -26,7 +26,6 @@ class PreparedPlayer:
     """
 
     def __init__(self, player: Player, settings: LoopSettings, accelerator: Accelerator) -> None:
-
         for p in player.network.parameters():
             if p.requires_grad:
                 p.data = p.data.float()  # in half precision a small step rounds to nothing
@@ -43,7 +42,6 @@ class PreparedPlayer:
     @contextlib.contextmanager
     def at_rest(self) -> Iterator[None]:
         """Put the averaged weights into the stage's network, and that in evaluation mode, inside the context."""
-
         network = self.stages_network
         with self.ema.swapped() if self.ema else contextlib.nullcontext():
             if network is not self.player.network:
@@ -61,7 +59,7 @@ class PreparedPlayer:
 def only_gradients_of(
     turn: PreparedPlayer, prepared: Sequence[PreparedPlayer], accelerator: Accelerator
 ) -> Iterator[None]:
-    """Of `prepared` only `turn` gathers gradients inside; the others only pass them on, and reduce none."""
+    """Accumulate gradients of `turn` alone inside: the others are frozen, and processes do not reduce theirs."""
     with contextlib.ExitStack() as stack:
         for other in prepared:
             if is_sharded(accelerator):

@@ -40,7 +40,7 @@ class Player:
 
 
 class Stage(Protocol):
-    """What the loop trains: players, batches of samples, validation, and export."""
+    """Interface of the stages that the loop trains: players, batches of samples, validation, and export."""
 
     @property
     def players(self) -> Sequence[Player]:

@@ -23,10 +23,11 @@ from sdkit.errors import ArgumentError, CacheError, DataError
 from sdkit.networks.autoencoder import VAE
 from sdkit.networks.text_encoder import TextEncoder
 from sdkit.training import UNetConfig
+from sdkit.training.batches import noise_of
 from sdkit.training.distributed import split_over_processes
 from sdkit.training.signals import StopSignals, Unfinished, raise_if_stopped
 from sdkit.training.stages.examples import CachedLatents, ImageLatents
-from sdkit.training.stages.images import TrainingImages, noise_of, report_skipped, split
+from sdkit.training.stages.images import TrainingImages, report_skipped, split
 from sdkit.training.stages.unet import open_latents
 from tests.loaders import load_text, load_vae
 

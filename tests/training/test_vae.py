@@ -22,12 +22,11 @@ import sdkit
 from sdkit.evaluation.similarity import psnr, ssim
 from sdkit.networks.lpips import LPIPS
 from sdkit.training import VAEConfig, train_vae
-from sdkit.training.batches import samples_of
+from sdkit.training.batches import noise_of, samples_of
 from sdkit.training.distributed import make_accelerator
 from sdkit.training.loop import fit
 from sdkit.training.prepared import PreparedPlayer, only_gradients_of
 from sdkit.training.run_folder import read_metrics
-from sdkit.training.stages.images import noise_of
 from sdkit.training.stages.vae import VAEStage
 
 from . import tiny

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sdkit.diffusion.losses import diffusion_loss, min_snr_weight
 from sdkit.diffusion.schedule import NoiseSchedule
-from sdkit.training.stages.images import noise_of
+from sdkit.training.batches import noise_of
 
 VALIDATION_TIMESTEPS = 8  # of each held-out example
 

@@ -1,4 +1,4 @@
-"""Images of a data set for the stages: training and held-out examples, their pixels, and their noise."""
+"""Images of a data set for the stages: training and held-out examples, and their pixels."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch import Tensor, nn
@@ -28,7 +27,6 @@ from sdkit.strict_json import read_object
 
 MOST_HELD_OUT, OF = 16, 20  # one image of 20, and not more than 16
 TRIES = 100  # images that cannot be used, one after another
-NOISE = 2**32 - 1  # where `draw` takes the number of an augmentation, of which no image has so many
 
 
 def split(n: int) -> tuple[npt.NDArray[np.int64], list[int]]:
@@ -50,11 +48,6 @@ def is_cache(data: str | os.PathLike[str]) -> bool:
         return read_object(folder / manifest.NAME, manifest.LARGEST).get("format") == manifest.FORMAT
     except (OSError, ValueError):
         return os.path.isfile(folder / shard_file(0))  # noqa: PTH113 - pathlib's raises for overlong names
-
-
-def noise_of(seed: int, n: int) -> torch.Generator:
-    """Return the generator of all noise of the n-th sample of a run, independent of batches and processes."""
-    return draw(seed, n, NOISE)
 
 
 def identity_of(*networks: nn.Module, schedule: Any = None) -> str:

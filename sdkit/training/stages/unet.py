@@ -32,6 +32,7 @@ from sdkit.networks.denoiser import UNet
 from sdkit.networks.lora import FILENAME, TARGETS, add_lora, lora_tensors, save_lora
 from sdkit.networks.text_encoder import TextEncoder
 from sdkit.pipelines.text_to_image import StableDiffusion
+from sdkit.training.batches import noise_of
 from sdkit.training.distributed import split_over_processes
 from sdkit.training.loop import fit
 from sdkit.training.settings import UNetConfig
@@ -39,7 +40,7 @@ from sdkit.training.signals import raise_if_stopped
 from sdkit.training.stage import Player, Samples
 from sdkit.training.stages.denoising import DenoisingObjective
 from sdkit.training.stages.examples import CachedLatents, ImageLatents
-from sdkit.training.stages.images import identity_of, is_cache, noise_of, report_skipped, training_transform
+from sdkit.training.stages.images import identity_of, is_cache, report_skipped, training_transform
 
 VALIDATION_STEPS = 25  # of the images of fixed prompts
 REMEMBERED = 4096  # captions whose embeddings are kept in memory, each 0.24 MB for SD 1.x; a cache has room for all

@@ -32,6 +32,7 @@ from sdkit.networks.discriminator import SMALLEST as DISCRIMINATOR_SMALLEST
 from sdkit.networks.discriminator import Discriminator
 from sdkit.networks.lpips import LPIPS
 from sdkit.networks.lpips import SMALLEST as LPIPS_SMALLEST
+from sdkit.training.batches import noise_of
 from sdkit.training.distributed import split_over_processes
 from sdkit.training.loop import fit
 from sdkit.training.settings import VAEConfig
@@ -41,7 +42,6 @@ from sdkit.training.stages.images import (
     TrainingImages,
     identity_of,
     is_cache,
-    noise_of,
     report_skipped,
     split,
     training_transform,
