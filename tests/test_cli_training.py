@@ -29,8 +29,7 @@ from sdkit.data import LatentCache, check
 from sdkit.training import UNetConfig, VAEConfig, train_unet
 from sdkit.training.checkpoint import checkpoints
 from sdkit.training.run_folder import read_metrics
-
-from .training import tiny, toy
+from tests.helpers import tiny, toy
 
 ROOT = Path(__file__).parents[1]
 STAGES = {"vae": VAEConfig, "unet": UNetConfig}

@@ -15,8 +15,7 @@ from hypothesis import strategies as st
 import sdkit
 from sdkit.diffusion.schedule import NoiseSchedule, Prediction
 from sdkit.errors import ArgumentError, SdkitError
-
-from . import reference
+from tests.helpers import reference
 
 KINDS = ("epsilon", "v_prediction", "sample")
 SPACINGS = ("leading", "trailing", "linspace")

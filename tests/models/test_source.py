@@ -31,7 +31,7 @@ from sdkit.loading import source
 from sdkit.loading.single_file import ASSETS, probe_prediction
 from sdkit.loading.source import describe, load_guidance_scale, load_scheduler_config, load_text, load_unet, load_vae
 from sdkit.loading.tokenizer import load_tokenizer
-from tests import original_layout
+from tests.helpers import original_layout
 
 LOADERS: dict[str, Callable[..., Any]] = {
     "vae": load_vae,

@@ -22,7 +22,7 @@ from sdkit.loading.source import describe, load_text, load_unet, load_vae
 from sdkit.loading.tensors import open_tensors
 from sdkit.networks.lora import read_lora
 from sdkit.networks.lpips import LPIPS
-from tests import original_layout
+from tests.helpers import original_layout
 
 EMOJI = ASSETS / "emoji"
 LOADERS: dict[str, Callable[..., Any]] = {"vae": load_vae, "unet": load_unet, "text_encoder": load_text}

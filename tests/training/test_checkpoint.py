@@ -36,8 +36,7 @@ from sdkit.training.checkpoint import (
     whole_folder,
 )
 from sdkit.training.run_folder import RunFolder, read_metrics
-
-from .toy import ToySettings
+from tests.helpers.toy import ToySettings
 
 CPU = torch.device("cpu")
 

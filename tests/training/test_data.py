@@ -26,8 +26,7 @@ from sdkit.networks.text_encoder import TextEncoder
 from sdkit.training import StopSignals, UNetConfig, Unfinished, raise_if_stopped
 from sdkit.training.stages.examples import CachedLatents, ImageLatents, open_latents
 from sdkit.training.stages.images import TrainingImages, noise_of, report_skipped, shared, split
-
-from . import tiny
+from tests.helpers import tiny
 
 LONG = "red apple blue cat " * 12  # 48 tokens: 2 chunks
 

@@ -17,8 +17,7 @@ import sdkit
 from sdkit.images import to_tensors
 from sdkit.training import UNetConfig, VAEConfig, train_unet, train_vae
 from sdkit.training.run_folder import read_metrics
-
-from . import tiny
+from tests.helpers import tiny
 
 SIDE = 128
 NEW = ("a zork", "a blick", "a frum", "a dwop")  # words that the embedded model has never seen

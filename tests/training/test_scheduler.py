@@ -12,8 +12,7 @@ import torch
 import sdkit
 from sdkit.training import UNetConfig
 from sdkit.training.stages.unet import UNetStage
-
-from . import tiny
+from tests.helpers import tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore:The configuration file of this:FutureWarning")
 

@@ -29,8 +29,7 @@ from sdkit.training import StopSignals, Trained, UNetConfig, Unfinished, train_u
 from sdkit.training.loop import fit
 from sdkit.training.run_folder import read_metrics
 from sdkit.training.stages.unet import UNetStage
-
-from . import tiny
+from tests.helpers import tiny
 
 pytest.importorskip("datasets")
 pytest.importorskip("peft")

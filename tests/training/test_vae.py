@@ -27,8 +27,7 @@ from sdkit.training.loop import fit
 from sdkit.training.run_folder import read_metrics
 from sdkit.training.stages.images import noise_of
 from sdkit.training.stages.vae import VAEStage
-
-from . import tiny
+from tests.helpers import tiny
 
 VALUES = 3 * tiny.SIZE**2  # of an image
 LATENT = (4, tiny.SIZE // 8, tiny.SIZE // 8)

@@ -21,11 +21,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from sdkit.training import LoopSettings, Player, Samples, UNetConfig, VAEConfig, train_unet, train_vae
 from sdkit.training.loop import fit
-
-if __name__ == "__main__":
-    import toy
-else:
-    from . import toy
+from tests.helpers import toy
 
 
 class Split(toy.Toy):
