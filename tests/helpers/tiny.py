@@ -13,7 +13,6 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from sdkit.loading.source import load_text
 
 SIZE = 32  # pixels: latents are (4, 4, 4)
-LPIPS_WEIGHTS = Path(__file__).resolve().parents[3] / "shared" / "data" / "lpips_vgg16.safetensors"
 
 
 def model(folder: Path, prediction_type: str = "epsilon") -> Path:
