@@ -35,7 +35,7 @@ from skimage import data as photos
 from torch import Tensor, nn
 
 import sdkit.data
-from sdkit.loading.source import load_scheduler_config, load_text, load_unet, load_vae
+from sdkit.loading.source import Source
 from sdkit.training import UNetConfig
 from sdkit.training.loop import fit
 from sdkit.training.stages.unet import UNetStage
@@ -137,10 +137,11 @@ class Script:
             self.__dict__ |= network.__dict__
             self.optimizer = torch.optim.AdamW(self.unet.parameters(), lr=1e-5, fused=True)  # as fast as there is
             return
-        self.vae = load_vae(model, dtype=self.dtype).to(DEVICE).requires_grad_(False)
-        text, tokenizer = load_text(model, dtype=self.dtype)
-        self.text, self.unet = text.to(DEVICE).requires_grad_(False), load_unet(model).to(DEVICE).train()
-        self.scheduler = DDPMScheduler.from_config(load_scheduler_config(model))
+        source = Source.open(model)
+        self.vae = source.autoencoder(self.dtype).to(DEVICE).requires_grad_(False)
+        text, tokenizer = source.text_encoder(self.dtype)
+        self.text, self.unet = text.to(DEVICE).requires_grad_(False), source.denoiser().to(DEVICE).train()
+        self.scheduler = DDPMScheduler.from_config(source.scheduler_config())
         self.optimizer = torch.optim.AdamW(self.unet.parameters(), lr=1e-5)  # as the script has it
         self.scaler = torch.amp.GradScaler(DEVICE.type, enabled=precision == "fp16")
         self.pixels = torch.rand(batch_size, 3, size, size).mul(2).sub(1)
@@ -184,8 +185,8 @@ def caching(root: Path, n: int) -> dict[str, Any]:
     folder = make_photos(root / "folder", n, 512)
 
     def naive() -> None:
-        vae = load_vae("emoji").to(DEVICE)
-        _, tokenizer = load_text("emoji")
+        vae = Source.open("emoji").autoencoder().to(DEVICE)
+        _, tokenizer = Source.open("emoji").text_encoder()
         for path in sorted(folder.glob("*.png")):
             image = Image.open(path).convert("RGB").resize((256, 256), Image.Resampling.LANCZOS)
             x = torch.from_numpy(np.asarray(image)).permute(2, 0, 1)[None].float().to(DEVICE) / 127.5 - 1

@@ -34,7 +34,7 @@ def one_of(name: str, value: Any, choices: Collection[str]) -> str:
     return value
 
 
-def whole(name: str, value: Any, low: int, high: int | None = None) -> int:
+def whole_number(name: str, value: Any, low: int, high: int | None = None) -> int:
     """A whole number (also NumPy's) from `low` to `high`."""
     try:
         n = low - 1 if isinstance(value, bool) else operator.index(value)
@@ -105,6 +105,6 @@ def seeded(seed: int | Sequence[int], n: int) -> list[torch.Generator]:
     if seeds is not None and len(seeds) != n:
         raise ArgumentError(f"{len(seeds)} seeds cannot serve {n} images: give one, or one for each.")
     if seeds is None:
-        first = whole("seed", seed, 0, 2**63 - n)
+        first = whole_number("seed", seed, 0, 2**63 - n)
         seeds = [first + i for i in range(n)]
-    return [torch.Generator().manual_seed(whole("seed", value, 0, 2**63 - 1)) for value in seeds]
+    return [torch.Generator().manual_seed(whole_number("seed", value, 0, 2**63 - 1)) for value in seeds]

@@ -22,7 +22,7 @@ from typing import BinaryIO
 from sdkit.errors import SdkitError
 from sdkit.messages import clean, first_line, listed
 
-TEMPORARY = ".sdkit-"  # how names begin of what is being written: `find` skips them, and leftovers are known by it
+TEMPORARY = ".sdkit-"  # prefix of the names of files being written; `find_files` skips them
 OWNER = re.compile(r"\.sdkit-(?:([0-9a-f]{8})-(\d+)-)?[0-9a-f]{16}(?:\..*)?", re.DOTALL)
 """A whole temporary name; its groups are the host and the process that it belongs to, of which older versions wrote
 neither."""
@@ -221,7 +221,7 @@ def reason(error: Exception) -> str:
     return str(getattr(error, "strerror", None) or first_line(error)).lower()
 
 
-def find(paths: Iterable[str | Path], suffixes: Collection[str], unreadable: Collection[str] = ()) -> list[Path]:
+def find_files(paths: Iterable[str | Path], suffixes: Collection[str], unreadable: Collection[str] = ()) -> list[Path]:
     """Files as given, whatever their suffix, and files under given folders whose suffix (lower case) is in `suffixes`.
 
     The order is that of `paths`, sorted within a folder. Hidden files and folders inside are skipped, repetitions too;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from sdkit.diffusion.conditioning import Conditioning
 from sdkit.diffusion.guidance import (
     APG,
     Model,
@@ -14,6 +15,7 @@ from sdkit.diffusion.guidance import (
 
 __all__ = [
     "APG",
+    "Conditioning",
     "Model",
     "apg",
     "cfg",

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from sdkit.evaluation.similarity import (
-    WINDOW,
-    codebook_use,
-    psnr,
-    ssim,
-)
+from sdkit.evaluation.codebook import codebook_use
+from sdkit.evaluation.similarity import WINDOW, psnr, ssim
 
 __all__ = [
     "WINDOW",

@@ -16,7 +16,7 @@ import pytest
 from sdkit import images
 from sdkit.data import latent_file as latents
 from sdkit.errors import ImageError, LatentError, SdkitError
-from sdkit.files import atomic_write, beside, encodable, find, remove_abandoned, sha256
+from sdkit.files import atomic_write, beside, encodable, find_files, remove_abandoned, sha256
 
 posix = pytest.mark.skipif(os.name != "posix", reason="needs POSIX")
 
@@ -197,7 +197,7 @@ def test_names_that_no_file_can_have(tmp_path: Path) -> None:
     ):
         temporary.write_text("x")
     with pytest.raises(SdkitError, match=r"^cannot read .*: no file can have this name; check the name\.$"):
-        find([tmp_path / "nul\0"], {".png"})
+        find_files([tmp_path / "nul\0"], {".png"})
     assert list(tmp_path.iterdir()) == []
 
 
@@ -308,7 +308,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_find_expands_folders(folder: Path) -> None:
-    found = find([folder], {".png", ".jpg"})
+    found = find_files([folder], {".png", ".jpg"})
     assert [str(path.relative_to(folder)) for path in found] == ["a.PNG", "b.png", "g.png/in.png", "sub/c.jpg"]
 
 
@@ -320,13 +320,13 @@ def test_find_keeps_given_files_in_order_and_once(folder: Path) -> None:
         folder / "sub" / "c.jpg",
         folder / "note.txt",
     ]
-    assert find(given, {".jpg"}) == [folder / "note.txt", folder / ".hidden.png", folder / "sub" / "c.jpg"]
+    assert find_files(given, {".jpg"}) == [folder / "note.txt", folder / ".hidden.png", folder / "sub" / "c.jpg"]
 
 
 def test_find_looks_into_a_given_hidden_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert find([folder / ".cache"], {".png"}) == [folder / ".cache" / "d.png"]
+    assert find_files([folder / ".cache"], {".png"}) == [folder / ".cache" / "d.png"]
     monkeypatch.chdir(folder / "sub")
-    assert find(["."], {".jpg"}) == [Path("c.jpg")]
+    assert find_files(["."], {".jpg"}) == [Path("c.jpg")]
 
 
 def test_find_says_what_is_missing(folder: Path) -> None:
@@ -337,7 +337,7 @@ def test_find_says_what_is_missing(folder: Path) -> None:
         ([], "in an empty list of paths"),
     ):
         with pytest.raises(SdkitError, match=sentence):
-            find(paths, {".png", ".gif"})
+            find_files(paths, {".png", ".gif"})
 
 
 @pytest.mark.parametrize("name", ["a\0b.png", "a\0b/c.png", "x" * 10_000, f"{'y/' * 5000}z.png"])
@@ -345,7 +345,7 @@ def test_find_says_what_no_file_can_be_called(tmp_path: Path, name: str) -> None
     with pytest.raises(
         SdkitError, match=r"^cannot read .*: (no file can have this name|file name too long); check"
     ) as e:
-        find([tmp_path / name], {".png"})
+        find_files([tmp_path / name], {".png"})
     assert len(str(e.value)) < 500
 
 
@@ -356,7 +356,7 @@ def test_find_in_a_folder_that_is_gone(tmp_path: Path, monkeypatch: pytest.Monke
     (tmp_path / "gone").rmdir()
     for given in (".", "sub", str(tmp_path / "gone")):
         with pytest.raises(SdkitError, match=r"^cannot read .*: no such file or directory; check the name\.$"):
-            find([given], {".png"})
+            find_files([given], {".png"})
 
 
 def test_find_names_what_is_passed_over(folder: Path) -> None:
@@ -366,12 +366,12 @@ def test_find_names_what_is_passed_over(folder: Path) -> None:
         r"^2 \.heic files and 1 \.svg file are passed over, which cannot be read: .*sub.y\.HEIC, .*x.heic, .*z.svg\.$"
     )
     with pytest.warns(UserWarning, match=sentence):
-        found = find([folder], {".png"}, {".heic", ".svg"})
-    assert found == find([folder], {".png"})
+        found = find_files([folder], {".png"}, {".heic", ".svg"})
+    assert found == find_files([folder], {".png"})
     with pytest.raises(
         SdkitError, match=r"found no \.gif file in .*sub \(but 1 \.heic file and 1 \.jpg file and 1 \.txt"
     ):
-        find([folder / "sub"], {".gif"}, {".heic"})
+        find_files([folder / "sub"], {".gif"}, {".heic"})
 
 
 @posix
@@ -386,7 +386,7 @@ def test_find_follows_links_to_folders_once(folder: Path, tmp_path_factory: pyte
     (folder / "sub" / "up").symlink_to(folder)
     (folder / "above").symlink_to(folder.parent)
     (other / "back").symlink_to(folder)
-    found = [str(path.relative_to(folder)) for path in find([folder], {".png"})]
+    found = [str(path.relative_to(folder)) for path in find_files([folder], {".png"})]
     assert found == ["a.PNG", "b-link/deep/p.png", "b-link/o.png", "b.png", "g.png/in.png"]
 
 
@@ -397,7 +397,7 @@ def test_find_keeps_what_cannot_be_read_for_the_reader_to_report(folder: Path) -
     (folder / "sub" / "loop.txt").symlink_to("loop.txt")
     os.mkfifo(folder / "sub" / "pipe.png")
     names = ["c.jpg", "dangling.png", "loop.png", "pipe.png"]
-    assert find([folder / "sub"], {".png", ".jpg"}) == [folder / "sub" / name for name in names]
+    assert find_files([folder / "sub"], {".png", ".jpg"}) == [folder / "sub" / name for name in names]
 
 
 @posix
@@ -414,9 +414,9 @@ def test_find_tells_of_folders_that_it_may_not_read(folder: Path, monkeypatch: p
     try:
         if os.access("closed", os.R_OK, effective_ids=True):
             pytest.skip("this user may read everything")
-        found = find(["."], {".png"})
+        found = find_files(["."], {".png"})
         with pytest.raises(SdkitError, match=r"^cannot read closed: permission denied; check the name"):
-            find(["closed"], {".png"})
+            find_files(["closed"], {".png"})
         with pytest.raises(ImageError, match="cannot read closed: Permission denied"):
             images.read("closed")
         with pytest.raises(LatentError, match=r"closed: the file cannot be read \(permission denied\)"):
@@ -438,6 +438,6 @@ def test_encodable() -> None:
 def test_find_refuses_what_is_neither_file_nor_folder(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.png")
     with pytest.raises(SdkitError, match="neither a regular file nor a folder"):
-        find([tmp_path / "pipe.png"], {".png"})
+        find_files([tmp_path / "pipe.png"], {".png"})
     with pytest.raises(SdkitError, match="empty name"):
-        find([""], {".png"})
+        find_files([""], {".png"})

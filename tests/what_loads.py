@@ -29,7 +29,7 @@ from sdkit.cli.jobs import read_prompts
 from sdkit.diffusion.schedule import SCHEDULERS
 from sdkit.files import sha256
 from sdkit.loading.single_file import ASSETS
-from sdkit.pipelines.generation import Recipe
+from sdkit.pipelines.generation import Generation
 from tests.helpers import original_layout
 from tests.helpers.color_profiles import P3, matrix_profile
 
@@ -256,7 +256,7 @@ def _resumed(path: Path, kit: Kit) -> object:
 SCHEDULES = Group("Noise schedules (scheduler_config.json)", _schedule)
 LATENTS = Group("Latent files", lambda path, _: sdkit.latents.load(path))
 CACHES = Group("Latent caches", _cache)
-RECIPES = Group("PNGs that say how they were made (`sdkit generate --from`)", lambda path, _: Recipe.read(path))
+RECIPES = Group("PNGs that say how they were made (`sdkit generate --from`)", lambda path, _: Generation.read(path))
 PROMPTS = Group("Prompts (`sdkit generate --prompts`)", lambda path, _: "; ".join(read_prompts(path)))
 RUNS = Group("Runs that are resumed", _resumed)
 GROUPS = (MODELS, VAES, SCHEDULES, LORAS, IMAGES, DATA, RECIPES, PROMPTS, LATENTS, CACHES, RUNS)
@@ -750,7 +750,7 @@ def _(kit: Kit, here: Path) -> dict[str, Any]:
 @RECIPES
 def _(kit: Kit, here: Path) -> Path:
     """As `sdkit generate` writes it"""
-    sdkit.images.save(Image.new("RGB", (8, 8)), here / "a.png", Recipe(prompt="a dog").text())
+    sdkit.images.save(Image.new("RGB", (8, 8)), here / "a.png", Generation(prompt="a dog").text())
     return here / "a.png"
 
 
@@ -763,7 +763,7 @@ def _(kit: Kit, here: Path) -> Path:
 @RECIPES
 def _(kit: Kit, here: Path) -> Path:
     """Values that sdkit never writes"""
-    sdkit.images.save(Image.new("RGB", (8, 8)), here / "a.png", Recipe(prompt="a dog").text() | {"steps": "many"})
+    sdkit.images.save(Image.new("RGB", (8, 8)), here / "a.png", Generation(prompt="a dog").text() | {"steps": "many"})
     return here / "a.png"
 
 

@@ -19,13 +19,13 @@ from sdkit.cli.console import complain, exit_code_of, flush, say, say_json, say_
 from sdkit.cli.parser import Parser
 from sdkit.cli.training import Add, add_command, add_training_commands
 from sdkit.errors import ArgumentError, SdkitError
-from sdkit.files import find
+from sdkit.files import find_files
 from sdkit.messages import printable
 
 if TYPE_CHECKING:
     from sdkit.cli.jobs import Reconstruction, Report
     from sdkit.networks.autoencoder import VAE
-    from sdkit.pipelines.generation import Recipe
+    from sdkit.pipelines.generation import Generation
     from sdkit.pipelines.text_to_image import StableDiffusion
 
 
@@ -69,23 +69,24 @@ def generate(args: argparse.Namespace) -> int:
     from dataclasses import fields
 
     from sdkit.cli.jobs import Report, check_generation, generate_files, read_prompts
-    from sdkit.pipelines.generation import Recipe
+    from sdkit.pipelines.generation import Generation
 
     if not args.prompts and not args.prompts_file and not args.from_image:
         raise ArgumentError("there is no prompt; give one, --prompts FILE or --from IMAGE.png.")
     prompts = args.prompts + (read_prompts(args.prompts_file) if args.prompts_file else [])
-    given = {field.name: getattr(args, field.name) for field in fields(Recipe) if field.name in args}
-    recipe = (Recipe.read(args.from_image) if args.from_image else Recipe()).but(**given)
-    idle = [name for name in ("negative_prompt", "rescale", "interval") if given.get(name)]
-    if idle and recipe.scale == 1:
-        option = idle[0].replace("_", "-")
+    given = {field.name: getattr(args, field.name) for field in fields(Generation) if field.name in args}
+    generation = (Generation.read(args.from_image) if args.from_image else Generation()).but(**given)
+    guides = {"negative_prompt": "negative-prompt", "guidance_rescale": "rescale", "guidance_interval": "interval"}
+    idle = [option for name, option in guides.items() if given.get(name)]
+    if idle and generation.guidance_scale == 1:
+        option = idle[0]
         raise ArgumentError(f"--{option} belongs to guidance, and --scale 1 is none; leave one of them out.")
     sizes = {"count": args.count, "batch_size": args.batch_size}
-    prompts = prompts or [recipe.prompt]
-    check_generation(prompts, args.out, recipe, **sizes)  # told before a model is loaded, or even downloaded
-    _check_place(recipe.dtype, args.device)
+    prompts = prompts or [generation.prompt]
+    check_generation(prompts, args.out, generation, **sizes)  # told before a model is loaded, or even downloaded
+    _check_place(generation.dtype, args.device)
     report = Report[Path](on_done=say_path)
-    generate_files(_load_sd(args, recipe), prompts, args.out, recipe, grid=args.grid, report=report, **sizes)
+    generate_files(_load_sd(args, generation), prompts, args.out, generation, grid=args.grid, report=report, **sizes)
     return 0
 
 
@@ -140,9 +141,9 @@ def info(args: argparse.Namespace) -> int:
     """Tell what a model source is and holds."""
     from dataclasses import asdict
 
-    from sdkit.loading.source import describe
+    from sdkit.loading.source import Source
 
-    description = describe(args.source, revision=args.revision, config=args.config)
+    description = Source.open(args.source, revision=args.revision, config=args.config).describe()
     if args.json:
         say_json(asdict(description))
         return 0
@@ -161,13 +162,13 @@ def demo(args: argparse.Namespace) -> int:
     """Generate a grid of images, and take photos through the VAE and back."""
     from sdkit.cli.jobs import check_files, demo_files
     from sdkit.images import READABLE
-    from sdkit.pipelines.generation import Recipe
+    from sdkit.pipelines.generation import Generation
 
     if args.photos:
-        find(args.photos, READABLE)
+        find_files(args.photos, READABLE)
     check_files(args.out)
     _check_place(args.dtype, args.device)
-    grid, kind, report = demo_files(_load_sd(args, Recipe(dtype=args.dtype)), args.out, args.photos)
+    grid, kind, report = demo_files(_load_sd(args, Generation(dtype=args.dtype)), args.out, args.photos)
     with _failures_told(report):
         say(printable(f"Images generated from a few prompts: {grid}"))
         say(f"{kind}, encoded and decoded (the original on the left):")
@@ -179,7 +180,7 @@ def _checked(args: argparse.Namespace, suffixes: Collection[str], seed: int = 0)
     """The options of a job on files; what is wrong is told before a model is loaded, or even downloaded."""
     from sdkit.cli.jobs import check_files
 
-    find(args.paths, suffixes)
+    find_files(args.paths, suffixes)
     options = {"out": args.out, "batch_size": args.batch_size, "tile": args.tile}
     check_files(**options, seed=seed)
     _check_place(args.dtype, args.device)
@@ -201,14 +202,15 @@ def _load_vae(args: argparse.Namespace) -> VAE:
     )  # fmt: skip
 
 
-def _load_sd(args: argparse.Namespace, recipe: Recipe) -> StableDiffusion:
+def _load_sd(args: argparse.Namespace, generation: Generation) -> StableDiffusion:
     from sdkit.networks.lora import merge_lora, read_lora
     from sdkit.pipelines.text_to_image import StableDiffusion
 
-    loras = [(read_lora(source), scale) for source, scale in recipe.loras]  # first: they are smaller
+    loras = [(read_lora(source), scale) for source, scale in generation.loras]  # first: they are smaller
     sd = StableDiffusion.from_pretrained(
-        recipe.model, dtype=recipe.dtype, device=args.device, revision=recipe.revision, variant=recipe.variant,
-        config=recipe.config, prediction_type=recipe.prediction_type, vae=recipe.vae, compile=args.compile,
+        generation.model, dtype=generation.dtype, device=args.device, revision=generation.revision,
+        variant=generation.variant, config=generation.config, prediction_type=generation.prediction_type,
+        vae=generation.vae, compile=args.compile,
     )  # fmt: skip
     for lora, scale in loras:
         merge_lora(lora, sd.unet.network, sd.text.network, scale)
@@ -268,7 +270,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _generate_options(add: Add) -> None:
-    """What belongs to a `Recipe` has its field's name and no default: only what is given overrides that of --from."""
+    """Add the options. Those of a `Generation` are stored under its field's name, without a default: only what is given
+    overrides the values of --from."""
     unset: dict[str, Any] = {"default": argparse.SUPPRESS}
     add("prompts", nargs="*", metavar="PROMPT", help="what to show; each makes --count images")
     add("--prompts", dest="prompts_file", metavar="FILE", help='more prompts, one a line; "-" is stdin, # a comment')
@@ -278,8 +281,15 @@ def _generate_options(add: Add) -> None:
     add("--grid", action="store_true", help="also write one picture of all images, labelled")
     add("--batch-size", type=int, metavar="N", help="images at a time (default: as many as usually fit)")
     add("--negative-prompt", metavar="TEXT", help="what to steer away from, the more the higher --scale is", **unset)
-    add("--steps", type=int, metavar="N", help="of the sampler (default: 30)", **unset)
-    add("--scale", type=float, metavar="S", help="of guidance; 1 is none (default: the model's own)", **unset)
+    add("--steps", dest="num_inference_steps", type=int, metavar="N", help="of the sampler (default: 30)", **unset)
+    add(
+        "--scale",
+        dest="guidance_scale",
+        type=float,
+        metavar="S",
+        help="of guidance; 1 is none (default: the model's own)",
+        **unset,
+    )
     add("--sampler", help="ddim, ddpm or dpm++2m (default: ddim)", **unset)
     add("--eta", type=float, help="noise that ddim adds, from 0 (default) to 1", **unset)
     add("--spacing", help="leading, trailing or linspace (default: the model's)", **unset)
@@ -288,9 +298,16 @@ def _generate_options(add: Add) -> None:
     add("--width", type=int, metavar="PIXELS", help="(default: the model's own)", **unset)
     add("--clip-skip", type=int, metavar="N", help="last text layers to pass over (default: 0)", **unset)
     add("--weighting", action=argparse.BooleanOptionalAction, help="read (word:1.3) as A1111 does", **unset)
-    add("--rescale", type=float, metavar="PHI", help="guidance rescale, from 0 (default) to 1", **unset)
+    add(
+        "--rescale",
+        dest="guidance_rescale",
+        type=float,
+        metavar="PHI",
+        help="guidance rescale, from 0 (default) to 1",
+        **unset,
+    )
     levels = "noise levels sigma between which to guide (default: all)"
-    add("--interval", nargs=2, type=float, metavar=("LO", "HI"), help=levels, **unset)
+    add("--interval", dest="guidance_interval", nargs=2, type=float, metavar=("LO", "HI"), help=levels, **unset)
     _model_options(add, **unset)
     add("--prediction-type", metavar="KIND", help="of a single file: epsilon or v_prediction", **unset)
     add("--vae", metavar="SOURCE", help="in place of the model's own: a folder, a Hub id, or a single file", **unset)

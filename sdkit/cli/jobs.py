@@ -26,13 +26,13 @@ import torch
 from PIL import Image
 
 from sdkit import __version__, images
-from sdkit.arguments import strings, whole
+from sdkit.arguments import strings, whole_number
 from sdkit.data import latent_file as latents
 from sdkit.errors import ArgumentError, LatentError, SdkitError
 from sdkit.evaluation import similarity as metrics
-from sdkit.files import check_name, encodable, find, reason, status, utf8_name
+from sdkit.files import check_name, encodable, find_files, reason, status, utf8_name
 from sdkit.networks.autoencoder import VAE
-from sdkit.pipelines.generation import Recipe
+from sdkit.pipelines.generation import Generation
 from sdkit.pipelines.text_to_image import StableDiffusion
 from sdkit.progress import progress
 
@@ -77,11 +77,11 @@ class Reconstruction:
 
 def check_files(out: str | Path, *, batch_size: int | None = None, tile: int | None = None, seed: int = 0) -> None:
     """Raise `SdkitError` where the jobs below cannot take these, which can be told before a model is loaded."""
-    whole("seed", seed, 0, 2**62)
+    whole_number("seed", seed, 0, 2**62)
     if batch_size is not None:
-        whole("batch_size", batch_size, 1)
+        whole_number("batch_size", batch_size, 1)
     if tile:
-        whole("tile (0 is none)", tile, 128)
+        whole_number("tile (0 is none)", tile, 128)
     _check_writable(Path(out))
 
 
@@ -222,13 +222,13 @@ def _read_prompts(path: str | Path) -> bytes:
 
 
 def check_generation(
-    prompts: Sequence[str], out: str | Path, recipe: Recipe, *, count: int = 1, batch_size: int | None = None
+    prompts: Sequence[str], out: str | Path, generation: Generation, *, count: int = 1, batch_size: int | None = None
 ) -> int:
     """How many images `generate_files` makes of these; raises what it would, but without a model."""
-    recipe.check()
-    n = len(strings("prompts", prompts)) * whole("count", count, 1)
+    generation.check()
+    n = len(strings("prompts", prompts)) * whole_number("count", count, 1)
     if batch_size is not None:
-        whole("batch_size", batch_size, 1)
+        whole_number("batch_size", batch_size, 1)
     if _is_image_name(Path(out)) and (Path(out).suffix.lower() != ".png" or n > 1):
         raise ArgumentError(f"{out} cannot hold {n} PNG image(s); give a folder, or a .png for a single image.")
     _check_writable(Path(out), is_file=_is_image_name(Path(out)))
@@ -239,7 +239,7 @@ def generate_files(
     sd: StableDiffusion,
     prompts: Sequence[str],
     out: str | Path = "outputs",
-    recipe: Recipe | None = None,
+    generation: Generation | None = None,
     *,
     count: int = 1,
     grid: bool = False,
@@ -249,23 +249,24 @@ def generate_files(
     """`count` images of each prompt as PNGs that hold their recipes, numbered on from those in the folder `out`.
 
     `out` may be a file name ending in .png, for a single image; in a folder nothing is overwritten, by several runs at
-    once neither. Image i has the seed `recipe.seed` + i; `recipe.prompt` is not used. `grid` adds one more picture, of
-    all images with labels.
+    once neither. Image i has the seed `generation.seed` + i; `generation.prompt` is not used. `grid` adds one more
+    picture, of all images with labels.
     """
-    recipe, report = recipe or Recipe(), report or Report()
-    n = check_generation(prompts, out, recipe, count=count, batch_size=batch_size)
+    generation, report = generation or Generation(), report or Report()
+    n = check_generation(prompts, out, generation, count=count, batch_size=batch_size)
     side = sd.unet.sample_size * sd.vae.factor
-    at_once = batch_size or sd.images_at_once(recipe.height or side, recipe.width or side)
-    wanted = ((prompt, recipe.seed + r * count + c) for r, prompt in enumerate(prompts) for c in range(count))
+    at_once = batch_size or sd.images_at_once(generation.height or side, generation.width or side)
+    wanted = ((prompt, generation.seed + r * count + c) for r, prompt in enumerate(prompts) for c in range(count))
     batches = iter(lambda: list(itertools.islice(wanted, at_once)), [])
     numbers = _numbers(Path(out))
     made: dict[str, Image.Image] = {}  # by caption
     for batch in progress(batches, total=-(-n // at_once), description="generate"):
-        for (prompt, seed), image in zip(batch, _generate(sd, batch, recipe), strict=True):
+        for (prompt, seed), image in zip(batch, _generate(sd, batch, generation), strict=True):
             one = replace(
-                recipe, prompt=prompt, seed=seed, height=image.height, width=image.width, model=sd.name,
-                scale=sd.guidance_scale if recipe.scale is None else recipe.scale,
-                spacing=recipe.spacing or sd.schedule.timestep_spacing, dtype=str(sd.unet.dtype).removeprefix("torch."),
+                generation, prompt=prompt, seed=seed, height=image.height, width=image.width, model=sd.name,
+                guidance_scale=sd.guidance_scale if generation.guidance_scale is None else generation.guidance_scale,
+                spacing=generation.spacing or sd.schedule.timestep_spacing,
+                dtype=str(sd.unet.dtype).removeprefix("torch."),
             )  # fmt: skip
             report.add(_save(image, Path(out), f"{_slug(prompt)}-{seed}", numbers, one.text()))
             made |= {f"seed {seed}: {prompt}": image} if grid else {}
@@ -276,12 +277,13 @@ def generate_files(
     return report.done
 
 
-def _generate(sd: StableDiffusion, batch: Sequence[tuple[str, int]], recipe: Recipe) -> list[Image.Image]:
+def _generate(sd: StableDiffusion, batch: Sequence[tuple[str, int]], generation: Generation) -> list[Image.Image]:
     prompts, seeds = zip(*batch, strict=True)
     made: list[Image.Image] = sd(
-        prompts, recipe.negative_prompt, recipe.height, recipe.width, recipe.steps, recipe.scale, recipe.sampler,
-        recipe.eta, seeds, spacing=recipe.spacing, guidance_rescale=recipe.rescale, guidance_interval=recipe.interval,
-        clip_skip=recipe.clip_skip, weighting=recipe.weighting, batch_size=len(batch),
+        prompts, generation.negative_prompt, generation.height, generation.width, generation.num_inference_steps,
+        generation.guidance_scale, generation.sampler, generation.eta, seeds, spacing=generation.spacing,
+        guidance_rescale=generation.guidance_rescale, guidance_interval=generation.guidance_interval,
+        clip_skip=generation.clip_skip, weighting=generation.weighting, batch_size=len(batch),
     )  # fmt: skip
     return made
 
@@ -377,7 +379,7 @@ def _targets(paths: Iterable[str | Path], suffixes: Collection[str], out: str | 
     """
     names, folder = list(paths), Path(out)
     unreadable = images.UNREADABLE if ".png" in suffixes else ()
-    sources, given = find(names, suffixes, unreadable), [Path(name) for name in names]
+    sources, given = find_files(names, suffixes, unreadable), [Path(name) for name in names]
     roots = {source: next((root for root in given if root in source.parents), source.parent) for source in sources}
     earlier = {source for source in sources if _is_in(source, folder) and _is_in(folder, roots[source])}
     below = {source: source.relative_to(roots[source]) for source in sources if source not in earlier}

@@ -16,13 +16,13 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from sdkit.arguments import whole
+from sdkit.arguments import whole_number
 from sdkit.data.examples import Example, Examples, open_examples
 from sdkit.data.latent_cache.writing import own_size
 from sdkit.data.transform import MAX_ENLARGEMENT, Transform, sides
 from sdkit.errors import ImageError
 from sdkit.loading.single_file import ASSETS
-from sdkit.loading.source import Source, load_text
+from sdkit.loading.source import Source, SourceName
 from sdkit.loading.tokenizer import load_tokenizer
 from sdkit.prefetch import ahead
 from sdkit.progress import progress
@@ -137,7 +137,7 @@ class _Look:
 def check(
     data: str | os.PathLike[str],
     *,
-    model: Source | None = None,
+    model: SourceName | None = None,
     size: int | tuple[int, int] | None = None,
     split: str = "train",
     image_column: str | None = None,
@@ -151,7 +151,7 @@ def check(
 
     model: whose size and tokenizer count; None takes those of Stable Diffusion 1.x: 512 pixels, 77 tokens.
     """
-    whole("workers", workers, 1)
+    whole_number("workers", workers, 1)
     transform = Transform(size=sides(size) if size is not None else own_size(model) if model else sides(SD_SIZE))
     examples = open_examples(
         data, split=split, image_column=image_column, caption_column=caption_column, streaming=streaming,
@@ -161,7 +161,7 @@ def check(
     if class_folders:  # each once: those that count ten times are no duplicates
         distinct = {example.name: example for example in examples}.values()
     if model:
-        text, tokenizer = load_text(model)
+        text, tokenizer = Source.open(model).text_encoder()
         length = int(text.config.max_position_embeddings)
     else:
         tokenizer, length = load_tokenizer(ASSETS / "sd1" / "tokenizer"), 77

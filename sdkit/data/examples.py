@@ -29,7 +29,7 @@ from sdkit.data.captions import CAPTION_KEYS, caption_of
 from sdkit.data.metadata import NAMES
 from sdkit.data.tar_shards import tar_rows
 from sdkit.errors import ArgumentError, DataError, ImageError, SdkitError
-from sdkit.files import encodable, expanded, find, open_regular, reason
+from sdkit.files import encodable, expanded, find_files, open_regular, reason
 from sdkit.messages import clean, first_line, listed
 from sdkit.processes import is_main_process
 from sdkit.stops import stop_in
@@ -383,7 +383,7 @@ def _kind(path: Path) -> tuple[str, list[Path]]:
         )
     every = frozenset[str]().union(*suffixes.values())
     try:
-        files = find([path], every, images.UNREADABLE)
+        files = find_files([path], every, images.UNREADABLE)
     except SdkitError as error:
         if isinstance(error.__cause__, OSError):
             raise DataError(str(error)) from error

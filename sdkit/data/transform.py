@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from sdkit.arguments import LONGEST_SIDE, one_of, whole
+from sdkit.arguments import LONGEST_SIDE, one_of, whole_number
 from sdkit.errors import ArgumentError, ImageError
 from sdkit.images import to_tensors
 
@@ -80,7 +80,7 @@ def sides(size: int | Sequence[int]) -> tuple[int, int]:
     pair: Any = list(size) if isinstance(size, (list, tuple)) else [size, size]
     if len(pair) != 2:
         raise ArgumentError(f"size must be one number of pixels, or (height, width), not {size!r}.")
-    height, width = (whole("size", side, 8, LONGEST_SIDE) for side in pair)
+    height, width = (whole_number("size", side, 8, LONGEST_SIDE) for side in pair)
     return height, width
 
 

@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 
 from sdkit.arguments import noise_levels, number
+from sdkit.diffusion.conditioning import Conditioning
 from sdkit.diffusion.schedule import NoiseSchedule, Predict, Prediction
 from sdkit.errors import ArgumentError
 from sdkit.fields import documented
 
-Model = Callable[[Tensor, int, Tensor], Tensor]
+Model = Callable[[Tensor, int, Conditioning], Tensor]
+"""model(x_t, t, cond): a network in its own parameterisation (eps, v, or x0)."""
 TINY = 1e-30  # what divides in place of 0
 
 
@@ -73,21 +75,46 @@ def apg(
 def guided(
     model: Model,
     schedule: NoiseSchedule,
-    cond: Tensor,
-    uncond: Tensor | None = None,
+    cond: Conditioning,
+    uncond: Conditioning | None = None,
     scale: float = 7.5,
     *,
     interval: tuple[float, float] | None = None,
     phi: float = 0.0,
     projected: APG | None = None,
 ) -> Predict:
-    """A predictor that calls `model(x_t, t, cond)` with guidance; made anew for each sampling run (APG keeps its
-    average in it).
+    """A predictor that calls `model(x_t, t, cond)` with guidance.
 
-    cond, uncond: (B, L, D). With guidance one pass over a batch of 2B, [uncond, cond]; where `scale` is 1, or the noise
-        level sigma = sqrt((1 - a) / a) lies outside `interval` = (low, high] (Kynkäänniemi et al. 2024,
-        https://arxiv.org/abs/2404.07724), one pass over B. `phi` is `rescale`'s; `projected` replaces `cfg` by `apg`.
+    Make a new one for each sampling run: with APG it holds the running average of the updates.
+
+    Args:
+        model: Called with x_t (B, C, h, w), an integer t, and a condition of B images. With guidance it makes one pass
+            over a batch of 2B, [uncond, cond].
+        schedule: Turns the model's output into a `Prediction`.
+        cond: The condition of B images.
+        uncond: The condition to steer away from, also of B images: of the negative prompts, or of "". None where
+            `scale` is 1.
+        scale: The guidance scale; 1 is no guidance, in one pass over B.
+        interval: Noise levels sigma = sqrt((1 - a) / a) between which to guide, (low, high] (Kynkäänniemi et al. 2024,
+            https://arxiv.org/abs/2404.07724). Outside, one pass over B.
+        phi: `rescale`'s.
+        projected: Settings of `apg`, which then takes the place of `cfg`.
+
+    Returns:
+        predict(x_t, t) -> Prediction, as samplers take it.
+
+    Raises:
+        ArgumentError: An argument is out of range, or `uncond` is missing.
+
+    Example:
+        cond, uncond = (Conditioning(one) for one in sd.text.encode(["a cat", ""]).split(1))
+        predict = guided(sd.unet, sd.schedule, cond, uncond, scale=5.0)
     """
+    for condition in (cond, *([] if uncond is None else [uncond])):
+        if not isinstance(condition, Conditioning):
+            raise ArgumentError(
+                f"conditions are given as sdkit.guidance.Conditioning(embeddings), not {type(condition).__name__}."
+            )
     scale = number("the guidance scale", scale, -1e6, 1e6)
     phi = number("the guidance rescale (phi)", phi, 0, 1)
     if interval is not None:
@@ -100,7 +127,7 @@ def guided(
         raise ArgumentError(
             "guidance with a scale other than 1 needs the unconditional embedding (that of the empty prompt)."
         )
-    both = cond if uncond is None else torch.cat([uncond, cond])
+    both = cond if uncond is None else Conditioning.cat([uncond, cond])
     average: Tensor | None = None
 
     def predict(x_t: Tensor, t: int) -> Prediction:

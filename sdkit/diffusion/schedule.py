@@ -10,14 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from os import PathLike
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from sdkit.arguments import PREDICTIONS, flag, number, one_of, whole
+from sdkit.arguments import PREDICTIONS, flag, number, one_of, whole_number
 from sdkit.errors import ArgumentError
 from sdkit.fields import documented
 from sdkit.messages import clean
@@ -84,8 +83,8 @@ Predict = Callable[[Tensor, int], Prediction]
 class NoiseSchedule:
     """Tables of one noise schedule and what its model was trained to predict.
 
-    Make one with `from_pretrained`, `linear`, `scaled_linear`, `cosine` or `from_betas`; each takes the fields below as
-    keywords.
+    Make one with `linear`, `scaled_linear`, `cosine` or `from_betas`; each takes the fields below as keywords. That of
+    a model is `sdkit.loading.source.Source.open(...).schedule()`.
     """
 
     betas: Tensor
@@ -114,7 +113,7 @@ class NoiseSchedule:
         one_of("variance_type", self.variance_type, VARIANCE_TYPES)
         if 1 - betas[0] == 1 or bool((torch.cumprod(1 - betas[:-1], dim=0) == 0).any()):
             raise ArgumentError("betas must begin above 0, and only the last may be 1.")
-        whole("steps_offset", self.steps_offset, 0)
+        whole_number("steps_offset", self.steps_offset, 0)
         object.__setattr__(self, "betas", betas.clone())
         object.__setattr__(self, "prediction_type", PREDICTIONS[self.prediction_type])
         object.__setattr__(self, "alphas_cumprod", torch.cumprod(1 - betas, dim=0))
@@ -150,24 +149,6 @@ class NoiseSchedule:
             return torch.cos((u + s) / (1 + s) * math.pi / 2) ** 2
 
         return cls(betas=_betas_along(squared_cosine, num_timesteps, max_beta), **fields)
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        source: str | PathLike[str],
-        *,
-        revision: str | None = None,
-        config: str | PathLike[str] | None = None,
-        prediction_type: str | None = None,
-    ) -> NoiseSchedule:
-        """Read the schedule of a model of latents; for `source` see `sdkit.StableDiffusion.from_pretrained`.
-
-        Nothing is clipped, and `steps_offset` is 1, whatever the config says: see `from_config` with `latents`.
-        """
-        from sdkit.loading.source import load_scheduler_config
-
-        found = load_scheduler_config(source, revision=revision, config=config, prediction_type=prediction_type)
-        return cls.from_config(found, latents=True)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], *, latents: bool = False) -> NoiseSchedule:
@@ -241,7 +222,7 @@ class NoiseSchedule:
         (starts at T - 1: the one for zero-terminal-SNR models), "linspace" (both ends).
         """
         T, spacing = self.num_timesteps, self.timestep_spacing if spacing is None else spacing
-        n = whole("the number of steps", n, 1, T)
+        n = whole_number("the number of steps", n, 1, T)
         one_of("spacing", spacing, SPACINGS)
         if spacing == "leading":
             stride = T // n
@@ -264,6 +245,22 @@ class NoiseSchedule:
         x0's dtype."""
         a, s = self._signal_noise(t, x0)
         return (a * eps - s * x0).to(x0.dtype)
+
+    def target(self, x0: Tensor, eps: Tensor, t: int | Tensor) -> Tensor:
+        """What a model trained on this schedule should output at x_t = `add_noise(x0, eps, t)`.
+
+        Args:
+            x0: (B, C, ...), the clean sample.
+            eps: The noise, shaped like x0.
+            t: An integer or (B,).
+
+        Returns:
+            eps, v, or x0, by the schedule's `prediction_type`. `prediction` is the inverse.
+        """
+        kind = PREDICTIONS[self.prediction_type]
+        if kind == "epsilon":
+            return eps
+        return x0 if kind == "sample" else self.velocity(x0, eps, t)
 
     def prediction(self, output: Tensor, x_t: Tensor, t: int | Tensor, kind: str | None = None) -> Prediction:
         """x0 and eps from a model's output, which is an eps, a v or an x0 by `kind` (the schedule's `prediction_type`
@@ -305,7 +302,7 @@ class NoiseSchedule:
 
 
 def _linspace(start: float, end: float, n: int) -> Tensor:
-    return torch.linspace(start, end, whole("num_timesteps", n, 1), dtype=torch.float64)
+    return torch.linspace(start, end, whole_number("num_timesteps", n, 1), dtype=torch.float64)
 
 
 def completed(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -326,7 +323,7 @@ def _betas_from_config(config: Mapping[str, Any]) -> Tensor:
     """Betas (T,), float64, of a config that is `completed`."""
     if "trained_betas" in config:
         return torch.tensor(_numbers("trained_betas", config["trained_betas"]), dtype=torch.float64)
-    T = whole("num_train_timesteps", config.get("num_train_timesteps", 1000), 1, LONGEST_CHAIN)
+    T = whole_number("num_train_timesteps", config.get("num_train_timesteps", 1000), 1, LONGEST_CHAIN)
     start, end = (number(key, config[key], 0, 1) for key in ("beta_start", "beta_end"))
     kinds: dict[str, Callable[[], Tensor]] = {
         "linear": lambda: _linspace(start, end, T),

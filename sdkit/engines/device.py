@@ -1,4 +1,4 @@
-"""Where and how precisely a network computes: `"auto"` made concrete."""
+"""Device and dtype of a network: what `"auto"` means on this machine."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DTYPES = {
 
 
 def resolve_device(device: str | torch.device = "auto") -> torch.device:
-    """`"auto"` takes a CUDA GPU, else Apple's, else the CPU; anything else is checked by computing on it."""
+    """Return a device: `"auto"` is a CUDA GPU, else Apple's, else the CPU; others are checked by computing on them."""
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     present = [name for name, there in available.items() if there]
     if device == "auto":
@@ -32,7 +32,7 @@ def resolve_device(device: str | torch.device = "auto") -> torch.device:
 
 
 def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
-    """`"auto"` takes bfloat16 where the hardware multiplies it (CPUs: with AVX512-BF16 or AMX), else float32."""
+    """Return a dtype: `"auto"` is bfloat16 where the hardware multiplies it (AVX512-BF16 or AMX), else float32."""
     if dtype == "auto":
         return torch.bfloat16 if has_native_bf16(device) else torch.float32
     resolved = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
@@ -42,7 +42,7 @@ def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype
 
 
 def has_native_bf16(device: torch.device) -> bool:
-    """Whether bfloat16 is multiplied in hardware; PyTorch emulates it elsewhere, slower than float32."""
+    """Return whether the hardware multiplies bfloat16; elsewhere PyTorch emulates it, slower than float32."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     if device.type == "cpu":
@@ -51,5 +51,5 @@ def has_native_bf16(device: torch.device) -> bool:
 
 
 def memory_format(dtype: torch.dtype) -> torch.memory_format:
-    """channels_last in half precision, twice as fast; in float32 diffusers' own order, to equal it to the bit."""
+    """Return channels_last in half precision, twice as fast; in float32 diffusers' own layout, to be bit-identical."""
     return torch.contiguous_format if dtype == torch.float32 else torch.channels_last

@@ -1,8 +1,8 @@
-"""How close two images are: PSNR and SSIM; and how much of a codebook is used.
+"""Similarity of two images: PSNR and SSIM.
 
-The first two take what `sdkit.images.to_tensors` takes, and return one value per image: a float64 tensor (B,), float32
+Both take what `sdkit.images.to_tensors` takes, and return one value per image: a float64 tensor (B,), float32
 on Apple's GPU. Between two float tensors in [-1, 1], (B, 3, H, W) or (3, H, W), nothing is rounded or clamped and the
-metric is differentiable; everything else is compared as 8-bit images. They raise `ImageError` where the two sides
+metric is differentiable; everything else is compared as 8-bit images. Both raise `ImageError` where the two sides
 cannot be compared.
 """
 
@@ -21,14 +21,6 @@ WINDOW, SIGMA = 11, 1.5  # pixels
 def psnr(a: Images, b: Images) -> Tensor:
     """Peak signal-to-noise ratio in dB, 10 log10(255^2 / MSE) over pixels and channels; infinite for equal images."""
     return torch.cat([10 * torch.log10(255**2 / (x - y).square().mean(dim=(1, 2, 3))) for x, y in _pairs(a, b)])
-
-
-def codebook_use(numbers: Tensor, size: int) -> tuple[float, float]:
-    """How much of a codebook of `size` codes is used where `numbers` (any shape) are those chosen: the share of codes
-    that occur, and the perplexity, exp of the entropy of their frequencies (nats): `size` where all are as frequent."""
-    counts = torch.bincount(numbers.flatten().cpu(), minlength=size).double()
-    shares = counts[counts > 0] / counts.sum()
-    return float((counts > 0).double().mean()), float(torch.exp(-(shares * shares.log()).sum()))
 
 
 def ssim(a: Images, b: Images) -> Tensor:

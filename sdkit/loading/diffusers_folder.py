@@ -21,7 +21,7 @@ from sdkit.loading import tokenizer
 from sdkit.loading.configs import read_config, read_json
 from sdkit.loading.shards import index_names, open_shards, read_index
 from sdkit.loading.single_file import NOUNS, build
-from sdkit.loading.tensors import SUFFIXES, TensorFile, find, is_file, open_tensors
+from sdkit.loading.tensors import SUFFIXES, TensorFile, is_file, open_tensors, status_or_none
 from sdkit.messages import clean, first_line
 from sdkit.stops import stop_in
 
@@ -314,7 +314,7 @@ def path_or_fetched(source: str | os.PathLike[str], filename: str, revision: str
     Raises SourceError, with the `hint`, for a repository without that file.
     """
     path = expanded(source)
-    if not is_hub_id(source) or find(path):
+    if not is_hub_id(source) or status_or_none(path):
         return path
     place = Place(name=str(source), kind="hub", path=path, revision=revision)
     if is_file(file := fetch(place, [filename]) / filename):

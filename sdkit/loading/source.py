@@ -10,12 +10,14 @@ import os
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
 from sdkit.arguments import PREDICTIONS, one_of
+from sdkit.diffusion.schedule import NoiseSchedule
 from sdkit.errors import ArgumentError, SourceError
 from sdkit.files import read_regular
 from sdkit.loading import diffusers_folder as folder
@@ -23,20 +25,18 @@ from sdkit.loading import single_file, tokenizer
 from sdkit.loading.configs import GUIDANCE, read_config, read_json
 from sdkit.loading.diffusers_folder import PARTS, SCHEDULER, TEXT, UNET, VAE, Part, Place
 from sdkit.loading.single_file import ASSETS
-from sdkit.loading.tensors import SUFFIXES, TensorFile, find, is_file, open_tensors
+from sdkit.loading.tensors import SUFFIXES, is_file, open_tensors, status_or_none
 from sdkit.messages import clean
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel, VQModel
     from transformers import CLIPTextModel, CLIPTokenizer
 
-Source = str | os.PathLike[str]
+SourceName = str | os.PathLike[str]
 
 EMBEDDED = "emoji"
 USUAL_GUIDANCE = 7.5
 KINDS = {"embedded": "the embedded model", "hub": "a Hub id", "folder": "a folder", "file": "a file"}
-
-_probed: dict[tuple[Path, int, int], str] = {}  # a probe takes seconds, and a pipeline asks for U-Net and schedule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,131 +68,227 @@ class Description:
     components: tuple[Component, ...]
 
 
-def load_vae(
-    source: Source,
-    *,
-    dtype: torch.dtype = torch.float32,
-    revision: str | None = None,
-    variant: str | None = None,
-    config: Source | None = None,
-) -> AutoencoderKL | AutoencoderTiny | VQModel:
-    """The VAE of `source`, in eval mode on the CPU, its weights as `dtype` whatever they are stored in.
+class Source:
+    """A model source that is found and open, from which its parts are loaded.
 
-    The rest is as in `sdkit.StableDiffusion.from_pretrained`; `config` may be a Hub id, too. Raises SourceError, as the
-    other loaders do, for anything that is missing, damaged or of another kind.
+    Raises SourceError, as its methods do, for anything that is missing, damaged or of another kind.
     """
-    place = _resolve(source, revision=revision, variant=variant, config=config)
-    return cast("AutoencoderKL | AutoencoderTiny | VQModel", _load(place, VAE, dtype, variant, config))
 
+    def __init__(
+        self, place: Place, backend: _Folder | _File, prediction_type: str | None, family: str | None = None
+    ) -> None:
+        self.place = place
+        self.name = place.name
+        self._backend = backend
+        self._prediction_type = prediction_type
+        self._family = family
 
-def load_unet(
-    source: Source,
-    *,
-    dtype: torch.dtype = torch.float32,
-    revision: str | None = None,
-    variant: str | None = None,
-    config: Source | None = None,
-) -> UNet2DConditionModel:
-    """The U-Net of `source`, in eval mode on the CPU. Parameters as in `load_vae`."""
-    place = _resolve(source, revision=revision, variant=variant, config=config)
-    unet = cast("UNet2DConditionModel", _load(place, UNET, dtype, variant, config))
-    settings: Any = unet.config
-    if settings.addition_embed_type or settings.class_embed_type or settings.num_class_embeds:
-        raise SourceError(f"{place.label} holds a U-Net of Stable Diffusion XL or of another kind; give SD 1.x or 2.x.")
-    if settings.in_channels > settings.out_channels:
-        name = single_file.INPUTS.get(settings.in_channels, "another kind of model")
-        raise SourceError(
-            f"{place.label} looks like {name} ({settings.in_channels} input channels); give a text-to-image model."
+    @classmethod
+    def open(
+        cls,
+        name: SourceName,
+        *,
+        revision: str | None = None,
+        variant: str | None = None,
+        config: SourceName | None = None,
+        prediction_type: str | None = None,
+    ) -> Source:
+        """Find a source and open it; of a file, its names and shapes are read here, once for all its parts.
+
+        Args:
+            name: What `sdkit.StableDiffusion.from_pretrained` takes, or one part's own folder, file or Hub repository.
+            revision: A branch, tag or commit of a Hub repository.
+            variant: Of the weights in a folder or Hub repository, such as "fp16".
+            config: A folder of configs for a file; it may be a Hub id, too.
+            prediction_type: Of the noise schedule, in place of the one that the source has; "eps", "v" and "x0" are
+                short for diffusers' words.
+        """
+        if prediction_type is not None:
+            prediction_type = PREDICTIONS[one_of("prediction_type", prediction_type, PREDICTIONS)]
+        place = _resolve(name, revision=revision, variant=variant, config=config)
+        backend = _File(place, config) if place.kind == "file" else _Folder(place, variant)
+        return cls(place, backend, prediction_type, None if config is None else str(config))
+
+    def autoencoder(self, dtype: torch.dtype = torch.float32) -> AutoencoderKL | AutoencoderTiny | VQModel:
+        """The VAE, in eval mode on the CPU, its weights as `dtype` whatever they are stored in."""
+        return cast("AutoencoderKL | AutoencoderTiny | VQModel", self._backend.network(VAE, dtype))
+
+    def denoiser(self, dtype: torch.dtype = torch.float32) -> UNet2DConditionModel:
+        """The U-Net, likewise."""
+        unet = cast("UNet2DConditionModel", self._backend.network(UNET, dtype))
+        label, settings = self.place.label, cast("Any", unet.config)
+        if settings.addition_embed_type or settings.class_embed_type or settings.num_class_embeds:
+            raise SourceError(f"{label} holds a U-Net of Stable Diffusion XL or of another kind; give SD 1.x or 2.x.")
+        if settings.in_channels > settings.out_channels:
+            name = single_file.INPUTS.get(settings.in_channels, "another kind of model")
+            raise SourceError(
+                f"{label} looks like {name} ({settings.in_channels} input channels); give a text-to-image model."
+            )
+        return unet
+
+    def text_encoder(self, dtype: torch.dtype = torch.float32) -> tuple[CLIPTextModel, CLIPTokenizer]:
+        """The text encoder, likewise, and its tokenizer.
+
+        Of a text encoder's own folder, the tokenizer is looked for in it and in ../tokenizer.
+        """
+        text = self._backend.network(TEXT, dtype)
+        words = self._backend.tokenizer()
+        size = text.config.vocab_size
+        if len(words) > size:
+            raise SourceError(
+                f"the tokenizer of {self.place.label} has {len(words)} tokens, its text encoder {size}; "
+                "give the tokenizer that belongs to it."
+            )
+        token, number = max(words.get_vocab().items(), key=lambda item: item[1])
+        if number >= size:
+            raise SourceError(
+                f"the tokenizer of {self.place.label} gives {clean(token)!r} the id {number}, beyond the {size} of its "
+                "text encoder; give the tokenizer that belongs to it."
+            )
+        return cast("CLIPTextModel", text), words
+
+    def scheduler_config(self) -> dict[str, Any]:
+        """The noise schedule as diffusers writes it in scheduler_config.json.
+
+        The prediction type of a file is, the first that is known: the one that it was opened with, its metadata, its
+        marker keys (`v_pred`, beside `ztsnr` for zero terminal SNR), the config's, and for SD 2.x what a run of its
+        U-Net tells.
+        """
+        return self._backend.scheduler_config(self._prediction_type)
+
+    def schedule(self) -> NoiseSchedule:
+        """The noise schedule of a model of latents.
+
+        Nothing is clipped, and `steps_offset` is 1, whatever the config says: see `NoiseSchedule.from_config` with
+        `latents`.
+        """
+        return NoiseSchedule.from_config(self.scheduler_config(), latents=True)
+
+    @property
+    def guidance_scale(self) -> float:
+        """The guidance scale that the model is best drawn at: what its model_index.json says, or Stable Diffusion's
+        7.5."""
+        index = self._backend.index()
+        return float(read_config(index, "index").get(GUIDANCE, USUAL_GUIDANCE)) if is_file(index) else USUAL_GUIDANCE
+
+    def describe(self) -> Description:
+        """What the source is and holds, from its configs and headers alone. Of a Hub id no weights are downloaded."""
+        path, family, components = self._backend.description()
+        return Description(
+            source=self.name,
+            kind=self.place.kind,
+            path=path,
+            family=self._family or family,
+            components=components,
         )
-    return unet
 
 
-def load_text(
-    source: Source,
-    *,
-    dtype: torch.dtype = torch.float32,
-    revision: str | None = None,
-    variant: str | None = None,
-    config: Source | None = None,
-) -> tuple[CLIPTextModel, CLIPTokenizer]:
-    """The text encoder of `source`, in eval mode on the CPU, and its tokenizer. Parameters as in `load_vae`.
+class _Folder:
+    """A model in diffusers layout: embedded, in a folder, or on the Hub."""
 
-    Of a text encoder's own folder, the tokenizer is looked for in it and in ../tokenizer.
-    """
-    place = _resolve(source, revision=revision, variant=variant, config=config)
-    if place.kind == "file":
-        file, configs = _open(place, config)
-        text = single_file.load_network(file, "text", configs, dtype)
-        words = tokenizer.load_tokenizer(configs / "tokenizer")
-    else:
-        text = folder.load_network(place, TEXT, dtype, variant)
-        words = folder.load_place_tokenizer(place)
-    size = text.config.vocab_size
-    if len(words) > size:
-        raise SourceError(
-            f"the tokenizer of {place.label} has {len(words)} tokens, its text encoder {size}; "
-            "give the tokenizer that belongs to it."
-        )
-    token, number = max(words.get_vocab().items(), key=lambda item: item[1])
-    if number >= size:
-        raise SourceError(
-            f"the tokenizer of {place.label} gives {clean(token)!r} the id {number}, beyond the {size} of its text "
-            "encoder; give the tokenizer that belongs to it."
-        )
-    return cast("CLIPTextModel", text), words
+    def __init__(self, place: Place, variant: str | None) -> None:
+        self.place = place
+        self.variant = variant
 
+    def network(self, part: Part, dtype: torch.dtype) -> Any:
+        return folder.load_network(self.place, part, dtype, self.variant)
 
-def load_scheduler_config(
-    source: Source, *, revision: str | None = None, config: Source | None = None, prediction_type: str | None = None
-) -> dict[str, Any]:
-    """The noise schedule of `source` as diffusers writes it in scheduler_config.json.
+    def tokenizer(self) -> CLIPTokenizer:
+        return folder.load_place_tokenizer(self.place)
 
-    The prediction type of a file is, the first that is known: `prediction_type`, its metadata, its marker keys
-    (`v_pred`, beside `ztsnr` for zero terminal SNR), the config's, and for SD 2.x what a run of its U-Net tells.
-    `prediction_type` may be given in short: "eps", "v", "x0".
-    """
-    if prediction_type is not None:
-        prediction_type = PREDICTIONS[one_of("prediction_type", prediction_type, PREDICTIONS)]
-    place = _resolve(source, revision=revision, config=config)
-    if place.kind != "file":
-        schedule = read_config(folder.locate(place, SCHEDULER) / SCHEDULER.config, "scheduler")
+    def scheduler_config(self, prediction_type: str | None) -> dict[str, Any]:
+        schedule = read_config(folder.locate(self.place, SCHEDULER) / SCHEDULER.config, "scheduler")
         return schedule | ({"prediction_type": prediction_type} if prediction_type else {})
-    file, configs = _open(place, config)
-    single_file.require(file, "unet")
-    if not prediction_type:
-        prediction_type = _probe(file) if _unstated(file, configs) else single_file.marked_prediction(file)
-    schedule = read_config(configs / SCHEDULER.folder / SCHEDULER.config, "scheduler")
-    if prediction_type:
-        schedule["prediction_type"] = prediction_type
-    if "ztsnr" in file.shapes:
-        schedule |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
-    return schedule
 
+    def index(self) -> Path:
+        return self.place.root(["model_index.json"]) / "model_index.json"
 
-def load_guidance_scale(source: Source, *, revision: str | None = None, config: Source | None = None) -> float:
-    """The guidance scale that `source` is best drawn at: what its model_index.json says, or Stable Diffusion's 7.5."""
-    place = _resolve(source, revision=revision, config=config)
-    index = place.root(["model_index.json"]) / "model_index.json"  # of a file: a path that cannot be
-    return float(read_config(index, "index").get(GUIDANCE, USUAL_GUIDANCE)) if is_file(index) else USUAL_GUIDANCE
-
-
-def describe(source: Source, *, revision: str | None = None, config: Source | None = None) -> Description:
-    """What `source` is and holds, from its configs and headers alone. Of a Hub id no weights are downloaded."""
-    place = _resolve(source, revision=revision, config=config)
-    if place.kind == "file":
-        file, configs = _open(place, config)
-        path, family = place.path, configs.name if config is None else str(config)
-        components = tuple(_describe_file(file, configs))
-    else:
-        path, family = place.root([name for part in PARTS for name in part.files]), None
-        components = tuple(_describe_folder(place, path))
+    def description(self) -> tuple[Path, str | None, tuple[Component, ...]]:
+        path = self.place.root([name for part in PARTS for name in part.files])
+        components = tuple(_describe_folder(self.place, path))
         if not components:
-            raise folder.absent(place, "model in diffusers layout (vae/config.json, unet/config.json, ...)")
-    return Description(source=str(source), kind=place.kind, path=path, family=family, components=components)
+            raise folder.absent(self.place, "model in diffusers layout (vae/config.json, unet/config.json, ...)")
+        return path, None, components
+
+
+class _File:
+    """A file in the original layout, with the folder of configs for it."""
+
+    def __init__(self, place: Place, config: SourceName | None) -> None:
+        self.place = place
+        self.config = config
+        self.file = open_tensors(place.path)
+        single_file.check_kind(self.file)
+
+    @cached_property
+    def configs(self) -> Path:
+        """The folder of configs: the user's own, or the public ones that the tensors' shapes ask for."""
+        if self.config is None:
+            return ASSETS / single_file.family_of(self.file)
+        own = _resolve(self.config)
+        if own.kind == "file":
+            raise SourceError(f"config={own.label} is a file; give a folder (or a Hub id) in diffusers layout.")
+        files = [f"{part.folder}/{part.config}" for part in PARTS] + [f"tokenizer/{name}" for name in tokenizer.FILES]
+        return own.root(files)
+
+    def network(self, part: Part, dtype: torch.dtype) -> Any:
+        network = single_file.load_network(self.file, part.name, self.configs, dtype)
+        if part is UNET and self.unstated and self.probed(network) == "v_prediction":
+            network.register_to_config(sample_size=read_json(ASSETS / "sd2-v" / "unet" / "config.json")["sample_size"])
+        return network
+
+    def tokenizer(self) -> CLIPTokenizer:
+        return tokenizer.load_tokenizer(self.configs / "tokenizer")
+
+    def scheduler_config(self, prediction_type: str | None) -> dict[str, Any]:
+        configs = self.configs
+        single_file.require(self.file, "unet")
+        if not prediction_type:
+            prediction_type = self.probed() if self.unstated else single_file.marked_prediction(self.file)
+        schedule = read_config(configs / SCHEDULER.folder / SCHEDULER.config, "scheduler")
+        if prediction_type:
+            schedule["prediction_type"] = prediction_type
+        if "ztsnr" in self.file.shapes:
+            schedule |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+        return schedule
+
+    def index(self) -> Path:
+        return self.place.path / "model_index.json"  # a path that cannot be: a file has no index
+
+    def description(self) -> tuple[Path, str | None, tuple[Component, ...]]:
+        return self.place.path, self.configs.name, tuple(self._components())
+
+    @property
+    def unstated(self) -> bool:
+        """Whether neither the file nor the user's own config says which prediction type it is: SD 2.x has both."""
+        return self.configs == ASSETS / "sd2" and not single_file.marked_prediction(self.file)
+
+    def probed(self, unet: Any = None) -> str:
+        """The prediction type of an SD 2.x file that does not state it, from its U-Net (loaded for that unless given).
+
+        It takes seconds, and a pipeline asks for U-Net and schedule: it is found out once.
+        """
+        if self._probed is None:
+            unet = unet or single_file.load_network(self.file, "unet", ASSETS / "sd2", torch.float32)
+            self._probed = single_file.probe_prediction(unet)
+        return self._probed
+
+    _probed: str | None = None
+
+    def _components(self) -> Iterator[Component]:
+        file, configs = self.file, self.configs
+        for part in (VAE, UNET, TEXT):
+            if keys := single_file.keys_of(file, part.name):
+                yield _component(part, read_config(configs / part.folder / part.config, part.name), file.summary(keys))
+        if single_file.keys_of(file, "unet"):
+            schedule = read_config(configs / SCHEDULER.folder / SCHEDULER.config, SCHEDULER.name)
+            marked = single_file.marked_prediction(file)
+            stated = None if self.unstated else marked or schedule.get("prediction_type")
+            yield _component(SCHEDULER, schedule | {"prediction_type": stated})
 
 
 def _resolve(
-    source: Source, *, revision: str | None = None, variant: str | None = None, config: Source | None = None
+    source: SourceName, *, revision: str | None = None, variant: str | None = None, config: SourceName | None = None
 ) -> Place:
     """Tells the kinds of sources apart, and refuses options that this kind has no use for."""
     if not isinstance(source, (str, os.PathLike)):
@@ -235,13 +331,13 @@ def _path(name: str) -> Path:
         raise SourceError(f"the path {name!r} begins with a home folder that does not exist; check it.") from error
 
 
-def _kind(source: Source, path: Path) -> str:
+def _kind(source: SourceName, path: Path) -> str:
     name = os.fspath(source)
     if source == EMBEDDED:  # the string; a Path of that name is a path
         return "embedded"
     if "://" in name:
         raise SourceError(f"{name!r} is a URL; give the Hub id alone (org/name), or the path of the downloaded file.")
-    if name and (found := find(path)):
+    if name and (found := status_or_none(path)):
         if stat.S_ISDIR(found.st_mode):
             return "folder"
         if stat.S_ISREG(found.st_mode):
@@ -258,55 +354,6 @@ def _kind(source: Source, path: Path) -> str:
     if not is_path and name and "/" not in name:
         raise SourceError(f"{name!r} is neither a path that exists nor a Hub id; did you mean 'org/{name}'?")
     raise SourceError(f"the path {name!r} does not exist; give one that does, a Hub id (org/name) or {EMBEDDED!r}.")
-
-
-def _load(place: Place, part: Part, dtype: torch.dtype, variant: str | None, config: Source | None) -> Any:
-    if place.kind != "file":
-        return folder.load_network(place, part, dtype, variant)
-    file, configs = _open(place, config)
-    network = single_file.load_network(file, part.name, configs, dtype)
-    if part is UNET and _unstated(file, configs) and _probe(file, network) == "v_prediction":
-        network.register_to_config(sample_size=read_json(ASSETS / "sd2-v" / "unet" / "config.json")["sample_size"])
-    return network
-
-
-def _open(place: Place, config: Source | None) -> tuple[TensorFile, Path]:
-    """A file, and the folder of configs for it: the user's own, or the public ones that its tensors' shapes ask for."""
-    file = open_tensors(place.path)
-    single_file.check_kind(file)
-    if config is None:
-        return file, ASSETS / single_file.family_of(file)
-    own = _resolve(config)
-    if own.kind == "file":
-        raise SourceError(f"config={own.label} is a file; give a folder (or a Hub id) in diffusers layout.")
-    files = [f"{part.folder}/{part.config}" for part in PARTS] + [f"tokenizer/{name}" for name in tokenizer.FILES]
-    return file, own.root(files)
-
-
-def _unstated(file: TensorFile, configs: Path) -> bool:
-    """Whether neither the file nor the user's own config says which prediction type it is: SD 2.x has both."""
-    return configs == ASSETS / "sd2" and not single_file.marked_prediction(file)
-
-
-def _probe(file: TensorFile, unet: Any = None) -> str:
-    """The prediction type of an SD 2.x file that does not state it, from its U-Net (loaded for that unless given)."""
-    found = file.path.stat()
-    identity = file.path.resolve(), found.st_size, found.st_mtime_ns  # another one for another content
-    if identity not in _probed:
-        unet = unet or single_file.load_network(file, "unet", ASSETS / "sd2", torch.float32)
-        _probed[identity] = single_file.probe_prediction(unet)
-    return _probed[identity]
-
-
-def _describe_file(file: TensorFile, configs: Path) -> Iterator[Component]:
-    for part in (VAE, UNET, TEXT):
-        if keys := single_file.keys_of(file, part.name):
-            yield _component(part, read_config(configs / part.folder / part.config, part.name), file.summary(keys))
-    if single_file.keys_of(file, "unet"):
-        schedule = read_config(configs / SCHEDULER.folder / SCHEDULER.config, SCHEDULER.name)
-        marked = single_file.marked_prediction(file)
-        stated = None if _unstated(file, configs) else marked or schedule.get("prediction_type")
-        yield _component(SCHEDULER, schedule | {"prediction_type": stated})
 
 
 def _describe_folder(place: Place, root: Path) -> Iterator[Component]:

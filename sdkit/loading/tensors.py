@@ -235,7 +235,7 @@ def not_finite(label: str, key: str) -> SourceError:
     return SourceError(f"{label} is damaged: its {clean(key)} is not finite; download it again.")
 
 
-def find(path: Path) -> os.stat_result | None:
+def status_or_none(path: Path) -> os.stat_result | None:
     """The status of a file or folder, None where there is none. Raises SourceError where that cannot be known, as in a
     folder that this user may not enter."""
     try:
@@ -248,14 +248,14 @@ def find(path: Path) -> os.stat_result | None:
 
 def is_file(path: Path) -> bool:
     """Whether `path` is a regular file: no folder, pipe or device. Raises SourceError where that cannot be known."""
-    found = find(path)
+    found = status_or_none(path)
     return found is not None and stat.S_ISREG(found.st_mode)
 
 
 def check_regular(path: Path) -> None:
     """Raises SourceError where `path` is not a regular file, or is missing."""
     if not is_file(path):
-        problem = "is not a regular file" if find(path) else "does not exist"
+        problem = "is not a regular file" if status_or_none(path) else "does not exist"
         raise SourceError(f"{str(path)!r} {problem}; give a source that has it.")
 
 

@@ -19,13 +19,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sdkit import images as image_io
-from sdkit.arguments import one_of, seeded, whole
+from sdkit.arguments import one_of, seeded, whole_number
 from sdkit.engines.attention import quicken_attention
 from sdkit.engines.device import memory_format, resolve_device, resolve_dtype
 from sdkit.errors import ArgumentError, SdkitError, SourceError
 from sdkit.fields import documented
 from sdkit.images import Images
-from sdkit.loading.source import load_vae
+from sdkit.loading.source import Source
 from sdkit.loading.tensors import is_finite
 from sdkit.networks.tiling import tiled, whole_image_statistics
 from sdkit.networks.wrapper import Wrapper, blames_network, fingerprint
@@ -105,10 +105,23 @@ class VAE(Wrapper):
         """
         device = resolve_device(device)
         dtype = resolve_dtype(dtype, device)
+        opened = Source.open(source, revision=revision, variant=variant, config=config)
+        return cls.from_source(opened, dtype=dtype, device=device, compile=compile)
+
+    @classmethod
+    def from_source(
+        cls,
+        source: Source,
+        *,
+        dtype: str | torch.dtype = "auto",
+        device: str | torch.device = "auto",
+        compile: bool = False,
+    ) -> VAE:
+        """Load a VAE from a source that is open; parameters as in `from_pretrained`."""
+        device = resolve_device(device)
+        dtype = resolve_dtype(dtype, device)
         # Loaded in float32, so that the identity does not depend on the dtype asked for.
-        vae = cls(
-            load_vae(source, dtype=torch.float32, revision=revision, variant=variant, config=config), name=str(source)
-        )
+        vae = cls(source.autoencoder(torch.float32), name=source.name)
         vae.eval().to(device=device, dtype=dtype, memory_format=memory_format(dtype))  # type: ignore[call-overload]
         if not all(map(is_finite, vae.parameters())):
             raise SourceError(f"{vae._label} has weights that are too large for {dtype}; take dtype 'fp32'.")
@@ -307,7 +320,7 @@ class VAE(Wrapper):
     def _batches(self, items: Sequence[Tensor], batch_size: int | None, area: int) -> Iterator[list[int]]:
         """Indices of items to go through the network together: of one shape, and not more than fit."""
         if batch_size is not None:
-            batch_size = whole("batch_size", batch_size, 1)
+            batch_size = whole_number("batch_size", batch_size, 1)
         # A CPU is no faster in batches, and in half precision batches of different sizes round visibly differently.
         one_by_one = self.device.type == "cpu" and self.dtype != torch.float32
         shapes: dict[torch.Size, list[int]] = {}
@@ -325,7 +338,7 @@ class VAE(Wrapper):
             tile = 1024 if x.shape[2] * x.shape[3] * up**2 > TILED_FROM else 0
         if tile == 0:
             return run(x).float().cpu()
-        tile = whole("tile (0 is none)", tile, 16 * self.factor)
+        tile = whole_number("tile (0 is none)", tile, 16 * self.factor)
         side = tile // self.factor * down
         with whole_image_statistics(self.network, run, x, side):
             return tiled(run, x, tile=side, down=down, up=up)

@@ -11,10 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sdkit.diffusion.conditioning import Conditioning
 from sdkit.engines.attention import quicken_attention
 from sdkit.engines.device import memory_format, resolve_device, resolve_dtype
 from sdkit.errors import ArgumentError
-from sdkit.loading.source import load_unet
+from sdkit.loading.source import Source
 from sdkit.networks.wrapper import Wrapper, blames_network
 
 if TYPE_CHECKING:
@@ -54,8 +55,23 @@ class UNet(Wrapper):
         """Load a U-Net; parameters as in `sdkit.VAE.from_pretrained`."""
         device = resolve_device(device)
         dtype = resolve_dtype(dtype, device)
-        unet = cls(load_unet(source, dtype=dtype, revision=revision, variant=variant, config=config))
-        unet.name = str(source)
+        opened = Source.open(source, revision=revision, variant=variant, config=config)
+        return cls.from_source(opened, dtype=dtype, device=device, compile=compile)
+
+    @classmethod
+    def from_source(
+        cls,
+        source: Source,
+        *,
+        dtype: str | torch.dtype = "auto",
+        device: str | torch.device = "auto",
+        compile: bool = False,
+    ) -> UNet:
+        """Load a U-Net from a source that is open; parameters as in `from_pretrained`."""
+        device = resolve_device(device)
+        dtype = resolve_dtype(dtype, device)
+        unet = cls(source.denoiser(dtype))
+        unet.name = source.name
         # On a CPU the group norms of small feature maps lose more by channels_last than the convolutions gain.
         small = device.type == "cpu" and unet.sample_size < 32
         layout = torch.contiguous_format if small else memory_format(dtype)
@@ -76,33 +92,53 @@ class UNet(Wrapper):
         self,
         x_t: Tensor,
         t: int | Tensor,
-        cond: Tensor,
-        mask: Tensor | None = None,
+        cond: Conditioning,
         *,
         guidance_scale: float | Tensor | None = None,
     ) -> Tensor:
-        """The model's output, eps, v or x0 as it was trained, shaped like x_t (or with twice the channels where it
-        learned its variance), in x_t's dtype.
+        """The model's output in its own parameterisation: eps, v, or x0, as it was trained.
 
-        x_t: (B, 4, h, w). t: an integer or (B,). cond: (B, L, D) from `TextEncoder.encode`. mask: (B, L), True where
-        cond counts, for prompts of different lengths; None counts all. guidance_scale: a number or (B,), for a network
-        that is `guided`, and for no other.
+        Args:
+            x_t: (B, 4, h, w). `cond.concat` is appended to its channels.
+            t: An integer or (B,).
+            cond: The condition of B images; its text is (B, L, D) from `TextEncoder.encode`.
+            guidance_scale: A number or (B,), for a network that is `guided`, and for no other.
+
+        Returns:
+            A tensor shaped like x_t, or with twice its channels where the model learned its variance, in x_t's dtype.
+
+        Raises:
+            ArgumentError: `cond` is no `Conditioning`; or the guidance scale is given to a network that has no input
+                for it, or missing for one that has.
         """
+        if not isinstance(cond, Conditioning):
+            raise ArgumentError(
+                f"the condition is given as sdkit.guidance.Conditioning(embeddings), not {type(cond).__name__}."
+            )
         if self.guided != (guidance_scale is not None):
             problem = "takes the guidance scale as an input" if self.guided else "has no input for the guidance scale"
             raise ArgumentError(f"this U-Net {problem}: {'give' if self.guided else 'leave out'} guidance_scale.")
         sample = x_t.to(self.device, self.dtype)
         t = t.to(self.device) if isinstance(t, Tensor) else t
-        mask = None if mask is None else mask.to(self.device)
+        cond = cond.map(self._received)
+        if cond.concat is not None:
+            sample = torch.cat([sample, cond.concat], dim=1)
+        down, mid = (None, None) if cond.residuals is None else cond.residuals
         _thread.shares_t = isinstance(t, int)
         try:
             output: Tensor = self.network(
-                sample, t, encoder_hidden_states=cond.to(sample), encoder_attention_mask=mask, return_dict=False,
+                sample, t, encoder_hidden_states=cond.text, encoder_attention_mask=cond.mask, return_dict=False,
                 timestep_cond=None if guidance_scale is None else self._guidance(guidance_scale).to(sample),
+                class_labels=cond.label, added_cond_kwargs=cond.added,
+                down_block_additional_residuals=down, mid_block_additional_residual=mid,
             )[0]  # fmt: skip
         finally:
             _thread.shares_t = False  # of nobody else's call of the network
         return output.to(x_t)
+
+    def _received(self, part: Tensor) -> Tensor:
+        """A part of the condition on the network's device; embeddings in its dtype, masks and labels in their own."""
+        return part.to(self.device, self.dtype) if part.is_floating_point() else part.to(self.device)
 
     def _guidance(self, scale: float | Tensor) -> Tensor:
         """The network's input for a guidance scale: (1, W), or (B, W) for (B,)."""
@@ -110,7 +146,7 @@ class UNet(Wrapper):
 
     @torch.no_grad()
     def cross_attention(
-        self, x_t: Tensor, t: int | Tensor, cond: Tensor, *, guidance_scale: float | Tensor | None = None
+        self, x_t: Tensor, t: int | Tensor, cond: Conditioning, *, guidance_scale: float | Tensor | None = None
     ) -> Tensor:
         """Where the model looks at each token of the prompt: (B, L, h, w) float32, which adds up to 1 over the L tokens
         at each place.

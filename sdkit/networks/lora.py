@@ -28,12 +28,12 @@ from sdkit.loading.diffusers_folder import Place, absent, fetch, is_hub_id
 from sdkit.loading.tensors import (
     BYTES,
     TensorFile,
-    find,
     is_file,
     is_finite,
     loading,
     not_finite,
     open_tensors,
+    status_or_none,
 )
 from sdkit.messages import clean
 from sdkit.strict_json import parse_object, read_object
@@ -423,7 +423,7 @@ def _locate(source: str | os.PathLike[str], filename: str | None, revision: str 
     if not isinstance(source, (str, os.PathLike)):
         raise ArgumentError(f"a LoRA is a path or a Hub id, not {type(source).__name__}.")
     name, path = os.fspath(source), expanded(source)
-    found = find(path) if name else None
+    found = status_or_none(path) if name else None
     if found is None:
         if is_hub_id(source):
             return _fetched(Place(name=name, kind="hub", path=path, revision=revision), filename)

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from sdkit.arguments import strings, whole
+from sdkit.arguments import strings, whole_number
 from sdkit.engines.device import resolve_device, resolve_dtype
-from sdkit.loading.source import load_text
+from sdkit.loading.source import Source
 from sdkit.messages import clean
 from sdkit.networks.wrapper import Wrapper, blames_network
 
@@ -57,8 +57,22 @@ class TextEncoder(Wrapper):
         """Load a text encoder and its tokenizer; parameters as in `sdkit.VAE.from_pretrained`."""
         device = resolve_device(device)
         dtype = resolve_dtype(dtype, device)
-        text = cls(*load_text(source, dtype=dtype, revision=revision, variant=variant, config=config))
-        text.name = str(source)
+        opened = Source.open(source, revision=revision, variant=variant, config=config)
+        return cls.from_source(opened, dtype=dtype, device=device)
+
+    @classmethod
+    def from_source(
+        cls,
+        source: Source,
+        *,
+        dtype: str | torch.dtype = "auto",
+        device: str | torch.device = "auto",
+    ) -> TextEncoder:
+        """Load a text encoder and its tokenizer from a source that is open; parameters as in `from_pretrained`."""
+        device = resolve_device(device)
+        dtype = resolve_dtype(dtype, device)
+        text = cls(*source.text_encoder(dtype))
+        text.name = source.name
         return text.eval().to(device=device)
 
     def encode(
@@ -74,7 +88,7 @@ class TextEncoder(Wrapper):
         chunks: the least k, for prompts that are to be compared with longer ones.
         """
         layers = int(self.network.config.num_hidden_layers)
-        clip_skip = whole("clip_skip", clip_skip, 0, layers - 1)
+        clip_skip = whole_number("clip_skip", clip_skip, 0, layers - 1)
         ids, weights = self.tokenize(prompts, weighting=weighting, chunks=chunks)
         with torch.inference_mode():
             embedded = [self._embed(part, clip_skip) for part in ids.flatten(0, 1).split(CHUNKS_AT_ONCE)]
@@ -101,7 +115,7 @@ class TextEncoder(Wrapper):
         """Token ids and their weights, each (B, k, 77): every chunk is begin, at most 75 tokens, end, padding."""
         prompts = strings("prompts", prompts)
         rows = [self._chunks(prompt, weighting) for prompt in prompts]
-        k = max(1 if chunks is None else whole("chunks", chunks, 1), *map(len, rows))
+        k = max(1 if chunks is None else whole_number("chunks", chunks, 1), *map(len, rows))
         ids = torch.full((len(prompts), k, self.length), self.tokenizer.pad_token_id)
         weights = torch.ones(ids.shape)
         for b, row in enumerate(rows):

@@ -10,30 +10,39 @@ from pathlib import Path
 from typing import Any
 
 from sdkit import __version__, images, strict_json
-from sdkit.arguments import LONGEST_SIDE, PREDICTIONS, noise_levels, number, one_of, strings, whole
-from sdkit.diffusion.samplers import SAMPLERS
+from sdkit.arguments import PREDICTIONS, noise_levels, number, one_of, strings, whole_number
 from sdkit.diffusion.schedule import SPACINGS
 from sdkit.errors import ArgumentError, ImageError
 from sdkit.loading.source import EMBEDDED
+from sdkit.pipelines.steps import check_sampler, check_side
+
+EARLIER_NAMES = {
+    "steps": "num_inference_steps",
+    "scale": "guidance_scale",
+    "rescale": "guidance_rescale",
+    "interval": "guidance_interval",
+}
+"""Keys in the text of PNGs of earlier versions -> today's."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """All that an image is made of: the text of its PNG, from which `sdkit generate --from` makes it again.
+class Generation:
+    """All that says what to draw: kept in a PNG's text, from which `sdkit generate --from` makes the image again.
 
-    Values are explained, and checked, by `StableDiffusion` and its `from_pretrained`. None is the model's own.
+    Fields have the names of the arguments of `StableDiffusion` and its `from_pretrained`, which explain them. None is
+    the model's own.
     """
 
     prompt: str = ""
     negative_prompt: str = ""
     seed: int = 0
     sampler: str = "ddim"
-    steps: int = 30
-    scale: float | None = None
+    num_inference_steps: int = 30
+    guidance_scale: float | None = None
     eta: float = 0.0
     spacing: str | None = None
-    rescale: float = 0.0
-    interval: tuple[float, float] | None = None
+    guidance_rescale: float = 0.0
+    guidance_interval: tuple[float, float] | None = None
     clip_skip: int = 0
     weighting: bool = False
     height: int | None = None
@@ -55,20 +64,18 @@ class Recipe:
         return list(zip(self.lora, self.lora_scale or [1.0] * len(self.lora), strict=True))
 
     def check(self) -> None:
-        """Raise `ArgumentError` for what no model takes, which `StableDiffusion` would tell only once it is loaded."""
+        """Raise `ArgumentError` for what no model takes, before one is loaded."""
         strings("prompt", self.prompt)
         strings("negative_prompt", self.negative_prompt)
-        whole("seed", self.seed, 0, 2**63 - 1)
-        whole("steps", self.steps, 1, 1000)
-        one_of("sampler", self.sampler, SAMPLERS)
-        if number("eta", self.eta, 0, 1) and self.sampler != "ddim":
-            raise ArgumentError(f"eta belongs to sampler 'ddim'; '{self.sampler}' has none.")
+        whole_number("seed", self.seed, 0, 2**63 - 1)
+        whole_number("num_inference_steps", self.num_inference_steps, 1)  # the most is known to the model's schedule
+        check_sampler(self.sampler, self.eta)
         one_of("spacing", self.spacing or SPACINGS[0], SPACINGS)
-        number("the guidance scale", 0 if self.scale is None else self.scale, -1e6, 1e6)
-        number("the guidance rescale (phi)", self.rescale, 0, 1)
-        if self.interval is not None:
-            noise_levels("the guidance interval", self.interval)
-        whole("clip_skip", self.clip_skip, 0)
+        number("the guidance scale", 0 if self.guidance_scale is None else self.guidance_scale, -1e6, 1e6)
+        number("the guidance rescale (phi)", self.guidance_rescale, 0, 1)
+        if self.guidance_interval is not None:
+            noise_levels("the guidance interval", self.guidance_interval)
+        whole_number("clip_skip", self.clip_skip, 0)
         for scale in self.lora_scale:
             number("lora_scale", scale)
         if self.lora_scale and not self.lora:
@@ -82,13 +89,13 @@ class Recipe:
             one_of("prediction_type", self.prediction_type, PREDICTIONS)
         for name, pixels in (("height", self.height), ("width", self.width)):
             if pixels is not None:
-                whole(name, pixels, 8, LONGEST_SIDE)
+                check_side(name, pixels)
 
     def text(self) -> dict[str, str]:
         """The text chunks of a PNG; paths are absolute in it, since it is read elsewhere."""
         values = {key: value for key, value in asdict(self).items() if value not in (None, ())}
-        if self.interval is not None:
-            values["interval"] = " ".join(map(str, self.interval))
+        if self.guidance_interval is not None:
+            values["guidance_interval"] = " ".join(map(str, self.guidance_interval))
         values |= {key: anywhere(values[key]) for key in ("model", "config", "vae") if key in values}
         for name, items in (("lora", [anywhere(lora) for lora in self.lora]), ("lora_scale", self.lora_scale)):
             if items:
@@ -96,9 +103,13 @@ class Recipe:
         return {key: str(value) for key, value in values.items()} | {"sdkit": __version__}
 
     @classmethod
-    def read(cls, path: str | Path) -> Recipe:
-        """The recipe in the text of a PNG. Raises `ImageError` for an image without one, and for damaged text."""
-        text = images.read_text(path)
+    def read(cls, path: str | Path) -> Generation:
+        """Read what the text of a PNG says, under today's names or earlier ones.
+
+        Raises:
+            ImageError: The image does not say how it was made, or its text is damaged.
+        """
+        text = {EARLIER_NAMES.get(key, key): value for key, value in images.read_text(path).items()}
         if not {"prompt", "seed", "sdkit"} <= set(text):
             raise ImageError(f"{path} does not say how it was made; give a PNG as sdkit generate wrote it.")
         if "lora" not in text:  # versions before several LoRAs wrote a scale all the same
@@ -106,8 +117,8 @@ class Recipe:
         names = [field.name for field in fields(cls) if field.name in text]
         return cls(**{name: _parsed(path, name, text[name]) for name in names})
 
-    def but(self, **changes: Any) -> Recipe:
-        """This recipe with some values changed.
+    def but(self, **changes: Any) -> Generation:
+        """Return a copy with some values changed.
 
         All that belonged to another model is forgotten, its VAE and LoRAs among it, and so are scales of other LoRAs.
         """
@@ -115,7 +126,7 @@ class Recipe:
             changes = {"lora_scale": (), **changes}
         if anywhere(changes.get("model", self.model)) != anywhere(self.model):
             of_model = (
-                "scale",
+                "guidance_scale",
                 "spacing",
                 "height",
                 "width",
@@ -169,10 +180,10 @@ def _interval(text: str) -> tuple[float, float]:
 
 
 _PARSERS: dict[str, Callable[[str], Any]] = {
-    **dict.fromkeys(("seed", "steps", "clip_skip", "height", "width"), int),
-    **dict.fromkeys(("scale", "eta", "rescale"), float),
+    **dict.fromkeys(("seed", "num_inference_steps", "clip_skip", "height", "width"), int),
+    **dict.fromkeys(("guidance_scale", "eta", "guidance_rescale"), float),
     "lora": _loras,
     "lora_scale": _scales,
-    "interval": _interval,
+    "guidance_interval": _interval,
     "weighting": {"True": True, "False": False}.__getitem__,
 }

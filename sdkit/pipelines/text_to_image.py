@@ -15,20 +15,21 @@ import torch
 from torch import Tensor
 
 from sdkit import images as image_io
-from sdkit.arguments import LONGEST_SIDE, number, one_of, seeded, strings, whole
-from sdkit.diffusion.guidance import APG, guided
-from sdkit.diffusion.samplers import SAMPLERS, Step
+from sdkit.arguments import number, one_of, seeded, strings, whole_number
+from sdkit.diffusion.conditioning import Conditioning
+from sdkit.diffusion.guidance import APG, Model, guided
+from sdkit.diffusion.samplers import Step
 from sdkit.diffusion.schedule import NoiseSchedule
 from sdkit.errors import ArgumentError, SdkitError
 from sdkit.files import expanded
-from sdkit.loading.source import USUAL_GUIDANCE, load_guidance_scale
+from sdkit.loading.source import USUAL_GUIDANCE, Source
 from sdkit.loading.tensors import is_file
 from sdkit.messages import clean
 from sdkit.networks.autoencoder import VAE
 from sdkit.networks.denoiser import UNet
 from sdkit.networks.lora import merge_lora, read_lora
 from sdkit.networks.text_encoder import TextEncoder
-from sdkit.progress import progress
+from sdkit.pipelines.steps import check_sampler, check_side, decode, denoise, embed, start
 
 LATENTS_AT_ONCE = 4 * 64 * 64
 """Latent positions that are denoised together where no `batch_size` is given: four images of 512 x 512, sixty-four of
@@ -95,19 +96,19 @@ class StableDiffusion:
         downloaded.
         """
         place: dict[str, Any] = {"dtype": dtype, "device": device}
-        where: dict[str, Any] = {"revision": revision, "config": config}
+        opened = Source.open(source, revision=revision, variant=variant, config=config, prediction_type=prediction_type)
         if vae is None:
-            autoencoder = VAE.from_pretrained(source, variant=variant, compile=compile, **place, **where)
+            autoencoder = VAE.from_source(opened, compile=compile, **place)
         else:
             configs = config if is_file(expanded(vae)) else None  # a folder has its own
             autoencoder = VAE.from_pretrained(vae, config=configs, compile=compile, **place)
         return cls(
             autoencoder,
-            TextEncoder.from_pretrained(source, variant=variant, **place, **where),
-            UNet.from_pretrained(source, variant=variant, compile=compile, **place, **where),
-            NoiseSchedule.from_pretrained(source, prediction_type=prediction_type, **where),
-            name=str(source),
-            guidance_scale=load_guidance_scale(source, **where),
+            TextEncoder.from_source(opened, **place),
+            UNet.from_source(opened, compile=compile, **place),
+            opened.schedule(),
+            name=opened.name,
+            guidance_scale=opened.guidance_scale,
         )
 
     def load_lora(
@@ -176,49 +177,50 @@ class StableDiffusion:
         batch_size: images denoised together; None fits it to their size.
         """
         one_of("output_type", output_type, (*image_io.OUTPUT_TYPES, "latent"))
+        check_sampler(sampler, eta)
         prompts, negatives = self._prompts(prompt, negative_prompt, num_images_per_prompt)
         height, width = self._size(height, width, latents)
         generators = seeded(seed, len(prompts))
-        x_T = self._noise(latents, generators, height, width)
         timesteps = self.schedule.timesteps(num_inference_steps, spacing)
-        options = self._options(sampler, eta)
-        scale = self.guidance_scale if guidance_scale is None else guidance_scale
         guidance: dict[str, Any] = {"interval": guidance_interval, "phi": guidance_rescale, "projected": apg}
-        unet: Any = torch.inference_mode()(self.unet)  # it alone: the tensors of a `Step` are ordinary ones
-        if self.unet.guided:
-            self._check_guided(negatives, guidance)
-            unet = partial(unet, guidance_scale=number("the guidance scale", scale, -1e6, 1e6))
-            scale = 1.0  # one pass: it does itself what guidance would
+        model, scale = self._model(guidance_scale, negatives, guidance)
 
-        def denoise(chosen: list[int], chunks: int) -> Tensor:
-            """Scaled latents of the chosen images, all of whose prompts take `chunks` chunks of tokens."""
-            encode = {"clip_skip": clip_skip, "weighting": weighting, "chunks": chunks}
-            cond = self._embed([prompts[i] for i in chosen], **encode)
-            uncond = None if scale == 1 else self._embed([negatives[i] for i in chosen], **encode)
-            if output_type != "latent":
-                self._check_embeddings([cond] if uncond is None else [cond, uncond], weighting)
-            predict = guided(unet, self.schedule, cond, uncond, scale, **guidance)
-            x = x_T[chosen].to(self.unet.device)
-            own = [generators[i] for i in chosen]
-            loop = SAMPLERS[sampler](predict, x, self.schedule, timesteps, generators=own, **options)
-            for step in progress(loop, total=len(timesteps), description=sampler):
-                if callback is not None:
-                    callback(step)
-            return step.x
-
+        x_T = start(generators, self._latent_shape(height, width), latents)
         z = torch.empty_like(x_T)
         with torch.no_grad():
             for chosen, chunks in self._batches(prompts, negatives, scale, weighting, x_T, batch_size):
-                z[chosen] = denoise(chosen, chunks).cpu()
+                encode: dict[str, Any] = {"clip_skip": clip_skip, "weighting": weighting, "chunks": chunks}
+                cond = embed(self.text, [prompts[i] for i in chosen], **encode)
+                uncond = None if scale == 1 else embed(self.text, [negatives[i] for i in chosen], **encode)
+                if output_type != "latent":
+                    self._check_embeddings([cond] if uncond is None else [cond, uncond], weighting)
+                predict = guided(model, self.schedule, cond, uncond, scale, **guidance)
+                z[chosen] = denoise(
+                    predict, x_T[chosen].to(self.unet.device), self.schedule, timesteps, sampler=sampler, eta=eta,
+                    generators=[generators[i] for i in chosen], callback=callback,
+                ).cpu()  # fmt: skip
         if output_type == "latent":
             return z
         if not bool(torch.isfinite(z).all()):
             raise SdkitError(f"the U-Net gave numbers that are not finite; {_remedy(self.unet)}.")
-        return self.vae.decode(z, size=(height, width), output_type=output_type, batch_size=batch_size)
+        return decode(self.vae, z, (height, width), output_type=output_type, batch_size=batch_size)
 
-    def _check_embeddings(self, embeddings: list[Tensor], weighting: bool) -> None:
+    def _model(
+        self, guidance_scale: float | None, negatives: list[str], guidance: dict[str, Any]
+    ) -> tuple[Model, float]:
+        """The U-Net as guidance calls it, and the scale at which to guide it."""
+        scale = self.guidance_scale if guidance_scale is None else guidance_scale
+        # Inference mode for the U-Net alone: the tensors of a `Step` must be ordinary ones.
+        unet: Any = torch.inference_mode()(self.unet)
+        if not self.unet.guided:
+            return unet, scale
+        self._check_guided(negatives, guidance)
+        # The U-Net guides itself: one pass.
+        return partial(unet, guidance_scale=number("the guidance scale", scale, -1e6, 1e6)), 1.0
+
+    def _check_embeddings(self, conditions: list[Conditioning], weighting: bool) -> None:
         """Raise SdkitError, with the cause, where the text encoder gave numbers that are not finite."""
-        if all(bool(torch.isfinite(embedding).all()) for embedding in embeddings):
+        if all(one.text is not None and bool(torch.isfinite(one.text).all()) for one in conditions):
             return
         if weighting and bool(torch.isfinite(self.text.encode("")).all()):
             raise SdkitError("the prompt's weights are so large that its embedding is not finite; give smaller ones.")
@@ -251,7 +253,7 @@ class StableDiffusion:
             raise ArgumentError(
                 f"{len(negatives)} negative prompts cannot serve {len(prompts)} prompts: give one, or one for each."
             )
-        copies = whole("num_images_per_prompt", copies, 1)
+        copies = whole_number("num_images_per_prompt", copies, 1)
         return [text for text in prompts for _ in range(copies)], [text for text in negatives for _ in range(copies)]
 
     def _size(self, height: int | None, width: int | None, latents: Tensor | None) -> tuple[int, int]:
@@ -262,38 +264,12 @@ class StableDiffusion:
                 raise ArgumentError("latents must be a tensor (N, 4, h, w) of standard normal noise.")
             height = latents.shape[2] * factor if height is None else height
             width = latents.shape[3] * factor if width is None else width
-        height = whole("height", side * factor if height is None else height, factor, LONGEST_SIDE)
-        return height, whole("width", side * factor if width is None else width, factor, LONGEST_SIDE)
+        height = check_side("height", side * factor if height is None else height, factor)
+        return height, check_side("width", side * factor if width is None else width, factor)
 
-    def _noise(self, latents: Tensor | None, generators: list[torch.Generator], height: int, width: int) -> Tensor:
-        """x_T (N, 4, ceil(H / 8), ceil(W / 8)), image i's from its own generator."""
-        shape = (self.vae.channels, -(-height // self.vae.factor), -(-width // self.vae.factor))
-        # Drawn in any case: the steps' own noise is what comes after it, else it could be that of `latents` again.
-        drawn = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
-        if latents is None:
-            return drawn
-        if latents.shape != (len(generators), *shape):
-            raise ArgumentError(
-                f"latents must be of shape {(len(generators), *shape)} for these images, not {tuple(latents.shape)}."
-            )
-        if not latents.is_floating_point() or not bool(torch.isfinite(latents).all()):
-            raise ArgumentError("latents must be finite floating-point numbers: standard normal noise.")
-        return latents.detach().float().cpu()
-
-    def _options(self, sampler: str, eta: float) -> dict[str, float | None]:
-        """The sampler's own options."""
-        one_of("sampler", sampler, SAMPLERS)
-        eta = number("eta", eta, 0, 1)
-        if eta and sampler != "ddim":
-            raise ArgumentError(f"eta belongs to sampler 'ddim'; '{sampler}' has none.")
-        clip: dict[str, float | None] = {"clip_x0": self.schedule.clip_x0}
-        return {**clip, "eta": eta} if sampler == "ddim" else clip
-
-    def _embed(self, prompts: list[str], **encode: Any) -> Tensor:
-        """(B, 77k, D) embeddings; each different prompt is encoded once."""
-        distinct = list(dict.fromkeys(prompts))
-        embeddings = self.text.encode(distinct, **encode)
-        return embeddings[[distinct.index(prompt) for prompt in prompts]].to(self.unet.device)
+    def _latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """(4, ceil(H / 8), ceil(W / 8)): the shape of one image's latents."""
+        return self.vae.channels, -(-height // self.vae.factor), -(-width // self.vae.factor)
 
     def _batches(
         self,
@@ -316,7 +292,7 @@ class StableDiffusion:
             chunks = lengths[prompt] if scale == 1 else max(lengths[prompt], lengths[negative])
             groups.setdefault(chunks, []).append(i)
         fitting = self.images_at_once(x_T.shape[2] * self.vae.factor, x_T.shape[3] * self.vae.factor)
-        n = fitting if batch_size is None else whole("batch_size", batch_size, 1)
+        n = fitting if batch_size is None else whole_number("batch_size", batch_size, 1)
         for chunks, indices in sorted(groups.items()):
             yield from ((indices[i : i + n], chunks) for i in range(0, len(indices), n))
 

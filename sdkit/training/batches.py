@@ -1,4 +1,4 @@
-"""Which samples a step takes, and threads that load them before it does."""
+"""Which samples each step takes, and threads that load them ahead."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from typing import Any
 import numpy as np
 
 from sdkit.prefetch import ahead
-from sdkit.training import LoopSettings, Samples, Stage
+from sdkit.training.settings import LoopSettings
+from sdkit.training.stage import Samples, Stage
 
 LOADERS = min(16, max(2, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
-"""Threads that load batches ahead, and batches that they load."""
+"""Number of loading threads, and of batches loaded ahead."""
 
 
 def samples_of(settings: LoopSettings, step: int, micro_batch: int, rank: int, world: int, size: int) -> Samples:
-    """The samples (n, item) of one micro-batch of one process.
+    """Return the samples (n, item) of one micro-batch of one process.
 
     Each optimizer step takes the next batch_size * gradient_accumulation_steps * world samples, however they are split;
     each epoch is a permutation of its own of the `size` examples. So the step alone says where in the data a run is.

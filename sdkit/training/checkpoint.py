@@ -1,4 +1,4 @@
-"""Checkpoints of safetensors and JSON, written whole or not at all, from which a run goes on exactly.
+"""Checkpoints of safetensors and JSON, written atomically, from which a run resumes bit-identically.
 
 A checkpoint is a folder, written beside its place and renamed when it is whole, with the SHA-256 of each of its files.
 Nothing in it can execute code when it is loaded, and nothing is restored that this run could not have written: an
@@ -30,8 +30,8 @@ from sdkit.errors import SdkitError, TrainingError
 from sdkit.files import beside, reason, sha256, sync
 from sdkit.messages import clean
 from sdkit.strict_json import read_object, require
-from sdkit.training import Trained
-from sdkit.training.distributed import is_sharded, split_as, whole
+from sdkit.training.distributed import full_tensor, is_sharded, split_as
+from sdkit.training.prepared import PreparedPlayer
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -87,7 +87,7 @@ class Checkpoint:
 
 def save(root: Path, checkpoint: Checkpoint, keep: int) -> Path:
     """Write `root`/step-N and, once it is whole, remove all but the last `keep` up to step N, and those beyond it (of
-    a run that was taken up again from before them). Raises TrainingError where it cannot be written."""
+    a run that was resumed from before them). Raises TrainingError where it cannot be written."""
     folder = root / f"step-{checkpoint.step:08d}"
     with whole_folder(folder) as temporary:
         for name, tensors in checkpoint.tensors.items():
@@ -136,7 +136,7 @@ def _sums(folder: Path) -> dict[str, str]:
 
 
 def checkpoints(root: Path) -> list[Path]:
-    """The checkpoints in `root`, damaged ones too, the newest first. Raises `OSError` where it cannot be listed: a glob
+    """List checkpoints in `root`, damaged ones too, newest first. Raises `OSError` where it cannot be listed: a glob
     would find nothing there."""
     try:
         return sorted((path for path in root.iterdir() if NAME.fullmatch(path.name)), reverse=True)
@@ -145,7 +145,7 @@ def checkpoints(root: Path) -> list[Path]:
 
 
 def newest(root: Path) -> Path | None:
-    """The newest checkpoint that is whole, None where there is none at all. A damaged one is passed over with a
+    """Return the newest undamaged checkpoint, None where there is none at all. A damaged one is passed over with a
     warning; raises TrainingError where all are damaged, or where one cannot be read, which is no damage."""
     found = checkpoints(root)
     for folder in found:
@@ -165,7 +165,7 @@ def newest(root: Path) -> Path | None:
 
 
 def _damage(folder: Path) -> str:
-    """The first thing that is wrong with a checkpoint, "" where it is whole. Raises `OSError` where that cannot be
+    """Return what is wrong with a checkpoint, or "". Raises `OSError` where that cannot be
     known."""
     name = MANIFEST
     try:
@@ -185,12 +185,14 @@ def _damage(folder: Path) -> str:
     return ""
 
 
-def snapshot(trained: Sequence[Trained], accelerator: Accelerator, step: int, skipped: Sequence[int]) -> Checkpoint:
-    """All that the next step depends on. The tensors are not copied. To be called on every process."""
+def snapshot(
+    prepared: Sequence[PreparedPlayer], accelerator: Accelerator, step: int, skipped: Sequence[int]
+) -> Checkpoint:
+    """Return everything that the next step depends on. Tensors are not copied. Call it on every process."""
     rng = gather_object([rng_state(accelerator.device)])
     tensors: dict[str, Tensors] = {"rng": {f"{i}/{name}": v for i, own in enumerate(rng) for name, v in own.items()}}
     numbers = {}
-    for t in trained:
+    for t in prepared:
         name = t.player.name
         tensors[name] = _network_tensors(t.player.network)
         state = {f"{n}/{entry}": v for n, p in _named(t) for entry, v in t.optimizer.state.get(p, {}).items()}
@@ -206,11 +208,11 @@ def snapshot(trained: Sequence[Trained], accelerator: Accelerator, step: int, sk
     return Checkpoint(step=step, tensors=tensors, state={"skipped": skipped, "scaler": scaler, "optimizer": numbers})
 
 
-def restore(trained: Sequence[Trained], accelerator: Accelerator, checkpoint: Checkpoint) -> None:
-    """Bring players and this process to where `snapshot` found them. Raises TrainingError where these could not have
+def restore(prepared: Sequence[PreparedPlayer], accelerator: Accelerator, checkpoint: Checkpoint) -> None:
+    """Restore players and random number generators from a checkpoint. Raises TrainingError where these could not have
     given the checkpoint."""
-    _check(trained, accelerator, checkpoint)
-    for t in trained:
+    _check(prepared, accelerator, checkpoint)
+    for t in prepared:
         name = t.player.name
         _restore_network(t.player.network, checkpoint.tensors[name])
         _restore_optimizer(t, {**checkpoint.tensors[f"{name}.optimizer"], **checkpoint.state["optimizer"][name]})
@@ -225,12 +227,12 @@ def restore(trained: Sequence[Trained], accelerator: Accelerator, checkpoint: Ch
         set_rng_state(rng, accelerator.device)
 
 
-def _check(trained: Sequence[Trained], accelerator: Accelerator, checkpoint: Checkpoint) -> None:
+def _check(prepared: Sequence[PreparedPlayer], accelerator: Accelerator, checkpoint: Checkpoint) -> None:
     """Compare names, shapes, and types of all that is in a checkpoint with what `snapshot` would give."""
     tensors, state = checkpoint.tensors, checkpoint.state
-    if tensors.keys() != _files(trained) or state["optimizer"].keys() != {t.player.name for t in trained}:
+    if tensors.keys() != _files(prepared) or state["optimizer"].keys() != {t.player.name for t in prepared}:
         raise TrainingError("the checkpoint is of other networks than those in training; name another out_dir.")
-    for t in trained:
+    for t in prepared:
         name = t.player.name
         if _kinds(tensors[name]) != _kinds(_network_tensors(t.player.network)):
             raise TrainingError("the checkpoint is of other parameters than those in training; name another out_dir.")
@@ -269,9 +271,9 @@ def _numbers(values: Any) -> dict[str, bool] | None:
     return {name: type(one) in (int, float) and 0 <= one < 1e38 for name, one in values.items()}
 
 
-def _check_optimizer(trained: Trained, state: Mapping[str, Any], steps: int) -> None:
+def _check_optimizer(prepared: PreparedPlayer, state: Mapping[str, Any], steps: int) -> None:
     """A parameter has either no state, as before its first gradient, or all that one has after it."""
-    optimizer, parameters = trained.optimizer, dict(_named(trained))
+    optimizer, parameters = prepared.optimizer, dict(_named(prepared))
     like = type(getattr(optimizer, "optimizer", optimizer))  # which Accelerate wraps
     usual: dict[Kind, dict[str, Kind]] = {}
     found: dict[str, dict[str, Any]] = {}
@@ -302,23 +304,23 @@ def _after_a_step(optimizer: type[torch.optim.Optimizer], p: Tensor) -> dict[str
     return dict(fresh.state[parameter])
 
 
-def _files(trained: Sequence[Trained]) -> set[str]:
-    names = {t.player.name for t in trained}
-    return {"rng", *names, *(f"{n}.optimizer" for n in names), *(f"{t.player.name}.ema" for t in trained if t.ema)}
+def _files(prepared: Sequence[PreparedPlayer]) -> set[str]:
+    names = {t.player.name for t in prepared}
+    return {"rng", *names, *(f"{n}.optimizer" for n in names), *(f"{t.player.name}.ema" for t in prepared if t.ema)}
 
 
 def _gathered(tensors: Tensors, accelerator: Accelerator) -> Tensors:
     """All of each tensor, on the CPU of the main process; nothing on the others."""
-    every = ((name, whole(value)) for name, value in tensors.items())
+    every = ((name, full_tensor(value)) for name, value in tensors.items())
     return {name: value.cpu() for name, value in every if accelerator.is_main_process}
 
 
-def _named(trained: Trained) -> list[tuple[str, nn.Parameter]]:
-    return [(name, p) for name, p in trained.player.network.named_parameters() if p.requires_grad]
+def _named(prepared: PreparedPlayer) -> list[tuple[str, nn.Parameter]]:
+    return [(name, p) for name, p in prepared.player.network.named_parameters() if p.requires_grad]
 
 
 def _network_tensors(network: nn.Module) -> dict[str, Tensor]:
-    """What training changes in a network: its trainable parameters, and its buffers."""
+    """Return the tensors that training changes in a network: trainable parameters and buffers."""
     state = network.state_dict()  # of the buffers, only those that a network's file holds are in it
     names = [n for n, p in network.named_parameters() if p.requires_grad] + [n for n, _ in network.named_buffers()]
     return {name: state[name] for name in names if name in state}
@@ -330,19 +332,19 @@ def _restore_network(network: nn.Module, tensors: Tensors) -> None:
         value.copy_(split_as(tensors[name], value))
 
 
-def _restore_optimizer(trained: Trained, state: Mapping[str, Any]) -> None:
-    """The optimizer's learning rate and other settings stay its own."""
-    parameters = dict(_named(trained))
-    numbers = {p: i for i, p in enumerate(p for group in trained.optimizer.param_groups for p in group["params"])}
+def _restore_optimizer(prepared: PreparedPlayer, state: Mapping[str, Any]) -> None:
+    """Restore the optimizer's state; its learning rate and other settings stay as they are."""
+    parameters = dict(_named(prepared))
+    numbers = {p: i for i, p in enumerate(p for group in prepared.optimizer.param_groups for p in group["params"])}
     numbered: dict[int, dict[str, Any]] = {}
     for key, value in state.items():
         name, entry = key.rsplit("/", 1)
         p = parameters[name]
         split = isinstance(value, Tensor) and value.shape == p.shape
         numbered.setdefault(numbers[p], {})[entry] = split_as(value, p) if split else value
-    settings = trained.optimizer.state_dict()["param_groups"]
-    trained.optimizer.load_state_dict({"state": numbered, "param_groups": settings})
-    for p, entries in trained.optimizer.state.items():
+    settings = prepared.optimizer.state_dict()["param_groups"]
+    prepared.optimizer.load_state_dict({"state": numbered, "param_groups": settings})
+    for p, entries in prepared.optimizer.state.items():
         for entry, value in entries.items():  # in the parameter's memory format, without which each step is slower
             if isinstance(value, Tensor) and value.shape == p.shape and value.stride() != p.stride():
                 entries[entry] = torch.empty_like(p, dtype=value.dtype).copy_(value)

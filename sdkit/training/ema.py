@@ -29,7 +29,7 @@ class EMA:
         self._average = {name: p.detach().to(torch.float32, copy=True) for name, p in self._parameters.items()}
 
     def update(self) -> None:
-        """Takes the parameters in; to be called once after each step of the optimizer."""
+        """Update the average; call it once after each optimizer step."""
         decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
         parameters = [p.detach().float() for p in self._parameters.values()]
         get_ema_multi_avg_fn(decay)(list(self._average.values()), parameters, None)
@@ -37,7 +37,7 @@ class EMA:
 
     @contextmanager
     def swapped(self) -> Iterator[None]:
-        """The network has the averaged weights inside, and its own again, to the bit, afterwards."""
+        """Put the averaged weights into the network inside the context; its own return bit-identical afterwards."""
         own = {name: p.detach().clone() for name, p in self._parameters.items()}
         self._write(self._average)
         try:
@@ -50,7 +50,7 @@ class EMA:
         return {**self._average, COUNT: torch.tensor(self.num_updates)}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Takes up where the EMA that gave `state` stood. Raises TrainingError for the EMA of another network."""
+        """Restore the average from `state`. Raises TrainingError for the EMA of another network."""
         shapes = {name: value.shape for name, value in self.state_dict().items()}
         if shapes != {name: value.shape for name, value in state.items()}:
             raise TrainingError("the saved moving average is of other parameters than those in training; start anew.")

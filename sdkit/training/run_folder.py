@@ -20,8 +20,8 @@ from sdkit.errors import TrainingError
 from sdkit.files import atomic_write, open_regular, reason, remove_leftovers
 from sdkit.messages import clean
 from sdkit.strict_json import parse_object, read_object, require
-from sdkit.training import LoopSettings
 from sdkit.training.checkpoint import Checkpoint, checkpoints, newest, read_state, save, whole_folder
+from sdkit.training.settings import LoopSettings
 
 WORDS = {  # of what is not told by its values
     "data_identity": "its data was other (names, captions or sizes of files)",
@@ -199,7 +199,7 @@ class RunFolder:
         save(self.checkpoints, replace(checkpoint, state={**checkpoint.state, "run": self._run}), keep)
 
     def export(self, fill: Callable[[Path], None], step: int) -> None:
-        """Make result/, whole or not at all."""
+        """Make result/ atomically."""
         with whole_folder(self.result) as temporary:
             fill(temporary)
             (temporary / "training.json").write_text(json.dumps({"step": step}))
@@ -212,7 +212,7 @@ class RunFolder:
         return -1
 
     def close(self) -> None:
-        """Let other processes have the folder."""
+        """Release the folder for other processes."""
         with contextlib.suppress(OSError):  # what a full disk refused was told when it was written
             if self._metrics is not None:
                 self._metrics.close()

@@ -1,19 +1,18 @@
-"""The settings of each stage: all that a run depends on, written to its config.json."""
+"""Settings of each stage: everything a run depends on, saved in its config.json. They are data and build nothing."""
 
 from __future__ import annotations
 
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, ClassVar
 
 from sdkit.errors import ArgumentError
 from sdkit.fields import documented
 from sdkit.files import expanded
-from sdkit.training import LoopSettings
 
-if TYPE_CHECKING:
-    from sdkit.data.transform import Transform
+# Names in diffusers.optimization.get_scheduler, without piecewise_constant, whose rules have a syntax of their own.
+LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
 
 AUGMENTATIONS = ("crop", "flip")
 RECONSTRUCTIONS = ("l1", "l2")
@@ -21,13 +20,76 @@ REGULARIZERS = ("none", "kl", "vq")
 LPIPS = "SDKIT_LPIPS"  # an environment variable
 
 
+@dataclass(frozen=True, kw_only=True)
+class LoopSettings:
+    """Settings of the training loop. The settings of each stage are a subclass."""
+
+    max_steps: int = 1000
+    """Total number of optimizer steps."""
+    batch_size: int = 1
+    """Samples per process and micro-batch."""
+    gradient_accumulation_steps: int = 1
+    """Micro-batches per optimizer step."""
+    mixed_precision: str = "no"
+    """Autocast to "bf16" or "fp16"; "no" is float32. Trained weights are always float32."""
+    seed: int = 0
+    """Random seed."""
+    lr_scheduler: str = "constant"
+    """Learning-rate schedule: constant, constant_with_warmup, linear, cosine, cosine_with_restarts, or polynomial."""
+    lr_warmup_steps: int = 0
+    """Optimizer steps in which the learning rate rises from 0, for schedules with a warmup."""
+    max_grad_norm: float | None = 1.0
+    """Largest gradient norm; gradients above it are clipped. None turns clipping off."""
+    use_8bit_adam: bool = False
+    """Use AdamW of bitsandbytes, with its state in 8 bits."""
+    ema_decay: float = 0.9999
+    """Decay of the moving average of the weights, which is validated and exported; 0 turns it off."""
+    save_every: int = 100
+    """Save a checkpoint every N steps."""
+    keep_checkpoints: int = 2
+    """Keep the last N checkpoints."""
+    validate_every: int = 100
+    """Validate every N steps, and before the first step and after the last."""
+    report_to: tuple[str, ...] = ()
+    """Trackers that metrics are also sent to, such as tensorboard and wandb."""
+
+    # Settings that may change when a run is resumed. batch_size and gradient_accumulation_steps may change only if a
+    # step still takes the same number of samples.
+    may_change: ClassVar[frozenset[str]] = frozenset({
+        *("batch_size", "data", "gradient_accumulation_steps", "keep_checkpoints", "max_steps", "model", "out_dir"),
+        *("report_to", "save_every", "validate_every"),
+    })  # fmt: skip
+
+    def __post_init__(self) -> None:
+        from sdkit.arguments import flag, number, one_of, strings, whole_number  # which loads PyTorch
+
+        for name in ("max_steps", "batch_size", "gradient_accumulation_steps", "save_every", "keep_checkpoints"):
+            self._keep(name, whole_number(name, getattr(self, name), 1))
+        self._keep("validate_every", whole_number("validate_every", self.validate_every, 1))
+        self._keep("lr_warmup_steps", whole_number("lr_warmup_steps", self.lr_warmup_steps, 0))
+        self._keep("seed", whole_number("seed", self.seed, 0, 2**31 - 1))
+        self._keep("ema_decay", number("ema_decay", self.ema_decay, 0, 1))
+        if self.lr_warmup_steps and self.lr_scheduler == "constant":
+            raise ArgumentError("lr_scheduler constant has no lr_warmup_steps; take constant_with_warmup.")
+        if self.max_grad_norm is not None:
+            self._keep("max_grad_norm", number("max_grad_norm", self.max_grad_norm, 1e-9))
+        one_of("mixed_precision", self.mixed_precision, ("no", "bf16", "fp16"))
+        one_of("lr_scheduler", self.lr_scheduler, LR_SCHEDULERS)
+        flag("use_8bit_adam", self.use_8bit_adam)
+        self._keep("report_to", tuple(strings("report_to", self.report_to)) if self.report_to else ())
+
+    def _keep(self, name: str, value: object) -> None:
+        """Set a field to the value its check returned: NumPy's numbers become Python's, which JSON can hold."""
+        object.__setattr__(self, name, value)
+
+
 @documented
 @dataclass(frozen=True, kw_only=True)
 class StageSettings(LoopSettings):
-    """What both stages have."""
+    """Settings that all stages share."""
 
     model: str | os.PathLike[str] = "emoji"
-    """What is fine-tuned: any source that `sdkit.StableDiffusion.from_pretrained` takes."""
+    """Model to fine-tune: any source that `sdkit.StableDiffusion.from_pretrained` takes."""
     data: str | os.PathLike[str]
     """A folder of images with captions (in NAME.txt beside each, or a metadata.jsonl), .tar or .parquet files, a data
     set's id on the Hub; for the U-Net also a latent cache, which can stream what does not fit on the disk."""
@@ -39,19 +101,21 @@ class StageSettings(LoopSettings):
     """Read names of folders as sd-scripts does: each image in "10_zork dog" counts ten times, and has the caption
     "zork dog" if it has no other."""
     out_dir: str | os.PathLike[str]
-    """The run folder. A run that is there goes on."""
+    """Run folder. An existing run is resumed."""
     learning_rate: float = 1e-5
-    """Of AdamW, before its schedule."""
+    """Learning rate of AdamW, which the schedule multiplies."""
     init: str | os.PathLike[str] | None = None
-    """A config.json of diffusers, or a folder with one: the network trains from nothing, in this shape."""
+    """A config.json of diffusers, or a folder with one: train a network of this shape from scratch."""
     size: int | tuple[int, int] | None = None
-    """Of the training images in pixels, one number or (height, width); None takes the model's own."""
+    """Size of the training images in pixels, one number or (height, width); None takes the model's own."""
     augment: tuple[str, ...] = ()
-    """Of crop (at random places, not the centre) and flip (left and right, half of the time)."""
+    """Augmentations: crop (at a random place, not the centre) and flip (mirror half of the images)."""
     gradient_checkpointing: bool = False
-    """Compute activations again in the backward pass: less memory, about a third more time."""
+    """Recompute activations in the backward pass: less memory, about a third more time."""
 
-    may_change = LoopSettings.may_change | {"init"}  # a path; the identity of the model tells what came of it
+    may_change = LoopSettings.may_change | {
+        "init"
+    }  # a path: the fingerprint of the model tells whether its contents changed
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -79,12 +143,12 @@ class StageSettings(LoopSettings):
                 raise ArgumentError(f"{name} must be text, not {value!r}.")
 
     def opened_with(self) -> dict[str, Any]:
-        """Parameters of `open_examples` for `data`."""
+        """Return the options of `open_examples` for `data`."""
         names = ("split", "image_column", "class_folders")
         return {name: getattr(self, name) for name in names}
 
     def _keep_apart(self, name: str, data: str | os.PathLike[str]) -> None:
-        """Else a run that is taken up again would learn from the pictures of its own samples/."""
+        """Refuse an out_dir inside the data: a resumed run would train on its own samples/."""
         inner, outer = (expanded(path).resolve() for path in (self.out_dir, data))
         if os.path.isdir(outer) and inner.is_relative_to(outer):  # noqa: PTH112 - pathlib's raises for overlong names
             raise ArgumentError(
@@ -92,16 +156,9 @@ class StageSettings(LoopSettings):
                 "a part; name another."
             )
 
-    def transform(self, size: tuple[int, int]) -> Transform:
-        """What happens to a training image."""
-        from sdkit.data.transform import Transform
-
-        crop = "random" if "crop" in self.augment else "center"
-        return Transform(size=size, crop=crop, flip="flip" in self.augment)
-
     @property
     def samples(self) -> Path:
-        """Where images that show progress go."""
+        """Folder of the images that show progress."""
         return Path(self.out_dir) / "samples"
 
 
@@ -112,33 +169,33 @@ class VAEConfig(StageSettings):
     adversarial, or the codebook's loss in place of the KL."""
 
     train_encoder: bool = False
-    """Also what makes the latents, which U-Nets and caches made for this VAE may not survive."""
+    """Train the encoder too. It changes the latents, so U-Nets and caches made for this VAE may no longer fit."""
     reconstruction: str = "l2"
-    """l1 (as in latent diffusion) or l2 (as in Stability's ft-mse)."""
+    """Reconstruction loss: l1 (as in latent diffusion) or l2 (as in Stability's ft-mse)."""
     lpips_weight: float = 0.1
-    """Without LPIPS reconstructions are blurred."""
+    """Weight of the perceptual loss LPIPS; without it, reconstructions are blurred."""
     lpips: str | os.PathLike[str] | None = None
-    """Its weights, as `sdkit.networks.lpips.LPIPS.from_pretrained` takes them; None is what SDKIT_LPIPS names."""
+    """Weights of LPIPS, as `sdkit.networks.lpips.LPIPS.from_pretrained` takes them; None reads SDKIT_LPIPS."""
     regularizer: str = "kl"
-    """What keeps latents in order: kl, vq (of a VQModel, and of no other) or none, an autoencoder without noise."""
+    """Regularizer of the latents: kl, vq (for a VQModel only), or none (an autoencoder without noise)."""
     kl_weight: float = 1e-6
-    """Beside a reconstruction loss summed over pixels, as in latent diffusion; counts where the encoder trains."""
+    """Weight of the KL next to a loss summed over pixels, as in latent diffusion; ignored if the encoder is frozen."""
     disc_weight: float = 0.0
-    """Of the PatchGAN discriminator, times VQGAN's adaptive weight (of each micro-batch); 0 has none, latent diffusion
-    0.5."""
+    """Weight of the PatchGAN discriminator, times VQGAN's adaptive weight (of each micro-batch): 0 turns it off, latent
+    diffusion uses 0.5."""
     disc_start: int = 0
-    """The optimizer step from which the discriminator plays."""
+    """Optimizer step from which the discriminator is used."""
     validation_data: str | os.PathLike[str] | None = None
-    """Held-out images (the first 64 count); None holds out a twentieth of the data, at most 16."""
+    """Held-out images (the first 64 are used); None holds out a twentieth of the data, at most 16."""
 
     may_change = StageSettings.may_change | {"lpips", "validation_data"}  # paths, too
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        from sdkit.arguments import flag, number, one_of, path_or_name, whole
+        from sdkit.arguments import flag, number, one_of, path_or_name, whole_number
 
         if self.lpips is None and os.environ.get(LPIPS):
-            self._keep("lpips", os.environ[LPIPS])  # which the run then depends on
+            self._keep("lpips", os.environ[LPIPS])  # saved with the settings, because the run depends on it
         for name in ("lpips", "validation_data"):
             if (value := getattr(self, name)) is not None:
                 path_or_name(name, value)
@@ -149,7 +206,7 @@ class VAEConfig(StageSettings):
         one_of("regularizer", self.regularizer, REGULARIZERS)
         for name in ("lpips_weight", "kl_weight", "disc_weight"):
             self._keep(name, number(name, getattr(self, name), 0))
-        self._keep("disc_start", whole("disc_start", self.disc_start, 0))
+        self._keep("disc_start", whole_number("disc_start", self.disc_start, 0))
         if self.disc_start and not self.disc_weight:
             raise ArgumentError("disc_start belongs to a discriminator, and there is none; give disc_weight, too.")
 
@@ -157,7 +214,7 @@ class VAEConfig(StageSettings):
 @documented
 @dataclass(frozen=True, kw_only=True)
 class UNetConfig(StageSettings):
-    """Settings of `train_unet`. `data` may be a latent cache, too, from which nothing frozen is computed again."""
+    """Settings of `train_unet`. `data` may also be a latent cache: frozen networks then do no work."""
 
     vae: str | os.PathLike[str] | None = None
     """A VAE in place of the model's own, for whose latents the U-Net is trained and with which it is exported: a
@@ -165,30 +222,30 @@ class UNetConfig(StageSettings):
     caption_column: str | None = None
     """Column of the captions in parquet files and data sets of the Hub, or key in metadata; None finds it."""
     default_caption: str = ""
-    """Caption of the images that have none."""
+    """Caption of images without one."""
     lora_rank: int | None = None
-    """Train low-rank updates of the attention's projections, of this rank; None trains the whole network."""
+    """Rank of the LoRA on the attention's projections; None trains the whole network."""
     train_text_encoder: bool = False
-    """Together with the U-Net."""
+    """Train the text encoder together with the U-Net."""
     prediction_type: str | None = None
     """What the network learns to predict: epsilon, v_prediction or sample (x0); None is the model's own."""
     zero_snr: bool | None = None
-    """Shift the noise schedule so that its last step is pure noise (Lin et al. 2023); None is as the model's is."""
+    """Shift the noise schedule so that its last step is pure noise (Lin et al. 2023); None keeps the model's."""
     snr_gamma: float | None = None
-    """Min-SNR weights of the loss (Hang et al. 2023), whose gamma is 5; None weighs all timesteps alike. At zero
+    """Gamma of the min-SNR weights (Hang et al. 2023, who use 5); None weighs all timesteps alike. At zero
     terminal SNR the noisiest steps keep their weight (see `min_snr_weight`)."""
     noise_offset: float = 0.0
-    """Of each channel's mean noise, for darker and brighter images: about 0.1."""
+    """Offset of each channel's noise, for darker and brighter images: about 0.1."""
     caption_dropout: float = 0.1
-    """Share of the samples whose caption is left out, which classifier-free guidance needs."""
+    """Share of samples trained with an empty caption, which classifier-free guidance needs."""
     validation_prompts: tuple[str, ...] = ()
-    """Images of them are made at each validation, always from the same seeds."""
+    """Prompts to draw at each validation, always from the same seeds."""
 
     may_change = StageSettings.may_change | {"vae"}  # a path, too
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        from sdkit.arguments import PREDICTIONS, flag, number, one_of, path_or_name, strings, whole
+        from sdkit.arguments import PREDICTIONS, flag, number, one_of, path_or_name, strings, whole_number
 
         if self.vae is not None:
             path_or_name("vae", self.vae)
@@ -196,7 +253,7 @@ class UNetConfig(StageSettings):
         if self.zero_snr is not None:
             flag("zero_snr", self.zero_snr)
         if self.lora_rank is not None:
-            self._keep("lora_rank", whole("lora_rank", self.lora_rank, 1))
+            self._keep("lora_rank", whole_number("lora_rank", self.lora_rank, 1))
             if self.init is not None:
                 raise ArgumentError("a network made from init= has nothing for LoRA to add to; leave one of them out.")
         if self.prediction_type is not None:
@@ -211,5 +268,5 @@ class UNetConfig(StageSettings):
             self._keep("validation_prompts", prompts)
 
     def opened_with(self) -> dict[str, Any]:
-        """Parameters of `open_examples` for `data`."""
+        """Return the options of `open_examples` for `data`."""
         return super().opened_with() | {"caption_column": self.caption_column, "default_caption": self.default_caption}

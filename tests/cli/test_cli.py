@@ -31,7 +31,7 @@ from sdkit.cli.console import Stopped, signals_raised
 from sdkit.data import latent_file as latents
 from sdkit.diffusion.samplers import SAMPLERS
 from sdkit.diffusion.schedule import SPACINGS
-from sdkit.pipelines.generation import Recipe
+from sdkit.pipelines.generation import Generation
 
 QUICK = ("--steps", "2", "--dtype", "fp32", "--device", "cpu")
 ROOT = Path(__file__).parents[2]
@@ -93,7 +93,7 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, astronaut: Image.Image
         "model": {"model": "../no/such/model"},
     }
     for name, text in recipes.items():
-        images.save(Image.new("RGB", (8, 8)), f"hostile-{name}.png", Recipe(prompt="a").text() | text)
+        images.save(Image.new("RGB", (8, 8)), f"hostile-{name}.png", Generation(prompt="a").text() | text)
     return tmp_path
 
 
@@ -113,7 +113,7 @@ def test_the_choices_in_the_help_are_all_there_are() -> None:
     for name, choices in (("sampler", SAMPLERS), ("spacing", SPACINGS)):
         words = str(options[name].help).split("(")[0].replace(",", " ").replace(" or ", " ").split()
         assert words == list(choices)
-    assert set(Recipe.__dataclass_fields__) - {"prompt"} <= set(options)
+    assert set(Generation.__dataclass_fields__) - {"prompt"} <= set(options)
 
 
 def test_an_option_may_be_given_to_each_parse_of_a_parser() -> None:
@@ -135,8 +135,20 @@ def test_generate_writes_pngs_that_say_how_they_were_made(run: Callable[..., Ran
         "outputs/0005-grid.png",
     ]
     text = opened(paths[3]).text  # type: ignore[attr-defined]
-    expected = {"prompt": "red apple", "negative_prompt": "blue", "seed": "8", "sampler": "dpm++2m", "steps": "2"}
-    expected |= {"scale": "4.5", "model": "emoji", "sdkit": sdkit.__version__, "height": "128", "dtype": "float32"}
+    expected = {
+        "prompt": "red apple",
+        "negative_prompt": "blue",
+        "seed": "8",
+        "sampler": "dpm++2m",
+        "num_inference_steps": "2",
+    }
+    expected |= {
+        "guidance_scale": "4.5",
+        "model": "emoji",
+        "sdkit": sdkit.__version__,
+        "height": "128",
+        "dtype": "float32",
+    }
     assert expected.items() <= text.items()
     assert opened(paths[4]).width > 2 * 128
 
@@ -240,7 +252,7 @@ BAD = {
     "generate: hostile model": (("generate", "--from", "hostile-model.png"), 2, "../no/such/model"),
     "generate: unknown sampler": (("generate", "a", "--sampler", "euler"), 2, "sampler 'euler' is not one of"),
     "generate: unknown spacing": (("generate", "a", "--spacing", "log"), 2, "spacing 'log' is not one of"),
-    "generate: steps 0": (("generate", "a", "--steps", "0"), 2, "from 1 to 1000, not 0"),
+    "generate: steps 0": (("generate", "a", "--steps", "0"), 2, "of at least 1, not 0"),
     "generate: steps 5000": (("generate", "a", "--steps", "5000"), 2, "from 1 to 1000, not 5000"),
     "generate: steps abc": (("generate", "a", "--steps", "abc"), 2, "invalid int value: 'abc'"),
     "generate: steps 2.5": (("generate", "a", "--steps", "2.5"), 2, "invalid int value: '2.5'"),

@@ -86,12 +86,15 @@ def test_help_tells_every_field_with_its_docstring_and_default(run: Callable[...
     told = " ".join(out.split())
     for field in fields(STAGES[stage]):
         assert f"--{field.name.replace('_', '-')}" in told
-    assert "--batch-size N Samples of each process and micro-batch (default: 1)" in told  # inherited twice
-    assert "--max-grad-norm X Gradients are clipped to it; None clips none (default: 1.0)" in told
-    assert "--init PATH A config.json of diffusers, or a folder with one: the" in told
-    assert "--use-8bit-adam, --no-use-8bit-adam AdamW of bitsandbytes, with its state in 8 bits (default: no)" in told
+    assert "--batch-size N Samples per process and micro-batch (default: 1)" in told  # inherited twice
+    clipping = "Largest gradient norm; gradients above it are clipped. None turns clipping off (default: 1.0)"
+    assert f"--max-grad-norm X {clipping}" in told
+    assert "--init PATH A config.json of diffusers, or a folder with one: train" in told
+    adam = "Use AdamW of bitsandbytes, with its state in 8 bits (default: no)"
+    assert f"--use-8bit-adam, --no-use-8bit-adam {adam}" in told
     assert "needed, here or in that file: --data PATH" in told
-    own = "Together with the U-Net (default: no)" if stage == "unet" else "(as in Stability's ft-mse) (default: l2)"
+    text = "Train the text encoder together with the U-Net (default: no)"
+    own = text if stage == "unet" else "(as in Stability's ft-mse) (default: l2)"
     assert own in told
 
 

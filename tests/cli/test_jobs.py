@@ -34,9 +34,9 @@ from sdkit.cli.jobs import (
 )
 from sdkit.data import latent_file as latents
 from sdkit.errors import ArgumentError
-from sdkit.pipelines.generation import Recipe
+from sdkit.pipelines.generation import Generation
 
-QUICK = Recipe(steps=3, scale=5.0)
+QUICK = Generation(num_inference_steps=3, guidance_scale=5.0)
 
 
 @pytest.fixture
@@ -240,7 +240,9 @@ def test_two_runs_into_one_folder_overwrite_nothing(sd: sdkit.StableDiffusion, t
 
     def run(_: int) -> list[Path]:
         start.wait()
-        return generate_files(sd, ["x"], tmp_path, Recipe(steps=1, height=16, width=16), count=3, grid=True)
+        return generate_files(
+            sd, ["x"], tmp_path, Generation(num_inference_steps=1, height=16, width=16), count=3, grid=True
+        )
 
     with ThreadPoolExecutor(4) as pool:
         paths = [path for made in pool.map(run, range(4)) for path in made]
@@ -251,7 +253,7 @@ def test_two_runs_into_one_folder_overwrite_nothing(sd: sdkit.StableDiffusion, t
 
 def test_numbers_of_more_than_four_digits_are_counted(sd: sdkit.StableDiffusion, tmp_path: Path) -> None:
     (tmp_path / "12345678901-x.png").touch()
-    (path,) = generate_files(sd, ["x"], tmp_path, Recipe(steps=1, height=16, width=16))
+    (path,) = generate_files(sd, ["x"], tmp_path, Generation(num_inference_steps=1, height=16, width=16))
     assert path.name == "12345678902-x-0.png"
 
 
@@ -316,10 +318,10 @@ def test_files_are_written_batch_by_batch(
 def test_each_image_of_a_batch_is_made_again_alone(
     sd: sdkit.StableDiffusion, tmp_path: Path, sampler: str, eta: float
 ) -> None:
-    recipe = Recipe(steps=6, sampler=sampler, eta=eta, seed=3, negative_prompt="blue")
+    recipe = Generation(num_inference_steps=6, sampler=sampler, eta=eta, seed=3, negative_prompt="blue")
     prompts = ["a red apple on a blue background", "cat", "a ghost", "pizza"]
     for path in generate_files(sd, prompts, tmp_path / "four", recipe):
-        found = Recipe.read(path)
+        found = Generation.read(path)
         (again,) = generate_files(sd, [found.prompt], tmp_path / "again.png", found)
         difference = np.abs(pixels(path) - pixels(again))
         assert difference.max() <= 1  # batches of other sizes are added up in another order
@@ -329,13 +331,13 @@ def test_each_image_of_a_batch_is_made_again_alone(
 
 def test_in_bfloat16_an_image_is_made_again_within_one_level(tmp_path: Path) -> None:
     half = sdkit.StableDiffusion.from_pretrained("emoji", dtype="bf16", device="cpu")
-    path = generate_files(half, ["red apple", "cat", "ghost", "pizza"], tmp_path, Recipe(steps=6))[2]
-    (again,) = generate_files(half, ["ghost"], tmp_path / "again.png", Recipe.read(path))
+    path = generate_files(half, ["red apple", "cat", "ghost", "pizza"], tmp_path, Generation(num_inference_steps=6))[2]
+    (again,) = generate_files(half, ["ghost"], tmp_path / "again.png", Generation.read(path))
     assert np.abs(pixels(path) - pixels(again)).max() <= 2  # 1 was measured, over 30 steps
 
 
 def test_names_go_on_from_an_earlier_run_and_tell_prompt_and_seed(sd: sdkit.StableDiffusion, tmp_path: Path) -> None:
-    first = generate_files(sd, ["A cat, on/a \\mat!", ""], tmp_path, Recipe(steps=1, seed=7), count=2)
+    first = generate_files(sd, ["A cat, on/a \\mat!", ""], tmp_path, Generation(num_inference_steps=1, seed=7), count=2)
     assert [path.name for path in first] == [
         "0001-a-cat-on-a-mat-7.png",
         "0002-a-cat-on-a-mat-8.png",
@@ -343,42 +345,44 @@ def test_names_go_on_from_an_earlier_run_and_tell_prompt_and_seed(sd: sdkit.Stab
         "0004-image-10.png",
     ]
     (tmp_path / "0002-a-cat-on-a-mat-8.png").unlink()
-    second = generate_files(sd, ["../猫" * 200], tmp_path, Recipe(steps=1), grid=True)
+    second = generate_files(sd, ["../猫" * 200], tmp_path, Generation(num_inference_steps=1), grid=True)
     assert re.fullmatch(r"0005-[猫-]+-0\.png", second[0].name)
     assert second[1].name == "0006-grid.png"
     assert all(path.parent == tmp_path for path in second)
 
 
 def test_the_size_is_recorded_and_kept(sd: sdkit.StableDiffusion, tmp_path: Path) -> None:
-    (path,) = generate_files(sd, ["x"], tmp_path / "x.png", Recipe(steps=1, height=50, width=43))
+    (path,) = generate_files(sd, ["x"], tmp_path / "x.png", Generation(num_inference_steps=1, height=50, width=43))
     assert opened(path).size == (43, 50)
-    assert (Recipe.read(path).height, Recipe.read(path).width) == (50, 43)
+    assert (Generation.read(path).height, Generation.read(path).width) == (50, 43)
 
 
 def test_the_scale_is_the_models_own_and_recorded(sd: sdkit.StableDiffusion, tmp_path: Path) -> None:
     """So that the image comes out the same where the model's own is another one day."""
     own, same, other = (
-        generate_files(sd, ["a cat"], tmp_path / f"{scale}.png", Recipe(steps=2, scale=scale))[0]
+        generate_files(
+            sd, ["a cat"], tmp_path / f"{scale}.png", Generation(num_inference_steps=2, guidance_scale=scale)
+        )[0]
         for scale in (None, sd.guidance_scale, 7.5)
     )
     assert sd.guidance_scale != 7.5
-    assert Recipe.read(own).scale == sd.guidance_scale
+    assert Generation.read(own).guidance_scale == sd.guidance_scale
     assert own.read_bytes() == same.read_bytes()
     assert not np.array_equal(np.asarray(opened(own)), np.asarray(opened(other)))
 
 
 def test_a_recipe_goes_through_a_png_unchanged(tmp_path: Path) -> None:
-    recipe = Recipe(
+    recipe = Generation(
         prompt="naïve 猫\nsecond line",
         negative_prompt="ünlike",
         seed=2**62,
         sampler="ddpm",
-        steps=7,
-        scale=1 / 3,
+        num_inference_steps=7,
+        guidance_scale=1 / 3,
         eta=0.25,
         spacing="linspace",
-        rescale=0.7,
-        interval=(0.28, math.inf),
+        guidance_rescale=0.7,
+        guidance_interval=(0.28, math.inf),
         clip_skip=1,
         weighting=True,
         height=64,
@@ -394,11 +398,11 @@ def test_a_recipe_goes_through_a_png_unchanged(tmp_path: Path) -> None:
         lora_scale=(-0.3, 1.0),
     )
     images.save(Image.new("RGB", (8, 8)), tmp_path / "x.png", recipe.text())
-    assert Recipe.read(tmp_path / "x.png") == recipe
-    images.save(Image.new("RGB", (8, 8)), tmp_path / "y.png", Recipe(prompt="y").text())
-    assert Recipe.read(tmp_path / "y.png") == Recipe(prompt="y")
-    required = {"prompt", "negative_prompt", "seed", "sampler", "steps", "model", "sdkit"}
-    assert required <= set(Recipe().text())
+    assert Generation.read(tmp_path / "x.png") == recipe
+    images.save(Image.new("RGB", (8, 8)), tmp_path / "y.png", Generation(prompt="y").text())
+    assert Generation.read(tmp_path / "y.png") == Generation(prompt="y")
+    required = {"prompt", "negative_prompt", "seed", "sampler", "num_inference_steps", "model", "sdkit"}
+    assert required <= set(Generation().text())
 
 
 def test_a_recipe_names_files_and_folders_absolutely(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -406,27 +410,27 @@ def test_a_recipe_names_files_and_folders_absolutely(tmp_path: Path, monkeypatch
     (tmp_path / "model.ckpt").touch()
     (tmp_path / "emoji").mkdir()
     (tmp_path / "configs").mkdir()
-    recipe = Recipe(model="./model.ckpt", config="configs", height=64, lora=("configs",), vae="configs")
+    recipe = Generation(model="./model.ckpt", config="configs", height=64, lora=("configs",), vae="configs")
     assert recipe.text()["model"] == str(tmp_path / "model.ckpt")
     assert recipe.text()["config"] == recipe.text()["lora"] == recipe.text()["vae"] == str(tmp_path / "configs")
-    assert Recipe().text()["model"] == "emoji"  # the embedded one, whatever lies here
-    assert Recipe(model="some/model").text()["model"] == "some/model"
+    assert Generation().text()["model"] == "emoji"  # the embedded one, whatever lies here
+    assert Generation(model="some/model").text()["model"] == "some/model"
     assert replace(recipe, model=recipe.text()["model"]).but(model="model.ckpt").height == 64
 
 
 @pytest.mark.parametrize(
     ("changes", "fragment"),
     [
-        ({"steps": 0}, "steps"),
+        ({"num_inference_steps": 0}, "steps"),
         ({"sampler": "euler"}, "sampler"),
         ({"eta": 2.0}, "eta"),
         ({"eta": 0.5, "sampler": "ddpm"}, "eta"),
         ({"spacing": "log"}, "spacing"),
-        ({"scale": math.nan}, "guidance scale"),
-        ({"scale": 1e7}, "guidance scale"),
-        ({"rescale": 2.0}, "guidance rescale"),
-        ({"interval": (5.0, 1.0)}, "guidance interval"),
-        ({"interval": (math.nan, 1.0)}, "guidance interval"),
+        ({"guidance_scale": math.nan}, "guidance scale"),
+        ({"guidance_scale": 1e7}, "guidance scale"),
+        ({"guidance_rescale": 2.0}, "guidance rescale"),
+        ({"guidance_interval": (5.0, 1.0)}, "guidance interval"),
+        ({"guidance_interval": (math.nan, 1.0)}, "guidance interval"),
         ({"seed": -1}, "seed"),
         ({"clip_skip": -1}, "clip_skip"),
         ({"height": 7}, "height"),
@@ -438,7 +442,7 @@ def test_what_a_recipe_refuses_the_model_refuses_too(
     sd: sdkit.StableDiffusion, tmp_path: Path, changes: dict[str, Any], fragment: str
 ) -> None:
     """So that the check, which is made before a model is loaded, is never stricter than the model."""
-    recipe = replace(Recipe(steps=1), **changes)
+    recipe = replace(Generation(num_inference_steps=1), **changes)
     with pytest.raises(ArgumentError, match=fragment):
         recipe.check()
     with pytest.raises(ArgumentError):
@@ -446,22 +450,39 @@ def test_what_a_recipe_refuses_the_model_refuses_too(
 
 
 def test_another_model_takes_nothing_over_from_the_old_one() -> None:
-    own = {"height": 64, "scale": 3.0, "spacing": "trailing", "revision": "main", "vae": "a/vae"}
-    recipe = Recipe(**own, steps=7, lora=("a/lora",), lora_scale=(0.5,))
-    assert recipe.but(model="other", width=72) == Recipe(model="other", width=72, steps=7)
+    own = {"height": 64, "guidance_scale": 3.0, "spacing": "trailing", "revision": "main", "vae": "a/vae"}
+    recipe = Generation(**own, num_inference_steps=7, lora=("a/lora",), lora_scale=(0.5,))
+    assert recipe.but(model="other", width=72) == Generation(model="other", width=72, num_inference_steps=7)
     assert recipe.but(model="emoji") == recipe
 
 
 def test_a_recipe_of_before_there_was_lora_is_read(tmp_path: Path) -> None:
-    text = {key: value for key, value in Recipe(prompt="a").text().items() if not key.startswith("lora")}
+    text = {key: value for key, value in Generation(prompt="a").text().items() if not key.startswith("lora")}
     images.save(Image.new("RGB", (8, 8)), tmp_path / "x.png", text)
-    assert Recipe.read(tmp_path / "x.png") == Recipe(prompt="a")
+    assert Generation.read(tmp_path / "x.png") == Generation(prompt="a")
+
+
+def test_a_text_with_the_names_of_earlier_versions_is_read(tmp_path: Path) -> None:
+    text = {"prompt": "a", "seed": "3", "sdkit": "0.0.9", "steps": "7", "scale": "2.5", "rescale": "0.7"}
+    images.save(Image.new("RGB", (8, 8)), tmp_path / "x.png", text | {"interval": "0.28 inf"})
+    assert Generation.read(tmp_path / "x.png") == Generation(
+        prompt="a", seed=3, num_inference_steps=7, guidance_scale=2.5, guidance_rescale=0.7,
+        guidance_interval=(0.28, math.inf),
+    )  # fmt: skip
+
+
+def test_the_most_steps_are_known_to_the_schedule_alone(sd: sdkit.StableDiffusion) -> None:
+    Generation(num_inference_steps=2000).check()
+    long = sdkit.NoiseSchedule.scaled_linear(4000, prediction_type="v_prediction")
+    assert len(long.timesteps(2000)) == 2000
+    with pytest.raises(ArgumentError, match="from 1 to 1000, not 2000"):
+        sd("a", num_inference_steps=2000)
 
 
 @pytest.mark.parametrize("changes", [{"lora_scale": (0.5,)}, {"lora": ("some/lora",), "lora_scale": (math.inf,)}])
 def test_a_scale_needs_a_lora_and_is_finite(changes: dict[str, Any]) -> None:
     with pytest.raises(ArgumentError, match="lora_scale"):
-        replace(Recipe(), **changes).check()
+        replace(Generation(), **changes).check()
 
 
 def test_prompts_are_read_line_by_line(tmp_path: Path) -> None:
@@ -543,11 +564,11 @@ from pathlib import Path
 from sdkit.images import save
 from sdkit.cli.jobs import encode_files, decode_files, generate_files, read_prompts
 from sdkit.pipelines.text_to_image import StableDiffusion
-from sdkit.pipelines.generation import Recipe
+from sdkit.pipelines.generation import Generation
 sd = StableDiffusion.from_pretrained("emoji", dtype="fp32", device="cpu")
 encode_files(sd.vae, ["in"], "latents")
 decode_files(sd.vae, ["latents"], "decoded")
-generate_files(sd, read_prompts("prompts.txt"), "outputs", Recipe(steps=1, height=64, width=64))
+generate_files(sd, read_prompts("prompts.txt"), "outputs", Generation(num_inference_steps=1, height=64, width=64))
 print(sys.getfilesystemencoding())
 """
 

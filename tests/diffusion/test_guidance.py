@@ -13,6 +13,7 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import resca
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sdkit.diffusion.conditioning import Conditioning
 from sdkit.diffusion.guidance import APG, apg, cfg, classifier, guided, rescale
 from sdkit.diffusion.samplers import SAMPLERS
 from sdkit.diffusion.schedule import NoiseSchedule, Prediction
@@ -27,7 +28,7 @@ def normal(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> torch.
     return torch.randn(shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
 
 
-COND, UNCOND = normal(1, 3, 7, 4), normal(2, 3, 7, 4)  # (B, L, D)
+COND, UNCOND = Conditioning(normal(1, 3, 7, 4)), Conditioning(normal(2, 3, 7, 4))  # (B, L, D)
 
 
 class Model:
@@ -38,14 +39,15 @@ class Model:
         self.timesteps: list[int] = []
         self.learned_range = learned_range
 
-    def __call__(self, x_t: torch.Tensor, t: Any, cond: torch.Tensor) -> torch.Tensor:
+    def __call__(self, x_t: torch.Tensor, t: Any, cond: Conditioning) -> torch.Tensor:
         assert len(x_t) == len(cond)
         self.batches.append(len(x_t))
         self.timesteps.append(int(torch.as_tensor(t).flatten()[0]))
         return self.output(x_t, self.timesteps[-1], cond)
 
-    def output(self, x_t: torch.Tensor, t: int, cond: torch.Tensor) -> torch.Tensor:
-        c = cond.mean(dim=1)[:, :, None, None]  # (B, 4, 1, 1)
+    def output(self, x_t: torch.Tensor, t: int, cond: Conditioning) -> torch.Tensor:
+        assert cond.text is not None
+        c = cond.text.mean(dim=1)[:, :, None, None]  # (B, 4, 1, 1)
         output = torch.tanh(x_t * c) + 0.5 * torch.cos(c * (1 + t / 500))
         return torch.cat([output, torch.sin(x_t + c)], dim=1) if self.learned_range else output
 
@@ -183,7 +185,7 @@ def test_scale_is_7_5_unless_given() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("uncond", [None, UNCOND])
-def test_scale_1_is_the_conditional_prediction(kind: Any, uncond: torch.Tensor | None) -> None:
+def test_scale_1_is_the_conditional_prediction(kind: Any, uncond: Conditioning | None) -> None:
     schedule = NoiseSchedule.scaled_linear(prediction_type=kind)
     model = Model()
     x_t = normal(0, *SHAPE)

@@ -16,6 +16,7 @@ import sdkit
 from sdkit.diffusion.schedule import NoiseSchedule, Prediction
 from sdkit.errors import ArgumentError, SdkitError
 from tests.helpers import reference
+from tests.helpers.loaders import load_schedule
 
 KINDS = ("epsilon", "v_prediction", "sample")
 SPACINGS = ("leading", "trailing", "linspace")
@@ -121,7 +122,7 @@ def test_from_config_of_the_embedded_model() -> None:
 
 
 def test_from_pretrained_reads_the_embedded_model() -> None:
-    ours, expected = NoiseSchedule.from_pretrained("emoji"), NoiseSchedule.from_config(EMOJI)
+    ours, expected = load_schedule("emoji"), NoiseSchedule.from_config(EMOJI)
     for field in dataclasses.fields(NoiseSchedule):
         a, b = getattr(ours, field.name), getattr(expected, field.name)
         assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
@@ -496,3 +497,18 @@ def test_the_defaults_of_consistency_models(cls: Any) -> None:
 def test_a_first_beta_that_vanishes() -> None:
     with pytest.raises(ArgumentError, match="betas must begin above 0"):
         NoiseSchedule.linear(beta_start=1e-20)
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "eps", "v_prediction", "v", "sample", "x0"])
+def test_target_is_the_closed_form_and_the_inverse_of_prediction(kind: str) -> None:
+    schedule = NoiseSchedule.scaled_linear(prediction_type=kind)
+    generator = torch.Generator().manual_seed(0)
+    x0, eps = torch.randn(2, 3, 4, 5, 6, dtype=torch.float64, generator=generator)
+    t = torch.tensor([0, 400, 999])
+    a = schedule.alphas_cumprod[t][:, None, None, None]
+    wanted = {"e": eps, "v": a.sqrt() * eps - (1 - a).sqrt() * x0}.get(kind[0], x0)
+    target = schedule.target(x0, eps, t)
+    torch.testing.assert_close(target, wanted, rtol=1e-12, atol=1e-12)
+    found = schedule.prediction(target, schedule.add_noise(x0, eps, t), t)
+    torch.testing.assert_close(found.x0, x0, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(found.eps, eps, rtol=1e-9, atol=1e-9)

@@ -17,6 +17,7 @@ from torch import Tensor
 import sdkit
 from sdkit.diffusion.schedule import SCHEDULERS
 from sdkit.errors import SourceError
+from tests.helpers.loaders import load_schedule
 from tests.helpers.networks import diffusers_pipeline
 
 # Heun and others with NumPy 2; and the pipeline, which says so when it corrects a config.
@@ -129,7 +130,7 @@ def test_schedule_and_ddim_latents_are_those_of_diffusers(
     parts: sdkit.StableDiffusion, tmp_path: Path, name: str, case: str
 ) -> None:
     folder = written(tmp_path, name, CONFIGS[case])
-    schedule = sdkit.NoiseSchedule.from_pretrained(folder)
+    schedule = load_schedule(folder)
     pipe = pipeline_of(parts, folder, name)
     config = pipe.scheduler.config
     np.testing.assert_allclose(schedule.alphas_cumprod, pipe.scheduler.alphas_cumprod.double(), rtol=2e-5, atol=1e-6)
@@ -153,7 +154,7 @@ def test_ddpm_latents_are_those_of_diffusers(
     parts: sdkit.StableDiffusion, tmp_path: Path, name: str, case: str
 ) -> None:
     folder = written(tmp_path, name, CONFIGS[case])
-    schedule = sdkit.NoiseSchedule.from_pretrained(folder)
+    schedule = load_schedule(folder)
     pipe = pipeline_of(parts, folder, name)
     generator = torch.Generator().manual_seed(3)
     torch.randn(X_T.shape[1:], generator=generator)  # ours draws x_T first, also where it is given
@@ -166,7 +167,7 @@ def test_dpm_solver_latents_are_those_of_diffusers(parts: sdkit.StableDiffusion,
     """On our timesteps: diffusers' solver takes n + 1 of them in "leading" and "linspace", and leaves out the last."""
     name = "DPMSolverMultistepScheduler"
     folder = written(tmp_path, name, CONFIGS[case])
-    schedule = sdkit.NoiseSchedule.from_pretrained(folder)
+    schedule = load_schedule(folder)
     pipe = pipeline_of(parts, folder, name)
     timesteps = [t for t, _ in schedule.timesteps(STEPS)]
     expected = theirs(parts, pipe.scheduler, timesteps=timesteps)
@@ -178,7 +179,7 @@ def test_zero_terminal_snr(parts: sdkit.StableDiffusion, tmp_path: Path, name: s
     """PNDM, LMS, and others ignore the key, which says how the model was trained: the schedule is DDIM's for all."""
     folder = written(tmp_path, name, STATED | {"rescale_betas_zero_snr": True})
     pipe = pipeline_of(parts, folder, name)
-    schedule = sdkit.NoiseSchedule.from_pretrained(folder)
+    schedule = load_schedule(folder)
     expected = theirs(parts, held(pipe, RightDDIM, rescale_betas_zero_snr=True))
     torch.testing.assert_close(ours(parts, schedule), expected, atol=1e-4, rtol=1e-4)
 
@@ -261,7 +262,7 @@ def test_a_config_of_pixels_is_taken_as_it_is_and_null_as_left_out() -> None:
 def test_configs_as_diffusers_writes_them_are_read(tmp_path: Path, name: str) -> None:
     getattr(diffusers.schedulers, name)().save_pretrained(tmp_path / "scheduler")  # some with lambda_min_clipped -inf
     theirs = getattr(diffusers.schedulers, name).from_pretrained(tmp_path, subfolder="scheduler")
-    schedule = sdkit.NoiseSchedule.from_pretrained(tmp_path)
+    schedule = load_schedule(tmp_path)
     np.testing.assert_allclose(schedule.alphas_cumprod, theirs.alphas_cumprod.double(), rtol=2e-5, atol=1e-6)
 
 
@@ -269,4 +270,4 @@ def test_configs_as_diffusers_writes_them_are_read(tmp_path: Path, name: str) ->
 def test_values_that_are_not_finite_are_refused_where_they_are_read(tmp_path: Path, key: str) -> None:
     folder = written(tmp_path, "DDIMScheduler", STATED | {key: float("nan")})
     with pytest.raises(SourceError, match=f"has {key} nan"):
-        sdkit.NoiseSchedule.from_pretrained(folder)
+        load_schedule(folder)

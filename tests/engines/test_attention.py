@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from diffusers.models import AutoencoderKL, UNet2DConditionModel
 
 import sdkit
+from sdkit.diffusion.conditioning import Conditioning
 from sdkit.engines import attention as module
 from sdkit.engines.attention import attention, quicken_attention
 
@@ -84,7 +85,7 @@ def test_cross_attention_maps_equal_diffusers(size: tuple[int, int]) -> None:
     x_t = torch.randn(2, 4, *size, generator=torch.Generator().manual_seed(0))
     recorder = Recorder()
     sd.unet.network.set_attn_processor(recorder)  # in the same pass: scores of 200 make much of the last bit of a layer
-    maps = sd.unet.cross_attention(x_t, 500, cond)
+    maps = sd.unet.cross_attention(x_t, 500, Conditioning(cond))
     assert maps.shape == (2, cond.shape[1], *size)
     torch.testing.assert_close(maps.sum(1), torch.ones(2, *size))
     layers = []
@@ -99,5 +100,5 @@ def test_cross_attention_maps_equal_diffusers(size: tuple[int, int]) -> None:
 def test_cross_attention_leaves_nothing_behind(sd: sdkit.StableDiffusion) -> None:
     cond, x_t = sd.text.encode("a dog"), torch.zeros(1, 4, 16, 16)
     with pytest.raises(RuntimeError):
-        sd.unet.cross_attention(x_t, 10, cond[..., :5])
+        sd.unet.cross_attention(x_t, 10, Conditioning(cond[..., :5]))
     assert not any(module._forward_pre_hooks for name, module in sd.unet.network.named_modules() if "attn2" in name)

@@ -7,7 +7,7 @@ import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from torch import Tensor
 
-from sdkit.engines.training_attention import PlainWhereSmall
+from sdkit.engines.attention import PlainWhereSmall
 
 
 @pytest.mark.parametrize("tokens", [16, 300])

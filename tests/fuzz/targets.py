@@ -29,16 +29,15 @@ import sdkit
 from sdkit import images
 from sdkit.cli import jobs, main
 from sdkit.data import latent_file as latents
-from sdkit.diffusion.schedule import NoiseSchedule
 from sdkit.errors import SdkitError
 from sdkit.files import read_regular
-from sdkit.loading.source import describe
 from sdkit.networks.lora import add_lora, convert_lora, lora_tensors, merge_lora, read_lora, save_lora
-from sdkit.pipelines.generation import Recipe
+from sdkit.pipelines.generation import Generation
 from sdkit.training.loop import fit
 from sdkit.training.plot import plot
 from tests.fuzz.mutators import in_order
 from tests.helpers import original_layout
+from tests.helpers.loaders import describe, load_schedule
 from tests.helpers.toy import Toy, ToySettings
 
 SIDE = 16  # pixels
@@ -211,7 +210,7 @@ def read_text(folder: Path, out: Path) -> None:
 
 def read_schedule(folder: Path, out: Path) -> None:
     describe(folder)
-    schedule = NoiseSchedule.from_pretrained(folder)
+    schedule = load_schedule(folder)
     with_part(schedule=schedule)
     for sampler in ("ddpm", "dpm++2m"):
         whole = sd()
@@ -356,7 +355,7 @@ def read_latent(folder: Path, out: Path) -> None:
 
 
 def make_recipe(folder: Path) -> None:
-    recipe = Recipe(
+    recipe = Generation(
         prompt=PROMPT, negative_prompt="café ☕", steps=2, scale=2.0, height=SIDE, width=SIDE, interval=(0.5, 5.0),
         spacing="leading", dtype="fp32", weighting=True, model=str(model()),
     )  # fmt: skip
@@ -365,10 +364,10 @@ def make_recipe(folder: Path) -> None:
 
 def read_recipe(folder: Path, out: Path) -> None:
     """As `sdkit generate --from`, but with the small model, and few pixels and steps where the recipe asks for many."""
-    recipe = Recipe.read(folder / "one.png")
+    recipe = Generation.read(folder / "one.png")
     prompts = [recipe.prompt]
     jobs.check_generation(prompts, out, recipe)
-    recipe = replace(recipe, steps=min(recipe.steps, 2), height=SIDE, width=SIDE)
+    recipe = replace(recipe, num_inference_steps=min(recipe.num_inference_steps, 2), height=SIDE, width=SIDE)
     jobs.generate_files(sd(), prompts, out, recipe)
 
 
@@ -378,7 +377,7 @@ def make_prompts(folder: Path) -> None:
 
 def read_prompts(folder: Path, out: Path) -> None:
     prompts = jobs.read_prompts(folder / "one.txt")
-    jobs.check_generation(prompts, out, Recipe(weighting=True))
+    jobs.check_generation(prompts, out, Generation(weighting=True))
     for prompt in prompts[:4]:
         sd().text.encode([prompt], weighting=True)
 

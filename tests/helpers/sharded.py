@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from accelerate import Accelerator, DistributedType, PartialState
@@ -19,8 +20,11 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from sdkit.training import LoopSettings, Player, Samples, UNetConfig, VAEConfig, train_unet, train_vae
+from sdkit.training import UNetConfig, VAEConfig, loop, train_unet, train_vae
+from sdkit.training.distributed import make_accelerator
 from sdkit.training.loop import fit
+from sdkit.training.settings import LoopSettings
+from sdkit.training.stage import Player, Samples
 from tests.helpers import toy
 
 
@@ -54,14 +58,12 @@ class Split(toy.Toy):
         return super().validate(step)
 
 
-class Scaled(toy.ToySettings):
-    """With the gradient scaler of fp16, on the CPU."""
-
-    def accelerator(self, out_dir: Path) -> Accelerator:
-        accelerator = super().accelerator(out_dir)
-        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**24, growth_interval=40)
-        accelerator.native_amp, accelerator.state._mixed_precision = True, "fp16"
-        return accelerator
+def make_scaled(settings: LoopSettings, out_dir: Path) -> Accelerator:
+    """An accelerator with the gradient scaler of fp16, on the CPU."""
+    accelerator = make_accelerator(settings, out_dir)
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**24, growth_interval=40)
+    accelerator.native_amp, accelerator.state._mixed_precision = True, "fp16"
+    return accelerator
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,8 +133,9 @@ class UNetStage:
 def launched(scenario: dict[str, Any]) -> None:
     os.environ |= scenario.get("environment", {})
     if "scaled" in scenario:
-        scaled = Scaled(**scenario["scaled"])
-        fit(Split(scaled), scaled, scenario["out"])
+        scaled = toy.ToySettings(**scenario["scaled"])
+        with mock.patch.object(loop, "make_accelerator", make_scaled):
+            fit(Split(scaled), scaled, scenario["out"])
     if "train_vae" in scenario:
         train_vae(VAEConfig(**scenario["train_vae"]))
     if "train_unet" in scenario:

@@ -10,7 +10,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from sdkit.loading.source import load_text
+from tests.helpers.loaders import load_text
 
 SIZE = 32  # pixels: latents are (4, 4, 4)
 

@@ -23,8 +23,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sdkit.errors import SdkitError
-from sdkit.training import LoopSettings, Player, Samples
 from sdkit.training.loop import fit
+from sdkit.training.settings import LoopSettings
+from sdkit.training.stage import Player, Samples
 
 
 @dataclass(frozen=True, kw_only=True)

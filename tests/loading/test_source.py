@@ -29,9 +29,9 @@ from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel
 from sdkit.errors import ArgumentError, SourceError
 from sdkit.loading import source
 from sdkit.loading.single_file import ASSETS, probe_prediction
-from sdkit.loading.source import describe, load_guidance_scale, load_scheduler_config, load_text, load_unet, load_vae
 from sdkit.loading.tokenizer import load_tokenizer
 from tests.helpers import original_layout
+from tests.helpers.loaders import describe, load_guidance_scale, load_scheduler_config, load_text, load_unet, load_vae
 
 LOADERS: dict[str, Callable[..., Any]] = {
     "vae": load_vae,
@@ -507,8 +507,8 @@ def test_probe_tells_eps_from_v() -> None:
 def test_probe_is_made_once_for_a_file(sd2: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     probes: list[Any] = []
     monkeypatch.setattr(source.single_file, "probe_prediction", lambda unet: probes.append(unet) or "v_prediction")
-    file = source.open_tensors(sd2.file)
-    assert source._probe(file, sd2.unet) == source._probe(file) == "v_prediction"
+    file = source._File(source._resolve(sd2.file), None)
+    assert file.probed(sd2.unet) == file.probed() == "v_prediction"
     assert probes == [sd2.unet]
 
 
@@ -544,7 +544,7 @@ def test_describe(tiny: Tiny) -> None:
 def test_loading_is_silent_and_restores_the_logs(tmp_path: Path, sd1: Tiny) -> None:
     code = (
         "import sys; from diffusers.utils import logging as d; from transformers.utils import logging as t;"
-        "from sdkit.loading.source import load_vae, load_unet, load_text;"
+        "from tests.helpers.loaders import load_vae, load_unet, load_text;"
         "state = lambda: [(x.get_verbosity(), x.is_progress_bar_enabled()) for x in (d, t)]; before = state();"
         "load_vae(sys.argv[1]); load_unet(sys.argv[1]); load_text(sys.argv[1]);"
         "load_text(sys.argv[2], config=sys.argv[1]);"

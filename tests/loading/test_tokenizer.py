@@ -13,9 +13,9 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from sdkit.errors import SourceError
 from sdkit.loading.single_file import ASSETS
-from sdkit.loading.source import load_text
 from sdkit.loading.tokenizer import TRIAL, load_tokenizer
 from sdkit.networks.text_encoder import TextEncoder
+from tests.helpers.loaders import load_text
 
 EMOJI = ASSETS / "emoji"
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import ControlNetModel, StableDiffusionPipeline, UNet2DConditionModel
 
 import sdkit
+from sdkit.diffusion.conditioning import Conditioning
 from sdkit.networks.denoiser import guidance_embedding
 from tests.helpers.networks import guided_network
 
@@ -19,15 +21,16 @@ def unet(sd: sdkit.StableDiffusion) -> sdkit.UNet:
     return sd.unet
 
 
-def inputs(batch: int) -> tuple[torch.Tensor, torch.Tensor]:
+def inputs(batch: int) -> tuple[torch.Tensor, Conditioning]:
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(batch, 4, 16, 16, generator=generator), torch.randn(batch, 32, 192, generator=generator)
+    x_t = torch.randn(batch, 4, 16, 16, generator=generator)
+    return x_t, Conditioning(torch.randn(batch, 32, 192, generator=generator))
 
 
 @torch.no_grad()
 def test_equals_the_network(unet: sdkit.UNet) -> None:
     x_t, cond = inputs(3)
-    expected = unet.network(x_t, 500, encoder_hidden_states=cond).sample
+    expected = unet.network(x_t, 500, encoder_hidden_states=cond.text).sample
     torch.testing.assert_close(unet(x_t, 500, cond), expected, atol=1e-5, rtol=0)
     t = torch.tensor([1, 500, 999])
     expected = torch.cat([unet(x_t[i : i + 1], int(t[i]), cond[i : i + 1]) for i in range(3)])
@@ -84,11 +87,46 @@ def test_compiled_gives_the_same(unet: sdkit.UNet) -> None:
 @torch.no_grad()
 def test_a_call_leaves_the_network_as_it_was(sd: sdkit.StableDiffusion) -> None:
     """A timestep that one call shares over its batch is none of the next one's, past this class."""
-    x, cond, t = torch.randn(2, 4, 16, 16), sd.text.encode(["a", "b"]), torch.tensor([1, 999])
+    x, cond, t = torch.randn(2, 4, 16, 16), Conditioning(sd.text.encode(["a", "b"])), torch.tensor([1, 999])
     sd.unet(x, 500, cond)
-    theirs = sd.unet.network(x, t, encoder_hidden_states=cond).sample
+    theirs = sd.unet.network(x, t, encoder_hidden_states=cond.text).sample
     torch.testing.assert_close(theirs, sd.unet(x, t, cond))
     assert float((theirs[1] - sd.unet(x, 1, cond)[1]).abs().max()) > 1e-2
+
+
+class TestConditioning:
+    @torch.no_grad()
+    def test_concat_is_appended_to_the_channels(self) -> None:
+        unet = sdkit.UNet(small_network(in_channels=9))
+        x_t, masked = torch.randn(2, 4, 8, 8), torch.randn(2, 5, 8, 8)
+        text = torch.randn(2, 3, 8)
+        expected = unet.network(torch.cat([x_t, masked], dim=1), 500, encoder_hidden_states=text).sample
+        got = unet(x_t, 500, Conditioning(text, concat=masked))
+        torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)
+
+    @torch.no_grad()
+    def test_residuals_are_those_of_a_controlnet(self) -> None:
+        network = small_network()
+        unet = sdkit.UNet(network)
+        x_t, text = torch.randn(2, 4, 8, 8), torch.randn(2, 3, 8)
+        controlnet = ControlNetModel.from_unet(network)
+        for p in controlnet.parameters():  # its last layers start at zero
+            torch.nn.init.normal_(p, std=0.1)
+        down, mid = controlnet(x_t, 500, text, torch.randn(2, 3, 64, 64), return_dict=False)
+        expected = network(
+            x_t,
+            500,
+            encoder_hidden_states=text,
+            down_block_additional_residuals=down,
+            mid_block_additional_residual=mid,
+        ).sample
+        got = unet(x_t, 500, Conditioning(text, residuals=(tuple(down), mid)))
+        torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)
+        assert (got - unet(x_t, 500, Conditioning(text))).abs().max() > 1e-3
+
+    def test_a_bare_tensor_is_refused(self, unet: sdkit.UNet) -> None:
+        with pytest.raises(sdkit.ArgumentError, match="not Tensor"):
+            unet(torch.zeros(1, 4, 8, 8), 500, torch.zeros(1, 4, 192))
 
 
 class TestGuidanceAsAnInput:
@@ -107,10 +145,11 @@ class TestGuidanceAsAnInput:
 
     @torch.no_grad()
     def test_equals_the_network(self, guided: sdkit.UNet) -> None:
-        x_t, cond = torch.randn(2, 2, 4, 8, 8, generator=torch.Generator().manual_seed(0))[0], torch.randn(2, 5, 8)
+        x_t = torch.randn(2, 2, 4, 8, 8, generator=torch.Generator().manual_seed(0))[0]
+        cond = Conditioning(torch.randn(2, 5, 8))
         scales = torch.tensor([1.5, 8.0])
         expected = guided.network(
-            x_t, 500, encoder_hidden_states=cond, timestep_cond=guidance_embedding(scales, 16)
+            x_t, 500, encoder_hidden_states=cond.text, timestep_cond=guidance_embedding(scales, 16)
         ).sample
         torch.testing.assert_close(guided(x_t, 500, cond, guidance_scale=scales), expected, atol=1e-5, rtol=0)
         for i, scale in enumerate((1.5, 8.0)):
@@ -125,6 +164,15 @@ class TestGuidanceAsAnInput:
     def test_is_given_where_it_is_an_input_and_nowhere_else(self, unet: sdkit.UNet, guided: sdkit.UNet) -> None:
         x_t, cond = inputs(1)
         with pytest.raises(sdkit.ArgumentError, match="takes the guidance scale as an input: give guidance_scale"):
-            guided(x_t, 500, cond[..., :8])
+            guided(x_t, 500, cond.map(lambda part: part[..., :8]))
         with pytest.raises(sdkit.ArgumentError, match="has no input for the guidance scale: leave out guidance_scale"):
             unet(x_t, 500, cond, guidance_scale=2.0)
+
+
+def small_network(**options: Any) -> UNet2DConditionModel:
+    torch.manual_seed(0)
+    return UNet2DConditionModel(
+        sample_size=8, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, attention_head_dim=4,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=8, **options,
+    ).eval()  # fmt: skip

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 import sdkit
+from sdkit.diffusion.conditioning import Conditioning
 from sdkit.errors import ArgumentError, SourceError
 from sdkit.loading.single_file import ASSETS
 
@@ -46,13 +47,13 @@ class TestNetworksThatCannotRun:
         unet = sdkit.UNet.from_pretrained("emoji", dtype="fp32", device="cpu")
         unet.network.conv_norm_out.num_groups = 7
         with pytest.raises(SourceError, match=r"^the config of 'emoji' makes a network that cannot run: "):
-            unet(torch.zeros(1, 4, 8, 8), 1, torch.zeros(1, 4, unet.width))
+            unet(torch.zeros(1, 4, 8, 8), 1, Conditioning(torch.zeros(1, 4, unet.width)))
 
     def test_a_config_that_breaks_in_the_forward_pass(self, tmp_path: Path) -> None:
         where = configured(tmp_path / "m", "unet", downsample_padding=3)
         unet = sdkit.UNet.from_pretrained(where, dtype="fp32", device="cpu")
         with pytest.raises(SourceError, match=r"m' makes a network that cannot run: "):
-            unet(torch.zeros(1, 4, 8, 8), 1, torch.zeros(1, 4, unet.width))
+            unet(torch.zeros(1, 4, 8, 8), 1, Conditioning(torch.zeros(1, 4, unet.width)))
 
     @pytest.mark.parametrize("clip_skip", [0, 1])
     def test_text_encoder(self, clip_skip: int) -> None:
@@ -70,7 +71,7 @@ class TestNetworksThatRun:
         with pytest.raises(RuntimeError, match="channels"):
             sd.vae(torch.zeros(1, 5, 32, 32))
         with pytest.raises(RuntimeError):
-            sd.unet(torch.zeros(1, 4, 8, 8), 1, torch.zeros(1, 4, 3))
+            sd.unet(torch.zeros(1, 4, 8, 8), 1, Conditioning(torch.zeros(1, 4, 3)))
 
     @pytest.mark.parametrize(
         "error", [MemoryError(), KeyboardInterrupt(), torch.OutOfMemoryError("CUDA out of memory")]
@@ -94,7 +95,7 @@ class TestNetworksThatRun:
         calls: list[int] = []
         handle = sd.unet.network.register_forward_pre_hook(lambda *_: calls.append(1))
         try:
-            sd.unet(torch.zeros(1, 4, 8, 8), 1, torch.zeros(1, 4, sd.unet.width))
+            sd.unet(torch.zeros(1, 4, 8, 8), 1, Conditioning(torch.zeros(1, 4, sd.unet.width)))
         finally:
             handle.remove()
         assert calls == [1]

@@ -17,6 +17,7 @@ from PIL import Image
 import sdkit
 from sdkit.diffusion.guidance import APG
 from sdkit.networks.autoencoder import VAE
+from tests.helpers.loaders import load_schedule
 
 IMAGE = Image.new("RGB", (16, 16))
 NAN = float("nan")
@@ -156,7 +157,7 @@ def test_from_pretrained(part: Any, arguments: dict[str, Any], fragment: str) ->
 
 @pytest.mark.parametrize(("arguments", "fragment"), [case for case in FROM_PRETRAINED if len(case[0]) == 1], ids=str)
 def test_schedule_from_pretrained(arguments: dict[str, Any], fragment: str) -> None:
-    one_sentence(lambda: sdkit.NoiseSchedule.from_pretrained(**arguments), fragment)
+    one_sentence(lambda: load_schedule(**arguments), fragment)
 
 
 @pytest.mark.parametrize("case", range(len(ENCODE)))

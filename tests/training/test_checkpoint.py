@@ -22,7 +22,6 @@ from torch import nn
 
 from sdkit.errors import SdkitError, TrainingError
 from sdkit.files import reason
-from sdkit.training import Player, Trained
 from sdkit.training.checkpoint import (
     Checkpoint,
     checkpoints,
@@ -35,7 +34,9 @@ from sdkit.training.checkpoint import (
     snapshot,
     whole_folder,
 )
+from sdkit.training.prepared import PreparedPlayer
 from sdkit.training.run_folder import RunFolder, read_metrics
+from sdkit.training.stage import Player
 from tests.helpers.toy import ToySettings
 
 CPU = torch.device("cpu")
@@ -214,17 +215,17 @@ def network() -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.Conv2d(3, 1, 1))
 
 
-def trained(net: nn.Module) -> Trained:
+def trained(net: nn.Module) -> PreparedPlayer:
     def loss(
         networks: Mapping[str, nn.Module], batch: dict[str, Any], step: int
     ) -> tuple[torch.Tensor, dict[str, float]]:
         return networks["net"](batch["x"]).square().mean(), {}
 
     player = Player("net", net, loss, learning_rate=0.1, ema=True)
-    return Trained(player, ToySettings(), Accelerator(cpu=True))
+    return PreparedPlayer(player, ToySettings(), Accelerator(cpu=True))
 
 
-def steps(t: Trained, count: int) -> None:
+def steps(t: PreparedPlayer, count: int) -> None:
     for _ in range(count):
         t.network(torch.rand(2, 2, 5, 5)).square().mean().backward()
         t.optimizer.step()
@@ -267,10 +268,10 @@ class Quantized(torch.optim.Optimizer):
             state["absmax1"] = torch.zeros(math.ceil(p.numel() / 4))
 
 
-def quantized(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Trained, Checkpoint]:
+def quantized(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[PreparedPlayer, Checkpoint]:
     """What is to be trained on with it, and a checkpoint after 3 steps."""
-    settings = "sdkit.training.LoopSettings.optimizer"
-    monkeypatch.setattr(settings, lambda self, player, device: Quantized(player.network.parameters()))
+    function = "sdkit.training.prepared.make_optimizer"
+    monkeypatch.setattr(function, lambda player, settings, device: Quantized(player.network.parameters()))
     one, other = trained(network()), trained(network())
     steps(one, 3)
     return other, load(save(tmp_path, snapshot([one], Accelerator(cpu=True), 3, (0, 0)), keep=1))

@@ -20,13 +20,16 @@ from safetensors.torch import load_file, save_file
 from sdkit.data import LatentCache, Transform, cache, open_examples
 from sdkit.data.transform import draw
 from sdkit.errors import ArgumentError, CacheError, DataError
-from sdkit.loading.source import load_text, load_vae
 from sdkit.networks.autoencoder import VAE
 from sdkit.networks.text_encoder import TextEncoder
-from sdkit.training import StopSignals, UNetConfig, Unfinished, raise_if_stopped
-from sdkit.training.stages.examples import CachedLatents, ImageLatents, open_latents
-from sdkit.training.stages.images import TrainingImages, noise_of, report_skipped, shared, split
+from sdkit.training import UNetConfig
+from sdkit.training.distributed import split_over_processes
+from sdkit.training.signals import StopSignals, Unfinished, raise_if_stopped
+from sdkit.training.stages.examples import CachedLatents, ImageLatents
+from sdkit.training.stages.images import TrainingImages, noise_of, report_skipped, split
+from sdkit.training.stages.unet import open_latents
 from tests.helpers import tiny
+from tests.helpers.loaders import load_text, load_vae
 
 LONG = "red apple blue cat " * 12  # 48 tokens: 2 chunks
 
@@ -127,7 +130,7 @@ class TestReport:
         assert file.stat().st_mtime_ns == before
 
     def test_one_process_does_all(self) -> None:
-        assert shared(3, lambda i: 10 * i) == [0, 10, 20]
+        assert split_over_processes(3, lambda i: 10 * i) == [0, 10, 20]
 
     @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP"])
     def test_a_signal_ends_the_work_after_the_piece_at_hand(self, name: str) -> None:
@@ -140,9 +143,9 @@ class TestReport:
             done.append(i)
 
         with StopSignals() as stop, pytest.raises(Unfinished):
-            shared(5, do)
+            split_over_processes(5, do)
         assert (done, stop.exit_code) == ([0, 1], 128 + getattr(signal, name))
-        assert shared(1, lambda i: i) == [0]  # nobody asks any more
+        assert split_over_processes(1, lambda i: i) == [0]  # nobody asks any more
 
 
 @dataclass(frozen=True)

@@ -20,10 +20,12 @@ from diffusers.optimization import get_scheduler
 from safetensors.torch import load_file
 
 from sdkit.errors import ArgumentError, DataError, TrainingError
-from sdkit.training import LR_SCHEDULERS, loop
+from sdkit.training import loop
 from sdkit.training.batches import samples_of
 from sdkit.training.checkpoint import checkpoints, newest
+from sdkit.training.distributed import make_accelerator
 from sdkit.training.run_folder import read_metrics
+from sdkit.training.settings import LR_SCHEDULERS, LoopSettings
 from tests.helpers import toy
 from tests.helpers.toy_runs import (
     RUN,
@@ -257,18 +259,19 @@ def test_the_first_player_lets_the_second_ones_gradients_alone(tmp_path: Path) -
         torch.testing.assert_close(10 * state[f"{name}/exp_avg"], p.grad)
 
 
-def test_a_gradient_scaler_finds_its_scale_and_is_resumed(tmp_path: Path) -> None:
+def test_a_gradient_scaler_finds_its_scale_and_is_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """That of fp16, here on the CPU, with two players and accumulation: steps that overflow change nothing."""
 
-    class Scaled(toy.ToySettings):
-        def accelerator(self, out_dir: Path) -> Accelerator:
-            accelerator = super().accelerator(out_dir)
-            accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**24, growth_interval=40)
-            accelerator.native_amp, accelerator.state._mixed_precision = True, "fp16"
-            return accelerator
+    def scaled(settings: LoopSettings, out_dir: Path) -> Accelerator:
+        accelerator = make_accelerator(settings, out_dir)
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**24, growth_interval=40)
+        accelerator.native_amp, accelerator.state._mixed_precision = True, "fp16"
+        return accelerator
+
+    monkeypatch.setattr(loop, "make_accelerator", scaled)
 
     def train(out: Path, steps: int) -> None:
-        settings = Scaled(max_steps=steps, save_every=1, keep_checkpoints=20, gradient_accumulation_steps=2)
+        settings = toy.ToySettings(max_steps=steps, save_every=1, keep_checkpoints=20, gradient_accumulation_steps=2)
         loop.fit(toy.Toy(settings), settings, out)
 
     train(tmp_path / "whole", 16)

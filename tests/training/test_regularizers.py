@@ -17,7 +17,7 @@ from PIL import Image
 import sdkit
 from sdkit.diffusion.losses import vq
 from sdkit.errors import ArgumentError, SourceError
-from sdkit.evaluation.similarity import codebook_use
+from sdkit.evaluation.codebook import codebook_use
 from sdkit.training import VAEConfig, train_vae
 from sdkit.training.run_folder import read_metrics
 from sdkit.training.stages.vae import VAEStage

@@ -13,6 +13,7 @@ import sdkit
 from sdkit.training import UNetConfig
 from sdkit.training.stages.unet import UNetStage
 from tests.helpers import tiny
+from tests.helpers.loaders import load_schedule
 
 pytestmark = pytest.mark.filterwarnings("ignore:The configuration file of this:FutureWarning")
 
@@ -40,7 +41,7 @@ def test_latents_are_neither_clipped_in_training_nor_by_what_is_exported(
     written = json.loads((tmp_path / "result" / "scheduler" / "scheduler_config.json").read_text())
     assert (written["_class_name"], written["steps_offset"]) == (name, 1)
     assert not written.get("clip_sample")
-    exported = sdkit.NoiseSchedule.from_pretrained(tmp_path / "result")
+    exported = load_schedule(tmp_path / "result")
     for schedule in (stage.schedule, exported):
         assert (schedule.clip_x0, schedule.steps_offset) == (None, 1)
     assert torch.equal(exported.betas, stage.schedule.betas)
@@ -55,7 +56,7 @@ def test_another_scheduler_has_the_table_and_the_spacing_of_the_model(parts: Pat
     stage.export(tmp_path / "result")
     written = json.loads((tmp_path / "result" / "scheduler" / "scheduler_config.json").read_text())
     assert written["_class_name"] == "DDIMScheduler"
-    for schedule in (stage.schedule, sdkit.NoiseSchedule.from_pretrained(tmp_path / "result")):
+    for schedule in (stage.schedule, load_schedule(tmp_path / "result")):
         assert schedule.prediction_type == "sample"
         assert torch.equal(schedule.betas, before.betas)
         for field in ("timestep_spacing", "steps_offset", "set_alpha_to_one", "clip_x0"):

@@ -24,12 +24,15 @@ from transformers import CLIPTextModel
 import sdkit
 from sdkit.data import cache
 from sdkit.errors import ArgumentError, TrainingError
-from sdkit.loading.source import load_guidance_scale
-from sdkit.training import StopSignals, Trained, UNetConfig, Unfinished, train_unet
+from sdkit.training import UNetConfig, train_unet
+from sdkit.training.distributed import make_accelerator
 from sdkit.training.loop import fit
+from sdkit.training.prepared import PreparedPlayer
 from sdkit.training.run_folder import read_metrics
+from sdkit.training.signals import StopSignals, Unfinished
 from sdkit.training.stages.unet import UNetStage
 from tests.helpers import tiny
+from tests.helpers.loaders import load_guidance_scale, load_schedule
 
 pytest.importorskip("datasets")
 pytest.importorskip("peft")
@@ -95,9 +98,9 @@ def weights(folder: Path) -> dict[str, Tensor]:
 
 def backward(stage: UNetStage, batch: dict[str, Any]) -> dict[str, Tensor | None]:
     """The gradients of every parameter of the stage after one backward pass, as the loop prepares and calls it."""
-    accelerator = stage.config.accelerator(Path("unused"))
-    trained = Trained(stage.players[0], stage.config, accelerator)
-    loss, _ = stage.loss({"unet": trained.network}, batch, 0)
+    accelerator = make_accelerator(stage.config, Path("unused"))
+    prepared = PreparedPlayer(stage.players[0], stage.config, accelerator)
+    loss, _ = stage.loss({"unet": prepared.network}, batch, 0)
     accelerator.backward(loss)
     parts = {"unet": stage.unet.network, "text": stage.text.network, "vae": stage.vae.network}
     return {f"{part}.{name}": p.grad for part, network in parts.items() for name, p in network.named_parameters()}
@@ -177,7 +180,10 @@ class TestLoss:
         batch["t"][:2] = [0, 999]
         with torch.no_grad():
             loss, parts = stage.loss({"unet": stage.denoiser}, batch, 0)
-        settings = {"prediction_type": stage.schedule.prediction_type, "rescale_betas_zero_snr": stage.zero_snr}
+        settings = {
+            "prediction_type": stage.schedule.prediction_type,
+            "rescale_betas_zero_snr": stage.objective.zero_snr,
+        }
         theirs = Theirs(kit.models["epsilon"], **settings)
         ids = captions(kit.stage(data="photos"), BATCH)
         assert [len(one) for one in ids] == [1, 2, 1, 1, 1, 1, 1, 1]
@@ -209,7 +215,7 @@ class TestLoss:
         expected = {"v": "v_prediction", "x0": "sample"}[kind]
         assert (saved["_class_name"], saved["prediction_type"]) == ("DDIMScheduler", expected)
         assert (saved["rescale_betas_zero_snr"], saved["timestep_spacing"]) == (True, "trailing")
-        schedule = sdkit.NoiseSchedule.from_pretrained(tmp_path / "result")
+        schedule = load_schedule(tmp_path / "result")
         assert schedule.alphas_cumprod[-1] == 0
         assert schedule.timesteps(4)[0][0] == 999
 

@@ -21,9 +21,11 @@ from torch.nn import functional as F
 import sdkit
 from sdkit.evaluation.similarity import psnr, ssim
 from sdkit.networks.lpips import LPIPS
-from sdkit.training import Trained, VAEConfig, alone, train_vae
+from sdkit.training import VAEConfig, train_vae
 from sdkit.training.batches import samples_of
+from sdkit.training.distributed import make_accelerator
 from sdkit.training.loop import fit
+from sdkit.training.prepared import PreparedPlayer, only_gradients_of
 from sdkit.training.run_folder import read_metrics
 from sdkit.training.stages.images import noise_of
 from sdkit.training.stages.vae import VAEStage
@@ -104,15 +106,15 @@ class Turns:
     """The players of a stage as the loop has them, on one batch."""
 
     def __init__(self, stage: VAEStage) -> None:
-        self.stage, self.accelerator = stage, stage.config.accelerator(Path(stage.config.out_dir))
-        self.trained = [Trained(player, stage.config, self.accelerator) for player in stage.players]
-        self.networks = {t.player.name: t.network for t in self.trained}
+        self.stage, self.accelerator = stage, make_accelerator(stage.config, Path(stage.config.out_dir))
+        self.prepared = [PreparedPlayer(player, stage.config, self.accelerator) for player in stage.players]
+        self.networks = {t.player.name: t.network for t in self.prepared}
         self.batch = stage.batch([(0, 3), (1, 5)])
 
     def gradients(self, turn: int = 0, step: int = 0) -> dict[str, dict[str, Tensor | None]]:
         """Of every network of the stage after one backward pass of one player's loss."""
-        t = self.trained[turn]
-        with alone(t, self.trained, self.accelerator):
+        t = self.prepared[turn]
+        with only_gradients_of(t, self.prepared, self.accelerator):
             loss, _ = t.player.loss(self.networks, self.batch, step)
             self.accelerator.backward(loss)
         stage = self.stage

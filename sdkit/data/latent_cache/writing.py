@@ -23,7 +23,7 @@ import filelock
 import torch
 
 from sdkit import __version__
-from sdkit.arguments import whole
+from sdkit.arguments import whole_number
 from sdkit.data.examples import Example, Examples, Stream, open_examples, warn_of_captions
 from sdkit.data.latent_cache import manifest as manifests
 from sdkit.data.latent_cache.manifest import Manifest, Settings, Shard, Skipped, difference
@@ -34,7 +34,7 @@ from sdkit.data.transform import Transform, sides
 from sdkit.engines.device import resolve_device, resolve_dtype
 from sdkit.errors import ArgumentError, CacheError, DataError, SdkitError
 from sdkit.files import TEMPORARY, check_name, encodable, expanded, reason, remove_leftovers, sha256
-from sdkit.loading.source import Source, describe
+from sdkit.loading.source import Source, SourceName
 from sdkit.networks.autoencoder import VAE
 from sdkit.networks.text_encoder import TextEncoder
 from sdkit.progress import progress
@@ -44,7 +44,7 @@ LOCK = ".lock"
 
 
 def cache(
-    model: Source,
+    model: SourceName,
     data: str | os.PathLike[str],
     out: str | os.PathLike[str],
     *,
@@ -65,7 +65,7 @@ def cache(
     device: str | torch.device = "auto",
     seed: int = 0,
     shard_size: int = 1024,
-    vae: Source | None = None,
+    vae: SourceName | None = None,
 ) -> Path:
     """Encode images and captions once, for training: into the folder `out`, which `LatentCache` reads.
 
@@ -88,12 +88,12 @@ def cache(
 
     Raises `CacheError` where `out` holds something else, `DataError` where no image can be used.
     """
-    whole("augmentations", augmentations, 1)
-    whole("seed", seed, 0, 2**63 - 1)
-    whole("shard_size", shard_size, 1)
-    whole("workers", workers, 1)
+    whole_number("augmentations", augmentations, 1)
+    whole_number("seed", seed, 0, 2**63 - 1)
+    whole_number("shard_size", shard_size, 1)
+    whole_number("workers", workers, 1)
     if batch_size is not None:
-        whole("batch_size", batch_size, 1)
+        whole_number("batch_size", batch_size, 1)
     transform = Transform(size=sides(size) if size is not None else own_size(model, vae), crop=crop, flip=flip)
     if augmentations > 1 and not transform.random:
         raise ArgumentError(f"{augmentations} augmentations would all be alike; take crop='random' or flip as well.")
@@ -149,11 +149,15 @@ def cache(
     return folder
 
 
-def own_size(model: Source, vae: Source | None = None) -> tuple[int, int]:
+def own_size(model: SourceName, vae: SourceName | None = None) -> tuple[int, int]:
     """The side that the model's U-Net was trained at, in pixels of its VAE or of another `vae`."""
-    parts = {component.part: component.config for component in describe(model).components}
+    parts = {component.part: component.config for component in Source.open(model).describe().components}
     if vae is not None:
-        parts |= {component.part: component.config for component in describe(vae).components if component.part == "vae"}
+        parts |= {
+            component.part: component.config
+            for component in Source.open(vae).describe().components
+            if component.part == "vae"
+        }
     side = parts.get("unet", {}).get("sample_size")
     if not isinstance(side, int):
         raise ArgumentError(f"the model {str(model)!r} does not say what size it is for; give size=.")

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from sdkit import images as image_io
-from sdkit.arguments import whole
+from sdkit.arguments import whole_number
 from sdkit.cli.jobs import check_files
 from sdkit.data.transform import Transform
 from sdkit.errors import ArgumentError, DataError
@@ -47,7 +47,7 @@ def evaluate(
     prompts  of either kind that each model draws: pairs trained on, and pairs held out
     sweeps   whether it draws them at other guidance scales and numbers of steps, too
     """
-    whole("prompts", prompts, 1)
+    whole_number("prompts", prompts, 1)
     check_files(out)
     rows = _earlier(out / "evaluation.json")
     names = {source: _slug(source) for source in (anywhere(os.fspath(model)) for model in models)}

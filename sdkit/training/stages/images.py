@@ -1,4 +1,4 @@
-"""What the stages take from a data set: examples to learn from and examples held out, their pixels, their noise."""
+"""Images of a data set for the stages: training and held-out examples, their pixels, and their noise."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -25,9 +25,6 @@ from sdkit.data.transform import Transform, draw
 from sdkit.errors import DataError, ImageError
 from sdkit.files import atomic_write, encodable, expanded
 from sdkit.strict_json import read_object
-from sdkit.training import Unfinished, raise_if_stopped
-
-T = TypeVar("T")
 
 MOST_HELD_OUT, OF = 16, 20  # one image of 20, and not more than 16
 TRIES = 100  # images that cannot be used, one after another
@@ -35,10 +32,10 @@ NOISE = 2**32 - 1  # where `draw` takes the number of an augmentation, of which 
 
 
 def split(n: int) -> tuple[npt.NDArray[np.int64], list[int]]:
-    """Indices of the images to learn from and of those to validate on, of n images in all.
+    """Return the indices of the training images and of the validation images, of n images in all.
 
-    Those to validate on are spread evenly, and held out; of fewer than 20 images none can be spared, and those to
-    validate on are learnt from as well.
+    Validation images are spread evenly and held out. With fewer than 20 images none is held out: validation images
+    are trained on as well.
     """
     count = min(MOST_HELD_OUT, n // OF) or min(MOST_HELD_OUT, n)
     validation = [(2 * i + 1) * n // (2 * count) for i in range(count)]
@@ -47,7 +44,7 @@ def split(n: int) -> tuple[npt.NDArray[np.int64], list[int]]:
 
 
 def is_cache(data: str | os.PathLike[str]) -> bool:
-    """Whether `data` is a folder with a latent cache, whole or not."""
+    """Return whether `data` is a folder with a latent cache, complete or not."""
     folder = expanded(data)
     try:
         return read_object(folder / manifest.NAME, manifest.LARGEST).get("format") == manifest.FORMAT
@@ -56,14 +53,19 @@ def is_cache(data: str | os.PathLike[str]) -> bool:
 
 
 def noise_of(seed: int, n: int) -> torch.Generator:
-    """The source of all noise of the n-th sample of a run: it does not depend on batches and processes."""
+    """Return the generator of all noise of the n-th sample of a run, independent of batches and processes."""
     return draw(seed, n, NOISE)
 
 
 def identity_of(*networks: nn.Module, schedule: Any = None) -> str:
-    """A word that is another for other weights, or another noise schedule."""
+    """Return a fingerprint of the weights and the noise schedule."""
     parts = [manifest.weights_identity(network) for network in networks]
     return hashlib.sha256(json.dumps([parts, schedule], sort_keys=True).encode()).hexdigest()[:16]
+
+
+def training_transform(size: tuple[int, int], augment: Collection[str]) -> Transform:
+    """The transform of the training images: `augment` may name "crop" (a random one) and "flip"."""
+    return Transform(size=size, crop="random" if "crop" in augment else "center", flip="flip" in augment)
 
 
 class TrainingImages:
@@ -112,17 +114,3 @@ def report_skipped(skipped: dict[str, str], path: Path) -> None:
             with atomic_write(path) as temporary:
                 text = json.dumps(before | everywhere, indent=1, ensure_ascii=False) + "\n"
                 temporary.write_text(text, encoding="utf-8")
-
-
-def shared(n: int, do: Callable[[int], T]) -> list[T]:
-    """`do`(i) for each i below n, each on one of the processes, gathered on all of them. Raises `Unfinished` on every
-    process where one was asked to stop before its share was done."""
-    state, mine = PartialState(), list[tuple[int, T]]()
-    with contextlib.suppress(Unfinished):  # the other processes wait for what there is
-        for i in range(state.process_index, n, state.num_processes):
-            raise_if_stopped()
-            mine.append((i, do(i)))
-    done: list[tuple[int, T]] = gather_object(mine)
-    if len(done) < n:
-        raise Unfinished
-    return [one for _, one in sorted(done, key=lambda numbered: numbered[0])]

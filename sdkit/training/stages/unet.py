@@ -1,10 +1,11 @@
-"""Fine-tuning the U-Net: latents and captions -> noise -> what the network says -> the denoising loss."""
+"""Fine-tuning the U-Net: latents and captions -> noise -> network -> denoising loss."""
 
 from __future__ import annotations
 
 import copy
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,43 +17,40 @@ from PIL import Image
 from torch import Tensor, nn
 
 from sdkit import images as image_io
-from sdkit.diffusion.losses import diffusion_loss, min_snr_weight
+from sdkit.data.examples import open_examples
+from sdkit.diffusion.conditioning import Conditioning
+from sdkit.diffusion.losses import diffusion_loss
 from sdkit.diffusion.schedule import NoiseSchedule, completed
-from sdkit.engines.training_attention import PlainWhereSmall
+from sdkit.engines.attention import PlainWhereSmall
 from sdkit.errors import ArgumentError
 from sdkit.loading.configs import GUIDANCE
 from sdkit.loading.new_network import new_network
-from sdkit.loading.source import (
-    USUAL_GUIDANCE,
-    load_guidance_scale,
-    load_scheduler_config,
-    load_text,
-    load_unet,
-    load_vae,
-)
+from sdkit.loading.source import USUAL_GUIDANCE, Source
 from sdkit.loading.tensors import quiet
 from sdkit.networks.autoencoder import VAE, latents_of
 from sdkit.networks.denoiser import UNet
 from sdkit.networks.lora import FILENAME, TARGETS, add_lora, lora_tensors, save_lora
 from sdkit.networks.text_encoder import TextEncoder
 from sdkit.pipelines.text_to_image import StableDiffusion
-from sdkit.training import Player, Samples, raise_if_stopped
+from sdkit.training.distributed import split_over_processes
 from sdkit.training.loop import fit
 from sdkit.training.settings import UNetConfig
-from sdkit.training.stages.examples import open_latents
-from sdkit.training.stages.images import identity_of, noise_of, report_skipped, shared
+from sdkit.training.signals import raise_if_stopped
+from sdkit.training.stage import Player, Samples
+from sdkit.training.stages.denoising import DenoisingObjective
+from sdkit.training.stages.examples import CachedLatents, ImageLatents
+from sdkit.training.stages.images import identity_of, is_cache, noise_of, report_skipped, training_transform
 
-VALIDATION_TIMESTEPS = 8  # of each image
 VALIDATION_STEPS = 25  # of the images of fixed prompts
 REMEMBERED = 4096  # captions whose embeddings are kept in memory, each 0.24 MB for SD 1.x; a cache has room for all
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def train_unet(config: UNetConfig) -> Path:
-    """Fine-tune a U-Net, whole or by LoRA, or train one from nothing, and return the run folder.
+    """Fine-tune a U-Net, whole or by LoRA, or train one from scratch, and return the run folder.
 
     result/ is a whole pipeline as diffusers has it, or pytorch_lora_weights.safetensors. `config.data` is a latent
-    cache, from which the VAE has nothing to do, or images. Running it again goes on where an earlier run was stopped.
+    cache, from which the VAE has nothing to do, or images. An existing run is resumed.
     Raises SdkitError in one sentence for what the user can put right, and TrainingStopped after SIGTERM or Ctrl-C, once
     a checkpoint is written.
     """
@@ -67,12 +65,14 @@ class Denoiser(nn.Module):
         super().__init__()
         self.unet, self.text = unet, text
 
-    def forward(self, x_t: Tensor, t: Tensor, cond: Tensor, mask: Tensor | None) -> Tensor:
-        """The U-Net's output; `cond` is embeddings (B, 77k, D), or token ids (B, k, 77) where the text encoder is
-        here."""
-        if self.text is not None:
-            cond = self.text(cond.flatten(0, 1)).unflatten(0, cond.shape[:2]).flatten(1, 2)
-        output: Tensor = self.unet(x_t, t, cond, mask)
+    def forward(self, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+        """The U-Net's output; `cond.text` is embeddings (B, 77k, D), or token ids (B, k, 77) if the text encoder is
+        trained."""
+        if self.text is not None and cond.text is not None:
+            ids = cond.text
+            embeddings = self.text(ids.flatten(0, 1)).unflatten(0, ids.shape[:2]).flatten(1, 2)
+            cond = replace(cond, text=embeddings)
+        output: Tensor = self.unet(x_t, t, cond)
         return output
 
 
@@ -81,33 +81,36 @@ class UNetStage:
 
     def __init__(self, config: UNetConfig) -> None:
         self.config = config
-        self.vae = VAE(load_vae(config.model if config.vae is None else config.vae)).eval().requires_grad_(False)
-        self.text = TextEncoder(*load_text(config.model)).eval().requires_grad_(False)
-        self.tokenizer = copy.deepcopy(self.text.tokenizer)  # as it was: what it would save changes when it is used
-        self.scheduler = _scheduler(config)
+        model = Source.open(config.model)
+        beside = model if config.vae is None else Source.open(config.vae)
+        self.vae = VAE(beside.autoencoder()).eval().requires_grad_(False)
+        self.text = TextEncoder(*model.text_encoder()).eval().requires_grad_(False)
+        # An unused copy, for the export: using a tokenizer changes what it saves.
+        self.tokenizer = copy.deepcopy(self.text.tokenizer)
+        self.scheduler = _scheduler(model, config)
         self.schedule = NoiseSchedule.from_config(self.scheduler, latents=True)
-        self.guidance_scale = USUAL_GUIDANCE if config.init else load_guidance_scale(config.model)
-        self.zero_snr = float(self.schedule.alphas_cumprod[-1]) == 0
-        if self.zero_snr and self.schedule.prediction_type == "epsilon":
+        self.guidance_scale = USUAL_GUIDANCE if config.init else model.guidance_scale
+        self.objective = DenoisingObjective(self.schedule, snr_gamma=config.snr_gamma, noise_offset=config.noise_offset)
+        if self.objective.zero_snr and self.schedule.prediction_type == "epsilon":
             raise ArgumentError(
                 "at zero terminal SNR the noise says nothing of the image: train with prediction_type v_prediction or "
                 "sample, or without zero_snr."
             )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            self._make_networks()
+            self._make_networks(model)
         side = self.unet.sample_size * self.vae.factor
         self.latents = open_latents(config, self.vae, self.text, (side, side))
-        model = identity_of(self.vae.network, self.text.network, self.unet.network, schedule=self.scheduler)
-        self.identity = {"data": self.latents.identity, "model": model, "vae": self.vae.identity}
+        networks = identity_of(self.vae.network, self.text.network, self.unet.network, schedule=self.scheduler)
+        self.identity = {"data": self.latents.identity, "model": networks, "vae": self.vae.identity}
         self.size = len(self.latents.train)
         rate, ema = config.learning_rate, config.ema_decay > 0
         self.players = [Player("unet", self.denoiser, self.loss, learning_rate=rate, ema=ema)]
         self._embeddings: dict[bytes, Tensor] = {}
 
-    def _make_networks(self) -> None:
+    def _make_networks(self, model: Source) -> None:
         config = self.config
-        network = load_unet(config.model) if config.init is None else new_network(config.init, "unet")
+        network = model.denoiser() if config.init is None else new_network(config.init, "unet")
         self.unet = UNet(network)
         StableDiffusion(self.vae, self.text, self.unet, self.schedule)  # says so where they do not belong together
         if network.config.out_channels != network.config.in_channels:
@@ -130,7 +133,7 @@ class UNetStage:
                     "saves nothing; give a smaller one."
                 )
             else:
-                for p in one.parameters():  # what is frozen is as well in half precision, as autocast would have it
+                for p in one.parameters():  # frozen weights may be in half precision, since autocast casts them anyway
                     p.data = p.data.to(HALF.get(config.mixed_precision, torch.float32))
                 add_lora(one, config.lora_rank)
             if config.gradient_checkpointing:
@@ -139,33 +142,34 @@ class UNetStage:
         self.denoiser = Denoiser(self.unet, self.text if config.train_text_encoder else None)
 
     def batch(self, samples: Samples) -> dict[str, Any]:
-        """Of samples (n, item), whose noise depends on n and the seed alone: posterior or pixels, caption, timestep and
-        noise."""
+        """Return posterior or pixels, caption, timestep, and noise of samples (n, item).
+
+        Noise depends only on n and the seed.
+        """
         rows = []
         for n, item in samples:
             example = self.latents.load(item, n // self.size)
             source = noise_of(self.config.seed, n)
             dropped = float(torch.rand((), generator=source)) < self.config.caption_dropout
-            t = int(torch.randint(self.schedule.num_timesteps, (), generator=source))
+            t = self.objective.timestep(source)
             rows.append(
                 {
                     **example,
                     **(self.latents.empty if dropped else {}),
-                    **self._noise(source, self.config.noise_offset),
+                    **self.objective.noise(self._shape, source),
                     "t": t,
                 }
             )
         return collated(rows)
 
-    def _noise(self, source: torch.Generator, noise_offset: float) -> dict[str, Tensor]:
-        """Standard normal noise for the posterior and for the latents, (4, h, w), the latter with an offset of each
-        channel."""
-        shape = (self.vae.channels, *self.latents.shape)
-        posterior, eps, offset = (torch.randn(s, generator=source) for s in (shape, shape, (shape[0], 1, 1)))
-        return {"posterior_eps": posterior, "eps": eps + noise_offset * offset}
+    @property
+    def _shape(self) -> tuple[int, int, int]:
+        """(4, h, w) of the latents of one example."""
+        height, width = self.latents.shape
+        return (self.vae.channels, height, width)
 
     def names(self, samples: Samples) -> list[str]:
-        """Names of the examples of samples (n, item)."""
+        """Return the names of the examples of samples (n, item)."""
         return [self.latents.name(item) for _, item in samples]
 
     def loss(
@@ -173,14 +177,10 @@ class UNetStage:
     ) -> tuple[Tensor, Mapping[str, float | Tensor]]:
         """The weighted denoising loss, and beside it `mse`, the same without weights, where there are some."""
         output, target = self._denoised(networks["unet"], batch)
-        kind, gamma = self.schedule.prediction_type, self.config.snr_gamma
-        snr = self.schedule.snr(torch.tensor(batch["t"])).float()
-        weight = min_snr_weight(snr, gamma, kind, keep_noisiest=self.zero_snr)
-        loss = diffusion_loss(output, target, weight.to(output.device))
-        return loss, {} if gamma is None else {"mse": diffusion_loss(output, target).detach()}
+        return self.objective.loss(output, target, batch["t"])
 
     def _denoised(self, network: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-        """What the network says of noised latents, and what it should."""
+        """Return the network's output for noised latents, and its target."""
         t, eps = torch.tensor(batch["t"]), batch["eps"]
         if "pixels" in batch:
             half = self.config.mixed_precision == "bf16"  # in float16 this VAE can overflow
@@ -189,10 +189,8 @@ class UNetStage:
         else:
             mean, logvar = batch["mean"], batch["logvar"]
         z = latents_of(mean, logvar, batch["posterior_eps"], self.latents.scale, self.latents.shift)
-        x_t = self.schedule.add_noise(z, eps, t)
-        kind = self.schedule.prediction_type
-        target = eps if kind == "epsilon" else z if kind == "sample" else self.schedule.velocity(z, eps, t)
-        return network(x_t, t.to(eps.device), self._cond(batch), batch["mask"]), target
+        x_t, target = self.objective.noised(z, eps, t)
+        return network(x_t, t.to(eps.device), Conditioning(self._cond(batch), batch["mask"])), target
 
     def _cond(self, batch: Mapping[str, Any]) -> Tensor:
         """Token ids for a text encoder in training, embeddings of a frozen one."""
@@ -206,8 +204,8 @@ class UNetStage:
 
     @torch.no_grad()
     def _embedding(self, ids: Tensor, key: bytes) -> Tensor:
-        """Embeddings (77k, D) of one caption's ids (k, 77), encoded alone, so that a run that was taken up again,
-        and begins to remember anew, has the same to the bit."""
+        """Return embeddings (77k, D) of one caption's ids (k, 77). Captions are encoded one at a time: a resumed run
+        starts with an empty cache and must get bit-identical embeddings."""
         if key in self._embeddings:
             return self._embeddings[key].to(ids.device)
         embedding: Tensor = self.text.to(ids.device)(ids).flatten(0, 1)
@@ -217,17 +215,16 @@ class UNetStage:
 
     def validate(self, step: int) -> dict[str, float]:
         """The loss, without weights, over a fixed grid of images, noises and timesteps, and images of fixed prompts."""
-        losses = shared(len(self.latents.held_out), self._validation_loss)
+        losses = split_over_processes(len(self.latents.held_out), self._validation_loss)
         report_skipped(self.latents.skipped, Path(self.config.out_dir) / "skipped.json")
         if self.config.validation_prompts:
             self._show(step)
         return {"loss": math.fsum(losses) / len(losses)}
 
     def _validation_loss(self, i: int) -> float:
-        """Of one held-out image, with noise that is the same in every run, at timesteps spread over all of them."""
+        """Return the loss of one held-out image over the validation grid."""
         example = self.latents.validation(i)
-        T, n = self.schedule.num_timesteps, VALIDATION_TIMESTEPS
-        rows = [example | self._noise(noise_of(0, i * n + j), 0) | {"t": (2 * j + 1) * T // (2 * n)} for j in range(n)]
+        rows = [example | drawn for drawn in self.objective.validation_grid(i, self._shape)]
         device = self.unet.device
         batch = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in collated(rows).items()}
         return float(diffusion_loss(*self._denoised(self.denoiser, batch)))
@@ -235,7 +232,8 @@ class UNetStage:
     def _show(self, step: int) -> None:
         prompts = self.config.validation_prompts
         images = [
-            Image.fromarray(pixels) for pixels in shared(len(prompts), lambda i: np.asarray(self._drawn(prompts[i], i)))
+            Image.fromarray(pixels)
+            for pixels in split_over_processes(len(prompts), lambda i: np.asarray(self._drawn(prompts[i], i)))
         ]
         self.vae.cpu()
         if not self.config.train_text_encoder:
@@ -278,6 +276,22 @@ class UNetStage:
             pipeline.save_pretrained(folder)
 
 
+def open_latents(
+    config: UNetConfig, vae: VAE, text: TextEncoder, own_size: tuple[int, int]
+) -> CachedLatents | ImageLatents:
+    """Open `config.data`: a latent cache, or images, by default of the model's `own_size`."""
+    if is_cache(config.data):
+        defaults = {field.name: field.default for field in fields(config)}
+        if given := [name for name, value in config.opened_with().items() if value != defaults[name]]:
+            raise ArgumentError(f"{given[0]}= has no meaning for a latent cache; give it to sdkit cache instead.")
+        trains_text = config.train_text_encoder
+        return CachedLatents(config.data, vae, text, size=config.size, augment=config.augment, trains_text=trains_text)
+    size: Any = config.size or own_size
+    vae.check_size(size)
+    examples = open_examples(config.data, **config.opened_with())
+    return ImageLatents(examples, training_transform(size, config.augment), vae, text, seed=config.seed)
+
+
 def collated(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """A batch of rows. Captions of fewer chunks of tokens than the longest are filled up, and `mask` (B, 77k) says
     which tokens count; it is None where all captions are of one length."""
@@ -293,14 +307,14 @@ def collated(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _widest(network: nn.Module) -> int:
-    """The highest rank that one of the layers that LoRA changes can have."""
+    """Return the highest rank that a layer with LoRA can have."""
     layers = (layer for name, layer in network.named_modules() if name.endswith(TARGETS))
     return max(min(layer.weight.shape) for layer in layers if isinstance(layer, nn.Linear))
 
 
-def _scheduler(config: UNetConfig) -> dict[str, Any]:
-    """The model's scheduler config with what the run changes in it."""
-    scheduler = dict(load_scheduler_config(config.model))
+def _scheduler(model: Source, config: UNetConfig) -> dict[str, Any]:
+    """Return the model's scheduler config, with the changes that the run asks for."""
+    scheduler = model.scheduler_config()
     own = {"prediction_type": scheduler.get("prediction_type", "epsilon")}
     own["zero_snr"] = bool(scheduler.get("rescale_betas_zero_snr"))
     changed = [name for name, value in own.items() if getattr(config, name) not in (None, value)]
@@ -312,7 +326,7 @@ def _scheduler(config: UNetConfig) -> dict[str, Any]:
         scheduler["rescale_betas_zero_snr"] = config.zero_snr
     if config.zero_snr:  # steps must begin with the last timestep
         scheduler["timestep_spacing"] = "trailing"
-    if config.zero_snr or config.prediction_type == "sample":  # DDIM's: PNDM, which SD 1.x comes with, knows neither
+    if config.zero_snr or config.prediction_type == "sample":  # SD 1.x ships PNDM, which supports neither
         # Keys that are left out mean other things to another scheduler. Latents are never clipped.
         scheduler = completed(scheduler) | {"_class_name": "DDIMScheduler", "clip_sample": False}
     return scheduler

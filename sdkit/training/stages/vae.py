@@ -23,18 +23,29 @@ from sdkit.data.examples import open_examples
 from sdkit.data.transform import Transform
 from sdkit.diffusion.losses import adaptive_weight, hinge_discriminator, hinge_generator, kl, l1, l2, vq
 from sdkit.errors import ArgumentError, DataError
-from sdkit.evaluation.similarity import WINDOW, codebook_use, psnr, ssim
+from sdkit.evaluation.codebook import codebook_use
+from sdkit.evaluation.similarity import WINDOW, psnr, ssim
 from sdkit.loading.new_network import TRAINABLE, new_network
-from sdkit.loading.source import load_vae
+from sdkit.loading.source import Source
 from sdkit.networks.autoencoder import DETERMINISTIC, VAE
 from sdkit.networks.discriminator import SMALLEST as DISCRIMINATOR_SMALLEST
 from sdkit.networks.discriminator import Discriminator
 from sdkit.networks.lpips import LPIPS
 from sdkit.networks.lpips import SMALLEST as LPIPS_SMALLEST
-from sdkit.training import Player, Samples, raise_if_stopped
+from sdkit.training.distributed import split_over_processes
 from sdkit.training.loop import fit
 from sdkit.training.settings import VAEConfig
-from sdkit.training.stages.images import TrainingImages, identity_of, is_cache, noise_of, report_skipped, shared, split
+from sdkit.training.signals import raise_if_stopped
+from sdkit.training.stage import Player, Samples
+from sdkit.training.stages.images import (
+    TrainingImages,
+    identity_of,
+    is_cache,
+    noise_of,
+    report_skipped,
+    split,
+    training_transform,
+)
 
 GAN_BETAS = (0.5, 0.9)  # of AdamW, as in VQGAN
 MOST_VALIDATED, SHOWN = 64, 8  # images
@@ -42,25 +53,25 @@ TOLERATED_DRIFT = 0.1
 
 
 def train_vae(config: VAEConfig) -> Path:
-    """Fine-tune a VAE, or train one from nothing, and return the run folder; its result/ is the VAE as diffusers has
+    """Fine-tune a VAE, or train one from scratch, and return the run folder; its result/ is the VAE as diffusers has
     it.
 
     The decoder alone trains by default: latents then mean what they meant, and U-Nets and caches stay valid. With
-    `train_encoder`, validation tells how far latents have moved from the starting VAE's. Running it again goes on where
-    an earlier run was stopped. Raises SdkitError in one sentence for what the user can put right, and TrainingStopped
+    `train_encoder`, validation tells how far latents have moved from the starting VAE's. An existing
+    run is resumed. Raises SdkitError in one sentence for what the user can put right, and TrainingStopped
     after SIGTERM or Ctrl-C, once a checkpoint is written.
     """
     return fit(VAEStage(config), config, Path(config.out_dir))
 
 
 class Measured(NamedTuple):
-    """Of one held-out image."""
+    """Measurements of one held-out image."""
 
     numbers: dict[str, float]
     pair: tuple[Image.Image, Image.Image] | None
     """of the first ones, it and its reconstruction"""
     codes: Tensor | None
-    """numbers of a VQModel's"""
+    """code indices of a VQModel"""
 
 
 class VAEStage:
@@ -70,7 +81,9 @@ class VAEStage:
         self.config = config
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            network = load_vae(config.model) if config.init is None else new_network(config.init, "vae")
+            network = (
+                Source.open(config.model).autoencoder() if config.init is None else new_network(config.init, "vae")
+            )
             self.discriminator = Discriminator() if config.disc_weight else None
         label = os.fspath(config.model if config.init is None else config.init)
         if (kind := type(network).__name__) not in TRAINABLE["vae"]:
@@ -116,7 +129,7 @@ class VAEStage:
         if config.validation_data is not None:
             held_out = open_examples(config.validation_data)
             self.train, self.held_out = np.arange(len(examples)), [*range(min(MOST_VALIDATED, len(held_out)))]
-        self.images = TrainingImages(examples, config.transform(size), config.seed)
+        self.images = TrainingImages(examples, training_transform(size, config.augment), config.seed)
         self.validation = TrainingImages(held_out, Transform(size=size), seed=0)
         self.identity = {"data": examples.identity, "model": identity_of(network)}
         self.identity["validation"] = (
@@ -211,7 +224,7 @@ class VAEStage:
         Where the encoder trains, `latent_drift` is how far latents have moved from the starting VAE's: the root mean
         square, in the standard deviation that those have.
         """
-        found = shared(len(self.held_out), self._measured)
+        found = split_over_processes(len(self.held_out), self._measured)
         report_skipped(self.images.skipped | self.validation.skipped, Path(self.config.out_dir) / "skipped.json")
         average = _average([one.numbers for one in found])
         metrics = {key: value for key, value in average.items() if key in ("psnr", "ssim", "lpips")}
@@ -233,10 +246,10 @@ class VAEStage:
         return metrics
 
     def _measured(self, i: int) -> Measured:
-        """What one held-out image tells."""
+        """Return the measurements of held-out image i."""
         raise_if_stopped()
         x = self.validation.load_held_out(self.held_out, i)[0][None].to(self.vae.device)
-        # in float32, which `self.vae(x)` would not be in mixed precision
+        # VAE.forward runs in float32; calling self.vae would run Accelerate's autocast
         y, mean, logvar, codes = VAE.forward(self.vae, x)
         y = y.clamp(-1, 1)
         measured = {"psnr": float(psnr(x.cpu(), y.cpu())), "ssim": float(ssim(x.cpu(), y.cpu()))}
@@ -257,7 +270,7 @@ class VAEStage:
         image_io.save(sheet, self.config.samples / f"step-{step:08d}.png")
 
     def export(self, folder: Path) -> None:
-        """The VAE in diffusers layout. One that was trained from nothing gets the scale that its latents ask for."""
+        """The VAE in diffusers layout. One trained from scratch gets the scale that its latents ask for."""
         if self.config.init is not None:
             average = _average([self._measured(i).numbers for i in range(len(self.held_out))])
             self.vae.network.register_to_config(scaling_factor=1 / _deviation(average, ""))

@@ -1,0 +1,115 @@
+"""Conditioning: all that a denoiser is told beside x_t and t, as one value that can be joined, split, and moved."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sdkit.errors import ArgumentError
+from sdkit.fields import documented
+
+Residuals = tuple[tuple[Tensor, ...], Tensor]
+"""A ControlNet's outputs: one tensor for each skip connection of the U-Net, and one for its middle block."""
+
+
+@documented
+@dataclass(frozen=True, eq=False)
+class Conditioning:
+    """Condition of a batch of B images. A part that a model does not take is None.
+
+    Example:
+        cond = Conditioning(text_encoder.encode(["a cat", "a dog"]))
+    """
+
+    text: Tensor | None = None
+    """(B, L, D) text embeddings, as from `TextEncoder.encode`"""
+    mask: Tensor | None = None
+    """(B, L), True where a token counts, for prompts of different lengths; None counts all"""
+    concat: Tensor | None = None
+    """(B, C', h, w), appended to the channels of x_t (inpainting: the mask and the masked image's latents)"""
+    residuals: Residuals | None = None
+    """ControlNet's residuals (B, c, h', w'): of the skip connections, and of the middle block"""
+    label: Tensor | None = None
+    """(B,) class numbers"""
+    added: Mapping[str, Tensor] | None = None
+    """further embeddings by diffusers' names, such as SDXL's `text_embeds` (B, D) and `time_ids` (B, 6)"""
+
+    @staticmethod
+    def cat(conditions: Sequence[Conditioning]) -> Conditioning:
+        """Join conditions along the batch, such as [uncond, cond].
+
+        Args:
+            conditions: Each has the same parts. Only `mask` may be absent from some; it then counts all tokens.
+
+        Raises:
+            ArgumentError: A part is absent from some of the conditions and present in others.
+        """
+        if any(one.mask is not None for one in conditions):
+            conditions = [one if one.mask is not None else _counting_all(one) for one in conditions]
+        return Conditioning(**{name: _cat(name, [getattr(one, name) for one in conditions]) for name in _PARTS})
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Conditioning:
+        """Return the condition with `function` applied to each of its tensors."""
+        return Conditioning(**{name: _mapped(getattr(self, name), function) for name in _PARTS})
+
+    def __getitem__(self, index: slice | Sequence[int] | Tensor) -> Conditioning:
+        """Select images of the batch. A single number is refused by the networks: take a slice of one."""
+        return self.map(lambda part: part[index])
+
+    def chunk(self, n: int) -> tuple[Conditioning, ...]:
+        """Split the batch into `n` equal parts; the inverse of `cat` of `n` conditions of one size."""
+        size = len(self) // n
+        return tuple(self[i * size : (i + 1) * size] for i in range(n))
+
+    def __len__(self) -> int:
+        """The batch size, B."""
+        middle = None if self.residuals is None else self.residuals[1]
+        parts = (self.text, self.concat, self.label, middle, *(self.added or {}).values())
+        return next((len(part) for part in parts if part is not None), 0)
+
+    def repeat(self, n: int) -> Conditioning:
+        """Repeat each image's condition `n` times, one after another."""
+        return self.map(lambda part: part.repeat_interleave(n, dim=0))
+
+    def to(self, device: torch.device | str) -> Conditioning:
+        """Move all tensors to a device."""
+        return self.map(lambda part: part.to(device))
+
+
+_PARTS = tuple(Conditioning.__dataclass_fields__)
+
+
+def _counting_all(cond: Conditioning) -> Conditioning:
+    """The condition with a mask that counts all its tokens."""
+    if cond.text is None:
+        raise ArgumentError("a mask belongs to a text, and one of the conditions has none.")
+    mask = torch.ones(cond.text.shape[:2], dtype=torch.bool, device=cond.text.device)
+    return Conditioning(**{name: getattr(cond, name) for name in _PARTS} | {"mask": mask})
+
+
+def _mapped(part: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """A part, which may be a tree of tuples and dictionaries, with `function` applied to its tensors."""
+    if part is None:
+        return None
+    if isinstance(part, tuple):
+        return tuple(_mapped(one, function) for one in part)
+    if isinstance(part, Mapping):
+        return {name: _mapped(one, function) for name, one in part.items()}
+    return function(part)
+
+
+def _cat(name: str, parts: Sequence[Any]) -> Any:
+    """One part of several conditions, joined along the batch."""
+    if all(part is None for part in parts):
+        return None
+    if any(part is None for part in parts):
+        raise ArgumentError(f"one condition has `{name}` and another has none: give it to all of them.")
+    if isinstance(parts[0], tuple):
+        return tuple(_cat(name, group) for group in zip(*parts, strict=True))
+    if isinstance(parts[0], Mapping):
+        return {key: _cat(key, [part[key] for part in parts]) for key in parts[0]}
+    return torch.cat(list(parts))

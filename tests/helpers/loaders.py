@@ -1,0 +1,38 @@
+"""One part of a source, opened for it alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from sdkit.diffusion.schedule import NoiseSchedule
+from sdkit.loading.source import Description, Source
+
+
+def load_vae(name: Any, *, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
+    return Source.open(name, **options).autoencoder(dtype)
+
+
+def load_unet(name: Any, *, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
+    return Source.open(name, **options).denoiser(dtype)
+
+
+def load_text(name: Any, *, dtype: torch.dtype = torch.float32, **options: Any) -> tuple[Any, Any]:
+    return Source.open(name, **options).text_encoder(dtype)
+
+
+def load_scheduler_config(name: Any, **options: Any) -> dict[str, Any]:
+    return Source.open(name, **options).scheduler_config()
+
+
+def load_schedule(name: Any, **options: Any) -> NoiseSchedule:
+    return Source.open(name, **options).schedule()
+
+
+def load_guidance_scale(name: Any, **options: Any) -> float:
+    return Source.open(name, **options).guidance_scale
+
+
+def describe(name: Any, **options: Any) -> Description:
+    return Source.open(name, **options).describe()
