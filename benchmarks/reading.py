@@ -81,7 +81,7 @@ def make(root: Path, n: int) -> None:
 
     sys.path.insert(0, str(ROOT))
     from sdkit.loading.single_file import ASSETS, empty
-    from tests import original_layout
+    from tests.helpers import original_layout
 
     if not (root / "sd15.safetensors").is_file():
         original = {}

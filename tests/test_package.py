@@ -106,6 +106,31 @@ def imported_by(path: Path) -> set[str]:
     return names
 
 
+def test_no_test_module_imports_another() -> None:
+    """What several need is in tests/helpers."""
+    modules = {path.stem for path in (ROOT / "tests").rglob("test_*.py")}
+    for path in (ROOT / "tests").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
+            if isinstance(node, ast.ImportFrom) and node.module:
+                names = [f"{node.module}.{name}" for name in names]
+            parts = {part for name in names for part in name.split(".")}
+            assert not parts & modules, f"{path.relative_to(ROOT)} imports a test module"
+
+
+def test_only_one_helper_looks_outside_the_repository() -> None:
+    """No other file of the tests or the benchmarks climbs above the root, or names the folder beside it."""
+    for folder in ("tests", "benchmarks"):
+        for path in (ROOT / folder).rglob("*.py"):
+            if path == ROOT / "tests" / "helpers" / "shared_data.py":
+                continue
+            depth = len(path.relative_to(ROOT).parts)  # parents[depth - 1] is the root
+            text = path.read_text(encoding="utf-8")
+            climbs = [int(found) for found in re.findall(r"__file__\)(?:\.resolve\(\))?\.parents\[(\d+)\]", text)]
+            assert all(climb < depth for climb in climbs), path
+            assert not re.search(r"""/ ["']shared["']|["']\.\./shared""", text), path
+
+
 def requirements() -> dict[str, set[str]]:
     """Distribution names (normalised) in each list of requirements: pyproject's, its extras', and the lock's."""
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")

@@ -30,8 +30,8 @@ from sdkit.diffusion.schedule import SCHEDULERS
 from sdkit.files import sha256
 from sdkit.loading.single_file import ASSETS
 from sdkit.pipelines.generation import Generation
-from tests import original_layout
-from tests.color_profiles import P3, matrix_profile
+from tests.helpers import original_layout
+from tests.helpers.color_profiles import P3, matrix_profile
 
 GUIDE = Path(__file__).parents[1] / "notebooks" / "what_loads.md"
 HEAD = """# What loads

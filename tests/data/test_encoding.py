@@ -30,7 +30,7 @@ from sdkit.data.latent_cache.manifest import Manifest, text_identity, tokenizer_
 from sdkit.data.latent_cache.shards import ShardEncoder
 from sdkit.data.transform import draw
 from sdkit.errors import CacheError
-from tests.training import tiny
+from tests.helpers import tiny
 
 pytest.importorskip("datasets")
 

@@ -19,7 +19,7 @@ pytest.importorskip("datasets")
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tests.sentences import one_sentence
+from tests.helpers.sentences import one_sentence
 
 DATA = sdkit.errors.DataError
 

@@ -35,10 +35,10 @@ from sdkit.networks.lora import add_lora, convert_lora, lora_tensors, merge_lora
 from sdkit.pipelines.generation import Generation
 from sdkit.training.loop import fit
 from sdkit.training.plot import plot
-from tests import original_layout
 from tests.fuzz.mutators import in_order
-from tests.loaders import describe, load_schedule
-from tests.training.toy import Toy, ToySettings
+from tests.helpers import original_layout
+from tests.helpers.loaders import describe, load_schedule
+from tests.helpers.toy import Toy, ToySettings
 
 SIDE = 16  # pixels
 TOKENS = 320  # of the tokenizer

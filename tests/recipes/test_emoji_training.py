@@ -20,6 +20,7 @@ from sdkit.recipes.emoji.pictures import pictures
 from sdkit.recipes.emoji.settings import HERE, settings, shape
 from sdkit.recipes.emoji.start import LENGTH, VOCABULARY, make_start
 from sdkit.training import UNetConfig, VAEConfig
+from tests.helpers.emoji_pictures import FEW, make_drawn, make_photographs
 
 CAPTIONS = [caption for one in pictures() for caption in (one.name, f"a {one.name} on a blue background")]
 RUNS = ("vae-1", "vae-2", "vae-3", "vae-4", "vae-5", "unet-1")
@@ -96,8 +97,6 @@ def test_the_settings_are_valid(run: str, tmp_path: Path) -> None:
 def test_the_whole_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Each step twice: the second time it finds what the first has made. The model that comes of it runs in diffusers,
     and its latents are those that its U-Net was trained on."""
-    from tests.recipes.test_emoji_data import FEW, make_drawn, make_photographs
-
     monkeypatch.setattr(preparing, "pictures", lambda: FEW)
     tiles = {"tiles": (64, 12, 0.5, 0.0), "fine_tiles": (128, 12, 0.1, 0.8), "details": (64, 12, 0.1, 0.8)}
     tiles = {name: preparing.Tiles(*one) for name, one in tiles.items()}

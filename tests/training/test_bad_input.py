@@ -28,10 +28,9 @@ from sdkit.errors import CacheError, DataError, TrainingError
 from sdkit.training import UNetConfig, VAEConfig, train_unet, train_vae
 from sdkit.training.checkpoint import checkpoints, newest
 from sdkit.training.run_folder import read_metrics
-from tests.sentences import one_sentence
-
-from . import tiny
-from .runs import lpips_weights
+from tests.helpers import tiny
+from tests.helpers.runs import lpips_weights
+from tests.helpers.sentences import one_sentence
 
 ARGUMENT, SOURCE, DATA, CACHE, TRAINING = sdkit.ArgumentError, sdkit.SourceError, DataError, CacheError, TrainingError
 NAN, INF = float("nan"), float("inf")

@@ -37,8 +37,7 @@ from sdkit.training.checkpoint import (
 from sdkit.training.prepared import PreparedPlayer
 from sdkit.training.run_folder import RunFolder, read_metrics
 from sdkit.training.stage import Player
-
-from .toy import ToySettings
+from tests.helpers.toy import ToySettings
 
 CPU = torch.device("cpu")
 

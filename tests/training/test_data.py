@@ -29,9 +29,8 @@ from sdkit.training.signals import StopSignals, Unfinished, raise_if_stopped
 from sdkit.training.stages.examples import CachedLatents, ImageLatents
 from sdkit.training.stages.images import TrainingImages, report_skipped, split
 from sdkit.training.stages.unet import open_latents
-from tests.loaders import load_text, load_vae
-
-from . import tiny
+from tests.helpers import tiny
+from tests.helpers.loaders import load_text, load_vae
 
 LONG = "red apple blue cat " * 12  # 48 tokens: 2 chunks
 

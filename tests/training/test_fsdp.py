@@ -17,9 +17,8 @@ from safetensors.torch import load_file
 from sdkit.errors import ArgumentError
 from sdkit.training import UNetConfig, VAEConfig, loop, train_unet, train_vae
 from sdkit.training.checkpoint import checkpoints
-
-from . import sharded, tiny
-from .test_loop import RUN, difference, everything, fit, last, logged, metrics, one_thread, rank  # noqa: F401
+from tests.helpers import sharded, tiny
+from tests.helpers.toy_runs import RUN, difference, everything, fit, last, logged, metrics, one_thread, rank  # noqa: F401
 
 CONFIG = """
 compute_environment: LOCAL_MACHINE

@@ -17,8 +17,7 @@ import sdkit
 from sdkit.images import to_tensors
 from sdkit.training import UNetConfig, VAEConfig, train_unet, train_vae
 from sdkit.training.run_folder import read_metrics
-
-from . import tiny
+from tests.helpers import shared_data, tiny
 
 SIDE = 128
 NEW = ("a zork", "a blick", "a frum", "a dwop")  # words that the embedded model has never seen
@@ -90,14 +89,13 @@ def crops(folder: Path, names: tuple[str, ...], n: int) -> Path:
     return folder
 
 
-@pytest.mark.skipif(not tiny.LPIPS_WEIGHTS.exists(), reason="needs the weights of LPIPS in ../shared")
 def test_a_decoder_tuned_on_textures_gains_on_another(tmp_path: Path) -> None:
     """The embedded VAE has seen few textures. Its decoder, tuned on grass and gravel, gains 1 dB on bricks (1.5 were
     measured), and LPIPS falls by 0.05 (0.08), though it is not in the loss."""
     config = VAEConfig(
         data=crops(tmp_path / "train", ("grass", "gravel"), 96), out_dir=tmp_path / "run", size=64,
         validation_data=crops(tmp_path / "held-out", ("brick",), 12), augment=("crop", "flip"), max_steps=80,
-        batch_size=8, learning_rate=1e-4, lpips=tiny.LPIPS_WEIGHTS, lpips_weight=0, ema_decay=0.9, **COMMON,
+        batch_size=8, learning_rate=1e-4, lpips=shared_data.lpips_weights(), lpips_weight=0, ema_decay=0.9, **COMMON,
     )  # fmt: skip
     run = train_vae(config)
     first, last = (line for line in read_metrics(run / "metrics.jsonl") if "validation/psnr" in line)

@@ -21,9 +21,8 @@ from sdkit.evaluation.codebook import codebook_use
 from sdkit.training import VAEConfig, train_vae
 from sdkit.training.run_folder import read_metrics
 from sdkit.training.stages.vae import VAEStage
-from tests.sentences import one_sentence
-
-from . import tiny
+from tests.helpers import tiny
+from tests.helpers.sentences import one_sentence
 
 BLOCKS = 3  # the factor is 4
 SHAPE: dict[str, Any] = {

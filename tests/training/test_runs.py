@@ -25,9 +25,8 @@ from sdkit.training.checkpoint import checkpoints, newest
 from sdkit.training.loop import fit
 from sdkit.training.run_folder import read_metrics
 from sdkit.training.stages.unet import UNetStage
-
-from . import runs as helper
-from . import tiny
+from tests.helpers import runs as helper
+from tests.helpers import tiny
 
 # 23 images, of which one is broken and one held out: epochs of 22, of which a step takes 4.
 RUN: dict[str, Any] = {

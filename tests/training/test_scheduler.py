@@ -12,9 +12,8 @@ import torch
 import sdkit
 from sdkit.training import UNetConfig
 from sdkit.training.stages.unet import UNetStage
-from tests.loaders import load_schedule
-
-from . import tiny
+from tests.helpers import tiny
+from tests.helpers.loaders import load_schedule
 
 pytestmark = pytest.mark.filterwarnings("ignore:The configuration file of this:FutureWarning")
 

@@ -31,9 +31,8 @@ from sdkit.training.prepared import PreparedPlayer
 from sdkit.training.run_folder import read_metrics
 from sdkit.training.signals import StopSignals, Unfinished
 from sdkit.training.stages.unet import UNetStage
-from tests.loaders import load_guidance_scale, load_schedule
-
-from . import tiny
+from tests.helpers import tiny
+from tests.helpers.loaders import load_guidance_scale, load_schedule
 
 pytest.importorskip("datasets")
 pytest.importorskip("peft")

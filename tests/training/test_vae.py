@@ -28,8 +28,7 @@ from sdkit.training.loop import fit
 from sdkit.training.prepared import PreparedPlayer, only_gradients_of
 from sdkit.training.run_folder import read_metrics
 from sdkit.training.stages.vae import VAEStage
-
-from . import tiny
+from tests.helpers import shared_data, tiny
 
 VALUES = 3 * tiny.SIZE**2  # of an image
 LATENT = (4, tiny.SIZE // 8, tiny.SIZE // 8)
@@ -558,9 +557,8 @@ class TestPrecision:
 
     def test_lpips_in_bf16_teaches_the_decoder_the_same(self, kit: Kit, tmp_path: Path, chelsea: Image.Image) -> None:
         """Real weights, the embedded model's VAE, a cat: cosine of the gradients of the decoder's weights."""
-        if not tiny.LPIPS_WEIGHTS.is_file():
-            pytest.skip(f"the real weights of LPIPS are not at {tiny.LPIPS_WEIGHTS}")
-        config = kit.config(tmp_path, model="emoji", lpips=tiny.LPIPS_WEIGHTS, lpips_weight=1.0, mixed_precision="bf16")
+        weights = shared_data.lpips_weights()
+        config = kit.config(tmp_path, model="emoji", lpips=weights, lpips_weight=1.0, mixed_precision="bf16")
         stage = VAEStage(config)
         assert {p.dtype for p in stage.training_lpips.parameters()} == {torch.bfloat16}
         assert {p.dtype for p in stage.lpips.parameters()} == {torch.float32}

@@ -23,7 +23,7 @@ from transformers.utils import logging as transformers_logging
 import sdkit
 from sdkit.errors import ArgumentError, SourceError
 from sdkit.loading.single_file import ASSETS
-from tests.loaders import describe, load_text, load_unet, load_vae
+from tests.helpers.loaders import describe, load_text, load_unet, load_vae
 
 EMOJI = ASSETS / "emoji"
 LOADERS: dict[str, Callable[..., Any]] = {

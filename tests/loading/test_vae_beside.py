@@ -11,9 +11,8 @@ from torch import Tensor
 
 import sdkit
 from sdkit.errors import ArgumentError, SourceError
-
-from . import original_layout as original
-from .training import tiny
+from tests.helpers import original_layout as original
+from tests.helpers import tiny
 
 PLACE = {"dtype": "fp32", "device": "cpu"}
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import random
 import re
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,8 +14,7 @@ from torch import Tensor
 import sdkit
 from sdkit.loading.tokenizer import load_tokenizer
 from sdkit.networks.text_encoder import parse_weights
-
-EMOJI = Path(sdkit.__file__).parent / "assets" / "emoji"
+from tests.helpers.networks import EMOJI, diffusers_pipeline
 
 
 @pytest.fixture(scope="module")
@@ -27,30 +25,6 @@ def text(sd: sdkit.StableDiffusion) -> sdkit.TextEncoder:
 @pytest.fixture(scope="module")
 def pipe(sd: sdkit.StableDiffusion) -> Any:
     return diffusers_pipeline(sd)
-
-
-def diffusers_pipeline(sd: sdkit.StableDiffusion, scheduler: Any = None) -> Any:
-    """diffusers' own pipeline on the same networks."""
-    import warnings
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from diffusers import DDIMScheduler, StableDiffusionPipeline
-
-    if scheduler is None:
-        scheduler = DDIMScheduler.from_pretrained(EMOJI, subfolder="scheduler")
-    pipe = StableDiffusionPipeline(
-        vae=sd.vae.network,
-        text_encoder=sd.text.network,
-        tokenizer=sd.text.tokenizer,
-        unet=sd.unet.network,
-        scheduler=scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 def theirs(pipe: Any, prompts: list[str], **kwargs: Any) -> Tensor:

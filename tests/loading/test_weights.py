@@ -21,8 +21,8 @@ from sdkit.loading.single_file import ASSETS
 from sdkit.loading.tensors import open_tensors
 from sdkit.networks.lora import read_lora
 from sdkit.networks.lpips import LPIPS
-from tests import original_layout
-from tests.loaders import describe, load_text, load_unet, load_vae
+from tests.helpers import original_layout
+from tests.helpers.loaders import describe, load_text, load_unet, load_vae
 
 EMOJI = ASSETS / "emoji"
 LOADERS: dict[str, Callable[..., Any]] = {"vae": load_vae, "unet": load_unet, "text_encoder": load_text}

@@ -10,10 +10,9 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from tests.loaders import load_text
+from tests.helpers.loaders import load_text
 
 SIZE = 32  # pixels: latents are (4, 4, 4)
-LPIPS_WEIGHTS = Path(__file__).resolve().parents[3] / "shared" / "data" / "lpips_vgg16.safetensors"
 
 
 def model(folder: Path, prediction_type: str = "epsilon") -> Path:

@@ -36,7 +36,7 @@ from sdkit.training.ema import EMA
 from sdkit.training.loop import fit
 from sdkit.training.stages.unet import UNetStage
 from sdkit.training.stages.vae import VAEStage
-from tests.training import toy
+from tests.helpers import toy
 
 CALLS = ("batch", "loss", "discriminator_loss", "validate", "export")
 

@@ -17,8 +17,7 @@ import torch
 
 from sdkit.diffusion.samplers import ddim, ddim_step, ddpm, ddpm_step, dpmpp_2m
 from sdkit.diffusion.schedule import NoiseSchedule, Prediction
-
-from . import reference
+from tests.helpers import reference
 
 MEAN, STD = 0.7, 0.4
 SAMPLERS: dict[str, Callable[..., Any]] = {

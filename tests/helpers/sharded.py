@@ -25,11 +25,7 @@ from sdkit.training.distributed import make_accelerator
 from sdkit.training.loop import fit
 from sdkit.training.settings import LoopSettings
 from sdkit.training.stage import Player, Samples
-
-if __name__ == "__main__":
-    import toy
-else:
-    from . import toy
+from tests.helpers import toy
 
 
 class Split(toy.Toy):

@@ -3,7 +3,6 @@ ones."""
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import huggingface_hub.constants
@@ -16,16 +15,12 @@ from torch import Tensor
 
 from sdkit.errors import ImageError, SdkitError, SourceError
 from sdkit.networks.lpips import LPIPS
-
-SHARED = Path(__file__).parents[2] / "shared" / "data" / "lpips_vgg16.safetensors"
-WEIGHTS = Path(os.environ.get("SDKIT_LPIPS") or SHARED)
+from tests.helpers import shared_data
 
 
 @pytest.fixture(scope="module")
 def real() -> LPIPS:
-    if not WEIGHTS.is_file():
-        pytest.skip(f"the real weights are not here: set SDKIT_LPIPS, or put them at {SHARED}")
-    return LPIPS.from_pretrained(WEIGHTS)
+    return LPIPS.from_pretrained(shared_data.lpips_weights())
 
 
 @pytest.fixture(scope="module")

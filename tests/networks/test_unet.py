@@ -13,6 +13,7 @@ from diffusers import ControlNetModel, StableDiffusionPipeline, UNet2DConditionM
 import sdkit
 from sdkit.diffusion.conditioning import Conditioning
 from sdkit.networks.denoiser import guidance_embedding
+from tests.helpers.networks import guided_network
 
 
 @pytest.fixture(scope="module")
@@ -166,16 +167,6 @@ class TestGuidanceAsAnInput:
             guided(x_t, 500, cond.map(lambda part: part[..., :8]))
         with pytest.raises(sdkit.ArgumentError, match="has no input for the guidance scale: leave out guidance_scale"):
             unet(x_t, 500, cond, guidance_scale=2.0)
-
-
-def guided_network(cross_attention_dim: int = 8) -> UNet2DConditionModel:
-    """A small one that takes the guidance scale as an input."""
-    torch.manual_seed(0)
-    return UNet2DConditionModel(
-        sample_size=8, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, attention_head_dim=4,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=cross_attention_dim, time_cond_proj_dim=16,
-    ).eval()  # fmt: skip
 
 
 def small_network(**options: Any) -> UNet2DConditionModel:

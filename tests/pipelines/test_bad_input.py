@@ -1,6 +1,6 @@
 """What a user can get wrong in Python: each gets one sentence.
 
-The command line's table is in test_cli.py, that of sources in models/test_source.py.
+The command line's table is in cli/test_cli.py, that of sources in loading/test_source.py.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from PIL import Image
 import sdkit
 from sdkit.diffusion.guidance import APG
 from sdkit.networks.autoencoder import VAE
-from tests.loaders import load_schedule
+from tests.helpers.loaders import load_schedule
 
 IMAGE = Image.new("RGB", (16, 16))
 NAN = float("nan")

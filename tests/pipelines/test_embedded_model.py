@@ -15,7 +15,7 @@ import sdkit
 from sdkit.recipes.emoji.evaluation import Prompt, background_of
 from sdkit.recipes.emoji.pictures import BACKGROUNDS, composed, pictures, read
 
-HERE = Path(__file__).parent / "embedded"
+HERE = Path(__file__).parents[1] / "embedded"
 TWELVE = [one for one in pictures() if (HERE / f"{one.file}.webp").is_file()]
 ON_BLUE = [Prompt(one, "blue") for one in TWELVE]
 HELD_OUT = [Prompt(one, one.held_out) for one in TWELVE]

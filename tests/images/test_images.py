@@ -21,7 +21,7 @@ from PIL import ExifTags, Image, ImageCms, ImageOps
 from sdkit import images
 from sdkit.errors import ArgumentError, ImageError, SdkitError
 from sdkit.images import convert
-from tests.color_profiles import (
+from tests.helpers.color_profiles import (
     ADOBE,
     BRADFORD,
     D50,

@@ -18,8 +18,7 @@ from torch import Tensor
 import sdkit
 from sdkit.diffusion.guidance import APG
 from sdkit.diffusion.samplers import SAMPLERS, Step
-from tests.models.test_text import EMOJI, diffusers_pipeline
-from tests.models.test_unet import guided_network
+from tests.helpers.networks import EMOJI, diffusers_pipeline, guided_network
 
 PROMPTS = ["a red apple on a blue background", "a cat", "green tree", "rocket"]
 NEGATIVES = ["blue", "", "a dog", "a red ball"]

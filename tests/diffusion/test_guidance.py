@@ -18,8 +18,7 @@ from sdkit.diffusion.guidance import APG, apg, cfg, classifier, guided, rescale
 from sdkit.diffusion.samplers import SAMPLERS
 from sdkit.diffusion.schedule import NoiseSchedule, Prediction
 from sdkit.errors import ArgumentError
-
-from . import reference
+from tests.helpers import reference
 
 KINDS = ("epsilon", "v_prediction", "sample")
 SHAPE = (3, 4, 5, 6)  # (B, C, h, w)

@@ -15,8 +15,7 @@ from hypothesis import strategies as st
 from sdkit.diffusion.samplers import SAMPLERS, Step, ddim, ddim_step, ddpm, ddpm_step, dpmpp_2m, dpmpp_2m_step
 from sdkit.diffusion.schedule import NoiseSchedule, Prediction
 from sdkit.errors import ArgumentError
-
-from . import reference
+from tests.helpers import reference
 
 KINDS = ("epsilon", "v_prediction", "sample")
 SPACINGS = ("leading", "trailing", "linspace")
@@ -198,7 +197,7 @@ def test_dpmpp_2m_equals_diffusers(kind: str, n: int, spacing: Any) -> None:
 def reference_run(
     name: str, kind: str, pairs: list[tuple[int, int]], final: float = 1.0, eta: float = 0.0, variance: str = ""
 ) -> list[np.ndarray]:
-    """The trajectory by the formulas of tests/reference.py, on the same network and the same noise."""
+    """The trajectory by the formulas of tests/helpers/reference.py, on the same network and the same noise."""
     net = learned_network if variance == "learned_range" else network
     x = start(dtype=torch.float64).numpy()
 

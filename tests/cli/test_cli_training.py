@@ -29,10 +29,9 @@ from sdkit.data import LatentCache, check
 from sdkit.training import UNetConfig, VAEConfig, train_unet
 from sdkit.training.checkpoint import checkpoints
 from sdkit.training.run_folder import read_metrics
+from tests.helpers import tiny, toy
 
-from .training import tiny, toy
-
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 STAGES = {"vae": VAEConfig, "unet": UNetConfig}
 SMALL = ("--model", "model", "--batch-size", "2", "--size", "32")
 LORA = ("train", "unet", "--data", "photos", "--lora-rank", "2", *SMALL)
@@ -108,17 +107,12 @@ def test_every_option_is_explained() -> None:
             assert len(options[field.name].help) > 15, field.name
 
 
-def test_help_is_quick_and_loads_no_heavy_library() -> None:
-    times = []
-    for _ in range(5):
-        start = time.perf_counter()
-        command = [sys.executable, "-X", "importtime", "-m", "sdkit", "train", "unet", "--help"]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-        times.append(time.perf_counter() - start)
+def test_help_loads_no_heavy_library() -> None:
+    command = [sys.executable, "-X", "importtime", "-m", "sdkit", "train", "unet", "--help"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     loaded = {line.rpartition("|")[2].strip().partition(".")[0] for line in done.stderr.splitlines()}
     assert {"sdkit", "argparse"} <= loaded
     assert not loaded & {"torch", "numpy", "PIL", "diffusers", "transformers", "accelerate", "datasets", "tqdm"}
-    assert min(times) < 0.5
 
 
 # Options

@@ -34,7 +34,7 @@ from sdkit.diffusion.schedule import SPACINGS
 from sdkit.pipelines.generation import Generation
 
 QUICK = ("--steps", "2", "--dtype", "fp32", "--device", "cpu")
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 class Ran(NamedTuple):

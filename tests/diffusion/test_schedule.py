@@ -15,9 +15,8 @@ from hypothesis import strategies as st
 import sdkit
 from sdkit.diffusion.schedule import NoiseSchedule, Prediction
 from sdkit.errors import ArgumentError, SdkitError
-from tests.loaders import load_schedule
-
-from . import reference
+from tests.helpers import reference
+from tests.helpers.loaders import load_schedule
 
 KINDS = ("epsilon", "v_prediction", "sample")
 SPACINGS = ("leading", "trailing", "linspace")

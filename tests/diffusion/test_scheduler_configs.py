@@ -17,8 +17,8 @@ from torch import Tensor
 import sdkit
 from sdkit.diffusion.schedule import SCHEDULERS
 from sdkit.errors import SourceError
-from tests.loaders import load_schedule
-from tests.models.test_text import diffusers_pipeline
+from tests.helpers.loaders import load_schedule
+from tests.helpers.networks import diffusers_pipeline
 
 # Heun and others with NumPy 2; and the pipeline, which says so when it corrects a config.
 pytestmark = pytest.mark.filterwarnings(

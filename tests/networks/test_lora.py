@@ -32,7 +32,7 @@ from sdkit.networks.lora import (
     read_lora,
     save_lora,
 )
-from tests.models.test_text import diffusers_pipeline
+from tests.helpers.networks import diffusers_pipeline
 
 pytest.importorskip("peft")
 

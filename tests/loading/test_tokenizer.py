@@ -15,7 +15,7 @@ from sdkit.errors import SourceError
 from sdkit.loading.single_file import ASSETS
 from sdkit.loading.tokenizer import TRIAL, load_tokenizer
 from sdkit.networks.text_encoder import TextEncoder
-from tests.loaders import load_text
+from tests.helpers.loaders import load_text
 
 EMOJI = ASSETS / "emoji"
 

@@ -1,0 +1,1 @@
+"""What several test modules share: tiny networks, references, and processes that train."""

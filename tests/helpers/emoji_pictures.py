@@ -1,0 +1,35 @@
+"""What stands for the downloads of the recipe: discs for the drawn pictures, noise for the photographs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from sdkit.recipes.emoji import prepare as module
+from sdkit.recipes.emoji.pictures import pictures
+
+FEW = pictures()[:5]
+COLOUR = (200, 30, 90)
+NOT_USED = ("1f1e6-1f1e8", "0023-fe0f-20e3", "1f44b-1f3fd", "1f3f4-e0067_e0062_e0065_e006e_e0067")
+
+
+def make_drawn(folder: Path) -> Path:
+    """A folder as the npm package's assets/: discs of 256 px for the first pictures, one without a name, and files that
+    are not used."""
+    folder.mkdir()
+    disc = Image.new("RGBA", (256, 256))
+    ImageDraw.Draw(disc).ellipse((8, 8, 247, 247), fill=(*COLOUR, 255))
+    for stem in (*(one.file for one in FEW), "1f468", *NOT_USED):
+        disc.save(folder / f"{stem}.webp", lossless=True)
+    return folder
+
+
+def make_photographs(folder: Path) -> Path:
+    """Noise in the place of each of the recipe's photographs."""
+    noise = np.random.default_rng(0).integers(256, size=(300, 320, 3), dtype=np.uint8)
+    for name in (Path(module.__file__).parent / "photos.txt").read_text().split():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(noise).save(folder / name)
+    return folder

@@ -1,0 +1,47 @@
+"""diffusers' pipeline on sdkit's networks, and a small U-Net that takes the guidance scale."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+
+import sdkit
+from sdkit.loading.single_file import ASSETS
+
+EMOJI = ASSETS / "emoji"
+
+
+def diffusers_pipeline(sd: sdkit.StableDiffusion, scheduler: Any = None) -> Any:
+    """diffusers' own pipeline on the same networks."""
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from diffusers import DDIMScheduler, StableDiffusionPipeline
+
+    if scheduler is None:
+        scheduler = DDIMScheduler.from_pretrained(EMOJI, subfolder="scheduler")
+    pipe = StableDiffusionPipeline(
+        vae=sd.vae.network,
+        text_encoder=sd.text.network,
+        tokenizer=sd.text.tokenizer,
+        unet=sd.unet.network,
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def guided_network(cross_attention_dim: int = 8) -> UNet2DConditionModel:
+    """A small one that takes the guidance scale as an input."""
+    torch.manual_seed(0)
+    return UNet2DConditionModel(
+        sample_size=8, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, attention_head_dim=4,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=cross_attention_dim, time_cond_proj_dim=16,
+    ).eval()  # fmt: skip

@@ -1,0 +1,102 @@
+"""Runs of the toy: training it here or in a process of its own, and reading what a run left."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from sdkit.training import loop
+from sdkit.training.checkpoint import checkpoints
+from sdkit.training.run_folder import read_metrics
+from tests.helpers import toy
+
+# Short, and yet with epochs that end inside a step (10 examples, 4 samples a step), dropout, and a late second player.
+RUN: dict[str, Any] = {
+    "max_steps": 9,
+    "batch_size": 2,
+    "gradient_accumulation_steps": 2,
+    "save_every": 2,
+    "keep_checkpoints": 1,
+    "validate_every": 4,
+    "dropout": 0.3,
+    "batch_norm": True,
+    "discriminator_starts_at": 3,
+    "lr_scheduler": "cosine",
+    "lr_warmup_steps": 2,
+}
+
+
+def fit(out: Path, at: Any = lambda name, k: None, **settings: Any) -> toy.Toy:
+    stage = toy.Toy(toy.ToySettings(**settings), at)
+    assert loop.fit(stage, stage.settings, out) == out
+    return stage
+
+
+def process(out: Path, settings: dict[str, Any], hook: str = "") -> Any:
+    """What trains in a process of its own, forked from one that has loaded the libraries."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([toy.__name__])
+    started = context.Process(target=toy.train, args=(out, toy.ToySettings(**settings), hook))
+    started.start()
+    return started
+
+
+def train(out: Path, settings: dict[str, Any], hook: str = "") -> int:
+    """The exit code of training in a process of its own; -N where signal N ended it."""
+    started = process(out, settings, hook)
+    started.join(60)
+    code: int = started.exitcode
+    return code
+
+
+def said(out: Path) -> str:
+    return out.with_suffix(".error").read_text().strip()
+
+
+def metrics(out: Path) -> list[dict[str, Any]]:
+    """All but how long it took."""
+    return [
+        {k: v for k, v in line.items() if not k.endswith("seconds")} for line in read_metrics(out / "metrics.jsonl")
+    ]
+
+
+def logged(out: Path, key: str = "loss") -> list[float]:
+    return [line[key] for line in metrics(out) if key in line]
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()}
+
+
+def everything(out: Path) -> tuple[dict[str, bytes], dict[str, bytes], list[dict[str, Any]]]:
+    """Of a run: last weights, averages, optimizer states, random numbers; result; metrics. To the bit."""
+    return files(out / "checkpoints"), files(out / "result"), metrics(out)
+
+
+def last(out: Path, name: str) -> dict[str, torch.Tensor]:
+    return load_file(checkpoints(out / "checkpoints")[0] / f"{name}.safetensors")
+
+
+def difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    assert one.keys() == other.keys()
+    return max(float((one[name] - other[name]).abs().max()) for name in one)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """As in the other processes: the order of a sum changes its last bits."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def rank(out: Path, number: int) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    return json.loads((out / f"rank-{number}.json").read_text()), load_file(out / f"rank-{number}.safetensors")
