@@ -21,24 +21,25 @@ from torch import Tensor
 from sdkit.arguments import number, one_of
 from sdkit.diffusion.schedule import VARIANCE_TYPES, NoiseSchedule, Predict, Prediction
 from sdkit.errors import ArgumentError
-from sdkit.fields import documented
 
 Timesteps = Sequence[tuple[int, int]]
 Generators = Sequence[torch.Generator]
 
 
-@documented
 class Step(NamedTuple):
-    """One finished step of a sampler."""
+    """One finished step of a sampler.
+
+    Attributes:
+        i: Counts from 0.
+        t: The timestep left behind.
+        x: The sample at the next, less noisy timestep, (B, C, h, w).
+        x0: What the model took the clean sample to be at t, (B, C, h, w).
+    """
 
     i: int
-    """counts from 0"""
     t: int
-    """the timestep left behind"""
     x: Tensor
-    """the sample at the next, less noisy timestep, (B, C, h, w)"""
     x0: Tensor
-    """what the model took the clean sample to be at t, (B, C, h, w)"""
 
 
 def ddim_step(

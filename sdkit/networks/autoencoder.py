@@ -23,7 +23,6 @@ from sdkit.arguments import one_of, seeded, whole_number
 from sdkit.engines.attention import quicken_attention
 from sdkit.engines.device import memory_format, resolve_place
 from sdkit.errors import ArgumentError, SdkitError, SourceError
-from sdkit.fields import documented
 from sdkit.images import Images
 from sdkit.loading.source import Source
 from sdkit.loading.tensors import is_finite
@@ -43,18 +42,20 @@ DETERMINISTIC = -30.0
 """Log-variance reported for autoencoders without a posterior (diffusers' own lower bound)."""
 
 
-@documented
 class Forward(NamedTuple):
-    """What `VAE.forward` returns."""
+    """What `VAE.forward` returns.
+
+    Attributes:
+        pixels: The reconstruction (B, 3, H, W).
+        mean: Of the posterior (B, 4, H/8, W/8), or a VQModel's latents before they are rounded to codes.
+        logvar: Of the posterior, likewise.
+        codes: A VQModel's, likewise, which its codebook learns by.
+    """
 
     pixels: Tensor
-    """the reconstruction (B, 3, H, W)"""
     mean: Tensor
-    """of the posterior (B, 4, H/8, W/8), or a VQModel's latents before they are rounded to codes"""
     logvar: Tensor
-    """of the posterior, likewise"""
     codes: Tensor | None = None
-    """a VQModel's, likewise, which its codebook learns by"""
 
 
 class VAE(Wrapper):
