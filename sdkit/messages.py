@@ -37,3 +37,8 @@ def shortened(message: str) -> str:
     """`message` without its middle where it is too long: the problem stands at its beginning, the remedy at its end."""
     half = LONGEST_MESSAGE // 2
     return message if len(message) <= LONGEST_MESSAGE else f"{message[:half]} ... {message[-half:]}"
+
+
+def reason(error: Exception) -> str:
+    """The system's or a library's message, as the end of a sentence."""
+    return str(getattr(error, "strerror", None) or first_line(error)).lower()

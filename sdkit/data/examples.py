@@ -29,8 +29,9 @@ from sdkit.data.captions import CAPTION_KEYS, caption_of
 from sdkit.data.metadata import NAMES
 from sdkit.data.tar_shards import tar_rows
 from sdkit.errors import ArgumentError, DataError, ImageError, SdkitError
-from sdkit.files import encodable, expanded, find_files, open_regular, reason
-from sdkit.messages import clean, first_line, listed
+from sdkit.file_search import find_files
+from sdkit.files import encodable, expanded, open_regular
+from sdkit.messages import clean, first_line, listed, reason
 from sdkit.processes import is_main_process
 from sdkit.stops import stop_in
 
