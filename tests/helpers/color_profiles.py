@@ -14,7 +14,7 @@ def s15(*values: float) -> bytes:
 
 
 def icc(space: bytes, tags: dict[bytes, bytes], pcs: bytes = b"XYZ ") -> bytes:
-    """Build an ICC profile (version 2) with these tags: for a printer if the colour space is CMYK, else for a monitor."""
+    """Build an ICC profile (version 2) with these tags, for a printer if the space is CMYK, else for a monitor."""
     tags = {b"desc": b"desc\0\0\0\0\0\0\0\2t\0" + bytes(78), b"wtpt": b"XYZ \0\0\0\0" + s15(*D50), **tags}
     body, table, at = b"", b"", 128 + 4 + 12 * len(tags)
     for name, data in tags.items():

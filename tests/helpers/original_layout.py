@@ -100,7 +100,7 @@ def clip(state: Tensors) -> Tensors:
 
 
 def open_clip(state: Tensors) -> Tensors:
-    """Rename a text encoder's tensors to OpenCLIP's, as in SD 2.x, including the last layer, which SD 2.x does not use."""
+    """Rename a text encoder's tensors to OpenCLIP's, as in SD 2.x, including its unused last layer."""
     state = {key.removeprefix("text_model."): tensor for key, tensor in state.items()}
     width = state["final_layer_norm.weight"].shape[0]
     layers = 1 + max(int(found[1]) for key in state if (found := re.match(r"encoder\.layers\.(\d+)", key)))

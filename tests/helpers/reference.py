@@ -115,7 +115,7 @@ def gaussian_eps(x_t: Array, a: float, mean: float, std: float) -> Array:
 
 
 def gaussian_flow(x_start: Array, a_start: float, a: float, mean: float, std: float) -> Array:
-    """Solution of the probability-flow ODE (Song et al. 2021, arXiv 2011.13456, eq. 13). It preserves every quantile."""
+    """Solution of the probability-flow ODE, which preserves quantiles (Song et al. 2021, arXiv 2011.13456, eq. 13)."""
     ratio = math.sqrt((a * std**2 + 1 - a) / (a_start * std**2 + 1 - a_start))
     return math.sqrt(a) * mean + ratio * (x_start - math.sqrt(a_start) * mean)
 
