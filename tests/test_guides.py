@@ -215,6 +215,17 @@ def anchors(text: str) -> set[str]:
     return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
+def test_the_tables_of_floors_and_tests_name_what_exists() -> None:
+    rows = re.findall(r"^\| (.+?) \| (.+) \|$", GUIDES["CONTRIBUTING.md"], flags=re.MULTILINE)
+    for floor, modules in rows:
+        for room in re.findall(r"`(tests/\w+)`", floor):
+            assert (ROOT / room).is_dir(), room
+        folder = re.search(r"\]\((sdkit/\S+)\)", floor)
+        if folder or floor.endswith("ground"):
+            for name in re.findall(r"`(\w+(?:\.py|/))`", modules):
+                assert (ROOT / (folder[1] if folder else "sdkit") / name).exists(), name
+
+
 def test_the_table_of_rooms_names_what_training_is_made_of() -> None:
     for path in (ROOT / "sdkit" / "training").glob("*.py"):
         assert f"`{path.name}`" in GUIDES["CONTRIBUTING.md"] or f"`training/{path.name}`" in GUIDES["CONTRIBUTING.md"]
