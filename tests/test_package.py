@@ -182,6 +182,7 @@ def test_the_wheel_holds_the_package_whole_and_nothing_else(tmp_path: Path) -> N
         ".py",
         ".json",
         ".safetensors",
+        ".jpg",
         ".md",
         ".txt",
         ".tsv",
