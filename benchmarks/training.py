@@ -31,7 +31,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from skimage import data as photos
 from torch import Tensor, nn
 
 import sdkit.data
@@ -255,6 +254,8 @@ def make_model(folder: Path, width: float) -> Path:
 
 def make_photos(folder: Path, n: int, size: int) -> Path:
     """n crops of scikit-image's photos, with captions."""
+    from skimage import data as photos
+
     folder.mkdir(parents=True)
     sources = [Image.fromarray(getattr(photos, name)()) for name in ("astronaut", "coffee", "chelsea")]
     rng = np.random.default_rng(0)
