@@ -48,12 +48,26 @@ HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def train_unet(config: UNetConfig) -> Path:
-    """Fine-tune a U-Net, whole or by LoRA, or train one from scratch, and return the run folder.
+    """Fine-tune a U-Net (the whole network or a LoRA), or train one from scratch. An existing run is resumed.
 
-    result/ is a whole pipeline as diffusers has it, or pytorch_lora_weights.safetensors. `config.data` is a latent
-    cache, from which the VAE has nothing to do, or images. An existing run is resumed.
-    Raises SdkitError in one sentence for what the user can put right, and TrainingStopped after SIGTERM or Ctrl-C, once
-    a checkpoint is written.
+    Args:
+        config: Settings of the run. `config.data` is images, or a latent cache, which leaves the VAE idle.
+
+    Returns:
+        The run folder. Its result/ is a pipeline in diffusers layout, or a LoRA in
+        pytorch_lora_weights.safetensors.
+
+    Raises:
+        SdkitError: The settings, the model, or the data are at fault.
+        TrainingStopped: SIGTERM, SIGHUP, or Ctrl-C arrived; a checkpoint has been written.
+
+    Example:
+        >>> from sdkit.training import UNetConfig, train_unet
+        >>> settings = UNetConfig(data="photos", default_caption="a photo", out_dir="runs/lora", lora_rank=4,
+        ...                       size=64, max_steps=2)
+        >>> run = train_unet(settings)
+        >>> sorted(path.name for path in (run / "result").iterdir())
+        ['pytorch_lora_weights.safetensors', 'training.json']
     """
     return fit(UNetStage(config), config, Path(config.out_dir))
 
