@@ -68,9 +68,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
         temporary.rename(path)
         sync(path.parent)
         if old:
-            shutil.rmtree(
-                old, ignore_errors=True
-            )  # a failure here is cleaned up by `remove_leftovers` at the next start
+            shutil.rmtree(old, ignore_errors=True)  # `remove_leftovers` removes at the next start what this cannot
     except (OSError, SafetensorError, SdkitError) as error:
         # An SdkitError from the body would name the temporary folder, which is gone by now; its cause is reported.
         cause = error.__cause__ if isinstance(error, SdkitError) else error

@@ -1,4 +1,4 @@
-"""Examples for a denoiser: posteriors and captions from a latent cache, or images."""
+"""Providers of examples for a denoiser: images, or posteriors from a latent cache, each with its caption."""
 
 from __future__ import annotations
 
@@ -19,16 +19,38 @@ from sdkit.processes import is_main_process
 from sdkit.training.stages.images import TrainingImages, split
 
 Row = dict[str, Tensor]
-"""The tensors of one example: its caption as `ids` (k, 77), and `embeddings` (77k, D) where a cache holds them; its
-image as unscaled `mean` and `logvar` (4, h, w), or as `pixels` (3, H, W)."""
+"""The tensors of one example.
 
+The caption is `ids` (k, 77), and also `embeddings` (77k, D) if a cache holds them. The image is `pixels` (3, H, W), or
+the posterior's `mean` and `logvar` (4, h, w), without the VAE's scale.
+"""
 
 VERIFIED = 8 * 2**30
-"""Largest cache, in bytes, whose checksums are verified before training; `sdkit cache` verifies any."""
+"""Largest cache, in bytes, to verify by its checksums before training. `sdkit cache` verifies caches of any size."""
 
 
 class CachedLatents:
-    """Examples from a latent cache, which must have been made with the same networks."""
+    """Examples from a latent cache.
+
+    Args:
+        data: The cache. It must have been made with the same networks.
+        vae: The VAE of the run.
+        text: The text encoder of the run.
+        size: Size of the images in pixels; None takes that of the cache.
+        augment: Augmentations that the cache must have been made with; it may have more.
+        trains_text: Whether the text encoder is trained, so that embeddings of the cache do not count.
+
+    Attributes:
+        cache: The opened cache.
+        scale: Scale of the VAE's latents.
+        shift: Shift of the VAE's latents.
+        shape: Height and width of the latents.
+        train: Indices of the training examples in the cache.
+        held_out: Indices of the held-out examples in the cache.
+        empty: The empty caption, as in `Row`.
+        identity: Fingerprint of the cache.
+        skipped: Reasons by name of the images that the cache skipped.
+    """
 
     def __init__(
         self,
@@ -42,10 +64,10 @@ class CachedLatents:
     ) -> None:
         self.cache = LatentCache(data)
         made = self.cache.manifest.settings
-        # A size or augmentation that the run does not ask for is taken from the cache.
-        wanted: Any = size or made.size
+        # The run accepts the size and augmentations of the cache unless it asks for others.
+        wanted_size: Any = size or made.size
         transform = Transform(
-            size=wanted, crop="random" if "crop" in augment else made.crop, flip="flip" in augment or made.flip
+            size=wanted_size, crop="random" if "crop" in augment else made.crop, flip="flip" in augment or made.flip
         )
         self.cache.check_model(
             vae=vae.identity, scale=vae.scale, shift=vae.shift, factor=vae.factor,
@@ -61,11 +83,11 @@ class CachedLatents:
         self.held_out = [image * copies for image in held_out]
         self.empty = self._caption(self.cache.empty)
         self.identity = self.cache.manifest.identity
-        if is_main_process() and sum(one.bytes for one in self.cache.manifest.files) <= VERIFIED:
+        if is_main_process() and sum(file.bytes for file in self.cache.manifest.files) <= VERIFIED:
             self.cache.verify()
-        self.skipped = {one.name: one.reason for one in self.cache.manifest.skipped}
+        self.skipped = {image.name: image.reason for image in self.cache.manifest.skipped}
 
-    def load(self, item: int, epoch: int) -> Row:  # noqa: ARG002 - augmentations are examples of their own
+    def load(self, item: int, epoch: int) -> Row:  # noqa: ARG002 - a cache's augmentations are examples of their own
         """Return training example `item`."""
         return self._example(int(self.train[item]))
 
@@ -81,13 +103,33 @@ class CachedLatents:
         item = self.cache[index]
         return {"mean": item["mean"], "logvar": item["logvar"], **self._caption(item)}
 
-    def _caption(self, of: Item | Prompt) -> Row:
-        embeddings = of["embeddings"] if self._embedded else None
-        return {"ids": of["ids"]} | ({} if embeddings is None else {"embeddings": embeddings})
+    def _caption(self, entry: Item | Prompt) -> Row:
+        embeddings = entry["embeddings"] if self._embedded else None
+        return {"ids": entry["ids"]} | ({} if embeddings is None else {"embeddings": embeddings})
 
 
 class ImageLatents:
-    """Examples from images. The VAE encodes them in each step; each epoch has new crops and flips."""
+    """Examples from images. The stage encodes them at each step, and each epoch has new crops and flips.
+
+    Args:
+        examples: Images with captions.
+        transform: The transform of training images.
+        vae: The VAE of the run.
+        text: The text encoder of the run.
+        seed: Random seed of the augmentations.
+
+    Attributes:
+        images: Training images.
+        validation_images: Held-out images, without augmentation.
+        scale: Scale of the VAE's latents.
+        shift: Shift of the VAE's latents.
+        shape: Height and width of the latents.
+        train: Indices of the training examples.
+        held_out: Indices of the held-out examples.
+        empty: The empty caption, as in `Row`.
+        identity: Fingerprint of the data.
+        skipped: Reasons by name of the images that could not be used so far.
+    """
 
     def __init__(self, examples: Examples, transform: Transform, vae: VAE, text: TextEncoder, *, seed: int = 0) -> None:
         warn_of_captions(examples)
