@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import fields
 from os import PathLike
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from sdkit.data.examples import Examples, warn_of_captions
+from sdkit.data.examples import Examples, open_examples, warn_of_captions
 from sdkit.data.latent_cache import manifest
 from sdkit.data.latent_cache.reading import Item, LatentCache, Prompt
 from sdkit.data.transform import Transform
+from sdkit.errors import ArgumentError
 from sdkit.networks.autoencoder import VAE
 from sdkit.networks.text_encoder import TextEncoder
 from sdkit.processes import is_main_process
-from sdkit.training.stages.images import TrainingImages, split
+from sdkit.training.settings import UNetConfig
+from sdkit.training.stages.images import TrainingImages, is_cache, split, training_transform
 
 Row = dict[str, Tensor]
 """The tensors of one example.
@@ -29,8 +35,41 @@ VERIFIED = 8 * 2**30
 """Largest cache, in bytes, to verify by its checksums before training. `sdkit cache` verifies caches of any size."""
 
 
+class DenoisingExamples(Protocol):
+    """Interface of the providers of examples.
+
+    Attributes:
+        scale: Scale of the latents.
+        shift: Shift of the latents.
+        shape: Height and width of the latents.
+        train: Indices of the training examples.
+        held_out: Indices of the held-out examples.
+        empty: The empty caption, as in `Row`.
+        identity: Fingerprint of the data.
+        skipped: Reasons by name of the images that cannot be used, as far as is known.
+    """
+
+    scale: float
+    shift: float
+    shape: tuple[int, int]
+    train: npt.NDArray[np.int64]
+    held_out: list[int]
+    empty: Row
+    identity: str
+    skipped: dict[str, str]
+
+    def load(self, item: int, epoch: int) -> Row:
+        """Return training example `item`, augmented for `epoch`."""
+
+    def validation(self, i: int) -> Row:
+        """Return held-out example i."""
+
+    def name(self, item: int) -> str:
+        """Return the name of training example `item`, for messages."""
+
+
 class CachedLatents:
-    """Examples from a latent cache.
+    """Examples from a latent cache. For the attributes see `DenoisingExamples`.
 
     Args:
         data: The cache. It must have been made with the same networks.
@@ -38,18 +77,7 @@ class CachedLatents:
         text: The text encoder of the run.
         size: Size of the images in pixels; None takes that of the cache.
         augment: Augmentations that the cache must have been made with; it may have more.
-        trains_text: Whether the text encoder is trained, so that embeddings of the cache do not count.
-
-    Attributes:
-        cache: The opened cache.
-        scale: Scale of the VAE's latents.
-        shift: Shift of the VAE's latents.
-        shape: Height and width of the latents.
-        train: Indices of the training examples in the cache.
-        held_out: Indices of the held-out examples in the cache.
-        empty: The empty caption, as in `Row`.
-        identity: Fingerprint of the cache.
-        skipped: Reasons by name of the images that the cache skipped.
+        trains_text: Whether the text encoder is trained. The embeddings of the cache are then ignored.
     """
 
     def __init__(
@@ -109,7 +137,9 @@ class CachedLatents:
 
 
 class ImageLatents:
-    """Examples from images. The stage encodes them at each step, and each epoch has new crops and flips.
+    """Examples from images. For the attributes see `DenoisingExamples`.
+
+    The stage encodes the images at each step, and each epoch has new crops and flips.
 
     Args:
         examples: Images with captions.
@@ -117,18 +147,6 @@ class ImageLatents:
         vae: The VAE of the run.
         text: The text encoder of the run.
         seed: Random seed of the augmentations.
-
-    Attributes:
-        images: Training images.
-        validation_images: Held-out images, without augmentation.
-        scale: Scale of the VAE's latents.
-        shift: Shift of the VAE's latents.
-        shape: Height and width of the latents.
-        train: Indices of the training examples.
-        held_out: Indices of the held-out examples.
-        empty: The empty caption, as in `Row`.
-        identity: Fingerprint of the data.
-        skipped: Reasons by name of the images that could not be used so far.
     """
 
     def __init__(self, examples: Examples, transform: Transform, vae: VAE, text: TextEncoder, *, seed: int = 0) -> None:
@@ -161,3 +179,49 @@ class ImageLatents:
     def _ids(self, caption: str) -> Tensor:
         ids: Tensor = self._text.tokenize(caption)[0][0]
         return ids
+
+
+def open_latents(config: UNetConfig, vae: VAE, text: TextEncoder, own_size: tuple[int, int]) -> DenoisingExamples:
+    """Open `config.data`, which is a latent cache or images.
+
+    Args:
+        config: Settings of the run.
+        vae: The VAE of the run.
+        text: The text encoder of the run.
+        own_size: Height and width that the model was made for, the default size of images.
+
+    Raises:
+        SdkitError: The data cannot be opened, or do not fit the settings or the networks.
+    """
+    if is_cache(config.data):
+        defaults = {field.name: field.default for field in fields(config)}
+        if given := [name for name, value in config.opened_with().items() if value != defaults[name]]:
+            raise ArgumentError(f"{given[0]}= has no meaning for a latent cache; give it to sdkit cache instead.")
+        trains_text = config.train_text_encoder
+        return CachedLatents(config.data, vae, text, size=config.size, augment=config.augment, trains_text=trains_text)
+    size: Any = config.size or own_size
+    vae.check_size(size)
+    examples = open_examples(config.data, **config.opened_with())
+    return ImageLatents(examples, training_transform(size, config.augment), vae, text, seed=config.seed)
+
+
+def collated(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return a batch of rows.
+
+    Args:
+        rows: Examples as in `Row`, with any other tensors or values beside.
+
+    Returns:
+        Tensors stacked along a new first axis, and other values as lists. Captions are padded to the longest, and
+        `mask` (B, 77k) is False at the padding; it is None if all captions are equally long. `keys` holds the padded
+        token ids of each caption as bytes.
+    """
+    lengths = [row["ids"].numel() for row in rows]
+    batch: dict[str, Any] = {key: [row[key] for row in rows] for key in rows[0]}
+    for key in {"ids", "embeddings"} & batch.keys():
+        longest = max(len(value) for value in batch[key])
+        batch[key] = [F.pad(value, (0, 0, 0, longest - len(value))) for value in batch[key]]
+    stacked = {key: torch.stack(values) for key, values in batch.items() if isinstance(values[0], Tensor)}
+    keys = [ids.numpy().tobytes() for ids in batch["ids"]]
+    mask = None if len({*lengths}) == 1 else torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    return batch | stacked | {"keys": keys, "mask": mask}
