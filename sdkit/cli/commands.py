@@ -19,7 +19,7 @@ from sdkit.cli.console import complain, exit_code_of, flush, say, say_json, say_
 from sdkit.cli.parser import Parser
 from sdkit.cli.training import Add, add_command, add_training_commands
 from sdkit.errors import ArgumentError, SdkitError
-from sdkit.files import find_files
+from sdkit.file_search import find_files
 from sdkit.messages import printable
 
 if TYPE_CHECKING:

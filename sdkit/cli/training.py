@@ -17,8 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, get_args, get_origin, get_type
 from sdkit.cli.console import complain, say, say_json, say_path
 from sdkit.errors import ArgumentError
 from sdkit.fields import field_docs
-from sdkit.files import reason
-from sdkit.messages import clean, printable
+from sdkit.messages import clean, printable, reason
 from sdkit.processes import is_main_process
 from sdkit.strict_json import read_object
 
