@@ -320,7 +320,7 @@ def _add_settings(parser: argparse.ArgumentParser, stage: type[StageSettings]) -
                 known[name].add_to(group.add_argument)
 
 
-def _settings(stage: type[StageSettings], args: argparse.Namespace) -> StageSettings:
+def _settings(stage: type[Settings], args: argparse.Namespace) -> Settings:
     """Those of the file of --config, but for options given beside it."""
     known = _fields(stage)
     given = {name: field.value(getattr(args, name)) for name, field in known.items() if name in args}

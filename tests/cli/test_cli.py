@@ -374,7 +374,8 @@ BAD = {
     "encode: name not UTF-8": (("encode", "caf\udce9.png"), 2, "caf?.png"),
     "encode: name of two lines": (("encode", "a\nb.png"), 2, "a?b.png"),
     "encode: name empty": (("encode", ""), 2, "empty"),
-    "encode: tile 5": (("encode", "good.png", "--tile", "5"), 2, "must be a whole number of at least 128"),
+    "encode: tile 5": (("encode", "good.png", "--tile", "5"), 2, "must be a whole number of at least 16"),
+    "encode: tile 64": (("encode", "good.png", "--tile", "64"), 2, "must be a whole number of at least 128"),
     "encode: batch-size 0": (
         ("encode", "good.png", "--batch-size", "0"),
         2,
@@ -397,7 +398,7 @@ BAD = {
     "decode: tile -1": (
         ("decode", "other.safetensors", "--force", "--tile", "-1"),
         2,
-        "must be a whole number of at least 128",
+        "must be a whole number of at least 16",
     ),
     "decode: out is a file": (("decode", "other.safetensors", "--force", "-o", "file"), 2, "cannot write into file"),
     "reconstruct: missing file": (("reconstruct", "no.png"), 2, "no such file"),
