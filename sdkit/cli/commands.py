@@ -1,8 +1,8 @@
-"""The command line: one function a command, which parses, calls and prints; the work is in `sdkit.cli.jobs`.
+"""The command line: one function per command, which reads its options, calls the work, and prints the result.
 
-Results go to stdout, progress and errors to stderr. Exit codes: 0 all done; 1 some inputs failed, the others are done;
-2 a user's error, told in one sentence (some errors have a code of their own); 130 stopped by Ctrl-C, 143 by SIGTERM,
-129 by SIGHUP. Heavy libraries are imported by the commands using them, so that --help is quick.
+Results go to stdout, progress and errors to stderr. Exit codes: 0 for success; 1 if some inputs failed and the others
+are done; 2 for a user's error, reported in one sentence (some errors have a code of their own); 130 after Ctrl-C, 143
+after SIGTERM, 129 after SIGHUP. Each command imports the heavy libraries that it needs, so that --help is quick.
 """
 
 from __future__ import annotations
@@ -45,14 +45,18 @@ if TYPE_CHECKING:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code. `argv` None takes the process's own arguments."""
+    """Run one command and return its exit code.
+
+    Args:
+        argv: The command and its options; None takes the process's own arguments.
+    """
     return exit_code_of(lambda: _run(argv))
 
 
 def _run(argv: Sequence[str] | None) -> int:
     try:
         code: int = 0
-        with contextlib.suppress(SystemExit):  # argparse's own, of --help and --version
+        with contextlib.suppress(SystemExit):  # argparse raises it after --help and --version
             args = _parser().parse_args(argv)
             code = args.command(args)
         flush()
@@ -64,14 +68,17 @@ def _run(argv: Sequence[str] | None) -> int:
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    """torch has a class of its own for a GPU's memory, but tells only in words that the machine's is full."""
-    told = any(words in str(error) for words in ("can't allocate memory", "not enough memory"))
-    return told or isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    """Return whether memory ran out, in Python, on a GPU, or on the CPU.
+
+    For a GPU, torch raises an OutOfMemoryError. For the CPU it raises a RuntimeError that only its message tells apart.
+    """
+    cpu = any(words in str(error) for words in ("can't allocate memory", "not enough memory"))
+    return cpu or isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
 
 
 @contextlib.contextmanager
-def _failures_told(report: Report[Any]) -> Iterator[None]:
-    """Tell of inputs that failed, also where an error or Ctrl-C ends the job."""
+def _failures_printed(report: Report[Any]) -> Iterator[None]:
+    """Print the inputs that failed when the job ends, even if an error or Ctrl-C ends it."""
     try:
         yield
     finally:
@@ -91,18 +98,22 @@ def generate(args: argparse.Namespace) -> int:
     prompts = args.prompts + (read_prompts(args.prompts_file) if args.prompts_file else [])
     given = {field.name: getattr(args, field.name) for field in fields(Generation) if field.name in args}
     generation = (Generation.read(args.from_image) if args.from_image else Generation()).but(**given)
-    guides = {"negative_prompt": "negative-prompt", "guidance_rescale": "rescale", "guidance_interval": "interval"}
-    idle = [option for name, option in guides.items() if given.get(name)]
-    if idle and generation.guidance_scale == 1:
-        option = idle[0]
-        raise ArgumentError(f"--{option} belongs to guidance, and --scale 1 is none; leave one of them out.")
+    _check_guidance(given, generation)
     sizes = {"count": args.count, "batch_size": args.batch_size}
     prompts = prompts or [generation.prompt]
-    check_generation(prompts, args.out, generation, **sizes)  # told before a model is loaded, or even downloaded
+    check_generation(prompts, args.out, generation, **sizes)  # before a model is loaded, or even downloaded
     _check_place(generation.dtype, args.device)
     report = Report[Path](on_done=say_path)
     generate_files(_load_sd(args, generation), prompts, args.out, generation, grid=args.grid, report=report, **sizes)
     return 0
+
+
+def _check_guidance(given: dict[str, Any], generation: Generation) -> None:
+    """Raise ArgumentError for an option of guidance where guidance is off, and the option would be ignored."""
+    options = {"negative_prompt": "negative-prompt", "guidance_rescale": "rescale", "guidance_interval": "interval"}
+    unused = [option for name, option in options.items() if given.get(name)]
+    if unused and generation.guidance_scale == 1:
+        raise ArgumentError(f"--{unused[0]} belongs to guidance, and --scale 1 is none; leave one of them out.")
 
 
 def encode(args: argparse.Namespace) -> int:
@@ -114,7 +125,7 @@ def encode(args: argparse.Namespace) -> int:
         raise ArgumentError("--seed belongs to a sample, and --mean draws none; leave one of them out.")
     seed = 0 if args.seed is None else args.seed
     report, options = Report[Path](on_done=say_path), _checked(args, READABLE, seed) | {"seed": seed}
-    with _failures_told(report):
+    with _failures_printed(report):
         encode_files(_load_vae(args), args.paths, sample=not args.mean, report=report, **options)
     return 1 if report.failed else 0
 
@@ -124,7 +135,7 @@ def decode(args: argparse.Namespace) -> int:
     from sdkit.cli.jobs import Report, decode_files
 
     report, options = Report[Path](on_done=say_path), _checked(args, {".safetensors"})
-    with _failures_told(report):
+    with _failures_printed(report):
         decode_files(_load_vae(args), args.paths, force=args.force, report=report, **options)
     return 1 if report.failed else 0
 
@@ -142,7 +153,7 @@ def reconstruct(args: argparse.Namespace) -> int:
 
     report, options = Report[Reconstruction](), _checked(args, READABLE)
     vae = _load_vae(args)
-    with _failures_told(report):
+    with _failures_printed(report):
         try:
             reconstruct_files(vae, args.paths, report=report, **options)
         except BaseException as error:
@@ -184,7 +195,7 @@ def demo(args: argparse.Namespace) -> int:
     check_files(args.out)
     _check_place(args.dtype, args.device)
     grid, kind, report = demo_files(_load_sd(args, Generation(dtype=args.dtype)), args.out, args.photos)
-    with _failures_told(report):
+    with _failures_printed(report):
         say(printable(f"Images generated from a few prompts: {grid}"))
         say(f"{kind}, encoded and decoded (the original on the left):")
         _print_scores(report)
@@ -192,7 +203,7 @@ def demo(args: argparse.Namespace) -> int:
 
 
 def _checked(args: argparse.Namespace, suffixes: Collection[str], seed: int = 0) -> dict[str, Any]:
-    """The options of a job on files; what is wrong is told before a model is loaded, or even downloaded."""
+    """Return the options of a job on files, checked before a model is loaded, or even downloaded."""
     from sdkit.cli.jobs import check_files
 
     find_files(args.paths, suffixes)
@@ -221,7 +232,7 @@ def _load_sd(args: argparse.Namespace, generation: Generation) -> StableDiffusio
     from sdkit.networks.lora import merge_lora, read_lora
     from sdkit.pipelines.text_to_image import StableDiffusion
 
-    loras = [(read_lora(source), scale) for source, scale in generation.loras]  # first: they are smaller
+    loras = [(read_lora(source), scale) for source, scale in generation.loras]  # small, so that errors come early
     sd = StableDiffusion.from_pretrained(
         generation.model, dtype=generation.dtype, device=args.device, revision=generation.revision,
         variant=generation.variant, config=generation.config, prediction_type=generation.prediction_type,
@@ -249,7 +260,7 @@ def _number(value: float | None, digits: int) -> str:
 
 
 def _scores_as_dict(model: str, report: Report[Reconstruction]) -> dict[str, Any]:
-    """JSON has no infinity (the PSNR of equal images): it becomes null."""
+    """Return a report for JSON, which has no infinity: the PSNR of equal images becomes null."""
     from dataclasses import asdict
 
     from sdkit.cli.jobs import mean_scores
@@ -329,7 +340,7 @@ def _add_what_to_draw(add: Add, unset: dict[str, Any]) -> None:
     add("prompts", nargs="*", metavar="PROMPT", help="Description of an image; each prompt makes --count images")
     prompts = 'File of more prompts, one per line; "-" reads stdin. Lines that begin with # are skipped'
     add("--prompts", dest="prompts_file", metavar="FILE", help=prompts)
-    again = "Draw this image, which sdkit made, again; options given here change it"
+    again = "Draw an image that sdkit made again; options given here override its own"
     add("--from", dest="from_image", metavar="IMAGE.png", help=again)
     add("--negative-prompt", metavar="TEXT", help="Description of what to avoid", **unset)
     add("--count", type=int, default=1, metavar="N", help="Images per prompt (default: 1)")
@@ -337,7 +348,7 @@ def _add_what_to_draw(add: Add, unset: dict[str, Any]) -> None:
         "--seed",
         type=int,
         metavar="N",
-        help="Random seed of the first image; each next one adds 1 (default: 0)",
+        help="Random seed of the first image; later images take the next numbers (default: 0)",
         **unset,
     )
     add("--height", type=int, metavar="PIXELS", help="Height of the images (default: the model's own)", **unset)
@@ -378,7 +389,12 @@ def _add_encode(commands: Commands) -> None:
     )
     add = _add_files(parser, "IMAGE|FOLDER", "Images; folders are searched, with their sub-folders", "latents")
     add("--mean", action="store_true", help="Take the mean of the posterior instead of a sample")
-    add("--seed", type=int, metavar="N", help="Random seed of the first sample; each next one adds 1 (default: 0)")
+    add(
+        "--seed",
+        type=int,
+        metavar="N",
+        help="Random seed of the first image; later images take the next numbers (default: 0)",
+    )
     _add_model(parser)
 
 

@@ -93,7 +93,7 @@ def batch_size_option(add: Add) -> None:
 
 def place_options(add: Add, **default: Any) -> None:
     """Add the options that say where, and in which precision, the networks compute."""
-    dtype = "Precision; auto is bf16 where the hardware supports it, else fp32 (default: auto)"
+    dtype = "Precision of the weights; auto is bf16 where the hardware supports it, else fp32 (default: auto)"
     add("--dtype", metavar=choices(DTYPES), help=dtype, **default)
     device_option(add)
     add("--compile", action="store_true", help="Run the networks through torch.compile")
@@ -101,5 +101,5 @@ def place_options(add: Add, **default: Any) -> None:
 
 def device_option(add: Add) -> None:
     """Add the option that says where the networks compute."""
-    device = "auto, cpu, cuda, cuda:1 ...; auto is a GPU where there is one (default: auto)"
+    device = "auto (a GPU if there is one), cpu, cuda, cuda:1 ... (default: auto)"
     add("--device", default="auto", metavar="DEVICE", help=device)

@@ -1,6 +1,6 @@
-"""The commands around training: look at data, cache latents, train, draw the curves, convert a LoRA.
+"""The commands around training: check data, cache latents, train, plot a run, and convert a LoRA.
 
-The options of `sdkit train` are the fields of its settings, and their help is the docstring under each.
+The options of `sdkit train` are the fields of the stage's settings. Their help is read from the settings' docstrings.
 """
 
 from __future__ import annotations
@@ -127,11 +127,12 @@ def cache(args: argparse.Namespace) -> int:
     given = {name: getattr(args, name) for name in options} | {"seed": 0 if args.seed is None else args.seed}
     folder = cache(args.model, args.data, args.out, size=_size(args.size), **given, **_given_data(args))
     if is_main_process():
-        _tell_cache(folder, LatentCache(folder).manifest)
-    return 0  # a broken image ends no run, and no script that goes on from here
+        _print_cache(folder, LatentCache(folder).manifest)
+    return 0  # also if images were skipped: scripts go on to train with the others
 
 
-def _tell_cache(folder: Path, made: Manifest) -> None:
+def _print_cache(folder: Path, made: Manifest) -> None:
+    """Print the folder of a cache, its number of images, and the images that were skipped."""
     say_path(folder)
     copies = made.settings.augmentations
     say(f"{made.images} images{f', {copies} times each' if copies > 1 else ''}; {len(made.skipped)} skipped")
@@ -247,7 +248,7 @@ def _size_option(add: Add) -> None:
 
 
 def _size(numbers: list[int] | None) -> Any:
-    """As the functions take it: None, one number, or (height, width)."""
+    """Return the values of --size as functions take them: None, one number, or (height, width)."""
     return numbers[0] if numbers and len(numbers) == 1 else numbers and tuple(numbers)
 
 
@@ -321,7 +322,7 @@ def _add_settings(parser: argparse.ArgumentParser, stage: type[StageSettings]) -
 
 
 def _settings(stage: type[Settings], args: argparse.Namespace) -> Settings:
-    """Those of the file of --config, but for options given beside it."""
+    """Return the settings of a run: those in the --config file, overridden by the options that are given."""
     known = _fields(stage)
     given = {name: field.value(getattr(args, name)) for name, field in known.items() if name in args}
     values = (_from_file(Path(args.config), stage.__name__, known) if args.config else {}) | given
@@ -331,7 +332,7 @@ def _settings(stage: type[Settings], args: argparse.Namespace) -> Settings:
 
 
 def _from_file(path: Path, stage: str, known: Mapping[str, _Field]) -> dict[str, Any]:
-    """Settings out of a run's config.json, or of an object of fields."""
+    """Read settings from a run's config.json, or from a JSON object of fields."""
     try:
         found = read_object(path)
     except OSError as error:
@@ -351,28 +352,35 @@ def _from_file(path: Path, stage: str, known: Mapping[str, _Field]) -> dict[str,
 
 @dataclass(frozen=True, kw_only=True)
 class _Field:
-    """A field of a stage's settings, as an option and as a value in JSON."""
+    """A field of a stage's settings, as an option and as a value in JSON.
+
+    Attributes:
+        name: Name of the field.
+        doc: Description of the field.
+        default: Default, or MISSING for a required field.
+        kind: Type of a value: bool, int, float, or str.
+        is_path: Whether a value may be a path.
+        single: Whether the field takes one value.
+        several: Whether the field takes a tuple of values.
+        optional: Whether the field takes None.
+    """
 
     name: str
     doc: str
     default: Any
     kind: type
-    """bool, int, float or str."""
     is_path: bool
     single: bool
-    """Whether it can be one value, and ..."""
     several: bool
-    """... whether it can be a tuple of such values ..."""
     optional: bool
-    """... or None."""
 
     @property
     def option(self) -> str:
-        """Its name on the command line."""
+        """Name of the option."""
         return f"--{self.name.replace('_', '-')}"
 
     def add_to(self, add: Add) -> None:
-        """Add the option, which sets nothing where it is not given."""
+        """Add the option. If it is not given, the parsed arguments lack it."""
         options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": self._help()}
         if self.kind is bool:
             add(self.option, action=argparse.BooleanOptionalAction, **options)
@@ -382,14 +390,15 @@ class _Field:
         add(self.option, *SHORT.get(self.name, ()), type=self._parser(), metavar=self._metavar(), **options)
 
     def _metavar(self) -> str:
+        """Return the word that stands for a value in the help."""
         if self.name in CHOICES:
             return choices(CHOICES[self.name])
         return "PATH" if self.is_path else {int: "N", float: "X"}.get(self.kind, "TEXT")
 
     def _help(self) -> str:
         """Return the field's description and its default, unless the description says what the default, None, is."""
-        doc = self.doc.removesuffix(".")
-        if self.default is None:
+        doc = self.doc.removesuffix(".").replace("`", "")
+        if self.default is None:  # the user of a command line leaves the option out
             doc = re.sub(r"(^|[.:] )None\b", r"\1The default", doc)
             doc = re.sub(r"\bNone\b", "the default", doc)
         words = {"True": "yes", "False": "no", "": "empty"}
@@ -398,25 +407,27 @@ class _Field:
         return f"{doc}{default}".replace("%", "%%")
 
     def _parser(self) -> Callable[[str], Any]:
+        """Return the function that reads a value on the command line, where "none" is None."""
+
         def parse(text: str) -> Any:
             return None if self.optional and text.lower() == "none" else self.kind(text)
 
-        parse.__name__ = self.kind.__name__  # which argparse names where a value is wrong
+        parse.__name__ = self.kind.__name__  # argparse shows it in its error: "invalid int value"
         return parse
 
     def value(self, found: Any) -> Any:
-        """What argparse or JSON found, as the field has it; whether it is right, the settings find out."""
+        """Return a value of argparse or JSON as the field holds it. The settings check it."""
         if isinstance(found, list):
             return found[0] if self.single and len(found) == 1 else tuple(found)
         return found
 
 
 def _fields(stage: type) -> dict[str, _Field]:
-    """The fields of a stage's settings: its own ones first, then those that it inherits."""
+    """Return the fields of a stage's settings: its own first, then those it inherits."""
     hints, docs, found = get_type_hints(stage), field_docs(stage), dict[str, _Field]()
     for field in fields(stage):
         hint = hints[field.name]
-        kinds = [hint] if get_origin(hint) in (None, tuple) else get_args(hint)  # of a union
+        kinds = [hint] if get_origin(hint) in (None, tuple) else get_args(hint)  # the members of a union
         plain = [kind for kind in kinds if kind is not NoneType and get_origin(kind) is not tuple]
         items = [get_args(kind)[0] for kind in kinds if get_origin(kind) is tuple]
         found[field.name] = _Field(
