@@ -34,7 +34,7 @@ from sdkit.cli.options import (
 from sdkit.cli.parser import Parser
 from sdkit.cli.training import add_training_commands
 from sdkit.errors import ArgumentError, SdkitError
-from sdkit.files import find_files
+from sdkit.file_search import find_files
 from sdkit.messages import printable
 
 if TYPE_CHECKING:

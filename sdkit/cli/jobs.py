@@ -30,7 +30,9 @@ from sdkit.arguments import strings, whole_number
 from sdkit.data import latent_file as latents
 from sdkit.errors import ArgumentError, LatentError, SdkitError
 from sdkit.evaluation import similarity as metrics
-from sdkit.files import check_name, encodable, find_files, reason, status, utf8_name
+from sdkit.file_search import find_files
+from sdkit.files import check_name, encodable, status, utf8_name
+from sdkit.messages import reason
 from sdkit.networks.autoencoder import VAE
 from sdkit.networks.tiling import check_tile
 from sdkit.pipelines.generation import Generation

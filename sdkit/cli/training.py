@@ -30,8 +30,7 @@ from sdkit.cli.options import (
 )
 from sdkit.errors import ArgumentError
 from sdkit.fields import field_docs
-from sdkit.files import reason
-from sdkit.messages import clean, printable
+from sdkit.messages import clean, printable, reason
 from sdkit.processes import is_main_process
 from sdkit.strict_json import read_object
 from sdkit.training.settings import AUGMENTATIONS, LR_SCHEDULERS, RECONSTRUCTIONS, REGULARIZERS, UNetConfig, VAEConfig

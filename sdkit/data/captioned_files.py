@@ -14,7 +14,8 @@ from typing import Any
 from sdkit.data.captions import BESIDE, Texts
 from sdkit.data.metadata import NAMES, Row, read_metadata
 from sdkit.errors import DataError
-from sdkit.files import encodable, walk
+from sdkit.file_search import walk
+from sdkit.files import encodable
 from sdkit.images import READABLE
 from sdkit.messages import clean, listed
 

@@ -12,7 +12,6 @@ import hashlib
 import io
 import os
 import re
-import sys
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -29,8 +28,9 @@ from sdkit.data.captions import CAPTION_KEYS, caption_of
 from sdkit.data.metadata import NAMES
 from sdkit.data.tar_shards import tar_rows
 from sdkit.errors import ArgumentError, DataError, ImageError, SdkitError
-from sdkit.files import encodable, expanded, find_files, open_regular, reason
-from sdkit.messages import clean, first_line, listed
+from sdkit.file_search import find_files
+from sdkit.files import encodable, expanded, open_regular
+from sdkit.messages import clean, first_line, listed, quiet, reason
 from sdkit.processes import is_main_process
 from sdkit.stops import stop_in
 
@@ -421,7 +421,7 @@ def _from_hub(source: str, split: str, streaming: bool, **columns: Any) -> Examp
 
 def _load(source: str, streaming: bool, split: str = "train", **options: Any) -> Any:
     datasets = _datasets()
-    with _raised_as_data_error(source), _quiet(datasets):
+    with _raised_as_data_error(source), quiet("datasets"):
         return datasets.load_dataset(split=split, streaming=streaming, **options)
 
 
@@ -459,7 +459,7 @@ def _in_columns(
         )
     likely = (name for name in CAPTION_KEYS if name in features and name not in decoded and name != image)
     caption = caption_column or next(likely, None)
-    with _quiet(datasets), _raised_as_data_error(source):
+    with quiet("datasets"), _raised_as_data_error(source):
         dataset = dataset.select_columns([image, caption] if caption else [image])
         dataset = dataset.cast_column(image, datasets.Image(decode=False))
     if streaming:
@@ -499,18 +499,3 @@ def _raised_as_data_error(source: str) -> Iterator[None]:
         problem = re.split(r"\n|[.!?] (?=[A-Z])", str(cause).strip())[0].rstrip(".!") or type(cause).__name__
         problem = f"cannot open the data set {clean(source)!r}: {clean(problem)}"
         raise stop_in(error) or DataError(f"{problem}; check the name and the files.") from error
-
-
-@contextlib.contextmanager
-def _quiet(datasets: Any) -> Iterator[None]:
-    """Keep the library's bars off what is no terminal, and its log of errors that are raised as well."""
-    shown, level = not datasets.are_progress_bars_disabled(), datasets.logging.get_verbosity()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-    if shown and not sys.stderr.isatty():
-        datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        datasets.logging.set_verbosity(level)
-        if shown:
-            datasets.enable_progress_bars()

@@ -27,9 +27,10 @@ import torch
 from torch import Tensor
 
 from sdkit import tensor_files
+from sdkit.atomic import atomic_write
 from sdkit.errors import LatentError
-from sdkit.files import atomic_write, encodable, reason
-from sdkit.messages import clean
+from sdkit.files import encodable
+from sdkit.messages import clean, reason
 
 FORMAT = "sdkit.latent"
 FORMAT_VERSION = 1

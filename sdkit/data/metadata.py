@@ -15,8 +15,8 @@ from sdkit import strict_json
 from sdkit.arguments import possible_name
 from sdkit.data.captions import CAPTION_KEYS, LONGEST, caption_of
 from sdkit.errors import DataError
-from sdkit.files import open_regular, reason
-from sdkit.messages import clean, first_line
+from sdkit.files import open_regular
+from sdkit.messages import clean, first_line, reason
 
 NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 """Names of metadata files; the first one in a folder counts."""

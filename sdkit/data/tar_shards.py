@@ -13,9 +13,9 @@ from typing import Any, BinaryIO
 from sdkit.data.captioned_files import relative, row
 from sdkit.data.captions import BESIDE, LONGEST, Texts
 from sdkit.errors import DataError
-from sdkit.files import encodable, open_regular, reason
+from sdkit.files import encodable, open_regular
 from sdkit.images import READABLE, UNREADABLE
-from sdkit.messages import clean, first_line
+from sdkit.messages import clean, first_line, reason
 
 BLOCK = 512  # bytes of zeros with which a tar file ends, at least
 KNOWN = READABLE | UNREADABLE | {*BESIDE}

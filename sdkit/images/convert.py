@@ -27,9 +27,10 @@ from PIL.PngImagePlugin import PngImageFile, PngInfo
 from torch import Tensor
 
 from sdkit.arguments import one_of
+from sdkit.atomic import atomic_write
 from sdkit.errors import ArgumentError, ImageError
 from sdkit.file_kind import AVIF, BEGINNING, GIF, JPEG, PNG, WEBP, kind_of
-from sdkit.files import atomic_write, encodable
+from sdkit.files import encodable
 from sdkit.messages import clean, first_line
 from sdkit.stops import stop_in
 

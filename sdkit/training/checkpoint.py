@@ -26,9 +26,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from sdkit.atomic import beside, sync
 from sdkit.errors import SdkitError, TrainingError
-from sdkit.files import beside, reason, sha256, sync
-from sdkit.messages import clean
+from sdkit.files import sha256
+from sdkit.messages import clean, reason
 from sdkit.strict_json import read_object, require
 from sdkit.training.distributed import full_tensor, is_sharded, split_as
 from sdkit.training.prepared import PreparedPlayer

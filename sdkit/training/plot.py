@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from sdkit.atomic import atomic_write
 from sdkit.errors import ArgumentError, TrainingError
-from sdkit.files import atomic_write, reason
-from sdkit.messages import clean
+from sdkit.messages import clean, reason
 from sdkit.training.run_folder import metrics_in
 
 if TYPE_CHECKING:

@@ -16,9 +16,10 @@ from typing import IO, Any
 import filelock
 
 from sdkit import __version__
+from sdkit.atomic import atomic_write, remove_leftovers
 from sdkit.errors import TrainingError
-from sdkit.files import atomic_write, open_regular, reason, remove_leftovers
-from sdkit.messages import clean
+from sdkit.files import open_regular
+from sdkit.messages import clean, reason
 from sdkit.strict_json import parse_object, read_object, require
 from sdkit.training.checkpoint import Checkpoint, checkpoints, newest, read_state, save, whole_folder
 from sdkit.training.settings import LoopSettings

@@ -1,4 +1,6 @@
-"""The commands as a user runs them: most in this process, through `main`; what concerns a process, in another."""
+"""The commands as a user runs them. Most run in this process through `main`; process behaviour is tested in
+subprocesses.
+"""
 
 from __future__ import annotations
 
@@ -67,7 +69,7 @@ def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., Ran]:
 
 @pytest.fixture
 def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, astronaut: Image.Image) -> Path:
-    """The current folder, with good and bad inputs of every kind."""
+    """Make the current folder, with good and bad inputs of every kind."""
     monkeypatch.chdir(tmp_path)
     astronaut.resize((40, 24)).save("good.png")
     astronaut.resize((16, 16)).save("photo.jpg")
@@ -476,8 +478,8 @@ def test_a_bug_is_not_hidden(run: Callable[..., Ran], work: Path, monkeypatch: p
         run("encode", "good.png")
 
 
-# Whoever started the tests may have had signals ignored: shells do so with Ctrl-C for what runs in the background, and
-# nohup with SIGHUP.
+# The tests' own parent may have set signals to be ignored: shells do so with SIGINT for background jobs, and nohup with
+# SIGHUP.
 LAUNCH = """
 import signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -490,7 +492,7 @@ sys.exit(main())
 
 @contextlib.contextmanager
 def process(*arguments: str, **options: object) -> Iterator[subprocess.Popen[bytes]]:
-    """The command in a process of its own, which does not outlive the test."""
+    """Run the command in a subprocess, which is killed at the end of the test."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     pipes: dict[str, object] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     command = [sys.executable, "-c", LAUNCH, *arguments]
@@ -674,7 +676,9 @@ def test_tables_are_clean(run: Callable[..., Ran], work: Path) -> None:
 
 
 def _is_full(device: Path) -> bool:
-    """Whether writing to it fails as on a full disk; in some containers /dev/full is an ordinary file, or not there."""
+    """Return whether writing to the device fails as on a full disk. In some containers /dev/full is an ordinary file or
+    is missing.
+    """
     try:
         with device.open("r+b", buffering=0) as file:
             file.write(b"\n")

@@ -26,7 +26,7 @@ from sdkit.errors import ArgumentError
 from sdkit.loading.configs import GUIDANCE
 from sdkit.loading.new_network import new_network
 from sdkit.loading.source import USUAL_GUIDANCE, Source
-from sdkit.loading.tensors import quiet
+from sdkit.messages import no_warnings, quiet
 from sdkit.networks.autoencoder import VAE, latents_of
 from sdkit.networks.denoiser import UNet
 from sdkit.networks.lora import FILENAME, TARGETS, add_lora, lora_tensors, save_lora
@@ -263,7 +263,7 @@ class UNetStage:
         if self.config.lora_rank is not None:
             save_lora(lora_tensors(self.unet.network, text and text.network), folder / FILENAME)
             return
-        with quiet():
+        with quiet("diffusers", "transformers"), no_warnings():
             import diffusers
 
             scheduler = getattr(diffusers, self.scheduler.get("_class_name") or "DDIMScheduler")
