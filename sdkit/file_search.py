@@ -14,6 +14,18 @@ from sdkit.files import status
 from sdkit.messages import clean, listed, reason
 
 
+class NoFilesFoundError(SdkitError):
+    """There is no file of the wanted kind.
+
+    Attributes:
+        others: other files that were found instead, as part of a sentence: " (but 2 .heic files)"; "" if none.
+    """
+
+    def __init__(self, message: str, others: str) -> None:
+        super().__init__(message)
+        self.others = others
+
+
 def find_files(paths: Iterable[str | Path], suffixes: Collection[str], unreadable: Collection[str] = ()) -> list[Path]:
     """Files as given, whatever their suffix, and files under given folders whose suffix (lower case) is in `suffixes`.
 
@@ -36,7 +48,7 @@ def find_files(paths: Iterable[str | Path], suffixes: Collection[str], unreadabl
         where = ", ".join(clean(path) for path in given) or "an empty list of paths"
         instead = f" (but {_counted(others)})" if others else ""
         wanted = f"{'/'.join(sorted(suffixes))} file" if len(suffixes) <= 4 else "file of a kind that is read here"
-        raise SdkitError(f"found no {wanted} in {where}{instead}; name one, or another folder.")
+        raise NoFilesFoundError(f"found no {wanted} in {where}{instead}; name one, or another folder.", instead)
     if passed_over := [path for path in others if _suffix(path) in unreadable]:
         kinds = f"{_counted(passed_over)} {'are' if len(passed_over) > 1 else 'is'}"
         warnings.warn(f"{kinds} passed over, which cannot be read: {listed(passed_over)}.", stacklevel=1)

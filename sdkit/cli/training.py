@@ -103,7 +103,7 @@ def train(stage: str, args: argparse.Namespace) -> int:
     """Train one of `SETTINGS`."""
     from sdkit import training
     from sdkit.cli.jobs import check_files
-    from sdkit.data.examples import check_source
+    from sdkit.data.sources import check_source
 
     settings = _settings(getattr(training, SETTINGS[stage]), args)
     check_files(Path(settings.out_dir))

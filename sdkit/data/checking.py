@@ -17,8 +17,10 @@ import numpy.typing as npt
 from PIL import Image
 
 from sdkit.arguments import whole_number
-from sdkit.data.examples import Example, Examples, open_examples
+from sdkit.data.example import Example
+from sdkit.data.examples import Examples
 from sdkit.data.latent_cache.writing import own_size
+from sdkit.data.sources import open_examples
 from sdkit.data.transform import MAX_ENLARGEMENT, Transform, sides
 from sdkit.errors import ImageError
 from sdkit.loading.single_file import ASSETS

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from sdkit import images as image_io
-from sdkit.data.examples import open_examples
+from sdkit.data.sources import open_examples
 from sdkit.diffusion.conditioning import Conditioning
 from sdkit.diffusion.losses import diffusion_loss
 from sdkit.diffusion.schedule import NoiseSchedule, completed
