@@ -100,7 +100,7 @@ def strings(name: str, value: Any) -> list[str]:
 
 
 def seeded(seed: int | Sequence[int], n: int) -> list[torch.Generator]:
-    """Return a CPU generator for each of `n` images. Image i is seeded with seed + i, or with the i-th seed of a list."""
+    """Return a CPU generator for each of `n` images: image i has seed + i, or the i-th seed of a list."""
     seeds = list(seed) if isinstance(seed, Iterable) and not isinstance(seed, str) else None
     if seeds is not None and len(seeds) != n:
         raise ArgumentError(f"{len(seeds)} seeds cannot serve {n} images: give one, or one for each.")

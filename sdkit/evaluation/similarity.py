@@ -51,7 +51,7 @@ def ssim(a: Images, b: Images) -> Tensor:
     Raises:
         ImageError: if the numbers or sizes of the images differ, or an image is smaller than the window.
     """
-    # One image at a time: the ten float64 maps of a whole batch do not fit the CPU's cache, which takes 4 times as long.
+    # One image at a time: the ten float64 maps of a whole batch do not fit the CPU's cache, and take 4 times as long.
     return torch.cat([_ssim(x[None], y[None]) for xs, ys in _pairs(a, b) for x, y in zip(xs, ys, strict=True)])
 
 
