@@ -157,7 +157,7 @@ def unet(args: argparse.Namespace) -> int:
 
 def _train(args: argparse.Namespace, stage: type[Settings], run: Callable[[Settings], Path]) -> int:
     from sdkit.cli.jobs import check_files
-    from sdkit.data.examples import check_source
+    from sdkit.data.sources import check_source
 
     settings = _settings(stage, args)
     check_files(Path(settings.out_dir))

@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sdkit.data.examples import Examples, open_examples, warn_of_captions
+from sdkit.data.examples import Examples, warn_of_captions
 from sdkit.data.latent_cache import manifest
 from sdkit.data.latent_cache.reading import Item, LatentCache, Prompt
+from sdkit.data.sources import open_examples
 from sdkit.data.transform import Transform
 from sdkit.errors import ArgumentError
 from sdkit.networks.autoencoder import VAE

@@ -18,7 +18,8 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from sdkit.atomic import atomic_write
-from sdkit.data.examples import Example, Examples
+from sdkit.data.example import Example
+from sdkit.data.examples import Examples
 from sdkit.data.latent_cache import manifest
 from sdkit.data.latent_cache.shard_file import shard_file
 from sdkit.data.transform import Transform, draw

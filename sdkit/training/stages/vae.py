@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from sdkit import images as image_io
-from sdkit.data.examples import open_examples
+from sdkit.data.sources import open_examples
 from sdkit.data.transform import Transform
 from sdkit.diffusion.losses import adaptive_weight, hinge_discriminator, hinge_generator, kl, l1, l2, vq
 from sdkit.errors import ArgumentError, DataError
