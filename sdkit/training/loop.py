@@ -88,7 +88,7 @@ def fit(stage: Stage, settings: LoopSettings, out_dir: str | Path) -> Path:
         if saved < loop.step:
             loop.save()
         if stopping:
-            message = f"stopped after step {loop.step}, with a checkpoint; the same command goes on from there."
+            message = f"stopped after step {loop.step}, with a checkpoint; the same command resumes it."
             raise TrainingStopped(message, stop.exit_code or 143)  # 143 (SIGTERM): only another process got a signal
         with loop.evaluation_mode():
             on_main(accelerator, lambda: _export(run, stage, loop.step, stop))
@@ -159,7 +159,7 @@ class _Loop:
             loaded = load(checkpoint)
             restore(self.players, self.accelerator, loaded)
             self.step, (self.skipped, self.skipped_in_a_row) = loaded.step, loaded.state["skipped"]
-            self.accelerator.print(f"going on from {checkpoint}", file=sys.stderr)
+            self.accelerator.print(f"resuming from {checkpoint}", file=sys.stderr)
 
     def save(self) -> int:
         """Write a checkpoint, and return its step."""
