@@ -32,7 +32,7 @@ BAD_STEPS = 10  # this many skipped steps in a row end a run
 
 
 def fit(stage: Stage, settings: LoopSettings, out_dir: str | Path) -> Path:
-    """Train `stage` in a run folder, or resume the run that is there.
+    """Train `stage` in a run folder, or resume the run in it.
 
     Resuming is exact: a step depends only on its number, the checkpoint, and the settings that may not change.
 

@@ -65,7 +65,7 @@ def evaluate(
     known = names | {source: _slug(source) for source in rows}
     if len(names) < len(models) or len({*known.values()}) < len(known):
         raise ArgumentError(
-            f"two of the models are called alike ({', '.join(known)}), as their pictures would be; give each an --out."
+            f"two of the models ({', '.join(known)}) would write files of the same name; give each its own --out."
         )
     if sweeps:
         _canvas()
