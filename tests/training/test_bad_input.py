@@ -491,7 +491,8 @@ def test_the_data_of_another_run(change: str, run: Path, kit: Path) -> None:
     elif change == "an image less":
         (data / "002.png").unlink()
     before = files(run)
-    sentence = f"{run} holds another run: its data was different (names, captions, or sizes of files); name another out_dir"
+    different = "its data was different (names, captions, or sizes of files)"
+    sentence = f"{run} holds another run: {different}; name another out_dir"
     one_sentence(lambda: again(kit, run, data=kit / "cache" if change == "a cache" else data), TRAINING, sentence)
     assert files(run) == before
 
