@@ -145,7 +145,7 @@ class UNetStage:
         self.players = [Player("unet", self.denoiser, self.loss, learning_rate=rate, ema=ema)]
 
     def _make_networks(self, model: Source) -> None:
-        """Load or make the U-Net, and mark what is trained. Raises ArgumentError if it cannot be trained so."""
+        """Load or make the U-Net, and mark the parameters to train. Raises ArgumentError if it cannot be trained."""
         config = self.config
         network = model.denoiser() if config.init is None else new_network(config.init, "unet")
         self.unet = UNet(network)
