@@ -20,7 +20,12 @@ class Conditioning:
     """Condition of a batch of B images. A part that a model does not take is None.
 
     Example:
-        cond = Conditioning(text_encoder.encode(["a cat", "a dog"]))
+        >>> import sdkit
+        >>> from sdkit.guidance import Conditioning
+        >>> text = sdkit.TextEncoder.from_pretrained("emoji")
+        >>> cond = Conditioning(text.encode(["a cat", ""]))
+        >>> len(cond), len(cond[:1]), len(Conditioning.cat([cond, cond]))
+        (2, 1, 4)
 
     Attributes:
         text: (B, L, D) text embeddings, as from `TextEncoder.encode`.

@@ -109,8 +109,15 @@ def guided(
         ArgumentError: An argument is out of range, or `uncond` is missing.
 
     Example:
-        cond, uncond = (Conditioning(one) for one in sd.text.encode(["a cat", ""]).split(1))
-        predict = guided(sd.unet, sd.schedule, cond, uncond, scale=5.0)
+        >>> import torch, sdkit
+        >>> from sdkit.guidance import Conditioning, guided
+        >>> sd = sdkit.StableDiffusion.from_pretrained("emoji")
+        >>> cond, uncond = Conditioning(sd.text.encode(["a cat", ""])).chunk(2)
+        >>> predict = guided(sd.unet, sd.schedule, cond, uncond, scale=5.0)
+        >>> with torch.inference_mode():
+        ...     prediction = predict(torch.randn(1, 4, 16, 16), 999)
+        >>> prediction.x0.shape
+        torch.Size([1, 4, 16, 16])
     """
     for condition in (cond, *([] if uncond is None else [uncond])):
         check_condition(condition)

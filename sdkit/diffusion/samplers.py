@@ -128,7 +128,40 @@ def ddim(
     eta: float = 0.0,
     clip_x0: float | None = None,
 ) -> Iterator[Step]:
-    """DDIM, with `eta` in [0, 1] times DDPM's noise. Ends at the schedule's `final_alpha_cumprod`."""
+    """Sample by DDIM (Song et al. 2021, https://arxiv.org/abs/2010.02502). The last step goes to the schedule's
+    `final_alpha_cumprod`.
+
+    Args:
+        predict: A predictor, as from `sdkit.guidance.guided`.
+        x_T: (B, C, h, w), standard normal noise.
+        schedule: The model's noise schedule.
+        timesteps: Pairs (t, t_prev), as from `schedule.timesteps(n)`.
+        generators: One for each image; None draws from torch's global generator. Only used where `eta` is above 0.
+        eta: Share of DDPM's noise, from 0 (deterministic) to 1.
+        clip_x0: Clamp each predicted x0 to [-clip_x0, clip_x0]; None does not.
+
+    Yields:
+        A `Step` after each step.
+
+    Raises:
+        ArgumentError: `eta` is out of range, or the number of generators is not B.
+
+    Example:
+        >>> import torch, sdkit
+        >>> from sdkit.guidance import Conditioning, guided
+        >>> from sdkit.samplers import ddim
+        >>> sd = sdkit.StableDiffusion.from_pretrained("emoji")
+        >>> cond, uncond = Conditioning(sd.text.encode(["a red apple", ""])).chunk(2)
+        >>> predict = guided(sd.unet, sd.schedule, cond, uncond, scale=3.0)
+        >>> with torch.inference_mode():
+        ...     for step in ddim(predict, torch.randn(1, 4, 16, 16), sd.schedule, sd.schedule.timesteps(4)):
+        ...         print(step.i, step.t)
+        0 999
+        1 749
+        2 499
+        3 249
+        >>> sd.vae.decode(step.x)[0].save("apple.png")
+    """
     eta = _checked_eta(eta)
     x = x_T
     for i, (t, t_prev) in enumerate(timesteps):

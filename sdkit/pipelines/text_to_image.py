@@ -44,10 +44,24 @@ LATENTS_AT_ONCE = 4 * 64 * 64
 
 
 class StableDiffusion:
-    """Stable Diffusion 1.x / 2.x: a VAE, a text encoder, a U-Net and the noise schedule that it was trained with.
+    """Stable Diffusion 1.x / 2.x: a VAE, a text encoder, a U-Net, and the noise schedule that it was trained with.
 
-    Attributes: these four, as `vae`, `text`, `unet`, `schedule`; `name`, the source; and
-        `guidance_scale`, at which it draws unless told otherwise: its model_index.json's `_guidance_scale`, or 7.5.
+    Call it to draw images of prompts. Load one with `from_pretrained`, or put one together from its four parts.
+
+    Example:
+        >>> import sdkit
+        >>> sd = sdkit.StableDiffusion.from_pretrained("emoji")
+        >>> images = sd(["a cat", "a rocket"], num_inference_steps=4, seed=1)
+        >>> sdkit.images.grid(images, captions=["a cat", "a rocket"]).save("drawn.png")
+
+    Attributes:
+        vae: The autoencoder.
+        text: The text encoder.
+        unet: The denoising U-Net.
+        schedule: The noise schedule.
+        name: The source that the model was loaded from, or "".
+        guidance_scale: Guidance scale of a call that gives none: `_guidance_scale` of the model's model_index.json,
+            or 7.5.
     """
 
     def __init__(
@@ -87,20 +101,23 @@ class StableDiffusion:
     ) -> StableDiffusion:
         """Load a whole model.
 
-        source: "emoji", the small model that comes with sdkit; a Hub repository
-            ("stable-diffusion-v1-5/stable-diffusion-v1-5"); a folder in diffusers layout; or one .safetensors / .ckpt
-            file in the original layout (CompVis, A1111, civitai), which needs no network.
-        dtype: "auto" (bfloat16 where the hardware multiplies it, else float32), "fp32", "bf16", "fp16".
-        device: "auto" (a GPU where there is one), "cpu", "cuda", "cuda:1" ...
-        revision, variant: of a Hub repository: branch, tag or commit; "fp16" for weights stored so.
-        config: a folder of configs, for a single file of another shape than SD 1.x and 2.x.
-        prediction_type: for a single file of SD 2.x that is not recognised: "epsilon" or "v_prediction".
-        vae: a VAE in place of the model's own, which may then have none: any source of this kind, or a VAE's own
-            folder, file, or Hub repository; `revision` and `variant` are the model's alone.
-        compile: run U-Net and VAE through torch.compile.
+        Args:
+            source: "emoji", the small model that comes with sdkit; a Hub repository
+                ("stable-diffusion-v1-5/stable-diffusion-v1-5"); a folder in diffusers layout; or one .safetensors or
+                .ckpt file in the original layout (CompVis, A1111, civitai), which needs no network.
+            dtype: "fp32", "bf16", "fp16", or "auto": bfloat16 where the hardware multiplies it, else float32.
+            device: "cpu", "cuda", "cuda:1", and so on, or "auto": a GPU where there is one.
+            revision: Branch, tag, or commit of a Hub repository.
+            variant: Variant of a repository's weight files, such as "fp16".
+            config: Folder of configs, for a single file of another architecture than SD 1.x and 2.x.
+            prediction_type: "epsilon" or "v_prediction", for a single file of SD 2.x that is not recognised.
+            vae: Source of a VAE that replaces the model's own. A VAE's own folder, file, or Hub repository serves too.
+                `revision` and `variant` do not apply to it.
+            compile: Run the U-Net and the VAE through torch.compile.
 
-        Raises SourceError, in one sentence, where the source is missing, unreadable, of another kind, or cannot be
-        downloaded.
+        Raises:
+            SourceError: The source is missing, unreadable, of another kind, or cannot be downloaded.
+            ArgumentError: An argument is out of range, or the parts do not belong to one model.
         """
         dtype, device = resolve_place(dtype, device)
         opened = Source.open(source, revision=revision, variant=variant, config=config, prediction_type=prediction_type)
@@ -124,15 +141,20 @@ class StableDiffusion:
         filename: str | None = None,
         revision: str | None = None,
     ) -> None:
-        """Add `scale` times a LoRA to the weights of the U-Net and of the text encoder.
+        """Merge a LoRA, times `scale`, into the weights of the U-Net and the text encoder.
 
-        source: a file, a folder or a Hub id, in the layout of diffusers or of kohya (A1111, civitai).
-        filename: of the file in a folder or Hub repository, where it is not pytorch_lora_weights.safetensors.
-        revision: a branch, tag or commit, for a Hub id.
+        Sampling is as fast as without a LoRA. Several LoRAs add up. Loading one again with -scale undoes it, up to
+        rounding. In half precision, updates smaller than the rounding of the weights are partly lost; load the model
+        with dtype "fp32" to keep them.
 
-        Sampling is as fast as without it. Several add up; the same one loaded with -scale undoes it, up to rounding. In
-        half precision, updates smaller than the weights' own rounding are partly lost; dtype "fp32" keeps them.
-        Raises SourceError, and changes nothing, where it cannot be read or was made for another model.
+        Args:
+            source: A file, a folder, or a Hub id, in the layout of diffusers or kohya (A1111, civitai).
+            scale: Factor of the LoRA's update.
+            filename: Name of the file in a folder or Hub repository; None is pytorch_lora_weights.safetensors.
+            revision: Branch, tag, or commit of a Hub repository.
+
+        Raises:
+            SourceError: The LoRA cannot be read, or was made for another model. The weights are unchanged.
         """
         scale = number("scale", scale)
         lora = read_lora(source, filename=filename, revision=revision)
