@@ -36,7 +36,7 @@ class SchedulerDefaults:
         set_alpha_to_one: See `NoiseSchedule`.
         beta_start: The first beta.
         beta_end: The last beta.
-        beta_schedule: How betas go from one to the other; see `_betas_from_config`.
+        beta_schedule: Name of the curve from one to the other, such as "linear".
     """
 
     timestep_spacing: str = "leading"
@@ -71,13 +71,13 @@ matching, EDM, score SDEs, IPNDM, CogVideoX, Würstchen, masks) have tables of t
 
 
 class Prediction(NamedTuple):
-    """What a model believes at (x_t, t), whatever it was trained to output. Each is shaped like x_t.
+    """A model's prediction at (x_t, t), independent of its parameterisation. Each tensor is shaped like x_t.
 
     Attributes:
         x0: The clean sample.
-        eps: The noise: x_t = sqrt(a) x0 + sqrt(1 - a) eps.
-        variance: Learned-range models only: where in [-1, 1] the log-variance lies between its two bounds
-            (Nichol & Dhariwal 2021, eq. 15).
+        eps: The noise, with x_t = sqrt(a) x0 + sqrt(1 - a) eps.
+        variance: Position of the log-variance between its two bounds, in [-1, 1], from a model of variance type
+            "learned_range" (Nichol & Dhariwal 2021, https://arxiv.org/abs/2102.09672, eq. 15); None from others.
     """
 
     x0: Tensor

@@ -1,7 +1,7 @@
-"""Text to image: the only place where the four parts meet.
+"""Text to image with `StableDiffusion`, over the four functions in `sdkit.pipelines.steps`.
 
-prompts -> TextEncoder -> cond, uncond; seeds -> x_T; `guided(unet, cond, uncond)` -> a predictor; a sampler's loop over
-it -> z; `VAE.decode` -> images.
+`embed` turns prompts into cond and uncond, and `start` seeds into x_T. `guided` makes a predictor of the U-Net and
+these conditions, `denoise` samples latents z with it, and `decode` turns z into images.
 """
 
 from __future__ import annotations
@@ -39,8 +39,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 LATENTS_AT_ONCE = 4 * 64 * 64
-"""Latent positions that are denoised together where no `batch_size` is given: four images of 512 x 512, sixty-four of
-128 x 128."""
+"""Latent positions that are denoised together by default: four images of 512 x 512, or 64 of 128 x 128."""
 
 
 class StableDiffusion:
@@ -296,18 +295,18 @@ class StableDiffusion:
     def _model(
         self, guidance_scale: float | None, negatives: list[str], guidance: dict[str, Any]
     ) -> tuple[Model, float]:
-        """The U-Net as guidance calls it, and the scale at which to guide it."""
+        """Return the U-Net as `guided` calls it, and the guidance scale."""
         scale = self.guidance_scale if guidance_scale is None else guidance_scale
-        # Inference mode for the U-Net alone: the tensors of a `Step` must be ordinary ones.
+        # Inference mode for the U-Net alone, so that a callback can use the tensors of a `Step` with autograd.
         unet: Any = torch.inference_mode()(self.unet)
         if not self.unet.guided:
             return unet, scale
         self._check_guided(negatives, guidance)
-        # The U-Net guides itself: one pass.
+        # A distilled U-Net guides itself in one pass. Scale 1 turns off the second pass.
         return partial(unet, guidance_scale=number("the guidance scale", scale, -1e6, 1e6)), 1.0
 
     def _check_embeddings(self, conditions: list[Conditioning], weighting: bool) -> None:
-        """Raise SdkitError, with the cause, where the text encoder gave numbers that are not finite."""
+        """Raise SdkitError, with the cause, if the text encoder gave numbers that are not finite."""
         if all(one.text is not None and bool(torch.isfinite(one.text).all()) for one in conditions):
             return
         if weighting and bool(torch.isfinite(self.text.encode("")).all()):
@@ -315,13 +314,13 @@ class StableDiffusion:
         raise SdkitError(f"the text encoder gave numbers that are not finite; {_remedy(self.text)}.")
 
     def _check_latents(self, z: Tensor) -> None:
-        """Raise SdkitError, with the cause, where the U-Net gave latents that are not finite."""
+        """Raise SdkitError, with the cause, if the U-Net gave latents that are not finite."""
         if not bool(torch.isfinite(z).all()):
             raise SdkitError(f"the U-Net gave numbers that are not finite; {_remedy(self.unet)}.")
 
     @staticmethod
     def _check_guided(negatives: list[str], guidance: dict[str, Any]) -> None:
-        """Refuse what a U-Net that takes the guidance scale as an input has no use for."""
+        """Raise ArgumentError for options of guidance, since a distilled U-Net only takes the scale, as an input."""
         used = {"negative_prompt": any(negatives), "guidance_interval": guidance["interval"] is not None,
                 "guidance_rescale": bool(guidance["phi"]), "apg": guidance["projected"] is not None}  # fmt: skip
         if option := next((option for option, given in used.items() if given), None):
@@ -331,13 +330,13 @@ class StableDiffusion:
             )
 
     def images_at_once(self, height: int, width: int) -> int:
-        """How many images of this size, in pixels, are denoised together where no `batch_size` is given."""
+        """Return the default `batch_size` for images of a height and width in pixels."""
         return max(1, LATENTS_AT_ONCE * self.vae.factor**2 // max(1, height * width))
 
     def _prompts(
         self, prompt: str | Sequence[str], negative_prompt: str | Sequence[str] | None, copies: int
     ) -> tuple[list[str], list[str]]:
-        """The prompt and the negative prompt of each image."""
+        """Return the prompt and the negative prompt of each image."""
         prompts = strings("prompt", prompt)
         negatives = strings("negative_prompt", "" if negative_prompt is None else negative_prompt)
         if not isinstance(negative_prompt, (list, tuple)):
@@ -350,7 +349,7 @@ class StableDiffusion:
         return [text for text in prompts for _ in range(copies)], [text for text in negatives for _ in range(copies)]
 
     def _size(self, height: int | None, width: int | None, latents: Tensor | None) -> tuple[int, int]:
-        """Height and width of the images in pixels."""
+        """Return the height and width of the images in pixels: as given, else those of `latents` or of the model."""
         factor, side = self.vae.factor, self.unet.sample_size
         if latents is not None:
             if not isinstance(latents, Tensor) or latents.ndim != 4:
@@ -361,7 +360,7 @@ class StableDiffusion:
         return height, check_side("width", side * factor if width is None else width, factor)
 
     def _latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        """(4, ceil(H / 8), ceil(W / 8)): the shape of one image's latents."""
+        """Return the shape of one image's latents, (4, ceil(H / 8), ceil(W / 8))."""
         return self.vae.channels, -(-height // self.vae.factor), -(-width // self.vae.factor)
 
     def _batches(
@@ -375,7 +374,7 @@ class StableDiffusion:
     ) -> Iterator[_Batch]:
         """Group images into batches.
 
-        Images whose prompts need different numbers of chunks never share a batch: the padding would change them.
+        Images in a batch have prompts with the same number of chunks, since padding a prompt changes its image.
         """
         lengths: dict[str, int] = {
             text: self.text.tokenize(text, weighting=weighting)[0].shape[1] for text in {*prompts, *negatives}
@@ -398,7 +397,7 @@ class StableDiffusion:
     def _embedded(
         self, batch: _Batch, clip_skip: int, weighting: bool, *, finite: bool
     ) -> tuple[Conditioning, Conditioning | None]:
-        """Embed a batch's prompts and negative prompts; with `finite`, raise SdkitError where that fails."""
+        """Embed a batch's prompts and negative prompts. With `finite`, raise SdkitError if they are not finite."""
         conditions = [
             # Moved to the U-Net's device once, not in every step.
             embed(self.text, texts, clip_skip=clip_skip, weighting=weighting, chunks=batch.chunks).to(self.unet.device)
@@ -428,7 +427,7 @@ class _Batch:
 
 
 def _remedy(part: UNet | TextEncoder) -> str:
-    """How to come by finite numbers from a network that gave others."""
+    """Return the end of a sentence that says how to get finite numbers from a network."""
     broken = next((name for name, weight in part.network.named_parameters() if not weight.isfinite().all()), None)
     if broken is not None:
         return f"its weight {clean(broken)} is not: load the model anew, from a file that is whole"
