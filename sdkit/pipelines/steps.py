@@ -1,4 +1,13 @@
-"""The four steps from a prompt to an image: `embed`, `start`, `denoise`, and `decode`. `StableDiffusion` calls them."""
+"""The four steps from a prompt to an image: `embed`, `start`, `denoise`, and `decode`.
+
+`StableDiffusion` calls them. Taken apart, with `guided` between them, they are:
+
+    cond, uncond = embed(sd.text, ["a red apple", ""]).chunk(2)
+    x_T = start([torch.Generator().manual_seed(0)], (4, 16, 16))
+    predict = guided(sd.unet, sd.schedule, cond, uncond, scale=1.5)
+    z = denoise(predict, x_T, sd.schedule, sd.schedule.timesteps(30))
+    images = decode(sd.vae, z, (128, 128))
+"""
 
 from __future__ import annotations
 
@@ -31,17 +40,17 @@ def embed(
     weighting: bool = False,
     chunks: int | None = None,
 ) -> Conditioning:
-    """Encode one prompt for each of B images. Each different prompt is encoded once.
+    """Encode the prompts of B images. A prompt that occurs several times is encoded once.
 
     Args:
         text: The text encoder.
         prompts: B prompts.
-        clip_skip: See `TextEncoder.encode`, as for `weighting` and `chunks`.
-        weighting: Whether to read (word:1.3) as A1111 does.
-        chunks: Number of chunks of tokens to pad to; None is that of the longest prompt.
+        clip_skip: Number of the encoder's last layers to skip; see `TextEncoder.encode`.
+        weighting: Whether to read `(word:1.3)` as A1111 does; see `TextEncoder.encode`.
+        chunks: Number k of chunks of tokens to pad to; None is that of the longest prompt.
 
     Returns:
-        A condition whose text is (B, 77k, D).
+        A condition with text embeddings (B, 77k, D).
     """
     distinct = list(dict.fromkeys(prompts))
     embeddings = text.encode(distinct, clip_skip=clip_skip, weighting=weighting, chunks=chunks)
@@ -52,18 +61,18 @@ def start(generators: Generators, shape: tuple[int, int, int], latents: Tensor |
     """Draw the noise x_T that sampling starts from.
 
     Args:
-        generators: One for each of N images, from which that image's noise comes.
-        shape: (C, h, w) of one image's latents.
-        latents: (N, C, h, w) standard normal noise to use in place of the generators'.
+        generators: One CPU generator for each of N images.
+        shape: (C, h, w), the shape of one image's latents.
+        latents: (N, C, h, w) standard normal noise to start from, in place of new noise.
 
     Returns:
         x_T (N, C, h, w), float32 on the CPU.
 
     Raises:
-        ArgumentError: `latents` are of another shape, or not finite.
+        ArgumentError: `latents` have another shape, or are not finite.
     """
-    # Draw even where `latents` are given: a sampler's own noise comes next from the same generators, and would
-    # otherwise equal `latents` that were drawn from the same seeds.
+    # Draw even if `latents` are given. The steps' noise comes from the same generators; without this draw it would
+    # begin with the very numbers of `latents` that were drawn from the same seeds.
     drawn = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
     if latents is None:
         return drawn
@@ -93,8 +102,8 @@ def denoise(
         x_T: (B, C, h, w) noise, on the predictor's device.
         schedule: The model's noise schedule.
         timesteps: Pairs (t, t_prev), as from `schedule.timesteps(n)`.
-        sampler: One of `sdkit.samplers`, such as `ddim` or `dpmpp_2m`; `sampler_by_name` finds one by its name.
-        generators: One for each image, for the noise of the steps; None is torch's global generator.
+        sampler: A loop of `sdkit.samplers`, such as `ddim` or `dpmpp_2m`; `sampler_by_name` finds one by its name.
+        generators: One for each image, for the noise of the steps; None draws from torch's global generator.
         callback: Called with each `Step`.
 
     Returns:
@@ -134,7 +143,7 @@ def decode(
         z: (N, C, h, w) scaled latents.
         size: Height and width in pixels.
         output_type: "pil", "np", or "pt"; see `VAE.decode`.
-        batch_size: Images decoded together; None fits it to their size.
+        batch_size: Number of images decoded together; None fits it to their size.
 
     Returns:
         A list of N PIL images; uint8 (N, H, W, 3) for "np"; or float32 (N, 3, H, W) in [-1, 1] for "pt".
@@ -146,5 +155,5 @@ def decode(
 
 
 def check_side(name: str, pixels: int, smallest: int = 8) -> int:
-    """Return the height or width of an image in pixels. Raise ArgumentError where no model draws images of it."""
+    """Return the height or width of an image in pixels. Raise ArgumentError for sides that no model can draw."""
     return whole_number(name, pixels, smallest, LONGEST_SIDE)

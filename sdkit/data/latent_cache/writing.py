@@ -91,6 +91,12 @@ def cache(
     vae:           a VAE in place of the model's own; see `StableDiffusion.from_pretrained`.
 
     Raises `CacheError` where `out` holds something else, `DataError` where no image can be used.
+
+    Example:
+        >>> from sdkit import data
+        >>> folder = data.cache("emoji", "photos", "cache", size=64, default_caption="a photo")
+        >>> len(data.LatentCache(folder))
+        3
     """
     whole_number("augmentations", augmentations, 1)
     whole_number("seed", seed, 0, 2**63 - 1)
