@@ -128,7 +128,7 @@ def test_file_over_the_size_limit(tmp_path: Path) -> None:
     ("option", "reason"), [("size=64k", "no space left on device"), ("ro", "read-only file system")]
 )
 def test_full_and_read_only_disks(tmp_path: Path, option: str, reason: str) -> None:
-    # The mount is seen by this one process only, and goes with it.
+    # Only this process sees the mount, which disappears with it.
     mount = ("unshare", "-rm", "sh", "-c", f'mount -t tmpfs -o {option} tmpfs "{tmp_path}" && exec "$@"', "sh")
     if not shutil.which("unshare") or subprocess.run([*mount, "true"], capture_output=True, check=False).returncode:
         pytest.skip("this machine lets tests mount nothing")
@@ -152,7 +152,7 @@ def test_what_a_killed_process_left_is_removed_by_the_next_that_writes_there(tmp
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as living:
         assert living.stdout is not None
         name = living.stdout.readline().strip()
-        # Not ours: no name that we write. Ours, of another computer: may still be written to, until it is a day old.
+        # Names that sdkit does not write stay. Files of another host stay until they are a day old: it may be writing.
         for other in (
             ".sdkit-mine",
             ".sdkit-00000000-1-0123456789abcdef.png",
@@ -253,7 +253,7 @@ def test_two_processes_never_mix(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("links", [True, False])
 def test_a_name_is_claimed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool) -> None:
-    """Of many threads that want it one gets it, on file systems with and without hard links."""
+    """Of many threads that write a name, one succeeds, on file systems with and without hard links."""
 
     def refuse(*_: object) -> None:
         raise PermissionError(1, "Operation not permitted")  # as on FAT
@@ -404,7 +404,7 @@ def test_find_keeps_what_cannot_be_read_for_the_reader_to_report(folder: Path) -
 
 @posix
 def test_find_tells_of_folders_that_it_may_not_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In a folder that any user may enter: as root, who may read everything, another user is played."""
+    """Tests may run as root, who may read everything, so the test acts as another user in a folder open to all."""
     folder.chmod(0o755)
     monkeypatch.chdir(folder)
     Path("closed").mkdir()

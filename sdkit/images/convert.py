@@ -75,7 +75,7 @@ LARGEST_PROFILE = 4 * 2**20
 SAME = 2
 """Levels, of 255, by which a profile that stands for sRGB may differ from it."""
 TOLERANCE = 1e-2
-"""How far a tensor may exceed [-1, 1], by rounding in half precision or by resampling."""
+"""Largest excess over [-1, 1] that a tensor may have, from rounding in half precision or resampling."""
 
 
 def read(path: str | Path | BinaryIO, background: str = "white") -> Image.Image:

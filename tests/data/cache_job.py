@@ -1,4 +1,4 @@
-"""What subprocesses of the tests run: `python cache_job.py DATA OUT [KEY=JSON ...]`."""
+"""Program that makes a cache, for tests that need subprocesses: `python cache_job.py DATA OUT [KEY=JSON ...]`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reading a latent cache: memory-mapped, checked against what a run needs, damage found."""
+"""Reading a latent cache: memory mapping, comparison with a run's settings, and damage."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ class TestDamage:
 
     @pytest.mark.parametrize("field", ["scale", "shift", "vae", "data", "dtype"])
     def test_a_manifest_has_a_checksum_of_itself(self, copy: Path, field: str) -> None:
-        """Whatever its content, one changed letter is found."""
+        """One changed letter is found, even in a value that could be right."""
         path = copy / "manifest.json"
         text = path.read_text()
         at = text.index(f'"{field}": ') + len(f'"{field}": ') + 1
@@ -180,7 +180,7 @@ class TestDamage:
         ],
     )
     def test_numbers_that_cannot_be(self, copy: Path, name: str, change: Any, fragment: str) -> None:
-        """With a manifest that vouches for them, as one made over damaged files would: found by what they are."""
+        """Impossible numbers are found even if the manifest holds the damaged file's checksum."""
         LatentCache(copy)[2]
         path = copy / "shard-00000.safetensors"
         with safe_open(path, "pt") as file:
@@ -194,12 +194,12 @@ class TestDamage:
         replace(manifest, shards=(first, *manifest.shards[1:])).write(copy)
         made = LatentCache(copy)
         made.verify()
-        made[2]  # of the other shard
+        made[2]  # this item lies in the undamaged shard
         with pytest.raises(sdkit.CacheError, match=rf"shard-00000.safetensors .*{fragment}.*; delete it, then run"):
             made[0]
 
     def test_shards_of_another_cache(self, folder: Path, copy: Path, tmp_path: Path) -> None:
-        """Swapped, with a manifest that vouches for them."""
+        """The shards are swapped, and the manifest holds the other cache's checksums."""
         manifest = Manifest.read(copy)
         shards = tuple(replace(shard, items=2) for shard in manifest.shards)
         replace(manifest, shards=shards, images=4, examples=4, items=4).write(copy)
@@ -276,8 +276,8 @@ print(mebibytes("RssAnon") - held)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
 def test_a_large_cache_is_not_brought_into_memory(folder: Path, tmp_path: Path) -> None:
-    """128 MiB in two shards: a few items leave most of it where it is. All items pass through mapped pages, which the
-    system takes back when it needs them; memory of the process's own does not grow."""
+    """Of 128 MiB in two shards, a few items load only a little. All items load mapped pages, which the system can
+    reclaim; the process's own memory does not grow."""
     settings = replace(LatentCache(folder).manifest.settings, size=(512, 512), embeddings=False, shard_size=1024)
     shards = tuple(fabricated(tmp_path / f"shard-{i}.safetensors", 1024, settings) for i in range(2))
     shutil.copy(folder / "empty-prompt.safetensors", tmp_path)
@@ -291,7 +291,7 @@ def test_a_large_cache_is_not_brought_into_memory(folder: Path, tmp_path: Path) 
 
 
 def fabricated(path: Path, n: int, settings: Settings) -> Shard:
-    """A shard of n images of 512 x 512 pixels."""
+    """Return the tensors of a shard of n images of 512 x 512 pixels."""
     moments = torch.zeros(n, 1, 4, 64, 64, dtype=torch.float16)
     ends = torch.arange(1, n + 1)
     tensors = {"mean": moments, "logvar": moments.clone()}

@@ -22,7 +22,7 @@ from sdkit.errors import LatentError, SdkitError
 
 
 def make(**changes: Any) -> Latent:
-    """The latents of a picture of 20 x 33 pixels."""
+    """Make latents of a picture of 20 x 33 pixels."""
     values: dict[str, Any] = {
         "z": torch.randn(4, 3, 5, generator=torch.Generator().manual_seed(0)),
         "height": 20,
@@ -117,7 +117,7 @@ def test_loaded_latent_outlives_its_file(tmp_path: Path) -> None:
     latent_file.save(make(), path)
     latent = latent_file.load(path)
     with path.open("r+b") as file:
-        file.write(bytes(path.stat().st_size))  # in place, as no rename does
+        file.write(bytes(path.stat().st_size))  # in place, so that a mapped file would change too
     assert_equal(latent, make())
 
 
@@ -266,7 +266,7 @@ def test_check_vae() -> None:
 
 
 def test_a_latent_that_contradicts_the_vae_that_it_names() -> None:
-    """The identity covers scale and shift, so that a latent with another scale was changed since."""
+    """The fingerprint covers scale and shift, so a latent file with another scale is damaged."""
     identity = "ab" * 32
     latent_file.check_vae(make(shift=0.1), identity, scale=0.18215, shift=0.1)
     for wanted, sentence in (
@@ -282,7 +282,7 @@ def test_a_latent_that_contradicts_the_vae_that_it_names() -> None:
 
 
 def test_the_same_latent_has_the_same_bytes(tmp_path: Path) -> None:
-    """safetensors alone would write twelve metadata in another order each time."""
+    """The safetensors library alone would write the twelve metadata keys in another order each time."""
     for i in range(8):
         latent_file.save(make(source="naïve 猫.jpg"), tmp_path / f"{i}.safetensors")
     assert len({path.read_bytes() for path in tmp_path.iterdir()}) == 1

@@ -1,4 +1,4 @@
-"""The transform against Pillow and NumPy, and its randomness."""
+"""The transform compared with Pillow and NumPy, and its randomness."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class TestGeometry:
         ("size", "resized"), [((96, 96), (144, 96)), ((100, 200), (200, 133)), ((480, 64), (722, 480))]
     )
     def test_centre(self, chelsea: Image.Image, size: tuple[int, int], resized: tuple[int, int]) -> None:
-        """451 x 300, resized by max(h / 300, w / 451), then the middle of it."""
+        """A 451 x 300 image is resized by max(h / 300, w / 451), and its middle is cut out."""
         whole = np.asarray(chelsea.resize(resized, Image.Resampling.LANCZOS))
         top, left = (resized[1] - size[0]) // 2, (resized[0] - size[1]) // 2
         x = Transform(size=size)(chelsea, draw(0, 0, 0))
@@ -82,7 +82,7 @@ class TestChance:
         assert abs(mirrored - 200) < 4 * 10  # 4 standard deviations
 
     def test_flipping_leaves_the_crop_where_it_is(self, chelsea: Image.Image) -> None:
-        """So that runs with and without flips are comparable."""
+        """Runs with and without flips stay comparable."""
         for i in range(10):
             x = Transform(size=(64, 64), crop="random")(chelsea, draw(0, i, 0))
             y = Transform(size=(64, 64), crop="random", flip=True)(chelsea, draw(0, i, 0))

@@ -17,7 +17,7 @@ RNG = np.random.default_rng(0)
 
 
 def reference_ssim(a: np.ndarray, b: np.ndarray) -> float:
-    """Of (H, W, 3) in [0, 255]."""
+    """scikit-image's SSIM of two images (H, W, 3) in [0, 255]."""
     return structural_similarity(
         a, b, channel_axis=-1, data_range=255, gaussian_weights=True, sigma=1.5, use_sample_covariance=False
     )
@@ -28,7 +28,7 @@ def noisy(image: np.ndarray, sigma: float) -> np.ndarray:
 
 
 def tensor(image: np.ndarray) -> torch.Tensor:
-    """(..., H, W, 3) in [0, 255] -> (..., 3, H, W) in [-1, 1], float64."""
+    """Convert (..., H, W, 3) in [0, 255] to (..., 3, H, W) in [-1, 1], float64."""
     return torch.from_numpy(np.moveaxis(image.astype(np.float64), -1, -3)) / 127.5 - 1
 
 
@@ -73,7 +73,7 @@ def test_floats_outside_of_the_range_are_not_clamped() -> None:
 
 
 def test_psnr_in_closed_form() -> None:
-    # One level off everywhere: MSE is 1. In floats, an error of d everywhere: MSE is d^2 and the peak is 2.
+    # If every level is off by one, MSE is 1. If every float is off by d, MSE is d^2, and the peak is 2.
     assert psnr(FLAT, FLAT - 1).item() == pytest.approx(20 * math.log10(255), abs=1e-12)
     assert psnr(torch.zeros(3, 4, 4), torch.full((3, 4, 4), 0.25)).item() == pytest.approx(
         20 * math.log10(2 / 0.25), abs=1e-12

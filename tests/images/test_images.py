@@ -41,7 +41,7 @@ SMALL = RNG.integers(0, 256, (5, 7, 3), dtype=np.uint8)  # (H, W, 3)
 
 
 def tensor(array: Any) -> torch.Tensor:
-    """(H, W, 3) uint8 -> (3, H, W), written another way than in the package."""
+    """Convert uint8 (H, W, 3) to a float tensor (3, H, W) in another way than the package."""
     return torch.tensor((np.asarray(array, dtype=np.float64) / 127.5 - 1).transpose(2, 0, 1), dtype=torch.float32)
 
 
@@ -124,7 +124,7 @@ def test_transparency_is_laid_over_the_background(background: str, color: tuple[
 
 
 def test_palette_and_key_colour_transparency(tmp_path: Path) -> None:
-    # One entry of the palette is transparent, by a table of alphas or by its number; in RGB, one colour is.
+    # A palette image marks transparency by a table of alphas or by an entry's number; an RGB image, by a colour.
     indices = Image.fromarray(np.array([[0, 1, 2]], dtype=np.uint8)).convert("P")
     indices.putpalette([10, 10, 10, 20, 20, 20, 30, 30, 30])
     for transparency in (bytes([255, 0, 255]), 1):
@@ -149,7 +149,7 @@ def test_background_must_be_a_colour(tmp_path: Path) -> None:
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp", ".tif"])
 def test_exif_orientation(tmp_path: Path, orientation: int, suffix: str) -> None:
-    # Rotations (3, 6, 8) and mirror images, said without Pillow's constants.
+    # Rotations (3, 6, 8) and mirror images, written without Pillow's constants.
     shown = {
         1: lambda a: a,
         2: lambda a: a[:, ::-1],
@@ -169,7 +169,7 @@ def test_exif_orientation(tmp_path: Path, orientation: int, suffix: str) -> None
     assert image.mode == "RGB"
     difference = np.asarray(image).astype(int) - shown(stored)
     assert abs(difference).max() <= (8 if suffix == ".jpg" else 0)
-    assert np.array_equal(ImageOps.exif_transpose(image), image)  # it is not turned twice
+    assert np.array_equal(ImageOps.exif_transpose(image), image)  # it is not rotated twice
 
 
 @pytest.mark.parametrize(
@@ -229,11 +229,11 @@ def test_corrupted_files_are_read_or_refused(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "broken"
     for _ in range(150):
         bytes_ = np.frombuffer(whole, np.uint8).copy()
-        hits = RNG.integers(0, min(len(whole), 300), 4)  # headers are where damage surprises
+        hits = RNG.integers(0, min(len(whole), 300), 4)  # damaged headers cause the most unusual errors
         bytes_[hits] = RNG.integers(0, 256, 4)
         path.write_bytes(bytes_.tobytes())
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's own about odd metadata
+            warnings.simplefilter("ignore")  # Pillow warns of odd metadata
             try:
                 assert images.read(path).mode == "RGB"
             except ImageError as error:
@@ -309,7 +309,7 @@ def test_several_pictures_of_a_camera_are_one_image(tmp_path: Path) -> None:
 
 
 def png_of(bits: int, kind: int, row: bytes, width: int, key: bytes = b"") -> io.BytesIO:
-    """A PNG of one row in any depth and colour type, with a tRNS chunk where `key` is given; Pillow writes few."""
+    """Encode a PNG of one row in any depth and colour type, with a tRNS chunk if `key` is given; Pillow cannot."""
 
     def chunk(name: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
@@ -342,7 +342,7 @@ def test_the_transparent_colour_is_white_in_every_depth(file: io.BytesIO, expect
 
 @pytest.mark.parametrize("mode", ["F", "I", "I;16"])
 def test_grey_is_scaled_block_by_block_as_at_once(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(convert, "BLOCK", 100)  # of 40 columns: two rows at a time
+    monkeypatch.setattr(convert, "BLOCK", 100)  # with 40 columns, blocks of two rows
     dtype = {"F": np.float32, "I": np.int32, "I;16": np.uint16}[mode]
     levels = (RNG.random((7, 40)) * (200 if mode == "F" else 65535)).astype(dtype)
     peak = 255 if mode == "F" else 65535
@@ -352,7 +352,7 @@ def test_grey_is_scaled_block_by_block_as_at_once(mode: str, monkeypatch: pytest
 
 @pytest.mark.skipif(sys.platform != "linux", reason="measures memory as Linux counts it")
 def test_a_float_image_takes_no_gigabytes(tmp_path: Path) -> None:
-    """Just below Pillow's limit of pixels. A copy in float64 alone would take 1.1 GB."""
+    """The image is just below Pillow's limit of pixels. A copy in float64 alone would take 1.1 GB."""
     code = (
         "import resource, sys, PIL.Image; from sdkit import images\n"
         "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
@@ -369,12 +369,14 @@ def test_a_float_image_takes_no_gigabytes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("primaries", "gamma"), [(P3, None), (ADOBE, 563 / 256)], ids=["Display P3", "Adobe RGB"])
 @pytest.mark.parametrize("suffix", [".png", ".tif", ".webp"])
 def test_other_colour_spaces_become_srgb(tmp_path: Path, primaries: Any, gamma: float | None, suffix: str) -> None:
-    """Against the closed form: curve, matrix of the primaries, curve."""
+    """Compared with the closed form: tone curve, matrix of the primaries, tone curve."""
     levels = np.concatenate([RNG.integers(0, 256, (1, 500, 3), dtype=np.uint8), np.uint8([[(200, 60, 60)]])], axis=1)
     options: dict[str, Any] = {"lossless": True} if suffix == ".webp" else {}
     Image.fromarray(levels).save(tmp_path / f"a{suffix}", icc_profile=matrix_profile(primaries, gamma), **options)
     converted = images.read(tmp_path / f"a{suffix}")
-    assert np.abs(np.asarray(converted) - expected_srgb(levels, primaries, gamma)).max() <= 1.5  # one, and rounding
+    assert (
+        np.abs(np.asarray(converted) - expected_srgb(levels, primaries, gamma)).max() <= 1.5
+    )  # one level, and rounding
     if primaries is P3:
         assert converted.getpixel((500, 0)) == (217, 42, 52)
     assert converted.info == {}
@@ -403,12 +405,14 @@ def test_grey_with_a_gamma_of_its_own(tmp_path: Path, mode: str) -> None:
     stored.save(tmp_path / "a.png", icc_profile=profile)
     expected = srgb_levels((levels / 255) ** (round(1.8 * 256) / 256))
     converted = np.asarray(images.read(tmp_path / "a.png"))
-    assert np.abs(converted - expected[..., None])[:, 8:].max() <= 1.5  # a steep start: Pillow converts in 8 bits
+    assert (
+        np.abs(converted - expected[..., None])[:, 8:].max() <= 1.5
+    )  # the darkest levels are left out: the curve is steep there, and Pillow has 8 bits
     assert np.ptp(converted, axis=2).max() == 0
 
 
 def test_inks_of_a_printer(tmp_path: Path) -> None:
-    """A profile whose table holds the Lab value of each corner of CMYK, and so an exact one for them."""
+    """Make a CMYK profile with a table of the Lab value of each corner, so that the corners convert exactly."""
     corners = np.stack(np.meshgrid(*[[0, 1]] * 4, indexing="ij"), axis=-1).reshape(-1, 4)  # (16, CMYK)
     lab = np.stack(
         [100 - 30 * corners[:, :3].sum(1), 40 * corners[:, 1] - 20 * corners[:, 0], 40 * corners[:, 2] - 10], 1
@@ -580,7 +584,7 @@ def test_all_levels_come_back_also_from_half_precision(dtype: torch.dtype) -> No
 
 
 def test_arithmetic_in_bfloat16_would_not() -> None:
-    # Why `to_uint8` computes in float32; where this fails, its docstring is out of date.
+    # This is why `to_uint8` computes in float32; if it fails, the docstring there is out of date.
     levels = torch.arange(256)
     x = (levels / 127.5 - 1).to(torch.bfloat16)
     assert not torch.equal(((x + 1) * 127.5).round().long(), levels)
@@ -627,7 +631,7 @@ def test_png_carries_text(tmp_path: Path) -> None:
     assert all(type(value) is str for value in images.read_text(path).values())
     assert np.array_equal(images.read(path), SMALL)
     data = path.read_bytes()
-    assert data.count(b"iTXt") == 1  # only where Latin-1 does not do
+    assert data.count(b"iTXt") == 1  # only the text that Latin-1 cannot hold
     assert data.count(b"tEXt") == 3
 
 
@@ -735,8 +739,8 @@ def test_labels_are_drawn_outside_of_the_pictures(background: str, where: str, l
     for edge in (ink[0], ink[-1], ink[:, 0], ink[:, -1]):
         assert not edge.any()  # no label is cut off by the edge
     if where != "row_labels":
-        assert not ink[:, 68:72].any()  # nor runs into the next column's
-    assert max(sheet.shape) < 400  # a long label does not blow the sheet up
+        assert not ink[:, 68:72].any()  # no label reaches the next column's
+    assert max(sheet.shape) < 400  # a long label does not enlarge the sheet
 
 
 def test_labels_of_tiny_pictures() -> None:
