@@ -128,7 +128,7 @@ def test_file_over_the_size_limit(tmp_path: Path) -> None:
     ("option", "reason"), [("size=64k", "no space left on device"), ("ro", "read-only file system")]
 )
 def test_full_and_read_only_disks(tmp_path: Path, option: str, reason: str) -> None:
-    # Only this process sees the mount, which disappears with it.
+    # The mount is visible in this process only, and disappears with it.
     mount = ("unshare", "-rm", "sh", "-c", f'mount -t tmpfs -o {option} tmpfs "{tmp_path}" && exec "$@"', "sh")
     if not shutil.which("unshare") or subprocess.run([*mount, "true"], capture_output=True, check=False).returncode:
         pytest.skip("this machine lets tests mount nothing")
@@ -152,14 +152,15 @@ def test_what_a_killed_process_left_is_removed_by_the_next_that_writes_there(tmp
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as living:
         assert living.stdout is not None
         name = living.stdout.readline().strip()
-        # Names that sdkit does not write stay. Files of another host stay until they are a day old: it may be writing.
+        # Names that sdkit does not write are kept. Temporary files of another computer may still be in use until they
+        # are a day old.
         for other in (
             ".sdkit-mine",
             ".sdkit-00000000-1-0123456789abcdef.png",
             ".sdkit-00000000-1-fedcba9876543210.png",
         ):
             (tmp_path / other).write_text("x")
-        (tmp_path / ".sdkit-0123456789abcdef").mkdir()  # as older versions wrote them
+        (tmp_path / ".sdkit-0123456789abcdef").mkdir()  # the format of older versions
         for old in (".sdkit-mine", ".sdkit-00000000-1-fedcba9876543210.png", ".sdkit-0123456789abcdef"):
             os.utime(tmp_path / old, (0, 0))
         with atomic_write(tmp_path / "next") as temporary:
@@ -253,7 +254,7 @@ def test_two_processes_never_mix(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("links", [True, False])
 def test_a_name_is_claimed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool) -> None:
-    """Of many threads that write a name, one succeeds, on file systems with and without hard links."""
+    """Of several threads that want a name, exactly one must get it, on file systems with and without hard links."""
 
     def refuse(*_: object) -> None:
         raise PermissionError(1, "Operation not permitted")  # as on FAT
@@ -404,7 +405,7 @@ def test_find_keeps_what_cannot_be_read_for_the_reader_to_report(folder: Path) -
 
 @posix
 def test_find_tells_of_folders_that_it_may_not_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tests may run as root, who may read everything, so the test acts as another user in a folder open to all."""
+    """Another user is simulated if the tests run as root, who may read everything."""
     folder.chmod(0o755)
     monkeypatch.chdir(folder)
     Path("closed").mkdir()

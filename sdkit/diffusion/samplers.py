@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from functools import partial
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -24,6 +25,8 @@ from sdkit.errors import ArgumentError
 
 Timesteps = Sequence[tuple[int, int]]
 Generators = Sequence[torch.Generator]
+Sampler: TypeAlias = "Callable[..., Iterator[Step]]"
+"""A sampling loop, such as `ddim`."""
 
 
 class Step(NamedTuple):
@@ -126,7 +129,7 @@ def ddim(
     clip_x0: float | None = None,
 ) -> Iterator[Step]:
     """DDIM, with `eta` in [0, 1] times DDPM's noise. Ends at the schedule's `final_alpha_cumprod`."""
-    eta = number("eta", eta, 0, 1)
+    eta = _checked_eta(eta)
     x = x_T
     for i, (t, t_prev) in enumerate(timesteps):
         alpha, alpha_prev = schedule.alpha_cumprod(t), schedule.alpha_cumprod(t_prev)
@@ -178,7 +181,30 @@ def dpmpp_2m(
         yield Step(i, t, x, x0)
 
 
-SAMPLERS: dict[str, Callable[..., Iterator[Step]]] = {"ddim": ddim, "ddpm": ddpm, "dpm++2m": dpmpp_2m}
+SAMPLERS: dict[str, Sampler] = {"ddim": ddim, "ddpm": ddpm, "dpm++2m": dpmpp_2m}
+
+
+def sampler_by_name(name: str, *, eta: float = 0.0) -> Sampler:
+    """Return the sampler of a name, with `eta` bound.
+
+    Args:
+        name: "ddim", "ddpm", or "dpm++2m".
+        eta: For DDIM alone, its share of DDPM's noise, in [0, 1].
+
+    Raises:
+        ArgumentError: The name is unknown, or the sampler takes no `eta`.
+    """
+    one_of("sampler", name, SAMPLERS)
+    eta = _checked_eta(eta)
+    if name == "ddim":
+        return partial(ddim, eta=eta)
+    if eta:
+        raise ArgumentError(f"eta belongs to sampler 'ddim'; '{name}' has none.")
+    return SAMPLERS[name]
+
+
+def _checked_eta(eta: float) -> float:
+    return number("eta", eta, 0, 1)
 
 
 def clip(prediction: Prediction, x_t: Tensor, alpha: float, bound: float | None) -> Prediction:

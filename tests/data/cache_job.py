@@ -1,4 +1,4 @@
-"""Program that makes a cache, for tests that need subprocesses: `python cache_job.py DATA OUT [KEY=JSON ...]`."""
+"""Makes a cache in a subprocess of the tests: `python cache_job.py DATA OUT [KEY=JSON ...]`."""
 
 from __future__ import annotations
 

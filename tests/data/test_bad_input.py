@@ -1,4 +1,4 @@
-"""Mistakes of users with data and caches: each raises one sentence that says what is wrong and what to do."""
+"""Users' mistakes with data and caches. Each is reported in one sentence that says what is wrong and what to do."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def png() -> bytes:
 
 
 def photos(folder: Path, n: int = 2, **files: str | bytes) -> Path:
-    """Write `n` images and other files to a folder; __ in a name stands for a dot."""
+    """Make a folder of `n` images and other files; __ in a name stands for a dot."""
     folder.mkdir(parents=True, exist_ok=True)
     for i in range(n):
         (folder / f"{i}.png").write_bytes(png())
@@ -158,7 +158,7 @@ def test_arguments_of_a_cache(
 
 @pytest.fixture(scope="module")
 def once(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache, and the images that it was made from."""
+    """Make images and a cache of them."""
     folder = tmp_path_factory.mktemp("made")
     photos(folder / "data")
     make_cache(folder)

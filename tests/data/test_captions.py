@@ -1,4 +1,4 @@
-"""Captions: where they are found, in which order, and the messages about those that are not."""
+"""Captions: the places where they are looked for, their order, and warnings about missing ones."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ DATA = sdkit.errors.DataError
 
 
 def folder_of(folder: Path, files: dict[str, Any]) -> Path:
-    """Write these files to a folder: None makes an image, else the content is text or bytes."""
+    """Write a folder of files. None as content makes an image."""
     for name, content in files.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -38,7 +38,7 @@ def folder_of(folder: Path, files: dict[str, Any]) -> Path:
     return folder
 
 
-def captions_by_name(data: Path, **options: Any) -> dict[str, str]:
+def told(data: Path, **options: Any) -> dict[str, str]:
     return {example.name: example.caption for example in open_examples(data, **options)}
 
 
@@ -53,7 +53,7 @@ def parquet(**columns: list[Any]) -> bytes:
     return data
 
 
-# Each is preferred to those below it.
+# Places of captions, the first with the highest priority.
 PLACES: list[tuple[str, str | bytes]] = [
     ("metadata.jsonl", rows({"file_name": "a.png", "text": "metadata.jsonl"})),
     ("a.txt", "a.txt"),
@@ -70,9 +70,9 @@ PLACES: list[tuple[str, str | bytes]] = [
 def test_the_order_of_places(tmp_path: Path, first: int) -> None:
     name, content = PLACES[first]
     folder_of(tmp_path, {"a.png": None, name: content})
-    assert captions_by_name(tmp_path) == {"a.png": name}
+    assert told(tmp_path) == {"a.png": name}
     folder_of(tmp_path, dict(PLACES[first:]))
-    assert captions_by_name(tmp_path) == {"a.png": name}
+    assert told(tmp_path) == {"a.png": name}
 
 
 @pytest.mark.parametrize("name", ["metadata.csv", "metadata.parquet"])
@@ -81,8 +81,8 @@ def test_other_files_of_metadata(tmp_path: Path, name: str) -> None:
     columns = {"file_name": ["a.png", "sub/b.png"], "text": ['a dog, "Zork"', None], "id": [1, 2]}
     content = csv if name.endswith("csv") else parquet(**columns)
     folder_of(tmp_path, {"a.png": None, "sub/b.png": None, "sub/b.txt": "a cat", name: content})
-    assert captions_by_name(tmp_path) == {"a.png": 'a dog, "Zork"', "sub/b.png": "a cat"}
-    assert captions_by_name(tmp_path, caption_column="id") == {"a.png": "1", "sub/b.png": "2"}
+    assert told(tmp_path) == {"a.png": 'a dog, "Zork"', "sub/b.png": "a cat"}
+    assert told(tmp_path, caption_column="id") == {"a.png": "1", "sub/b.png": "2"}
 
 
 def test_of_two_files_of_metadata_one_is_named(tmp_path: Path) -> None:
@@ -91,13 +91,13 @@ def test_of_two_files_of_metadata_one_is_named(tmp_path: Path) -> None:
         tmp_path, {"a.png": None, "metadata.csv": csv, "metadata.jsonl": rows({"file_name": "a.png", "text": "b"})}
     )
     with pytest.warns(UserWarning, match=r"metadata\.csv is passed over, for there is a metadata\.jsonl beside it"):
-        assert captions_by_name(tmp_path) == {"a.png": "b"}
+        assert told(tmp_path) == {"a.png": "b"}
 
 
 def test_of_two_caption_files_one_is_named(tmp_path: Path) -> None:
     folder_of(tmp_path, {"a.png": None, "a.txt": "a dog", "a.caption": "tags", "a.json": '{"width": 3}'})
     with pytest.warns(UserWarning, match=r"a\.caption is passed over, since the image has another caption file"):
-        assert captions_by_name(tmp_path) == {"a.png": "a dog"}
+        assert told(tmp_path) == {"a.png": "a dog"}
 
 
 def test_a_key_that_is_the_only_text_is_taken_and_told(tmp_path: Path) -> None:
@@ -105,13 +105,13 @@ def test_a_key_that_is_the_only_text_is_taken_and_told(tmp_path: Path) -> None:
     with pytest.warns(
         UserWarning, match=r"the captions are taken from 'description', the only text in .*metadata\.jsonl"
     ):
-        assert captions_by_name(tmp_path) == {"a.png": "a dog"}
+        assert told(tmp_path) == {"a.png": "a dog"}
     folder_of(tmp_path, {"metadata.jsonl": rows({"file_name": "a.png", "title": "a", "artist": "b"})})
     with pytest.warns(
         UserWarning, match=r"none of the keys in .* \('artist', 'title'\) is taken for a caption; name one"
     ):
-        assert captions_by_name(tmp_path) == {"a.png": ""}
-    assert captions_by_name(tmp_path, caption_column="title") == {"a.png": "a"}
+        assert told(tmp_path) == {"a.png": ""}
+    assert told(tmp_path, caption_column="title") == {"a.png": "a"}
 
 
 NFC, NFD = (unicodedata.normalize(form, "é") for form in ("NFC", "NFD"))
@@ -126,7 +126,7 @@ NFC, NFD = (unicodedata.normalize(form, "é") for form in ("NFC", "NFD"))
 )  # fmt: skip
 def test_names_that_are_spelt_another_way(tmp_path: Path, image: str, written: str) -> None:
     folder_of(tmp_path, {image: None, "metadata.jsonl": rows({"file_name": written, "text": "a dog"})})
-    assert captions_by_name(tmp_path) == {image: "a dog"}
+    assert told(tmp_path) == {image: "a dog"}
 
 
 @pytest.mark.parametrize(
@@ -134,12 +134,12 @@ def test_names_that_are_spelt_another_way(tmp_path: Path, image: str, written: s
 )
 def test_caption_files_that_are_spelt_another_way(tmp_path: Path, image: str, text: str) -> None:
     folder_of(tmp_path, {image: None, text: "a dog"})
-    assert captions_by_name(tmp_path) == {image: "a dog"}
+    assert told(tmp_path) == {image: "a dog"}
 
 
 @pytest.fixture
 def cased(tmp_path: Path) -> Path:
-    """A folder on a case-sensitive file system."""
+    """Return a folder on a case-sensitive file system, or skip the test."""
     (tmp_path / "x").touch()
     if (tmp_path / "X").exists():
         pytest.skip("this file system does not tell a from A")
@@ -155,9 +155,9 @@ def test_a_spelling_that_may_be_two_files_is_told(cased: Path) -> None:
 
 def test_another_images_caption_is_not_taken(cased: Path) -> None:
     folder_of(cased, {"a.png": None, "A.png": None, "A.txt": "only of A"})
-    assert captions_by_name(cased) == {"A.png": "only of A", "a.png": ""}
+    assert told(cased) == {"A.png": "only of A", "a.png": ""}
     folder_of(cased, {"metadata.jsonl": rows({"file_name": "a.png", "text": "a"}, {"file_name": "A.PNG", "text": "A"})})
-    assert captions_by_name(cased) == {"A.png": "A", "a.png": "a"}
+    assert told(cased) == {"A.png": "A", "a.png": "a"}
 
 
 @pytest.mark.parametrize(
@@ -241,7 +241,7 @@ def test_missing_values_in_metadata_are_no_captions(tmp_path: Path) -> None:
         '{"file_name": "a.png", "text": NaN}\n{"file_name": "b.png", "text": true}\n{"file_name": "c.png", "text": 7}'
     )
     folder_of(tmp_path, {"a.png": None, "b.png": None, "c.png": None, "metadata.jsonl": lines})
-    assert captions_by_name(tmp_path) == {"a.png": "", "b.png": "", "c.png": "7"}
+    assert told(tmp_path) == {"a.png": "", "b.png": "", "c.png": "7"}
 
 
 class TestOnRequest:
@@ -254,8 +254,8 @@ class TestOnRequest:
         found = [(one.name, one.caption) for one in examples]
         assert found == [("1_some_style/deep/d.png", "some style"), a, a, a, b, b, b, ("c.png", "")]
         assert examples.identity != open_examples(tmp_path).identity
-        assert captions_by_name(tmp_path)["3_zork dog/a.png"] == ""
-        assert captions_by_name(tmp_path / "3_zork dog", class_folders=True)["a.png"] == "zork dog"
+        assert told(tmp_path)["3_zork dog/a.png"] == ""
+        assert told(tmp_path / "3_zork dog", class_folders=True)["a.png"] == "zork dog"
         report = check(tmp_path, size=16, class_folders=True)
         assert report.examples == 4
 
@@ -271,7 +271,7 @@ class TestOnRequest:
 
     def test_a_default_caption(self, tmp_path: Path) -> None:
         folder_of(tmp_path, {"a.png": None, "b.png": None, "b.txt": "a cat"})
-        assert captions_by_name(tmp_path, default_caption=" a dog ") == {"a.png": "a dog", "b.png": "a cat"}
+        assert told(tmp_path, default_caption=" a dog ") == {"a.png": "a dog", "b.png": "a cat"}
         identities = {open_examples(tmp_path, default_caption=text).identity for text in ("", "a dog", "a cow")}
         assert len(identities) == 3
         one_sentence(lambda: open_examples(tmp_path, default_caption=3), sdkit.ArgumentError, "must be text, not 3")  # type: ignore[arg-type]
@@ -305,7 +305,7 @@ class TestWithoutCaptions:
         with pytest.raises(UserWarning, match="none of the 2 images"):
             warn_of_captions(open_examples(tmp_path))
         warn_of_captions(open_examples(tmp_path, default_caption="a dog"))
-        with monkeypatch.context() as other:  # only the main process warns
+        with monkeypatch.context() as other:  # in a run of several processes, only the first one warns
             other.setenv("RANK", "1")
             other.setenv("WORLD_SIZE", "2")
             warn_of_captions(open_examples(tmp_path))
@@ -334,7 +334,7 @@ def test_pictures_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     with pytest.warns(
         UserWarning, match=r"^1 \.cr2 file and 1 \.heic file are passed over, which cannot be read: .*b\.heic"
     ):
-        assert captions_by_name(tmp_path) == {"a.png": ""}
+        assert told(tmp_path) == {"a.png": ""}
     (tmp_path / "a.png").unlink()
     one_sentence(lambda: open_examples(tmp_path), DATA, "(but 1 .cr2 file and 1 .heic file); name other data")
 
@@ -350,4 +350,4 @@ def test_links_to_folders_are_followed_once(tmp_path: Path) -> None:
     for name in ("one", "two"):
         (tmp_path / "data" / name).symlink_to(tmp_path / "other")
     (tmp_path / "other" / "back").symlink_to(tmp_path / "data")
-    assert captions_by_name(tmp_path / "data") == {"a.png": "", "one/x.png": "linked", "one/y.png": "y"}
+    assert told(tmp_path / "data") == {"a.png": "", "one/x.png": "linked", "one/y.png": "y"}

@@ -1,4 +1,4 @@
-"""Data sets of every kind, damaged images, and captions from every source."""
+"""Every kind of data set, broken images, and captions from every place."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def write_tar(path: Path, members: dict[str, bytes]) -> Path:
     return path
 
 
-def names_and_captions(examples: Examples | Stream) -> list[tuple[str, str]]:
+def told(examples: Examples | Stream) -> list[tuple[str, str]]:
     return [(one.name, one.caption) for one in examples]
 
 
@@ -59,7 +59,7 @@ def folder(tmp_path: Path) -> Path:
 class TestFolder:
     def test_without_captions(self, folder: Path) -> None:
         examples = open_examples(folder)
-        assert names_and_captions(examples) == [("a.png", ""), ("b/c/y.png", ""), ("b/z.PNG", "")]
+        assert told(examples) == [("a.png", ""), ("b/c/y.png", ""), ("b/z.PNG", "")]
         assert colors(examples) == [(255, 0, 0), (0, 0, 255), (0, 255, 0)]
         assert (len(examples), examples.names, examples.captions) == (3, ["a.png", "b/c/y.png", "b/z.PNG"], [""] * 3)
 
@@ -80,10 +80,10 @@ class TestFolder:
     def test_captions_however_the_folder_is_written(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (folder / "metadata.jsonl").write_text(json.dumps({"file_name": "a.png", "text": "red"}))
         expected = [("a.png", "red"), ("b/c/y.png", ""), ("b/z.PNG", "")]
-        assert names_and_captions(open_examples(folder / "b" / "..")) == expected
+        assert told(open_examples(folder / "b" / "..")) == expected
         (folder / "metadata.jsonl").write_text(json.dumps({"file_name": str(folder / "a.png"), "text": "red"}))
         monkeypatch.chdir(folder.parent)
-        assert names_and_captions(open_examples(folder.name)) == expected
+        assert told(open_examples(folder.name)) == expected
         row = {"file_name": str(folder / "b" / ".." / "a.png"), "text": "rouge"}
         again = {"file_name": "a.png", "text": "red"}
         (folder / "metadata.jsonl").write_text(f"{json.dumps(again)}\n{json.dumps(row)}")
@@ -91,7 +91,7 @@ class TestFolder:
             open_examples(folder)
 
     def test_what_may_not_be_read_is_told(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Tests may run as root, who may read everything, so a refusal is simulated."""
+        """A refusal by the operating system is simulated, because root may read everything."""
         (folder / "a.txt").write_text("a red square")
         walk = os.walk
 
@@ -117,7 +117,7 @@ class TestFolder:
     def test_a_file_that_metadata_names_and_that_is_missing(self, folder: Path) -> None:
         (folder / "metadata.jsonl").write_text(json.dumps({"file_name": "gone.png", "text": "gone"}))
         examples = open_examples(folder)
-        assert names_and_captions(examples)[-1] == ("gone.png", "gone")
+        assert told(examples)[-1] == ("gone.png", "gone")
         with pytest.raises(sdkit.ImageError, match=r"cannot read .*gone\.png: No such file"):
             examples[-1].load()
 
@@ -136,7 +136,7 @@ class TestFolder:
 
     def test_modes_and_orientation(self, tmp_path: Path) -> None:
         exif = Image.Exif()
-        exif[0x0112] = 6  # orientation: rotate 90 degrees clockwise
+        exif[0x0112] = 6  # rotate by 90 degrees clockwise for display
         Image.new("RGB", (12, 10), "blue").save(tmp_path / "exif.jpg", exif=exif)
         Image.new("L", (12, 10), 77).save(tmp_path / "grey.png")
         Image.fromarray(np.full((10, 12), 0x8080, np.uint16)).save(tmp_path / "grey16.png")
@@ -155,7 +155,7 @@ class TestFolder:
             examples[3]
 
     def test_identity(self, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
-        """It depends on names, captions, and sizes of files, but not on the place of the folder."""
+        """The fingerprint covers names, captions, and sizes of files, and not the path of the folder."""
         copy = tmp_path_factory.mktemp("copy")
         (copy / "b" / "c").mkdir(parents=True)
         for name in ("a.png", "b/z.PNG", "b/c/y.png"):
@@ -172,7 +172,9 @@ class TestFolder:
 class TestTar:
     @pytest.fixture
     def shards(self, tmp_path: Path) -> Path:
-        """Shards that `datasets` refuses: mixed formats, two kinds of captions, one missing, and a damaged image."""
+        """Write shards with mixed formats, both kinds of captions, one missing caption, and a broken image. `datasets`
+        itself refuses such shards.
+        """
         write_tar(
             tmp_path / "0.tar",
             {
@@ -190,9 +192,7 @@ class TestTar:
     def test_shards(self, shards: Path, streaming: bool) -> None:
         examples = open_examples(shards, streaming=streaming)
         names = ["0.tar/x/0.jpg", "0.tar/x/1.png", "0.tar/x/2.webp", "0.tar/x/3.png", "1.tar/y.png"]
-        assert names_and_captions(examples) == list(
-            zip(names, ["a blue one", "", "a green one", "broken", "white"], strict=True)
-        )
+        assert told(examples) == list(zip(names, ["a blue one", "", "a green one", "broken", "white"], strict=True))
         with pytest.raises(sdkit.ImageError, match=r"0\.tar/x/3\.png is not an image"):
             colors(examples)
         whole = [one.load() for one in examples if "3.png" not in one.name]
@@ -207,7 +207,7 @@ class TestTar:
 
 
 class TestColumns:
-    """Parquet files, the format of most data sets on the Hub."""
+    """Parquet files, in which data sets on the Hub come too."""
 
     CAPTIONS = ("red", None, "blue")
 
@@ -229,7 +229,7 @@ class TestColumns:
             pq.write_table(pa.table({"id": [1, 2, 3], "picture": images, "text": list(self.CAPTIONS)}), file)
         examples = open_examples(tmp_path, streaming=streaming)
         assert isinstance(examples, Stream if streaming else Examples)
-        assert names_and_captions(examples) == [("row 0", "red"), ("row 1", ""), ("row 2", "blue")]
+        assert told(examples) == [("row 0", "red"), ("row 1", ""), ("row 2", "blue")]
         assert colors(examples) == [(255, 0, 0), (0, 255, 0), (0, 0, 255)]
         if isinstance(examples, Examples):
             assert (examples.names, examples.captions) == (["row 0", "row 1", "row 2"], ["red", "", "blue"])
@@ -296,7 +296,9 @@ class TestColumns:
             one.load()
 
     def test_the_hub_is_asked_only_where_it_may_be(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """A stream of a folder of images on the Hub gives addresses of its images."""
+        """A stream of a folder of images on the Hub gives addresses in place of bytes. They may be fetched only when
+        online.
+        """
         asked: list[str] = []
 
         def opened(path: str, mode: str) -> Any:
@@ -327,7 +329,9 @@ class TestColumns:
             open_examples(tmp_path)
 
     def test_captions_that_the_library_would_open_are_none(self, tmp_path: Path) -> None:
-        """A file's schema may give a column of paths the type Image. Decoding it would open any address in it."""
+        """A file's schema may declare a column of paths as images. Such a column is not read as captions, because
+        decoding it would open the addresses.
+        """
         features = datasets.Features({"image": datasets.Image(), "text": datasets.Image(), "n": datasets.Value("int8")})
         rows = {"image": self.cells(), "text": [{"bytes": None, "path": "ftp://127.0.0.1/x.png"}] * 3, "n": [1, 2, 3]}
         with quiet("datasets"):
@@ -343,7 +347,7 @@ class TestColumns:
         pq.write_table(pa.table({"image": self.cells(), **values}), tmp_path / "a.parquet")
         expected = {"nan": ["", "", "2.5"], "bool": [""] * 3, "bytes": ["a dog", "", ""]}
         for column, captions in expected.items():
-            if column != "bytes":  # a column of bytes counts as images
+            if column != "bytes":  # this column would be taken for the images
                 assert open_examples(tmp_path, caption_column=column).captions == captions
         pq.write_table(pa.table({"image": self.cells(), "text": ["a", "b\0", "c"]}), tmp_path / "a.parquet")
         for streaming in (False, True):

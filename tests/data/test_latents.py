@@ -22,7 +22,7 @@ from sdkit.errors import LatentError, SdkitError
 
 
 def make(**changes: Any) -> Latent:
-    """Make latents of a picture of 20 x 33 pixels."""
+    """Make the latents of a picture of 20 x 33 pixels."""
     values: dict[str, Any] = {
         "z": torch.randn(4, 3, 5, generator=torch.Generator().manual_seed(0)),
         "height": 20,
@@ -97,7 +97,8 @@ def test_others_can_read_the_file_with_safetensors_alone(tmp_path: Path) -> None
         "dtype": "bfloat16",
     }
     assert latent_file.__doc__ is not None
-    assert all(f"    {key}" in latent_file.__doc__.replace(", ", "\n    ") for key in metadata)  # each is documented
+    # the module's docstring explains every key
+    assert all(f"    {key}" in latent_file.__doc__.replace(", ", "\n    ") for key in metadata)
 
 
 def test_views_and_gradients_are_saved_as_values(tmp_path: Path) -> None:
@@ -117,7 +118,7 @@ def test_loaded_latent_outlives_its_file(tmp_path: Path) -> None:
     latent_file.save(make(), path)
     latent = latent_file.load(path)
     with path.open("r+b") as file:
-        file.write(bytes(path.stat().st_size))  # in place, so that a mapped file would change too
+        file.write(bytes(path.stat().st_size))  # overwritten in place, which a rename never does
     assert_equal(latent, make())
 
 
@@ -187,7 +188,8 @@ WHOLE = file_of(metadata_of())
         (b"\xff\xd8\xff\xe0" + bytes(99), "this is a JPEG image, not a safetensors file"),
         (b"\n<!DOCTYPE html><title>404</title>", "this is a web page .HTML., not a safetensors file"),
         (b"version https://git-lfs.github.com/spec/v1\n", "this is a Git LFS pointer"),
-        (b"\x80\x02" + bytes(300), "this is not a whole safetensors file"),  # a header of 640 bytes, cut short
+        # cut short, with a header that claims 640 bytes
+        (b"\x80\x02" + bytes(300), "this is not a whole safetensors file"),
         (WHOLE[:5], "this is not a whole safetensors file"),
         (WHOLE[:100], "this is not a whole safetensors file"),
         (WHOLE[:-1], "this is not a whole safetensors file"),
@@ -266,7 +268,7 @@ def test_check_vae() -> None:
 
 
 def test_a_latent_that_contradicts_the_vae_that_it_names() -> None:
-    """The fingerprint covers scale and shift, so a latent file with another scale is damaged."""
+    """The VAE's fingerprint covers scale and shift. A latent that names the VAE but has another scale was edited."""
     identity = "ab" * 32
     latent_file.check_vae(make(shift=0.1), identity, scale=0.18215, shift=0.1)
     for wanted, sentence in (
@@ -282,7 +284,7 @@ def test_a_latent_that_contradicts_the_vae_that_it_names() -> None:
 
 
 def test_the_same_latent_has_the_same_bytes(tmp_path: Path) -> None:
-    """The safetensors library alone would write the twelve metadata keys in another order each time."""
+    """Equal latents must give equal bytes, although safetensors itself writes metadata in random order."""
     for i in range(8):
         latent_file.save(make(source="naïve 猫.jpg"), tmp_path / f"{i}.safetensors")
     assert len({path.read_bytes() for path in tmp_path.iterdir()}) == 1
