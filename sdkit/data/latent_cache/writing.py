@@ -152,9 +152,7 @@ def cache(
                 return folder
             if processes.is_main_process:
                 held.enter_context(_alone_in(folder))
-                damaged = _damaged(
-                    folder, manifest
-                )  # looked at again under the lock: another call may just have made it
+                damaged = _damaged(folder, manifest)  # again, under the lock: another call may just have finished it
                 if damaged == []:
                     return folder
                 for file in damaged or ():  # the loop below makes them again
