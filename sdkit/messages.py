@@ -59,9 +59,14 @@ def shortened(message: str) -> str:
     return message if len(message) <= LONGEST_MESSAGE else f"{message[:half]} ... {message[-half:]}"
 
 
+def system_message(error: Exception) -> str:
+    """Return the operating system's message of an `OSError`, or else the first line of a library's message."""
+    return clean(error.strerror) if isinstance(error, OSError) and error.strerror else first_line(error)
+
+
 def reason(error: Exception) -> str:
-    """Return the system's or a library's message in lower case, to end a sentence with."""
-    return str(getattr(error, "strerror", None) or first_line(error)).lower()
+    """Return `system_message` in lower case, to end a sentence with."""
+    return system_message(error).lower()
 
 
 @contextmanager

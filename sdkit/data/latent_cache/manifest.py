@@ -262,9 +262,8 @@ def text_identity(text: TextEncoder) -> str:
 
 def weights_identity(network: nn.Module) -> str:
     """Return the fingerprint of all weights of a network. It must be in float32: rounded weights would differ."""
-    return fingerprint(
-        nn.ModuleDict({"encoder": network}), scale=1.0, shift=0.0
-    )  # `fingerprint` covers the part named encoder
+    # `fingerprint` covers only the part that is named encoder.
+    return fingerprint(nn.ModuleDict({"encoder": network}), scale=1.0, shift=0.0)
 
 
 def tokenizer_identity(text: TextEncoder) -> str:

@@ -23,19 +23,32 @@ AGAIN = "run the same sdkit cache command again, which makes what is missing"
 
 
 class Prompt(TypedDict):
-    """A caption as the input of the text encoder, in k chunks of tokens."""
+    """A caption in k chunks of tokens.
 
-    ids: Tensor  # (k, 77), int64
-    embeddings: Tensor | None  # (77 k, D), float32
+    Attributes:
+        ids: token ids (k, 77), int64.
+        embeddings: last hidden states of the text encoder (77 k, D), float32; None if the cache has none.
+    """
+
+    ids: Tensor
+    embeddings: Tensor | None
 
 
 class Item(Prompt):
-    """One augmentation of one image."""
+    """One augmentation of one image, and its caption.
 
-    mean: Tensor  # (4, H/8, W/8), float32, not scaled
-    logvar: Tensor  # (4, H/8, W/8), float32, not scaled
+    Attributes:
+        mean: mean of the posterior (4, H/8, W/8), float32, not scaled.
+        logvar: log-variance of the posterior (4, H/8, W/8), float32, not scaled.
+        name: name of the example.
+        index: index of the example in its data set.
+        augmentation: number of the augmentation, from 0.
+    """
+
+    mean: Tensor
+    logvar: Tensor
     name: str
-    index: int  # index of the example in its data set
+    index: int
     augmentation: int
 
 

@@ -82,7 +82,7 @@ class ShardEncoder:
         height, width = (side // self.vae.factor for side in self.settings.size)
         shape = (0, self.settings.augmentations, self.vae.channels, height, width)
         moments = [torch.empty(2, *shape, dtype=torch.float16)]
-        kept: list[_Loaded] = []
+        encoded: list[_Loaded] = []
         skipped: list[_Loaded] = []
         loaded = iter(ahead(self.pool, self._load, rows, 2 * self.images_at_once))
         while batch := list(islice(loaded, self.images_at_once)):
@@ -91,14 +91,14 @@ class ShardEncoder:
             if usable:
                 both, finite = self._moments([x for one in usable for x in one.pixels], shape[1:])
                 moments.append(both[:, finite])
-                kept += [replace(one, pixels=[]) for one, good in zip(usable, finite, strict=True) if good]
+                encoded += [replace(one, pixels=[]) for one, good in zip(usable, finite, strict=True) if good]
                 reason = "the VAE gives numbers that are not finite for it."
                 skipped += [replace(one, reason=reason) for one, good in zip(usable, finite, strict=True) if not good]
         mean, logvar = torch.cat(moments, dim=1)
-        names, name_ends = _packed([one.example.name for one in kept])
+        names, name_ends = _packed([one.example.name for one in encoded])
         tensors = {"mean": mean, "logvar": logvar, "names": names, "names_ends": name_ends}
-        tensors["index"] = torch.tensor([one.index for one in kept], dtype=torch.int64)
-        tensors |= self.prompts([one.example.caption for one in kept])
+        tensors["index"] = torch.tensor([one.index for one in encoded], dtype=torch.int64)
+        tensors |= self.prompts([one.example.caption for one in encoded])
         skipped.sort(key=lambda one: one.index)
         reasons = [Skipped(name=encodable(one.example.name), reason=encodable(one.reason)) for one in skipped]
         return tensors, reasons

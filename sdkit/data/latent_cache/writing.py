@@ -161,20 +161,25 @@ def cache(
         pool = held.enter_context(ThreadPoolExecutor(workers))
         encoder = ShardEncoder(autoencoder, text, transform, settings, pool, batch_size)
         shards = _Shards(examples, shard_size)
-        for number, count, rows in shards:
-            path = folder / shard_file(number)
-            if number % processes.num_processes != processes.process_index:
-                continue
-            if not encoder.made(path, number * shard_size, count):
-                shown = progress(rows, description=f"shard {number + 1}") if processes.is_main_process else rows
-                save(path, *encoder.shard(shown), settings)
-        if processes.is_main_process and not encoder.made(folder / EMPTY, prompt_only=True):
-            save(folder / EMPTY, encoder.prompts([""]), [], settings)
+        _write_shards(folder, encoder, shards, processes)
         processes.wait_for_everyone()
         if processes.is_main_process:
             _finish(folder, manifest, shards.total)
         processes.wait_for_everyone()
     return folder
+
+
+def _write_shards(folder: Path, encoder: ShardEncoder, shards: _Shards, processes: Any) -> None:
+    """Write this process's shards that are missing; the main process also writes the file of the empty prompt."""
+    for number, size, rows in shards:
+        path = folder / shard_file(number)
+        if number % processes.num_processes != processes.process_index:
+            continue
+        if not encoder.made(path, number * shards.size, size):
+            shown = progress(rows, description=f"shard {number + 1}") if processes.is_main_process else rows
+            save(path, *encoder.shard(shown), encoder.settings)
+    if processes.is_main_process and not encoder.made(folder / EMPTY, prompt_only=True):
+        save(folder / EMPTY, encoder.prompts([""]), [], encoder.settings)
 
 
 def own_size(model: Source, vae: Source) -> tuple[int, int]:
