@@ -107,7 +107,7 @@ def _quiet(library: str) -> Iterator[None]:
 
 
 def _bars(library: str) -> tuple[Callable[[], bool], Callable[[], None], Callable[[], None]]:
-    """The library's functions that tell whether progress bars are enabled, enable them, and disable them."""
+    """Return three functions of the library: are progress bars enabled, enable them, and disable them."""
     if library in DOWNLOADERS:
         bars = import_module(f"{library}.utils.tqdm")
         return lambda: not bars.are_progress_bars_disabled(), bars.enable_progress_bars, bars.disable_progress_bars
