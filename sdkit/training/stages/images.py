@@ -47,7 +47,7 @@ def is_cache(data: str | os.PathLike[str]) -> bool:
     """Return whether `data` is a folder with a latent cache, complete or not."""
     folder = expanded(data)
     try:
-        return read_object(folder / manifest.NAME, manifest.LARGEST).get("format") == manifest.FORMAT
+        return read_object(folder / manifest.MANIFEST_FILE, manifest.LARGEST).get("format") == manifest.FORMAT
     except (OSError, ValueError):
         return os.path.isfile(folder / shard_file(0))  # noqa: PTH113 - pathlib's raises for overlong names
 
