@@ -69,7 +69,7 @@ class Target:
         return sorted(found)
 
 
-# A whole model of a few channels
+# A complete model with few channels
 
 
 @cache
@@ -235,7 +235,7 @@ def as_pickles(*names: str) -> Callable[[Path], None]:
     return make
 
 
-# One file
+# Single files
 
 
 def make_single(suffix: str) -> Callable[[Path], None]:
