@@ -1,38 +1,28 @@
-"""The docstrings that stand under a class's fields, where `help` finds them."""
+"""Descriptions of a class's fields, read from the `Attributes:` section of its docstring (Google style)."""
 
 from __future__ import annotations
 
-import ast
-import contextlib
 import inspect
+import re
 import textwrap
-from itertools import pairwise
-from typing import TypeVar
 
-C = TypeVar("C", bound=type)
-
-
-def documented(cls: C) -> C:
-    """A class decorator: the docstring goes on with those of the fields, read from the source when it is asked for."""
-    cls.__doc__ = _Docstring(inspect.cleandoc(cls.__doc__ or ""))
-    return cls
-
-
-class _Docstring(str):
-    def __get__(self, instance: object, owner: type) -> str:
-        with contextlib.suppress(OSError):  # where there is no source
-            lines = (f"{name}: {doc}" for name, doc in field_docs(owner).items())
-            return "\n".join([self, "", *(textwrap.fill(line, 110, subsequent_indent="    ") for line in lines)])
-        return self
+SECTION = "Attributes:"
 
 
 def field_docs(cls: type) -> dict[str, str]:
-    """The docstring under each annotated field of a class: its own ones first, then those that it inherits."""
+    """Return the description of each field of a class: its own fields first, then those it inherits."""
     docs: dict[str, str] = {}
-    for base in (base for base in cls.__mro__ if inspect.get_annotations(base)):
-        (node,) = ast.parse(inspect.getsource(base)).body
-        assert isinstance(node, ast.ClassDef)
-        for field, below in pairwise(node.body):
-            if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr) and isinstance(field.target, ast.Name):
-                docs.setdefault(field.target.id, " ".join(ast.literal_eval(below.value).split()))
+    for base in cls.__mro__:
+        section = inspect.cleandoc(base.__doc__ or "").partition(f"{SECTION}\n")[2]
+        for name, text in re.findall(r"^    (\w+): ((?:.|\n(?=        ))*)", section, flags=re.MULTILINE):
+            docs.setdefault(name, " ".join(text.split()))
     return docs
+
+
+def with_inherited_fields(cls: type) -> str:
+    """Return a class's docstring with the descriptions of inherited fields appended, so that `help` shows them all."""
+    doc = inspect.cleandoc(cls.__doc__ or "")
+    own = doc.partition(SECTION)[2]
+    inherited = (f"{name}: {text}" for name, text in field_docs(cls).items() if f"\n    {name}: " not in own)
+    wrapped = (textwrap.fill(line, 110, initial_indent=" " * 4, subsequent_indent=" " * 8) for line in inherited)
+    return "\n".join([doc, *wrapped])

@@ -14,9 +14,11 @@ from pathlib import Path
 import pytest
 
 from sdkit import images
+from sdkit.atomic import atomic_write, beside, remove_abandoned
 from sdkit.data import latent_file as latents
 from sdkit.errors import ImageError, LatentError, SdkitError
-from sdkit.files import atomic_write, beside, encodable, find_files, remove_abandoned, sha256
+from sdkit.file_search import find_files
+from sdkit.files import encodable, sha256
 
 posix = pytest.mark.skipif(os.name != "posix", reason="needs POSIX")
 
@@ -104,7 +106,7 @@ WRITE_A_MEGABYTE = """
     import sys
     from pathlib import Path
     from sdkit.errors import SdkitError
-    from sdkit.files import atomic_write
+    from sdkit.atomic import atomic_write
     {setup}
     try:
         with atomic_write(sys.argv[1]) as temporary:
@@ -138,7 +140,7 @@ def test_full_and_read_only_disks(tmp_path: Path, option: str, reason: str) -> N
 def test_what_a_killed_process_left_is_removed_by_the_next_that_writes_there(tmp_path: Path) -> None:
     code = """
         import os, signal, sys
-        from sdkit.files import atomic_write
+        from sdkit.atomic import atomic_write
         with atomic_write(sys.argv[1]) as temporary:
             temporary.write_text("half")
             print(temporary.name, flush=True)
@@ -207,7 +209,7 @@ def test_a_working_folder_that_is_gone(tmp_path: Path) -> None:
     code = """
         import os, sys
         from sdkit.errors import SdkitError
-        from sdkit.files import atomic_write
+        from sdkit.atomic import atomic_write
         os.chdir(sys.argv[1])
         os.rmdir(sys.argv[1])
         try:
@@ -232,7 +234,7 @@ def test_a_checksum_is_of_a_regular_file(tmp_path: Path) -> None:
 def test_two_processes_never_mix(tmp_path: Path) -> None:
     code = """
         import sys
-        from sdkit.files import atomic_write
+        from sdkit.atomic import atomic_write
         for _ in range(50):
             with atomic_write(sys.argv[1]) as temporary:
                 temporary.write_bytes(sys.argv[2].encode() * 2**18)

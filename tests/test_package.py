@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import inspect
 import pydoc
 import re
 import subprocess
@@ -75,10 +76,10 @@ def test_each_exported_name_is_there_and_documented(name: str) -> None:
 )
 def test_help_tells_of_each_field(cls: type) -> None:
     """Inherited fields must be documented too."""
-    doc = cls.__doc__ or ""
+    doc = inspect.cleandoc(cls.__doc__ or "")
     fields = {field.name for field in dataclasses.fields(cls)} if dataclasses.is_dataclass(cls) else {*cls._fields}
-    assert {*re.findall(r"^(\w+): ", doc, flags=re.MULTILINE)} == fields
-    assert doc.splitlines()[-1] in pydoc.plain(pydoc.render_doc(cls))
+    assert {*re.findall(r"^ {4}(\w+): ", doc.partition("Attributes:")[2], flags=re.MULTILINE)} == fields
+    assert doc.rstrip().splitlines()[-1].strip() in pydoc.plain(pydoc.render_doc(cls))
 
 
 def test_an_unknown_name_reads_as_any_other_attribute_error() -> None:
@@ -181,6 +182,7 @@ def test_the_wheel_holds_the_package_whole_and_nothing_else(tmp_path: Path) -> N
         ".py",
         ".json",
         ".safetensors",
+        ".jpg",
         ".md",
         ".txt",
         ".tsv",

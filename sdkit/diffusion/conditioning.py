@@ -10,33 +10,35 @@ import torch
 from torch import Tensor
 
 from sdkit.errors import ArgumentError
-from sdkit.fields import documented
 
 Residuals = tuple[tuple[Tensor, ...], Tensor]
 """A ControlNet's outputs: one tensor for each skip connection of the U-Net, and one for its middle block."""
 
 
-@documented
 @dataclass(frozen=True, eq=False)
 class Conditioning:
     """Condition of a batch of B images. A part that a model does not take is None.
 
     Example:
         cond = Conditioning(text_encoder.encode(["a cat", "a dog"]))
+
+    Attributes:
+        text: (B, L, D) text embeddings, as from `TextEncoder.encode`.
+        mask: (B, L), True where a token counts, for prompts of different lengths; None counts all.
+        concat: (B, C', h, w), appended to the channels of x_t (inpainting: the mask and the masked image's
+            latents).
+        residuals: ControlNet's residuals (B, c, h', w'): of the skip connections, and of the middle block.
+        label: (B,) class numbers.
+        added: Further embeddings by diffusers' names, such as SDXL's `text_embeds` (B, D) and `time_ids`
+            (B, 6).
     """
 
     text: Tensor | None = None
-    """(B, L, D) text embeddings, as from `TextEncoder.encode`"""
     mask: Tensor | None = None
-    """(B, L), True where a token counts, for prompts of different lengths; None counts all"""
     concat: Tensor | None = None
-    """(B, C', h, w), appended to the channels of x_t (inpainting: the mask and the masked image's latents)"""
     residuals: Residuals | None = None
-    """ControlNet's residuals (B, c, h', w'): of the skip connections, and of the middle block"""
     label: Tensor | None = None
-    """(B,) class numbers"""
     added: Mapping[str, Tensor] | None = None
-    """further embeddings by diffusers' names, such as SDXL's `text_embeds` (B, D) and `time_ids` (B, 6)"""
 
     @staticmethod
     def cat(conditions: Sequence[Conditioning]) -> Conditioning:

@@ -14,7 +14,6 @@ from sdkit.arguments import noise_levels, number
 from sdkit.diffusion.conditioning import Conditioning, check_condition
 from sdkit.diffusion.schedule import NoiseSchedule, Predict, Prediction
 from sdkit.errors import ArgumentError
-from sdkit.fields import documented
 
 Model = Callable[[Tensor, int, Conditioning], Tensor]
 """model(x_t, t, cond): a network in its own parameterisation (eps, v, or x0)."""
@@ -39,17 +38,20 @@ def rescale(guided: Tensor, cond: Tensor, phi: float) -> Tensor:
     return phi * restored + (1 - phi) * guided
 
 
-@documented
 @dataclass(frozen=True, kw_only=True)
 class APG:
-    """Settings of adaptive projected guidance (Sadat et al. 2024, https://arxiv.org/abs/2410.02416)."""
+    """Settings of adaptive projected guidance (Sadat et al. 2024, https://arxiv.org/abs/2410.02416).
+
+    Attributes:
+        eta: Weight of the update's part parallel to the conditional prediction, which oversaturates; 1
+            keeps it whole.
+        norm_threshold: Longest update allowed, the paper's r; 0 is no bound.
+        momentum: The paper's beta; negative values (it uses -0.5) push away from directions already taken.
+    """
 
     eta: float = 0.0
-    """weight of the update's part parallel to the conditional prediction, which oversaturates; 1 keeps it whole"""
     norm_threshold: float = 0.0
-    """longest update allowed, the paper's r; 0 is no bound"""
     momentum: float = 0.0
-    """the paper's beta; negative values (it uses -0.5) push away from directions already taken"""
 
     def __post_init__(self) -> None:
         number("eta", self.eta)

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from functools import partial
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -21,24 +22,27 @@ from torch import Tensor
 from sdkit.arguments import number, one_of
 from sdkit.diffusion.schedule import VARIANCE_TYPES, NoiseSchedule, Predict, Prediction
 from sdkit.errors import ArgumentError
-from sdkit.fields import documented
 
 Timesteps = Sequence[tuple[int, int]]
 Generators = Sequence[torch.Generator]
+Sampler: TypeAlias = "Callable[..., Iterator[Step]]"
+"""A sampling loop, such as `ddim`."""
 
 
-@documented
 class Step(NamedTuple):
-    """One finished step of a sampler."""
+    """One finished step of a sampler.
+
+    Attributes:
+        i: Counts from 0.
+        t: The timestep left behind.
+        x: The sample at the next, less noisy timestep, (B, C, h, w).
+        x0: What the model took the clean sample to be at t, (B, C, h, w).
+    """
 
     i: int
-    """counts from 0"""
     t: int
-    """the timestep left behind"""
     x: Tensor
-    """the sample at the next, less noisy timestep, (B, C, h, w)"""
     x0: Tensor
-    """what the model took the clean sample to be at t, (B, C, h, w)"""
 
 
 def ddim_step(
@@ -125,7 +129,7 @@ def ddim(
     clip_x0: float | None = None,
 ) -> Iterator[Step]:
     """DDIM, with `eta` in [0, 1] times DDPM's noise. Ends at the schedule's `final_alpha_cumprod`."""
-    eta = number("eta", eta, 0, 1)
+    eta = _checked_eta(eta)
     x = x_T
     for i, (t, t_prev) in enumerate(timesteps):
         alpha, alpha_prev = schedule.alpha_cumprod(t), schedule.alpha_cumprod(t_prev)
@@ -177,7 +181,30 @@ def dpmpp_2m(
         yield Step(i, t, x, x0)
 
 
-SAMPLERS: dict[str, Callable[..., Iterator[Step]]] = {"ddim": ddim, "ddpm": ddpm, "dpm++2m": dpmpp_2m}
+SAMPLERS: dict[str, Sampler] = {"ddim": ddim, "ddpm": ddpm, "dpm++2m": dpmpp_2m}
+
+
+def sampler_by_name(name: str, *, eta: float = 0.0) -> Sampler:
+    """Return the sampler of a name, with `eta` bound.
+
+    Args:
+        name: "ddim", "ddpm", or "dpm++2m".
+        eta: For DDIM alone, its share of DDPM's noise, in [0, 1].
+
+    Raises:
+        ArgumentError: The name is unknown, or the sampler takes no `eta`.
+    """
+    one_of("sampler", name, SAMPLERS)
+    eta = _checked_eta(eta)
+    if name == "ddim":
+        return partial(ddim, eta=eta)
+    if eta:
+        raise ArgumentError(f"eta belongs to sampler 'ddim'; '{name}' has none.")
+    return SAMPLERS[name]
+
+
+def _checked_eta(eta: float) -> float:
+    return number("eta", eta, 0, 1)
 
 
 def clip(prediction: Prediction, x_t: Tensor, alpha: float, bound: float | None) -> Prediction:

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from sdkit.arguments import PREDICTIONS, flag, number, one_of, whole_number
 from sdkit.errors import ArgumentError
-from sdkit.fields import documented
 from sdkit.messages import clean
 
 SPACINGS = ("leading", "trailing", "linspace")
@@ -61,48 +60,53 @@ SCHEDULERS = {
 score SDEs, IPNDM, CogVideoX, Würstchen, masks) have tables of their own."""
 
 
-@documented
 class Prediction(NamedTuple):
-    """What a model believes at (x_t, t), whatever it was trained to output. Each is shaped like x_t."""
+    """What a model believes at (x_t, t), whatever it was trained to output. Each is shaped like x_t.
+
+    Attributes:
+        x0: The clean sample.
+        eps: The noise: x_t = sqrt(a) x0 + sqrt(1 - a) eps.
+        variance: Learned-range models only: where in [-1, 1] the log-variance lies between its two bounds
+            (Nichol & Dhariwal 2021, eq. 15).
+    """
 
     x0: Tensor
-    """the clean sample"""
     eps: Tensor
-    """the noise: x_t = sqrt(a) x0 + sqrt(1 - a) eps"""
     variance: Tensor | None = None
-    """learned-range models only: where in [-1, 1] the log-variance lies between its two bounds (Nichol & Dhariwal 2021,
-    eq. 15)"""
 
 
 Predict = Callable[[Tensor, int], Prediction]
 """A model at one timestep: predict(x_t, t), with x_t (B, C, h, w)."""
 
 
-@documented
 @dataclass(frozen=True, kw_only=True, eq=False)
 class NoiseSchedule:
     """Tables of one noise schedule and what its model was trained to predict.
 
     Make one with `linear`, `scaled_linear`, `cosine` or `from_betas`; each takes the fields below as keywords. That of
     a model is `sdkit.loading.source.Source.open(...).schedule()`.
+
+    Attributes:
+        betas: (T,) float64: the variance added by each step of the forward process.
+        prediction_type: What the model outputs: "epsilon", "v_prediction" or "sample" (x0).
+        timestep_spacing: Default spacing of `timesteps`.
+        steps_offset: Added to each timestep of "leading" spacing (1 in Stable Diffusion).
+        set_alpha_to_one: Whether DDIM's last step goes to alphas_cumprod = 1, or to alphas_cumprod[0]
+            (Stable Diffusion).
+        variance_type: Variance of DDPM's reverse step: "fixed_small", "fixed_large" or "learned_range".
+        clip_x0: The bound to hand to a sampler as its `clip_x0` (models of pixels), None for latents; the
+            pipeline does so.
+        alphas_cumprod: (T,) float64: the share of x0's variance left at each t.
     """
 
     betas: Tensor
-    """(T,) float64: the variance added by each step of the forward process"""
     prediction_type: str = "epsilon"
-    """what the model outputs: "epsilon", "v_prediction" or "sample" (x0)"""
     timestep_spacing: str = "leading"
-    """default spacing of `timesteps`"""
     steps_offset: int = 0
-    """added to each timestep of "leading" spacing (1 in Stable Diffusion)"""
     set_alpha_to_one: bool = True
-    """whether DDIM's last step goes to alphas_cumprod = 1, or to alphas_cumprod[0] (Stable Diffusion)"""
     variance_type: str = "fixed_small"
-    """variance of DDPM's reverse step: "fixed_small", "fixed_large" or "learned_range" """
     clip_x0: float | None = None
-    """the bound to hand to a sampler as its `clip_x0` (models of pixels), None for latents; the pipeline does so"""
     alphas_cumprod: Tensor = field(init=False, repr=False)
-    """(T,) float64: the share of x0's variance left at each t"""
 
     def __post_init__(self) -> None:
         betas = torch.as_tensor(self.betas, dtype=torch.float64, device="cpu")

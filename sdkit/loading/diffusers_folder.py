@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import re
-import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +17,7 @@ from sdkit.loading.configs import read_config, read_json
 from sdkit.loading.shards import index_names, open_shards, read_index
 from sdkit.loading.single_file import NOUNS, build
 from sdkit.loading.tensors import SUFFIXES, TensorFile, is_file, open_tensors, status_or_none
-from sdkit.messages import clean, first_line
+from sdkit.messages import clean, first_line, quiet
 from sdkit.stops import stop_in
 
 if TYPE_CHECKING:
@@ -34,9 +29,6 @@ OLD_ATTENTION = re.compile(r"\.(?:query|key|value|proj_attn)\.(?=(?:weight|bias)
 BESIDE_TEXT = ("vision_model.", "visual_projection.", "text_projection.", "logit_scale")
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 VARIANT = re.compile(r"[\w-]+")
-
-_fetching = threading.Lock()
-_before: list[tuple[int, bool]] = []  # one entry a thread that fetches: the log level before, were bars silenced
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -341,7 +333,7 @@ def fetch(place: Place, files: list[str]) -> Path:
 
     at = f"{place.label} (revision {place.revision!r})" if place.revision else place.label
     try:
-        with _quiet_hub():
+        with quiet("huggingface_hub"):
             try:
                 return Path(snapshot_download(place.name, revision=place.revision, allow_patterns=files))
             except errors.OfflineModeIsEnabled:  # huggingface_hub 1.x does not look into its cache for a commit
@@ -375,31 +367,3 @@ def _hub_problem(place: Place, at: str, error: Exception) -> str:
             "correct the path if a folder is meant, for there is none of that name."
         )
     return f"{at} cannot be loaded from the Hub ({first_line(error)}); try again."
-
-
-@contextmanager
-def _quiet_hub() -> Iterator[None]:
-    """No log lines of huggingface_hub, and its progress bars only on a terminal. Of several threads, the first to begin
-    silences it, and the last to end restores it."""
-    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
-
-    logger = logging.getLogger("huggingface_hub")
-    with _fetching:
-        if not _before:
-            silence = not sys.stderr.isatty() and not are_progress_bars_disabled()
-            logger_level = logger.level
-            logger.setLevel(logging.CRITICAL)
-            if silence:
-                disable_progress_bars()
-        else:
-            logger_level, silence = _before[-1]
-        _before.append((logger_level, silence))
-    try:
-        yield
-    finally:
-        with _fetching:
-            level, silenced = _before.pop()
-            if not _before:
-                logger.setLevel(level)
-                if silenced:
-                    enable_progress_bars()

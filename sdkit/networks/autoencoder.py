@@ -23,11 +23,10 @@ from sdkit.arguments import one_of, seeded, whole_number
 from sdkit.engines.attention import quicken_attention
 from sdkit.engines.device import memory_format, resolve_place
 from sdkit.errors import ArgumentError, SdkitError, SourceError
-from sdkit.fields import documented
 from sdkit.images import Images
 from sdkit.loading.source import Source
 from sdkit.loading.tensors import is_finite
-from sdkit.networks.tiling import tiled, whole_image_statistics
+from sdkit.networks.tiling import check_tile, tiled, whole_image_statistics
 from sdkit.networks.wrapper import Wrapper, blames_network, fingerprint
 from sdkit.progress import progress
 
@@ -43,18 +42,20 @@ DETERMINISTIC = -30.0
 """Log-variance reported for autoencoders without a posterior (diffusers' own lower bound)."""
 
 
-@documented
 class Forward(NamedTuple):
-    """What `VAE.forward` returns."""
+    """What `VAE.forward` returns.
+
+    Attributes:
+        pixels: The reconstruction (B, 3, H, W).
+        mean: Of the posterior (B, 4, H/8, W/8), or a VQModel's latents before they are rounded to codes.
+        logvar: Of the posterior, likewise.
+        codes: A VQModel's, likewise, which its codebook learns by.
+    """
 
     pixels: Tensor
-    """the reconstruction (B, 3, H, W)"""
     mean: Tensor
-    """of the posterior (B, 4, H/8, W/8), or a VQModel's latents before they are rounded to codes"""
     logvar: Tensor
-    """of the posterior, likewise"""
     codes: Tensor | None = None
-    """a VQModel's, likewise, which its codebook learns by"""
 
 
 class VAE(Wrapper):
@@ -328,7 +329,7 @@ class VAE(Wrapper):
             tile = 1024 if x.shape[2] * x.shape[3] * up**2 > TILED_FROM else 0
         if tile == 0:
             return run(x).float().cpu()
-        tile = whole_number("tile (0 is none)", tile, 16 * self.factor)
+        check_tile(tile, self.factor)
         side = tile // self.factor * down
         with whole_image_statistics(self.network, run, x, side):
             return tiled(run, x, tile=side, down=down, up=up)

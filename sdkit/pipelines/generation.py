@@ -11,10 +11,11 @@ from typing import Any
 
 from sdkit import __version__, images, strict_json
 from sdkit.arguments import PREDICTIONS, noise_levels, number, one_of, strings, whole_number
+from sdkit.diffusion.samplers import sampler_by_name
 from sdkit.diffusion.schedule import SPACINGS
 from sdkit.errors import ArgumentError, ImageError
 from sdkit.loading.source import EMBEDDED
-from sdkit.pipelines.steps import check_sampler, check_side
+from sdkit.pipelines.steps import check_side
 
 EARLIER_NAMES = {
     "steps": "num_inference_steps",
@@ -69,7 +70,7 @@ class Generation:
         strings("negative_prompt", self.negative_prompt)
         whole_number("seed", self.seed, 0, 2**63 - 1)
         whole_number("num_inference_steps", self.num_inference_steps, 1)  # the most is known to the model's schedule
-        check_sampler(self.sampler, self.eta)
+        sampler_by_name(self.sampler, eta=self.eta)
         one_of("spacing", self.spacing or SPACINGS[0], SPACINGS)
         number("the guidance scale", 0 if self.guidance_scale is None else self.guidance_scale, -1e6, 1e6)
         number("the guidance rescale (phi)", self.guidance_rescale, 0, 1)

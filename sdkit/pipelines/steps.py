@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Literal, overload
 
 import torch
 from torch import Tensor
 
-from sdkit.arguments import LONGEST_SIDE, number, one_of, whole_number
+from sdkit.arguments import LONGEST_SIDE, whole_number
 from sdkit.diffusion.conditioning import Conditioning
-from sdkit.diffusion.samplers import SAMPLERS, Generators, Step, Timesteps
+from sdkit.diffusion.samplers import Generators, Sampler, Step, Timesteps, ddim
 from sdkit.diffusion.schedule import NoiseSchedule, Predict
 from sdkit.errors import ArgumentError
 from sdkit.networks.autoencoder import VAE
 from sdkit.networks.text_encoder import TextEncoder
 from sdkit.progress import progress
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+    from PIL import Image
 
 
 def embed(
@@ -77,8 +82,7 @@ def denoise(
     schedule: NoiseSchedule,
     timesteps: Timesteps,
     *,
-    sampler: str = "ddim",
-    eta: float = 0.0,
+    sampler: Sampler = ddim,
     generators: Generators | None = None,
     callback: Callable[[Step], object] | None = None,
 ) -> Tensor:
@@ -89,31 +93,40 @@ def denoise(
         x_T: (B, C, h, w) noise, on the predictor's device.
         schedule: The model's noise schedule.
         timesteps: Pairs (t, t_prev), as from `schedule.timesteps(n)`.
-        sampler: "ddim", "ddpm", or "dpm++2m".
-        eta: DDIM's share of DDPM's noise, from 0 to 1.
-        generators: One for each image, for the noise of the steps; None is torch's global one.
+        sampler: One of `sdkit.samplers`, such as `ddim` or `dpmpp_2m`; `sampler_by_name` finds one by its name.
+        generators: One for each image, for the noise of the steps; None is torch's global generator.
         callback: Called with each `Step`.
 
     Returns:
         Latents (B, C, h, w), scaled as `VAE.encode` returns them.
-
-    Raises:
-        ArgumentError: The sampler is unknown, or does not take this `eta`.
     """
-    check_sampler(sampler, eta)
-    options: dict[str, Any] = {"eta": eta} if sampler == "ddim" else {}
-    loop = SAMPLERS[sampler](
-        predict, x_T, schedule, timesteps, generators=generators, clip_x0=schedule.clip_x0, **options
-    )
-    for step in progress(loop, total=len(timesteps), description=sampler):
+    steps = sampler(predict, x_T, schedule, timesteps, generators=generators, clip_x0=schedule.clip_x0)
+    for step in progress(steps, total=len(timesteps), description="denoise"):
         if callback is not None:
             callback(step)
     return step.x
 
 
+@overload
 def decode(
-    vae: VAE, z: Tensor, size: tuple[int, int], *, output_type: str = "pil", batch_size: int | None = None
-) -> Any:
+    vae: VAE, z: Tensor, size: tuple[int, int], *, output_type: Literal["pil"] = "pil", batch_size: int | None = None
+) -> list[Image.Image]: ...
+@overload
+def decode(
+    vae: VAE, z: Tensor, size: tuple[int, int], *, output_type: Literal["np"], batch_size: int | None = None
+) -> npt.NDArray[np.uint8]: ...
+@overload
+def decode(
+    vae: VAE, z: Tensor, size: tuple[int, int], *, output_type: Literal["pt"], batch_size: int | None = None
+) -> Tensor: ...
+def decode(
+    vae: VAE,
+    z: Tensor,
+    size: tuple[int, int],
+    *,
+    output_type: Literal["pil", "np", "pt"] = "pil",
+    batch_size: int | None = None,
+) -> list[Image.Image] | npt.NDArray[np.uint8] | Tensor:
     """Decode latents and crop the images to their size.
 
     Args:
@@ -124,16 +137,12 @@ def decode(
         batch_size: Images decoded together; None fits it to their size.
 
     Returns:
-        N images, as `VAE.decode` returns them.
+        A list of N PIL images; uint8 (N, H, W, 3) for "np"; or float32 (N, 3, H, W) in [-1, 1] for "pt".
     """
-    return vae.decode(z, size=size, output_type=output_type, batch_size=batch_size)
-
-
-def check_sampler(sampler: str, eta: float) -> None:
-    """Raise ArgumentError for a sampler that does not exist, and for an `eta` that it does not take."""
-    one_of("sampler", sampler, SAMPLERS)
-    if number("eta", eta, 0, 1) and sampler != "ddim":
-        raise ArgumentError(f"eta belongs to sampler 'ddim'; '{sampler}' has none.")
+    images: list[Image.Image] | npt.NDArray[np.uint8] | Tensor = vae.decode(
+        z, size=size, output_type=output_type, batch_size=batch_size
+    )
+    return images
 
 
 def check_side(name: str, pixels: int, smallest: int = 8) -> int:

@@ -7,22 +7,23 @@ it -> z; `VAE.decode` -> images.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from os import PathLike
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor
 
-from sdkit import images as image_io
 from sdkit.arguments import number, one_of, seeded, strings, whole_number
 from sdkit.diffusion.conditioning import Conditioning
 from sdkit.diffusion.guidance import APG, Model, guided
-from sdkit.diffusion.samplers import Step
+from sdkit.diffusion.samplers import Step, sampler_by_name
 from sdkit.diffusion.schedule import NoiseSchedule
 from sdkit.engines.device import resolve_place
 from sdkit.errors import ArgumentError, SdkitError
 from sdkit.files import expanded
+from sdkit.images import OUTPUT_TYPES
 from sdkit.loading.source import USUAL_GUIDANCE, Source
 from sdkit.loading.tensors import is_file
 from sdkit.messages import clean
@@ -30,7 +31,12 @@ from sdkit.networks.autoencoder import VAE
 from sdkit.networks.denoiser import UNet
 from sdkit.networks.lora import merge_lora, read_lora
 from sdkit.networks.text_encoder import TextEncoder
-from sdkit.pipelines.steps import check_sampler, check_side, decode, denoise, embed, start
+from sdkit.pipelines.steps import check_side, decode, denoise, embed, start
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+    from PIL import Image
 
 LATENTS_AT_ONCE = 4 * 64 * 64
 """Latent positions that are denoised together where no `batch_size` is given: four images of 512 x 512, sixty-four of
@@ -132,6 +138,39 @@ class StableDiffusion:
         lora = read_lora(source, filename=filename, revision=revision)
         merge_lora(lora, self.unet.network, self.text.network, scale)
 
+    @overload
+    def __call__(
+        self, prompt: str | Sequence[str], negative_prompt: str | Sequence[str] | None = None,
+        height: int | None = None, width: int | None = None, num_inference_steps: int = 30,
+        guidance_scale: float | None = None, sampler: str = "ddim", eta: float = 0.0, seed: int | Sequence[int] = 0,
+        num_images_per_prompt: int = 1, latents: Tensor | None = None,
+        output_type: Literal["pil"] = "pil", callback: Callable[[Step], object] | None = None, *,
+        spacing: str | None = None, guidance_rescale: float = 0.0,
+        guidance_interval: tuple[float, float] | None = None, apg: APG | None = None, clip_skip: int = 0,
+        weighting: bool = False, batch_size: int | None = None,
+    ) -> list[Image.Image]: ...  # fmt: skip
+    @overload
+    def __call__(
+        self, prompt: str | Sequence[str], negative_prompt: str | Sequence[str] | None = None,
+        height: int | None = None, width: int | None = None, num_inference_steps: int = 30,
+        guidance_scale: float | None = None, sampler: str = "ddim", eta: float = 0.0, seed: int | Sequence[int] = 0,
+        num_images_per_prompt: int = 1, latents: Tensor | None = None, *,
+        output_type: Literal["np"], callback: Callable[[Step], object] | None = None,
+        spacing: str | None = None, guidance_rescale: float = 0.0,
+        guidance_interval: tuple[float, float] | None = None, apg: APG | None = None, clip_skip: int = 0,
+        weighting: bool = False, batch_size: int | None = None,
+    ) -> npt.NDArray[np.uint8]: ...  # fmt: skip
+    @overload
+    def __call__(
+        self, prompt: str | Sequence[str], negative_prompt: str | Sequence[str] | None = None,
+        height: int | None = None, width: int | None = None, num_inference_steps: int = 30,
+        guidance_scale: float | None = None, sampler: str = "ddim", eta: float = 0.0, seed: int | Sequence[int] = 0,
+        num_images_per_prompt: int = 1, latents: Tensor | None = None, *,
+        output_type: Literal["pt", "latent"], callback: Callable[[Step], object] | None = None,
+        spacing: str | None = None, guidance_rescale: float = 0.0,
+        guidance_interval: tuple[float, float] | None = None, apg: APG | None = None, clip_skip: int = 0,
+        weighting: bool = False, batch_size: int | None = None,
+    ) -> Tensor: ...  # fmt: skip
     def __call__(
         self,
         prompt: str | Sequence[str],
@@ -145,7 +184,7 @@ class StableDiffusion:
         seed: int | Sequence[int] = 0,
         num_images_per_prompt: int = 1,
         latents: Tensor | None = None,
-        output_type: str = "pil",
+        output_type: Literal["pil", "np", "pt", "latent"] = "pil",
         callback: Callable[[Step], object] | None = None,
         *,
         spacing: str | None = None,
@@ -155,57 +194,82 @@ class StableDiffusion:
         clip_skip: int = 0,
         weighting: bool = False,
         batch_size: int | None = None,
-    ) -> Any:
-        """Images of prompts: `num_images_per_prompt` of the first, then of the second, and so on.
+    ) -> list[Image.Image] | npt.NDArray[np.uint8] | Tensor:
+        """Draw images of prompts: `num_images_per_prompt` of the first, then of the second, and so on.
 
-        negative_prompt: what to steer away from, one for all or one for each prompt; None is "".
-        height, width: pixels, any number from 8; None is the size that the model was trained on.
-        num_inference_steps, spacing: see `NoiseSchedule.timesteps`; spacing None is the model's own.
-        guidance_scale: None is the model's own, 7.5 for most; 1 is no guidance, at half the cost. See `sdkit.guidance`
-            for `guidance_rescale` (phi), `guidance_interval` (noise levels) and `apg`. A latent consistency model's
-            U-Net takes the scale as an input: one pass a step, by the sampler that is chosen (not by LCM's own), and
-            no negative prompt.
-        sampler: "ddim" (`eta` from 0, deterministic, to 1, DDPM), "ddpm" or "dpm++2m".
-        seed: image i starts from seed + i, or from the i-th of a list; the same seed gives the same image alone and in
-            a batch.
-        latents: (N, 4, h, w) standard normal noise to start from in place of the seeds'.
-        output_type: "pil", a list of PIL images; "np", uint8 (N, H, W, 3); "pt", float32 (N, 3, H, W) in [-1, 1];
-            "latent", the scaled latents (N, 4, h, w) as they are, even where they are not finite.
-        callback: called with each `Step` of each batch.
-        clip_skip, weighting: see `TextEncoder.encode`.
-        batch_size: images denoised together; None fits it to their size.
+        Args:
+            prompt: A prompt, or a list of them.
+            negative_prompt: Prompt to steer away from, one for all images or one for each prompt; None is "".
+            height: Height in pixels, any number from 8; None is that of the model's training images.
+            width: Width in pixels, likewise.
+            num_inference_steps: Number of sampling steps, from 1 to the schedule's number of timesteps.
+            guidance_scale: Guidance scale s; None is the model's own, 7.5 for most. 1 turns guidance off and halves
+                the cost. The U-Net of a latent consistency model takes s as an input and makes one pass a step; it
+                accepts neither a negative prompt nor any other option of guidance, and is sampled by `sampler`, not by
+                LCM's own sampler.
+            sampler: "ddim", "ddpm", or "dpm++2m".
+            eta: For "ddim", its share of DDPM's noise, from 0 (deterministic) to 1.
+            seed: Image i starts from seed + i, or from the i-th seed of a list. A seed gives the same image alone and
+                in a batch.
+            num_images_per_prompt: Number of images of each prompt.
+            latents: (N, 4, h, w) standard normal noise to start from, in place of noise from the seeds.
+            output_type: "pil", "np", "pt", or "latent"; see Returns.
+            callback: Called with each `Step` of each batch.
+            spacing: "leading", "trailing", or "linspace"; None is the model's own. See `NoiseSchedule.timesteps`.
+            guidance_rescale: phi in [0, 1]; see `sdkit.guidance.rescale`.
+            guidance_interval: Noise levels (low, high] between which to guide; see `sdkit.guidance.guided`.
+            apg: Settings of adaptive projected guidance, which replaces classifier-free guidance.
+            clip_skip: Number of the text encoder's last layers to skip; see `TextEncoder.encode`.
+            weighting: Whether to read `(word:1.3)` as A1111 does; see `TextEncoder.encode`.
+            batch_size: Number of images denoised together; None fits it to their size.
+
+        Returns:
+            N images: a list of PIL images for "pil"; uint8 (N, H, W, 3) for "np"; float32 (N, 3, H, W) in [-1, 1] for
+            "pt". For "latent" the scaled latents (N, 4, h, w), float32, even where they are not finite.
+
+        Raises:
+            ArgumentError: An argument is out of range, or does not go with another or with this model.
+            SdkitError: The text encoder or the U-Net gives numbers that are not finite.
+
+        Examples:
+            >>> import sdkit
+            >>> sd = sdkit.StableDiffusion.from_pretrained("emoji")
+            >>> images = sd("a red apple on a blue background", num_inference_steps=4, seed=42)
+            >>> images[0].save("apple.png")
+
+            Two images of each prompt, as an array:
+
+            >>> sd(["a cat", "a dog"], num_images_per_prompt=2, num_inference_steps=2, output_type="np").shape
+            (4, 128, 128, 3)
         """
-        one_of("output_type", output_type, (*image_io.OUTPUT_TYPES, "latent"))
-        check_sampler(sampler, eta)
-        prompts, negatives = self._prompts(prompt, negative_prompt, num_images_per_prompt)
-        height, width = self._size(height, width, latents)
-        generators = seeded(seed, len(prompts))
+        one_of("output_type", output_type, (*OUTPUT_TYPES, "latent"))
+        loop = sampler_by_name(sampler, eta=eta)
         timesteps = self.schedule.timesteps(num_inference_steps, spacing)
+        prompts, negatives = self._prompts(prompt, negative_prompt, num_images_per_prompt)
+        size = self._size(height, width, latents)
+        generators = seeded(seed, len(prompts))
         guidance: dict[str, Any] = {"interval": guidance_interval, "phi": guidance_rescale, "projected": apg}
         model, scale = self._model(guidance_scale, negatives, guidance)
 
-        x_T = start(generators, self._latent_shape(height, width), latents)
+        x_T = start(generators, self._latent_shape(*size), latents)
         z = torch.empty_like(x_T)
         with torch.no_grad():
-            for chosen, chunks in self._batches(prompts, negatives, scale, weighting, x_T, batch_size):
-                encode: dict[str, Any] = {"clip_skip": clip_skip, "weighting": weighting, "chunks": chunks}
-                # Moved once, not in every step, where the text encoder is on another device.
-                cond = embed(self.text, [prompts[i] for i in chosen], **encode).to(self.unet.device)
-                uncond = None
-                if scale != 1:
-                    uncond = embed(self.text, [negatives[i] for i in chosen], **encode).to(self.unet.device)
-                if output_type != "latent":
-                    self._check_embeddings([cond] if uncond is None else [cond, uncond], weighting)
+            for batch in self._batches(prompts, negatives, scale, weighting, x_T, batch_size):
+                cond, uncond = self._embedded(batch, clip_skip, weighting, finite=output_type != "latent")
                 predict = guided(model, self.schedule, cond, uncond, scale, **guidance)
-                z[chosen] = denoise(
-                    predict, x_T[chosen].to(self.unet.device), self.schedule, timesteps, sampler=sampler, eta=eta,
-                    generators=[generators[i] for i in chosen], callback=callback,
-                ).cpu()  # fmt: skip
+                z[batch.images] = denoise(
+                    predict,
+                    x_T[batch.images].to(self.unet.device),
+                    self.schedule,
+                    timesteps,
+                    sampler=loop,
+                    generators=[generators[i] for i in batch.images],
+                    callback=callback,
+                ).cpu()
         if output_type == "latent":
             return z
-        if not bool(torch.isfinite(z).all()):
-            raise SdkitError(f"the U-Net gave numbers that are not finite; {_remedy(self.unet)}.")
-        return decode(self.vae, z, (height, width), output_type=output_type, batch_size=batch_size)
+        self._check_latents(z)
+        return decode(self.vae, z, size, output_type=output_type, batch_size=batch_size)
 
     def _model(
         self, guidance_scale: float | None, negatives: list[str], guidance: dict[str, Any]
@@ -227,6 +291,11 @@ class StableDiffusion:
         if weighting and bool(torch.isfinite(self.text.encode("")).all()):
             raise SdkitError("the prompt's weights are so large that its embedding is not finite; give smaller ones.")
         raise SdkitError(f"the text encoder gave numbers that are not finite; {_remedy(self.text)}.")
+
+    def _check_latents(self, z: Tensor) -> None:
+        """Raise SdkitError, with the cause, where the U-Net gave latents that are not finite."""
+        if not bool(torch.isfinite(z).all()):
+            raise SdkitError(f"the U-Net gave numbers that are not finite; {_remedy(self.unet)}.")
 
     @staticmethod
     def _check_guided(negatives: list[str], guidance: dict[str, Any]) -> None:
@@ -281,10 +350,10 @@ class StableDiffusion:
         weighting: bool,
         x_T: Tensor,
         batch_size: int | None,
-    ) -> Iterator[tuple[list[int], int]]:
-        """Indices of images to denoise together, and their number of chunks of tokens.
+    ) -> Iterator[_Batch]:
+        """Group images into batches.
 
-        Images whose prompts need different numbers of chunks never meet: the padding would change them.
+        Images whose prompts need different numbers of chunks never share a batch: the padding would change them.
         """
         lengths: dict[str, int] = {
             text: self.text.tokenize(text, weighting=weighting)[0].shape[1] for text in {*prompts, *negatives}
@@ -295,8 +364,45 @@ class StableDiffusion:
             groups.setdefault(chunks, []).append(i)
         fitting = self.images_at_once(x_T.shape[2] * self.vae.factor, x_T.shape[3] * self.vae.factor)
         n = fitting if batch_size is None else whole_number("batch_size", batch_size, 1)
-        for chunks, indices in sorted(groups.items()):
-            yield from ((indices[i : i + n], chunks) for i in range(0, len(indices), n))
+        for chunks, group in sorted(groups.items()):
+            for indices in (group[i : i + n] for i in range(0, len(group), n)):
+                yield _Batch(
+                    images=indices,
+                    prompts=[prompts[i] for i in indices],
+                    negatives=None if scale == 1 else [negatives[i] for i in indices],
+                    chunks=chunks,
+                )
+
+    def _embedded(
+        self, batch: _Batch, clip_skip: int, weighting: bool, *, finite: bool
+    ) -> tuple[Conditioning, Conditioning | None]:
+        """Embed a batch's prompts and negative prompts; with `finite`, raise SdkitError where that fails."""
+        conditions = [
+            # Moved to the U-Net's device once, not in every step.
+            embed(self.text, texts, clip_skip=clip_skip, weighting=weighting, chunks=batch.chunks).to(self.unet.device)
+            for texts in (batch.prompts, batch.negatives)
+            if texts is not None
+        ]
+        if finite:
+            self._check_embeddings(conditions, weighting)
+        return conditions[0], conditions[1] if len(conditions) > 1 else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Batch:
+    """Images that are denoised together.
+
+    Attributes:
+        images: Their indices among all images.
+        prompts: The prompt of each.
+        negatives: The negative prompt of each, or None without guidance.
+        chunks: Number of chunks of tokens of each prompt.
+    """
+
+    images: list[int]
+    prompts: list[str]
+    negatives: list[str] | None
+    chunks: int
 
 
 def _remedy(part: UNet | TextEncoder) -> str:

@@ -1,4 +1,4 @@
-"""Settings of each stage: everything a run depends on, saved in its config.json. They are data and build nothing."""
+"""Settings of each stage: everything that a run depends on, saved in its config.json. They build nothing."""
 
 from __future__ import annotations
 
@@ -8,50 +8,56 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from sdkit.errors import ArgumentError
-from sdkit.fields import documented
+from sdkit.fields import with_inherited_fields
 from sdkit.files import expanded
 
-# Names in diffusers.optimization.get_scheduler, without piecewise_constant, whose rules have a syntax of their own.
+# Names in diffusers.optimization.get_scheduler, except piecewise_constant, which needs rules in their own syntax.
 LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
 
 AUGMENTATIONS = ("crop", "flip")
 RECONSTRUCTIONS = ("l1", "l2")
 REGULARIZERS = ("none", "kl", "vq")
-LPIPS = "SDKIT_LPIPS"  # an environment variable
+LPIPS = "SDKIT_LPIPS"  # environment variable that names the weights of LPIPS
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoopSettings:
-    """Settings of the training loop. The settings of each stage are a subclass."""
+    """Settings of the training loop. The settings of each stage are a subclass.
+
+    Attributes:
+        max_steps: Total number of optimizer steps.
+        batch_size: Samples per process and micro-batch.
+        gradient_accumulation_steps: Micro-batches per optimizer step.
+        mixed_precision: Autocast to "bf16" or "fp16"; "no" is float32. Trained weights are always float32.
+        seed: Random seed.
+        lr_scheduler: Learning-rate schedule: constant, constant_with_warmup, linear, cosine,
+            cosine_with_restarts, or polynomial.
+        lr_warmup_steps: Optimizer steps in which the learning rate rises from 0, for schedules with a
+            warmup.
+        max_grad_norm: Largest gradient norm; gradients above it are clipped. None turns clipping off.
+        use_8bit_adam: Use AdamW of bitsandbytes, with its state in 8 bits.
+        ema_decay: Decay of the moving average of the weights, which is validated and exported; 0 turns it
+            off.
+        save_every: Save a checkpoint every N steps.
+        keep_checkpoints: Keep the last N checkpoints.
+        validate_every: Validate every N steps, and before the first step and after the last.
+        report_to: Trackers that metrics are also sent to, such as tensorboard and wandb.
+    """
 
     max_steps: int = 1000
-    """Total number of optimizer steps."""
     batch_size: int = 1
-    """Samples per process and micro-batch."""
     gradient_accumulation_steps: int = 1
-    """Micro-batches per optimizer step."""
     mixed_precision: str = "no"
-    """Autocast to "bf16" or "fp16"; "no" is float32. Trained weights are always float32."""
     seed: int = 0
-    """Random seed."""
     lr_scheduler: str = "constant"
-    """Learning-rate schedule: constant, constant_with_warmup, linear, cosine, cosine_with_restarts, or polynomial."""
     lr_warmup_steps: int = 0
-    """Optimizer steps in which the learning rate rises from 0, for schedules with a warmup."""
     max_grad_norm: float | None = 1.0
-    """Largest gradient norm; gradients above it are clipped. None turns clipping off."""
     use_8bit_adam: bool = False
-    """Use AdamW of bitsandbytes, with its state in 8 bits."""
     ema_decay: float = 0.9999
-    """Decay of the moving average of the weights, which is validated and exported; 0 turns it off."""
     save_every: int = 100
-    """Save a checkpoint every N steps."""
     keep_checkpoints: int = 2
-    """Keep the last N checkpoints."""
     validate_every: int = 100
-    """Validate every N steps, and before the first step and after the last."""
     report_to: tuple[str, ...] = ()
-    """Trackers that metrics are also sent to, such as tensorboard and wandb."""
 
     # Settings that may change when a run is resumed. batch_size and gradient_accumulation_steps may change only if a
     # step still takes the same number of samples.
@@ -60,8 +66,11 @@ class LoopSettings:
         *("report_to", "save_every", "validate_every"),
     })  # fmt: skip
 
+    def __init_subclass__(cls) -> None:
+        cls.__doc__ = with_inherited_fields(cls)
+
     def __post_init__(self) -> None:
-        from sdkit.arguments import flag, number, one_of, strings, whole_number  # which loads PyTorch
+        from sdkit.arguments import flag, number, one_of, strings, whole_number  # imported late: it loads PyTorch
 
         for name in ("max_steps", "batch_size", "gradient_accumulation_steps", "save_every", "keep_checkpoints"):
             self._keep(name, whole_number(name, getattr(self, name), 1))
@@ -79,43 +88,47 @@ class LoopSettings:
         self._keep("report_to", tuple(strings("report_to", self.report_to)) if self.report_to else ())
 
     def _keep(self, name: str, value: object) -> None:
-        """Set a field to the value its check returned: NumPy's numbers become Python's, which JSON can hold."""
+        """Set a field to the value that its check returned, such as a Python number for one of NumPy, for JSON."""
         object.__setattr__(self, name, value)
 
 
-@documented
 @dataclass(frozen=True, kw_only=True)
 class StageSettings(LoopSettings):
-    """Settings that all stages share."""
+    """Settings that all stages share.
+
+    Attributes:
+        model: Model to fine-tune: any source that `sdkit.StableDiffusion.from_pretrained` takes.
+        data: A folder of images with captions (in NAME.txt beside each, or a metadata.jsonl), .tar or
+            .parquet files, or a data set's id on the Hub; for the U-Net also a latent cache.
+        split: Split of a data set on the Hub.
+        image_column: Column of the images in parquet files and data sets of the Hub; None detects it.
+        class_folders: Read names of folders as sd-scripts does: each image in "10_zork dog" counts ten
+            times, and has the caption "zork dog" if it has no other.
+        out_dir: Run folder. An existing run is resumed.
+        learning_rate: Learning rate of AdamW, which the schedule multiplies.
+        init: A config.json of diffusers, or a folder with one: train a network of this shape from scratch.
+        size: Size of the training images in pixels, one number or (height, width); None takes the model's
+            own.
+        augment: Augmentations: crop (at a random place instead of the centre) and flip (mirror half of the
+            images).
+        gradient_checkpointing: Recompute activations in the backward pass: less memory, about a third more
+            time.
+    """
 
     model: str | os.PathLike[str] = "emoji"
-    """Model to fine-tune: any source that `sdkit.StableDiffusion.from_pretrained` takes."""
     data: str | os.PathLike[str]
-    """A folder of images with captions (in NAME.txt beside each, or a metadata.jsonl), .tar or .parquet files, a data
-    set's id on the Hub; for the U-Net also a latent cache, which can stream what does not fit on the disk."""
     split: str = "train"
-    """Split of a data set on the Hub."""
     image_column: str | None = None
-    """Column of the images in parquet files and data sets of the Hub; None finds it."""
     class_folders: bool = False
-    """Read names of folders as sd-scripts does: each image in "10_zork dog" counts ten times, and has the caption
-    "zork dog" if it has no other."""
     out_dir: str | os.PathLike[str]
-    """Run folder. An existing run is resumed."""
     learning_rate: float = 1e-5
-    """Learning rate of AdamW, which the schedule multiplies."""
     init: str | os.PathLike[str] | None = None
-    """A config.json of diffusers, or a folder with one: train a network of this shape from scratch."""
     size: int | tuple[int, int] | None = None
-    """Size of the training images in pixels, one number or (height, width); None takes the model's own."""
     augment: tuple[str, ...] = ()
-    """Augmentations: crop (at a random place, not the centre) and flip (mirror half of the images)."""
     gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more time."""
 
-    may_change = LoopSettings.may_change | {
-        "init"
-    }  # a path: the fingerprint of the model tells whether its contents changed
+    # "init" is a path. The fingerprint of the model tells whether its contents changed.
+    may_change = LoopSettings.may_change | {"init"}
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -143,12 +156,12 @@ class StageSettings(LoopSettings):
                 raise ArgumentError(f"{name} must be text, not {value!r}.")
 
     def opened_with(self) -> dict[str, Any]:
-        """Return the options of `open_examples` for `data`."""
+        """Return the keyword arguments with which `open_examples` opens `data`."""
         names = ("split", "image_column", "class_folders")
         return {name: getattr(self, name) for name in names}
 
     def _keep_apart(self, name: str, data: str | os.PathLike[str]) -> None:
-        """Refuse an out_dir inside the data: a resumed run would train on its own samples/."""
+        """Raise ArgumentError for an out_dir inside the data, because a resumed run would train on its own samples/."""
         inner, outer = (expanded(path).resolve() for path in (self.out_dir, data))
         if os.path.isdir(outer) and inner.is_relative_to(outer):  # noqa: PTH112 - pathlib's raises for overlong names
             raise ArgumentError(
@@ -162,33 +175,42 @@ class StageSettings(LoopSettings):
         return Path(self.out_dir) / "samples"
 
 
-@documented
 @dataclass(frozen=True, kw_only=True)
 class VAEConfig(StageSettings):
-    """Settings of `train_vae`: the loss is reconstruction + lpips_weight * LPIPS + kl_weight * KL + disc_weight *
-    adversarial, or the codebook's loss in place of the KL."""
+    """Settings of `train_vae`.
+
+    The loss is reconstruction + lpips_weight * LPIPS + kl_weight * KL + disc_weight * adversarial. A VQModel has the
+    codebook loss in place of kl_weight * KL.
+
+    Attributes:
+        train_encoder: Train the encoder too. It changes the latents, so U-Nets and caches made for this VAE
+            may no longer fit.
+        reconstruction: Reconstruction loss: l1 (as in latent diffusion) or l2 (as in Stability's ft-mse).
+        lpips_weight: Weight of the perceptual loss LPIPS; without it, reconstructions are blurred.
+        lpips: Weights of LPIPS, as `sdkit.networks.lpips.LPIPS.from_pretrained` takes them; None reads
+            SDKIT_LPIPS.
+        regularizer: Regularizer of the latents: kl, vq (for a VQModel only), or none (an autoencoder
+            without noise).
+        kl_weight: Weight of the KL next to a loss summed over pixels, as in latent diffusion; ignored if
+            the encoder is frozen.
+        disc_weight: Weight of the adversarial loss of a PatchGAN discriminator, multiplied by VQGAN's
+            adaptive weight; 0 turns it off, latent diffusion uses 0.5.
+        disc_start: Optimizer step from which the discriminator is used.
+        validation_data: Held-out images (the first 64 are used); None holds out a twentieth of the data, at
+            most 16.
+    """
 
     train_encoder: bool = False
-    """Train the encoder too. It changes the latents, so U-Nets and caches made for this VAE may no longer fit."""
     reconstruction: str = "l2"
-    """Reconstruction loss: l1 (as in latent diffusion) or l2 (as in Stability's ft-mse)."""
     lpips_weight: float = 0.1
-    """Weight of the perceptual loss LPIPS; without it, reconstructions are blurred."""
     lpips: str | os.PathLike[str] | None = None
-    """Weights of LPIPS, as `sdkit.networks.lpips.LPIPS.from_pretrained` takes them; None reads SDKIT_LPIPS."""
     regularizer: str = "kl"
-    """Regularizer of the latents: kl, vq (for a VQModel only), or none (an autoencoder without noise)."""
     kl_weight: float = 1e-6
-    """Weight of the KL next to a loss summed over pixels, as in latent diffusion; ignored if the encoder is frozen."""
     disc_weight: float = 0.0
-    """Weight of the PatchGAN discriminator, times VQGAN's adaptive weight (of each micro-batch): 0 turns it off, latent
-    diffusion uses 0.5."""
     disc_start: int = 0
-    """Optimizer step from which the discriminator is used."""
     validation_data: str | os.PathLike[str] | None = None
-    """Held-out images (the first 64 are used); None holds out a twentieth of the data, at most 16."""
 
-    may_change = StageSettings.may_change | {"lpips", "validation_data"}  # paths, too
+    may_change = StageSettings.may_change | {"lpips", "validation_data"}  # paths, covered by fingerprints as well
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -211,37 +233,44 @@ class VAEConfig(StageSettings):
             raise ArgumentError("disc_start belongs to a discriminator, and there is none; give disc_weight, too.")
 
 
-@documented
 @dataclass(frozen=True, kw_only=True)
 class UNetConfig(StageSettings):
-    """Settings of `train_unet`. `data` may also be a latent cache: frozen networks then do no work."""
+    """Settings of `train_unet`. `data` may also be a latent cache, which spares the work of the frozen networks.
+
+    Attributes:
+        vae: VAE to use in place of the model's own: a folder, a Hub id, or a single file. The U-Net is trained
+            on its latents and exported with it. None takes the model's own.
+        caption_column: Column of the captions in parquet files and data sets of the Hub, or key in
+            metadata; None detects it.
+        default_caption: Caption of images without one.
+        lora_rank: Rank of the LoRA on the attention's projections; None trains the whole network.
+        train_text_encoder: Train the text encoder together with the U-Net.
+        prediction_type: What the network learns to predict: epsilon, v_prediction or sample (x0); None is
+            the model's own.
+        zero_snr: Shift the noise schedule so that its last step is pure noise (Lin et al. 2023); None keeps
+            the model's.
+        snr_gamma: Gamma of the min-SNR weights (Hang et al. 2023, who use 5); None weights all timesteps
+            equally. At zero terminal SNR the noisiest steps keep their weight (see `min_snr_weight`).
+        noise_offset: Size of an offset added to each channel's noise, about 0.1, for darker and brighter
+            images; 0 turns it off.
+        caption_dropout: Share of samples trained with an empty caption, which classifier-free guidance
+            needs.
+        validation_prompts: Prompts of images generated at each validation, always from the same seeds.
+    """
 
     vae: str | os.PathLike[str] | None = None
-    """A VAE in place of the model's own, for whose latents the U-Net is trained and with which it is exported: a
-    folder, a Hub id, or a single file; None takes the model's own."""
     caption_column: str | None = None
-    """Column of the captions in parquet files and data sets of the Hub, or key in metadata; None finds it."""
     default_caption: str = ""
-    """Caption of images without one."""
     lora_rank: int | None = None
-    """Rank of the LoRA on the attention's projections; None trains the whole network."""
     train_text_encoder: bool = False
-    """Train the text encoder together with the U-Net."""
     prediction_type: str | None = None
-    """What the network learns to predict: epsilon, v_prediction or sample (x0); None is the model's own."""
     zero_snr: bool | None = None
-    """Shift the noise schedule so that its last step is pure noise (Lin et al. 2023); None keeps the model's."""
     snr_gamma: float | None = None
-    """Gamma of the min-SNR weights (Hang et al. 2023, who use 5); None weighs all timesteps alike. At zero
-    terminal SNR the noisiest steps keep their weight (see `min_snr_weight`)."""
     noise_offset: float = 0.0
-    """Offset of each channel's noise, for darker and brighter images: about 0.1."""
     caption_dropout: float = 0.1
-    """Share of samples trained with an empty caption, which classifier-free guidance needs."""
     validation_prompts: tuple[str, ...] = ()
-    """Prompts to draw at each validation, always from the same seeds."""
 
-    may_change = StageSettings.may_change | {"vae"}  # a path, too
+    may_change = StageSettings.may_change | {"vae"}  # a path, covered by a fingerprint as well
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -268,5 +297,5 @@ class UNetConfig(StageSettings):
             self._keep("validation_prompts", prompts)
 
     def opened_with(self) -> dict[str, Any]:
-        """Return the options of `open_examples` for `data`."""
+        """Return the keyword arguments with which `open_examples` opens `data`."""
         return super().opened_with() | {"caption_column": self.caption_column, "default_caption": self.default_caption}

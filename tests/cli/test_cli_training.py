@@ -24,10 +24,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import sdkit
+from sdkit.arguments import PREDICTIONS
 from sdkit.cli import console, main
 from sdkit.cli.commands import _parser
-from sdkit.cli.training import _settings
+from sdkit.cli.training import CHOICES, _settings
 from sdkit.data import LatentCache, check
+from sdkit.errors import ArgumentError
 from sdkit.training import UNetConfig, VAEConfig, train_unet
 from sdkit.training.checkpoint import checkpoints
 from sdkit.training.run_folder import read_metrics
@@ -97,10 +99,23 @@ def test_help_tells_every_field_with_its_docstring_and_default(run: Callable[...
     assert "--init PATH A config.json of diffusers, or a folder with one: train" in told
     adam = "Use AdamW of bitsandbytes, with its state in 8 bits (default: no)"
     assert f"--use-8bit-adam, --no-use-8bit-adam {adam}" in told
-    assert "needed, here or in that file: --data PATH" in told
+    assert "required, here or in the --config file: --data PATH" in told
     text = "Train the text encoder together with the U-Net (default: no)"
     own = text if stage == "unet" else "(as in Stability's ft-mse) (default: l2)"
     assert own in told
+
+
+@pytest.mark.parametrize("field", CHOICES)
+def test_the_choices_in_the_help_are_those_of_the_settings(field: str) -> None:
+    stage = VAEConfig if hasattr(VAEConfig, field) else UNetConfig
+    with pytest.raises(ArgumentError) as refused:
+        stage(data="photos", out_dir="run", **{field: "unheard-of"})
+    known = re.findall(r"'([^']+)'", str(refused.value).partition("is not one of")[2])
+    assert set(CHOICES[field]) == {PREDICTIONS.get(name, name) for name in known}
+    train = _parser()._subparsers._group_actions[0].choices["train"]  # type: ignore[union-attr,index]
+    options = train._subparsers._group_actions[0].choices["vae" if stage is VAEConfig else "unet"]._actions
+    (option,) = (option for option in options if option.dest == field)
+    assert all(name in f"{option.metavar} {option.help}" for name in CHOICES[field])
 
 
 def test_every_option_is_explained() -> None:

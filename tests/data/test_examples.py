@@ -16,6 +16,7 @@ from PIL import Image
 
 import sdkit
 from sdkit.data import Examples, Stream, open_examples
+from sdkit.messages import quiet
 
 datasets = pytest.importorskip("datasets")
 import pyarrow as pa  # noqa: E402
@@ -221,7 +222,7 @@ class TestColumns:
         if form == "datasets":
             features = datasets.Features({"picture": datasets.Image(), "text": datasets.Value("string")})
             table = datasets.Dataset.from_dict({"picture": cells, "text": list(self.CAPTIONS)}, features=features)
-            with datasets_quiet():
+            with quiet("datasets"):
                 table.to_parquet(str(file))
         else:
             images = cells if form == "fields" else [cell["bytes"] for cell in cells]
@@ -333,7 +334,7 @@ class TestColumns:
         """
         features = datasets.Features({"image": datasets.Image(), "text": datasets.Image(), "n": datasets.Value("int8")})
         rows = {"image": self.cells(), "text": [{"bytes": None, "path": "ftp://127.0.0.1/x.png"}] * 3, "n": [1, 2, 3]}
-        with datasets_quiet():
+        with quiet("datasets"):
             schema = features.arrow_schema
             pq.write_table(pa.table(rows, schema), tmp_path / "a.parquet")
         assert open_examples(tmp_path).captions == [""] * 3
@@ -370,12 +371,6 @@ class TestColumns:
         assert open_examples(tmp_path, streaming=True).identity == before
         pq.write_table(pa.table({"image": [encoded()], "text": ["a longer one"]}), tmp_path / "2.parquet")
         assert open_examples(tmp_path, streaming=True).identity != before
-
-
-def datasets_quiet() -> Any:
-    from sdkit.data.examples import _quiet
-
-    return _quiet(datasets)
 
 
 def test_the_librarys_settings_are_left_as_they_were(folder: Path, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from sdkit.errors import SdkitError, TrainingError
-from sdkit.files import reason
+from sdkit.messages import reason
 from sdkit.training.checkpoint import (
     Checkpoint,
     checkpoints,

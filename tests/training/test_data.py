@@ -27,9 +27,8 @@ from sdkit.training import UNetConfig
 from sdkit.training.batches import noise_of
 from sdkit.training.distributed import split_over_processes
 from sdkit.training.signals import StopSignals, Unfinished, raise_if_stopped
-from sdkit.training.stages.examples import CachedLatents, ImageLatents
+from sdkit.training.stages.examples import CachedLatents, ImageLatents, open_latents
 from sdkit.training.stages.images import TrainingImages, report_skipped, split
-from sdkit.training.stages.unet import open_latents
 from tests.helpers import tiny
 from tests.helpers.loaders import load_text, load_vae
 

@@ -14,9 +14,9 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from sdkit.atomic import atomic_write
 from sdkit.errors import CacheError
-from sdkit.files import atomic_write, reason
-from sdkit.messages import clean
+from sdkit.messages import clean, reason
 from sdkit.networks.text_encoder import TextEncoder
 from sdkit.networks.wrapper import fingerprint
 from sdkit.strict_json import read_object, require

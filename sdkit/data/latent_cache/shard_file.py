@@ -25,9 +25,10 @@ from typing import Any
 import safetensors.torch
 from torch import Tensor
 
+from sdkit.atomic import atomic_write
 from sdkit.data.latent_cache.manifest import Settings, Skipped, skipped_from
 from sdkit.errors import CacheError
-from sdkit.files import atomic_write, reason
+from sdkit.messages import reason
 from sdkit.strict_json import parse_object, require
 from sdkit.tensor_files import open_mapped
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sdkit.data.examples import Example
+from sdkit.data.example import Example
 from sdkit.data.latent_cache.manifest import Settings, Skipped
 from sdkit.data.latent_cache.shard_file import ShardFile, unreadable
 from sdkit.data.transform import Transform, draw

@@ -24,17 +24,21 @@ import torch
 
 from sdkit import __version__
 from sdkit.arguments import whole_number
-from sdkit.data.examples import Example, Examples, Stream, open_examples, warn_of_captions
+from sdkit.atomic import TEMPORARY, remove_leftovers
+from sdkit.data.example import Example
+from sdkit.data.examples import Examples, Stream, warn_of_captions
 from sdkit.data.latent_cache import manifest as manifests
 from sdkit.data.latent_cache.manifest import Manifest, Settings, Shard, Skipped, difference
 from sdkit.data.latent_cache.reading import damaged_files
 from sdkit.data.latent_cache.shard_file import ShardFile, save, shard_file
 from sdkit.data.latent_cache.shards import ShardEncoder
+from sdkit.data.sources import open_examples
 from sdkit.data.transform import Transform, sides
 from sdkit.engines.device import resolve_device, resolve_dtype
 from sdkit.errors import ArgumentError, CacheError, DataError, SdkitError
-from sdkit.files import TEMPORARY, check_name, encodable, expanded, reason, remove_leftovers, sha256
+from sdkit.files import check_name, encodable, expanded, sha256
 from sdkit.loading.source import Source, SourceName
+from sdkit.messages import reason
 from sdkit.networks.autoencoder import VAE
 from sdkit.networks.text_encoder import TextEncoder
 from sdkit.progress import progress

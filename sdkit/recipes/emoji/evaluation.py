@@ -21,8 +21,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from sdkit import images as image_io
+from sdkit.atomic import atomic_write
 from sdkit.evaluation.similarity import psnr, ssim
-from sdkit.files import atomic_write
 from sdkit.networks.autoencoder import VAE
 from sdkit.networks.lpips import LPIPS
 from sdkit.pipelines.text_to_image import StableDiffusion

@@ -11,7 +11,7 @@ from pathlib import Path
 from PIL import Image
 
 from sdkit.errors import DataError
-from sdkit.files import reason
+from sdkit.messages import reason
 
 TABLE = Path(__file__).parent / "pictures.tsv"
 SIZE = 128  # of an image, pixels

@@ -15,10 +15,10 @@ from PIL import Image
 
 from sdkit import images as image_io
 from sdkit.arguments import whole_number
+from sdkit.atomic import atomic_write
 from sdkit.cli.jobs import check_files
 from sdkit.data.transform import Transform
 from sdkit.errors import ArgumentError, DataError
-from sdkit.files import atomic_write
 from sdkit.networks.autoencoder import VAE
 from sdkit.networks.lpips import LPIPS
 from sdkit.pipelines.generation import anywhere

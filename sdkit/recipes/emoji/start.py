@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from sdkit.loading.tensors import quiet
+from sdkit.messages import no_warnings, quiet
 from sdkit.recipes.emoji.settings import shape
 from sdkit.training.checkpoint import whole_folder
 
@@ -24,7 +24,7 @@ def make_start(vae: Path, captions: Iterable[str], out: Path) -> None:
     """A pipeline without a U-Net in the folder `out`, around a VAE in diffusers layout."""
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    with quiet(), whole_folder(out) as folder:
+    with quiet("diffusers", "transformers"), no_warnings(), whole_folder(out) as folder:
         shutil.copytree(vae, folder / "vae")
         _tokenizer(captions).save_pretrained(folder / "tokenizer")
         with torch.random.fork_rng(devices=[]):

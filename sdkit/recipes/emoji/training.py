@@ -8,7 +8,7 @@ from typing import Any
 from sdkit.data import cache, open_examples
 from sdkit.errors import SourceError
 from sdkit.loading.configs import GUIDANCE
-from sdkit.loading.tensors import quiet
+from sdkit.messages import no_warnings, quiet
 from sdkit.networks.autoencoder import VAE
 from sdkit.networks.lpips import LPIPS
 from sdkit.pipelines.text_to_image import StableDiffusion
@@ -104,7 +104,7 @@ def export(root: Path) -> Path:
             f"{unet} learned from the latents of another VAE than {vae} is; remove {root / 'latents'} and "
             f"{root / 'unet-1'}, and train again from `latents`."
         )
-    with quiet():
+    with quiet("diffusers", "transformers"), no_warnings():
         from diffusers import AutoencoderKL, StableDiffusionPipeline
 
         pipeline = StableDiffusionPipeline.from_pretrained(

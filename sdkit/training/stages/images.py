@@ -17,12 +17,14 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
-from sdkit.data.examples import Example, Examples
+from sdkit.atomic import atomic_write
+from sdkit.data.example import Example
+from sdkit.data.examples import Examples
 from sdkit.data.latent_cache import manifest
 from sdkit.data.latent_cache.shard_file import shard_file
 from sdkit.data.transform import Transform, draw
 from sdkit.errors import DataError, ImageError
-from sdkit.files import atomic_write, encodable, expanded
+from sdkit.files import encodable, expanded
 from sdkit.strict_json import read_object
 
 MOST_HELD_OUT, OF = 16, 20  # one image of 20, and not more than 16
