@@ -92,7 +92,7 @@ def test_help_tells_every_field_with_its_docstring_and_default(run: Callable[...
     told = " ".join(out.split())
     for field in fields(STAGES[stage]):
         assert f"--{field.name.replace('_', '-')}" in told
-    # a field that is inherited through two classes
+    # This field is inherited through two classes.
     assert "--batch-size N Samples per process and micro-batch (default: 1)" in told
     clipping = "Largest gradient norm; gradients above it are clipped. None turns clipping off (default: 1.0)"
     assert f"--max-grad-norm X {clipping}" in told
@@ -590,7 +590,7 @@ def test_a_signal_leaves_a_checkpoint_and_the_same_command_goes_on(work: Path, n
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals to send")
 def test_a_second_ctrl_c_leaves_at_once(work: Path) -> None:
     run = (*LORA, "--out-dir", "r", "--max-steps", "9", "--save-every", "2", "--validate-every", "9")
-    # both signals arrive at the first rename
+    # Both signals arrive at the first rename.
     hook = "SIGINT os.rename:step-00000002 1;SIGINT os.rename:step-00000002 2"
     code, out, err = ended(started(*run, hook=hook))
     assert (code, out) == (130, "")
@@ -611,7 +611,7 @@ def test_of_many_processes_the_main_one_tells_of_an_error(
     assert ended(other, "other") == Ran(-signal.SIGTERM, "", "")
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    # the main process has an error of its own, so it does not wait to be ended
+    # The main process does not end this one, so this one must report its own error in the end.
     monkeypatch.setattr(console, "PATIENCE", 0.01)
     assert run(*wrong).err.startswith("sdkit: max_steps must be")
     monkeypatch.setenv("WORLD_SIZE", "1")  # some environments leave WORLD_SIZE set

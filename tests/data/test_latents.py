@@ -188,7 +188,7 @@ WHOLE = file_of(metadata_of())
         (b"\xff\xd8\xff\xe0" + bytes(99), "this is a JPEG image, not a safetensors file"),
         (b"\n<!DOCTYPE html><title>404</title>", "this is a web page .HTML., not a safetensors file"),
         (b"version https://git-lfs.github.com/spec/v1\n", "this is a Git LFS pointer"),
-        # cut short, with a header that claims 640 bytes
+        # Cut short, with a header that claims 640 bytes.
         (b"\x80\x02" + bytes(300), "this is not a whole safetensors file"),
         (WHOLE[:5], "this is not a whole safetensors file"),
         (WHOLE[:100], "this is not a whole safetensors file"),

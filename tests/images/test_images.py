@@ -169,7 +169,7 @@ def test_exif_orientation(tmp_path: Path, orientation: int, suffix: str) -> None
     assert image.mode == "RGB"
     difference = np.asarray(image).astype(int) - shown(stored)
     assert abs(difference).max() <= (8 if suffix == ".jpg" else 0)
-    # the orientation is removed, so that the image is not rotated twice
+    # The orientation is removed, so that the image is not rotated twice.
     assert np.array_equal(ImageOps.exif_transpose(image), image)
 
 
@@ -363,7 +363,7 @@ def test_a_float_image_takes_no_gigabytes(tmp_path: Path) -> None:
         "images.to_rgb(image); print(peak() - before)"
     )
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
-    # a copy, the grey image, and RGB with Pillow's four bytes a pixel take 1.3 GB
+    # A copy, the grey image, and RGB with Pillow's four bytes a pixel take 1.3 GB.
     assert int(done.stdout) * 1024 < 1.6e9
 
 
@@ -378,7 +378,7 @@ def test_other_colour_spaces_become_srgb(tmp_path: Path, primaries: Any, gamma: 
     options: dict[str, Any] = {"lossless": True} if suffix == ".webp" else {}
     Image.fromarray(levels).save(tmp_path / f"a{suffix}", icc_profile=matrix_profile(primaries, gamma), **options)
     converted = images.read(tmp_path / f"a{suffix}")
-    # one level, and rounding
+    # One level, and rounding.
     assert np.abs(np.asarray(converted) - expected_srgb(levels, primaries, gamma)).max() <= 1.5
     if primaries is P3:
         assert converted.getpixel((500, 0)) == (217, 42, 52)
@@ -408,7 +408,7 @@ def test_grey_with_a_gamma_of_its_own(tmp_path: Path, mode: str) -> None:
     stored.save(tmp_path / "a.png", icc_profile=profile)
     expected = srgb_levels((levels / 255) ** (round(1.8 * 256) / 256))
     converted = np.asarray(images.read(tmp_path / "a.png"))
-    # the curve is steep at its start, where Pillow's 8 bits are too few
+    # The curve is steep at its start, where Pillow's 8 bits are too few.
     assert np.abs(converted - expected[..., None])[:, 8:].max() <= 1.5
     assert np.ptp(converted, axis=2).max() == 0
 

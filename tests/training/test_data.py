@@ -227,7 +227,7 @@ class TestLatents:
             expected = kit.text.encode(caption)[0]
             assert torch.equal(found["ids"], kit.text.tokenize(caption)[0][0])
             torch.testing.assert_close(found["embeddings"], expected, rtol=2**-10, atol=1e-5)
-        # a trained text encoder computes its own embeddings
+        # A trained text encoder computes its own embeddings.
         along = kit.latents(kit.caches["embedded"], train_text_encoder=True)
         assert "embeddings" not in along.load(1, 0)
         assert "embeddings" not in along.empty
