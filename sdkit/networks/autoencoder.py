@@ -26,6 +26,7 @@ from sdkit.errors import ArgumentError, SdkitError, SourceError
 from sdkit.images import Images
 from sdkit.loading.source import Source
 from sdkit.loading.tensors import is_finite
+from sdkit.networks.autoencoder_kinds import PixelIdentity, kind_of, nearest_codes, sampled
 from sdkit.networks.tiling import tiled, whole_image_statistics
 from sdkit.networks.wrapper import Wrapper, blames_network, fingerprint
 from sdkit.progress import progress
@@ -38,8 +39,6 @@ PIXELS_AT_ONCE = 4 * 512 * 512
 float32."""
 TILED_FROM = 1536 * 1536
 """Pixels of an image from which it is tiled by default."""
-DETERMINISTIC = -30.0
-"""Log-variance reported for autoencoders without a posterior (diffusers' own lower bound)."""
 
 
 class Forward(NamedTuple):
@@ -70,19 +69,17 @@ class VAE(Wrapper):
         know their VAE, taken when it was loaded; `name`, where it came from.
     """
 
-    def __init__(self, network: AutoencoderKL | AutoencoderTiny | VQModel, *, name: str = "") -> None:
+    def __init__(self, network: AutoencoderKL | AutoencoderTiny | VQModel | PixelIdentity, *, name: str = "") -> None:
         super().__init__()
-        config: Any = network.config
-        if "scaling_factor" not in config:
+        kind = kind_of(network)
+        if kind is None:
             raise ArgumentError(
                 f"a {type(network).__name__} is not a VAE: give an AutoencoderKL, an AutoencoderTiny or a VQModel."
             )
         self.network = network
+        self.kind = kind
         self.name = name
-        self.scale = float(config.scaling_factor)
-        self.shift = float(config.get("shift_factor") or 0.0)
-        self.channels = int(config.get("vq_embed_dim") or config.latent_channels)
-        self.factor: int = 2 ** (len(config.get("block_out_channels") or config.encoder_block_out_channels) - 1)
+        self.scale, self.shift, self.channels, self.factor = kind.scale, kind.shift, kind.channels, kind.factor
         self.identity = fingerprint(network, self.scale, self.shift)
         self._overflowed = False
 
@@ -148,7 +145,7 @@ class VAE(Wrapper):
         means, logvars = self._moments(pixels, batch_size, tile)
         latents = []
         for mean, logvar, source in zip(means, logvars, generators, strict=True):
-            draws = sample and not bool((logvar <= DETERMINISTIC).all())
+            draws = sample and not self.kind.is_point(logvar)
             place = source.device if source else None
             eps = torch.randn(mean.shape, generator=source, device=place).to(mean) if draws else None
             latents.append(latents_of(mean, logvar, eps, self.scale, self.shift))
@@ -210,7 +207,7 @@ class VAE(Wrapper):
     def try_out(self) -> None:
         """Encode and decode a grey image."""
         side = 4 * self.factor
-        self.network.encode(torch.zeros(1, 3, side, side, device=self.device, dtype=self.dtype))
+        self.kind.posterior(torch.zeros(1, 3, side, side, device=self.device, dtype=self.dtype))
         self._run_decoder(self._black())
 
     def _black(self) -> Tensor:
@@ -237,38 +234,25 @@ class VAE(Wrapper):
         latents that they stand for (van den Oord et al. 2017, https://arxiv.org/abs/1711.00937, section 3.2).
         """
         mean, logvar = self.posterior(x)
-        if self.codebook is None:
-            raw = mean if eps is None else mean + torch.exp(logvar / 2) * eps
-            return Forward(self._run_decoder(raw), mean, logvar)
-        codes = self.quantize(mean)[0]
-        straight = (mean + (codes - mean).detach()).to(self.dtype)
-        norm = straight if self.network.config.norm_type == "spatial" else None  # what conditions its norms
-        decoded: Tensor = self.network.decoder(self.network.post_quant_conv(straight), norm)
-        return Forward(decoded.float(), mean, logvar, codes)
+        pixels, codes = self.kind.reconstruct(mean, logvar, eps, self.dtype)
+        return Forward(pixels, mean, logvar, codes)
 
     @property
     def codebook(self) -> Tensor | None:
         """The codes (N, C) of a VQModel, which each place of its latents is rounded to; None of other VAEs."""
-        quantizer: Any = getattr(self.network, "quantize", None)
-        return None if quantizer is None else quantizer.embedding.weight
+        return self.kind.codebook
 
     def quantize(self, raw: Tensor) -> tuple[Tensor, Tensor]:
         """The nearest codes to raw latents (B, C, h, w): themselves, of that shape, and their numbers (B, h, w)."""
         if self.codebook is None:
             raise ArgumentError(f"{self.name or 'this VAE'} has no codebook; that is what a VQModel has.")
-        codebook = self.codebook.float()
-        places = raw.to(codebook).movedim(1, -1)  # (B, h, w, C)
-        numbers = torch.cdist(places.flatten(0, -2), codebook).argmin(1).reshape(places.shape[:-1])
-        return codebook[numbers].movedim(-1, 1), numbers
+        return nearest_codes(self.codebook, raw)
 
     @blames_network
     def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Raw mean and log-variance, (B, 4, H/8, W/8) float32, of pixels (B, 3, H, W), with gradient; H and W multiples
         of 8."""
-        encoded: Any = self.network.encode(x.to(self.device, self.dtype))
-        if hasattr(encoded, "latent_dist"):
-            return encoded.latent_dist.mean.float(), encoded.latent_dist.logvar.float()
-        return encoded.latents.float(), torch.full_like(encoded.latents, DETERMINISTIC, dtype=torch.float32)
+        return self.kind.posterior(x.to(self.device, self.dtype))
 
     def check_size(self, size: tuple[int, int]) -> None:
         """Raises ArgumentError for a (height, width) in pixels that `forward` and `posterior` cannot take."""
@@ -336,8 +320,7 @@ class VAE(Wrapper):
 
     @blames_network
     def _run_decoder(self, raw: Tensor) -> Tensor:
-        decoded: Any = self.network.decode(raw.to(self.device, self.dtype))
-        return decoded.sample.float()  # type: ignore[no-any-return]
+        return self.kind.decode(raw.to(self.device, self.dtype))
 
     def _encode_finite(self, x: Tensor) -> Tensor:
         return self._finite(lambda x: torch.cat(self.posterior(x), dim=1), x)
@@ -403,8 +386,7 @@ class VAE(Wrapper):
 
 def latents_of(mean: Tensor, logvar: Tensor, eps: Tensor | None, scale: float, shift: float) -> Tensor:
     """Scaled latents of a raw posterior: a sample of it by standard normal noise `eps`, its mean where that is None."""
-    raw = mean if eps is None else mean + torch.exp(logvar / 2) * eps
-    return (raw - shift) * scale
+    return (sampled(mean, logvar, eps) - shift) * scale
 
 
 def _generators(n: int, generator: Any, seed: int | None) -> list[torch.Generator | None]:
