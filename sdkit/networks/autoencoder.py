@@ -12,7 +12,7 @@ import operator
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from os import PathLike
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,7 @@ from torch import Tensor
 from sdkit import images as image_io
 from sdkit.arguments import one_of, seeded, whole_number
 from sdkit.engines.attention import quicken_attention
+from sdkit.engines.compile import compile_modules
 from sdkit.engines.device import memory_format, resolve_place
 from sdkit.errors import ArgumentError, SdkitError, SourceError
 from sdkit.images import Images
@@ -57,6 +58,62 @@ class Forward(NamedTuple):
     codes: Tensor | None = None
 
 
+class Autoencoder(Protocol):
+    """Images to scaled latents and back, as the pipelines, the latent cache, and the stages use it.
+
+    `VAE` implements it around every kind of network: KL, VQ, tiny, and the pixel identity. See
+    `sdkit.networks.autoencoder_kinds`.
+
+    Attributes:
+        name: The source that it came from.
+        scale: Factor from raw to scaled latents.
+        shift: Number that is subtracted from raw latents before they are scaled.
+        channels: Channels of a latent.
+        factor: Pixels that one latent position spans on each side.
+        identity: Fingerprint of the side that makes latents.
+        device: The device that it computes on; its results are on the CPU.
+        dtype: The dtype that it computes in; its results are float32.
+    """
+
+    name: str
+    scale: float
+    shift: float
+    channels: int
+    factor: int
+    identity: str
+    device: torch.device
+    dtype: torch.dtype
+
+    def moments(self, images: Images, *, batch_size: int | None = None, tile: int | None = None) -> Any:
+        """Return mean and log-variance of the posterior; see `VAE.moments`."""
+
+    def encode(
+        self,
+        images: Images,
+        *,
+        sample: bool = True,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        seed: int | None = None,
+        batch_size: int | None = None,
+        tile: int | None = None,
+    ) -> Any:
+        """Return scaled latents; see `VAE.encode`."""
+
+    def decode(
+        self,
+        z: Any,
+        *,
+        size: tuple[int, int] | Sequence[tuple[int, int]] | None = None,
+        output_type: str = "pil",
+        batch_size: int | None = None,
+        tile: int | None = None,
+    ) -> Any:
+        """Return images; see `VAE.decode`."""
+
+    def check_size(self, size: tuple[int, int]) -> None:
+        """Raise ArgumentError for a (height, width) in pixels that does not divide by `factor`."""
+
+
 class VAE(Wrapper):
     """An `AutoencoderKL`, or `AutoencoderTiny` or `VQModel`, with the process around it: any image in, scaled latents
     out, and back.
@@ -70,15 +127,13 @@ class VAE(Wrapper):
     """
 
     def __init__(self, network: AutoencoderKL | AutoencoderTiny | VQModel | PixelIdentity, *, name: str = "") -> None:
-        super().__init__()
         kind = kind_of(network)
         if kind is None:
             raise ArgumentError(
                 f"a {type(network).__name__} is not a VAE: give an AutoencoderKL, an AutoencoderTiny or a VQModel."
             )
-        self.network = network
+        super().__init__(network, name=name)
         self.kind = kind
-        self.name = name
         self.scale, self.shift, self.channels, self.factor = kind.scale, kind.shift, kind.channels, kind.factor
         self.identity = fingerprint(network, self.scale, self.shift)
         self._overflowed = False
@@ -115,8 +170,7 @@ class VAE(Wrapper):
             raise SourceError(f"{vae._label} has weights that are too large for {dtype}; take dtype 'fp32'.")
         quicken_attention(vae.network, dtype, device)
         if compile:
-            vae.network.encoder.compile()
-            vae.network.decoder.compile()
+            compile_modules(vae.network.encoder, vae.network.decoder)
         return vae
 
     def encode(
@@ -349,7 +403,7 @@ class VAE(Wrapper):
 
     def _convert(self, dtype: torch.dtype) -> None:
         with torch.inference_mode(False):  # or the weights could never be trained again
-            self.network.to(dtype)
+            self.to(dtype)
 
     def _latents(self, z: Any) -> list[Tensor]:
         if isinstance(z, Tensor) and z.ndim in (0, 3):

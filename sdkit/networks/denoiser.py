@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sdkit.diffusion.conditioning import Conditioning, check_condition
 from sdkit.engines.attention import quicken_attention
+from sdkit.engines.compile import compile_modules, eager, is_compiling
 from sdkit.engines.device import memory_format, resolve_place
 from sdkit.errors import ArgumentError
 from sdkit.loading.source import Source
@@ -31,9 +32,8 @@ class UNet(Wrapper):
     """
 
     def __init__(self, network: UNet2DConditionModel) -> None:
-        super().__init__()
+        super().__init__(network)
         config: Any = network.config
-        self.network = network
         self.channels = int(config.in_channels)
         self.width = _one(config.cross_attention_dim)
         self.sample_size = _one(config.sample_size or 64)
@@ -68,7 +68,7 @@ class UNet(Wrapper):
         unet.eval().to(device=device, memory_format=layout)  # type: ignore[call-overload]
         quicken_attention(unet.network, dtype, device)
         if compile:
-            unet.network.compile()
+            compile_modules(unet.network)
         return unet
 
     def try_out(self) -> None:
@@ -153,7 +153,7 @@ class UNet(Wrapper):
             maps.append(F.interpolate(coarse, (height, width), mode="bilinear"))
 
         with ExitStack() as hooks:
-            hooks.enter_context(torch.compiler.set_stance("force_eager"))  # compiled code runs no hooks
+            hooks.enter_context(eager())
             for name, layer in self.network.named_modules():
                 if name.endswith(".attn2"):
                     hooks.enter_context(layer.register_forward_pre_hook(look, with_kwargs=True))
@@ -195,7 +195,7 @@ def _first_row(_: torch.nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] |
     Matrix products of a few rows round differently for 2 rows than for 8: of all the network's layers only those of the
     time embedding are so small, and without them image i is the same to the bit, alone and in a batch.
     """
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return None
     rows, shared = inputs[0], getattr(_thread, "shares_t", False)
     if not shared and rows.device.type == "cpu":  # a call past this class; on a GPU a look at them would hold it up

@@ -37,8 +37,7 @@ class TextEncoder(Wrapper):
     """
 
     def __init__(self, network: CLIPTextModel, tokenizer: CLIPTokenizer) -> None:
-        super().__init__()
-        self.network = network
+        super().__init__(network)
         self.tokenizer: Any = tokenizer
         self.length = int(network.config.max_position_embeddings)
         self.width = int(network.config.hidden_size)

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sdkit.engines.compile import eager
 from sdkit.progress import progress
 
 
@@ -71,12 +72,12 @@ def whole_image_statistics(network: nn.Module, run: Callable[[Tensor], Tensor], 
         yield
         return
     with ExitStack() as hooks:
-        hooks.enter_context(torch.compiler.set_stance("force_eager"))  # compiled code does not look for new hooks
+        hooks.enter_context(eager())
         for norm in norms:
             hooks.enter_context(norm.register_forward_hook(observe))
         run(F.interpolate(x, size=(min(tile, x.shape[2]), min(tile, x.shape[3])), mode="nearest"))
     with ExitStack() as hooks:
-        hooks.enter_context(torch.compiler.set_stance("force_eager"))
+        hooks.enter_context(eager())
         for norm in norms:
             hooks.enter_context(norm.register_forward_hook(replace))
         yield

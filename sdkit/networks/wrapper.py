@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sdkit.errors import SdkitError, SourceError
 from sdkit.messages import first_line
@@ -37,12 +37,37 @@ def blames_network(method: Callable[Concatenate[W, P], T]) -> Callable[Concatena
 
 
 class Wrapper(nn.Module):
-    """Holds one pretrained network, as `network`, all of whose weights are on one device and in one dtype."""
+    """The base class of `VAE`, `UNet`, and `TextEncoder`: one pretrained network, on one device and in one dtype.
+
+    Move the wrapper, not its network: `.to()`, `.half()`, `.cuda()`, and Accelerate all go through `_apply`, which
+    keeps `device` and `dtype` true.
+
+    Attributes:
+        network: The network, a module of diffusers or transformers.
+        name: The source that it came from; "" if it was made in Python.
+        device: The device that the network computes on.
+        dtype: The dtype that the network computes in.
+    """
 
     network: Any
-    name: str = ""
-    """Where the network came from."""
-    _trial = False
+    name: str
+    device: torch.device
+    dtype: torch.dtype
+
+    def __init__(self, network: nn.Module, *, name: str = "") -> None:
+        super().__init__()
+        self.network = network
+        self.name = name
+        weight = next(network.parameters(), torch.empty(0))  # an identity has none
+        self.device, self.dtype = weight.device, weight.dtype
+        self._trial = False
+
+    def _apply(self: W, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> W:
+        nn.Module._apply(self, fn, recurse)
+        # `fn` moves and converts each weight. It does the same to a probe, so that a network without weights moves too.
+        probe = fn(torch.zeros(1, device=self.device, dtype=self.dtype))
+        self.device, self.dtype = probe.device, probe.dtype
+        return self
 
     def try_out(self) -> None:
         """Run the network on inputs that every network of its kind takes."""
@@ -65,16 +90,6 @@ class Wrapper(nn.Module):
             ) from error
         finally:
             self._trial = False
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """What the network computes in."""
-        return next(self.parameters()).dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Where the network computes."""
-        return next(self.parameters()).device
 
 
 def fingerprint(network: nn.Module, scale: float, shift: float) -> str:

@@ -13,7 +13,7 @@ from sdkit.diffusion.conditioning import Conditioning
 from sdkit.diffusion.samplers import SAMPLERS, Generators, Step, Timesteps
 from sdkit.diffusion.schedule import NoiseSchedule, Predict
 from sdkit.errors import ArgumentError
-from sdkit.networks.autoencoder import VAE
+from sdkit.networks.autoencoder import Autoencoder
 from sdkit.networks.text_encoder import TextEncoder
 from sdkit.progress import progress
 
@@ -112,7 +112,7 @@ def denoise(
 
 
 def decode(
-    vae: VAE, z: Tensor, size: tuple[int, int], *, output_type: str = "pil", batch_size: int | None = None
+    vae: Autoencoder, z: Tensor, size: tuple[int, int], *, output_type: str = "pil", batch_size: int | None = None
 ) -> Any:
     """Decode latents and crop the images to their size.
 
