@@ -25,11 +25,12 @@ from sdkit.engines.compile import compile_modules
 from sdkit.engines.device import memory_format, resolve_place
 from sdkit.errors import ArgumentError, SdkitError, SourceError
 from sdkit.images import Images
+from sdkit.loading.fingerprint import fingerprint
 from sdkit.loading.source import Source
 from sdkit.loading.tensors import is_finite
 from sdkit.networks.autoencoder_kinds import PixelIdentity, kind_of, nearest_codes, sampled
 from sdkit.networks.tiling import tiled, whole_image_statistics
-from sdkit.networks.wrapper import Wrapper, blames_network, fingerprint
+from sdkit.networks.wrapper import Wrapper, blames_network
 from sdkit.progress import progress
 
 if TYPE_CHECKING:

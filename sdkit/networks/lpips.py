@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sdkit.errors import ImageError, SourceError
-from sdkit.loading.diffusers_folder import path_or_fetched
+from sdkit.loading.place import path_or_fetched
 from sdkit.loading.tensors import check_dtypes, check_finite, check_fit, is_file, open_tensors
 
 VARIABLE = "SDKIT_LPIPS"

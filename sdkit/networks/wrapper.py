@@ -1,9 +1,8 @@
-"""The base class of the wrappers of pretrained networks, and the fingerprint of a VAE."""
+"""The base class of the wrappers of pretrained networks."""
 
 from __future__ import annotations
 
 import functools
-import hashlib
 from collections.abc import Callable
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
@@ -90,19 +89,3 @@ class Wrapper(nn.Module):
             ) from error
         finally:
             self._trial = False
-
-
-def fingerprint(network: nn.Module, scale: float, shift: float) -> str:
-    """Identity of the side of a VAE that makes latents: SHA-256 over its encoder's weights, scale and shift; 16
-    hexadecimal digits.
-
-    The decoder is left out, because latents stay valid when it alone is fine-tuned (as in Stability's ft-mse VAE). Of
-    each tensor at most 4,096 evenly spaced values count, so that it takes milliseconds; training moves them all.
-    """
-    digest = hashlib.sha256(f"{scale:.6g} {shift:.6g}".encode())
-    for name, weight in sorted(network.state_dict().items()):
-        if name.removeprefix("_orig_mod.").startswith(("encoder.", "quant_conv.")):  # torch.compile puts that before
-            flat = weight.detach().flatten()
-            values = flat[:: max(1, -(-len(flat) // 4096))].float().cpu().contiguous()
-            digest.update(f"{name} {tuple(weight.shape)}".encode() + values.numpy().tobytes())
-    return digest.hexdigest()[:16]

@@ -13,7 +13,7 @@ from sdkit import __version__, images, strict_json
 from sdkit.arguments import PREDICTIONS, noise_levels, number, one_of, strings, whole_number
 from sdkit.diffusion.schedule import SPACINGS
 from sdkit.errors import ArgumentError, ImageError
-from sdkit.loading.source import EMBEDDED
+from sdkit.loading.place import EMBEDDED
 from sdkit.pipelines.steps import check_sampler, check_side
 
 EARLIER_NAMES = {

@@ -12,13 +12,11 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, TypeVar
 
-from torch import nn
-
 from sdkit.errors import CacheError
 from sdkit.files import atomic_write, reason
+from sdkit.loading.fingerprint import weights_fingerprint
 from sdkit.messages import clean
 from sdkit.networks.text_encoder import TextEncoder
-from sdkit.networks.wrapper import fingerprint
 from sdkit.strict_json import read_object, require
 
 NAME = "manifest.json"
@@ -227,12 +225,7 @@ def _shown(value: Any) -> str:
 
 def text_identity(text: TextEncoder) -> str:
     """Fingerprint of a text encoder's weights, as `VAE.identity` is one of a VAE's."""
-    return weights_identity(text.network)
-
-
-def weights_identity(network: nn.Module) -> str:
-    """Fingerprint of all weights of a network, which must be loaded in float32: bfloat16 would round it to another."""
-    return fingerprint(nn.ModuleDict({"encoder": network}), scale=1.0, shift=0.0)  # that is the part it looks at
+    return weights_fingerprint(text.network)
 
 
 def tokenizer_identity(text: TextEncoder) -> str:
