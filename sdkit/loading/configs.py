@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sdkit.diffusion.schedule import BOUNDS
+from sdkit.diffusion.schedule import BOUNDS, LONGEST_CHAIN
 from sdkit.errors import SourceError
 from sdkit.loading.tensors import check_regular, unreadable
 from sdkit.messages import clean
@@ -23,10 +23,10 @@ def _number(value: Any, low: float = -1e12, high: float = 1e12) -> bool:
     return type(value) in (int, float) and low <= value <= high  # NaN is in no range
 
 
-def _schedules(key: str, value: Any) -> bool:
-    """Whether a number of a scheduler's config lies within the bounds that `NoiseSchedule` sets."""
+def _within(key: str) -> Callable[[Any], bool]:
+    """Return the check of a number in a scheduler's config, by the bounds that `NoiseSchedule` sets."""
     low, high = BOUNDS[key]
-    return _number(value, low, high)
+    return lambda value: _number(value, low, high)
 
 
 def _whole(value: Any) -> bool:
@@ -128,19 +128,14 @@ VALUES: dict[str, dict[str, Check]] = {
     },
     "scheduler": {
         "_class_name": ("a word", _word),
-        "num_train_timesteps": (
-            "a whole number from 1",
-            lambda x: type(x) is int and _schedules("num_train_timesteps", x),
-        ),
-        "beta_start": ("a number from 0 to 1", lambda x: _schedules("beta_start", x)),
-        "beta_end": ("a number from 0 to 1", lambda x: _schedules("beta_end", x)),
+        "num_train_timesteps": ("a whole number from 1", lambda x: type(x) is int and 1 <= x <= LONGEST_CHAIN),
+        "beta_start": ("a number from 0 to 1", _within("beta_start")),
+        "beta_end": ("a number from 0 to 1", _within("beta_end")),
         "trained_betas": (
             "a list of numbers from 0 to 1 or null",
-            lambda x: (
-                x is None or (isinstance(x, list) and x != [] and all(_schedules("trained_betas", one) for one in x))
-            ),
+            lambda x: x is None or (isinstance(x, list) and x != [] and all(map(_within("trained_betas"), x))),
         ),
-        "clip_sample_range": ("a number above 0", lambda x: _schedules("clip_sample_range", x)),
+        "clip_sample_range": ("a number above 0", _within("clip_sample_range")),
     },
     "index": {GUIDANCE: ("a number from 0 to 100", lambda x: _number(x, 0, 100))},
 }
