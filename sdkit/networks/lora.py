@@ -17,29 +17,34 @@ from sdkit.loading.tensors import loading
 from sdkit.messages import clean
 
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "q_proj", "k_proj", "v_proj", "out_proj")
-"""The projections of every attention, as the U-Net and CLIP name them."""
+"""The projections of every attention layer, as the U-Net and CLIP name them."""
 
 
 def add_lora(network: nn.Module, rank: int) -> None:
-    """Freeze `network` (a UNet2DConditionModel or a CLIPTextModel) and add trainable layers to its attention.
+    """Freeze `network` and add trainable LoRA layers to its attention. Needs peft.
 
-    They are float32 whatever the network is, alpha is the rank, A is drawn from torch's global generator and B is 0, so
-    that nothing changes at first. Needs peft.
+    The layers are float32 whatever the network is; alpha is the rank. A is drawn from torch's global generator, and B
+    is 0, so that the output does not change at first.
+
+    Args:
+        network: A `UNet2DConditionModel` or a `CLIPTextModel`.
+        rank: The rank of the update.
     """
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
         raise ArgumentError("LoRA training needs peft; install 'sdkit[train]'.") from error
     config = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(TARGETS), init_lora_weights="gaussian")
-    with loading:  # layers made while another thread loads would be without memory
-        inject_adapter_in_model(config, network)  # which freezes all else
+    with loading:  # while another thread loads a network, torch creates layers without memory
+        inject_adapter_in_model(config, network)  # also freezes all other weights
     for parameter in network.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
 
 
 def lora_tensors(unet: nn.Module, text: nn.Module | None = None) -> dict[str, Tensor]:
-    """What was trained in networks that went through `add_lora`, named as diffusers saves it; float32, on the CPU."""
+    """Return the trained tensors of networks that went through `add_lora`, named as diffusers saves them; float32, on
+    the CPU."""
     from diffusers.utils import convert_state_dict_to_diffusers
     from peft import get_peft_model_state_dict
 
@@ -47,16 +52,23 @@ def lora_tensors(unet: nn.Module, text: nn.Module | None = None) -> dict[str, Te
     # transformers dropped text_model from its names in 5.6; files have it.
     for prefix, network in (("unet.", unet), ("text_encoder.text_model.", text)):
         if network is not None:
-            trained = get_peft_model_state_dict(network, save_embedding_layers=False)  # True would ask the Hub
+            trained = get_peft_model_state_dict(network, save_embedding_layers=False)  # "auto" would ask the Hub
             for key, tensor in convert_state_dict_to_diffusers(trained).items():
                 tensors[prefix + key.removeprefix("text_model.")] = tensor.float().cpu().contiguous()
     return tensors
 
 
 def merge_lora(lora: LoRA, unet: nn.Module, text: nn.Module, scale: float) -> None:
-    """Add `scale` times the LoRA to the weights of both networks in place, computed in float32.
+    """Add `scale` times a LoRA to the weights of both networks in place, computed in float32.
 
-    Raises SourceError, before any weight is changed, for one that was made for other networks, or that overflows.
+    Args:
+        lora: The LoRA.
+        unet: The U-Net's network.
+        text: The text encoder's network.
+        scale: Factor of the update; 1 is the LoRA as it was trained.
+
+    Raises:
+        SourceError: The LoRA was made for other networks, or a weight would overflow. No weight is changed then.
     """
     layers = [*_layers(lora.unet, unet, lora.label), *_layers(lora.text_encoder, text, lora.label)]
     with torch.no_grad():
@@ -71,7 +83,7 @@ def merge_lora(lora: LoRA, unet: nn.Module, text: nn.Module, scale: float) -> No
 
 
 def _layers(named: dict[str, Factors], network: nn.Module, label: str) -> Iterator[tuple[str, Tensor, Factors]]:
-    """The layer and the weight that each of the factors is for."""
+    """Yield each layer's name, its weight in `network`, and the factors of its update."""
     layers = {plain_name(name): x for name, x in network.named_modules() if isinstance(x, (nn.Linear, nn.Conv2d))}
     for name, factors in named.items():
         if name not in layers:

@@ -19,9 +19,9 @@ DEVICE_ERROR: type[Exception] = getattr(torch, "AcceleratorError", MemoryError) 
 
 
 def blames_network(method: Callable[Concatenate[W, P], T]) -> Callable[Concatenate[W, P], T]:
-    """Decorate a method of a Wrapper: its exception becomes a SourceError if the network fails on a good input, too.
+    """Decorate a method of a Wrapper: an exception becomes a SourceError if the network fails on a valid input, too.
 
-    Some values of a config (an activation, groups, heads) break a network only when it runs.
+    Some wrong values of a config (activation, groups, heads) break a network only when it runs.
     """
 
     @functools.wraps(method)
@@ -69,20 +69,20 @@ class Wrapper(nn.Module):
         return self
 
     def try_out(self) -> None:
-        """Run the network on inputs that every network of its kind takes."""
+        """Run the network on an input that is valid for every network of its kind."""
         raise NotImplementedError
 
     def blame(self, error: Exception) -> None:
-        """Raise SourceError if the network is at fault for `error`, not the inputs of the call that raised it."""
+        """Raise SourceError if the network is at fault for `error`; return if the input of that call may be."""
         exhausted = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "memory" in str(error)
-        # After an error of the device, every call fails.
+        # After an error of the device, every call fails, so a trial would blame the network.
         if self._trial or exhausted or isinstance(error, (SdkitError, DEVICE_ERROR)):
             return
         self._trial = True
         try:
             with torch.no_grad():
                 self.try_out()
-        except Exception as fault:  # noqa: BLE001 (whatever a library makes of a value that it cannot use)
+        except Exception as fault:  # noqa: BLE001 (a library may raise anything for a wrong value)
             whose = f"the config of {self.name!r}" if self.name else f"the config of this {type(self).__name__}"
             raise SourceError(
                 f"{whose} makes a network that cannot run: {first_line(fault)}; correct it, or give another source."
