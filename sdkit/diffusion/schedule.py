@@ -24,6 +24,13 @@ SPACINGS = ("leading", "trailing", "linspace")
 VARIANCE_TYPES = ("fixed_small", "fixed_large", "learned_range")
 LONGEST_CHAIN = 1_000_000
 """Most timesteps that a config may state; models have 1,000. A larger table could exhaust memory."""
+BOUNDS = {
+    "beta_start": (0, 1),
+    "beta_end": (0, 1),
+    "trained_betas": (0, 1),
+    "clip_sample_range": (1e-12, 1e12),
+}
+"""Smallest and largest value of each number in a scheduler's config; of a list, for each of its numbers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,7 +208,7 @@ class NoiseSchedule:
             steps_offset=1 if latents else config.get("steps_offset", 0),
             set_alpha_to_one=flag("set_alpha_to_one", config["set_alpha_to_one"]),
             variance_type=str(config.get("variance_type", "fixed_small")).removesuffix("_log"),
-            clip_x0=number("clip_sample_range", config.get("clip_sample_range", 1.0), 0) if clip else None,
+            clip_x0=_clip(config) if clip else None,
         )
         zero_snr = flag("rescale_betas_zero_snr", config.get("rescale_betas_zero_snr", False))
         return schedule.zero_terminal_snr() if zero_snr else schedule
@@ -378,7 +385,7 @@ def _betas_from_config(config: Mapping[str, Any]) -> Tensor:
     if "trained_betas" in config:
         return torch.tensor(_numbers("trained_betas", config["trained_betas"]), dtype=torch.float64)
     T = whole_number("num_train_timesteps", config.get("num_train_timesteps", 1000), 1, LONGEST_CHAIN)
-    start, end = (number(key, config[key], 0, 1) for key in ("beta_start", "beta_end"))
+    start, end = (number(key, config[key], *BOUNDS[key]) for key in ("beta_start", "beta_end"))
     kinds: dict[str, Callable[[], Tensor]] = {
         "linear": lambda: _linspace(start, end, T),
         "scaled_linear": lambda: _linspace(start**0.5, end**0.5, T) ** 2,
@@ -390,11 +397,15 @@ def _betas_from_config(config: Mapping[str, Any]) -> Tensor:
     return kinds[one_of("beta_schedule", config["beta_schedule"], kinds)]()
 
 
+def _clip(config: Mapping[str, Any]) -> float:
+    return number("clip_sample_range", config.get("clip_sample_range", 1.0), *BOUNDS["clip_sample_range"])
+
+
 def _numbers(name: str, values: Any) -> list[float]:
     """Return `values`, a list of numbers from 0 to 1. Raise ArgumentError for anything else."""
     if not isinstance(values, (list, tuple)):
         raise ArgumentError(f"{name} must be a list of numbers from 0 to 1.")
-    return [number(name, value, 0, 1) for value in values]
+    return [number(name, value, *BOUNDS[name]) for value in values]
 
 
 def _betas_along(alpha_cumprod: Callable[[Tensor], Tensor], num_timesteps: int, max_beta: float = 0.999) -> Tensor:

@@ -14,7 +14,7 @@ from sdkit.arguments import PREDICTIONS, noise_levels, number, one_of, strings, 
 from sdkit.diffusion.samplers import sampler_by_name
 from sdkit.diffusion.schedule import SPACINGS
 from sdkit.errors import ArgumentError, ImageError
-from sdkit.loading.source import EMBEDDED
+from sdkit.loading.place import EMBEDDED
 from sdkit.pipelines.steps import check_side
 
 EARLIER_NAMES = {

@@ -22,7 +22,7 @@ from sdkit.diffusion.conditioning import Conditioning
 from sdkit.diffusion.samplers import Generators, Sampler, Step, Timesteps, ddim
 from sdkit.diffusion.schedule import NoiseSchedule, Predict
 from sdkit.errors import ArgumentError
-from sdkit.networks.autoencoder import VAE
+from sdkit.networks.autoencoder import Autoencoder
 from sdkit.networks.text_encoder import TextEncoder
 from sdkit.progress import progress
 
@@ -118,18 +118,23 @@ def denoise(
 
 @overload
 def decode(
-    vae: VAE, z: Tensor, size: tuple[int, int], *, output_type: Literal["pil"] = "pil", batch_size: int | None = None
+    vae: Autoencoder,
+    z: Tensor,
+    size: tuple[int, int],
+    *,
+    output_type: Literal["pil"] = "pil",
+    batch_size: int | None = None,
 ) -> list[Image.Image]: ...
 @overload
 def decode(
-    vae: VAE, z: Tensor, size: tuple[int, int], *, output_type: Literal["np"], batch_size: int | None = None
+    vae: Autoencoder, z: Tensor, size: tuple[int, int], *, output_type: Literal["np"], batch_size: int | None = None
 ) -> npt.NDArray[np.uint8]: ...
 @overload
 def decode(
-    vae: VAE, z: Tensor, size: tuple[int, int], *, output_type: Literal["pt"], batch_size: int | None = None
+    vae: Autoencoder, z: Tensor, size: tuple[int, int], *, output_type: Literal["pt"], batch_size: int | None = None
 ) -> Tensor: ...
 def decode(
-    vae: VAE,
+    vae: Autoencoder,
     z: Tensor,
     size: tuple[int, int],
     *,

@@ -24,12 +24,13 @@ from sdkit.engines.device import resolve_place
 from sdkit.errors import ArgumentError, SdkitError
 from sdkit.files import expanded
 from sdkit.images import OUTPUT_TYPES
+from sdkit.loading.lora_file import read_lora
 from sdkit.loading.source import USUAL_GUIDANCE, Source
 from sdkit.loading.tensors import is_file
 from sdkit.messages import clean
 from sdkit.networks.autoencoder import VAE
 from sdkit.networks.denoiser import UNet
-from sdkit.networks.lora import merge_lora, read_lora
+from sdkit.networks.lora import merge_lora
 from sdkit.networks.text_encoder import TextEncoder
 from sdkit.pipelines.steps import check_side, decode, denoise, embed, start
 

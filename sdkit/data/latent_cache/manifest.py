@@ -12,13 +12,11 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, TypeVar
 
-from torch import nn
-
 from sdkit.atomic import atomic_write
 from sdkit.errors import CacheError
+from sdkit.loading.fingerprint import weights_fingerprint
 from sdkit.messages import clean, reason
 from sdkit.networks.text_encoder import TextEncoder
-from sdkit.networks.wrapper import fingerprint
 from sdkit.strict_json import read_object, require
 
 MANIFEST_FILE = "manifest.json"
@@ -257,13 +255,7 @@ def _shown(value: Any) -> str:
 
 def text_identity(text: TextEncoder) -> str:
     """Return the fingerprint of a text encoder's weights."""
-    return weights_identity(text.network)
-
-
-def weights_identity(network: nn.Module) -> str:
-    """Return the fingerprint of all weights of a network. It must be in float32: rounded weights would differ."""
-    # `fingerprint` covers only the part that is named encoder.
-    return fingerprint(nn.ModuleDict({"encoder": network}), scale=1.0, shift=0.0)
+    return weights_fingerprint(text.network)
 
 
 def tokenizer_identity(text: TextEncoder) -> str:

@@ -45,7 +45,8 @@ from sdkit.data.transform import Transform, sides
 from sdkit.engines.device import resolve_device, resolve_dtype
 from sdkit.errors import ArgumentError, CacheError, DataError, SdkitError
 from sdkit.files import check_name, encodable, expanded, sha256
-from sdkit.loading.source import Source, SourceName
+from sdkit.loading.place import SourceName
+from sdkit.loading.source import Source
 from sdkit.messages import reason
 from sdkit.networks.autoencoder import VAE
 from sdkit.networks.text_encoder import TextEncoder
