@@ -1,7 +1,7 @@
 """Run the notebooks and save their outputs: python notebooks/run.py [NAME.ipynb ...]
 
-Each notebook runs in its own kernel, in an empty folder. A translation (NAME_zh.ipynb) has the same code as its original,
-and gets a copy of the outputs.
+Each notebook runs in its own kernel, in an empty folder. A translation (NAME_zh.ipynb) has the code of its
+original, and gets a copy of the outputs.
 """
 
 from __future__ import annotations
