@@ -1,4 +1,4 @@
-"""Atomic writes: a file appears whole under its name, or not at all; what killed processes left is removed."""
+"""Atomic writes: a reader sees the old file or the whole new one. Leftovers of killed processes are removed."""
 
 from __future__ import annotations
 
@@ -30,24 +30,30 @@ LONGEST_SUFFIX = 64
 
 @contextlib.contextmanager
 def atomic_write(path: str | Path, *, overwrite: bool = True) -> Iterator[Path]:
-    """Yield a temporary path beside `path` for the body to write; it becomes `path` when the body ends well.
+    """Yield a temporary path beside `path` for the body to write, and rename it to `path` when the body ends.
 
-    Whoever reads `path` sees the old file or the whole new one, also after a power cut. Whatever ends the body early
-    (Ctrl-C too) removes the temporary file and leaves `path` as it was. Missing parent folders are made.
-    An `OSError`, from here or from the body, is raised as a `SdkitError`; but with `overwrite=False` there is a
-    `FileExistsError` where `path` is taken, be it by another process in the last moment.
+    A reader of `path` sees the old file or the whole new one, even after a power cut. If the body raises (Ctrl-C
+    included), the temporary file is removed and `path` stays as it was. Missing parent folders are made.
+
+    Args:
+        path: the file to write. If it is a link, the file that it points to is replaced.
+        overwrite: replace an existing file.
+
+    Raises:
+        FileExistsError: if `overwrite` is false and `path` exists, even if another process made it just now.
+        SdkitError: for every other `OSError`, of this function or of the body.
     """
     temporary = None
     try:
-        target = resolved(path)  # replace the file that a link points to, not the link
+        target = resolved(path)  # or else the link itself would be replaced
         if not overwrite and os.path.lexists(path):
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
         if target.exists() and not target.is_file():
             raise SdkitError(f"cannot write {path}: it is {'a folder' if target.is_dir() else 'not a regular file'}.")
-        with contextlib.suppress(FileExistsError):  # where it is no folder, the writing below says so
+        with contextlib.suppress(FileExistsError):  # if the parent is a file, the write below says so
             target.parent.mkdir(parents=True)
         remove_abandoned(target.parent)
-        temporary = beside(target, target.suffix)  # which tells writers the format
+        temporary = beside(target, target.suffix)  # writers such as Pillow choose the format by the suffix
         yield temporary
         sync(temporary)
         (Path.replace if overwrite else _claim)(temporary, target)
@@ -63,7 +69,7 @@ def atomic_write(path: str | Path, *, overwrite: bool = True) -> Iterator[Path]:
 
 
 def _claim(temporary: Path, target: Path) -> None:
-    """Rename, or raise `FileExistsError` where `target` exists: of two processes that try, one succeeds."""
+    """Rename without overwriting. Raises `FileExistsError` if `target` exists; of two processes, one succeeds."""
     try:
         os.link(temporary, target)
     except FileExistsError:
@@ -78,23 +84,23 @@ def _claim(temporary: Path, target: Path) -> None:
 
 
 def beside(path: Path, suffix: str = "") -> Path:
-    """A temporary name beside `path`, of this process alone."""
-    kept = suffix if len(os.fsencode(suffix)) <= LONGEST_SUFFIX else ""
-    return path.parent / f"{TEMPORARY}{_host()}-{os.getpid()}-{secrets.token_hex(8)}{kept}"
+    """Return an unused temporary name beside `path`, which also names this host and process."""
+    ending = suffix if len(os.fsencode(suffix)) <= LONGEST_SUFFIX else ""
+    return path.parent / f"{TEMPORARY}{_host()}-{os.getpid()}-{secrets.token_hex(8)}{ending}"
 
 
 @functools.cache
 def _host() -> str:
-    """Eight hexadecimal digits for the system that gives the process numbers: a container has its own."""
+    """Return eight hex digits that identify where process numbers are valid: a host, or a container on it."""
     try:
-        processes = os.readlink("/proc/self/ns/pid")  # noqa: PTH115 - no path: "pid:[4026531836]"
+        processes = os.readlink("/proc/self/ns/pid")  # noqa: PTH115 - returns no path, but "pid:[4026531836]"
     except OSError:
         processes = ""
     return hashlib.sha256(f"{platform.node()} {processes}".encode(errors="replace")).hexdigest()[:8]
 
 
 def sync(path: Path) -> None:
-    """Make what is in a file, or the names in a folder where the system can, outlast a power cut."""
+    """Flush a file, or a folder's list of names, to disk (fsync), so that it survives a power cut."""
     try:
         descriptor = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
         try:
@@ -102,24 +108,24 @@ def sync(path: Path) -> None:
         finally:
             os.close(descriptor)
     except OSError:
-        if not path.is_dir():  # Windows and some network shares cannot; the files in it are whole by now
+        if not path.is_dir():  # Windows and some network shares cannot sync a folder
             raise
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove all temporary files in `folder`, which the caller must have locked: no living process writes there."""
+    """Remove all temporary files in `folder`. The caller must hold its lock, so that no process is writing there."""
     for left in folder.glob(f"{TEMPORARY}*"):
         _remove(left)
 
 
 @functools.cache
 def remove_abandoned(folder: Path) -> None:
-    """Remove, once in a process, the temporary files of killed processes in `folder`; others may be writing there.
+    """Remove the temporary files of killed processes in `folder`, where other processes may be writing.
 
-    A temporary file goes if its process is known to be gone, or, where that cannot be known (it ran on another
-    computer), if nobody has written to it for a day.
+    A temporary file is removed if its process no longer exists. If the process ran on another host, the file is removed
+    once nobody has written to it for a day. Each process searches a folder only once.
     """
-    with contextlib.suppress(OSError):  # a folder that may be written to, but not listed
+    with contextlib.suppress(OSError):  # a folder may be writable, but not readable
         with os.scandir(folder) as inside:
             names = [entry.name for entry in inside if entry.name.startswith(TEMPORARY)]
         for name in names:
@@ -131,12 +137,12 @@ def _is_abandoned(path: Path) -> bool:
     owner = OWNER.fullmatch(path.name)
     if not owner:
         return False
-    if owner[1] == _host() and os.name == "posix":  # elsewhere, to ask for a process may end it
+    if owner[1] == _host() and os.name == "posix":  # on Windows, os.kill(pid, 0) ends the process
         try:
             os.kill(int(owner[2]), 0)
         except (ProcessLookupError, OverflowError):
             return True
-        except OSError:  # it lives, but belongs to somebody else
+        except OSError:  # the process exists, but belongs to another user
             pass
         return False
     try:

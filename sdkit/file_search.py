@@ -14,14 +14,36 @@ from sdkit.files import status
 from sdkit.messages import clean, listed, reason
 
 
-def find_files(paths: Iterable[str | Path], suffixes: Collection[str], unreadable: Collection[str] = ()) -> list[Path]:
-    """Files as given, whatever their suffix, and files under given folders whose suffix (lower case) is in `suffixes`.
+class NoFilesFoundError(SdkitError):
+    """There is no file of the wanted kind.
 
-    The order is that of `paths`, sorted within a folder. Hidden files and folders inside are skipped, repetitions too;
-    a link to a folder is followed where nothing else leads there. What lies in a folder and cannot be read (a dangling
-    link, a pipe, a folder without permission) is among the files, so that whoever reads them says so. Files with a
-    suffix in `unreadable` are passed over with one warning. Raises `SdkitError` for a path that does not exist or
-    cannot be read, and where nothing is found.
+    Attributes:
+        others: other files that were found instead, as part of a sentence: " (but 2 .heic files)"; "" if none.
+    """
+
+    def __init__(self, message: str, others: str) -> None:
+        super().__init__(message)
+        self.others = others
+
+
+def find_files(paths: Iterable[str | Path], suffixes: Collection[str], unreadable: Collection[str] = ()) -> list[Path]:
+    """Find the given files, and all files under the given folders that have one of the suffixes.
+
+    Files that are given by name are returned whatever their suffix. Hidden files and folders are skipped. A link to a
+    folder is followed unless the folder is reached otherwise. Entries that cannot be read (a dangling link, a pipe, a
+    folder without permission) are returned too, so that opening them reports the problem.
+
+    Args:
+        paths: files and folders.
+        suffixes: wanted suffixes, in lower case.
+        unreadable: suffixes of files that are left out with one warning.
+
+    Returns:
+        The files without repetition: in the order of `paths`, and sorted within each folder.
+
+    Raises:
+        NoFilesFoundError: if nothing is found.
+        SdkitError: if a path does not exist, cannot be read, or is neither a file nor a folder.
     """
     names = list(paths)
     if not all(str(name) for name in names):
@@ -36,7 +58,7 @@ def find_files(paths: Iterable[str | Path], suffixes: Collection[str], unreadabl
         where = ", ".join(clean(path) for path in given) or "an empty list of paths"
         instead = f" (but {_counted(others)})" if others else ""
         wanted = f"{'/'.join(sorted(suffixes))} file" if len(suffixes) <= 4 else "file of a kind that is read here"
-        raise SdkitError(f"found no {wanted} in {where}{instead}; name one, or another folder.")
+        raise NoFilesFoundError(f"found no {wanted} in {where}{instead}; name one, or another folder.", instead)
     if passed_over := [path for path in others if _suffix(path) in unreadable]:
         kinds = f"{_counted(passed_over)} {'are' if len(passed_over) > 1 else 'is'}"
         warnings.warn(f"{kinds} passed over, which cannot be read: {listed(passed_over)}.", stacklevel=1)
@@ -44,11 +66,11 @@ def find_files(paths: Iterable[str | Path], suffixes: Collection[str], unreadabl
 
 
 def _expand(path: Path, suffixes: Collection[str]) -> tuple[list[Path], list[str]]:
-    """A file, or the files in a folder with one of these suffixes; and the other files there."""
+    """Return the file itself, or a folder's files with one of these suffixes; and the folder's other files."""
     try:
         mode = status(path).st_mode
         if not stat.S_ISDIR(mode):
-            if not stat.S_ISREG(mode):  # opening a pipe or a device might never end
+            if not stat.S_ISREG(mode):  # reading a pipe or a device might never end
                 raise SdkitError(f"{clean(path)} is neither a regular file nor a folder; name one.")
             return [path], []
         unreadable: list[OSError] = []
@@ -66,7 +88,11 @@ def _expand(path: Path, suffixes: Collection[str]) -> tuple[list[Path], list[str
 
 
 def walk(top: Path, onerror: Callable[[OSError], object] | None = None) -> Iterator[tuple[str, list[str]]]:
-    """Each folder in `top` and its files, but for hidden ones; each real folder once, however many links lead there."""
+    """Yield `top` and each folder below it with the names of its files; hidden files and folders are skipped.
+
+    Links to folders are followed. Each real folder comes once, however many links lead to it. `onerror` is called with
+    the error of each folder that cannot be listed.
+    """
     above = os.path.realpath(top)
     seen = set[str]()
     waiting = [str(top)]
@@ -81,16 +107,17 @@ def walk(top: Path, onerror: Callable[[OSError], object] | None = None) -> Itera
             folders[:] = sorted(name for name in folders if not name.startswith("."))
             links += [path for name in folders if os.path.islink(path := os.path.join(folder, name))]  # noqa: PTH114, PTH118
             yield folder, [name for name in files if not name.startswith(".")]
-        # `os.walk` does not follow links. One to a folder above would bring in files that are not of this data.
+        # `os.walk` does not follow links, so linked folders are walked afterwards. A link to `top` or to a folder above
+        # it is left out: it would bring in files from outside.
         waiting += [link for link in links if not Path(above).is_relative_to(os.path.realpath(link))]
 
 
 def _suffix(name: str) -> str:
-    return os.path.splitext(name)[1].lower()  # noqa: PTH122 - pathlib's takes thrice as long
+    return os.path.splitext(name)[1].lower()  # noqa: PTH122 - pathlib takes three times as long
 
 
 def _counted(files: Sequence[str]) -> str:
-    """How many files of which suffix, for example "3 .heic and 1 .txt"; the most frequent first."""
+    """Count files by suffix, the most frequent first: "3 .heic files and 1 .txt file"."""
     counts = sorted(Counter(map(_suffix, files)).items(), key=lambda item: (-item[1], item[0]))[:3]
     kinds = [f"{count} {clean(suffix)} file{'s' if count > 1 else ''}" for suffix, count in counts if suffix]
     return " and ".join(kinds) or f"{len(files)} other file{'s' if len(files) > 1 else ''}"

@@ -1,4 +1,4 @@
-"""Names of files, and regular files opened, read up to a limit, and hashed."""
+"""Files: names that a system can have, and regular files opened, read up to a limit, or hashed."""
 
 from __future__ import annotations
 
@@ -11,8 +11,11 @@ from typing import BinaryIO
 
 
 def status(path: str | Path) -> os.stat_result:
-    """The status of a file or folder, links followed. Raises `OSError`, also for a name that no file can have (with NUL
-    in it)."""
+    """Return the status of a file or folder; links are followed.
+
+    Raises:
+        OSError: if there is none, or if no file can have the name (it holds NUL).
+    """
     try:
         return Path(path).stat()
     except ValueError as error:
@@ -20,7 +23,7 @@ def status(path: str | Path) -> os.stat_result:
 
 
 def check_name(path: str | Path) -> None:
-    """Raise `OSError` for a name that no file can have, whether there is one or not."""
+    """Raise `OSError` if no file can have this name. The file need not exist."""
     try:
         os.lstat(path)
     except ValueError as error:
@@ -31,11 +34,14 @@ def check_name(path: str | Path) -> None:
 
 
 def open_regular(path: str | Path) -> BinaryIO:
-    """Open a file to read its bytes. Raises `OSError`, also for a folder, and for a pipe or a device, which might never
-    end."""
+    """Open a file to read its bytes.
+
+    Raises:
+        OSError: if it cannot be read, or is a folder, a pipe, or a device; reading a pipe might never end.
+    """
     mode = status(path).st_mode
     if stat.S_ISDIR(mode):
-        os.scandir(path).close()  # raises where the permission is missing
+        os.scandir(path).close()  # a missing permission is reported first
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     if not stat.S_ISREG(mode):
         raise OSError(errno.EINVAL, "it is not a regular file", str(path))
@@ -43,7 +49,7 @@ def open_regular(path: str | Path) -> BinaryIO:
 
 
 def read_regular(path: str | Path, largest: int) -> bytes:
-    """All bytes of a regular file. Raises `OSError`, also for one of more than `largest` bytes."""
+    """Return all bytes of a regular file. Raises `OSError`, also if there are more than `largest` bytes."""
     with open_regular(path) as file:
         data = file.read(largest + 1)
     if len(data) > largest:
@@ -52,7 +58,7 @@ def read_regular(path: str | Path, largest: int) -> bytes:
 
 
 def sha256(path: Path) -> str:
-    """Checksum of a regular file, in hexadecimal. Raises `OSError`."""
+    """Return the SHA-256 checksum of a regular file, in hexadecimal. Raises `OSError`."""
     digest = hashlib.sha256()
     with open_regular(path) as file:
         while block := file.read(1 << 20):
@@ -61,7 +67,7 @@ def sha256(path: Path) -> str:
 
 
 def resolved(path: str | Path) -> Path:
-    """Follow the links in `path`. Raises `OSError`, also for a name that no file can have."""
+    """Return `path` with all links followed. Raises `OSError`, also for a name that no file can have."""
     try:
         return Path(os.path.realpath(path))
     except ValueError as error:
@@ -73,16 +79,24 @@ def _impossible(path: str | Path) -> OSError:
 
 
 def expanded(path: str | os.PathLike[str]) -> Path:
-    """`path` with ~ as the home folder; left as it is for ~somebody who has no account here, where Path's own fails."""
+    """Replace a leading ~ by the home folder.
+
+    A ~name without such a user is left as it is; `Path.expanduser` raises there.
+    """
     return Path(os.path.expanduser(path))  # noqa: PTH111
 
 
 def encodable(text: str) -> str:
-    """`text` with "?" for what UTF-8 cannot hold: lone surrogates, which stand for undecodable bytes of file names."""
+    """Replace what UTF-8 cannot encode by "?".
+
+    These are lone surrogates, by which Python represents undecodable bytes of file names.
+    """
     return text.encode(errors="replace").decode()
 
 
 def utf8_name(name: str) -> str:
-    """A file name whose bytes are UTF-8, whatever the system's encoding: as other systems show it, and as safetensors
-    can open it. U+FFFD stands for bytes that are something else."""
+    """Return a file name that is UTF-8 on disk whatever the system's encoding, with U+FFFD for undecodable bytes.
+
+    Other systems then show the name as it is meant, and the safetensors library, which encodes as UTF-8, can open it.
+    """
     return os.fsdecode(os.fsencode(name).decode(errors="replace").encode())

@@ -14,7 +14,9 @@ from contextlib import ExitStack, contextmanager
 from importlib import import_module
 
 LONGEST_QUOTE = 300
+"""Letters of a foreign text that are quoted."""
 LONGEST_MESSAGE = 1000
+"""Letters of a whole message."""
 LISTED = 3
 """Number of names that a message gives of many."""
 DOWNLOADERS = ("datasets", "huggingface_hub")
@@ -28,38 +30,43 @@ _settings: dict[str, tuple[int, bool]] = {}
 
 
 def printable(text: str) -> str:
-    """`text` in one line, with "?" for what might steer a terminal."""
+    """Return `text` in one line, with "?" for characters that could control a terminal."""
     return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
 def clean(foreign: object) -> str:
-    """A foreign text, path, or value in one line, without control characters, and not too long."""
+    """Return a foreign text, path, or value in one line, without control characters, cut if it is too long."""
     text = str(foreign)
     return printable(text) if len(text) <= LONGEST_QUOTE else f"{printable(text[:LONGEST_QUOTE])}..."
 
 
 def listed(names: Sequence[object]) -> str:
-    """The first names, and the number of the others: "a, b, c and 2 more"."""
+    """List the first names and the number of the others: "a, b, c and 2 more"."""
     more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
     return ", ".join(map(clean, names[:LISTED])) + more
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of a library's message, without the punctuation at its end."""
+    """Return the first line of a library's message, without the punctuation at its end."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    begun = lines[0].endswith(":") and lines[1:]  # the second says what the first announces
+    begun = lines[0].endswith(":") and lines[1:]  # "...:" only announces what the next line says
     return clean(" ".join(lines[:2] if begun else lines[:1]).rstrip(".:"))
 
 
 def shortened(message: str) -> str:
-    """`message` without its middle where it is too long: the problem stands at its beginning, the remedy at its end."""
+    """Cut the middle out of a message that is too long. It begins with the problem, and ends with the remedy."""
     half = LONGEST_MESSAGE // 2
     return message if len(message) <= LONGEST_MESSAGE else f"{message[:half]} ... {message[-half:]}"
 
 
+def system_message(error: Exception) -> str:
+    """Return the operating system's message of an `OSError`, or else the first line of a library's message."""
+    return clean(error.strerror) if isinstance(error, OSError) and error.strerror else first_line(error)
+
+
 def reason(error: Exception) -> str:
-    """The system's or a library's message, as the end of a sentence."""
-    return str(getattr(error, "strerror", None) or first_line(error)).lower()
+    """Return `system_message` in lower case, to end a sentence with."""
+    return system_message(error).lower()
 
 
 @contextmanager
@@ -100,7 +107,7 @@ def _quiet(library: str) -> Iterator[None]:
 
 
 def _bars(library: str) -> tuple[Callable[[], bool], Callable[[], None], Callable[[], None]]:
-    """The library's functions that tell whether progress bars are enabled, enable them, and disable them."""
+    """Return three functions of the library: are progress bars enabled, enable them, and disable them."""
     if library in DOWNLOADERS:
         bars = import_module(f"{library}.utils.tqdm")
         return lambda: not bars.are_progress_bars_disabled(), bars.enable_progress_bars, bars.disable_progress_bars

@@ -24,10 +24,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import sdkit
+from sdkit.arguments import PREDICTIONS
 from sdkit.cli import console, main
 from sdkit.cli.commands import _parser
-from sdkit.cli.training import _settings
+from sdkit.cli.training import CHOICES, _settings
 from sdkit.data import LatentCache, check
+from sdkit.errors import ArgumentError
 from sdkit.training import UNetConfig, VAEConfig, train_unet
 from sdkit.training.checkpoint import checkpoints
 from sdkit.training.run_folder import read_metrics
@@ -90,17 +92,30 @@ def test_help_tells_every_field_with_its_docstring_and_default(run: Callable[...
     told = " ".join(out.split())
     for field in fields(STAGES[stage]):
         assert f"--{field.name.replace('_', '-')}" in told
-    # a field that is inherited through two classes
+    # This field is inherited through two classes.
     assert "--batch-size N Samples per process and micro-batch (default: 1)" in told
     clipping = "Largest gradient norm; gradients above it are clipped. None turns clipping off (default: 1.0)"
     assert f"--max-grad-norm X {clipping}" in told
     assert "--init PATH A config.json of diffusers, or a folder with one: train" in told
     adam = "Use AdamW of bitsandbytes, with its state in 8 bits (default: no)"
     assert f"--use-8bit-adam, --no-use-8bit-adam {adam}" in told
-    assert "needed, here or in that file: --data PATH" in told
+    assert "required, here or in the --config file: --data PATH" in told
     text = "Train the text encoder together with the U-Net (default: no)"
     own = text if stage == "unet" else "(as in Stability's ft-mse) (default: l2)"
     assert own in told
+
+
+@pytest.mark.parametrize("field", CHOICES)
+def test_the_choices_in_the_help_are_those_of_the_settings(field: str) -> None:
+    stage = VAEConfig if hasattr(VAEConfig, field) else UNetConfig
+    with pytest.raises(ArgumentError) as refused:
+        stage(data="photos", out_dir="run", **{field: "unheard-of"})
+    known = re.findall(r"'([^']+)'", str(refused.value).partition("is not one of")[2])
+    assert set(CHOICES[field]) == {PREDICTIONS.get(name, name) for name in known}
+    train = _parser()._subparsers._group_actions[0].choices["train"]  # type: ignore[union-attr,index]
+    options = train._subparsers._group_actions[0].choices["vae" if stage is VAEConfig else "unet"]._actions
+    (option,) = (option for option in options if option.dest == field)
+    assert all(name in f"{option.metavar} {option.help}" for name in CHOICES[field])
 
 
 def test_every_option_is_explained() -> None:
@@ -362,7 +377,7 @@ def test_training_prints_the_result_and_the_same_command_finds_it_done(run: Call
     sdkit.VAE.from_pretrained("r/result")
     code, out, err = run("train", "vae", "--config", "r/config.json", "--max-steps", 3)  # resumes in the same folder
     assert (code, out) == (0, f"r{os.sep}result\n")
-    assert err == "going on from r/checkpoints/step-00000002\n"
+    assert err == "resuming from r/checkpoints/step-00000002\n"
     assert [line["step"] for line in read_metrics(Path("r/metrics.jsonl")) if "loss" in line] == [1, 2, 3]
 
 
@@ -526,7 +541,7 @@ def test_a_vae_beside_the_model(run: Callable[..., Ran], work: Path) -> None:
         losses[data] = read_metrics(Path(f"r-{data}/metrics.jsonl"))[1]["loss"]
         again = run(*train, 2, "--vae", "other/vae") if data == "cache" else run(*train, 2)
         assert again.code == (0 if data == "cache" else 2)  # paths may change, the VAE may not
-    assert "its model was another" in again.err
+    assert "its model was different" in again.err
     assert losses["cache"] == pytest.approx(losses["photos"], rel=2e-3)  # a cache holds float16
 
 
@@ -561,13 +576,13 @@ def ended(process: Any, said: str = "said") -> Ran:
 @pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGINT", 130)])
 def test_a_signal_leaves_a_checkpoint_and_the_same_command_goes_on(work: Path, name: str, code: int) -> None:
     run = (*LORA, "--out-dir", "r", "--max-steps", "5", "--save-every", "2", "--validate-every", "9")
-    told = "sdkit: stopped after step 2, with a checkpoint; the same command goes on from there.\n"
+    told = "sdkit: stopped after step 2, with a checkpoint; the same command resumes it.\n"
     noticed = "\nsdkit: stopping with a checkpoint; Ctrl-C again leaves at once.\n" if name == "SIGINT" else ""
     # The signal arrives while the checkpoint of step 2 is being renamed. No further step follows.
     assert ended(started(*run, hook=f"{name} os.rename:step-00000002 1")) == Ran(code, "", noticed + told)
     assert [path.name for path in checkpoints(Path("r/checkpoints"))] == ["step-00000002"]
     assert not Path("r/result").exists()
-    going_on = "going on from r/checkpoints/step-00000002\n"
+    going_on = "resuming from r/checkpoints/step-00000002\n"
     assert ended(started(*run)) == Ran(0, f"r{os.sep}result\n", going_on)
     assert [line["step"] for line in read_metrics(Path("r/metrics.jsonl")) if "loss" in line] == [1, 2, 3, 4, 5]
 
@@ -575,7 +590,7 @@ def test_a_signal_leaves_a_checkpoint_and_the_same_command_goes_on(work: Path, n
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals to send")
 def test_a_second_ctrl_c_leaves_at_once(work: Path) -> None:
     run = (*LORA, "--out-dir", "r", "--max-steps", "9", "--save-every", "2", "--validate-every", "9")
-    # both signals arrive at the first rename
+    # Both signals arrive at the first rename.
     hook = "SIGINT os.rename:step-00000002 1;SIGINT os.rename:step-00000002 2"
     code, out, err = ended(started(*run, hook=hook))
     assert (code, out) == (130, "")
@@ -596,7 +611,7 @@ def test_of_many_processes_the_main_one_tells_of_an_error(
     assert ended(other, "other") == Ran(-signal.SIGTERM, "", "")
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    # the main process has an error of its own, so it does not wait to be ended
+    # The main process does not end this one, so this one must report its own error in the end.
     monkeypatch.setattr(console, "PATIENCE", 0.01)
     assert run(*wrong).err.startswith("sdkit: max_steps must be")
     monkeypatch.setenv("WORLD_SIZE", "1")  # some environments leave WORLD_SIZE set
@@ -646,12 +661,12 @@ def test_a_launched_run_stops_and_goes_on_and_speaks_with_one_voice(
     assert out == ""
     assert sentences(err) == [
         "sdkit: stopping with a checkpoint; Ctrl-C again leaves at once.",
-        f"sdkit: stopped after step {done}, with a checkpoint; the same command goes on from there.",
+        f"sdkit: stopped after step {done}, with a checkpoint; the same command resumes it.",
     ]
     second = launch(*steps, "--max-steps", str(done + 1))
     out, err = second.communicate(timeout=60)
     assert (second.returncode, out) == (0, f"r{os.sep}result\n"), err
-    assert err.count("going on from") == 1
+    assert err.count("resuming from") == 1
     assert json.loads(Path("r/config.json").read_text())["samples_per_step"] == 2
 
 

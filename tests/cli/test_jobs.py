@@ -415,7 +415,7 @@ def test_a_recipe_names_files_and_folders_absolutely(tmp_path: Path, monkeypatch
     recipe = Generation(model="./model.ckpt", config="configs", height=64, lora=("configs",), vae="configs")
     assert recipe.text()["model"] == str(tmp_path / "model.ckpt")
     assert recipe.text()["config"] == recipe.text()["lora"] == recipe.text()["vae"] == str(tmp_path / "configs")
-    # the embedded model, even if a file of that name is in the current folder
+    # "emoji" is the embedded model, even if a file of that name is in the current folder.
     assert Generation().text()["model"] == "emoji"
     assert Generation(model="some/model").text()["model"] == "some/model"
     assert replace(recipe, model=recipe.text()["model"]).but(model="model.ckpt").height == 64

@@ -213,7 +213,7 @@ class TestProcesses:
         for start, out in ((functools.partial(run, "cache_job.py"), "one"), (self.launch, "two")):
             done = start(str(photos), str(tmp_path / out), *settings)
             assert done.returncode == 0, done.stderr
-            # each process prints the number of processes
+            # Each process prints the number of processes.
             assert sorted(done.stdout.replace("\n", "")) == list({"one": "1", "two": "22"}[out])
         assert content(tmp_path / "two") == content(tmp_path / "one")
         assert len(content(tmp_path / "one")) == 7

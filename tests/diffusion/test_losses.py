@@ -218,7 +218,7 @@ class TestAdaptiveWeight:
         assert all(p.grad is None for p in [*decoder.parameters(), *critic.parameters()])
         (pull,) = torch.autograd.grad(reconstruction, last, retain_graph=True)
         (adversarial_pull,) = torch.autograd.grad(weight * adversarial, last, retain_graph=True)
-        # the paper adds 1e-6 to the norm
+        # The formula adds 1e-6 to the norm.
         torch.testing.assert_close(adversarial_pull.norm(), pull.norm(), rtol=1e-4, atol=0)
         (reconstruction + weight * adversarial).backward()
         assert all(p.grad.abs().sum() > 0 for p in decoder.parameters())

@@ -412,7 +412,7 @@ def test_clip_bounds_every_x0(name: str) -> None:
 
 @pytest.mark.parametrize("name", LOOPS)
 def test_an_image_is_the_same_alone_in_a_batch_and_elsewhere_in_it(name: str) -> None:
-    """An image must be bit-identical if the network's float32 output is."""
+    """The tolerance is for the network only: its float32 output may depend on the batch."""
     schedule = NoiseSchedule.scaled_linear(prediction_type="v_prediction")
     pairs = schedule.timesteps(12, "trailing")
     batch = start((4, *SHAPE[1:]))

@@ -270,7 +270,7 @@ def test_a_config_of_pixels_is_taken_as_it_is_and_null_as_left_out() -> None:
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_configs_as_diffusers_writes_them_are_read(tmp_path: Path, name: str) -> None:
-    # some with a lambda_min_clipped of -inf
+    # Some configs have a lambda_min_clipped of -inf.
     getattr(diffusers.schedulers, name)().save_pretrained(tmp_path / "scheduler")
     theirs = getattr(diffusers.schedulers, name).from_pretrained(tmp_path, subfolder="scheduler")
     schedule = load_schedule(tmp_path)

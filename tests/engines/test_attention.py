@@ -84,7 +84,7 @@ def test_cross_attention_maps_equal_diffusers(size: tuple[int, int]) -> None:
     cond = sd.text.encode(["a red apple on a blue background", "a dog"])
     x_t = torch.randn(2, 4, *size, generator=torch.Generator().manual_seed(0))
     recorder = Recorder()
-    # recorded in the same pass, because at scores of 200 the last bit of a layer's input matters
+    # Recorded in the same pass, because at scores of 200 the last bit of a layer's input matters.
     sd.unet.network.set_attn_processor(recorder)
     maps = sd.unet.cross_attention(x_t, 500, Conditioning(cond))
     assert maps.shape == (2, cond.shape[1], *size)

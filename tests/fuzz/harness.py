@@ -22,10 +22,11 @@ from typing import Any
 from tests.fuzz.worker import BYTES, SECONDS
 
 IDLE, WORK = 10, 0.5
-"""A process that computes for less than `WORK` seconds in `IDLE` seconds waits for what never comes (a pipe, a lock);
-some threads of libraries wake up now and then all the same."""
+"""Limits, in seconds, by which a process that hangs is recognised: it waits for something (a pipe, a lock) that never
+comes if it has computed for less than WORK in the last IDLE. Threads of libraries compute a little even then.
+"""
 START = 300
-"""Seconds within which a process has imported the libraries, or made a valid input."""
+"""Seconds in which a process must have imported the libraries, or made a valid input."""
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -117,7 +118,7 @@ class Worker:
         while not select.select([self.process.stdout], [], [], 0.05)[0]:
             now, (used, held, runnable) = time.monotonic(), self._usage()
             looks, ready = looks + 1, ready + runnable
-            # it works, or waits for a free processor
+            # The process works, or waits for a free processor.
             if used > cpu + WORK or (now - busy > IDLE and ready > looks / 5):
                 cpu, busy, looks, ready = used, now, 0, 0
             if limit is not None:

@@ -24,7 +24,7 @@ from typing import Any
 
 Mutator = Callable[[bytes, Random], bytes]
 LARGEST = 32 * 2**20
-"""Bytes to which damage lets a file grow, at most."""
+"""Largest size in bytes to which damage may let a file grow."""
 
 
 class _RunsCode:
@@ -71,7 +71,7 @@ OTHER_KINDS: tuple[bytes, ...] = (
     b"\xef\xbb\xbfa caption behind a mark",
     b"\x1f\x8b\x08" + bytes(20),
 )
-"""Small files of many kinds, some of them hostile: to be put in the place of others, or into them."""
+"""Small files of many kinds, some of them hostile, to replace other files or to be inserted into them."""
 
 TEXTS: tuple[str, ...] = (
     "", " ", "\0", "nan", "NaN", "-1", "0", "1", "2", "1e400", "-inf", "9" * 400, "1.5", "1_0", "٣", "true", "null",
@@ -96,7 +96,7 @@ HAZARDS: tuple[tuple[str, Any], ...] = (
     ("tokenizer_file", "/etc/passwd"), ("vocab_file", "/dev/zero"), ("chat_template", "{{ 1 / 0 }}"),
     ("additional_special_tokens", ["<a>"] * 1000), ("added_tokens_decoder", {"99999999": {"content": "x"}}),
 )  # fmt: skip
-"""Keys that mean something to the libraries that read configs."""
+"""Config keys that have a special meaning in the libraries that read configs."""
 
 
 def mutated(data: bytes, suffix: str, rng: Random) -> bytes:
@@ -563,7 +563,7 @@ def _pax_record(key: str, value: str) -> bytes:
 COLUMNS: tuple[list[Any], ...] = (
     [1.5, float("nan")], [None, None], [["a"], []], [{"a": 1}, None], [b"\xff", b""], [True, False],
 )  # fmt: skip
-"""Captions that are none."""
+"""Columns in place of the captions that are not captions."""
 
 
 def mutate_parquet(data: bytes, rng: Random) -> bytes:

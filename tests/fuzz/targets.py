@@ -31,7 +31,8 @@ from sdkit.cli import jobs, main
 from sdkit.data import latent_file as latents
 from sdkit.errors import SdkitError
 from sdkit.files import read_regular
-from sdkit.networks.lora import add_lora, convert_lora, lora_tensors, merge_lora, read_lora, save_lora
+from sdkit.loading.lora_file import convert_lora, read_lora, save_lora
+from sdkit.networks.lora import add_lora, lora_tensors, merge_lora
 from sdkit.pipelines.generation import Generation
 from sdkit.training.loop import fit
 from sdkit.training.plot import plot
@@ -53,15 +54,15 @@ class Target:
 
     name: str
     make: Callable[[Path], object]
-    """Fills a folder with a small valid input."""
+    """Writes a small valid input into a folder"""
     read: Callable[[Path, Path], object]
-    """Reads what is in the first folder; writes, if at all, into the second."""
+    """Reads the first folder, and writes, if at all, into the second"""
     files: tuple[str, ...] = ("*",)
-    """Patterns of the files that are damaged."""
+    """Patterns of the files that may be damaged"""
     repair: Callable[[Path], object] = lambda folder: None
-    """Makes checksums of the damaged files right again."""
+    """Corrects the checksums of damaged files"""
     writes_input: bool = False
-    """Whether the input is a folder that the command goes on to write into."""
+    """Whether the command writes into its input folder"""
 
     def damageable(self, folder: Path) -> list[Path]:
         """Return the files in `folder` that may be damaged."""
@@ -69,7 +70,7 @@ class Target:
         return sorted(found)
 
 
-# A whole model of a few channels
+# A complete model with few channels
 
 
 @cache
@@ -124,7 +125,7 @@ def make_model(folder: Path) -> None:
     )  # fmt: skip
     torch.nn.init.normal_(
         next(p for n, p in text.named_parameters() if "final_layer_norm.bias" in n)
-    )  # otherwise all means are 0
+    )  # otherwise the mean of each embedding is 0
     scheduler = DDIMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False,
         steps_offset=1,
@@ -235,7 +236,7 @@ def as_pickles(*names: str) -> Callable[[Path], None]:
     return make
 
 
-# One file
+# Single files
 
 
 def make_single(suffix: str) -> Callable[[Path], None]:

@@ -23,7 +23,7 @@ from random import Random
 from typing import Any
 
 SECONDS, BYTES = 5, 10**9
-"""CPU time and growth of memory that reading one damaged file may take."""
+"""CPU time in seconds and growth of memory in bytes that reading one damaged file may take."""
 
 PATHS = {  # audit events that change the disk, and which of their arguments are paths
     "os.remove": (0,), "os.rename": (0, 1), "os.rmdir": (0,), "os.mkdir": (0,), "os.link": (1,), "os.symlink": (1,),

@@ -53,7 +53,7 @@ class Split(toy.Toy):
         self, networks: Mapping[str, nn.Module], batch: dict[str, Any], step: int
     ) -> tuple[Tensor, Mapping[str, float | Tensor]]:
         with torch.no_grad():
-            # an extra call gathers parameters, which must be freed again after this step
+            # An extra call gathers parameters. They must be freed again after this step.
             networks["generator"](batch["x"])
         return super().discriminator_loss(networks, batch, step)
 

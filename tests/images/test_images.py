@@ -20,7 +20,7 @@ from PIL import ExifTags, Image, ImageCms, ImageOps
 
 from sdkit import images
 from sdkit.errors import ArgumentError, ImageError, SdkitError
-from sdkit.images import convert
+from sdkit.images import image_file, rgb
 from tests.helpers.color_profiles import (
     ADOBE,
     BRADFORD,
@@ -169,7 +169,7 @@ def test_exif_orientation(tmp_path: Path, orientation: int, suffix: str) -> None
     assert image.mode == "RGB"
     difference = np.asarray(image).astype(int) - shown(stored)
     assert abs(difference).max() <= (8 if suffix == ".jpg" else 0)
-    # the orientation is removed, so that the image is not rotated twice
+    # The orientation is removed, so that the image is not rotated twice.
     assert np.array_equal(ImageOps.exif_transpose(image), image)
 
 
@@ -290,13 +290,13 @@ def test_no_reader_runs_a_program_or_opens_another_file() -> None:
     FPX, MIC, and IPTC open more files.
     """
     foreign = {"EPS", "WMF", "HDF5", "GRIB", "BUFR", "FPX", "MIC", "IPTC", "FITS", "MPEG", "PSD", "PCD"}
-    assert not foreign & set(convert._formats("x.eps"))
-    assert "TGA" not in convert._formats("x.png")
+    assert not foreign & set(image_file._formats("x.eps"))
+    assert "TGA" not in image_file._formats("x.png")
 
 
 @pytest.mark.parametrize("suffix", sorted(images.READABLE - {".mpo", ".pfm", ".apng", ".avifs"}))
 def test_each_suffix_that_is_called_readable_is_read(tmp_path: Path, suffix: str) -> None:
-    kind = next(kind for kind, suffixes in convert.SUFFIXES.items() if suffix in suffixes)
+    kind = next(kind for kind, suffixes in image_file.SUFFIXES.items() if suffix in suffixes)
     mode = {".pbm": "1", ".pgm": "L"}.get(suffix, "RGB")
     stored = Image.fromarray(np.kron(SMALL[:2, :2], np.ones((16, 16, 1), np.uint8))).convert(mode)
     stored.save(tmp_path / f"a{suffix}", kind, **({"quality": 95} if kind in ("JPEG", "AVIF", "WEBP") else {}))
@@ -345,7 +345,7 @@ def test_the_transparent_colour_is_white_in_every_depth(file: io.BytesIO, expect
 
 @pytest.mark.parametrize("mode", ["F", "I", "I;16"])
 def test_grey_is_scaled_block_by_block_as_at_once(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(convert, "BLOCK", 100)  # two rows of 40 columns at a time
+    monkeypatch.setattr(rgb, "BLOCK", 100)  # two rows of 40 columns at a time
     dtype = {"F": np.float32, "I": np.int32, "I;16": np.uint16}[mode]
     levels = (RNG.random((7, 40)) * (200 if mode == "F" else 65535)).astype(dtype)
     peak = 255 if mode == "F" else 65535
@@ -363,7 +363,7 @@ def test_a_float_image_takes_no_gigabytes(tmp_path: Path) -> None:
         "images.to_rgb(image); print(peak() - before)"
     )
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
-    # a copy, the grey image, and RGB with Pillow's four bytes a pixel take 1.3 GB
+    # A copy, the grey image, and RGB with Pillow's four bytes a pixel take 1.3 GB.
     assert int(done.stdout) * 1024 < 1.6e9
 
 
@@ -378,7 +378,7 @@ def test_other_colour_spaces_become_srgb(tmp_path: Path, primaries: Any, gamma: 
     options: dict[str, Any] = {"lossless": True} if suffix == ".webp" else {}
     Image.fromarray(levels).save(tmp_path / f"a{suffix}", icc_profile=matrix_profile(primaries, gamma), **options)
     converted = images.read(tmp_path / f"a{suffix}")
-    # one level, and rounding
+    # One level, and rounding.
     assert np.abs(np.asarray(converted) - expected_srgb(levels, primaries, gamma)).max() <= 1.5
     if primaries is P3:
         assert converted.getpixel((500, 0)) == (217, 42, 52)
@@ -408,7 +408,7 @@ def test_grey_with_a_gamma_of_its_own(tmp_path: Path, mode: str) -> None:
     stored.save(tmp_path / "a.png", icc_profile=profile)
     expected = srgb_levels((levels / 255) ** (round(1.8 * 256) / 256))
     converted = np.asarray(images.read(tmp_path / "a.png"))
-    # the curve is steep at its start, where Pillow's 8 bits are too few
+    # The curve is steep at its start, where Pillow's 8 bits are too few.
     assert np.abs(converted - expected[..., None])[:, 8:].max() <= 1.5
     assert np.ptp(converted, axis=2).max() == 0
 
@@ -450,18 +450,18 @@ def test_without_a_profile_or_with_that_of_srgb_nothing_changes(tmp_path: Path, 
 
 @pytest.mark.parametrize("profile", [b"not a profile", matrix_profile(P3, None)[:300], icc(b"GRAY", {})])
 def test_a_damaged_profile_is_ignored_and_told(tmp_path: Path, profile: bytes) -> None:
-    convert._transform.cache_clear()
+    rgb._transform.cache_clear()
     Image.fromarray(SMALL).save(tmp_path / "a.png", icc_profile=profile)
     with pytest.warns(UserWarning, match=r"^an image's colour profile cannot be read; its colours are taken for sRGB"):
         assert np.array_equal(images.read(tmp_path / "a.png"), SMALL)
 
 
 def test_without_the_library_of_profiles_colours_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    convert._transform.cache_clear()
+    rgb._transform.cache_clear()
     monkeypatch.setattr("PIL.features.check", lambda name: name != "littlecms2")
     Image.fromarray(SMALL).save(tmp_path / "a.png", icc_profile=matrix_profile(P3, None))
     assert np.array_equal(images.read(tmp_path / "a.png"), SMALL)
-    convert._transform.cache_clear()
+    rgb._transform.cache_clear()
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs POSIX")

@@ -28,6 +28,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel
 
 from sdkit.errors import ArgumentError, SourceError
 from sdkit.loading import source
+from sdkit.loading.place import resolve
 from sdkit.loading.single_file import ASSETS, probe_prediction
 from sdkit.loading.tokenizer import load_tokenizer
 from tests.helpers import original_layout
@@ -83,7 +84,7 @@ def make_tiny(root: Path, family: str) -> Tiny:
         )
     )
     for network in (vae, unet, text):
-        # biases and norms too: a fresh network has equal ones, and the test would not notice if they were mixed up
+        # Biases and norms too: in a fresh network they are equal, and the test would not notice if they were mixed up.
         for parameter in network.parameters():
             torch.nn.init.normal_(parameter, std=0.2)
     here = root / family
@@ -243,7 +244,7 @@ def test_variant_and_pickle_in_a_folder(sd1: Tiny, tmp_path: Path) -> None:
     assert_same(load_unet(tmp_path), sd1.unet)
     save_file({key: tensor * 2 for key, tensor in tensors.items()}, weights, metadata={"format": "pt"})
     save_file({key: tensor.half() for key, tensor in tensors.items()}, weights.with_suffix(".fp16.safetensors"))
-    # safetensors has priority over the pickle
+    # safetensors files have priority over pickles.
     assert torch.equal(load_unet(tmp_path).conv_in.weight, sd1.unet.conv_in.weight * 2)
     halved = load_unet(tmp_path, variant="fp16").conv_in.weight
     assert torch.equal(halved, sd1.unet.conv_in.weight.half().float())
@@ -502,7 +503,7 @@ def test_probe_tells_eps_from_v() -> None:
     x = torch.randn(1, 4, 32, 32, generator=torch.Generator().manual_seed(3))
     unet = identity_unet(1.0)
     output = unet(x, 999, torch.zeros(1, 77, 8)).sample
-    # the U-Net does what its docstring says
+    # Check that the U-Net does what its docstring says.
     torch.testing.assert_close(output / output.std(), x / x.std(), atol=0.02, rtol=0)
     assert probe_prediction(unet) == "epsilon"
     assert probe_prediction(identity_unet(-1.0)) == "v_prediction"
@@ -512,7 +513,7 @@ def test_probe_tells_eps_from_v() -> None:
 def test_probe_is_made_once_for_a_file(sd2: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     probes: list[Any] = []
     monkeypatch.setattr(source.single_file, "probe_prediction", lambda unet: probes.append(unet) or "v_prediction")
-    file = source._File(source._resolve(sd2.file), None)
+    file = source._File(resolve(sd2.file), None)
     assert file.probed(sd2.unet) == file.probed() == "v_prediction"
     assert probes == [sd2.unet]
 

@@ -109,7 +109,7 @@ def test_gradient_equals_finite_differences() -> None:
 
 def test_learns_sharp_from_blocky() -> None:
     torch.manual_seed(0)
-    network = Discriminator()  # With few channels, a group has a single channel, and normalisation hides its energy.
+    network = Discriminator()  # with few channels, a group has a single channel, and normalisation hides its energy
     optimizer = torch.optim.Adam(network.parameters(), lr=2e-4, betas=(0.5, 0.9))
     losses = []
     for step in range(45):

@@ -87,7 +87,7 @@ class TestGradient:
         assert torch.autograd.gradcheck(lambda x: model(x, y), (x,), fast_mode=True)
         (gradient,) = torch.autograd.grad(model(x, y).sum(), x)
         step = 1e-6
-        # single entries too, because fast_mode checks only a projection
+        # Check single entries too, because fast_mode checks only a projection.
         for index in ((0, 0, 3, 5), (0, 1, 8, 8), (0, 2, 15, 16)):
             moved = torch.zeros_like(x)
             moved[index] = step
@@ -147,7 +147,7 @@ class TestFeatures:
     def test_a_grid_bounds_their_size(self, random: LPIPS) -> None:
         for size in (32, 64):
             assert random.features(pixels(2, 3, size, size), grid=2).shape == (2, 1472 * 4)
-        # averages are closer to each other than the averaged values (Jensen)
+        # Averages are closer to each other than the averaged values (Jensen).
         x, y = pixels(1, 3, 32, 32), pixels(1, 3, 32, 32, seed=1)
         distances = [(random.features(x, n) - random.features(y, n)).square().sum().item() for n in (1, 2, None)]
         assert 0 < distances[0] < distances[1] < distances[2]

@@ -299,8 +299,8 @@ def test_captioned_tiles(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(("size", "share"), [(64, 0.0), (SIZE, module.AS_CAPTIONED)])
 def test_other_tiles_as_captioned(size: int, share: float, drawn: Path) -> None:
-    """A given share of the large tiles must equal the captioned image on the same background, and none of the small
-    ones.
+    """The share AS_CAPTIONED of the large tiles equals the captioned image on the same background, and none of the
+    small tiles.
     """
     picture = table.read(drawn, FEW[0].file)
     tiles = [module._drawn_tile(size, drawn, [FEW[0].file], Random(seed)) for seed in range(300)]
@@ -315,7 +315,7 @@ def test_tiles_are_made_alike_again(data: Path, drawn: Path, photographs: Path) 
 
 
 def test_what_is_made_is_not_made_again(data: Path, drawn: Path, photographs: Path) -> None:
-    """Neither another folder nor another time of the same files makes a set again."""
+    """A missing set is made again. Sets that exist are not, even if their source files moved or have another time."""
     file = data / "tiles" / "00000.png"
     before = file.stat().st_mtime_ns
     shutil.rmtree(data / "held_out")

@@ -114,7 +114,7 @@ def test_the_last_n_are_kept(tmp_path: Path) -> None:
 def test_what_lies_beyond_a_run_taken_up_earlier_goes(tmp_path: Path) -> None:
     for step in (10, 20, 30):
         save(tmp_path, at(step), keep=3)
-    # the run resumed from step 10, because the checkpoints of steps 20 and 30 were damaged
+    # The run resumed from step 10, because the checkpoints of steps 20 and 30 were damaged.
     save(tmp_path, at(15), keep=2)
     assert names(tmp_path) == ["step-00000010", "step-00000015"]
 

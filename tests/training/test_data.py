@@ -27,9 +27,8 @@ from sdkit.training import UNetConfig
 from sdkit.training.batches import noise_of
 from sdkit.training.distributed import split_over_processes
 from sdkit.training.signals import StopSignals, Unfinished, raise_if_stopped
-from sdkit.training.stages.examples import CachedLatents, ImageLatents
+from sdkit.training.stages.examples import CachedLatents, ImageLatents, open_latents
 from sdkit.training.stages.images import TrainingImages, report_skipped, split
-from sdkit.training.stages.unet import open_latents
 from tests.helpers import tiny
 from tests.helpers.loaders import load_text, load_vae
 
@@ -228,7 +227,7 @@ class TestLatents:
             expected = kit.text.encode(caption)[0]
             assert torch.equal(found["ids"], kit.text.tokenize(caption)[0][0])
             torch.testing.assert_close(found["embeddings"], expected, rtol=2**-10, atol=1e-5)
-        # a trained text encoder computes its own embeddings
+        # A trained text encoder computes its own embeddings.
         along = kit.latents(kit.caches["embedded"], train_text_encoder=True)
         assert "embeddings" not in along.load(1, 0)
         assert "embeddings" not in along.empty

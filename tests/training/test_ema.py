@@ -127,7 +127,7 @@ def test_resumes_to_the_bit(tmp_path: Path) -> None:
     for _ in steps:
         resumed.update()
     assert all(torch.equal(value, resumed.state_dict()[name]) for name, value in ema.state_dict().items())
-    # `update` does not change the loaded tensors, because they were copied
+    # `update` does not change the loaded tensors, because they were copied.
     assert not torch.equal(saved["1.weight"], resumed.state_dict()["1.weight"])
 
 

@@ -190,7 +190,7 @@ def test_a_unet_is_split_by_its_blocks(name: str, launched: Path, tmp_path: Path
         (split.state_dict(), one.state_dict()),
         (last(launched / name, "unet"), last(tmp_path, "unet")),
     ):
-        # half precision allows for the rounding of AdamW's 3 steps
+        # Half precision allows for the rounding of AdamW's 3 steps.
         assert difference(left, right) < (3e-3 if stage.half else 1e-4)
     assert ("unet.conv_in.weight" in last(launched / name, "unet")) != stage.settings.frozen
 

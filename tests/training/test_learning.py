@@ -132,10 +132,10 @@ def test_a_vae_and_a_unet_learn_from_nothing(tmp_path: Path) -> None:
     assert validation(run, "loss") < 0.35
     sd = sdkit.StableDiffusion.from_pretrained(run / "result", dtype="fp32")
     colours = {"red": (220, 40, 40), "green": (40, 180, 60), "blue": (40, 70, 220), "yellow": (235, 205, 40)}
-    # two images of each learned caption
+    # Two images of each learned caption.
     images = sd([f"a {name} disc" for name in colours] * 2, guidance_scale=1, output_type="np")
     sdkit.images.grid(list(images)).save(tmp_path / "discs.png")
-    # distance of each pixel from the background
+    # Distance of each pixel from the background.
     far = torch.tensor(np.abs(images.astype(np.float32) - 245).sum(3).reshape(8, -1))
     pixels = torch.tensor(images.astype(np.float32).reshape(8, -1, 3))
     drawn = torch.stack([one[at.topk(60).indices].mean(0) for one, at in zip(pixels, far, strict=True)])

@@ -77,7 +77,7 @@ def test_a_killed_run_ends_as_one_never_stopped_to_the_bit(hook: str, uninterrup
         first, _, hook = hook.partition(";")
         assert train(out, RUN, first) == -signal.SIGKILL
         assert not (out / "result").exists()
-        # guards against a common defect: the old checkpoint is deleted before the new one is complete
+        # Guards against a common defect: the old checkpoint is deleted before the new one is complete.
         if "os.re" in first:
             assert newest(out / "checkpoints")
     assert train(out, RUN) == 0
@@ -153,7 +153,7 @@ def test_resuming_sees_each_sample_of_each_epoch_once(tmp_path: Path) -> None:
     settings = RUN | {"lr_scheduler": "constant", "lr_warmup_steps": 0, "max_steps": 10}
     one = fit(tmp_path / "run", **settings | {"max_steps": 4})  # 16 of 20 samples, so in the middle of the second epoch
     two = fit(tmp_path / "run", **settings)
-    # sorted, because samples are loaded in several threads
+    # Sorted, because samples are loaded in several threads.
     numbers, items = zip(*sorted(one.samples + two.samples), strict=True)
     assert list(numbers) == list(range(40))
     epochs = [items[start : start + 10] for start in range(0, 40, 10)]
@@ -309,7 +309,7 @@ def test_a_step_without_a_finite_loss_is_skipped_counted_and_named(kind: str, tm
         fit(tmp_path / "run", **settings)
     assert f"example-{item}.png" in str(caught[0].message)
     named = str(caught[0].message).count(".png")
-    # losses are checked for each micro-batch, gradients only for the whole step
+    # Losses are checked for each micro-batch, gradients only for the whole step.
     assert named == (2 if kind == "nan_samples" else 4)
     line = next(line for line in metrics(tmp_path / "run") if line["step"] == 2)
     assert line["skipped"] == 1
@@ -469,7 +469,7 @@ def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(TrainingError, match=r"cannot train in .*/file/run: not a directory; name a folder"):
         fit(tmp_path / "file" / "run")
-    # the reason differs for an ordinary user, for root, and in a container
+    # The reason differs for an ordinary user, for root, and in a container.
     denied = "(permission denied|operation not permitted|read-only file system)"
     with pytest.raises(TrainingError, match=f"cannot train in /sys/sdkit-run: {denied}; name a folder that can be"):
         fit(Path("/sys/sdkit-run"))

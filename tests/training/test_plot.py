@@ -99,7 +99,7 @@ def test_smoothing_keeps_lines_does_not_lag_and_takes_noise_away() -> None:
     np.testing.assert_allclose(smoothed(np.full(600, 3.0)), 3.0, rtol=1e-12)
     inner = slice(40, -40)  # without the ends, where the window is not symmetric
     np.testing.assert_allclose(smoothed(x)[inner], x[inner], atol=1e-12)
-    # standard deviation of white noise under a Gaussian window
+    # Standard deviation of white noise under a Gaussian window.
     expected = 1 / math.sqrt(2 * math.sqrt(math.pi) * 600 / 60)
     assert smoothed(noise)[inner].std() == pytest.approx(expected, rel=0.25)
 

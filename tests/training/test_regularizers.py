@@ -168,7 +168,7 @@ class TestTraining:
         with Image.open(photos / "000.png") as image:
             first, second = vae.encode(image, seed=0), vae.encode(image, seed=1)
         assert bool((first - second).abs().max() > 1e-4) == (regularizer == "kl")
-        # the scale has been measured
+        # Near 1, because the result's scale was measured.
         assert 0.3 < float(vae.encode(sorted(photos.glob("*.png")), sample=False).std()) < 3
         assert ("validation/perplexity" in after) == (regularizer == "vq")
         if regularizer == "vq":
@@ -180,7 +180,7 @@ class TestTraining:
         stage = VAEStage(run_config("none", photos, tmp_path))
         _, logvar = stage.vae.moments(pixels())
         assert float(logvar.max()) == -30
-        # weight decay would raise a negative bias
+        # Weight decay would raise a negative bias.
         optimizer = torch.optim.AdamW(stage.vae.parameters(), lr=1e-2, weight_decay=0.1)
         for _ in range(3):
             stage.loss({"vae": stage.vae}, stage.batch([(0, 1)]), 0)[0].backward()

@@ -58,7 +58,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "photos" / BROKEN).write_bytes((folder / "photos" / BROKEN).read_bytes()[:60])
     weights = folder / "model" / "vae" / "diffusion_pytorch_model.safetensors"
     tensors = load_file(weights)
-    # contrast: with flat pictures, normalisation would amplify rounding errors
+    # Raise the contrast: with flat pictures, normalisation would amplify rounding errors.
     tensors["decoder.conv_out.weight"] *= 10
     save_file(tensors, weights, {"format": "pt"})
     shutil.copytree(folder / "model", folder / "dropout")

@@ -306,7 +306,7 @@ class TestNoise:
         for data in ("plain", "embedded", "photos"):
             stage = kit.stage(data=data, caption_dropout=1.0)
             empty = stage.text.encode("")[0]
-            cond = stage._cond(batch := stage.batch(BATCH))
+            cond = stage.encoder.captions(batch := stage.batch(BATCH))
             assert batch["mask"] is None
             torch.testing.assert_close(cond, empty.expand(8, -1, -1), atol=1e-3 if data == "embedded" else 1e-6, rtol=0)
         ids = kit.stage(caption_dropout=1.0, train_text_encoder=True).batch(BATCH)["ids"]
@@ -464,18 +464,18 @@ class TestCaptionsOfSeveralLengths:
     def test_remembered_embeddings_are_the_same_to_the_bit(self, kit: Kit) -> None:
         """Bit-identical also to those of a resumed run, which starts with an empty cache or one of other captions."""
         stage, fresh = kit.stage(), kit.stage()
-        first = stage._cond(batch := stage.batch(BATCH))
-        assert len(stage._embeddings) == len({*batch["keys"]}) == 5
-        assert torch.equal(stage._cond(batch), first)
-        fresh._cond(fresh.batch(BATCH[3:5]))
-        assert torch.equal(fresh._cond(batch), first)
+        first = stage.encoder.captions(batch := stage.batch(BATCH))
+        assert len(stage.encoder.embeddings) == len({*batch["keys"]}) == 5
+        assert torch.equal(stage.encoder.captions(batch), first)
+        fresh.encoder.captions(fresh.batch(BATCH[3:5]))
+        assert torch.equal(fresh.encoder.captions(batch), first)
 
     def test_not_more_are_remembered_than_there_is_room_for(self, kit: Kit, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("sdkit.training.stages.unet.REMEMBERED", 2)
+        monkeypatch.setattr("sdkit.training.stages.encoding.MOST_EMBEDDINGS", 2)
         stage = kit.stage()
-        first = stage._cond(batch := stage.batch(BATCH))
-        assert len(stage._embeddings) <= 2
-        assert torch.equal(stage._cond(batch), first)
+        first = stage.encoder.captions(batch := stage.batch(BATCH))
+        assert len(stage.encoder.embeddings) <= 2
+        assert torch.equal(stage.encoder.captions(batch), first)
 
 
 class TestSources:
@@ -735,5 +735,5 @@ def test_data_that_has_grown_is_another_run_and_data_that_has_moved_is_not(kit: 
     photos = photos.rename(tmp_path / "moved")
     train_unet(replace(config, data=f"{photos}/", max_steps=2))
     (photos / "more.png").write_bytes((photos / "000.png").read_bytes())
-    with pytest.raises(TrainingError, match=r"holds another run: its data was other"):
+    with pytest.raises(TrainingError, match=r"holds another run: its data was different"):
         train_unet(replace(config, data=photos, max_steps=3))

@@ -416,7 +416,7 @@ class TestValidation:
             for name, x in zip(stage.names(samples), batch, strict=True):
                 seen.setdefault(name, []).append(x)
         assert seen.keys() == {f"{i:03}.png" for i in range(40)} - {"010.png", "030.png"}
-        # flips differ between the epochs
+        # Flips differ between the epochs.
         assert {torch.equal(first, second) for first, second in seen.values()} == {True, False}
 
     def test_images_of_ones_own(self, kit: Kit, tmp_path: Path) -> None:
