@@ -330,4 +330,5 @@ def noise_like(x: Tensor, generators: Generators | None) -> Tensor:
         return torch.randn_like(x)
     if len(generators) != len(x):
         raise ArgumentError(f"{len(generators)} generators cannot serve a batch of {len(x)}: give one for each image.")
-    return torch.stack([torch.randn(x.shape[1:], generator=generator) for generator in generators]).to(x)
+    noise = torch.stack([torch.randn(x.shape[1:], generator=generator) for generator in generators])
+    return noise.to(x, non_blocking=x.device.type == "cuda")  # without it, the CPU would wait for the GPU

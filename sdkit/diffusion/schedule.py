@@ -8,8 +8,10 @@ round to zero.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -236,7 +238,7 @@ class NoiseSchedule:
         """Return alphas_cumprod[t]. At t = -1 return `final`, or `final_alpha_cumprod` if that is None."""
         if t == -1:
             return self.final_alpha_cumprod if final is None else final
-        return float(self.alphas_cumprod[self._checked(t)])
+        return self._values[self._checked_number(t)]
 
     def sigma(self, t: int) -> float:
         """Return the noise level sqrt((1 - a) / a) at t, in units of the data: EDM's sigma (Karras et al. 2022,
@@ -339,15 +341,31 @@ class NoiseSchedule:
             return Prediction(a * x_t - s * output, a * output + s * x_t, variance)
         if PREDICTIONS[kind] == "sample":
             return Prediction(output, (x_t - a * output) / s, variance)
-        if bool((a == 0).any()):
+        if self._is_pure_noise(t, a.dtype):
             raise ArgumentError(
                 "at zero terminal SNR an eps model says nothing of x0: use a v or x0 model, or 'leading' spacing."
             )
         return Prediction((x_t - s * output) / a, output, variance)
 
+    @cached_property
+    def _values(self) -> list[float]:
+        """`alphas_cumprod` as Python numbers. Samplers read them without a tensor operation, and without waiting for a
+        GPU."""
+        values: list[float] = self.alphas_cumprod.tolist()
+        return values
+
+    def _checked_number(self, t: int) -> int:
+        """Return `t`. Raise ArgumentError where it is out of range, since negative indices would wrap around."""
+        try:
+            index = operator.index(t)
+        except TypeError:
+            index = -1
+        if not 0 <= index < self.num_timesteps:
+            raise ArgumentError(f"timesteps are whole numbers from 0 to {self.num_timesteps - 1}, not {t!r}.")
+        return index
+
     def _checked(self, t: int | Tensor) -> Tensor:
-        """Return `t` as an index into the tables. Raise ArgumentError where it is out of range, since negative
-        indices would wrap around."""
+        """Return `t` as an index into the tables, on the CPU. Raise ArgumentError where it is out of range."""
         index = torch.as_tensor(t, device="cpu")
         if index.is_floating_point() or bool((index < 0).any()) or bool((index >= self.num_timesteps).any()):
             raise ArgumentError(f"timesteps are whole numbers from 0 to {self.num_timesteps - 1}, not {t!r}.")
@@ -355,10 +373,27 @@ class NoiseSchedule:
 
     def _signal_noise(self, t: int | Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """Return sqrt(a_t) and sqrt(1 - a_t), in float32 or wider, shaped to broadcast over (B, ...)."""
-        a = self.alphas_cumprod[self._checked(t)]
-        shape = (-1,) + (1,) * (like.ndim - 1)  # not a 0-d tensor, which would not promote half precision
+        # Not 0-d tensors, which would not promote half precision.
         dtype = torch.promote_types(like.dtype, torch.float32)
-        return a.sqrt().reshape(shape).to(like.device, dtype), (1 - a).sqrt().reshape(shape).to(like.device, dtype)
+        if isinstance(t, int):
+            # Filled on the device: copying a number there would make the CPU wait for a GPU in every step.
+            a = self.alpha_cumprod(self._checked_number(t))
+            ones = (1,) * like.ndim
+            signal, noise = (like.new_full(ones, math.sqrt(value), dtype=dtype) for value in (a, 1 - a))
+            return signal, noise
+        shape = (-1,) + (1,) * (like.ndim - 1)
+        alphas = self.alphas_cumprod[self._checked(t)]
+        signal, noise = (value.sqrt().reshape(shape).to(like.device, dtype) for value in (alphas, 1 - alphas))
+        return signal, noise
+
+    def _is_pure_noise(self, t: int | Tensor, dtype: torch.dtype) -> bool:
+        """Return whether sqrt(a_t) is 0 in `dtype` for any t. Computed on the CPU, so that no GPU is waited for."""
+        if isinstance(t, int):
+            root = math.sqrt(self.alpha_cumprod(t))
+            return (
+                root <= torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps / 2
+            )  # half of the smallest number
+        return bool((self.alphas_cumprod[self._checked(t)].sqrt().to(dtype) == 0).any())
 
 
 def _linspace(start: float, end: float, n: int) -> Tensor:

@@ -117,12 +117,14 @@ class UNet(Wrapper):
             problem = "takes the guidance scale as an input" if self.guided else "has no input for the guidance scale"
             raise ArgumentError(f"this U-Net {problem}: {'give' if self.guided else 'leave out'} guidance_scale.")
         sample = x_t.to(self.device, self.dtype)
-        t = t.to(self.device) if isinstance(t, Tensor) else t
+        shares_t = isinstance(t, int)
+        # A number is filled in on the device: diffusers would copy it there, and the CPU would wait for a GPU.
+        t = t.to(self.device) if isinstance(t, Tensor) else torch.full((1,), t, device=self.device)
         cond = cond.map(self._received)
         if cond.concat is not None:
             sample = torch.cat([sample, cond.concat], dim=1)
         down, mid = (None, None) if cond.residuals is None else cond.residuals
-        _thread.shares_t = isinstance(t, int)
+        _thread.shares_t = shares_t
         try:
             output: Tensor = self.network(
                 sample, t, encoder_hidden_states=cond.text, encoder_attention_mask=cond.mask, return_dict=False,

@@ -1,0 +1,97 @@
+"""The checks and measurements of benchmarks/gpu.py: on a GPU with `-m gpu`, and with the CPU in its place."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import gpu, gpu_checks, gpu_measurements
+
+QUICK = (
+    "encode-fp32", "encode-bf16", "decode-bf16", "tiles-fp32", "overflow", "text-bf16", "draw-ddim-bf16",
+    "draw-ddpm-fp32", "alone-bf16", "cache", "train-lora-bf16",
+)  # fmt: skip
+
+
+def on_the_cpu(tmp_path: Path) -> gpu_checks.Place:
+    return gpu_checks.Place(torch.device("cpu"), tmp_path / "scratch", steps=2, tiny=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", gpu_checks.CHECKS)
+def test_on_a_gpu(name: str, tmp_path: Path) -> None:
+    try:
+        gpu_checks.run(name, gpu_checks.Place(torch.device("cuda:0"), tmp_path))
+    except gpu_checks.NotRunError as error:
+        pytest.skip(str(error))
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_with_the_cpu_in_its_place(name: str, tmp_path: Path) -> None:
+    assert gpu_checks.run(name, on_the_cpu(tmp_path))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("name", [name for name in gpu_checks.CHECKS if name not in QUICK])
+def test_with_the_cpu_in_its_place_slow(name: str, tmp_path: Path) -> None:
+    try:
+        assert gpu_checks.run(name, on_the_cpu(tmp_path))
+    except gpu_checks.NotRunError as error:
+        pytest.skip(str(error))
+
+
+def test_a_check_notices_wrong_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A decoder with a slightly wrong weight must fail its check."""
+    vae = gpu_checks._vae("cpu", "bf16")
+    with torch.no_grad():
+        monkeypatch.setattr(vae, "scale", vae.scale * 1.05)
+    with pytest.raises(AssertionError, match="above"):
+        gpu_checks.run("encode-bf16", on_the_cpu(tmp_path))
+
+
+def test_without_a_gpu_one_sentence_and_exit_code_2(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu.main(["--out", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == "There is no GPU that PyTorch can use here; run this on a machine with one.\n"
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.timeout(300)
+def test_results_are_kept_as_they_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step that hangs is stopped and reported, the next one runs in a new process, and the rest is named."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(gpu, "LIMITS", {"check": 120.0, "measure": 0.05})
+    out = tmp_path / "results"
+    chosen = ["encode-fp32", "train-unet-fp16", "vae-512", "least-memory-draw"]
+    assert gpu.main(["--device", "cpu", "--tiny", "--out", str(out), "--only", *chosen]) == 1
+    results = json.loads((out / "results.json").read_text())
+    outcomes: dict[str, Any] = {step["name"]: (step["outcome"], step["said"]) for step in results["steps"]}
+    assert outcomes["encode-fp32"][0] == "passed"
+    assert outcomes["train-unet-fp16"] == ("not run", "sdkit trains in fp16 on a GPU only")
+    assert outcomes["vae-512"] == ("failed", "it took longer than 0 s and was stopped")
+    assert results["machine"]["torch"] == torch.__version__
+    assert all(name in (out / "results.md").read_text() for name in outcomes)
+
+
+def test_what_there_is_no_time_for_is_named(tmp_path: Path) -> None:
+    assert gpu.main(["--device", "cpu", "--seconds", "0", "--out", str(tmp_path), "--only", "encode"]) == 0
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert {(step["outcome"], step["said"]) for step in results["steps"]} == {("not run", "the time was up")}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("name", [name for name in gpu_measurements.MEASUREMENTS if "compiled" not in name])
+def test_measurements_with_the_cpu_in_its_place(name: str, tmp_path: Path) -> None:
+    place = on_the_cpu(tmp_path)
+    place.scratch.mkdir()
+    numbers = gpu_measurements.MEASUREMENTS[name](place)
+    assert all(seconds > 0 for seconds in numbers["seconds"].values())
+    assert gpu_measurements.summary(numbers)
