@@ -1,4 +1,4 @@
-"""Kinds of files, told by their first bytes. A suffix proves nothing: anyone may rename a file."""
+"""Kinds of files, recognised by their first bytes. A suffix proves nothing: anyone may rename a file."""
 
 from __future__ import annotations
 

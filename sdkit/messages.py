@@ -59,9 +59,14 @@ def shortened(message: str) -> str:
     return message if len(message) <= LONGEST_MESSAGE else f"{message[:half]} ... {message[-half:]}"
 
 
+def system_message(error: Exception) -> str:
+    """Return the operating system's message of an `OSError`, or else the first line of a library's message."""
+    return clean(error.strerror) if isinstance(error, OSError) and error.strerror else first_line(error)
+
+
 def reason(error: Exception) -> str:
-    """Return the system's or a library's message in lower case, to end a sentence with."""
-    return str(getattr(error, "strerror", None) or first_line(error)).lower()
+    """Return `system_message` in lower case, to end a sentence with."""
+    return system_message(error).lower()
 
 
 @contextmanager
@@ -102,7 +107,7 @@ def _quiet(library: str) -> Iterator[None]:
 
 
 def _bars(library: str) -> tuple[Callable[[], bool], Callable[[], None], Callable[[], None]]:
-    """The library's functions that tell whether progress bars are enabled, enable them, and disable them."""
+    """Return three functions of the library: are progress bars enabled, enable them, and disable them."""
     if library in DOWNLOADERS:
         bars = import_module(f"{library}.utils.tqdm")
         return lambda: not bars.are_progress_bars_disabled(), bars.enable_progress_bars, bars.disable_progress_bars

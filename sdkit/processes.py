@@ -1,4 +1,4 @@
-"""The processes of an `accelerate launch`, told from the environment without importing Accelerate."""
+"""The processes of an `accelerate launch`, as the environment describes them, without importing Accelerate."""
 
 from __future__ import annotations
 

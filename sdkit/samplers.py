@@ -1,4 +1,4 @@
-"""Samplers, as `sdkit.samplers`: see `sdkit.diffusion.samplers`."""
+"""Samplers: public names of `sdkit.diffusion.samplers`."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ import pytest
 
 from sdkit import images
 from sdkit.atomic import atomic_write, beside, remove_abandoned
-from sdkit.data import latent_file as latents
+from sdkit.data import latent_file
 from sdkit.errors import ImageError, LatentError, SdkitError
 from sdkit.file_search import find_files
 from sdkit.files import encodable, sha256
@@ -423,7 +423,7 @@ def test_find_tells_of_folders_that_it_may_not_read(folder: Path, monkeypatch: p
         with pytest.raises(ImageError, match="cannot read closed: Permission denied"):
             images.read("closed")
         with pytest.raises(LatentError, match=r"closed: the file cannot be read \(permission denied\)"):
-            latents.load("closed")
+            latent_file.load("closed")
     finally:
         if root:
             os.seteuid(0)

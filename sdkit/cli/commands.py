@@ -229,7 +229,8 @@ def _load_vae(args: argparse.Namespace) -> VAE:
 
 
 def _load_sd(args: argparse.Namespace, generation: Generation) -> StableDiffusion:
-    from sdkit.networks.lora import merge_lora, read_lora
+    from sdkit.loading.lora_file import read_lora
+    from sdkit.networks.lora import merge_lora
     from sdkit.pipelines.text_to_image import StableDiffusion
 
     loras = [(read_lora(source), scale) for source, scale in generation.loras]  # small, so that errors come early

@@ -359,7 +359,7 @@ def generate_files(
     side = sd.unet.sample_size * sd.vae.factor
     at_once = batch_size or sd.images_at_once(generation.height or side, generation.width or side)
     wanted = ((prompt, generation.seed + r * count + c) for r, prompt in enumerate(prompts) for c in range(count))
-    batches = iter(lambda: list(itertools.islice(wanted, at_once)), [])
+    batches = iter(lambda: list(itertools.islice(wanted, at_once)), [])  # ends with the first empty batch
     numbers = _numbers(Path(out))
     labelled: dict[str, Image.Image] = {}  # for the grid
     for batch in progress(batches, total=-(-n // at_once), description="generate"):
@@ -437,7 +437,7 @@ def demo_files(
 
 def _is_image_name(out: Path) -> bool:
     """Return whether `out` names an image file rather than a folder."""
-    return out.suffix.lower() in images.FORMATS and not os.path.isdir(out)  # noqa: PTH112 - pathlib's raises for impossible names
+    return out.suffix.lower() in images.FORMATS and not os.path.isdir(out)  # noqa: PTH112 - pathlib's may raise
 
 
 def _save(
@@ -509,7 +509,7 @@ def _targets(paths: Iterable[str | Path], suffixes: Collection[str], out: str | 
 
 def _is_in(path: Path, folder: Path) -> bool:
     """Return whether `path` lies in `folder`, be they relative or absolute; links are not followed."""
-    return Path(os.path.abspath(folder)) in Path(os.path.abspath(path)).parents  # noqa: PTH100 - `resolve` follows links
+    return Path(os.path.abspath(folder)) in Path(os.path.abspath(path)).parents  # noqa: PTH100 - not `resolve`d
 
 
 def _process(

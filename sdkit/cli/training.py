@@ -178,7 +178,7 @@ def plot(args: argparse.Namespace) -> int:
 
 def convert(args: argparse.Namespace) -> int:
     """Convert a LoRA to the layout of kohya's scripts, which A1111 reads."""
-    from sdkit.networks.lora import convert_lora
+    from sdkit.loading.lora_file import convert_lora
 
     convert_lora(args.lora, args.out)
     say_path(Path(args.out))

@@ -23,8 +23,9 @@ from sdkit.data.latent_cache.writing import own_size
 from sdkit.data.sources import open_examples
 from sdkit.data.transform import MAX_ENLARGEMENT, Transform, sides
 from sdkit.errors import ImageError
+from sdkit.loading.place import SourceName
 from sdkit.loading.single_file import ASSETS
-from sdkit.loading.source import Source, SourceName
+from sdkit.loading.source import Source
 from sdkit.loading.tokenizer import load_tokenizer
 from sdkit.prefetch import ahead
 from sdkit.progress import progress

@@ -61,7 +61,7 @@ class Columns:
             ) from error
 
     def _whole(self, path: str | None) -> str | None:
-        """Return the path of an image in `folder` where there is such a file, and otherwise `path` unchanged."""
+        """Return the path of the image in `folder` if that file exists, or `path` unchanged."""
         inside = str(self.folder / path) if self.folder and path and "://" not in path else None
         return inside if inside and os.path.isfile(inside) else path  # noqa: PTH113 - pathlib's raises for long names
 
@@ -94,7 +94,7 @@ def choose_columns(
     if image is None or image not in holding:
         problem = "has no column of images" if image is None else f"has no images in its column {clean(image)!r}"
         raise DataError(f"{clean(source)} {problem}; its columns: {columns}.")
-    # Images and sounds hold no captions, and to read them as captions would decode them.
+    # Images and sounds are no captions. Reading such a column would decode it, and open any address in it.
     decoded = [name for name, feature in features.items() if _is_decoded(feature)]
     if caption_column == image or caption_column in decoded:
         raise DataError(

@@ -63,7 +63,7 @@ def open_examples(
         caption_column: column of captions there, or the key in metadata and .json files. None finds `text`, `caption`,
             or the like.
         streaming: read parquet files or a Hub data set on the fly instead of copying them to disk first. The result is
-            a `Stream`. Ignored for folders and shards, of which nothing is copied.
+            a `Stream`. Ignored for folders and shards, which are never copied.
         class_folders: read names of folders as sd-scripts does. Each image in "10_zork dog" counts ten times (and may
             be both trained on and held out), and has the caption "zork dog" if it has no other.
         default_caption: caption of all images that have none.
@@ -197,7 +197,7 @@ def _in_columns(
     folder: Path | None = None,
 ) -> Examples | Stream:
     """Return the examples in the given columns of a data set, or in the likeliest columns where these are None."""
-    if dataset.features is None:  # a stream may not know its columns before it has read a row
+    if dataset.features is None:  # some streams know their columns only after a row is read
         with raised_as_data_error(source):
             dataset = dataset._resolve_features()
     image, caption = choose_columns(dict(dataset.features), source, image_column, caption_column)

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sdkit.engines.compile import is_compiling
+
 SCORES = 2**21
 """Attention scores computed at a time. Their 4 MB in bfloat16 fit into the processor's cache."""
 
@@ -39,7 +41,7 @@ class InPieces:
         temb: Tensor | None = None,
     ) -> Tensor:
         """Apply the layer `attn` to (B, L, C), or to (B, C, h, w) in a VAE."""
-        if torch.is_grad_enabled() or attention_mask is not None or torch.compiler.is_compiling():
+        if torch.is_grad_enabled() or attention_mask is not None or is_compiling():
             output: Tensor = self.usual(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
             return output
         x = hidden_states.flatten(2).transpose(1, 2) if hidden_states.ndim == 4 else hidden_states

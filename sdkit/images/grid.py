@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from PIL import Image, ImageDraw, ImageFont
 
 from sdkit.errors import ArgumentError
-from sdkit.images.convert import Images, flat, rgb_of, to_pil
+from sdkit.images.convert import Images, flat, to_pil
+from sdkit.images.rgb import rgb_of
 
 
 def grid(

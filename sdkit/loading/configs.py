@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from sdkit.diffusion.schedule import BOUNDS, LONGEST_CHAIN
 from sdkit.errors import SourceError
 from sdkit.loading.tensors import check_regular, unreadable
 from sdkit.messages import clean
@@ -20,6 +21,12 @@ LAYERS = 1000
 
 def _number(value: Any, low: float = -1e12, high: float = 1e12) -> bool:
     return type(value) in (int, float) and low <= value <= high  # NaN is in no range
+
+
+def _within(key: str) -> Callable[[Any], bool]:
+    """Return the check of a number in a scheduler's config, by the bounds that `NoiseSchedule` sets."""
+    low, high = BOUNDS[key]
+    return lambda value: _number(value, low, high)
 
 
 def _whole(value: Any) -> bool:
@@ -36,10 +43,6 @@ def _list_of(fits: Callable[[Any], bool], value: Any) -> bool:
 
 def _one_or_list(fits: Callable[[Any], bool], value: Any) -> bool:
     return fits(value) or _list_of(fits, value)
-
-
-def _beta(value: Any) -> bool:
-    return _number(value, 0, 1)
 
 
 def _word(value: Any) -> bool:
@@ -125,14 +128,14 @@ VALUES: dict[str, dict[str, Check]] = {
     },
     "scheduler": {
         "_class_name": ("a word", _word),
-        "num_train_timesteps": WHOLE,
-        "beta_start": ("a number from 0 to 1", _beta),
-        "beta_end": ("a number from 0 to 1", _beta),
+        "num_train_timesteps": ("a whole number from 1", lambda x: type(x) is int and 1 <= x <= LONGEST_CHAIN),
+        "beta_start": ("a number from 0 to 1", _within("beta_start")),
+        "beta_end": ("a number from 0 to 1", _within("beta_end")),
         "trained_betas": (
             "a list of numbers from 0 to 1 or null",
-            lambda x: x is None or (isinstance(x, list) and x != [] and all(map(_beta, x))),
+            lambda x: x is None or (isinstance(x, list) and x != [] and all(map(_within("trained_betas"), x))),
         ),
-        "clip_sample_range": ("a number above 0", lambda x: _number(x, 1e-12)),
+        "clip_sample_range": ("a number above 0", _within("clip_sample_range")),
     },
     "index": {GUIDANCE: ("a number from 0 to 100", lambda x: _number(x, 0, 100))},
 }

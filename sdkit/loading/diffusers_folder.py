@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,14 +10,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sdkit.errors import ArgumentError, SourceError
-from sdkit.files import expanded
-from sdkit.loading import tokenizer
+from sdkit.loading import hub, tokenizer
 from sdkit.loading.configs import read_config, read_json
+from sdkit.loading.place import Place, absent
 from sdkit.loading.shards import index_names, open_shards, read_index
 from sdkit.loading.single_file import NOUNS, build
-from sdkit.loading.tensors import SUFFIXES, TensorFile, is_file, open_tensors, status_or_none
-from sdkit.messages import clean, first_line, quiet
-from sdkit.stops import stop_in
+from sdkit.loading.tensors import TensorFile, is_file, open_tensors
+from sdkit.messages import clean
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
@@ -27,7 +25,6 @@ if TYPE_CHECKING:
 NEW_ATTENTION = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
 OLD_ATTENTION = re.compile(r"\.(?:query|key|value|proj_attn)\.(?=(?:weight|bias)$)")
 BESIDE_TEXT = ("vision_model.", "visual_projection.", "text_projection.", "logit_scale")
-HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 VARIANT = re.compile(r"[\w-]+")
 
 
@@ -88,26 +85,6 @@ SCHEDULER = Part(
     shown={"prediction_type": "epsilon", "timestep_spacing": "leading", "rescale_betas_zero_snr": False},
 )
 PARTS = (VAE, UNET, TEXT, SCHEDULER)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Place:
-    """A source told apart by its kind ("embedded", "hub", "folder", "file"), before anything of it is read."""
-
-    name: str
-    kind: str
-    path: Path
-    """The folder or the file; unused for a Hub id, whose snapshot is known once it is fetched."""
-    revision: str | None = None
-
-    @property
-    def label(self) -> str:
-        """The source as messages name it."""
-        return clean(repr(self.name))
-
-    def root(self, files: list[str]) -> Path:
-        """The folder that has those of `files` that exist, fetched if it is on the Hub."""
-        return fetch(self, files) if self.kind == "hub" else self.path
 
 
 def locate(place: Place, part: Part) -> Path:
@@ -240,10 +217,10 @@ def _fetched(place: Place, folder: Path, inside: str, names: list[str]) -> Path 
     if place.kind != "hub":
         return found
     if found is None:
-        tried = (_there(fetch(place, [inside + name]) / inside, [name]) for name in names)
+        tried = (_there(place.root([inside + name]) / inside, [name]) for name in names)
         found = next(filter(None, tried), None)
     if found and found.suffix == ".json" and not _complete(found):
-        fetch(place, [inside + shard for shard in read_index(found)])
+        place.root([inside + shard for shard in read_index(found)])
         if shard := next((shard for shard in read_index(found) if not is_file(found.parent / shard)), None):
             raise absent(place, inside + shard)
     return found
@@ -261,7 +238,7 @@ def _variants(names: list[str], part: Part, inside: str) -> list[str]:
 
 def _listed(place: Place, root: Path) -> list[str]:
     """The files of a place: of a Hub id those on the Hub, or where it cannot be reached those in the cache."""
-    if place.kind == "hub" and (names := _on_the_hub(place)) is not None:
+    if place.kind == "hub" and (names := hub.list_files(place.name, place.revision)) is not None:
         return names
     folders = [root, *(root / part.folder for part in PARTS)]
     return [path.relative_to(root).as_posix() for folder in folders for path in folder.glob("*")]
@@ -274,96 +251,3 @@ def load_place_tokenizer(place: Place) -> CLIPTokenizer:
         if tokenizer.has_vocabulary(candidate):
             return tokenizer.load_tokenizer(candidate)
     raise absent(place, "tokenizer (vocab.json and merges.txt, or tokenizer.json)")
-
-
-def absent(place: Place, what: str) -> SourceError:
-    """The error for a place that lacks `what`."""
-    what = clean(what)
-    if place.kind == "hub":
-        if _on_the_hub(place) is not None:
-            return SourceError(f"{place.label} has no {what} on the Hub; give another id, variant or revision.")
-        return SourceError(
-            f"the snapshot of {place.label} in the cache is incomplete: it lacks {what}, and the Hub cannot be "
-            "reached; load it once with a connection."
-        )
-    files = sorted(place.path.glob("*.safetensors"))
-    if files and not any(is_file(place.path / name) for name in ("model_index.json", "config.json")):
-        return SourceError(f"{place.label} has no {what}; give the file in it ({files[0].name}) if that is meant.")
-    beside = ", or a VAE beside it (vae=, --vae)" if what.startswith(VAE.folder) else ""
-    return SourceError(
-        f"{place.label} has no {what}; give a folder in diffusers layout, a single file or a Hub id{beside}."
-    )
-
-
-def is_hub_id(source: str | os.PathLike[str]) -> bool:
-    """Whether `source` may be a Hub id, going by its letters alone; a path object, or a name of weights, is none."""
-    return isinstance(source, str) and HUB_ID.fullmatch(source) is not None and not source.endswith(SUFFIXES)
-
-
-def path_or_fetched(source: str | os.PathLike[str], filename: str, revision: str | None, hint: str = "") -> Path:
-    """The path that `source` is, there or not; where it is none but a Hub id, that of its `filename`, fetched.
-
-    Raises SourceError, with the `hint`, for a repository without that file.
-    """
-    path = expanded(source)
-    if not is_hub_id(source) or status_or_none(path):
-        return path
-    place = Place(name=str(source), kind="hub", path=path, revision=revision)
-    if is_file(file := fetch(place, [filename]) / filename):
-        return file
-    raise absent(place, filename + hint)
-
-
-def _on_the_hub(place: Place) -> list[str] | None:
-    """The files of a repository; None where the Hub cannot be reached."""
-    from huggingface_hub import HfApi
-
-    try:
-        found = HfApi().repo_info(place.name, revision=place.revision, timeout=10)
-    except Exception as error:  # whatever else it is, the Hub did not answer
-        if stop := stop_in(error):
-            raise stop from error
-        return None
-    return [file.rfilename for file in getattr(found, "siblings", None) or ()]
-
-
-def fetch(place: Place, files: list[str]) -> Path:
-    """The snapshot of a Hub id with those of `files` that it has, from the cache where there is no network."""
-    from huggingface_hub import errors, snapshot_download
-
-    at = f"{place.label} (revision {place.revision!r})" if place.revision else place.label
-    try:
-        with quiet("huggingface_hub"):
-            try:
-                return Path(snapshot_download(place.name, revision=place.revision, allow_patterns=files))
-            except errors.OfflineModeIsEnabled:  # huggingface_hub 1.x does not look into its cache for a commit
-                return Path(
-                    snapshot_download(place.name, revision=place.revision, allow_patterns=files, local_files_only=True)
-                )
-    except errors.LocalEntryNotFoundError as error:
-        if partial := getattr(error, "snapshot_path", None):
-            return Path(partial)  # it may have what is needed all the same; if not, `absent` says so
-        raise SourceError(
-            f"{at} is not in the cache, and the Hub cannot be reached; load it once with a connection, or correct the "
-            "path if a folder is meant, for there is none of that name."
-        ) from error
-    except Exception as error:  # the network can fail in as many ways as there are libraries below
-        raise stop_in(error) or SourceError(_hub_problem(place, at, error)) from error
-
-
-def _hub_problem(place: Place, at: str, error: Exception) -> str:
-    from huggingface_hub import errors
-
-    if isinstance(error, errors.HFValidationError):
-        return f"{place.label} is neither a path that exists nor a Hub id (org/name); check its spelling."
-    if isinstance(error, errors.RevisionNotFoundError):
-        return f"{place.label} has no revision {place.revision!r} on the Hub; give a branch, tag or commit."
-    if isinstance(error, errors.GatedRepoError):
-        page = f"https://huggingface.co/{place.name}"
-        return f"{place.label} is gated; accept its terms at {page} and log in with `hf auth login`."
-    if isinstance(error, errors.RepositoryNotFoundError):
-        return (
-            f"{place.label} is not on the Hub, or is private; check its spelling, log in with `hf auth login`, or "
-            "correct the path if a folder is meant, for there is none of that name."
-        )
-    return f"{at} cannot be loaded from the Hub ({first_line(error)}); try again."

@@ -6,8 +6,6 @@ safetensors or weights-only pickles, and the classes they become are a fixed few
 
 from __future__ import annotations
 
-import os
-import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,25 +16,20 @@ import torch
 
 from sdkit.arguments import PREDICTIONS, one_of
 from sdkit.diffusion.schedule import NoiseSchedule
-from sdkit.errors import ArgumentError, SourceError
-from sdkit.files import read_regular
-from sdkit.loading import diffusers_folder as folder
-from sdkit.loading import single_file, tokenizer
+from sdkit.errors import SourceError
+from sdkit.loading import diffusers_folder, single_file, tokenizer
 from sdkit.loading.configs import GUIDANCE, read_config, read_json
-from sdkit.loading.diffusers_folder import PARTS, SCHEDULER, TEXT, UNET, VAE, Part, Place
+from sdkit.loading.diffusers_folder import PARTS, SCHEDULER, TEXT, UNET, VAE, Part
+from sdkit.loading.place import Place, SourceName, absent, resolve
 from sdkit.loading.single_file import ASSETS
-from sdkit.loading.tensors import SUFFIXES, is_file, open_tensors, status_or_none
+from sdkit.loading.tensors import is_file, open_tensors
 from sdkit.messages import clean
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel, VQModel
     from transformers import CLIPTextModel, CLIPTokenizer
 
-SourceName = str | os.PathLike[str]
-
-EMBEDDED = "emoji"
 USUAL_GUIDANCE = 7.5
-KINDS = {"embedded": "the embedded model", "hub": "a Hub id", "folder": "a folder", "file": "a file"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +95,7 @@ class Source:
         """
         if prediction_type is not None:
             prediction_type = PREDICTIONS[one_of("prediction_type", prediction_type, PREDICTIONS)]
-        place = _resolve(name, revision=revision, variant=variant, config=config)
+        place = resolve(name, revision=revision, variant=variant, config=config)
         backend = _File(place, config) if place.kind == "file" else _Folder(place, variant)
         return cls(place, backend, prediction_type)
 
@@ -188,13 +181,13 @@ class _Folder:
         self.variant = variant
 
     def network(self, part: Part, dtype: torch.dtype) -> Any:
-        return folder.load_network(self.place, part, dtype, self.variant)
+        return diffusers_folder.load_network(self.place, part, dtype, self.variant)
 
     def tokenizer(self) -> CLIPTokenizer:
-        return folder.load_place_tokenizer(self.place)
+        return diffusers_folder.load_place_tokenizer(self.place)
 
     def scheduler_config(self, prediction_type: str | None) -> dict[str, Any]:
-        schedule = read_config(folder.locate(self.place, SCHEDULER) / SCHEDULER.config, "scheduler")
+        schedule = read_config(diffusers_folder.locate(self.place, SCHEDULER) / SCHEDULER.config, "scheduler")
         return schedule | ({"prediction_type": prediction_type} if prediction_type else {})
 
     def index(self) -> Path:
@@ -204,7 +197,7 @@ class _Folder:
         path = self.place.root([name for part in PARTS for name in part.files])
         components = tuple(_describe_folder(self.place, path))
         if not components:
-            raise folder.absent(self.place, "model in diffusers layout (vae/config.json, unet/config.json, ...)")
+            raise absent(self.place, "model in diffusers layout (vae/config.json, unet/config.json, ...)")
         return path, None, components
 
 
@@ -223,7 +216,7 @@ class _File:
         """The folder of configs: the user's own, or the public ones that the tensors' shapes ask for."""
         if self.config is None:
             return ASSETS / single_file.family_of(self.file)
-        own = _resolve(self.config)
+        own = resolve(self.config)
         if own.kind == "file":
             raise SourceError(f"config={own.label} is a file; give a folder (or a Hub id) in diffusers layout.")
         files = [f"{part.folder}/{part.config}" for part in PARTS] + [f"tokenizer/{name}" for name in tokenizer.FILES]
@@ -284,84 +277,15 @@ class _File:
             yield _component(SCHEDULER, schedule | {"prediction_type": stated})
 
 
-def _resolve(
-    source: SourceName, *, revision: str | None = None, variant: str | None = None, config: SourceName | None = None
-) -> Place:
-    """Tells the kinds of sources apart, and refuses options that this kind has no use for."""
-    if not isinstance(source, (str, os.PathLike)):
-        raise ArgumentError(f"a model source is a name, a path or a Hub id, not {type(source).__name__}.")
-    name = os.fspath(source)
-    path = _path(name)
-    kind = _kind(source, path)
-    place = Place(name=name, kind=kind, path=_snapshot(path) if kind == "folder" else path, revision=revision)
-    unfit = {
-        "revision": revision is not None and place.kind != "hub",
-        "variant": variant is not None and place.kind == "file",
-        "config": config is not None and place.kind != "file",
-    }
-    if option := next((option for option, wrong in unfit.items() if wrong), None):
-        raise ArgumentError(f"{option}= has no meaning for {KINDS[place.kind]} such as {place.label}; leave it out.")
-    return Place(name=name, kind="embedded", path=ASSETS / name) if place.kind == "embedded" else place
-
-
-def _snapshot(path: Path) -> Path:
-    """The snapshot in a folder of the Hub's cache (models--org--name), its main branch's if it has several; any other
-    folder as it is."""
-    if not path.name.startswith("models--") or not (path / "snapshots").is_dir():
-        return path
-    held = sorted(found for found in (path / "snapshots").iterdir() if found.is_dir())
-    main = path / "refs" / "main"
-    branch = path / "snapshots" / read_regular(main, 1000).decode(errors="replace").strip() if is_file(main) else None
-    if branch in held:
-        return branch
-    if len(held) == 1:
-        return held[0]
-    names = ", ".join(found.name for found in held)
-    few = f"several snapshots: give one of snapshots/ ({names})" if held else "no snapshot: give another source"
-    raise SourceError(f"{clean(path)!r} is a folder of the Hub's cache with {few}.")
-
-
-def _path(name: str) -> Path:
-    try:
-        return Path(name).expanduser()
-    except RuntimeError as error:  # ~somebody who has no account here
-        raise SourceError(f"the path {name!r} begins with a home folder that does not exist; check it.") from error
-
-
-def _kind(source: SourceName, path: Path) -> str:
-    name = os.fspath(source)
-    if source == EMBEDDED:  # the string; a Path of that name is a path
-        return "embedded"
-    if "://" in name:
-        raise SourceError(f"{name!r} is a URL; give the Hub id alone (org/name), or the path of the downloaded file.")
-    if name and (found := status_or_none(path)):
-        if stat.S_ISDIR(found.st_mode):
-            return "folder"
-        if stat.S_ISREG(found.st_mode):
-            return "file"
-        raise SourceError(f"{name!r} is a pipe or a device; give a folder, a regular file or a Hub id.")
-    is_path = (
-        not isinstance(source, str)
-        or name.startswith((".", "/", "~"))
-        or name.lower().endswith(SUFFIXES)
-        or "\\" in name
-    )
-    if not is_path and name.count("/") == 1 and not name.endswith("/"):
-        return "hub"
-    if not is_path and name and "/" not in name:
-        raise SourceError(f"{name!r} is neither a path that exists nor a Hub id; did you mean 'org/{name}'?")
-    raise SourceError(f"the path {name!r} does not exist; give one that does, a Hub id (org/name) or {EMBEDDED!r}.")
-
-
 def _describe_folder(place: Place, root: Path) -> Iterator[Component]:
     for part in PARTS:
         inside = next((path for path in (root / part.folder, root) if is_file(path / part.config)), None)
         config = read_json(inside / part.config) if inside else {}
-        name = folder.class_of(config, part) if part.classes else folder.class_name(config)
+        name = diffusers_folder.class_of(config, part) if part.classes else diffusers_folder.class_name(config)
         if inside is None or (part.classes and name not in part.classes):
             continue
         config = read_config(inside / part.config, part.name) | {"_class_name": name}
-        file = folder.open_weights(place, part, inside) if part.classes else None
+        file = diffusers_folder.open_weights(place, part, inside) if part.classes else None
         yield _component(part, config, file.summary(file.shapes) if file else (None, None, None))
 
 
@@ -373,5 +297,5 @@ def _component(
         levels = config.get("block_out_channels") or config.get("encoder_block_out_channels") or (64,)
         shown["factor"] = 2 ** (len(levels) - 1)
     parameters, dtype, size = weights
-    name = folder.class_name(config)
+    name = diffusers_folder.class_name(config)
     return Component(part=part.name, class_name=name, parameters=parameters, dtype=dtype, bytes=size, config=shown)

@@ -1,9 +1,13 @@
-"""The variational autoencoder of Stable Diffusion: images to latents one eighth their size, and back.
+"""The autoencoder of Stable Diffusion: images to latents of one eighth their size, and back.
 
-Three representations, each with its own name: pixels, float in [-1, 1], (B, 3, H, W); the posterior's raw `mean` and
-`logvar`, (B, 4, H/8, W/8); and latents `z`, which are z_raw * scale (Rombach et al. 2022,
-https://arxiv.org/abs/2112.10752, section 3.1 and appendix G: the scale makes their variance about 1). Only this module
-multiplies and divides by the scale.
+Three representations, each with its own name:
+
+- pixels: float, in [-1, 1], (B, 3, H, W);
+- the posterior: raw `mean` and `logvar`, (B, 4, H/8, W/8);
+- latents `z`: raw latents times the scale, which makes their variance about 1 (Rombach et al. 2022,
+  https://arxiv.org/abs/2112.10752, section 3.1 and appendix G).
+
+Only this module multiplies and divides by the scale.
 """
 
 from __future__ import annotations
@@ -12,44 +16,48 @@ import operator
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from os import PathLike
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, overload
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from sdkit import images as image_io
 from sdkit.arguments import one_of, seeded, whole_number
 from sdkit.engines.attention import quicken_attention
+from sdkit.engines.compile import compile_modules
 from sdkit.engines.device import memory_format, resolve_place
 from sdkit.errors import ArgumentError, SdkitError, SourceError
-from sdkit.images import Images
+from sdkit.images.convert import Images, OneImage
+from sdkit.loading.fingerprint import fingerprint
 from sdkit.loading.source import Source
 from sdkit.loading.tensors import is_finite
+from sdkit.networks.autoencoder_kinds import PixelIdentity, kind_of, nearest_codes, sampled
 from sdkit.networks.tiling import check_tile, tiled, whole_image_statistics
-from sdkit.networks.wrapper import Wrapper, blames_network, fingerprint
+from sdkit.networks.wrapper import Wrapper, blames_network
 from sdkit.progress import progress
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, AutoencoderTiny, VQModel
 
 PIXELS_AT_ONCE = 4 * 512 * 512
-"""Pixels that go through the network in one pass where no `batch_size` is given: activations take about 5 kB a pixel in
+"""Pixels in one pass through the network, if no `batch_size` is given. Activations take about 5 kB a pixel in
 float32."""
 TILED_FROM = 1536 * 1536
-"""Pixels of an image from which it is tiled by default."""
-DETERMINISTIC = -30.0
-"""Log-variance reported for autoencoders without a posterior (diffusers' own lower bound)."""
+"""Images with more pixels than this are tiled by default."""
 
 
 class Forward(NamedTuple):
-    """What `VAE.forward` returns.
+    """A reconstruction and its posterior, as `VAE.forward` returns them.
 
     Attributes:
         pixels: The reconstruction (B, 3, H, W).
-        mean: Of the posterior (B, 4, H/8, W/8), or a VQModel's latents before they are rounded to codes.
-        logvar: Of the posterior, likewise.
-        codes: A VQModel's, likewise, which its codebook learns by.
+        mean: Mean of the posterior (B, 4, H/8, W/8). For a `VQModel`: latents before they are rounded to codes.
+        logvar: Log-variance of the posterior, shaped like `mean`.
+        codes: The codes that a `VQModel` decoded, shaped like `mean`, for the codebook loss; None for other kinds.
     """
 
     pixels: Tensor
@@ -58,31 +66,106 @@ class Forward(NamedTuple):
     codes: Tensor | None = None
 
 
-class VAE(Wrapper):
-    """An `AutoencoderKL`, or `AutoencoderTiny` or `VQModel`, with the process around it: any image in, scaled latents
-    out, and back.
+class Autoencoder(Protocol):
+    """Images to scaled latents and back, as the pipelines, the latent cache, and the stages use it.
 
-    One may be used by several threads, in inference (by one in float16, whose overflows are done again in float32); its
-    tensors come back on the CPU.
+    `VAE` implements it around every kind of network: KL, VQ, tiny, and the pixel identity. See
+    `sdkit.networks.autoencoder_kinds`.
 
-    Attributes: `network`, diffusers' own module; `scale` and `shift`, from its config; `factor`, pixels a latent spans
-        on each side (8); `channels` of a latent (4); `identity`, a fingerprint of the encoder, by which latent files
-        know their VAE, taken when it was loaded; `name`, where it came from.
+    Attributes:
+        name: The source that it came from.
+        scale: Factor from raw to scaled latents.
+        shift: Number that is subtracted from raw latents before they are scaled.
+        channels: Channels of a latent.
+        factor: Pixels that one latent position spans on each side.
+        identity: Fingerprint of the side that makes latents.
+        device: The device that it computes on; its results are on the CPU.
+        dtype: The dtype that it computes in; its results are float32.
     """
 
-    def __init__(self, network: AutoencoderKL | AutoencoderTiny | VQModel, *, name: str = "") -> None:
-        super().__init__()
-        config: Any = network.config
-        if "scaling_factor" not in config:
+    name: str
+    scale: float
+    shift: float
+    channels: int
+    factor: int
+    identity: str
+    device: torch.device
+    dtype: torch.dtype
+
+    def moments(self, images: Images, *, batch_size: int | None = None, tile: int | None = None) -> Any:
+        """Return mean and log-variance of the posterior; see `VAE.moments`."""
+
+    def encode(
+        self,
+        images: Images,
+        *,
+        sample: bool = True,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        seed: int | None = None,
+        batch_size: int | None = None,
+        tile: int | None = None,
+    ) -> Tensor | list[Tensor]:
+        """Return scaled latents; see `VAE.encode`."""
+
+    def decode(
+        self,
+        z: Tensor | Sequence[Tensor],
+        *,
+        size: tuple[int, int] | Sequence[tuple[int, int]] | None = None,
+        output_type: str = "pil",
+        batch_size: int | None = None,
+        tile: int | None = None,
+    ) -> Any:
+        """Return images; see `VAE.decode`."""
+
+    def check_size(self, size: tuple[int, int]) -> None:
+        """Raise ArgumentError if a (height, width) in pixels does not divide by `factor`."""
+
+
+class VAE(Wrapper):
+    """An autoencoder: any image in, scaled latents out, and back.
+
+    The network is diffusers' (`AutoencoderKL`, `AutoencoderTiny`, or `VQModel`); the process around it is here:
+    reading, padding, batches, tiles, sampling, and scaling. Results are on the CPU. Several threads may share one for
+    inference, but not in float16: images that overflow there are computed again in float32.
+
+    Args:
+        network: The network.
+        name: The source that it came from, for messages.
+
+    Attributes:
+        network: The network.
+        kind: How a network of its class encodes and decodes; see `sdkit.networks.autoencoder_kinds`.
+        name: The source that it came from.
+        scale: Factor from raw to scaled latents, from the network's config.
+        shift: Number that is subtracted from raw latents before they are scaled, from the network's config.
+        channels: Channels of a latent (4).
+        factor: Pixels that one latent position spans on each side (8).
+        identity: Fingerprint of the encoder when it was loaded. Latent files and caches name their VAE by it.
+        device: The device that the network computes on.
+        dtype: The dtype that the network computes in.
+
+    Example:
+        >>> import sdkit
+        >>> vae = sdkit.VAE.from_pretrained("emoji", device="cpu")
+        >>> vae.factor, vae.channels
+        (8, 4)
+        >>> from PIL import Image
+        >>> (image,) = vae.reconstruct(Image.new("RGB", (100, 60), "teal"))
+        >>> image.size
+        (100, 60)
+    """
+
+    def __init__(self, network: AutoencoderKL | AutoencoderTiny | VQModel | PixelIdentity, *, name: str = "") -> None:
+        """Wrap a network; `from_pretrained` loads one."""
+        kind = kind_of(network)
+        if kind is None:
             raise ArgumentError(
                 f"a {type(network).__name__} is not a VAE: give an AutoencoderKL, an AutoencoderTiny or a VQModel."
             )
-        self.network = network
-        self.name = name
-        self.scale = float(config.scaling_factor)
-        self.shift = float(config.get("shift_factor") or 0.0)
-        self.channels = int(config.get("vq_embed_dim") or config.latent_channels)
-        self.factor: int = 2 ** (len(config.get("block_out_channels") or config.encoder_block_out_channels) - 1)
+        super().__init__(network, name=name)
+        self.kind = kind
+        self.scale, self.shift, self.channels, self.factor = kind.scale, kind.shift, kind.channels, kind.factor
         self.identity = fingerprint(network, self.scale, self.shift)
         self._overflowed = False
 
@@ -98,11 +181,21 @@ class VAE(Wrapper):
         config: str | PathLike[str] | None = None,
         compile: bool = False,
     ) -> VAE:
-        """Load a VAE from any source that `sdkit.StableDiffusion.from_pretrained` takes, or a VAE's own folder, file or
-        Hub repository.
+        """Load a VAE.
 
-        `dtype` "auto" is bfloat16 where the hardware multiplies it, else float32; `compile` runs it through
-        torch.compile. Raises SourceError where the source cannot be found or holds no VAE.
+        Args:
+            source: Anything that `sdkit.StableDiffusion.from_pretrained` takes; or a VAE's own folder, file, or Hub
+                repository.
+            dtype: "auto", "fp32", "bf16", "fp16", or a torch.dtype. "auto" is bfloat16 if the hardware multiplies it,
+                else float32.
+            device: "auto", or a device of torch. "auto" is a CUDA GPU, else Apple's, else the CPU.
+            revision: A branch, tag, or commit of a Hub repository.
+            variant: The variant of the weights in a folder or Hub repository, such as "fp16".
+            config: A folder or Hub id with the configs for a single file, in place of the public ones.
+            compile: Run the network through torch.compile.
+
+        Raises:
+            SourceError: The source does not exist, is damaged, or holds no VAE.
         """
         dtype, device = resolve_place(dtype, device)
         opened = Source.open(source, revision=revision, variant=variant, config=config)
@@ -110,17 +203,40 @@ class VAE(Wrapper):
 
     @classmethod
     def from_source(cls, source: Source, *, dtype: torch.dtype, device: torch.device, compile: bool = False) -> VAE:
-        """Load a VAE from an open source; `dtype` and `device` are resolved already."""
-        # Loaded in float32, so that the identity does not depend on the dtype asked for.
+        """Load a VAE from an open source."""
+        # Load in float32: the identity must not depend on the dtype.
         vae = cls(source.autoencoder(torch.float32), name=source.name)
         vae.eval().to(device=device, dtype=dtype, memory_format=memory_format(dtype))  # type: ignore[call-overload]
         if not all(map(is_finite, vae.parameters())):
             raise SourceError(f"{vae._label} has weights that are too large for {dtype}; take dtype 'fp32'.")
         quicken_attention(vae.network, dtype, device)
         if compile:
-            vae.network.encoder.compile()
-            vae.network.decoder.compile()
+            compile_modules(vae.network.encoder, vae.network.decoder)
         return vae
+
+    @overload
+    def encode(
+        self,
+        images: OneImage,
+        *,
+        sample: bool = True,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        seed: int | None = None,
+        batch_size: int | None = None,
+        tile: int | None = None,
+    ) -> Tensor: ...
+
+    @overload
+    def encode(
+        self,
+        images: Images,
+        *,
+        sample: bool = True,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        seed: int | None = None,
+        batch_size: int | None = None,
+        tile: int | None = None,
+    ) -> Tensor | list[Tensor]: ...
 
     def encode(
         self,
@@ -131,24 +247,42 @@ class VAE(Wrapper):
         seed: int | None = None,
         batch_size: int | None = None,
         tile: int | None = None,
-    ) -> Any:
-        """Scaled latents of images: (B, 4, H/8, W/8) float32; a list of (4, H/8, W/8) where the images differ in size.
+    ) -> Tensor | list[Tensor]:
+        """Encode images to scaled latents.
 
-        images: a PIL image, a path, a uint8 array (B, H, W, 3), a float tensor (B, 3, H, W) in [-1, 1], or a list of
-            such. Any size: the right and lower edges are repeated up to a multiple of 8 (hand `size` to `decode` to
-            have them cropped off again).
-        sample: draw from the posterior; False takes its mean.
-        generator, seed: what the draws come from; image i uses `seed` + i, or its own of a list of generators.
-        batch_size: images in one pass; None fits it to their size.
-        tile: side, in pixels, of overlapping tiles that are encoded one by one and blended; None tiles images of more
-            than 2.3 megapixels, 0 none.
+        Args:
+            images: A PIL image, a path, a uint8 array (B, H, W, 3), a float tensor (B, 3, H, W) in [-1, 1], or a list
+                of these. Any size: the right and lower edges are repeated up to a multiple of 8. Give `decode` the
+                `size` to crop them off again.
+            sample: Draw from the posterior. False takes its mean.
+            generator: The source of the noise: one generator for all images, or a list of one for each. None is torch's
+                global generator.
+            seed: Seeds image i with `seed` + i, in place of `generator`.
+            batch_size: Images in one pass. None fits it to their size.
+            tile: Side, in pixels, of overlapping tiles that are encoded one by one and blended. 0 turns tiling off.
+                None tiles images of more than 2.3 megapixels.
+
+        Returns:
+            Latents (B, 4, H/8, W/8), float32, on the CPU; a list of (4, H/8, W/8) if the images differ in size.
+
+        Raises:
+            ImageError: An image cannot be read or is out of range.
+            ArgumentError: Both `seed` and `generator` are given, or the wrong number of generators.
+
+        Example:
+            >>> import sdkit
+            >>> from PIL import Image
+            >>> vae = sdkit.VAE.from_pretrained("emoji", device="cpu")
+            >>> z = vae.encode(Image.new("RGB", (100, 60), "teal"), seed=0)
+            >>> tuple(z.shape)
+            (1, 4, 8, 13)
         """
         pixels = image_io.to_tensors(images)
         generators = _generators(len(pixels), generator, seed)
         means, logvars = self._moments(pixels, batch_size, tile)
         latents = []
         for mean, logvar, source in zip(means, logvars, generators, strict=True):
-            draws = sample and not bool((logvar <= DETERMINISTIC).all())
+            draws = sample and not self.kind.is_point(logvar)
             place = source.device if source else None
             eps = torch.randn(mean.shape, generator=source, device=place).to(mean) if draws else None
             latents.append(latents_of(mean, logvar, eps, self.scale, self.shift))
@@ -158,27 +292,107 @@ class VAE(Wrapper):
             )
         return _stack(latents)
 
+    @overload
+    def moments(
+        self, images: OneImage, *, batch_size: int | None = None, tile: int | None = None
+    ) -> tuple[Tensor, Tensor]: ...
+
+    @overload
+    def moments(self, images: Images, *, batch_size: int | None = None, tile: int | None = None) -> Any: ...
+
     def moments(self, images: Images, *, batch_size: int | None = None, tile: int | None = None) -> Any:
-        """Mean and log-variance of the posterior, raw (not scaled), each (B, 4, H/8, W/8) float32, or lists where sizes
-        differ; see `encode`."""
+        """Return mean and log-variance of the posterior of images, raw (not scaled).
+
+        Args:
+            images: As in `encode`.
+            batch_size: As in `encode`.
+            tile: As in `encode`.
+
+        Returns:
+            Two tensors (B, 4, H/8, W/8), float32, on the CPU; two lists of (4, H/8, W/8) if the images differ in size.
+        """
         means, logvars = self._moments(image_io.to_tensors(images), batch_size, tile)
         return _stack(means), _stack(logvars)
 
+    @overload
     def decode(
         self,
-        z: Any,
+        z: Tensor | Sequence[Tensor],
+        *,
+        size: tuple[int, int] | Sequence[tuple[int, int]] | None = None,
+        output_type: Literal["pil"] = "pil",
+        batch_size: int | None = None,
+        tile: int | None = None,
+    ) -> list[Image.Image]: ...
+
+    @overload
+    def decode(
+        self,
+        z: Tensor,
+        *,
+        size: tuple[int, int] | None = None,
+        output_type: Literal["np"],
+        batch_size: int | None = None,
+        tile: int | None = None,
+    ) -> npt.NDArray[np.uint8]: ...
+
+    @overload
+    def decode(
+        self,
+        z: Tensor,
+        *,
+        size: tuple[int, int] | None = None,
+        output_type: Literal["pt"],
+        batch_size: int | None = None,
+        tile: int | None = None,
+    ) -> Tensor: ...
+
+    @overload
+    def decode(
+        self,
+        z: Tensor | Sequence[Tensor],
+        *,
+        size: tuple[int, int] | Sequence[tuple[int, int]] | None = None,
+        output_type: str = "pil",
+        batch_size: int | None = None,
+        tile: int | None = None,
+    ) -> Any: ...
+
+    def decode(
+        self,
+        z: Tensor | Sequence[Tensor],
         *,
         size: tuple[int, int] | Sequence[tuple[int, int]] | None = None,
         output_type: str = "pil",
         batch_size: int | None = None,
         tile: int | None = None,
     ) -> Any:
-        """Images of scaled latents (B, 4, h, w), (4, h, w) or a list of (4, h, w).
+        """Decode scaled latents to images.
 
-        size: (height, width) in pixels to crop to, for all or for each; None keeps all of (8h, 8w).
-        output_type: "pil", a list of PIL images; "np", uint8 (B, H, W, 3); "pt", float32 (B, 3, H, W) clamped to [-1,
-            1]. The last two are lists where sizes differ.
-        batch_size, tile: as in `encode`.
+        Args:
+            z: Latents (B, 4, h, w), (4, h, w), or a list of (4, h, w).
+            size: (height, width) in pixels to crop to, one for all images or one for each. None keeps all of (8h, 8w).
+            output_type: "pil", "np", or "pt".
+            batch_size: Images in one pass. None fits it to their size.
+            tile: Side of tiles in pixels, as in `encode`.
+
+        Returns:
+            "pil": a list of PIL images. "np": uint8 (B, H, W, 3). "pt": float32 (B, 3, H, W), clamped to [-1, 1], on
+            the CPU. The last two are lists if the images differ in size.
+
+        Raises:
+            ArgumentError: `z` is not latents of this VAE, or `size` is larger than the decoded image.
+
+        Example:
+            >>> import sdkit
+            >>> import torch
+            >>> vae = sdkit.VAE.from_pretrained("emoji", device="cpu")
+            >>> z = torch.zeros(1, 4, 8, 13)
+            >>> (image,) = vae.decode(z, size=(60, 100))
+            >>> image.size
+            (100, 60)
+            >>> tuple(vae.decode(z, output_type="pt").shape)
+            (1, 3, 64, 104)
         """
         one_of("output_type", output_type, image_io.OUTPUT_TYPES)
         latents = self._latents(z)
@@ -190,6 +404,54 @@ class VAE(Wrapper):
         cropped = [x.clamp(-1, 1)[:, :height, :width] for x, (height, width) in zip(decoded, sizes, strict=True)]
         return image_io.from_tensors(cropped, output_type)
 
+    @overload
+    def reconstruct(
+        self,
+        images: Images,
+        *,
+        output_type: Literal["pil"] = "pil",
+        sample: bool = False,
+        seed: int | None = None,
+        batch_size: int | None = None,
+        tile: int | None = None,
+    ) -> list[Image.Image]: ...
+
+    @overload
+    def reconstruct(
+        self,
+        images: OneImage,
+        *,
+        output_type: Literal["np"],
+        sample: bool = False,
+        seed: int | None = None,
+        batch_size: int | None = None,
+        tile: int | None = None,
+    ) -> npt.NDArray[np.uint8]: ...
+
+    @overload
+    def reconstruct(
+        self,
+        images: OneImage,
+        *,
+        output_type: Literal["pt"],
+        sample: bool = False,
+        seed: int | None = None,
+        batch_size: int | None = None,
+        tile: int | None = None,
+    ) -> Tensor: ...
+
+    @overload
+    def reconstruct(
+        self,
+        images: Images,
+        *,
+        output_type: str = "pil",
+        sample: bool = False,
+        seed: int | None = None,
+        batch_size: int | None = None,
+        tile: int | None = None,
+    ) -> Any: ...
+
     def reconstruct(
         self,
         images: Images,
@@ -200,21 +462,32 @@ class VAE(Wrapper):
         batch_size: int | None = None,
         tile: int | None = None,
     ) -> Any:
-        """Encode and decode: what the VAE keeps of `images`, each at its own size. Through the posterior's mean, or a
-        sample of it."""
+        """Encode and decode images, each at its own size: what the autoencoder keeps of them.
+
+        Args:
+            images: As in `encode`.
+            output_type: As in `decode`.
+            sample: Draw from the posterior. False, unlike in `encode`, takes its mean.
+            seed: Seeds image i with `seed` + i.
+            batch_size: As in `encode`.
+            tile: As in `encode`.
+
+        Returns:
+            Images, as `decode` returns them.
+        """
         pixels = image_io.to_tensors(images)
         sizes = [(x.shape[1], x.shape[2]) for x in pixels]
         z = self.encode(pixels, sample=sample, seed=seed, batch_size=batch_size, tile=tile)
         return self.decode(z, size=sizes, output_type=output_type, batch_size=batch_size, tile=tile)
 
     def try_out(self) -> None:
-        """Encode and decode a grey image."""
+        """Encode a grey image, and decode black latents."""
         side = 4 * self.factor
-        self.network.encode(torch.zeros(1, 3, side, side, device=self.device, dtype=self.dtype))
+        self.kind.posterior(torch.zeros(1, 3, side, side, device=self.device, dtype=self.dtype))
         self._run_decoder(self._black())
 
     def _black(self) -> Tensor:
-        """Raw latents that are all 0, which every decoder takes."""
+        """Return raw latents of zeros, which every decoder takes."""
         return torch.zeros(1, self.channels, 4, 4)
 
     @property
@@ -223,55 +496,53 @@ class VAE(Wrapper):
 
     @torch.inference_mode()
     def _overflow(self) -> SdkitError:
-        """The error for decoded images that are not finite: the latents or the VAE may be at fault."""
+        """Return the error for decoded images that are not finite. It blames the VAE if zeros fail, too, else the
+        latents."""
         if is_finite(self._decode(self._black())):
             return ArgumentError(f"{self._label} overflows for these latents; they are far from any that it encodes.")
         return SourceError(f"{self._label} gives images that are not finite; its weights are to blame: give another.")
 
     @blames_network
     def forward(self, x: Tensor, eps: Tensor | None = None) -> Forward:
-        """Everything that training needs, with gradient.
+        """Reconstruct pixels with gradient, for training.
 
-        x: pixels (B, 3, H, W), H and W multiples of 8. eps: standard normal noise that draws from the posterior; None
-        takes its mean. Of a VQModel the decoder gets the nearest codes, whose gradient goes straight through to the
-        latents that they stand for (van den Oord et al. 2017, https://arxiv.org/abs/1711.00937, section 3.2).
+        Args:
+            x: Pixels (B, 3, H, W) in [-1, 1]; H and W are multiples of 8.
+            eps: Standard normal noise (B, 4, H/8, W/8) that draws from the posterior. None takes its mean.
+
+        Returns:
+            The reconstruction, the posterior, and a `VQModel`'s codes. The gradient of the codes goes straight through
+            to the latents they stand for.
         """
         mean, logvar = self.posterior(x)
-        if self.codebook is None:
-            raw = mean if eps is None else mean + torch.exp(logvar / 2) * eps
-            return Forward(self._run_decoder(raw), mean, logvar)
-        codes = self.quantize(mean)[0]
-        straight = (mean + (codes - mean).detach()).to(self.dtype)
-        norm = straight if self.network.config.norm_type == "spatial" else None  # what conditions its norms
-        decoded: Tensor = self.network.decoder(self.network.post_quant_conv(straight), norm)
-        return Forward(decoded.float(), mean, logvar, codes)
+        pixels, codes = self.kind.reconstruct(mean, logvar, eps, self.dtype)
+        return Forward(pixels, mean, logvar, codes)
 
     @property
     def codebook(self) -> Tensor | None:
-        """The codes (N, C) of a VQModel, which each place of its latents is rounded to; None of other VAEs."""
-        quantizer: Any = getattr(self.network, "quantize", None)
-        return None if quantizer is None else quantizer.embedding.weight
+        """The codes (N, C) that a `VQModel` rounds its latents to; None for other kinds."""
+        return self.kind.codebook
 
     def quantize(self, raw: Tensor) -> tuple[Tensor, Tensor]:
-        """The nearest codes to raw latents (B, C, h, w): themselves, of that shape, and their numbers (B, h, w)."""
+        """Round raw latents (B, C, h, w) to codes. Return these, of the same shape, and their indices (B, h, w)."""
         if self.codebook is None:
             raise ArgumentError(f"{self.name or 'this VAE'} has no codebook; that is what a VQModel has.")
-        codebook = self.codebook.float()
-        places = raw.to(codebook).movedim(1, -1)  # (B, h, w, C)
-        numbers = torch.cdist(places.flatten(0, -2), codebook).argmin(1).reshape(places.shape[:-1])
-        return codebook[numbers].movedim(-1, 1), numbers
+        return nearest_codes(self.codebook, raw)
 
     @blames_network
     def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Raw mean and log-variance, (B, 4, H/8, W/8) float32, of pixels (B, 3, H, W), with gradient; H and W multiples
-        of 8."""
-        encoded: Any = self.network.encode(x.to(self.device, self.dtype))
-        if hasattr(encoded, "latent_dist"):
-            return encoded.latent_dist.mean.float(), encoded.latent_dist.logvar.float()
-        return encoded.latents.float(), torch.full_like(encoded.latents, DETERMINISTIC, dtype=torch.float32)
+        """Return mean and log-variance of the posterior with gradient, for training.
+
+        Args:
+            x: Pixels (B, 3, H, W) in [-1, 1]; H and W are multiples of 8.
+
+        Returns:
+            Raw mean and log-variance, each (B, 4, H/8, W/8), float32.
+        """
+        return self.kind.posterior(x.to(self.device, self.dtype))
 
     def check_size(self, size: tuple[int, int]) -> None:
-        """Raises ArgumentError for a (height, width) in pixels that `forward` and `posterior` cannot take."""
+        """Raise ArgumentError for a (height, width) in pixels that `forward` and `posterior` do not take."""
         if any(side % self.factor for side in size):
             raise ArgumentError(
                 f"size {size[0]} x {size[1]} does not divide by {self.factor}, as this VAE needs; change it."
@@ -286,7 +557,7 @@ class VAE(Wrapper):
         return list(means), list(logvars)
 
     def _pad(self, x: Tensor) -> Tensor:
-        """(3, H, W) with its lower and right edges repeated up to a multiple of `factor`."""
+        """Repeat the lower and right edges of (3, H, W) up to a multiple of `factor`."""
         height, width = x.shape[1:]
         return F.pad(x[None], (0, -width % self.factor, 0, -height % self.factor), mode="replicate")[0]
 
@@ -300,19 +571,19 @@ class VAE(Wrapper):
         up: int,
         name: str,
     ) -> list[Tensor]:
-        """`run` over each item (C, H, W), in batches; see `_tiled`."""
+        """Return `run` of each item (C, H, W), computed in batches; other parameters as in `_tiled`."""
         results = [torch.empty(0)] * len(items)
         for chosen in progress(list(self._batches(items, batch_size, up**2)), description=name):
             batch = self._tiled(run, torch.stack([items[i] for i in chosen]), tile, down, up)
             for i, result in zip(chosen, batch, strict=True):
-                results[i] = result.clone()  # outside of inference mode, so that autograd takes it
+                results[i] = result.clone()  # autograd refuses tensors that were made in inference mode
         return results
 
     def _batches(self, items: Sequence[Tensor], batch_size: int | None, area: int) -> Iterator[list[int]]:
-        """Indices of items to go through the network together: of one shape, and not more than fit."""
+        """Yield the indices of items that go through the network together: of one shape, and no more than fit."""
         if batch_size is not None:
             batch_size = whole_number("batch_size", batch_size, 1)
-        # A CPU is no faster in batches, and in half precision batches of different sizes round visibly differently.
+        # A CPU is no faster with batches, and in half precision the result visibly depends on the size of the batch.
         one_by_one = self.device.type == "cpu" and self.dtype != torch.float32
         shapes: dict[torch.Size, list[int]] = {}
         for i, item in enumerate(items):
@@ -323,8 +594,10 @@ class VAE(Wrapper):
 
     @torch.inference_mode()
     def _tiled(self, run: Callable[[Tensor], Tensor], x: Tensor, tile: int | None, down: int, up: int) -> Tensor:
-        """`run` over x (B, C, H, W), whole or in tiles; `tile` is in pixels, x in pixels (down = 8) or latents (up =
-        8)."""
+        """Return `run` of x (B, C, H, W), whole or in tiles.
+
+        `tile` is in pixels. x is in pixels (`down` = 8, `up` = 1) or latents (`down` = 1, `up` = 8).
+        """
         if tile is None:
             tile = 1024 if x.shape[2] * x.shape[3] * up**2 > TILED_FROM else 0
         if tile == 0:
@@ -336,8 +609,7 @@ class VAE(Wrapper):
 
     @blames_network
     def _run_decoder(self, raw: Tensor) -> Tensor:
-        decoded: Any = self.network.decode(raw.to(self.device, self.dtype))
-        return decoded.sample.float()  # type: ignore[no-any-return]
+        return self.kind.decode(raw.to(self.device, self.dtype))
 
     def _encode_finite(self, x: Tensor) -> Tensor:
         return self._finite(lambda x: torch.cat(self.posterior(x), dim=1), x)
@@ -346,7 +618,7 @@ class VAE(Wrapper):
         return self._finite(self._run_decoder, raw)
 
     def _finite(self, run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        """`run(x)`; images that overflow in float16 (SD's activations pass 65,504) are done again in float32."""
+        """Return `run(x)`. Images that overflow in float16 (SD's activations exceed 65,504) are computed in float32."""
         y = run(x)
         if self.dtype != torch.float16:
             return y
@@ -359,14 +631,14 @@ class VAE(Wrapper):
                 self._overflowed = True
             try:
                 self._convert(torch.float32)
-                y[bad] = run(x)[bad]  # the whole batch, for which tiles have statistics
+                y[bad] = run(x)[bad]  # the whole batch: a tile's group norms have the statistics of the whole batch
             finally:
-                self._convert(torch.float16)  # each of its numbers is a float32 number: the weights are unchanged
+                self._convert(torch.float16)  # exact: the float32 weights came from float16
         return y
 
     def _convert(self, dtype: torch.dtype) -> None:
-        with torch.inference_mode(False):  # or the weights could never be trained again
-            self.network.to(dtype)
+        with torch.inference_mode(False):  # weights that were made in inference mode could not be trained
+            self.to(dtype)
 
     def _latents(self, z: Any) -> list[Tensor]:
         if isinstance(z, Tensor) and z.ndim in (0, 3):
@@ -402,13 +674,20 @@ class VAE(Wrapper):
 
 
 def latents_of(mean: Tensor, logvar: Tensor, eps: Tensor | None, scale: float, shift: float) -> Tensor:
-    """Scaled latents of a raw posterior: a sample of it by standard normal noise `eps`, its mean where that is None."""
-    raw = mean if eps is None else mean + torch.exp(logvar / 2) * eps
-    return (raw - shift) * scale
+    """Return scaled latents of a raw posterior.
+
+    Args:
+        mean: (B, C, h, w).
+        logvar: Shaped like `mean`.
+        eps: Standard normal noise that draws from the posterior. None takes its mean.
+        scale: The autoencoder's `scale`.
+        shift: The autoencoder's `shift`.
+    """
+    return (sampled(mean, logvar, eps) - shift) * scale
 
 
 def _generators(n: int, generator: Any, seed: int | None) -> list[torch.Generator | None]:
-    """One source of noise for each of n images."""
+    """Return the generator of each of n images; None stands for torch's global generator."""
     if seed is not None and generator is not None:
         raise ArgumentError("the noise comes from a seed or from generators: give one of the two.")
     if seed is not None:
@@ -421,6 +700,6 @@ def _generators(n: int, generator: Any, seed: int | None) -> list[torch.Generato
     return generators
 
 
-def _stack(tensors: list[Tensor]) -> Any:
-    """One tensor where all have one shape, else the list."""
+def _stack(tensors: list[Tensor]) -> Tensor | list[Tensor]:
+    """Stack tensors of one shape; return others as a list."""
     return torch.stack(tensors) if len({x.shape for x in tensors}) == 1 else tensors

@@ -1,4 +1,4 @@
-"""The denoising U-Net of Stable Diffusion: one call, in the model's own parameterisation."""
+"""The denoising U-Net of Stable Diffusion. Its output is in the model's own parameterisation: eps, v, or x0."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sdkit.diffusion.conditioning import Conditioning, check_condition
 from sdkit.engines.attention import quicken_attention
+from sdkit.engines.compile import compile_modules, eager, is_compiling
 from sdkit.engines.device import memory_format, resolve_place
 from sdkit.errors import ArgumentError
 from sdkit.loading.source import Source
@@ -23,17 +24,27 @@ if TYPE_CHECKING:
 
 
 class UNet(Wrapper):
-    """A `UNet2DConditionModel` that gives back the dtype it was given, whatever it computes in.
+    """A `UNet2DConditionModel` that takes a `Conditioning`. Its output has the dtype of its input.
 
-    Attributes: `network`, diffusers' own module; `channels` of its input (4); `width` D of the text embeddings it
-        attends to; `sample_size`, the side of the latents it was trained on; `guided`, whether it is distilled so that
-        it takes the guidance scale as an input (latent consistency models) and needs no second pass.
+    Args:
+        network: The network.
+
+    Attributes:
+        network: The network.
+        name: The source that it came from.
+        channels: Channels of its input (4).
+        width: D, the width of the text embeddings it attends to.
+        sample_size: Side of the latents it was trained on.
+        guided: Whether it takes the guidance scale as an input and needs no second pass, as latent consistency models
+            do.
+        device: The device that the network computes on.
+        dtype: The dtype that the network computes in.
     """
 
     def __init__(self, network: UNet2DConditionModel) -> None:
-        super().__init__()
+        """Wrap a network; `from_pretrained` loads one."""
+        super().__init__(network)
         config: Any = network.config
-        self.network = network
         self.channels = int(config.in_channels)
         self.width = _one(config.cross_attention_dim)
         self.sample_size = _one(config.sample_size or 64)
@@ -59,20 +70,20 @@ class UNet(Wrapper):
 
     @classmethod
     def from_source(cls, source: Source, *, dtype: torch.dtype, device: torch.device, compile: bool = False) -> UNet:
-        """Load a U-Net from an open source; `dtype` and `device` are resolved already."""
+        """Load a U-Net from an open source."""
         unet = cls(source.denoiser(dtype))
         unet.name = source.name
-        # On a CPU the group norms of small feature maps lose more by channels_last than the convolutions gain.
+        # On a CPU, channels_last slows the group norms of small feature maps by more than it speeds up convolutions.
         small = device.type == "cpu" and unet.sample_size < 32
         layout = torch.contiguous_format if small else memory_format(dtype)
         unet.eval().to(device=device, memory_format=layout)  # type: ignore[call-overload]
         quicken_attention(unet.network, dtype, device)
         if compile:
-            unet.network.compile()
+            compile_modules(unet.network)
         return unet
 
     def try_out(self) -> None:
-        """Denoise small latents, which every U-Net of its channels and width takes."""
+        """Denoise small latents of zeros."""
         side = 2 ** len(self.network.config.block_out_channels)
         x_t = torch.zeros(1, self.channels, side, side, device=self.device, dtype=self.dtype)
         self.network(x_t, 1, x_t.new_zeros(1, 4, self.width), return_dict=False)
@@ -92,7 +103,7 @@ class UNet(Wrapper):
             x_t: (B, 4, h, w). `cond.concat` is appended to its channels.
             t: An integer or (B,).
             cond: The condition of B images; its text is (B, L, D) from `TextEncoder.encode`.
-            guidance_scale: A number or (B,), for a network that is `guided`, and for no other.
+            guidance_scale: A number or (B,); only for a network that is `guided`.
 
         Returns:
             A tensor shaped like x_t, or with twice its channels where the model learned its variance, in x_t's dtype.
@@ -120,26 +131,34 @@ class UNet(Wrapper):
                 down_block_additional_residuals=down, mid_block_additional_residual=mid,
             )[0]  # fmt: skip
         finally:
-            _thread.shares_t = False  # of nobody else's call of the network
+            _thread.shares_t = False  # other code may call the network directly
         return output.to(x_t)
 
     def _received(self, part: Tensor) -> Tensor:
-        """A part of the condition on the network's device; embeddings in its dtype, masks and labels in their own."""
+        """Move a part of the condition to the network's device. Embeddings get its dtype; masks, labels keep theirs."""
         return part.to(self.device, self.dtype) if part.is_floating_point() else part.to(self.device)
 
     def _guidance(self, scale: float | Tensor) -> Tensor:
-        """The network's input for a guidance scale: (1, W), or (B, W) for (B,)."""
+        """Embed a guidance scale: a number as (1, W), (B,) as (B, W)."""
         return guidance_embedding(torch.as_tensor(scale).reshape(-1), self.network.config.time_cond_proj_dim)
 
     @torch.no_grad()
     def cross_attention(
         self, x_t: Tensor, t: int | Tensor, cond: Conditioning, *, guidance_scale: float | Tensor | None = None
     ) -> Tensor:
-        """Where the model looks at each token of the prompt: (B, L, h, w) float32, which adds up to 1 over the L tokens
-        at each place.
+        """Return the attention that each place pays to each token of the prompt.
 
-        The mean over heads and layers, as in DAAM (Tang et al. 2022, https://arxiv.org/abs/2210.04885); layers of
-        smaller feature maps are enlarged. Parameters as in `forward`.
+        This is the mean over heads and layers, as in DAAM (Tang et al. 2022, https://arxiv.org/abs/2210.04885). Layers
+        with smaller feature maps are enlarged.
+
+        Args:
+            x_t: As in `forward`.
+            t: As in `forward`.
+            cond: As in `forward`.
+            guidance_scale: As in `forward`.
+
+        Returns:
+            (B, L, h, w) float32. At each place the L tokens add up to 1.
         """
         height, width = x_t.shape[2:]
         maps: list[Tensor] = []
@@ -153,7 +172,7 @@ class UNet(Wrapper):
             maps.append(F.interpolate(coarse, (height, width), mode="bilinear"))
 
         with ExitStack() as hooks:
-            hooks.enter_context(torch.compiler.set_stance("force_eager"))  # compiled code runs no hooks
+            hooks.enter_context(eager())
             for name, layer in self.network.named_modules():
                 if name.endswith(".attn2"):
                     hooks.enter_context(layer.register_forward_pre_hook(look, with_kwargs=True))
@@ -162,10 +181,17 @@ class UNet(Wrapper):
 
 
 def guidance_embedding(scale: Tensor, width: int) -> Tensor:
-    """Sinusoids (B, width) of w = scale - 1, for guidance scales (B,) (Luo et al. 2023,
-    https://arxiv.org/abs/2310.04378, section 4.2; Meng et al. 2023, https://arxiv.org/abs/2210.03142).
+    """Embed guidance scales as sinusoids of w = scale - 1 (Luo et al. 2023, https://arxiv.org/abs/2310.04378, section
+    4.2; Meng et al. 2023, https://arxiv.org/abs/2210.03142).
 
-    In float32, as in training: the angles are so large that other arithmetic gives other sines.
+    It computes in float32, as training did: the angles are so large that other precisions give other sines.
+
+    Args:
+        scale: (B,).
+        width: Width of the embedding.
+
+    Returns:
+        (B, width).
     """
     w = (scale.detach().cpu().double() - 1).float() * 1000
     half = width // 2
@@ -175,14 +201,15 @@ def guidance_embedding(scale: Tensor, width: int) -> Tensor:
 
 
 def _sides(area: int, height: int, width: int) -> tuple[int, int]:
-    """Of a layer's feature map: halved, and rounded up, until the area is right."""
+    """Return height and width of a layer's feature map: those of the latents, halved and rounded up until the area
+    fits."""
     while height * width > area:
         height, width = (height + 1) // 2, (width + 1) // 2
     return height, width
 
 
 def _one(value: Any) -> int:
-    """A number that configs may give once for each side or block."""
+    """Return a number that configs may repeat for each side or block."""
     return int(value[0] if isinstance(value, (list, tuple)) else value)
 
 
@@ -190,14 +217,15 @@ _thread = threading.local()
 
 
 def _first_row(_: torch.nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    """Embed a timestep that the whole batch shares once, not once for each image.
+    """Embed a timestep once if the whole batch shares it.
 
-    Matrix products of a few rows round differently for 2 rows than for 8: of all the network's layers only those of the
-    time embedding are so small, and without them image i is the same to the bit, alone and in a batch.
+    The time embedding's matrix products have one row for each image, and with so few rows rounding depends on their
+    number. With a single row, image i is bit-identical whether it is drawn alone or in a batch.
     """
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return None
     rows, shared = inputs[0], getattr(_thread, "shares_t", False)
-    if not shared and rows.device.type == "cpu":  # a call past this class; on a GPU a look at them would hold it up
+    if not shared and rows.device.type == "cpu":
+        # The network was called directly. Compare timesteps on the CPU only; on a GPU this would synchronise.
         shared = bool((rows == rows[:1]).all())
     return (rows[:1], *inputs[1:]) if shared else None

@@ -1,4 +1,4 @@
-"""The PatchGAN discriminator, which a VAE's reconstructions learn to pass."""
+"""The PatchGAN discriminator of adversarial VAE training."""
 
 from __future__ import annotations
 
@@ -6,19 +6,22 @@ from torch import Tensor, nn
 
 from sdkit.errors import ImageError
 
-SMALLEST = 24  # pixels, that leave one logit
+SMALLEST = 24  # pixels; they leave one logit
 
 
 class Discriminator(nn.Module):
-    """Logits (B, 1, H/8 - 2, W/8 - 2) for images (B, 3, H, W) in [-1, 1]: each says how real a patch of 70 x 70 looks.
+    """A classifier of patches of 70 x 70 pixels: how real does each one look?
 
-    Isola et al. 2017 (https://arxiv.org/abs/1611.07004, appendix 6.1.2) with the three layers of VQGAN (Esser et al.
-    2021), convolutions drawn from N(0, 0.02). GroupNorm in place of BatchNorm: a logit then depends on its own image
-    alone, and so not on how a batch is split over processes, accumulation and real and fake passes.
+    The architecture is that of Isola et al. 2017 (https://arxiv.org/abs/1611.07004, appendix 6.1.2) with the three
+    layers of VQGAN (Esser et al. 2021) and convolutions drawn from N(0, 0.02). It has GroupNorm in place of BatchNorm:
+    a logit then depends on its own image alone, however a batch is split over processes, accumulation, and passes.
+
+    Args:
+        channels: Channels after the first convolution, a multiple of 16. The next layers have two, four, and eight
+            times as many.
     """
 
     def __init__(self, channels: int = 64) -> None:
-        """`channels` after the first convolution, a multiple of 16; then twice, four and eight times as many."""
         super().__init__()
         layers: list[nn.Module] = [nn.Conv2d(3, channels, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
         for stride in (2, 2, 1):
@@ -36,7 +39,17 @@ class Discriminator(nn.Module):
                 nn.init.zeros_(layer.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits, (B, 1, H/8 - 2, W/8 - 2), of images (B, 3, H, W); raises ImageError under 24 pixels."""
+        """Return the logits of patches.
+
+        Args:
+            x: Images (B, 3, H, W) in [-1, 1], of at least 24 x 24 pixels.
+
+        Returns:
+            (B, 1, H/8 - 2, W/8 - 2).
+
+        Raises:
+            ImageError: The images are smaller.
+        """
         if min(x.shape[2:]) < SMALLEST:
             height, width = x.shape[2:]
             raise ImageError(

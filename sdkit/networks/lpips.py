@@ -1,6 +1,6 @@
-"""LPIPS, a distance between images that agrees with people's (Zhang et al. 2018, https://arxiv.org/abs/1801.03924).
+"""LPIPS: a perceptual distance between images (Zhang et al. 2018, https://arxiv.org/abs/1801.03924).
 
-Version 0.1 with VGG-16, equal to the package `lpips`; needs neither that nor torchvision.
+This is version 0.1 with VGG-16, and equals the package `lpips`. It needs neither that package nor torchvision.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sdkit.errors import ImageError, SourceError
-from sdkit.loading.diffusers_folder import path_or_fetched
+from sdkit.loading.place import path_or_fetched
 from sdkit.loading.tensors import check_dtypes, check_finite, check_fit, is_file, open_tensors
 
 VARIABLE = "SDKIT_LPIPS"
@@ -26,15 +26,15 @@ BLOCKS = (
     (512, 512, 512),
     (512, 512, 512),
 )  # channels of VGG-16's convolutions, pooled between
-SUPERFLUOUS = ("lins.", "scaling_layer.")  # in the package's state: the heads once more, and constants
-SMALLEST = 16  # pixels, of which four poolings leave one
+SUPERFLUOUS = ("lins.", "scaling_layer.")  # in the package's state dict: a second copy of the heads, and constants
+SMALLEST = 16  # pixels; four poolings leave one of them
 
 
 class LPIPS(nn.Module):
-    """Called with two batches of images, each (B, 3, H, W) in [-1, 1], returns their B distances: 0 for equal images.
+    """LPIPS of pairs of images. The gradient reaches the images; the weights are frozen.
 
-    The gradient reaches the images; the weights are frozen. It computes in the weights' precision, which is float32
-    unless converted, also under autocast. `LPIPS()` has random weights, for tests; `from_pretrained` the true ones.
+    It computes in the precision of its weights, also under autocast: float32 unless converted. `LPIPS()` has random
+    weights, for tests; `LPIPS.from_pretrained` loads the trained ones.
     """
 
     shift: Tensor
@@ -60,16 +60,19 @@ class LPIPS(nn.Module):
     def from_pretrained(
         cls, source: str | os.PathLike[str] | None = None, *, filename: str = FILENAME, revision: str | None = None
     ) -> LPIPS:
-        """LPIPS with trained weights, on the CPU.
-
-        source:   a file, a folder or a Hub id; where None, what the environment variable SDKIT_LPIPS names.
-        filename: of the weights in a folder or Hub repository.
-        revision: a branch, tag or commit, for a Hub id.
+        """Load trained weights, on the CPU.
 
         The file holds the 13 convolutions of torchvision's ImageNet VGG-16 as `features.N.weight` and `features.N.bias`
-        and LPIPS v0.1's five heads as `linK.weight`, (1, C, 1, 1), in any precision. What the package `lpips` has in
-        memory will do as well: `torch.save(lpips.LPIPS(net="vgg").state_dict(), "lpips.pt")`. Raises SourceError where
-        it is not given, missing, damaged or of another layout.
+        and the five heads of LPIPS v0.1 as `linK.weight`, (1, C, 1, 1), in any precision. The state dict of the
+        package `lpips` works too: `torch.save(lpips.LPIPS(net="vgg").state_dict(), "lpips.pt")`.
+
+        Args:
+            source: A file, a folder, or a Hub id. None reads it from the environment variable SDKIT_LPIPS.
+            filename: The file in a folder or Hub repository.
+            revision: A branch, tag, or commit of a Hub repository.
+
+        Raises:
+            SourceError: There is no source, or the file is missing, damaged, or of another layout.
         """
         source = source or os.environ.get(VARIABLE)
         if not source:
@@ -91,18 +94,31 @@ class LPIPS(nn.Module):
         return model
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """LPIPS (eq. 1) of each pair: (B,), from 0; `x` and `y` are (B, 3, H, W) in [-1, 1], of at least 16 pixels."""
+        """Return the distance of each pair of images (eq. 1 of the paper).
+
+        Args:
+            x: (B, 3, H, W) in [-1, 1], of at least 16 x 16 pixels.
+            y: Shaped like x.
+
+        Returns:
+            (B,); 0 for equal images.
+        """
         if x.shape != y.shape:
             raise ImageError(f"LPIPS cannot compare images of shapes {tuple(x.shape)} and {tuple(y.shape)}.")
-        # In two passes, so that nothing is kept for a backward pass of the side that needs no gradient.
+        # Two passes: the one without gradient then keeps no activations for a backward pass.
         pairs = zip(self._maps(x), self._maps(y), strict=True)
         return torch.stack([(a - b).square().sum(1).mean((1, 2)) for a, b in pairs]).sum(0)
 
     def features(self, x: Tensor, grid: int | None = None) -> Tensor:
-        """One vector (B, D) for each image (B, 3, H, W) in [-1, 1]; squared distances between vectors are LPIPS.
+        """Return one vector for each image. Squared distances between vectors are LPIPS, exactly if `grid` is None.
 
-        They equal it where `grid` is None, and D is about 122 H W. A grid of n averages each layer over n x n cells
-        first: D = 1472 n^2 whatever the size, small enough to look for nearest neighbours among many images.
+        Args:
+            x: (B, 3, H, W) in [-1, 1].
+            grid: Average the features of each layer over grid x grid cells first. Vectors are then small enough for a
+                search for nearest neighbours.
+
+        Returns:
+            (B, D): D = 1472 grid^2, or about 122 H W if `grid` is None.
         """
         vectors = []
         for weighted in self._maps(x):
@@ -111,7 +127,8 @@ class LPIPS(nn.Module):
         return torch.cat(vectors, dim=1)
 
     def _maps(self, x: Tensor) -> list[Tensor]:
-        """After each block of VGG: activations scaled to unit length at each place, times the root of the head."""
+        """Return the activations after each block of VGG, scaled to unit length at each place, times the root of the
+        block's head."""
         if x.ndim != 4 or x.shape[1] != 3 or min(x.shape[2:]) < SMALLEST:
             raise ImageError(
                 f"LPIPS needs images (B, 3, H, W) of at least {SMALLEST} x {SMALLEST} pixels, not {tuple(x.shape)}."
@@ -127,18 +144,18 @@ class LPIPS(nn.Module):
 
 
 def _unit(h: Tensor) -> Tensor:  # (B, C, h, w)
-    # Where the squares underflow, vector_norm has a gradient of 0; the root of their sum has an infinite one.
+    # If the squares underflow, vector_norm has a gradient of 0; the root of their sum would have an infinite one.
     length: Tensor = torch.linalg.vector_norm(h, dim=1, keepdim=True)
     return h / (length + 1e-10)
 
 
 def _file_key(key: str) -> str:
-    """The name in the file of one of the model's parameters: vgg.0.bias -> features.0.bias, heads.2 -> lin2.weight."""
+    """Return a parameter's name in the file: vgg.0.bias -> features.0.bias, heads.2 -> lin2.weight."""
     return key.replace("vgg.", "features.") if key.startswith("vgg.") else f"lin{key.removeprefix('heads.')}.weight"
 
 
 def _plain(key: str) -> str:
-    """The name in the file of what the package `lpips` calls `key`."""
+    """Return the name in the file for a name of the package `lpips`."""
     key = re.sub(r"^net\.slice\d\.(\d+\.\w+)$", r"features.\1", key)
     return re.sub(r"^(lin\d)\.model\.1\.weight$", r"\1.weight", key)
 

@@ -1,4 +1,4 @@
-"""The text encoder of Stable Diffusion: prompts of any length to the embeddings that the U-Net attends to."""
+"""The text encoder of Stable Diffusion: prompts of any length to embeddings that the U-Net attends to."""
 
 from __future__ import annotations
 
@@ -26,19 +26,30 @@ if TYPE_CHECKING:
 Tokens = list[tuple[int, float]]
 """Token ids and the weight of each."""
 CHUNKS_AT_ONCE = 64
-_one_at_a_time = threading.Lock()  # a tokenizer is not for several threads, and training loads in some
+"""Chunks in one pass through the network."""
+_tokenizing = threading.Lock()  # tokenizers are not thread-safe, and training tokenizes in several threads
 
 
 class TextEncoder(Wrapper):
     """CLIP's text transformer (Radford et al. 2021, https://arxiv.org/abs/2103.00020) with its tokenizer.
 
-    Attributes: `network` and `tokenizer`, those of transformers; `length`, tokens of one chunk, its two end marks
-        included (77); `width` D.
+    Args:
+        network: The network.
+        tokenizer: Its tokenizer.
+
+    Attributes:
+        network: The network, of transformers.
+        tokenizer: The tokenizer, of transformers.
+        name: The source that they came from.
+        length: Tokens of one chunk, begin and end marks included (77).
+        width: D, the width of the embeddings.
+        device: The device that the network computes on.
+        dtype: The dtype that the network computes in.
     """
 
     def __init__(self, network: CLIPTextModel, tokenizer: CLIPTokenizer) -> None:
-        super().__init__()
-        self.network = network
+        """Wrap a network and its tokenizer; `from_pretrained` loads them."""
+        super().__init__(network)
         self.tokenizer: Any = tokenizer
         self.length = int(network.config.max_position_embeddings)
         self.width = int(network.config.hidden_size)
@@ -61,7 +72,7 @@ class TextEncoder(Wrapper):
 
     @classmethod
     def from_source(cls, source: Source, *, dtype: torch.dtype, device: torch.device) -> TextEncoder:
-        """Load a text encoder and its tokenizer from an open source; `dtype` and `device` are resolved already."""
+        """Load a text encoder and its tokenizer from an open source."""
         text = cls(*source.text_encoder(dtype))
         text.name = source.name
         return text.eval().to(device=device)
@@ -69,21 +80,26 @@ class TextEncoder(Wrapper):
     def encode(
         self, prompts: str | Sequence[str], *, clip_skip: int = 0, weighting: bool = False, chunks: int | None = None
     ) -> Tensor:
-        """Embeddings (B, 77k, D), float32, of B prompts, each encoded in k chunks of at most 75 tokens, as many as the
-        longest prompt needs.
+        """Encode prompts of any length to embeddings.
 
-        clip_skip: how many of the last layers to pass over (A1111's "clip skip" less one); the final layer norm is
-            applied all the same.
-        weighting: read `(word:1.3)`, `(word)` (1.1) and `[word]` (1 / 1.1) as A1111 does, and weight those tokens'
-            embeddings; `\\(` is a plain bracket, and BREAK begins a new chunk. Without it, a prompt is plain words.
-        chunks: the least k, for prompts that are to be compared with longer ones.
+        Args:
+            prompts: One prompt, or a list of B.
+            clip_skip: How many of the last layers to skip: A1111's "clip skip" less one. The final layer norm is
+                applied all the same.
+            weighting: Read `(word:1.3)`, `(word)` (1.1), and `[word]` (1 / 1.1) as A1111 does, and weight the
+                embeddings of those tokens. `\\(` is a plain bracket, and BREAK begins a new chunk. False reads a prompt
+                as plain words.
+            chunks: The smallest k, to match the length of longer prompts.
+
+        Returns:
+            (B, 77k, D) float32: k chunks of at most 75 tokens each, as many as the longest prompt needs.
         """
         layers = int(self.network.config.num_hidden_layers)
         clip_skip = whole_number("clip_skip", clip_skip, 0, layers - 1)
         ids, weights = self.tokenize(prompts, weighting=weighting, chunks=chunks)
         with torch.inference_mode():
             embedded = [self._embed(part, clip_skip) for part in ids.flatten(0, 1).split(CHUNKS_AT_ONCE)]
-        embeddings = torch.cat(embedded).clone()  # outside of inference mode, so that autograd takes it
+        embeddings = torch.cat(embedded).clone()  # autograd refuses tensors that were made in inference mode
         if weighting:
             mean = embeddings.mean(dim=(1, 2), keepdim=True)
             embeddings = embeddings * weights.flatten(0, 1)[:, :, None].to(embeddings)
@@ -91,19 +107,28 @@ class TextEncoder(Wrapper):
         return embeddings.reshape(len(ids), -1, self.width)
 
     def try_out(self) -> None:
-        """Encode a chunk of the token that every vocabulary has."""
+        """Encode a chunk of token 0, which every vocabulary has."""
         self.network(torch.zeros(1, self.length, dtype=torch.int64, device=self.device))
 
     @blames_network
     def forward(self, ids: Tensor) -> Tensor:
-        """Last hidden states (N, 77, D) of token ids (N, 77), with gradient, for training."""
+        """Return the last hidden states (N, 77, D) of token ids (N, 77), with gradient, for training."""
         hidden: Tensor = self.network(ids.to(self.device)).last_hidden_state
         return hidden
 
     def tokenize(
         self, prompts: str | Sequence[str], *, weighting: bool = False, chunks: int | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Token ids and their weights, each (B, k, 77): every chunk is begin, at most 75 tokens, end, padding."""
+        """Split prompts into chunks of tokens: begin mark, at most 75 tokens, end mark, padding.
+
+        Args:
+            prompts: As in `encode`.
+            weighting: As in `encode`.
+            chunks: As in `encode`.
+
+        Returns:
+            Token ids and their weights, each (B, k, 77).
+        """
         prompts = strings("prompts", prompts)
         rows = [self._chunks(prompt, weighting) for prompt in prompts]
         k = max(1 if chunks is None else whole_number("chunks", chunks, 1), *map(len, rows))
@@ -117,7 +142,7 @@ class TextEncoder(Wrapper):
         return ids, weights
 
     def _chunks(self, prompt: str, weighting: bool) -> list[Tokens]:
-        """The prompt's tokens and their weights in chunks of at most 75; with `weighting`, BREAK ends one early."""
+        """Return the prompt's tokens and weights in chunks of at most 75. With `weighting`, BREAK ends one early."""
         if not weighting:
             return self._filled(self._tokens(prompt, 1.0))
         warn_of_unread_syntax(prompt)
@@ -131,18 +156,18 @@ class TextEncoder(Wrapper):
         return [chunk for section in sections for chunk in self._filled(section)]
 
     def _filled(self, tokens: Tokens) -> list[Tokens]:
-        """Chunks of at most 75 tokens, an empty one where there are none."""
+        """Split tokens into chunks of at most 75; no tokens make one empty chunk."""
         body = self.length - 2
         return [tokens[i : i + body] for i in range(0, max(1, len(tokens)), body)]
 
     def _tokens(self, text: str, weight: float) -> Tokens:
-        with _one_at_a_time:
+        with _tokenizing:
             encoded = self.tokenizer(text, add_special_tokens=False, truncation=False, padding=False, verbose=False)
         return [(token, weight) for token in encoded.input_ids]
 
     @blames_network
     def _embed(self, ids: Tensor, clip_skip: int) -> Tensor:
-        """Hidden states (N, 77, D), float32, of token ids (N, 77)."""
+        """Return hidden states (N, 77, D), float32, of token ids (N, 77)."""
         if clip_skip == 0:
             return self(ids).float()  # type: ignore[no-any-return]
         hidden = self.network(ids.to(self.device), output_hidden_states=True).hidden_states[-1 - clip_skip]
@@ -158,22 +183,26 @@ _NOT_READ = {
     "alternates between words": re.compile(r"(?<!\\)\[[^\[\]|]*\|[^\[\]]*\]"),
     "loads a network, as load_lora (--lora) does here": re.compile(r"<\w+:[^<>]+>"),
 }
-"""A1111's syntax that is not offered, by its meaning there. Each pattern takes linear time, whatever the prompt."""
+"""A1111's syntax that sdkit does not read -> its pattern, by its meaning there. Each pattern takes linear time for any
+prompt."""
 
 
 def warn_of_unread_syntax(prompt: str) -> None:
-    """Warn of each kind of A1111's syntax in `prompt` that is read as plain text."""
+    """Warn of each kind of A1111's syntax in `prompt` that sdkit reads as plain text."""
     for meaning, pattern in _NOT_READ.items():
         if found := pattern.search(prompt):
-            # At this line, not the caller's: a prompt is read several times, and Python shows a line's warning once.
+            # stacklevel=1: a prompt is read in several places, and Python shows the warning of one line once.
             warnings.warn(
                 f"{clean(found[0])!r} in the prompt is read as plain text; in A1111 it {meaning}.", stacklevel=1
             )
 
 
 def parse_weights(prompt: str) -> list[tuple[str, float]]:
-    """Read A1111's prompt syntax as (text, weight) pairs: `(a)` 1.1, `((a))` 1.21, `[a]` 1 / 1.1, `(a:1.3)` 1.3; `\\(`
-    escapes; open brackets close at the end."""
+    """Read A1111's prompt syntax as pairs (text, weight).
+
+    `(a)` has weight 1.1, `((a))` 1.21, `[a]` 1 / 1.1, and `(a:1.3)` 1.3. `\\(` is a plain bracket. Brackets that are
+    still open at the end close there.
+    """
     texts: list[str] = []
     round_, square = _Brackets(1.1), _Brackets(1 / 1.1)
     for match in _SYNTAX.finditer(prompt):
@@ -189,7 +218,7 @@ def parse_weights(prompt: str) -> list[tuple[str, float]]:
     weights = [a * b for a, b in zip(round_.products(len(texts)), square.products(len(texts)), strict=True)]
     pieces: list[tuple[str, float]] = []
     first = 0
-    for _, group in itertools.groupby(weights, key="{:.12g}".format):  # equal but for rounding
+    for _, group in itertools.groupby(weights, key="{:.12g}".format):  # ignore rounding errors
         end = first + sum(1 for _ in group)
         pieces.append(("".join(texts[first:end]), weights[first]))
         first = end
@@ -197,14 +226,22 @@ def parse_weights(prompt: str) -> list[tuple[str, float]]:
 
 
 class _Brackets:
-    """The brackets of one kind in a prompt that is cut into pieces, in the order of their opening. They nest."""
+    """The brackets of one kind, round or square, in a prompt that is cut into pieces. They may nest.
+
+    Attributes:
+        factor: Weight of the text inside one bracket.
+        starts: First piece inside each bracket, in the order of their opening.
+        ends: First piece behind each bracket.
+        factors: Weight of each bracket.
+        opened: Indices of the brackets that are not closed yet.
+    """
 
     def __init__(self, factor: float) -> None:
         self.factor = factor
-        self.starts: list[int] = []  # of each bracket: the first piece inside
-        self.ends: list[int] = []  # the first piece behind
+        self.starts: list[int] = []
+        self.ends: list[int] = []
         self.factors: list[float] = []
-        self.opened: list[int] = []  # brackets that are not closed yet
+        self.opened: list[int] = []
 
     def open(self, start: int) -> None:
         self.opened.append(len(self.starts))
@@ -213,22 +250,23 @@ class _Brackets:
         self.factors.append(self.factor)
 
     def close(self, end: int, factor: float | None = None) -> None:
-        """Close the innermost one."""
+        """Close the innermost bracket."""
         bracket = self.opened.pop()
         self.ends[bracket] = end
         self.factors[bracket] = self.factor if factor is None else factor
 
     def products(self, n: int) -> list[float]:
-        """The product, for each of n pieces, of the factors of the brackets around it, in linear time."""
+        """Return, for each of n pieces, the product of the weights of the brackets around it, in linear time."""
         products: list[float] = []
-        ends, around = [sys.maxsize], [1.0]  # of the brackets around a piece; with the factors of those outside
+        # A stack of the brackets around the current piece: where each ends, and the product of weights down to it.
+        ends, around = [sys.maxsize], [1.0]
         following = 0
         for i in range(n):
             while ends[-1] <= i:
                 ends.pop()
                 around.pop()
             while following < len(self.starts) and self.starts[following] == i:
-                if self.ends[following] > i:  # empty ones are around nothing
+                if self.ends[following] > i:  # an empty bracket surrounds no piece
                     ends.append(self.ends[following])
                     around.append(around[-1] * self.factors[following])
                 following += 1

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sdkit.arguments import whole_number
+from sdkit.engines.compile import eager
 from sdkit.progress import progress
 
 SMALLEST_TILE = 16  # latents on each side
@@ -30,12 +31,20 @@ def check_tile(tile: int | None, factor: int = 1) -> None:
 
 
 def tiled(run: Callable[[Tensor], Tensor], x: Tensor, *, tile: int, down: int = 1, up: int = 1) -> Tensor:
-    """`run(x)` for x (B, C, H, W), computed in square tiles of side `tile`, each overlapping the next by at least a
-    quarter; float32 on the CPU.
+    """Compute `run(x)` in overlapping square tiles.
 
-    `run` changes the resolution by up / down. Overlaps are weighted by a ramp that falls to (almost) nothing at a
-    tile's edge, where the convolutions lacked their surroundings; weights are normalised, so that a constant stays
-    constant.
+    Overlaps are blended with weights that fall to almost 0 at a tile's edge, where convolutions lack their
+    surroundings. The weights are normalised: a constant stays constant.
+
+    Args:
+        run: A function of (B, C, h, w) that changes the resolution by `up` / `down`.
+        x: (B, C, H, W).
+        tile: Side of a tile in x. Neighbours overlap by at least about a quarter of it.
+        down: Factor by which `run` reduces the resolution. Tiles begin at multiples of it.
+        up: Factor by which `run` increases the resolution.
+
+    Returns:
+        `run(x)`, float32, on the CPU.
     """
     height, width = x.shape[2:]
     boxes = [(top, left) for top in starts(height, tile, down) for left in starts(width, tile, down)]
@@ -55,13 +64,18 @@ def tiled(run: Callable[[Tensor], Tensor], x: Tensor, *, tile: int, down: int = 
 
 @contextmanager
 def whole_image_statistics(network: nn.Module, run: Callable[[Tensor], Tensor], x: Tensor, tile: int) -> Iterator[None]:
-    """While open, every GroupNorm of `network` uses the mean and variance it sees in the whole of x (B, C, H, W), not
-    in the tile at hand.
+    """While the context is open, every GroupNorm of `network` uses the mean and variance of the whole of x.
 
-    Without this each tile is normalised by its own content, and brightness and contrast differ from tile to tile. The
-    statistics come from one run over x thinned out to the size of a tile.
+    Without this, each tile is normalised by its own content, and brightness and contrast differ from tile to tile. The
+    statistics come from one run over a thinned x of the size of a tile.
+
+    Args:
+        network: The network whose norms are replaced, for this thread only.
+        run: The function that calls the network.
+        x: (B, C, H, W).
+        tile: Side of a tile in x.
     """
-    owner = threading.get_ident()  # another thread may use the network meanwhile, without tiles
+    owner = threading.get_ident()  # other threads may use the network meanwhile, without tiles
     norms = [module for module in network.modules() if isinstance(module, nn.GroupNorm)]
     seen: dict[nn.Module, tuple[Tensor, Tensor]] = {}
 
@@ -86,20 +100,19 @@ def whole_image_statistics(network: nn.Module, run: Callable[[Tensor], Tensor], 
         yield
         return
     with ExitStack() as hooks:
-        hooks.enter_context(torch.compiler.set_stance("force_eager"))  # compiled code does not look for new hooks
+        hooks.enter_context(eager())
         for norm in norms:
             hooks.enter_context(norm.register_forward_hook(observe))
         run(F.interpolate(x, size=(min(tile, x.shape[2]), min(tile, x.shape[3])), mode="nearest"))
     with ExitStack() as hooks:
-        hooks.enter_context(torch.compiler.set_stance("force_eager"))
+        hooks.enter_context(eager())
         for norm in norms:
             hooks.enter_context(norm.register_forward_hook(replace))
         yield
 
 
 def starts(length: int, tile: int, multiple: int) -> list[int]:
-    """Where tiles begin along one side: multiples of `multiple`, evenly spaced, overlapping by at least about a
-    quarter."""
+    """Return where tiles begin along a side: multiples of `multiple`, evenly spaced, overlapping by about a quarter."""
     if length <= tile:
         return [0]
     n = 1 + -(-(length - tile) // (tile * 3 // 4))
@@ -107,8 +120,8 @@ def starts(length: int, tile: int, multiple: int) -> list[int]:
 
 
 def ramp(n: int) -> Tensor:
-    """(n,) weights of a tile along one side: 1 in the middle, smoothly down to almost 0 over the outer quarter at both
-    ends."""
+    """Return weights (n,) of a tile along one side: 1 in the middle, falling smoothly to almost 0 over the outer
+    quarters."""
     edge = max(1, n // 4)
     distance = torch.minimum(torch.arange(n) + 0.5, n - 0.5 - torch.arange(n)) / edge
     return torch.sin(distance.clamp(max=1) * torch.pi / 2) ** 2

@@ -1,14 +1,13 @@
-"""The base class of the wrappers of pretrained networks, and the fingerprint of a VAE."""
+"""The base class of the wrappers of pretrained networks."""
 
 from __future__ import annotations
 
 import functools
-import hashlib
 from collections.abc import Callable
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sdkit.errors import SdkitError, SourceError
 from sdkit.messages import first_line
@@ -20,9 +19,9 @@ DEVICE_ERROR: type[Exception] = getattr(torch, "AcceleratorError", MemoryError) 
 
 
 def blames_network(method: Callable[Concatenate[W, P], T]) -> Callable[Concatenate[W, P], T]:
-    """Decorate a method of a Wrapper: its exception becomes a SourceError if the network fails on a good input, too.
+    """Decorate a method of a Wrapper: an exception becomes a SourceError if the network fails on a valid input, too.
 
-    Some values of a config (an activation, groups, heads) break a network only when it runs.
+    Some wrong values of a config (activation, groups, heads) break a network only when it runs.
     """
 
     @functools.wraps(method)
@@ -37,57 +36,56 @@ def blames_network(method: Callable[Concatenate[W, P], T]) -> Callable[Concatena
 
 
 class Wrapper(nn.Module):
-    """Holds one pretrained network, as `network`, all of whose weights are on one device and in one dtype."""
+    """The base class of `VAE`, `UNet`, and `TextEncoder`: one pretrained network, on one device and in one dtype.
+
+    Move the wrapper, not its network: `.to()`, `.half()`, `.cuda()`, and Accelerate all go through `_apply`, which
+    keeps `device` and `dtype` true.
+
+    Attributes:
+        network: The network, a module of diffusers or transformers.
+        name: The source that it came from; "" if it was made in Python.
+        device: The device that the network computes on.
+        dtype: The dtype that the network computes in.
+    """
 
     network: Any
-    name: str = ""
-    """Where the network came from."""
-    _trial = False
+    name: str
+    device: torch.device
+    dtype: torch.dtype
+
+    def __init__(self, network: nn.Module, *, name: str = "") -> None:
+        super().__init__()
+        self.network = network
+        self.name = name
+        weight = next(network.parameters(), torch.empty(0))  # an identity has none
+        self.device, self.dtype = weight.device, weight.dtype
+        self._trial = False
+
+    def _apply(self: W, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> W:
+        nn.Module._apply(self, fn, recurse)
+        # `fn` moves and converts each weight. It does the same to a probe, so that a network without weights moves too.
+        probe = fn(torch.zeros(1, device=self.device, dtype=self.dtype))
+        self.device, self.dtype = probe.device, probe.dtype
+        return self
 
     def try_out(self) -> None:
-        """Run the network on inputs that every network of its kind takes."""
+        """Run the network on an input that is valid for every network of its kind."""
         raise NotImplementedError
 
     def blame(self, error: Exception) -> None:
-        """Raise SourceError if the network is at fault for `error`, not the inputs of the call that raised it."""
+        """Raise SourceError if the network is at fault for `error`; return if the input of that call may be."""
         exhausted = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "memory" in str(error)
-        # After an error of the device, every call fails.
+        # After an error of the device, every call fails, so a trial would blame the network.
         if self._trial or exhausted or isinstance(error, (SdkitError, DEVICE_ERROR)):
             return
         self._trial = True
         try:
             with torch.no_grad():
                 self.try_out()
-        except Exception as fault:  # noqa: BLE001 (whatever a library makes of a value that it cannot use)
+        except Exception as fault:  # noqa: BLE001 (a library may raise anything for a wrong value)
             whose = f"the config of {self.name!r}" if self.name else f"the config of this {type(self).__name__}"
             raise SourceError(
                 f"{whose} makes a network that cannot run: {first_line(fault)}; correct it, or give another source."
             ) from error
         finally:
             self._trial = False
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """What the network computes in."""
-        return next(self.parameters()).dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Where the network computes."""
-        return next(self.parameters()).device
-
-
-def fingerprint(network: nn.Module, scale: float, shift: float) -> str:
-    """Identity of the side of a VAE that makes latents: SHA-256 over its encoder's weights, scale and shift; 16
-    hexadecimal digits.
-
-    The decoder is left out, because latents stay valid when it alone is fine-tuned (as in Stability's ft-mse VAE). Of
-    each tensor at most 4,096 evenly spaced values count, so that it takes milliseconds; training moves them all.
-    """
-    digest = hashlib.sha256(f"{scale:.6g} {shift:.6g}".encode())
-    for name, weight in sorted(network.state_dict().items()):
-        if name.removeprefix("_orig_mod.").startswith(("encoder.", "quant_conv.")):  # torch.compile puts that before
-            flat = weight.detach().flatten()
-            values = flat[:: max(1, -(-len(flat) // 4096))].float().cpu().contiguous()
-            digest.update(f"{name} {tuple(weight.shape)}".encode() + values.numpy().tobytes())
-    return digest.hexdigest()[:16]

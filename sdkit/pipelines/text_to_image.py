@@ -1,7 +1,7 @@
-"""Text to image: the only place where the four parts meet.
+"""Text to image with `StableDiffusion`, over the four functions in `sdkit.pipelines.steps`.
 
-prompts -> TextEncoder -> cond, uncond; seeds -> x_T; `guided(unet, cond, uncond)` -> a predictor; a sampler's loop over
-it -> z; `VAE.decode` -> images.
+`embed` turns prompts into cond and uncond, and `start` seeds into x_T. `guided` makes a predictor of the U-Net and
+these conditions, `denoise` samples latents z with it, and `decode` turns z into images.
 """
 
 from __future__ import annotations
@@ -24,12 +24,13 @@ from sdkit.engines.device import resolve_place
 from sdkit.errors import ArgumentError, SdkitError
 from sdkit.files import expanded
 from sdkit.images import OUTPUT_TYPES
+from sdkit.loading.lora_file import read_lora
 from sdkit.loading.source import USUAL_GUIDANCE, Source
 from sdkit.loading.tensors import is_file
 from sdkit.messages import clean
 from sdkit.networks.autoencoder import VAE
 from sdkit.networks.denoiser import UNet
-from sdkit.networks.lora import merge_lora, read_lora
+from sdkit.networks.lora import merge_lora
 from sdkit.networks.text_encoder import TextEncoder
 from sdkit.pipelines.steps import check_side, decode, denoise, embed, start
 
@@ -39,15 +40,28 @@ if TYPE_CHECKING:
     from PIL import Image
 
 LATENTS_AT_ONCE = 4 * 64 * 64
-"""Latent positions that are denoised together where no `batch_size` is given: four images of 512 x 512, sixty-four of
-128 x 128."""
+"""Latent positions that are denoised together by default: four images of 512 x 512, or 64 of 128 x 128."""
 
 
 class StableDiffusion:
-    """Stable Diffusion 1.x / 2.x: a VAE, a text encoder, a U-Net and the noise schedule that it was trained with.
+    """Stable Diffusion 1.x / 2.x: a VAE, a text encoder, a U-Net, and the noise schedule that it was trained with.
 
-    Attributes: these four, as `vae`, `text`, `unet`, `schedule`; `name`, the source; and
-        `guidance_scale`, at which it draws unless told otherwise: its model_index.json's `_guidance_scale`, or 7.5.
+    Call it to draw images of prompts. Load one with `from_pretrained`, or put one together from its four parts.
+
+    Example:
+        >>> import sdkit
+        >>> sd = sdkit.StableDiffusion.from_pretrained("emoji")
+        >>> images = sd(["a cat", "a rocket"], num_inference_steps=4, seed=1)
+        >>> sdkit.images.grid(images, captions=["a cat", "a rocket"]).save("drawn.png")
+
+    Attributes:
+        vae: The autoencoder.
+        text: The text encoder.
+        unet: The denoising U-Net.
+        schedule: The noise schedule.
+        name: The source that the model was loaded from, or "".
+        guidance_scale: Guidance scale of a call that gives none: `_guidance_scale` of the model's model_index.json,
+            or 7.5.
     """
 
     def __init__(
@@ -87,20 +101,23 @@ class StableDiffusion:
     ) -> StableDiffusion:
         """Load a whole model.
 
-        source: "emoji", the small model that comes with sdkit; a Hub repository
-            ("stable-diffusion-v1-5/stable-diffusion-v1-5"); a folder in diffusers layout; or one .safetensors / .ckpt
-            file in the original layout (CompVis, A1111, civitai), which needs no network.
-        dtype: "auto" (bfloat16 where the hardware multiplies it, else float32), "fp32", "bf16", "fp16".
-        device: "auto" (a GPU where there is one), "cpu", "cuda", "cuda:1" ...
-        revision, variant: of a Hub repository: branch, tag or commit; "fp16" for weights stored so.
-        config: a folder of configs, for a single file of another shape than SD 1.x and 2.x.
-        prediction_type: for a single file of SD 2.x that is not recognised: "epsilon" or "v_prediction".
-        vae: a VAE in place of the model's own, which may then have none: any source of this kind, or a VAE's own
-            folder, file, or Hub repository; `revision` and `variant` are the model's alone.
-        compile: run U-Net and VAE through torch.compile.
+        Args:
+            source: "emoji", the small model that comes with sdkit; a Hub repository
+                ("stable-diffusion-v1-5/stable-diffusion-v1-5"); a folder in diffusers layout; or one .safetensors or
+                .ckpt file in the original layout (CompVis, A1111, civitai), which needs no network.
+            dtype: "fp32", "bf16", "fp16", or "auto": bfloat16 where the hardware multiplies it, else float32.
+            device: "cpu", "cuda", "cuda:1", and so on, or "auto": a GPU where there is one.
+            revision: Branch, tag, or commit of a Hub repository.
+            variant: Variant of a repository's weight files, such as "fp16".
+            config: Folder of configs, for a single file of another architecture than SD 1.x and 2.x.
+            prediction_type: "epsilon" or "v_prediction", for a single file of SD 2.x that is not recognised.
+            vae: Source of a VAE that replaces the model's own. A VAE's own folder, file, or Hub repository serves too.
+                `revision` and `variant` do not apply to it.
+            compile: Run the U-Net and the VAE through torch.compile.
 
-        Raises SourceError, in one sentence, where the source is missing, unreadable, of another kind, or cannot be
-        downloaded.
+        Raises:
+            SourceError: The source is missing, unreadable, of another kind, or cannot be downloaded.
+            ArgumentError: An argument is out of range, or the parts do not belong to one model.
         """
         dtype, device = resolve_place(dtype, device)
         opened = Source.open(source, revision=revision, variant=variant, config=config, prediction_type=prediction_type)
@@ -124,15 +141,20 @@ class StableDiffusion:
         filename: str | None = None,
         revision: str | None = None,
     ) -> None:
-        """Add `scale` times a LoRA to the weights of the U-Net and of the text encoder.
+        """Merge a LoRA, times `scale`, into the weights of the U-Net and the text encoder.
 
-        source: a file, a folder or a Hub id, in the layout of diffusers or of kohya (A1111, civitai).
-        filename: of the file in a folder or Hub repository, where it is not pytorch_lora_weights.safetensors.
-        revision: a branch, tag or commit, for a Hub id.
+        Sampling is as fast as without a LoRA. Several LoRAs add up. Loading one again with -scale undoes it, up to
+        rounding. In half precision, updates smaller than the rounding of the weights are partly lost; load the model
+        with dtype "fp32" to keep them.
 
-        Sampling is as fast as without it. Several add up; the same one loaded with -scale undoes it, up to rounding. In
-        half precision, updates smaller than the weights' own rounding are partly lost; dtype "fp32" keeps them.
-        Raises SourceError, and changes nothing, where it cannot be read or was made for another model.
+        Args:
+            source: A file, a folder, or a Hub id, in the layout of diffusers or kohya (A1111, civitai).
+            scale: Factor of the LoRA's update.
+            filename: Name of the file in a folder or Hub repository; None is pytorch_lora_weights.safetensors.
+            revision: Branch, tag, or commit of a Hub repository.
+
+        Raises:
+            SourceError: The LoRA cannot be read, or was made for another model. The weights are unchanged.
         """
         scale = number("scale", scale)
         lora = read_lora(source, filename=filename, revision=revision)
@@ -274,18 +296,18 @@ class StableDiffusion:
     def _model(
         self, guidance_scale: float | None, negatives: list[str], guidance: dict[str, Any]
     ) -> tuple[Model, float]:
-        """The U-Net as guidance calls it, and the scale at which to guide it."""
+        """Return the U-Net as `guided` calls it, and the guidance scale."""
         scale = self.guidance_scale if guidance_scale is None else guidance_scale
-        # Inference mode for the U-Net alone: the tensors of a `Step` must be ordinary ones.
+        # Inference mode for the U-Net alone, so that a callback can use the tensors of a `Step` with autograd.
         unet: Any = torch.inference_mode()(self.unet)
         if not self.unet.guided:
             return unet, scale
         self._check_guided(negatives, guidance)
-        # The U-Net guides itself: one pass.
+        # A distilled U-Net guides itself in one pass. Scale 1 turns off the second pass.
         return partial(unet, guidance_scale=number("the guidance scale", scale, -1e6, 1e6)), 1.0
 
     def _check_embeddings(self, conditions: list[Conditioning], weighting: bool) -> None:
-        """Raise SdkitError, with the cause, where the text encoder gave numbers that are not finite."""
+        """Raise SdkitError, with the cause, if the text encoder gave numbers that are not finite."""
         if all(one.text is not None and bool(torch.isfinite(one.text).all()) for one in conditions):
             return
         if weighting and bool(torch.isfinite(self.text.encode("")).all()):
@@ -293,13 +315,13 @@ class StableDiffusion:
         raise SdkitError(f"the text encoder gave numbers that are not finite; {_remedy(self.text)}.")
 
     def _check_latents(self, z: Tensor) -> None:
-        """Raise SdkitError, with the cause, where the U-Net gave latents that are not finite."""
+        """Raise SdkitError, with the cause, if the U-Net gave latents that are not finite."""
         if not bool(torch.isfinite(z).all()):
             raise SdkitError(f"the U-Net gave numbers that are not finite; {_remedy(self.unet)}.")
 
     @staticmethod
     def _check_guided(negatives: list[str], guidance: dict[str, Any]) -> None:
-        """Refuse what a U-Net that takes the guidance scale as an input has no use for."""
+        """Raise ArgumentError for options of guidance, since a distilled U-Net only takes the scale, as an input."""
         used = {"negative_prompt": any(negatives), "guidance_interval": guidance["interval"] is not None,
                 "guidance_rescale": bool(guidance["phi"]), "apg": guidance["projected"] is not None}  # fmt: skip
         if option := next((option for option, given in used.items() if given), None):
@@ -309,13 +331,13 @@ class StableDiffusion:
             )
 
     def images_at_once(self, height: int, width: int) -> int:
-        """How many images of this size, in pixels, are denoised together where no `batch_size` is given."""
+        """Return the default `batch_size` for images of a height and width in pixels."""
         return max(1, LATENTS_AT_ONCE * self.vae.factor**2 // max(1, height * width))
 
     def _prompts(
         self, prompt: str | Sequence[str], negative_prompt: str | Sequence[str] | None, copies: int
     ) -> tuple[list[str], list[str]]:
-        """The prompt and the negative prompt of each image."""
+        """Return the prompt and the negative prompt of each image."""
         prompts = strings("prompt", prompt)
         negatives = strings("negative_prompt", "" if negative_prompt is None else negative_prompt)
         if not isinstance(negative_prompt, (list, tuple)):
@@ -328,7 +350,7 @@ class StableDiffusion:
         return [text for text in prompts for _ in range(copies)], [text for text in negatives for _ in range(copies)]
 
     def _size(self, height: int | None, width: int | None, latents: Tensor | None) -> tuple[int, int]:
-        """Height and width of the images in pixels."""
+        """Return the height and width of the images in pixels: as given, else those of `latents` or of the model."""
         factor, side = self.vae.factor, self.unet.sample_size
         if latents is not None:
             if not isinstance(latents, Tensor) or latents.ndim != 4:
@@ -339,7 +361,7 @@ class StableDiffusion:
         return height, check_side("width", side * factor if width is None else width, factor)
 
     def _latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        """(4, ceil(H / 8), ceil(W / 8)): the shape of one image's latents."""
+        """Return the shape of one image's latents, (4, ceil(H / 8), ceil(W / 8))."""
         return self.vae.channels, -(-height // self.vae.factor), -(-width // self.vae.factor)
 
     def _batches(
@@ -353,7 +375,7 @@ class StableDiffusion:
     ) -> Iterator[_Batch]:
         """Group images into batches.
 
-        Images whose prompts need different numbers of chunks never share a batch: the padding would change them.
+        Images in a batch have prompts with the same number of chunks, since padding a prompt changes its image.
         """
         lengths: dict[str, int] = {
             text: self.text.tokenize(text, weighting=weighting)[0].shape[1] for text in {*prompts, *negatives}
@@ -376,7 +398,7 @@ class StableDiffusion:
     def _embedded(
         self, batch: _Batch, clip_skip: int, weighting: bool, *, finite: bool
     ) -> tuple[Conditioning, Conditioning | None]:
-        """Embed a batch's prompts and negative prompts; with `finite`, raise SdkitError where that fails."""
+        """Embed a batch's prompts and negative prompts. With `finite`, raise SdkitError if they are not finite."""
         conditions = [
             # Moved to the U-Net's device once, not in every step.
             embed(self.text, texts, clip_skip=clip_skip, weighting=weighting, chunks=batch.chunks).to(self.unet.device)
@@ -406,7 +428,7 @@ class _Batch:
 
 
 def _remedy(part: UNet | TextEncoder) -> str:
-    """How to come by finite numbers from a network that gave others."""
+    """Return the end of a sentence that says how to get finite numbers from a network."""
     broken = next((name for name, weight in part.network.named_parameters() if not weight.isfinite().all()), None)
     if broken is not None:
         return f"its weight {clean(broken)} is not: load the model anew, from a file that is whole"

@@ -121,9 +121,9 @@ def save(root: Path, checkpoint: Checkpoint, keep: int) -> Path:
         (temporary / STATE).write_text(json.dumps({"step": checkpoint.step, **checkpoint.state}))
         sums = {file.name: sha256(file) for file in sorted(temporary.iterdir())}
         (temporary / MANIFEST).write_text(json.dumps({"step": checkpoint.step, "sha256": sums}, indent=1))
-    kept = [path for path in checkpoints(root) if path.name <= folder.name][:keep]
+    to_keep = [path for path in checkpoints(root) if path.name <= folder.name][:keep]
     for path in checkpoints(root):
-        if path not in kept:
+        if path not in to_keep:
             # Rename before removing, so that a half-removed checkpoint never has a checkpoint's name.
             shutil.rmtree(path.rename(beside(path)), ignore_errors=True)
     return folder

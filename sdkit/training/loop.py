@@ -32,7 +32,7 @@ BAD_STEPS = 10  # this many skipped steps in a row end a run
 
 
 def fit(stage: Stage, settings: LoopSettings, out_dir: str | Path) -> Path:
-    """Train `stage` in a run folder, or resume the run that is there.
+    """Train `stage` in a run folder, or resume the run in it.
 
     Resuming is exact: a step depends only on its number, the checkpoint, and the settings that may not change.
 
@@ -88,7 +88,7 @@ def fit(stage: Stage, settings: LoopSettings, out_dir: str | Path) -> Path:
         if saved < loop.step:
             loop.save()
         if stopping:
-            message = f"stopped after step {loop.step}, with a checkpoint; the same command goes on from there."
+            message = f"stopped after step {loop.step}, with a checkpoint; the same command resumes it."
             raise TrainingStopped(message, stop.exit_code or 143)  # 143 (SIGTERM): only another process got a signal
         with loop.evaluation_mode():
             on_main(accelerator, lambda: _export(run, stage, loop.step, stop))
@@ -159,7 +159,7 @@ class _Loop:
             loaded = load(checkpoint)
             restore(self.players, self.accelerator, loaded)
             self.step, (self.skipped, self.skipped_in_a_row) = loaded.step, loaded.state["skipped"]
-            self.accelerator.print(f"going on from {checkpoint}", file=sys.stderr)
+            self.accelerator.print(f"resuming from {checkpoint}", file=sys.stderr)
 
     def save(self) -> int:
         """Write a checkpoint, and return its step."""

@@ -25,11 +25,11 @@ from sdkit.training.checkpoint import Checkpoint, checkpoints, newest, read_stat
 from sdkit.training.settings import LoopSettings
 
 DIFFERENCES = {  # sentences for differences between two runs that their values do not explain
-    "data_identity": "its data was other (names, captions or sizes of files)",
-    "model_identity": "its model was another (weights or noise schedule)",
-    "vae_identity": "its VAE was another (weights or scale)",
-    "lpips_identity": "its LPIPS had other weights",
-    "validation_identity": "its validation data was other (names, captions or sizes of files)",
+    "data_identity": "its data was different (names, captions, or sizes of files)",
+    "model_identity": "its model was different (weights or noise schedule)",
+    "vae_identity": "its VAE was different (weights or scale)",
+    "lpips_identity": "its LPIPS had different weights",
+    "validation_identity": "its validation data was different (names, captions, or sizes of files)",
     "samples_per_step": "its steps took {was} samples, these take {now} (batch_size x gradient_accumulation_steps x "
     "processes, whose product must stay)",
 }

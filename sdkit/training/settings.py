@@ -165,8 +165,8 @@ class StageSettings(LoopSettings):
         inner, outer = (expanded(path).resolve() for path in (self.out_dir, data))
         if os.path.isdir(outer) and inner.is_relative_to(outer):  # noqa: PTH112 - pathlib's raises for overlong names
             raise ArgumentError(
-                f"out_dir {str(self.out_dir)!r} lies in {name} {os.fspath(data)!r}, of which its pictures would become "
-                "a part; name another."
+                f"out_dir {str(self.out_dir)!r} lies in {name} {os.fspath(data)!r}, and its pictures would be trained "
+                "on; name another."
             )
 
     @property

@@ -377,7 +377,7 @@ def test_training_prints_the_result_and_the_same_command_finds_it_done(run: Call
     sdkit.VAE.from_pretrained("r/result")
     code, out, err = run("train", "vae", "--config", "r/config.json", "--max-steps", 3)  # resumes in the same folder
     assert (code, out) == (0, f"r{os.sep}result\n")
-    assert err == "going on from r/checkpoints/step-00000002\n"
+    assert err == "resuming from r/checkpoints/step-00000002\n"
     assert [line["step"] for line in read_metrics(Path("r/metrics.jsonl")) if "loss" in line] == [1, 2, 3]
 
 
@@ -541,7 +541,7 @@ def test_a_vae_beside_the_model(run: Callable[..., Ran], work: Path) -> None:
         losses[data] = read_metrics(Path(f"r-{data}/metrics.jsonl"))[1]["loss"]
         again = run(*train, 2, "--vae", "other/vae") if data == "cache" else run(*train, 2)
         assert again.code == (0 if data == "cache" else 2)  # paths may change, the VAE may not
-    assert "its model was another" in again.err
+    assert "its model was different" in again.err
     assert losses["cache"] == pytest.approx(losses["photos"], rel=2e-3)  # a cache holds float16
 
 
@@ -576,13 +576,13 @@ def ended(process: Any, said: str = "said") -> Ran:
 @pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGINT", 130)])
 def test_a_signal_leaves_a_checkpoint_and_the_same_command_goes_on(work: Path, name: str, code: int) -> None:
     run = (*LORA, "--out-dir", "r", "--max-steps", "5", "--save-every", "2", "--validate-every", "9")
-    told = "sdkit: stopped after step 2, with a checkpoint; the same command goes on from there.\n"
+    told = "sdkit: stopped after step 2, with a checkpoint; the same command resumes it.\n"
     noticed = "\nsdkit: stopping with a checkpoint; Ctrl-C again leaves at once.\n" if name == "SIGINT" else ""
     # The signal arrives while the checkpoint of step 2 is being renamed. No further step follows.
     assert ended(started(*run, hook=f"{name} os.rename:step-00000002 1")) == Ran(code, "", noticed + told)
     assert [path.name for path in checkpoints(Path("r/checkpoints"))] == ["step-00000002"]
     assert not Path("r/result").exists()
-    going_on = "going on from r/checkpoints/step-00000002\n"
+    going_on = "resuming from r/checkpoints/step-00000002\n"
     assert ended(started(*run)) == Ran(0, f"r{os.sep}result\n", going_on)
     assert [line["step"] for line in read_metrics(Path("r/metrics.jsonl")) if "loss" in line] == [1, 2, 3, 4, 5]
 
@@ -661,12 +661,12 @@ def test_a_launched_run_stops_and_goes_on_and_speaks_with_one_voice(
     assert out == ""
     assert sentences(err) == [
         "sdkit: stopping with a checkpoint; Ctrl-C again leaves at once.",
-        f"sdkit: stopped after step {done}, with a checkpoint; the same command goes on from there.",
+        f"sdkit: stopped after step {done}, with a checkpoint; the same command resumes it.",
     ]
     second = launch(*steps, "--max-steps", str(done + 1))
     out, err = second.communicate(timeout=60)
     assert (second.returncode, out) == (0, f"r{os.sep}result\n"), err
-    assert err.count("going on from") == 1
+    assert err.count("resuming from") == 1
     assert json.loads(Path("r/config.json").read_text())["samples_per_step"] == 2
 
 

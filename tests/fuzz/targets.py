@@ -29,7 +29,8 @@ from sdkit.cli import jobs, main
 from sdkit.data import latent_file as latents
 from sdkit.errors import SdkitError
 from sdkit.files import read_regular
-from sdkit.networks.lora import add_lora, convert_lora, lora_tensors, merge_lora, read_lora, save_lora
+from sdkit.loading.lora_file import convert_lora, read_lora, save_lora
+from sdkit.networks.lora import add_lora, lora_tensors, merge_lora
 from sdkit.pipelines.generation import Generation
 from sdkit.training.loop import fit
 from sdkit.training.plot import plot

@@ -20,7 +20,7 @@ from PIL import ExifTags, Image, ImageCms, ImageOps
 
 from sdkit import images
 from sdkit.errors import ArgumentError, ImageError, SdkitError
-from sdkit.images import convert
+from sdkit.images import image_file, rgb
 from tests.helpers.color_profiles import (
     ADOBE,
     BRADFORD,
@@ -290,13 +290,13 @@ def test_no_reader_runs_a_program_or_opens_another_file() -> None:
     FPX, MIC, and IPTC open more files.
     """
     foreign = {"EPS", "WMF", "HDF5", "GRIB", "BUFR", "FPX", "MIC", "IPTC", "FITS", "MPEG", "PSD", "PCD"}
-    assert not foreign & set(convert._formats("x.eps"))
-    assert "TGA" not in convert._formats("x.png")
+    assert not foreign & set(image_file._formats("x.eps"))
+    assert "TGA" not in image_file._formats("x.png")
 
 
 @pytest.mark.parametrize("suffix", sorted(images.READABLE - {".mpo", ".pfm", ".apng", ".avifs"}))
 def test_each_suffix_that_is_called_readable_is_read(tmp_path: Path, suffix: str) -> None:
-    kind = next(kind for kind, suffixes in convert.SUFFIXES.items() if suffix in suffixes)
+    kind = next(kind for kind, suffixes in image_file.SUFFIXES.items() if suffix in suffixes)
     mode = {".pbm": "1", ".pgm": "L"}.get(suffix, "RGB")
     stored = Image.fromarray(np.kron(SMALL[:2, :2], np.ones((16, 16, 1), np.uint8))).convert(mode)
     stored.save(tmp_path / f"a{suffix}", kind, **({"quality": 95} if kind in ("JPEG", "AVIF", "WEBP") else {}))
@@ -345,7 +345,7 @@ def test_the_transparent_colour_is_white_in_every_depth(file: io.BytesIO, expect
 
 @pytest.mark.parametrize("mode", ["F", "I", "I;16"])
 def test_grey_is_scaled_block_by_block_as_at_once(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(convert, "BLOCK", 100)  # two rows of 40 columns at a time
+    monkeypatch.setattr(rgb, "BLOCK", 100)  # two rows of 40 columns at a time
     dtype = {"F": np.float32, "I": np.int32, "I;16": np.uint16}[mode]
     levels = (RNG.random((7, 40)) * (200 if mode == "F" else 65535)).astype(dtype)
     peak = 255 if mode == "F" else 65535
@@ -450,18 +450,18 @@ def test_without_a_profile_or_with_that_of_srgb_nothing_changes(tmp_path: Path, 
 
 @pytest.mark.parametrize("profile", [b"not a profile", matrix_profile(P3, None)[:300], icc(b"GRAY", {})])
 def test_a_damaged_profile_is_ignored_and_told(tmp_path: Path, profile: bytes) -> None:
-    convert._transform.cache_clear()
+    rgb._transform.cache_clear()
     Image.fromarray(SMALL).save(tmp_path / "a.png", icc_profile=profile)
     with pytest.warns(UserWarning, match=r"^an image's colour profile cannot be read; its colours are taken for sRGB"):
         assert np.array_equal(images.read(tmp_path / "a.png"), SMALL)
 
 
 def test_without_the_library_of_profiles_colours_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    convert._transform.cache_clear()
+    rgb._transform.cache_clear()
     monkeypatch.setattr("PIL.features.check", lambda name: name != "littlecms2")
     Image.fromarray(SMALL).save(tmp_path / "a.png", icc_profile=matrix_profile(P3, None))
     assert np.array_equal(images.read(tmp_path / "a.png"), SMALL)
-    convert._transform.cache_clear()
+    rgb._transform.cache_clear()
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs POSIX")

@@ -28,6 +28,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel
 
 from sdkit.errors import ArgumentError, SourceError
 from sdkit.loading import source
+from sdkit.loading.place import resolve
 from sdkit.loading.single_file import ASSETS, probe_prediction
 from sdkit.loading.tokenizer import load_tokenizer
 from tests.helpers import original_layout
@@ -493,7 +494,7 @@ def test_probe_tells_eps_from_v() -> None:
 def test_probe_is_made_once_for_a_file(sd2: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     probes: list[Any] = []
     monkeypatch.setattr(source.single_file, "probe_prediction", lambda unet: probes.append(unet) or "v_prediction")
-    file = source._File(source._resolve(sd2.file), None)
+    file = source._File(resolve(sd2.file), None)
     assert file.probed(sd2.unet) == file.probed() == "v_prediction"
     assert probes == [sd2.unet]
 

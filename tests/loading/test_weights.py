@@ -16,10 +16,10 @@ from safetensors.torch import load_file, save_file
 import sdkit
 from sdkit.cli import main
 from sdkit.errors import SourceError
+from sdkit.loading.lora_file import read_lora
 from sdkit.loading.new_network import new_network
 from sdkit.loading.single_file import ASSETS
 from sdkit.loading.tensors import open_tensors
-from sdkit.networks.lora import read_lora
 from sdkit.networks.lpips import LPIPS
 from tests.helpers import original_layout
 from tests.helpers.loaders import describe, load_text, load_unet, load_vae

@@ -22,16 +22,8 @@ from torch.nn import functional as F
 import sdkit
 from sdkit.diffusion.conditioning import Conditioning
 from sdkit.errors import ArgumentError, SdkitError, SourceError
-from sdkit.networks.lora import (
-    FILENAME,
-    TARGETS,
-    add_lora,
-    convert_lora,
-    lora_tensors,
-    merge_lora,
-    read_lora,
-    save_lora,
-)
+from sdkit.loading.lora_file import FILENAME, convert_lora, read_lora, save_lora
+from sdkit.networks.lora import TARGETS, add_lora, lora_tensors, merge_lora
 from tests.helpers.networks import diffusers_pipeline
 
 pytest.importorskip("peft")

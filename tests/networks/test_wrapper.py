@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
 import sdkit
 from sdkit.diffusion.conditioning import Conditioning
@@ -118,3 +120,24 @@ class TestNumbersThatAreNotFinite:
     def test_latents_that_no_vae_could_decode(self, sd: sdkit.StableDiffusion) -> None:
         with pytest.raises(ArgumentError, match=r"^the VAE of 'emoji' overflows for these latents; they are far from"):
             sd.vae.decode(torch.full((1, 4, 4, 4), 3e38))
+
+
+class TestDeviceAndDtype:
+    """Attributes of the wrapper, which stay true when it is moved or converted."""
+
+    @pytest.mark.parametrize("part", ["vae", "unet", "text"])
+    def test_they_follow_the_weights(self, sd: sdkit.StableDiffusion, part: str) -> None:
+        wrapper = copy.deepcopy(getattr(sd, part))
+        conversions = (
+            lambda w: w.half(), lambda w: w.float(), lambda w: w.to(torch.bfloat16), lambda w: w.double(),
+            lambda w: w.to("cpu", torch.float32), lambda w: nn.ModuleDict({"inside": w}).to("meta"),
+        )  # fmt: skip
+        for convert in conversions:
+            convert(wrapper)
+            weight = next(wrapper.parameters())
+            assert (wrapper.dtype, wrapper.device) == (weight.dtype, weight.device)
+        assert wrapper.device.type == "meta"
+
+    def test_a_copy_is_moved_alone(self, sd: sdkit.StableDiffusion) -> None:
+        assert copy.deepcopy(sd.vae).half().dtype == torch.float16
+        assert sd.vae.dtype == next(sd.vae.parameters()).dtype

@@ -315,8 +315,8 @@ def test_damaged_numbers(text: str, tmp_path: Path) -> None:
     ("more", "error", "sentence"),
     [
         (["--models", "emoji", "no/such"], SdkitError, "no/such"),
-        (["--models", "a/emoji", "a-emoji"], SdkitError, "called alike"),
-        (["--models", "a/emoji", "a/emoji/"], SdkitError, "called alike"),
+        (["--models", "a/emoji", "a-emoji"], SdkitError, "files of the same name"),
+        (["--models", "a/emoji", "a/emoji/"], SdkitError, "files of the same name"),
         (["--models", "emoji", "--prompts", "0"], SdkitError, "prompts must be a whole number of at least 1, not 0"),
     ],
 )
@@ -339,7 +339,7 @@ def test_models_measured_before_count_as_well(drawn: Path, tmp_path: Path, monke
     """A new model must not overwrite the pictures of one measured before. The table leaves out missing numbers."""
     (tmp_path / "evaluation.json").write_text('{"runs/a": {"old": {"measure": 0.5}}}')
     monkeypatch.setattr(report, "_row", lambda *_: pytest.fail("measured"))
-    with pytest.raises(SdkitError, match="called alike"):
+    with pytest.raises(SdkitError, match="files of the same name"):
         report.evaluate(["runs-a"], drawn, tmp_path)
     table = report._table({"a": {"old": {"measure": 0.5}}, "b": {"new": {"measure": 0.25}}})
     assert "| old: measure | 50.0% | - |" in table

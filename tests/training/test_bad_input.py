@@ -125,7 +125,7 @@ def test_a_run_inside_of_its_data(out: str, tmp_path: Path) -> None:
     photos.mkdir()
     (photos / "link").symlink_to(photos)
     for change in ({"data": photos}, {"data": "org/photos", "validation_data": photos}):
-        sentence = f"lies in {[*change][-1]} {str(photos)!r}, of which its pictures would become a part; name another"
+        sentence = f"lies in {[*change][-1]} {str(photos)!r}, and its pictures would be trained on; name another"
         one_sentence(lambda change=change: VAEConfig(out_dir=photos / out, **change), ARGUMENT, sentence)
     VAEConfig(out_dir=tmp_path / "photos-run", data=photos)
 
@@ -491,7 +491,8 @@ def test_the_data_of_another_run(change: str, run: Path, kit: Path) -> None:
     elif change == "an image less":
         (data / "002.png").unlink()
     before = files(run)
-    sentence = f"{run} holds another run: its data was other (names, captions or sizes of files); name another out_dir"
+    different = "its data was different (names, captions, or sizes of files)"
+    sentence = f"{run} holds another run: {different}; name another out_dir"
     one_sentence(lambda: again(kit, run, data=kit / "cache" if change == "a cache" else data), TRAINING, sentence)
     assert files(run) == before
 
@@ -589,9 +590,9 @@ def test_files_of_a_vae_run_may_move(kit: Path, tmp_path: Path) -> None:
     (held_out / "000.txt").write_text("another caption")
     holds = f"{run} holds another run: "
     for change, fragment in (
-        ({"lpips": tmp_path / "others.safetensors", "validation_data": held_out}, "its LPIPS had other weights"),
-        ({"lpips": lpips, "validation_data": held_out}, "its validation data was other"),
-        ({"lpips": lpips, "validation_data": None}, "its validation data was other"),
+        ({"lpips": tmp_path / "others.safetensors", "validation_data": held_out}, "its LPIPS had different weights"),
+        ({"lpips": lpips, "validation_data": held_out}, "its validation data was different"),
+        ({"lpips": lpips, "validation_data": None}, "its validation data was different"),
     ):
         wanted = {**settings, **change}
         one_sentence(lambda wanted=wanted: train("vae", kit, run, **wanted), TRAINING, holds + fragment)

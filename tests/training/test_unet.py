@@ -737,5 +737,5 @@ def test_data_that_has_grown_is_another_run_and_data_that_has_moved_is_not(kit: 
     photos = photos.rename(tmp_path / "moved")
     train_unet(replace(config, data=f"{photos}/", max_steps=2))
     (photos / "more.png").write_bytes((photos / "000.png").read_bytes())
-    with pytest.raises(TrainingError, match=r"holds another run: its data was other"):
+    with pytest.raises(TrainingError, match=r"holds another run: its data was different"):
         train_unet(replace(config, data=photos, max_steps=3))

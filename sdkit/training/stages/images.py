@@ -25,6 +25,7 @@ from sdkit.data.latent_cache.shard_file import shard_file
 from sdkit.data.transform import Transform, draw
 from sdkit.errors import DataError, ImageError
 from sdkit.files import encodable, expanded
+from sdkit.loading.fingerprint import weights_fingerprint
 from sdkit.strict_json import read_object
 
 MOST_HELD_OUT, OF = 16, 20  # one image of 20, and not more than 16
@@ -47,14 +48,14 @@ def is_cache(data: str | os.PathLike[str]) -> bool:
     """Return whether `data` is a folder with a latent cache, complete or not."""
     folder = expanded(data)
     try:
-        return read_object(folder / manifest.NAME, manifest.LARGEST).get("format") == manifest.FORMAT
+        return read_object(folder / manifest.MANIFEST_FILE, manifest.LARGEST).get("format") == manifest.FORMAT
     except (OSError, ValueError):
         return os.path.isfile(folder / shard_file(0))  # noqa: PTH113 - pathlib's raises for overlong names
 
 
 def identity_of(*networks: nn.Module, schedule: Any = None) -> str:
     """Return a fingerprint of the weights and the noise schedule."""
-    parts = [manifest.weights_identity(network) for network in networks]
+    parts = [weights_fingerprint(network) for network in networks]
     return hashlib.sha256(json.dumps([parts, schedule], sort_keys=True).encode()).hexdigest()[:16]
 
 

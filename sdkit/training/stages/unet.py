@@ -22,12 +22,13 @@ from sdkit.diffusion.schedule import NoiseSchedule, completed
 from sdkit.engines.attention import PlainWhereSmall
 from sdkit.errors import ArgumentError
 from sdkit.loading.configs import GUIDANCE
+from sdkit.loading.lora_file import FILENAME, save_lora
 from sdkit.loading.new_network import new_network
 from sdkit.loading.source import USUAL_GUIDANCE, Source
 from sdkit.messages import no_warnings, quiet
 from sdkit.networks.autoencoder import VAE
 from sdkit.networks.denoiser import UNet
-from sdkit.networks.lora import FILENAME, TARGETS, add_lora, lora_tensors, save_lora
+from sdkit.networks.lora import TARGETS, add_lora, lora_tensors
 from sdkit.networks.text_encoder import TextEncoder
 from sdkit.pipelines.text_to_image import StableDiffusion
 from sdkit.training.batches import noise_of
@@ -145,7 +146,7 @@ class UNetStage:
         self.players = [Player("unet", self.denoiser, self.loss, learning_rate=rate, ema=ema)]
 
     def _make_networks(self, model: Source) -> None:
-        """Load or make the U-Net, and mark what is trained. Raises ArgumentError if it cannot be trained so."""
+        """Load or make the U-Net, and mark the parameters to train. Raises ArgumentError if it cannot be trained."""
         config = self.config
         network = model.denoiser() if config.init is None else new_network(config.init, "unet")
         self.unet = UNet(network)

@@ -25,9 +25,10 @@ from sdkit.diffusion.losses import adaptive_weight, hinge_discriminator, hinge_g
 from sdkit.errors import ArgumentError, DataError
 from sdkit.evaluation.codebook import codebook_use
 from sdkit.evaluation.similarity import WINDOW, psnr, ssim
-from sdkit.loading.new_network import TRAINABLE, new_network
+from sdkit.loading.new_network import new_network
 from sdkit.loading.source import Source
-from sdkit.networks.autoencoder import DETERMINISTIC, VAE
+from sdkit.networks.autoencoder import VAE
+from sdkit.networks.autoencoder_kinds import Kind, kind_of
 from sdkit.networks.discriminator import SMALLEST as DISCRIMINATOR_SMALLEST
 from sdkit.networks.discriminator import Discriminator
 from sdkit.networks.lpips import LPIPS
@@ -101,25 +102,14 @@ class VAEStage:
             )
             self.discriminator = Discriminator() if config.disc_weight else None
         label = os.fspath(config.model if config.init is None else config.init)
-        if (kind := type(network).__name__) not in TRAINABLE["vae"]:
-            raise ArgumentError(
-                f"{label!r} holds an {kind}, which cannot be trained; give an AutoencoderKL or VQModel."
-            )
-        if (config.regularizer == "vq") != (kind == "VQModel"):
-            held = (
-                "a VQModel: its regularizer is 'vq'"
-                if kind == "VQModel"
-                else f"an {kind}: its regularizer is 'kl' or 'none'"
-            )
-            raise ArgumentError(f"{label!r} holds {held}, not {config.regularizer!r}.")
+        kind = _trainable_kind(network, config.regularizer, label)
         if config.regularizer == "none":
-            remove_noise(network)
+            kind.remove_noise()
         self.vae = VAE(network, name=str(config.model))
         self.trains_encoder = config.train_encoder or config.init is not None
         if not self.trains_encoder:
-            for part in (network.encoder, network.quant_conv, getattr(network, "quantize", None)):
-                if part is not None:
-                    part.requires_grad_(False)
+            for part in kind.encoder_parts:
+                part.requires_grad_(False)
         if config.gradient_checkpointing:
             network._supports_gradient_checkpointing = True  # the parts of a VQModel do, but it does not say so
             network.enable_gradient_checkpointing()
@@ -292,13 +282,18 @@ class VAEStage:
         self.vae.network.save_pretrained(folder)
 
 
-@torch.no_grad()
-def remove_noise(network: Any) -> None:
-    """Make the posterior of an AutoencoderKL a point, as `VAE.encode` knows it, whatever the image."""
-    layer = network.encoder.conv_out if network.quant_conv is None else network.quant_conv
-    half = layer.out_channels // 2
-    layer.weight[half:] = 0
-    layer.bias[half:] = 2000 * DETERMINISTIC  # which diffusers clamps; DETERMINISTIC itself, weight decay would lift
+def _trainable_kind(network: Any, regularizer: str, label: str) -> Kind:
+    """Return the kind of an autoencoder network. Raise ArgumentError if it cannot be trained with the regularizer."""
+    kind, name = kind_of(network), type(network).__name__
+    article = "an" if name.startswith("A") else "a"
+    if kind is None or not kind.regularizers:
+        raise ArgumentError(
+            f"{label!r} holds {article} {name}, which cannot be trained; give an AutoencoderKL or VQModel."
+        )
+    if regularizer not in kind.regularizers:
+        fitting = " or ".join(map(repr, kind.regularizers))
+        raise ArgumentError(f"{label!r} holds {article} {name}: its regularizer is {fitting}, not {regularizer!r}.")
+    return kind
 
 
 def _average(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:

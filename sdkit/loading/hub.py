@@ -1,0 +1,85 @@
+"""The Hugging Face Hub: snapshots of repositories, downloaded or found in the cache, and its errors in one sentence."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from sdkit.errors import SourceError
+from sdkit.loading.tensors import SUFFIXES
+from sdkit.messages import clean, first_line, quiet
+from sdkit.stops import stop_in
+
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+TIMEOUT = 10  # seconds to wait for a list of files
+
+
+def is_hub_id(source: str | os.PathLike[str]) -> bool:
+    """Return whether `source` has the form of a Hub id (org/name). Path objects and names of weight files have not."""
+    return isinstance(source, str) and HUB_ID.fullmatch(source) is not None and not source.endswith(SUFFIXES)
+
+
+def list_files(repository: str, revision: str | None) -> list[str] | None:
+    """Return the names of the files in a repository; None if the Hub cannot be reached."""
+    from huggingface_hub import HfApi
+
+    try:
+        found = HfApi().repo_info(repository, revision=revision, timeout=TIMEOUT)
+    except Exception as error:  # any library below may raise its own
+        if stop := stop_in(error):
+            raise stop from error
+        return None
+    return [file.rfilename for file in getattr(found, "siblings", None) or ()]
+
+
+def fetch(repository: str, revision: str | None, files: list[str]) -> Path:
+    """Return the snapshot of a repository, with those of `files` that it has.
+
+    Without a network it comes from the cache, and may then lack some of them.
+
+    Raises:
+        SourceError: The repository does not exist, is gated, or is neither in the cache nor within reach.
+    """
+    from huggingface_hub import errors, snapshot_download
+
+    label = clean(repr(repository))
+    at = f"{label} (revision {revision!r})" if revision else label
+    try:
+        with quiet("huggingface_hub"):
+            try:
+                return Path(snapshot_download(repository, revision=revision, allow_patterns=files))
+            except errors.OfflineModeIsEnabled:  # for a commit, huggingface_hub 1.x does not look into its cache
+                return Path(
+                    snapshot_download(repository, revision=revision, allow_patterns=files, local_files_only=True)
+                )
+    except errors.LocalEntryNotFoundError as error:
+        if partial := getattr(error, "snapshot_path", None):
+            return Path(partial)  # it may have all that is needed; if not, the caller says what is missing
+        raise SourceError(
+            f"{at} is not in the cache, and the Hub cannot be reached; load it once with a connection, or correct the "
+            "path if a folder is meant, for there is none of that name."
+        ) from error
+    except Exception as error:  # any library below may raise its own
+        raise stop_in(error) or SourceError(_problem(repository, revision, error)) from error
+
+
+def _problem(repository: str, revision: str | None, error: Exception) -> str:
+    """The sentence for an error of huggingface_hub."""
+    from huggingface_hub import errors
+
+    label = clean(repr(repository))
+    if isinstance(error, errors.HFValidationError):
+        return f"{label} is neither a path that exists nor a Hub id (org/name); check its spelling."
+    if isinstance(error, errors.RevisionNotFoundError):
+        return f"{label} has no revision {revision!r} on the Hub; give a branch, tag or commit."
+    if isinstance(error, errors.GatedRepoError):
+        page = f"https://huggingface.co/{repository}"
+        return f"{label} is gated; accept its terms at {page} and log in with `hf auth login`."
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return (
+            f"{label} is not on the Hub, or is private; check its spelling, log in with `hf auth login`, or "
+            "correct the path if a folder is meant, for there is none of that name."
+        )
+    at = f"{label} (revision {revision!r})" if revision else label
+    return f"{at} cannot be loaded from the Hub ({first_line(error)}); try again."

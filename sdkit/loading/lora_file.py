@@ -1,0 +1,379 @@
+"""LoRA files: written in the layouts of diffusers and of kohya's sd-scripts (which A1111 reads), and read in these and
+in peft's own layout.
+
+`sdkit.networks.lora` trains LoRAs and merges them into networks.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import stat
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from sdkit.arguments import one_of
+from sdkit.atomic import atomic_write
+from sdkit.errors import ArgumentError, SourceError
+from sdkit.files import expanded
+from sdkit.loading.hub import is_hub_id
+from sdkit.loading.place import Place, absent
+from sdkit.loading.tensors import (
+    BYTES,
+    TensorFile,
+    is_file,
+    is_finite,
+    not_finite,
+    open_tensors,
+    status_or_none,
+)
+from sdkit.messages import clean, reason
+from sdkit.strict_json import parse_object, read_object
+
+FILENAME = "pytorch_lora_weights.safetensors"
+PEFT_FILENAME = "adapter_model.safetensors"
+PICKLES = ("pytorch_lora_weights.bin", "adapter_model.bin")
+PEFT_CONFIG = "adapter_config.json"
+"""Beside peft's own files: the alphas, which diffusers keeps in the file's metadata and kohya among the tensors."""
+PEFT_PREFIX = "base_model.model."
+"""Begins the names in peft's own files; the layer's name in its network follows."""
+LAYOUTS = ("diffusers", "kohya")
+KEY = re.compile(
+    r"(?P<part>unet\.|lora_unet_|(?=(?:down|mid|up)_block)|text_encoder\.|lora_te1?_)"
+    r"(?P<module>.+?)"
+    r"(?:[._]lora(?:_linear_layer)?[._](?P<role>down|up|A|B)\.weight|\.alpha)"
+)
+"""A tensor's name in any of the layouts; old files of diffusers have the U-Net's without a prefix."""
+BUNDLED = "bundle_emb."
+"""Begins the names of embeddings that some trainers put into the file of a LoRA."""
+KOHYA = ("lora_down.weight", "lora_up.weight", "alpha")
+ROLES = {"A": "down", "down": "down", "B": "up", "up": "up", None: "alpha"}
+# What attention processors were called before peft, underscores in place of dots -> the layer itself.
+OLD_NAMES = ((r"_processor_", "_"), (r"(attn\d_to_out)$", r"\1_0"), (r"self_attn_to_(\w+)$", r"self_attn_\1_proj"))
+
+# Pieces of names that only others have, the most telling first.
+FOREIGN = (
+    (("string_to_param", "emb_params", "clip_g"), "a textual inversion embedding"),
+    (("hada_w",), "a LoHa"),
+    (("lokr_w",), "a LoKr"),
+    (("dora_scale", "lora_magnitude_vector"), "a DoRA"),
+    (("on_input", "ia3_l"), "an IA3"),
+    (("lora_mid",), "a LoCon with Tucker decomposition"),
+    (
+        ("lora_te2_", "text_encoder_2.", "_input_blocks_", "_middle_block_", "_output_blocks_"),
+        "a LoRA of Stable Diffusion XL",
+    ),
+)
+
+FLOATS = {getattr(torch, name) for name in BYTES}
+WHOLE = {torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8}
+"""Some files state alpha as a whole number."""
+LARGEST_ALPHA = 1e12
+MOST_PATTERNS = 1000
+"""Layers whose alpha a config may state one by one; SD 1.x has fewer than 400."""
+PATTERN = re.compile(r"\^?(?:\.\*|\\\.|[\w.-])+\$?")
+"""A layer's name, or the end of one, in which `.*` stands for anything: the regular expressions that peft's configs
+hold."""
+OTHER_BASE = ("pissa", "olora", "corda", "loftq")
+"""Ways to begin a LoRA (peft's `init_lora_weights`) that change the weights it is added to."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Factors:
+    """What is added to one layer's weight: alpha / r * up @ down."""
+
+    down: Tensor
+    """A: (r, inputs), of a convolution (r, inputs, k, k)."""
+    up: Tensor
+    """B: (outputs, r), of a convolution (outputs, r, 1, 1)."""
+    alpha: float
+
+    def delta(self, weight: Tensor) -> Tensor:
+        """The whole update in the shape of `weight` and on its device, float32."""
+        up, down = (x.to(weight.device, torch.float32).flatten(1) for x in (self.up, self.down))
+        return self.alpha / len(down) * (up @ down).reshape(weight.shape)
+
+    def merged(self, weight: Tensor, scale: float) -> Tensor:
+        """`weight` plus `scale` times the update, computed in float32, in the weight's dtype."""
+        return (weight.float() + scale * self.delta(weight)).to(weight.dtype)
+
+    def overflows(self, weight: Tensor, scale: float) -> bool:
+        """Whether `merged` would not be finite. It is computed for that only where bounds do not settle it."""
+        up, down = (float(x.float().abs().max()) for x in (self.up, self.down))
+        low, high = (float(x) for x in torch.aminmax(weight))
+        factor = abs(scale * self.alpha / len(self.down))
+        bound = max(-low, high) + max(1.0, factor) * len(self.down) * up * down  # 1: the product is made before it
+        return not bound <= torch.finfo(weight.dtype).max and not bool(self.merged(weight, scale).isfinite().all())
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRA:
+    """A LoRA as read: for each network the layers that it changes, by name with underscores in place of dots (kohya's
+    way, which cannot be undone without the network)."""
+
+    label: str
+    """The file as messages name it."""
+    unet: dict[str, Factors]
+    text_encoder: dict[str, Factors]
+
+
+def save_lora(tensors: dict[str, Tensor], path: str | Path, layout: str = "diffusers") -> None:
+    """Write what `lora_tensors` gives, in any precision, to one .safetensors file, whole or not at all.
+
+    layout: "diffusers", for `load_lora` and diffusers' `load_lora_weights`; or "kohya", for these, A1111 and others.
+    """
+    one_of("layout", layout, LAYOUTS)
+    _check_name(path)
+    if layout == "kohya":
+        layers: dict[str, dict[str, Factors]] = {"unet": {}, "text_encoder": {}}
+        for (part, module), keys in _group(tensors, "the LoRA").items():
+            down, up = tensors[keys["down"]], tensors[keys["up"]]
+            layers[part][plain_name(module)] = Factors(down=down, up=up, alpha=len(down))
+        tensors = _kohya(LoRA(label="the LoRA", **layers))
+    _write(tensors, path)
+
+
+def convert_lora(source: str | os.PathLike[str], path: str | Path) -> None:
+    """Write a LoRA, in any layout that `read_lora` reads, to one .safetensors file in kohya's."""
+    _check_name(path)
+    _write(_kohya(read_lora(source)), path)
+
+
+def _check_name(path: str | Path) -> None:
+    if Path(path).suffix != ".safetensors":
+        raise ArgumentError(f"a LoRA cannot be saved as {str(path)!r}; give a name that ends in .safetensors.")
+
+
+def _write(tensors: dict[str, Tensor], path: str | Path) -> None:
+    data = safetensors.torch.save(tensors, {"format": "pt"})
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def _kohya(lora: LoRA) -> dict[str, Tensor]:
+    named: dict[str, Tensor] = {}
+    for prefix, layers in (("lora_unet_", lora.unet), ("lora_te_text_model_", lora.text_encoder)):
+        for name, x in layers.items():
+            values = x.down, x.up, _alpha_tensor(x.alpha, x.down.dtype)
+            named |= {f"{prefix}{name}.{key}": value for key, value in zip(KOHYA, values, strict=True)}
+    return named
+
+
+def _alpha_tensor(alpha: float, dtype: torch.dtype) -> Tensor:
+    """Alpha as a tensor; in float32 where the dtype of the factors would round it, be it to infinity."""
+    tensor = torch.tensor(alpha, dtype=dtype)
+    return tensor if float(tensor) == alpha else torch.tensor(alpha, dtype=torch.float32)
+
+
+def read_lora(source: str | os.PathLike[str], *, filename: str | None = None, revision: str | None = None) -> LoRA:
+    """Read a LoRA for Stable Diffusion 1.x / 2.x, in a layout of diffusers (of any age), kohya's, or peft's own.
+
+    source:   a file; a folder; or a Hub id.
+    filename: in a folder or Hub repository; None is the first that is there of pytorch_lora_weights.safetensors,
+              adapter_model.safetensors, a folder's only .safetensors, and the same as .bin.
+    revision: a branch, tag or commit, for a Hub id.
+
+    An embedding bundled with it is not used, with a warning. Raises SourceError for what is missing, damaged, or of
+    another kind: LoHa, LoKr, DoRA, Stable Diffusion XL, a textual inversion embedding.
+    """
+    file = open_tensors(_locate(source, filename, revision))
+    names = [name for name in file.shapes if not name.startswith(BUNDLED)]
+    groups = _group(names, file.label)
+    tensors = _read(file, names)
+    alphas = _stated_alphas(file, names)
+    parts: dict[str, dict[str, Factors]] = {"unet": {}, "text_encoder": {}}
+    for (part, module), keys in groups.items():
+        down, up = (tensors.get(keys.get(role, ""), torch.empty(0)) for role in ("down", "up"))
+        alpha = tensors.get(keys.get("alpha", ""))
+        whole = min(down.ndim, up.ndim) > 1 and down.numel() and up.numel() and up[0].numel() == len(down)
+        if not whole or (alpha is not None and alpha.numel() != 1):
+            raise SourceError(f"{file.label} is damaged: the tensors of {clean(module)} do not fit; download it again.")
+        if plain_name(module) in parts[part]:
+            raise SourceError(f"{file.label} is damaged: it holds {clean(module)} twice; download it again.")
+        try:
+            stated = alphas[part].of(module, len(down)) if alpha is None else _number(alpha.item())
+        except ValueError as error:
+            raise SourceError(f"{file.label} {error} at {clean(module)}; give another file.") from error
+        parts[part][plain_name(module)] = Factors(down=down, up=up, alpha=stated)
+    for name in dict.fromkeys(name.removeprefix(BUNDLED).split(".")[0] for name in file.shapes if name not in tensors):
+        warnings.warn(f"{file.label} brings the embedding {clean(name)!r} along, which is not used.", stacklevel=2)
+    return LoRA(label=file.label, **parts)
+
+
+def _group(names: Iterable[str], label: str) -> dict[tuple[str, str], dict[str, str]]:
+    """(part, module) -> role -> name, of the names of tensors. SourceError where they are no LoRA's."""
+    groups: dict[tuple[str, str], dict[str, str]] = {}
+    names = list(names)
+    alone = len(names) == 1 and "." not in names[0]  # diffusers' embeddings have the token as their only name
+    found = (kind for pieces, kind in FOREIGN if any(piece in name for name in names for piece in pieces))
+    if kind := next(found, "a textual inversion embedding" if alone else None):
+        raise SourceError(f"{label} looks like {kind}; give a plain LoRA of Stable Diffusion 1.x or 2.x.")
+    for name in names:
+        match = KEY.fullmatch(_unwrapped(name))
+        if match is None:
+            raise SourceError(
+                f"{label} holds {clean(name)}, which is no part of a LoRA for Stable Diffusion 1.x or 2.x; give one in "
+                "the layout of diffusers, kohya, or peft."
+            )
+        part = "text_encoder" if match["part"] in ("text_encoder.", "lora_te_", "lora_te1_") else "unet"
+        roles = groups.setdefault((part, match["module"]), {})
+        if ROLES[match["role"]] in roles:
+            raise SourceError(f"{label} is damaged: it holds {clean(match['module'])} twice; download it again.")
+        roles[ROLES[match["role"]]] = name
+    if not groups:
+        raise SourceError(f"{label} holds no tensors; give a LoRA.")
+    return groups
+
+
+def _unwrapped(name: str) -> str:
+    """A name of peft's own layout in diffusers' newest, which adds the network; other names as they are."""
+    if not name.startswith(PEFT_PREFIX):
+        return name
+    layer = name.removeprefix(PEFT_PREFIX)
+    return f"text_encoder.{layer}" if layer.startswith(("text_model.", "encoder.")) else f"unet.{layer}"
+
+
+def _read(file: TensorFile, names: Iterable[str]) -> dict[str, Tensor]:
+    """The named tensors, plain, contiguous, and finite."""
+    tensors = file.read(names)
+    for name, tensor in tensors.items():
+        if tensor.dtype not in (FLOATS | WHOLE if name.endswith(".alpha") else FLOATS):
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise SourceError(f"{file.label} holds {clean(name)} as {kind} numbers, not as floats; give another file.")
+    if file.tensors is not None:
+        # Views, which may share memory: safetensors writes neither.
+        tensors = {name: x.detach().clone(memory_format=torch.contiguous_format) for name, x in tensors.items()}
+    if broken := next((name for name, tensor in tensors.items() if not is_finite(tensor)), None):
+        raise not_finite(file.label, broken)
+    return tensors
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Alphas:
+    """The alphas of one network's layers, as peft's `LoraConfig` states them."""
+
+    usual: float | None
+    """None is each layer's rank."""
+    patterns: tuple[tuple[tuple[str, ...], float], ...]
+    """(names, which may hold `*`; alpha of what they match); the first one that matches counts."""
+    rslora: bool
+    """Rank-stabilised: the update is divided by the root of the rank (https://arxiv.org/abs/2312.03732)."""
+
+    @classmethod
+    def read(cls, config: Mapping[str, Any]) -> _Alphas:
+        """Raises `ValueError` for values of other types. A pattern is never run as a regular expression."""
+        patterns, rslora = config.get("alpha_pattern") or {}, config.get("use_rslora") or False
+        if not isinstance(patterns, dict) or len(patterns) > MOST_PATTERNS or not isinstance(rslora, bool):
+            raise ValueError("has an alpha_pattern or use_rslora of another type or size")
+        usual = _number(config["lora_alpha"]) if "lora_alpha" in config else None
+        found = tuple((_globs(pattern), _number(alpha)) for pattern, alpha in patterns.items())
+        return cls(usual=usual, patterns=found, rslora=rslora)
+
+    def of(self, module: str, rank: int) -> float:
+        """The alpha of a layer whose update is alpha / rank * B A."""
+        own = (alpha for globs, alpha in self.patterns if any(fnmatchcase(module, glob) for glob in globs))
+        alpha = next(own, rank if self.usual is None else self.usual)
+        return alpha * math.sqrt(rank) if self.rslora else alpha
+
+
+def _globs(pattern: str) -> tuple[str, ...]:
+    """Shell patterns for one of peft's: the whole name of a layer or, but for one that begins with ^, what follows a
+    dot in it."""
+    if PATTERN.fullmatch(pattern) is None:
+        raise ValueError(f"has the alpha_pattern {clean(pattern)!r}, which is no name of a layer")
+    glob = pattern.removeprefix("^").removesuffix("$").replace("\\.", ".").replace(".*", "*")
+    return (glob,) if pattern.startswith("^") else (glob, f"*.{glob}")
+
+
+def _number(alpha: Any) -> float:
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
+        raise ValueError("has an alpha that is no number")
+    if not abs(alpha) <= LARGEST_ALPHA:
+        raise ValueError("has an alpha that is not finite, or too large")
+    return float(alpha)
+
+
+def _stated_alphas(file: TensorFile, names: Iterable[str]) -> dict[str, _Alphas]:
+    """The alphas of both networks: those of peft's adapter_config.json, or of the metadata of diffusers' newer
+    files."""
+    if any(name.startswith(PEFT_PREFIX) for name in names):
+        return dict.fromkeys(("unet", "text_encoder"), _peft_alphas(file.path.parent / PEFT_CONFIG, file.label))
+    try:
+        config = parse_object(file.metadata.get("lora_adapter_metadata", "{}"))
+        own = {
+            part: {key.removeprefix(f"{part}."): value for key, value in config.items() if key.startswith(f"{part}.")}
+            for part in ("unet", "text_encoder")
+        }
+        return {part: _Alphas.read(values) for part, values in own.items()}
+    except ValueError as error:
+        problem = f"{file.label} has damaged metadata (lora_adapter_metadata): it {error}"
+        raise SourceError(f"{problem}; download it again.") from error
+
+
+def _peft_alphas(path: Path, label: str) -> _Alphas:
+    if not is_file(path):
+        warnings.warn(
+            f"{label} has no {PEFT_CONFIG} beside it, which states its alpha: 1 x B A is added.", stacklevel=4
+        )
+        return _Alphas(usual=None, patterns=(), rslora=False)
+    try:
+        config = read_object(path)
+        alphas = _Alphas.read({"lora_alpha": 8, **config})  # peft's default
+    except ValueError as error:
+        raise SourceError(f"{clean(path)!r} {error}; download it again.") from error
+    except OSError as error:
+        raise SourceError(f"{clean(path)!r} cannot be read: {reason(error)}; check its permissions.") from error
+    if (begun := str(config.get("init_lora_weights")).lower()).startswith(OTHER_BASE):
+        raise SourceError(
+            f"{label} was begun by {clean(begun)}, which changes the model's weights, too; give a plain LoRA of Stable "
+            "Diffusion 1.x or 2.x."
+        )
+    return alphas
+
+
+def plain_name(module: str) -> str:
+    """A module's name as the networks and all layouts have it in common."""
+    name = module.replace(".", "_").removeprefix("text_model_")
+    for old, new in OLD_NAMES:
+        name = re.sub(old, new, name)
+    return name
+
+
+def _locate(source: str | os.PathLike[str], filename: str | None, revision: str | None) -> Path:
+    if not isinstance(source, (str, os.PathLike)):
+        raise ArgumentError(f"a LoRA is a path or a Hub id, not {type(source).__name__}.")
+    name, path = os.fspath(source), expanded(source)
+    found = status_or_none(path) if name else None
+    if found is None:
+        if is_hub_id(source):
+            return _fetched(Place(name=name, kind="hub", path=path, revision=revision), filename)
+        raise SourceError(f"the LoRA {clean(name)!r} does not exist; give a file, a folder with one or a Hub id.")
+    if not stat.S_ISDIR(found.st_mode):
+        return path
+    inside, pickles = (sorted(file.name for file in path.glob(f"*{suffix}")) for suffix in (".safetensors", ".bin"))
+    usual = [FILENAME, PEFT_FILENAME, *inside[: len(inside) == 1], *PICKLES, *pickles[: len(pickles) == 1]]
+    for wanted in [filename] if filename else usual:
+        if is_file(path / wanted):
+            return path / wanted
+    others = ", ".join(map(clean, inside or pickles))
+    held = f"holds {others}: name one by filename=" if others else "holds no other; give another source"
+    raise SourceError(f"the folder {clean(name)!r} has no {clean(filename or FILENAME)}; it {held}.")
+
+
+def _fetched(place: Place, filename: str | None) -> Path:
+    """The file of a Hub repository, fetched; of the usual ones the first that is there, and no other with it."""
+    for wanted in [filename] if filename else [FILENAME, PEFT_FILENAME, *PICKLES]:
+        if is_file(file := place.root([wanted]) / wanted):
+            if wanted.startswith("adapter_model."):
+                place.root([PEFT_CONFIG])
+            return file
+    raise absent(place, filename or f"{FILENAME} (filename= names another)")
