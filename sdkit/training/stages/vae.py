@@ -1,4 +1,4 @@
-"""Fine-tuning the VAE: pixels -> `VAE.forward` -> reconstruction, LPIPS, KL and adversarial loss."""
+"""Training of the VAE: pixels -> `VAE.forward` -> reconstruction, LPIPS, KL or codebook, and adversarial loss."""
 
 from __future__ import annotations
 
@@ -49,34 +49,46 @@ from sdkit.training.stages.images import (
 )
 
 GAN_BETAS = (0.5, 0.9)  # of AdamW, as in VQGAN
-MOST_VALIDATED, SHOWN = 64, 8  # images
-TOLERATED_DRIFT = 0.1
+MOST_VALIDATED = 64  # images of `validation_data`
+SHOWN = 8  # images in the picture of each validation
+TOLERATED_DRIFT = 0.1  # of the latents' standard deviation, before a warning
 
 
 def train_vae(config: VAEConfig) -> Path:
-    """Fine-tune a VAE, or train one from scratch, and return the run folder; its result/ is the VAE as diffusers has
-    it.
+    """Fine-tune a VAE, or train one from scratch. An existing run is resumed.
 
-    The decoder alone trains by default: latents then mean what they meant, and U-Nets and caches stay valid. With
-    `train_encoder`, validation tells how far latents have moved from the starting VAE's. An existing
-    run is resumed. Raises SdkitError in one sentence for what the user can put right, and TrainingStopped
-    after SIGTERM or Ctrl-C, once a checkpoint is written.
+    By default only the decoder is trained: latents keep their meaning, and U-Nets and caches stay valid. With
+    `train_encoder`, validation reports how far latents have moved from the starting VAE's.
+
+    Args:
+        config: The settings.
+
+    Returns:
+        The run folder. Its result/ is the VAE in diffusers layout.
+
+    Raises:
+        SdkitError: Something that the user can correct.
+        TrainingStopped: The process received SIGTERM or Ctrl-C; a checkpoint is written.
     """
     return fit(VAEStage(config), config, Path(config.out_dir))
 
 
 class Measured(NamedTuple):
-    """Measurements of one held-out image."""
+    """Measurements of one held-out image.
+
+    Attributes:
+        numbers: Metrics and moments by name.
+        pair: The image and its reconstruction, for the first images.
+        codes: Code indices of a `VQModel`.
+    """
 
     numbers: dict[str, float]
     pair: tuple[Image.Image, Image.Image] | None
-    """of the first ones, it and its reconstruction"""
     codes: Tensor | None
-    """code indices of a VQModel"""
 
 
 class VAEStage:
-    """What `sdkit.training.loop.fit` trains: a VAE, and the discriminator that it plays against."""
+    """The stage of `train_vae`: a VAE and, for the adversarial loss, a discriminator."""
 
     def __init__(self, config: VAEConfig) -> None:
         self.config = config
@@ -96,9 +108,9 @@ class VAEStage:
             for part in kind.encoder_parts:
                 part.requires_grad_(False)
         if config.gradient_checkpointing:
-            network._supports_gradient_checkpointing = True  # the parts of a VQModel do, but it does not say so
+            network._supports_gradient_checkpointing = True  # a VQModel does not declare that its parts support it
             network.enable_gradient_checkpointing()
-        # Beside the network, not in it: its encoder as it was, which the one in training is compared with.
+        # A frozen copy of the starting encoder, to measure how far latents move.
         tuned = config.train_encoder and config.init is None
         self.start = VAE(copy.deepcopy(network)).eval().requires_grad_(False) if tuned else None
         if self.start:
@@ -106,7 +118,7 @@ class VAEStage:
         self.lpips = LPIPS.from_pretrained(config.lpips) if config.lpips_weight or config.lpips else None
         self.training_lpips = self.lpips
         if self.lpips and config.lpips_weight and config.mixed_precision == "bf16":
-            # channels_last: a step of the embedded model's VAE takes 0.45 s on two cores, not 0.52
+            # With channels_last a step of the embedded model's VAE takes 0.45 s on two cores, without 0.52 s.
             self.training_lpips = copy.deepcopy(self.lpips).bfloat16().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         size = self._size()
         for data in (config.data, config.validation_data):
@@ -152,7 +164,7 @@ class VAEStage:
         return size  # type: ignore[no-any-return]
 
     def batch(self, samples: Samples) -> dict[str, Any]:
-        """Pixels (B, 3, H, W) and the noise of the posterior (B, 4, H/8, W/8) of samples (n, item)."""
+        """Return pixels (B, 3, H, W) and the posterior's noise (B, 4, H/8, W/8) of samples (n, item)."""
         pixels = [self.images.load(self.train, item, n // self.size)[0] for n, item in samples]
         height, width = (side // self.vae.factor for side in self.images.transform.size)
         eps = [
@@ -161,14 +173,25 @@ class VAEStage:
         return {"pixels": torch.stack(pixels), "eps": torch.stack(eps)}
 
     def names(self, samples: Samples) -> list[str]:
-        """Names of the examples of samples (n, item)."""
+        """Return the names of the examples of samples (n, item)."""
         return [self.images.examples[int(self.train[item])].name for _, item in samples]
 
     def loss(
         self, networks: Mapping[str, nn.Module], batch: dict[str, Any], step: int
     ) -> tuple[Tensor, Mapping[str, float | Tensor]]:
-        """Reconstruction, LPIPS and KL or codebook loss, as in latent diffusion (Rombach et al. 2022, appendix G), and
-        the adversarial loss with VQGAN's adaptive weight (Esser et al. 2021, eq. 7)."""
+        """Compute the VAE's loss.
+
+        It adds up reconstruction, LPIPS, and KL or codebook loss, as in latent diffusion (Rombach et al. 2022, appendix
+        G), and the adversarial loss with VQGAN's adaptive weight (Esser et al. 2021, eq. 7).
+
+        Args:
+            networks: "vae" and "discriminator", wrapped by Accelerate.
+            batch: As `batch` returns it. The reconstruction is added to it, for the discriminator.
+            step: The optimizer step. The discriminator plays from `disc_start` on.
+
+        Returns:
+            The loss, and its parts by name.
+        """
         config, x = self.config, batch["pixels"]
         y, mean, logvar, codes = networks["vae"](x, batch["eps"] if config.regularizer == "kl" else None)
         loss = (l1 if config.reconstruction == "l1" else l2)(y, x)
@@ -189,9 +212,9 @@ class VAEStage:
         if self.discriminator and step >= config.disc_start:
             batch["reconstruction"] = y.detach()
             adversarial = hinge_generator(networks["discriminator"](y))
-            vae: Any = getattr(networks["vae"], "module", networks["vae"])  # which DDP's wrapper has
+            vae: Any = getattr(networks["vae"], "module", networks["vae"])  # unwrap DDP
             last = vae.network.decoder.conv_out.weight
-            n = x[0].numel()  # of sums over an image's values: the gradients of their means underflow in float16
+            n = x[0].numel()  # sums over an image's values, because the gradients of means underflow in float16
             average = partial(reduce, reduction="mean")
             weight = adaptive_weight(reconstruction * n, adversarial * n, last, average)
             loss = loss + config.disc_weight * weight * adversarial
@@ -201,18 +224,18 @@ class VAEStage:
     def discriminator_loss(
         self, networks: Mapping[str, nn.Module], batch: dict[str, Any], step: int
     ) -> tuple[Tensor, Mapping[str, float | Tensor]]:
-        """The hinge loss on what the VAE's turn has just reconstructed."""
+        """Compute the discriminator's hinge loss on the batch and its reconstruction by the VAE's turn before."""
         both = torch.cat([batch["pixels"], batch["reconstruction"]])
         real, fake = networks["discriminator"](both).float().chunk(2)
         return hinge_discriminator(real, fake), {"real": real.mean(), "fake": fake.mean()}
 
     def validate(self, step: int) -> dict[str, float]:
-        """PSNR (dB), SSIM and LPIPS of held-out images through the posterior's mean, and a picture of some of them;
-        mean and standard deviation of their latents, the scale that would make the latter 1, and how much of a codebook
-        they use.
+        """Measure held-out images, reconstructed through the posterior's mean, and save a picture of some of them.
 
-        Where the encoder trains, `latent_drift` is how far latents have moved from the starting VAE's: the root mean
-        square, in the standard deviation that those have.
+        Returns:
+            PSNR (dB), SSIM, and LPIPS; mean and standard deviation of the latents, and the scale that would make the
+            latter 1; how much of a codebook is in use. If the encoder trains, also `latent_drift`: the root mean square
+            distance of latents from the starting VAE's, in units of their standard deviation.
         """
         found = split_over_processes(len(self.held_out), self._measured)
         report_skipped(self.images.skipped | self.validation.skipped, Path(self.config.out_dir) / "skipped.json")
@@ -260,7 +283,8 @@ class VAEStage:
         image_io.save(sheet, self.config.samples / f"step-{step:08d}.png")
 
     def export(self, folder: Path) -> None:
-        """The VAE in diffusers layout. One trained from scratch gets the scale that its latents ask for."""
+        """Save the VAE in diffusers layout. One that was trained from scratch gets the scale that makes the standard
+        deviation of its latents 1."""
         if self.config.init is not None:
             average = _average([self._measured(i).numbers for i in range(len(self.held_out))])
             self.vae.network.register_to_config(scaling_factor=1 / _deviation(average, ""))
@@ -286,10 +310,10 @@ def _average(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 
 def _moments(mean: Tensor, logvar: Tensor, prefix: str) -> dict[str, float]:
-    """First and second moment of samples of the posterior."""
+    """Return first and second moment of samples of the posterior."""
     return {f"{prefix}mean": float(mean.mean()), f"{prefix}square": float((mean.square() + logvar.exp()).mean())}
 
 
 def _deviation(moments: Mapping[str, float], prefix: str) -> float:
-    """Standard deviation, of moments averaged over images."""
+    """Return the standard deviation of latents, from moments averaged over images."""
     return math.sqrt(max(moments[f"{prefix}square"] - moments[f"{prefix}mean"] ** 2, 1e-12))
