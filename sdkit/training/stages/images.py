@@ -108,7 +108,7 @@ class TrainingImages:
         )
 
     def load_held_out(self, held_out: Sequence[int], i: int) -> tuple[Tensor, Example]:
-        """Return pixels and example of held_out[i], or of the next usable one; of any image if none of them is usable."""
+        """Load held_out[i], or the next usable one of them; any image if none of them is usable."""
         return self.load(np.concatenate([held_out[i:], held_out[:i], np.arange(len(self.examples))]), 0, 0)
 
     def _skip(self, name: str, reason: str) -> None:
