@@ -92,6 +92,25 @@ class VAEStage:
 
     def __init__(self, config: VAEConfig) -> None:
         self.config = config
+        self.trains_encoder = config.train_encoder or config.init is not None
+        self._make_networks()
+        self._load_lpips()
+        self._open_data(self._size())
+        self.size = len(self.train)
+        self.players = [
+            Player("vae", self.vae, self.loss, learning_rate=config.learning_rate, ema=config.ema_decay > 0)
+        ]
+        if self.discriminator:
+            self.players.append(
+                Player(
+                    "discriminator", self.discriminator, self.discriminator_loss, learning_rate=config.learning_rate,
+                    starts_at=config.disc_start, betas=GAN_BETAS,
+                )
+            )  # fmt: skip
+
+    def _make_networks(self) -> None:
+        """Load the VAE or make a new one, freeze what is not trained, and make the discriminator."""
+        config = self.config
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             network = (
@@ -103,7 +122,6 @@ class VAEStage:
         if config.regularizer == "none":
             kind.remove_noise()
         self.vae = VAE(network, name=str(config.model))
-        self.trains_encoder = config.train_encoder or config.init is not None
         if not self.trains_encoder:
             for part in kind.encoder_parts:
                 part.requires_grad_(False)
@@ -111,16 +129,23 @@ class VAEStage:
             network._supports_gradient_checkpointing = True  # a VQModel does not declare that its parts support it
             network.enable_gradient_checkpointing()
         # A frozen copy of the starting encoder, to measure how far latents move.
-        tuned = config.train_encoder and config.init is None
-        self.start = VAE(copy.deepcopy(network)).eval().requires_grad_(False) if tuned else None
+        fine_tuned = config.train_encoder and config.init is None
+        self.start = VAE(copy.deepcopy(network)).eval().requires_grad_(False) if fine_tuned else None
         if self.start:
             self.start.network.decoder = nn.Identity()
+
+    def _load_lpips(self) -> None:
+        """Load LPIPS for validation, and a copy in the precision of training."""
+        config = self.config
         self.lpips = LPIPS.from_pretrained(config.lpips) if config.lpips_weight or config.lpips else None
         self.training_lpips = self.lpips
         if self.lpips and config.lpips_weight and config.mixed_precision == "bf16":
             # With channels_last a step of the embedded model's VAE takes 0.45 s on two cores, without 0.52 s.
             self.training_lpips = copy.deepcopy(self.lpips).bfloat16().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        size = self._size()
+
+    def _open_data(self, size: tuple[int, int]) -> None:
+        """Open training and held-out images of `size` (height, width), and take the fingerprints of a run."""
+        config = self.config
         for data in (config.data, config.validation_data):
             if data is not None and is_cache(data):
                 raise DataError(
@@ -133,25 +158,14 @@ class VAEStage:
             self.train, self.held_out = np.arange(len(examples)), [*range(min(MOST_VALIDATED, len(held_out)))]
         self.images = TrainingImages(examples, training_transform(size, config.augment), config.seed)
         self.validation = TrainingImages(held_out, Transform(size=size), seed=0)
-        self.identity = {"data": examples.identity, "model": identity_of(network)}
+        if held_out is examples:
+            self.validation.skipped = self.images.skipped
+        self.identity = {"data": examples.identity, "model": identity_of(self.vae.network)}
         self.identity["validation"] = (
             held_out.identity if config.validation_data is not None else "held out of the data"
         )
         if self.lpips and config.lpips_weight:
             self.identity["lpips"] = identity_of(self.lpips)
-        if held_out is examples:
-            self.validation.skipped = self.images.skipped
-        self.size = len(self.train)
-        self.players = [
-            Player("vae", self.vae, self.loss, learning_rate=config.learning_rate, ema=config.ema_decay > 0)
-        ]
-        if self.discriminator:
-            self.players.append(
-                Player(
-                    "discriminator", self.discriminator, self.discriminator_loss, learning_rate=config.learning_rate,
-                    starts_at=config.disc_start, betas=GAN_BETAS,
-                )
-            )  # fmt: skip
 
     def _size(self) -> tuple[int, int]:
         own: Any = self.vae.network.config.sample_size
