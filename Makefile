@@ -4,7 +4,7 @@ DEMO ?= demo
 PYTEST_ARGS ?= -n auto
 VENV := .venv
 BIN := $(VENV)/bin
-# Written last, so an interrupted set-up is begun again; .unfinished marks an environment that cannot be trusted.
+# The stamp is written last. While .unfinished exists, the set-up was interrupted and starts again from an empty folder.
 STAMP := $(VENV)/.installed
 UNFINISHED := $(VENV)/.unfinished
 
@@ -12,11 +12,12 @@ UNFINISHED := $(VENV)/.unfinished
 .PHONY: help setup demo test lint format clean
 
 help:
-	@echo "make demo    set up $(VENV), then make images and take photos through the VAE, into $(DEMO)/"
-	@echo "make test    set up $(VENV), then run the tests"
-	@echo "make lint    ruff, mypy and the import contracts"
-	@echo "make format  let ruff rewrite what it can"
-	@echo "make clean   remove $(VENV), caches and built files"
+	@echo "make demo    draw images from prompts, and take photos through the VAE, into $(DEMO)/"
+	@echo "make test    run the tests; PYTEST_ARGS='-m slow' passes options to pytest"
+	@echo "make lint    run ruff, mypy, and import-linter"
+	@echo "make format  let ruff fix and format the code"
+	@echo "make setup   set up $(VENV), which the commands above do by themselves"
+	@echo "make clean   remove $(VENV), caches, and built files"
 
 setup: $(STAMP)
 
@@ -26,7 +27,7 @@ $(STAMP): requirements-lock.txt pyproject.toml
 	@if test -e $(UNFINISHED); then echo "Starting an interrupted set-up again."; rm -rf $(VENV); fi
 	@mkdir -p $(VENV) && rm -f $@ && touch $(UNFINISHED)
 	$(PYTHON) -m venv $(VENV)
-	@# The lock's versions need Python 3.11; 3.10 takes the newest that pyproject.toml allows it.
+	@# The locked versions need Python 3.11; Python 3.10 gets the newest versions that pyproject.toml allows.
 	if $(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11))'; \
 	then $(BIN)/python -m pip install -r requirements-lock.txt && \
 	     $(BIN)/python -m pip install --no-deps --no-build-isolation --editable .; \

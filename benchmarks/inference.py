@@ -1,12 +1,14 @@
-"""Time and memory of sdkit beside diffusers as its users write it: `StableDiffusionPipeline` in float32, and DDIM.
+"""Compare time and memory of sdkit with diffusers in its usual form: `StableDiffusionPipeline` in float32 with DDIM.
 
     python benchmarks/inference.py                      # all parts, about eight minutes on two CPU cores
-    python benchmarks/inference.py --parts emoji cold   # only those
+    python benchmarks/inference.py --parts emoji cold   # only these two
 
-Parts: `sd15`, one image from the SD 1.5 architecture; `vae`, its VAE on photos; `emoji`, four images from the embedded
-model; `cold`, the same as a whole process, imports and all. Every measurement has a process of its own, so that its
-peak of memory is its own. The sides take turns, and what counts is the median of the ratios within turns: on a busy
-machine seconds say little. (There, OMP_WAIT_POLICY=passive also keeps threads from spinning for one another.)
+Parts: `sd15`, one image with the SD 1.5 architecture; `vae`, its VAE on photos; `emoji`, four images with the embedded
+model; `cold`, the same as a whole process, including imports.
+
+Each measurement runs in its own process, to get its own peak of memory. The two sides take turns, and the result is the
+median of the ratios within turns, because seconds vary on a busy computer. There, OMP_WAIT_POLICY=passive also keeps
+threads from spinning while they wait.
 """
 
 from __future__ import annotations
@@ -35,10 +37,10 @@ PROMPT, SCALE = "a red apple on a blue background", 7.5
 def main() -> None:
     parser = argparse.ArgumentParser(description="Compare sdkit with diffusers in time and memory.")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="(default: all)")
-    parser.add_argument("--repeats", type=int, default=3, help="turns of each part (default: %(default)s)")
-    parser.add_argument("--steps", type=int, help="of the sampler (default: 4 of sd15, 30 of emoji and cold)")
-    parser.add_argument("--size", type=int, default=512, help="pixels a side, of sd15 and vae (default: %(default)s)")
-    parser.add_argument("--model", type=Path, metavar="FOLDER", help="for sd15 and vae (default: random weights)")
+    parser.add_argument("--repeats", type=int, default=3, help="number of turns of each part (default: %(default)s)")
+    parser.add_argument("--steps", type=int, help="sampling steps (default: 4 for sd15, 30 for emoji and cold)")
+    parser.add_argument("--size", type=int, default=512, help="side in pixels, for sd15 and vae (default: %(default)s)")
+    parser.add_argument("--model", type=Path, metavar="FOLDER", help="model for sd15 and vae (default: random weights)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write all numbers to FILE")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
@@ -53,7 +55,7 @@ def main() -> None:
 
 
 def turn(part: str, args: argparse.Namespace, folder: Path, scratch: str) -> Json:
-    """One measurement of each side: {"sdkit": {...}, "diffusers": {...}}."""
+    """Measure each side once: {"sdkit": {...}, "diffusers": {...}}."""
     job: Json = {"do": "vae" if part == "vae" else "generate", "warm_up": part != "cold", "out": scratch}
     if part in ("emoji", "cold"):
         job |= {"model": str(ASSETS / "emoji"), "size": 128, "images": 4, "steps": args.steps or 30}
@@ -70,7 +72,7 @@ def turn(part: str, args: argparse.Namespace, folder: Path, scratch: str) -> Jso
 
 
 def start(job: Json, command: list[str] | None = None) -> Json:
-    """What a new Python measured that did `job`, with its own time and peak of memory; or these two of `command`."""
+    """Run `job`, or `command`, in a new Python. Return what it measured, with the process's time and peak of memory."""
     arguments = command or [str(Path(__file__).resolve()), "--worker", json.dumps(job)]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
@@ -87,7 +89,7 @@ def start(job: Json, command: list[str] | None = None) -> Json:
 
 
 def work(job: Json) -> None:
-    """Be a worker: do `job`, and print what was measured. On a GPU, memory is the GPU's."""
+    """Run `job` as a worker, and print what was measured. On a GPU, memory is the GPU's."""
     import torch
 
     result = {"generate": generate, "vae": vae, "make": make, "facts": facts}[job["do"]](job)
@@ -96,19 +98,20 @@ def work(job: Json) -> None:
 
 
 def generate(job: Json) -> Json:
-    """Worker: text to images, with one side's pipeline."""
+    """Draw images from text with one side's pipeline."""
     import torch
 
     always: Json = {"num_images_per_prompt": job["images"], "guidance_scale": SCALE}
     size = {"height": job["size"], "width": job["size"]}
-    # Lazy imports and first allocations are not measured; on a GPU, neither is the choice of kernels for the size.
+    # A first call leaves lazy imports and first allocations out of the measurement. On a GPU it has the full size, so
+    # that the choice of kernels for this size is left out, too.
     first = size if torch.cuda.is_available() else {"height": 64, "width": 64}
     if job["side"] == "sdkit":
         import sdkit
 
         sd = sdkit.StableDiffusion.from_pretrained(job["model"])
         sd(PROMPT, num_inference_steps=1, **first, **always)
-        marks: list[float] = []  # of entering and leaving a network, in turn
+        marks: list[float] = []  # times at which a network is entered and left, in turn
         for network in (sd.text.network, sd.unet.network):
             network.register_forward_pre_hook(lambda *_: marks.append(now()))
             network.register_forward_hook(lambda *_: marks.append(now()))
@@ -120,7 +123,7 @@ def generate(job: Json) -> Json:
 
     from diffusers import DDIMScheduler, StableDiffusionPipeline
 
-    # The dtype is the default one, named because a text encoder stored in half precision would stay so.
+    # float32 is the default, but a text encoder stored in half precision stays in it unless the dtype is named.
     pipe = StableDiffusionPipeline.from_pretrained(job["model"], safety_checker=None, torch_dtype=torch.float32)
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
     pipe.to("cuda" if torch.cuda.is_available() else "cpu")
@@ -133,7 +136,7 @@ def generate(job: Json) -> Json:
 
 
 def vae(job: Json) -> Json:
-    """Worker: photos to latents and back, by sdkit or by a loop over diffusers' `AutoencoderKL`."""
+    """Encode and decode photos with sdkit, or with a loop over diffusers' `AutoencoderKL`."""
     import torch
     from PIL import Image
     from skimage import data
@@ -171,7 +174,7 @@ def vae(job: Json) -> Json:
 
 
 def make(job: Json) -> Json:
-    """Worker: a pipeline's folder of the SD 1.5 architecture, from sdkit's configs and a fixed seed."""
+    """Write a pipeline's folder with the SD 1.5 architecture, from sdkit's configs and a fixed seed."""
     import torch
     from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -190,7 +193,7 @@ def make(job: Json) -> Json:
 
 
 def facts(_: Json) -> Json:
-    """Worker: what the numbers depend on."""
+    """Return what the numbers depend on: the processor and the versions."""
     import diffusers
     import torch
 
@@ -202,14 +205,14 @@ def facts(_: Json) -> Json:
 
 
 def timed(run: Callable[[], Any]) -> tuple[Json, Any]:
-    """What `run()` took and what it returned."""
+    """Return the time that `run()` took, and its result."""
     seconds, cpu_seconds = now(), time.process_time()
     result = run()
     return {"seconds": now() - seconds, "cpu_seconds": time.process_time() - cpu_seconds}, result
 
 
 def now() -> float:
-    """Seconds, once a GPU has done what it was given."""
+    """Return the time in seconds, after a GPU has finished its work."""
     import torch
 
     if torch.cuda.is_available():
@@ -218,7 +221,7 @@ def now() -> float:
 
 
 def summarise(part: str, turns: list[Json]) -> list[Json]:
-    """A row for each thing timed: of each figure the sides' medians over the turns, and the ratios within the turns."""
+    """Return a row for each timed job: medians of both sides over the turns, and the ratios within turns."""
     rows = []
     for name in turns[0]["sdkit"]["timings"]:
         row: Json = {"part": part, "timed": name}
@@ -235,7 +238,9 @@ def summarise(part: str, turns: list[Json]) -> list[Json]:
 
 def show(machine: list[str], rows: list[Json]) -> None:
     print(*machine, sep=", ")
-    print("Ratios are sdkit / diffusers; CPU is that of CPU time; loop is its own time as a share of the networks'.\n")
+    print(
+        "Ratios are sdkit / diffusers; CPU is the ratio of CPU times; loop is the loop's overhead over the networks.\n"
+    )
     print(f"{'':19}sdkit diffusers  ratio (from - to)    CPU      sdkit  diffusers  ratio   loop")
     for row in rows:
         t, cpu, m = row["seconds"], row["cpu_seconds"], row["peak_bytes"]

@@ -1,9 +1,9 @@
-"""Time of reading, of this checkout beside another one: a whole model (folder and single file), and many images.
+"""Compare the time that reading takes with another checkout: a whole model (folder and single file), and many images.
 
     git worktree add ../before some-commit
     python benchmarks/reading.py --against ../before      # about five minutes on two CPU cores
 
-Every measurement has a process of its own. The two checkouts take turns, and what counts is the median of the ratios
+Each measurement runs in its own process. The two checkouts take turns, and the result is the median of the ratios
 within turns. The model has SD 1.5's shape and random weights in float16; the images are PNGs of 64 x 64 pixels.
 """
 
@@ -46,15 +46,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Compare two checkouts in the time that reading takes.")
     parser.add_argument("--against", type=Path, required=True, metavar="FOLDER", help="the other checkout")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="(default: all)")
-    parser.add_argument("--repeats", type=int, default=5, help="turns of each part (default: %(default)s)")
-    parser.add_argument("--images", type=int, default=10_000, help="(default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=5, help="number of turns of each part (default: %(default)s)")
+    parser.add_argument("--images", type=int, default=10_000, help="number of images (default: %(default)s)")
     parser.add_argument("--scratch", type=Path, metavar="FOLDER", help="keep the model and the images there")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         root = args.scratch or Path(scratch)
         make(root, args.images)
         for part in args.parts:
-            seconds(part, root, ROOT)  # so that both find the files in memory
+            seconds(part, root, ROOT)  # not counted: it loads the files into the system's cache
             turns = [(seconds(part, root, ROOT), seconds(part, root, args.against)) for _ in range(args.repeats)]
             here, there = (median(side) for side in zip(*turns, strict=True))
             ratios = sorted(a / b for a, b in turns)
@@ -66,7 +66,7 @@ def main() -> None:
 
 
 def seconds(part: str, root: Path, checkout: Path) -> float:
-    """What one new process took, imports left out."""
+    """Return the seconds that one new process took, without imports."""
     environment = os.environ | {"PYTHONPATH": str(checkout.resolve()), "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-W", "ignore", "-c", CHILD.format(work=WORK[part]), str(root)]
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment, cwd=checkout)
@@ -74,7 +74,7 @@ def seconds(part: str, root: Path, checkout: Path) -> float:
 
 
 def make(root: Path, n: int) -> None:
-    """A model of random weights as a folder and as one file, and images with captions; left as they are if there."""
+    """Write a model of random weights, as a folder and as one file, and images with captions, unless they exist."""
     import numpy as np
     from PIL import Image
     from safetensors.torch import save_file

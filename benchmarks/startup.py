@@ -1,9 +1,9 @@
-"""How long sdkit takes to start: `import sdkit` and `sdkit --help`, beside a Python that does nothing.
+"""Measure the start-up time of `import sdkit` and of `sdkit --help`, compared with a Python that does nothing.
 
     python benchmarks/startup.py
     python benchmarks/startup.py --runs 20
 
-Each is the best of several runs, which take turns, so that a busy moment of the computer does not fall on one alone.
+Each time is the best of several runs. The commands take turns, so that a busy moment of the computer affects them all.
 """
 
 from __future__ import annotations
@@ -34,7 +34,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--runs", type=int, default=10, help="of which the best counts (default: %(default)s)")
+    parser.add_argument(
+        "--runs", type=int, default=10, help="number of runs; the best one counts (default: %(default)s)"
+    )
     runs = parser.parse_args().runs
     times = [{name: seconds(arguments) for name, arguments in COMMANDS.items()} for _ in range(runs)]
     best = {name: min(turn[name] for turn in times) for name in COMMANDS}

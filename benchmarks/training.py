@@ -1,16 +1,18 @@
-"""Training steps of sdkit beside those of diffusers' example script, and the cache beside a naive loop.
+"""Compare training steps of sdkit with those of diffusers' example script, and the cache with a naive loop.
 
     python benchmarks/training.py                       # all parts, about ten minutes on two CPU cores
     python benchmarks/training.py --parts step --width 1 --batch-size 8 --precision bf16     # on a GPU
 
-Parts: `step`, U-Net fine-tuning at the shape of SD 1.5, here in half its width; `overhead`, the same on the embedded
-model, whose steps are so short that what the loop itself takes shows; `cache`, a folder of photos encoded.
+Parts: `step`, U-Net fine-tuning at the shape of SD 1.5, by default at half its width; `overhead`, the same with the
+embedded model, on which steps are so short that the cost of the loop shows; `cache`, encoding a folder of photos.
 
-In `step` and `overhead` three sides take turns within one process, step by step, so that whatever else the machine does
-meets all of them: sdkit's `train_unet` from a cache, whole (loading, logging, clipping and all); the step of diffusers'
-train_text_to_image.py, with VAE and text encoder in it; and forward, backward and optimizer alone. Same networks, batch
-and precision, no EMA; AdamW is PyTorch's default in the script, fused in the bare step. What counts are medians of the
-ratios within turns.
+In `step` and `overhead` three sides take turns within one process, step by step, so that other load on the computer
+affects all of them alike:
+- sdkit's whole `train_unet` from a cache, including loading, logging, and clipping;
+- the step of diffusers' train_text_to_image.py, including VAE and text encoder;
+- forward, backward, and optimizer alone.
+All use the same networks, batch, and precision, without EMA. AdamW is PyTorch's default in the script, and fused in the
+bare step. The results are medians of the ratios within turns.
 """
 
 from __future__ import annotations
@@ -43,19 +45,31 @@ from sdkit.training.stages.unet import UNetStage
 ASSETS = Path(__file__).resolve().parent.parent / "sdkit" / "assets"
 PARTS = ("step", "overhead", "cache")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-WARM_UP = 2  # turns that are not counted
+WARM_UP = 2  # first turns, which are not counted
 Times = dict[str, list[float]]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Compare sdkit's training with diffusers' example script.")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="(default: all)")
-    parser.add_argument("--turns", type=int, default=8, help="steps of each side (default: %(default)s; overhead 10x)")
-    parser.add_argument("--width", type=float, default=0.5, help="of SD 1.5's networks (default: %(default)s)")
-    parser.add_argument("--size", type=int, default=512, help="pixels a side, of step (default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=1, help="of step (default: %(default)s; overhead: 8)")
+    parser.add_argument(
+        "--turns",
+        type=int,
+        default=8,
+        help="steps of each side; overhead takes ten times as many (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--width",
+        type=float,
+        default=0.5,
+        help="width of the networks as a fraction of SD 1.5's (default: %(default)s)",
+    )
+    parser.add_argument("--size", type=int, default=512, help="side in pixels, for step (default: %(default)s)")
+    parser.add_argument(
+        "--batch-size", type=int, default=1, help="batch size of step; overhead uses 8 (default: %(default)s)"
+    )
     parser.add_argument("--precision", choices=("no", "bf16", "fp16"), default="no", help="(default: %(default)s)")
-    parser.add_argument("--images", type=int, default=24, help="of cache (default: %(default)s)")
+    parser.add_argument("--images", type=int, default=24, help="number of images for cache (default: %(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write all numbers to FILE")
     args = parser.parse_args()
     name = torch.cuda.get_device_name() if DEVICE.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
@@ -79,7 +93,7 @@ def main() -> None:
 
 
 def steps(root: Path, model: Path, size: int, batch_size: int, precision: str, turns: int) -> Times:
-    """Seconds of the steps of each side."""
+    """Return the seconds that each step of each side took."""
     make_photos(root / "photos", 4 * batch_size, size)
     with contextlib.redirect_stderr(io.StringIO()):
         cache = sdkit.data.cache(model, root / "photos", root / "cache", size=size, embeddings=True)
@@ -96,9 +110,9 @@ def steps(root: Path, model: Path, size: int, batch_size: int, precision: str, t
 
 
 class TakingTurns(UNetStage):
-    """Where a step of sdkit calls for its loss, the clock stops, and the others do a step each.
+    """A U-Net stage that stops sdkit's clock at each call of the loss, and lets the other sides do one step each.
 
-    So a step of sdkit is all that happens from one call of the loss to the next.
+    A step of sdkit is thus measured from one call of the loss to the next, and includes the whole loop.
     """
 
     def __init__(self, config: UNetConfig, others: Mapping[str, Script]) -> None:
@@ -133,16 +147,16 @@ class Script:
 
         self.dtype = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
         torch.manual_seed(0)
-        if network is not None:  # the same U-Net: two copies need not fit into the memory
+        if network is not None:  # share the U-Net: two copies may not fit into memory
             self.__dict__ |= network.__dict__
-            self.optimizer = torch.optim.AdamW(self.unet.parameters(), lr=1e-5, fused=True)  # as fast as there is
+            self.optimizer = torch.optim.AdamW(self.unet.parameters(), lr=1e-5, fused=True)  # PyTorch's fastest AdamW
             return
         source = Source.open(model)
         self.vae = source.autoencoder(self.dtype).to(DEVICE).requires_grad_(False)
         text, tokenizer = source.text_encoder(self.dtype)
         self.text, self.unet = text.to(DEVICE).requires_grad_(False), source.denoiser().to(DEVICE).train()
         self.scheduler = DDPMScheduler.from_config(source.scheduler_config())
-        self.optimizer = torch.optim.AdamW(self.unet.parameters(), lr=1e-5)  # as the script has it
+        self.optimizer = torch.optim.AdamW(self.unet.parameters(), lr=1e-5)  # as in the script
         self.scaler = torch.amp.GradScaler(DEVICE.type, enabled=precision == "fp16")
         self.pixels = torch.rand(batch_size, 3, size, size).mul(2).sub(1)
         length = min(tokenizer.model_max_length, text.config.max_position_embeddings)
@@ -181,7 +195,7 @@ class Script:
 
 
 def caching(root: Path, n: int) -> dict[str, Any]:
-    """Encoding a folder at 256 px with the embedded model's VAE: by sdkit, and one by one in float32."""
+    """Time the encoding of a folder at 256 px with the embedded VAE: by sdkit, and one by one in float32."""
     folder = make_photos(root / "folder", n, 512)
 
     def naive() -> None:
@@ -201,7 +215,7 @@ def caching(root: Path, n: int) -> dict[str, Any]:
         with contextlib.redirect_stderr(io.StringIO()):
             ours = timed(partial(sdkit.data.cache, "emoji", folder, root / f"cache-{turn}", size=256))
         theirs = timed(naive)
-        if turn:  # the first warms up
+        if turn:  # the first turn is a warm-up
             seconds["sdkit"].append(ours), seconds["naive"].append(theirs)
     ratios = [theirs / ours for ours, theirs in zip(seconds["sdkit"], seconds["naive"], strict=True)]
     print(f"cache, {n} photos at 256 px, embedded VAE")
@@ -224,7 +238,7 @@ def show(title: str, times: Times, batch_size: int) -> None:
 
 
 def make_model(folder: Path, width: float) -> Path:
-    """A pipeline's folder of the SD 1.5 architecture, each width `width` times its own, with random weights."""
+    """Write a pipeline's folder with the SD 1.5 architecture, every width scaled by `width`, and random weights."""
     from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -234,7 +248,7 @@ def make_model(folder: Path, width: float) -> Path:
     def scaled(config: Any, *keys: str) -> dict[str, Any]:
         changed: dict[str, Any] = {}
         for key in keys:
-            value, unit = config[key], 1 if key == "num_attention_heads" else 32  # groups of GroupNorm
+            value, unit = config[key], 1 if key == "num_attention_heads" else 32  # GroupNorm has 32 groups
             changed[key] = [narrow(v, unit) for v in value] if isinstance(value, (list, tuple)) else narrow(value, unit)
         return {**config} | changed
 
@@ -254,7 +268,7 @@ def make_model(folder: Path, width: float) -> Path:
 
 
 def make_photos(folder: Path, n: int, size: int) -> Path:
-    """n crops of scikit-image's photos, with captions."""
+    """Write n crops of scikit-image's photos, with captions."""
     folder.mkdir(parents=True)
     sources = [Image.fromarray(getattr(photos, name)()) for name in ("astronaut", "coffee", "chelsea")]
     rng = np.random.default_rng(0)
@@ -274,7 +288,7 @@ def timed(run: Callable[[], object]) -> float:
 
 
 def now() -> float:
-    """Seconds, once a GPU has done what it was given."""
+    """Return the time in seconds, after a GPU has finished its work."""
     if DEVICE.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()

@@ -1,7 +1,7 @@
-"""Run the notebooks and keep what they show: python notebooks/run.py [NAME.ipynb ...]
+"""Run the notebooks and save their outputs: python notebooks/run.py [NAME.ipynb ...]
 
-Each runs in a kernel of its own, in an empty folder. A translation (NAME_zh.ipynb) gets the outputs of its original,
-whose code it shares.
+Each notebook runs in its own kernel, in an empty folder. A translation (NAME_zh.ipynb) has the code of its
+original, and gets a copy of the outputs.
 """
 
 from __future__ import annotations
@@ -25,31 +25,31 @@ HERE = Path(__file__).parent
 
 
 def code(notebook: Any) -> list[Any]:
-    """The cells of a notebook that have code."""
+    """Return the code cells of a notebook."""
     return [cell for cell in notebook.cells if cell.cell_type == "code"]
 
 
 def digest(notebook: Any) -> str:
-    """SHA-256 of its code and of what that has shown, which the notebook keeps beside them."""
-    kept = [(cell.source, cell.outputs) for cell in code(notebook)]
-    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+    """Return the SHA-256 digest of a notebook's code and outputs. The notebook's metadata stores it as `ran`."""
+    cells = [(cell.source, cell.outputs) for cell in code(notebook)]
+    return hashlib.sha256(json.dumps(cells, sort_keys=True).encode()).hexdigest()
 
 
 def packed(png: str) -> str:
-    """The same picture in fewer bytes: without matplotlib's opaque alpha channel. Both as base64."""
+    """Return a PNG in fewer bytes, without matplotlib's opaque alpha channel; both PNGs are in base64."""
     smaller = io.BytesIO()
     Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB").save(smaller, "PNG", optimize=True)
     return base64.b64encode(smaller.getvalue()).decode()
 
 
 def run(path: Path) -> None:
-    """Run a notebook and write it again with its outputs, but for progress bars and warnings."""
+    """Run a notebook and save it with its outputs, except what it wrote to stderr (progress bars, warnings)."""
     notebook = nbformat.read(path, 4)
     with TemporaryDirectory() as folder:
         NotebookClient(notebook, timeout=None, resources={"metadata": {"path": folder}}).execute()
     for cell in code(notebook):
         cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
-        cell.metadata.pop("execution", None)  # when it ran
+        cell.metadata.pop("execution", None)  # times of the run
         for output in cell.outputs:
             if "image/png" in output.get("data", ()):
                 output.data["image/png"] = packed(output.data["image/png"])
@@ -65,8 +65,8 @@ def run(path: Path) -> None:
 
 
 def main(names: list[str]) -> None:
-    """Run the notebooks of these names, or all of them."""
-    if lpips := os.environ.get("SDKIT_LPIPS"):  # of this folder, not of the kernels'
+    """Run the named notebooks, or all of them."""
+    if lpips := os.environ.get("SDKIT_LPIPS"):  # relative to this folder: the kernels run in other ones
         os.environ["SDKIT_LPIPS"] = str(Path(lpips).resolve())
     paths = [HERE / Path(name).name for name in names] or sorted(HERE.glob("*.ipynb"))
     for path in dict.fromkeys(path.with_stem(path.stem.removesuffix("_zh")) for path in paths):

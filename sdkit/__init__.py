@@ -1,10 +1,10 @@
-"""sdkit: encode and decode images, make them from text, and fine-tune, with Stable Diffusion 1.x / 2.x.
+"""sdkit: encode and decode images, draw images of prompts, and fine-tune, with Stable Diffusion 1.x and 2.x.
 
     images = vae.decode(vae.encode("photo.jpg"))                # vae = sdkit.VAE.from_pretrained("emoji")
     images = sd("a red apple on a blue background", seed=1)     # sd = sdkit.StableDiffusion.from_pretrained("emoji")
     run = sdkit.training.train_unet(sdkit.training.UNetConfig(data="photos", out_dir="run", lora_rank=16))
 
-Importing the package loads no heavy library: each room is imported when one of its names is first used (PEP 562).
+Importing the package loads no heavy library: a module is imported when one of its names is first used (PEP 562).
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ _HOMES = {
     "VAE": "sdkit.networks.autoencoder",
 }
 
-if not TYPE_CHECKING:  # a type checker reads the imports above, and so finds a misspelt name
+if not TYPE_CHECKING:  # type checkers use the imports above, which let them report misspelt names
     __getattr__ = attributes(__name__, _HOMES)
 
 

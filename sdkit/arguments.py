@@ -1,4 +1,4 @@
-"""Checks of what users hand in: each returns the value, or raises `ArgumentError` with a sentence that names it."""
+"""Checks of arguments: each returns the value, or raises `ArgumentError` with a sentence that names the argument."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sdkit.errors import ArgumentError
 from sdkit.messages import clean
 
 LONGEST_SIDE = 16384
-"""Pixels a side of the largest image; memory runs out well before."""
+"""Pixels of the longest side that an image may have; memory runs out well before."""
 PREDICTIONS = {
     "eps": "epsilon",
     "epsilon": "epsilon",
@@ -24,18 +24,18 @@ PREDICTIONS = {
     "x0": "sample",
     "sample": "sample",
 }
-"""What a model may be trained to predict, as users write it -> as diffusers does."""
+"""Names that users give to a model's prediction -> diffusers' names."""
 
 
 def one_of(name: str, value: Any, choices: Collection[str]) -> str:
-    """`value`, one of `choices`."""
+    """Check that `value` is one of `choices`."""
     if not isinstance(value, str) or value not in choices:
         raise ArgumentError(f"{name} {value!r} is not one of {', '.join(map(repr, choices))}.")
     return value
 
 
 def whole_number(name: str, value: Any, low: int, high: int | None = None) -> int:
-    """A whole number (also NumPy's) from `low` to `high`."""
+    """Check that `value` is a whole number (NumPy's too) from `low` to `high`, both included."""
     try:
         n = low - 1 if isinstance(value, bool) else operator.index(value)
     except TypeError:
@@ -47,7 +47,7 @@ def whole_number(name: str, value: Any, low: int, high: int | None = None) -> in
 
 
 def number(name: str, value: Any, low: float = -math.inf, high: float = math.inf) -> float:
-    """A finite number from `low` to `high`."""
+    """Check that `value` is a finite number from `low` to `high`, both included."""
     x = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
     if not math.isfinite(x) or not low <= x <= high:
         if math.isinf(low) and math.isinf(high):
@@ -58,14 +58,14 @@ def number(name: str, value: Any, low: float = -math.inf, high: float = math.inf
 
 
 def flag(name: str, value: Any) -> bool:
-    """True or False: a word such as "no" would count as true."""
+    """Check that `value` is True or False. Other types are refused: the string "no" would be true."""
     if not isinstance(value, bool):
         raise ArgumentError(f"{name} must be True or False, not {value!r}.")
     return value
 
 
 def possible_name(name: str | os.PathLike[str]) -> bool:
-    """Whether a file can have this name here: it can be encoded, and holds no NUL."""
+    """Tell whether a file can have this name on this system: it can be encoded, and holds no NUL."""
     try:
         return b"\0" not in os.fsencode(name)
     except UnicodeEncodeError:
@@ -73,7 +73,7 @@ def possible_name(name: str | os.PathLike[str]) -> bool:
 
 
 def path_or_name(name: str, value: Any) -> str:
-    """A path or a name, as a string; not an empty one, nor one that no file can have."""
+    """Check that `value` is a path or a name, not empty, and possible on this system; return it as a string."""
     if not isinstance(value, (str, os.PathLike)) or not os.fspath(value):
         raise ArgumentError(f"{name} must be a path or a name, not {value!r}.")
     if not possible_name(value):
@@ -82,7 +82,7 @@ def path_or_name(name: str, value: Any) -> str:
 
 
 def noise_levels(name: str, value: Any) -> tuple[float, float]:
-    """An interval (low, high] of noise levels; high may be infinite."""
+    """Check that `value` is an interval (low, high] of noise levels, with 0 <= low < high; high may be infinite."""
     numbers = isinstance(value, (tuple, list)) and all(isinstance(level, Real) for level in value)
     if not numbers or len(value) != 2 or not 0 <= value[0] < value[1]:
         raise ArgumentError(f"{name} must be two noise levels, 0 <= low < high, not {value}.")
@@ -90,7 +90,7 @@ def noise_levels(name: str, value: Any) -> tuple[float, float]:
 
 
 def strings(name: str, value: Any) -> list[str]:
-    """A string, or a list of at least one, as a list."""
+    """Check that `value` is a string or a list of at least one string; return a list."""
     items = [value] if isinstance(value, str) else list(value) if isinstance(value, (list, tuple)) else []
     if not items or not all(isinstance(item, str) for item in items):
         raise ArgumentError(f"{name} must be a string or a list of at least one string.")
@@ -100,7 +100,7 @@ def strings(name: str, value: Any) -> list[str]:
 
 
 def seeded(seed: int | Sequence[int], n: int) -> list[torch.Generator]:
-    """One CPU generator for each of n images: image i's from seed + i, or from the i-th of a list."""
+    """Return a CPU generator for each of `n` images: image i has seed + i, or the i-th seed of a list."""
     seeds = list(seed) if isinstance(seed, Iterable) and not isinstance(seed, str) else None
     if seeds is not None and len(seeds) != n:
         raise ArgumentError(f"{len(seeds)} seeds cannot serve {n} images: give one, or one for each.")

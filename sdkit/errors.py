@@ -1,4 +1,4 @@
-"""Errors that a user can cause: each carries one sentence that says what was wrong, with what, and what to do."""
+"""Errors that a user can cause. Each message says in one sentence what was wrong, with what, and what to do."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from sdkit.messages import shortened
 
 
 class SdkitError(Exception):
-    """Base class of every error that sdkit raises on purpose. The command line prints it without a traceback, exit code
-    2.
+    """Base class of every error that sdkit raises on purpose.
 
-    A message that quotes names or values of thousands of letters loses its middle.
+    The command line prints the message without a traceback, and exits with code 2. A message of over 1,000 letters,
+    which quotes a very long name or value, loses its middle.
     """
 
     def __init__(self, message: str = "") -> None:
@@ -17,11 +17,11 @@ class SdkitError(Exception):
 
 
 class ArgumentError(SdkitError, ValueError):
-    """A parameter's value, type or shape cannot be used."""
+    """A parameter's value, type, or shape cannot be used."""
 
 
 class SourceError(SdkitError):
-    """A model source cannot be found, read, or does not hold what was asked of it."""
+    """A model source cannot be found or read, or lacks the part that was asked for."""
 
 
 class ImageError(SdkitError):
@@ -37,8 +37,8 @@ class DataError(SdkitError):
 
 
 class CacheError(SdkitError):
-    """A latent cache is damaged, or was made by other networks or settings than those asked for."""
+    """A latent cache is damaged, or was made with other networks or settings than those asked for."""
 
 
 class TrainingError(SdkitError):
-    """A training run cannot start, go on, or resume."""
+    """A training run cannot start, continue, or resume."""

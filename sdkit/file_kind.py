@@ -1,9 +1,9 @@
-"""Names the kind of a file by its first bytes: a suffix is a name, which anyone may change."""
+"""Kinds of files, recognised by their first bytes. A suffix proves nothing: anyone may rename a file."""
 
 from __future__ import annotations
 
 BEGINNING = 512
-"""Bytes that tell one kind from another."""
+"""Number of first bytes that `kind_of` needs."""
 LONGEST_HEADER = 100_000_000
 """Bytes of the largest header that the safetensors library reads."""
 SAFETENSORS, PICKLE, ZIP = "a safetensors file", "a pickle", "a zip archive"
@@ -38,19 +38,20 @@ TEXTS = (
     (b"[", JSON),
 )
 BRANDS = {b"heic": "HEIC", b"heix": "HEIC", b"hevc": "HEIC", b"mif1": "HEIF", b"msf1": "HEIF", b"avif": AVIF}
-"""Kinds of ISO media files, by their brand."""
+"""Brand in an ISO media file -> its kind."""
 
 
 def kind_of(beginning: bytes) -> str | None:
-    """The kind of a file that begins so, to be put into a sentence; None where the first bytes do not tell."""
-    # safetensors: the length of the header in 8 bytes, then the header, a JSON object.
+    """Return the kind of a file from its first bytes, worded to fit into a sentence; None if they do not tell."""
+    # A safetensors file begins with 8 bytes for the header's length. The header is a JSON object.
     if beginning[8:9] == b"{" and int.from_bytes(beginning[:8], "little") <= LONGEST_HEADER:
         return SAFETENSORS
     if kind := next((kind for start, kind in STARTS if beginning.startswith(start)), None):
         return kind
     if beginning[4:8] == b"ftyp":
         return BRANDS.get(beginning[8:12], "a video")
-    # An opcode and the protocol. A 0 behind them is no opcode: it is the length of safetensors' header.
+    # A pickle begins with an opcode and its protocol. If a 0 follows, which is no opcode, the bytes are the header's
+    # length in a safetensors file.
     if beginning[:1] == b"\x80" and beginning[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05") and any(beginning[2:3]):
         return PICKLE
     text = beginning.removeprefix(b"\xef\xbb\xbf").lstrip().lower()

@@ -1,4 +1,4 @@
-"""Guidance, as `sdkit.guidance`: see `sdkit.diffusion.guidance`."""
+"""Guidance: public names of `sdkit.diffusion.guidance`."""
 
 from __future__ import annotations
 

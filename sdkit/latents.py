@@ -1,4 +1,4 @@
-"""Latent files, as `sdkit.latents`: see `sdkit.data.latent_file`."""
+"""Latent files: public names of `sdkit.data.latent_file`."""
 
 from __future__ import annotations
 

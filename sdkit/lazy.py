@@ -1,4 +1,4 @@
-"""Names of a package whose modules are imported when one of them is first used (PEP 562)."""
+"""Lazy names of a package: the module behind a name is imported when the name is first used (PEP 562)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,12 @@ from importlib import import_module
 
 
 def attributes(package: str, homes: Mapping[str, str]) -> Callable[[str], object]:
-    """The `__getattr__` of `package`: each name in `homes` comes from the module given there, or is that module."""
+    """Make the `__getattr__` of a package.
+
+    Args:
+        package: name of the package.
+        homes: name in the package -> the module that defines it, or the module that it is.
+    """
 
     def get(name: str) -> object:
         if name not in homes:

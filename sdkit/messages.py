@@ -1,39 +1,123 @@
-"""Foreign text (file names, values from files, other libraries' errors) made fit to be quoted in a message."""
+"""Messages: foreign text made safe to quote, and other libraries' messages silenced.
+
+Foreign text is what sdkit did not write: file names, values from files, other libraries' errors.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from importlib import import_module
 
 LONGEST_QUOTE = 300
+"""Letters of a foreign text that are quoted."""
 LONGEST_MESSAGE = 1000
-LISTED = 3  # names of many that a message gives
+"""Letters of a whole message."""
+LISTED = 3
+"""Number of names that a message gives of many."""
+DOWNLOADERS = ("datasets", "huggingface_hub")
+"""Libraries that keep their progress bars on a terminal when quiet: a download may take hours."""
+
+_switching = threading.Lock()
+_users: dict[str, int] = {}
+"""Number of `quiet` blocks that are open, by library."""
+_settings: dict[str, tuple[int, bool]] = {}
+"""Log level before the first of these blocks, and whether it disabled progress bars, by library."""
 
 
 def printable(text: str) -> str:
-    """`text` in one line, with "?" for what might steer a terminal."""
+    """Return `text` in one line, with "?" for characters that could control a terminal."""
     return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
 def clean(foreign: object) -> str:
-    """A foreign text, path, or value in one line, without control characters, and not too long."""
+    """Return a foreign text, path, or value in one line, without control characters, cut if it is too long."""
     text = str(foreign)
     return printable(text) if len(text) <= LONGEST_QUOTE else f"{printable(text[:LONGEST_QUOTE])}..."
 
 
 def listed(names: Sequence[object]) -> str:
-    """The first names, and the number of the others: "a, b, c and 2 more"."""
+    """List the first names and the number of the others: "a, b, c and 2 more"."""
     more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
     return ", ".join(map(clean, names[:LISTED])) + more
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of a library's message, without the punctuation at its end."""
+    """Return the first line of a library's message, without the punctuation at its end."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    begun = lines[0].endswith(":") and lines[1:]  # the second says what the first announces
+    begun = lines[0].endswith(":") and lines[1:]  # "...:" only announces what the next line says
     return clean(" ".join(lines[:2] if begun else lines[:1]).rstrip(".:"))
 
 
 def shortened(message: str) -> str:
-    """`message` without its middle where it is too long: the problem stands at its beginning, the remedy at its end."""
+    """Cut the middle out of a message that is too long. It begins with the problem, and ends with the remedy."""
     half = LONGEST_MESSAGE // 2
     return message if len(message) <= LONGEST_MESSAGE else f"{message[:half]} ... {message[-half:]}"
+
+
+def system_message(error: Exception) -> str:
+    """Return the operating system's message of an `OSError`, or else the first line of a library's message."""
+    return clean(error.strerror) if isinstance(error, OSError) and error.strerror else first_line(error)
+
+
+def reason(error: Exception) -> str:
+    """Return `system_message` in lower case, to end a sentence with."""
+    return system_message(error).lower()
+
+
+@contextmanager
+def quiet(*libraries: str) -> Iterator[None]:
+    """Silence the logs and progress bars of "diffusers", "transformers", "huggingface_hub", or "datasets".
+
+    The settings belong to the whole process. When several threads are inside, the first to enter silences a library,
+    and the last to leave restores it.
+    """
+    with ExitStack() as stack:
+        for library in libraries:
+            stack.enter_context(_quiet(library))
+        yield
+
+
+@contextmanager
+def _quiet(library: str) -> Iterator[None]:
+    log = import_module(f"{library}.utils.logging")  # also configures the logger, so that nothing resets its level
+    bars_enabled, enable_bars, disable_bars = _bars(library)
+    with _switching:
+        _users[library] = _users.get(library, 0) + 1
+        if _users[library] == 1:
+            silenced = bars_enabled() and not (library in DOWNLOADERS and sys.stderr.isatty())
+            _settings[library] = (log.get_verbosity(), silenced)
+            log.set_verbosity(logging.CRITICAL)
+            if silenced:
+                disable_bars()
+    try:
+        yield
+    finally:
+        with _switching:
+            _users[library] -= 1
+            if _users[library] == 0:
+                level, silenced = _settings.pop(library)
+                log.set_verbosity(level)
+                if silenced:
+                    enable_bars()
+
+
+def _bars(library: str) -> tuple[Callable[[], bool], Callable[[], None], Callable[[], None]]:
+    """Return three functions of the library: are progress bars enabled, enable them, and disable them."""
+    if library in DOWNLOADERS:
+        bars = import_module(f"{library}.utils.tqdm")
+        return lambda: not bars.are_progress_bars_disabled(), bars.enable_progress_bars, bars.disable_progress_bars
+    bars = import_module(f"{library}.utils.logging")
+    return bars.is_progress_bar_enabled, bars.enable_progress_bar, bars.disable_progress_bar
+
+
+@contextmanager
+def no_warnings() -> Iterator[None]:
+    """Ignore all warnings. Their filters belong to the whole process."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

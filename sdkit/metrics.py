@@ -1,4 +1,4 @@
-"""Measures of images, as `sdkit.metrics`: see `sdkit.evaluation`."""
+"""Measures of images: public names of `sdkit.evaluation`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Work done in threads before its results are wanted."""
+"""Prefetching: threads compute results before they are needed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ U = TypeVar("U")
 
 
 def ahead(pool: ThreadPoolExecutor, run: Callable[[T], U], items: Iterable[T], n: int) -> Iterator[U]:
-    """`run(item)` of each item, in order, up to `n` items ahead of the caller. After an error none runs on."""
+    """Yield `run(item)` for each item in order, and compute up to `n` items ahead of the caller.
+
+    After an error, calls that have not begun are cancelled, and the running ones are waited for.
+    """
     waiting: deque[Future[U]] = deque()
     try:
         for item in items:

@@ -1,4 +1,4 @@
-"""The processes of an `accelerate launch`, before Accelerate itself is loaded."""
+"""The processes of an `accelerate launch`, as the environment describes them, without importing Accelerate."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ import os
 
 
 def is_main_process() -> bool:
-    """Whether this is the main one of the processes of an `accelerate launch`, or the only one."""
+    """Tell whether this is the main process of an `accelerate launch`, or the only process."""
     return os.environ.get("RANK", "0") == "0" or os.environ.get("WORLD_SIZE", "1") == "1"

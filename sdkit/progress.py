@@ -1,4 +1,4 @@
-"""One progress bar for every long loop."""
+"""The progress bar of every long loop."""
 
 from __future__ import annotations
 
@@ -11,5 +11,5 @@ T = TypeVar("T")
 
 
 def progress(iterable: Iterable[T], total: int | None = None, description: str = "") -> Iterator[T]:
-    """Yield from `iterable` with a bar on stderr; silent where stderr is not a terminal."""
+    """Yield from `iterable` with a progress bar on stderr; without a bar if stderr is not a terminal."""
     yield from tqdm(iterable, total=total, desc=description or None, disable=None, leave=False)

@@ -1,10 +1,11 @@
-"""Samplers, as `sdkit.samplers`: see `sdkit.diffusion.samplers`."""
+"""Samplers: public names of `sdkit.diffusion.samplers`."""
 
 from __future__ import annotations
 
 from sdkit.diffusion.samplers import (
     SAMPLERS,
     Generators,
+    Sampler,
     Step,
     Timesteps,
     clip,
@@ -16,11 +17,13 @@ from sdkit.diffusion.samplers import (
     dpmpp_2m_step,
     half_log_snr,
     noise_like,
+    sampler_by_name,
 )
 
 __all__ = [
     "Generators",
     "SAMPLERS",
+    "Sampler",
     "Step",
     "Timesteps",
     "clip",
@@ -32,4 +35,5 @@ __all__ = [
     "dpmpp_2m_step",
     "half_log_snr",
     "noise_like",
+    "sampler_by_name",
 ]

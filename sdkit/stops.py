@@ -1,4 +1,4 @@
-"""Stops: what asks the process to end (a signal, Ctrl-C, `sys.exit`), and its search behind other libraries' errors."""
+"""Stops: requests to end the process (a signal, Ctrl-C, `sys.exit`), also where another library hides them."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ STOPS = (Stopped, KeyboardInterrupt, SystemExit)
 
 
 def stop_in(error: BaseException) -> BaseException | None:
-    """The stop (a signal, Ctrl-C, `sys.exit`) that `error` is or was made of, None where there is none.
+    """Return the stop (a signal, Ctrl-C, `sys.exit`) that `error` is or was caused by; None if there is none.
 
-    Python 3.11 wraps whatever a `__set_name__` raises in a RuntimeError; ctypes, regex, and others do alike. A signal
-    that arrives there would otherwise be reported as a damaged file.
+    Python 3.11 wraps whatever a `__set_name__` raises in a RuntimeError, and ctypes, regex, and others do the same. If
+    a signal arrives there, it would otherwise be reported as a damaged file.
     """
     seen: dict[int, BaseException] = {}
     waiting: list[BaseException | None] = [error]

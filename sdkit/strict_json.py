@@ -1,6 +1,6 @@
-"""The one reader of JSON: whatever is in a file, the caller gets JSON of the kind asked for, or one exception.
+"""JSON read strictly: the caller gets the kind of value it asked for, or a `ValueError`.
 
-The `ValueError`s of this module are predicates ("is not valid JSON ..."), to be put behind the name of the file.
+The message of each `ValueError` is a predicate ("is not valid JSON ..."); the caller puts the file's name before it.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from sdkit.files import read_regular
 from sdkit.messages import first_line
 
 LARGEST = 64 * 2**20
-"""Bytes of the largest JSON file that is read; those of models, caches, and runs are far smaller."""
+"""Bytes of the largest JSON file that is read. The files of models, caches, and runs are far smaller."""
 
 
 def parse(data: bytes | str) -> Any:
-    """The value that a JSON text holds, NaN and Infinity among them. Raises `ValueError` for anything else."""
+    """Return the value of a JSON text; NaN and Infinity are allowed. Raises `ValueError` for anything else."""
     try:
         return json.loads(data)
     except RecursionError as error:
@@ -28,7 +28,7 @@ def parse(data: bytes | str) -> Any:
 
 
 def parse_object(data: bytes | str) -> dict[str, Any]:
-    """The object that a JSON text holds. Raises `ValueError` for anything else."""
+    """Return the object in a JSON text. Raises `ValueError` for anything else."""
     found = parse(data)
     if not isinstance(found, dict):
         raise ValueError("holds no JSON object")
@@ -36,15 +36,19 @@ def parse_object(data: bytes | str) -> dict[str, Any]:
 
 
 def read_object(path: Path, largest: int = LARGEST) -> dict[str, Any]:
-    """The object in a JSON file. Raises `ValueError` for other content, `OSError` for what is no readable regular file
-    of at most `largest` bytes."""
+    """Return the object in a JSON file.
+
+    Raises:
+        ValueError: if the file holds anything else.
+        OSError: if it cannot be read, is not a regular file, or is larger than `largest` bytes.
+    """
     return parse_object(read_regular(path, largest))
 
 
 def require(fields: Mapping[str, Any], kinds: Mapping[str, type | tuple[type, ...]]) -> None:
-    """Raise `ValueError` where one of the fields named in `kinds` is missing or of another type.
+    """Raise `ValueError` if a field named in `kinds` is missing or has another type.
 
-    True and False count as bool alone, a whole number as a float, too.
+    An int is accepted as a float. A bool is not accepted as a number.
     """
     for name, kind in kinds.items():
         if name not in fields:

@@ -1,7 +1,7 @@
-"""Safetensors files: the same bytes for the same content, and an error for every damage.
+"""Safetensors files: equal content is written as equal bytes, and each damage raises when read.
 
-The `ValueError`s of this module are predicates ("is not a whole safetensors file ..."), to be put behind the name of
-the file.
+The message of each `ValueError` is a predicate ("is not a whole safetensors file ..."); the caller puts the file's
+name before it.
 """
 
 from __future__ import annotations
@@ -24,20 +24,26 @@ METADATA = "__metadata__"
 
 
 def encoded(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
-    """The bytes of a safetensors file. Its metadata are sorted: safetensors itself writes them in another order each
-    time."""
+    """Return the bytes of a safetensors file with sorted metadata.
+
+    The safetensors library writes metadata in another order each time, so equal content would give other checksums.
+    """
     data = safetensors.torch.save({name: x.detach().cpu().contiguous() for name, x in tensors.items()}, dict(metadata))
     end = 8 + int.from_bytes(data[:8], "little")
     header = json.loads(data[8:end])
     header[METADATA] = dict(sorted(metadata.items()))
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # the numbers begin at a multiple of 8
+    text += b" " * (-len(text) % 8)  # tensors must begin at a multiple of 8 bytes
     return len(text).to_bytes(8, "little") + text + data[end:]
 
 
 def read(path: Path, largest: int) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a safetensors file, whatever its name. Raises `OSError` for what is no readable regular
-    file of at most `largest` bytes, `ValueError` for a damaged file, or one of another kind."""
+    """Return the tensors and the metadata of a safetensors file, whatever its suffix.
+
+    Raises:
+        ValueError: if the file is damaged or of another kind.
+        OSError: if it cannot be read, is not a regular file, or is larger than `largest` bytes.
+    """
     data = read_regular(path, largest)
     try:
         tensors = safetensors.torch.load(data)
@@ -45,12 +51,12 @@ def read(path: Path, largest: int) -> tuple[dict[str, Tensor], dict[str, str]]:
         return tensors, {key: str(value) for key, value in metadata.items()}
     except MemoryError:
         raise
-    except Exception as error:  # whatever damage makes torch or safetensors raise
+    except Exception as error:  # damaged files make torch and safetensors raise many types
         raise _unreadable(data[:BEGINNING], error) from error
 
 
 def open_mapped(path: Path) -> Any:
-    """safetensors' `safe_open` of a file, which maps it into memory. Raises as `read` does."""
+    """Open a file with safetensors' `safe_open`, which maps it into memory. Raises as `read` does."""
     with open_regular(path) as file:
         beginning = file.read(BEGINNING)
     try:

@@ -1,4 +1,4 @@
-"""What every test stands on: no network, an empty Hub cache, the embedded model loaded once, and a few real photos."""
+"""Fixtures of all tests: no network, an empty Hub cache, the embedded model loaded once, and a few real photos."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import atexit
 import os
 import tempfile
 
-# Set before huggingface_hub and torch are first imported, which read these once. Subprocesses inherit them.
+# Set before huggingface_hub and torch are first imported, because they read these variables once. Subprocesses inherit
+# them.
 _cache = tempfile.TemporaryDirectory(prefix="sdkit-tests-")
 atexit.register(_cache.cleanup)
 os.environ.update(HF_HUB_OFFLINE="1", HF_HOME=_cache.name, HF_HUB_CACHE=_cache.name + "/hub")
@@ -20,30 +21,30 @@ from PIL import Image  # noqa: E402
 
 import sdkit  # noqa: E402
 
-# No deadline: a first call of torch is slow. Derandomized: a run of the suite is the same everywhere.
+# No deadline, because the first call of torch is slow. Derandomized, so that every run draws the same examples.
 hypothesis.settings.register_profile("sdkit", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("sdkit")
 
 
 @pytest.fixture(scope="session")
 def sd() -> sdkit.StableDiffusion:
-    """The embedded model, in float32 on the CPU."""
+    """The embedded model in float32 on the CPU."""
     return sdkit.StableDiffusion.from_pretrained("emoji", dtype="fp32", device="cpu")
 
 
 @pytest.fixture(scope="session")
 def astronaut() -> Image.Image:
-    """A portrait, 512 x 512."""
+    """A portrait of 512 x 512 pixels."""
     return Image.fromarray(skimage.data.astronaut())
 
 
 @pytest.fixture(scope="session")
 def chelsea() -> Image.Image:
-    """A cat, 451 x 300 (width x height): neither is a multiple of 8."""
+    """A cat, 451 x 300 (width x height). Neither side is a multiple of 8."""
     return Image.fromarray(skimage.data.chelsea())
 
 
 @pytest.fixture(scope="session")
 def coffee() -> Image.Image:
-    """A cup on a table, 600 x 400."""
+    """A cup on a table, 600 x 400 pixels."""
     return Image.fromarray(skimage.data.coffee())

@@ -8,7 +8,7 @@ from sdkit.errors import ArgumentError
 
 
 def full(batch: int, seed: int) -> Conditioning:
-    """A condition with each of its parts."""
+    """Make a condition with all parts."""
     g = torch.Generator().manual_seed(seed)
     sides = [torch.randn(batch, 8, side, side, generator=g) for side in (8, 4, 2)]
     return Conditioning(

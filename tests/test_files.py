@@ -14,9 +14,11 @@ from pathlib import Path
 import pytest
 
 from sdkit import images
-from sdkit.data import latent_file as latents
+from sdkit.atomic import atomic_write, beside, remove_abandoned
+from sdkit.data import latent_file
 from sdkit.errors import ImageError, LatentError, SdkitError
-from sdkit.files import atomic_write, beside, encodable, find_files, remove_abandoned, sha256
+from sdkit.file_search import find_files
+from sdkit.files import encodable, sha256
 
 posix = pytest.mark.skipif(os.name != "posix", reason="needs POSIX")
 
@@ -104,7 +106,7 @@ WRITE_A_MEGABYTE = """
     import sys
     from pathlib import Path
     from sdkit.errors import SdkitError
-    from sdkit.files import atomic_write
+    from sdkit.atomic import atomic_write
     {setup}
     try:
         with atomic_write(sys.argv[1]) as temporary:
@@ -126,7 +128,7 @@ def test_file_over_the_size_limit(tmp_path: Path) -> None:
     ("option", "reason"), [("size=64k", "no space left on device"), ("ro", "read-only file system")]
 )
 def test_full_and_read_only_disks(tmp_path: Path, option: str, reason: str) -> None:
-    # The mount is seen by this one process only, and goes with it.
+    # The mount is visible in this process only, and disappears with it.
     mount = ("unshare", "-rm", "sh", "-c", f'mount -t tmpfs -o {option} tmpfs "{tmp_path}" && exec "$@"', "sh")
     if not shutil.which("unshare") or subprocess.run([*mount, "true"], capture_output=True, check=False).returncode:
         pytest.skip("this machine lets tests mount nothing")
@@ -138,7 +140,7 @@ def test_full_and_read_only_disks(tmp_path: Path, option: str, reason: str) -> N
 def test_what_a_killed_process_left_is_removed_by_the_next_that_writes_there(tmp_path: Path) -> None:
     code = """
         import os, signal, sys
-        from sdkit.files import atomic_write
+        from sdkit.atomic import atomic_write
         with atomic_write(sys.argv[1]) as temporary:
             temporary.write_text("half")
             print(temporary.name, flush=True)
@@ -150,14 +152,15 @@ def test_what_a_killed_process_left_is_removed_by_the_next_that_writes_there(tmp
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as living:
         assert living.stdout is not None
         name = living.stdout.readline().strip()
-        # Not ours: no name that we write. Ours, of another computer: may still be written to, until it is a day old.
+        # Names that sdkit does not write are kept. Temporary files of another computer may still be in use until they
+        # are a day old.
         for other in (
             ".sdkit-mine",
             ".sdkit-00000000-1-0123456789abcdef.png",
             ".sdkit-00000000-1-fedcba9876543210.png",
         ):
             (tmp_path / other).write_text("x")
-        (tmp_path / ".sdkit-0123456789abcdef").mkdir()  # as older versions wrote them
+        (tmp_path / ".sdkit-0123456789abcdef").mkdir()  # the format of older versions
         for old in (".sdkit-mine", ".sdkit-00000000-1-fedcba9876543210.png", ".sdkit-0123456789abcdef"):
             os.utime(tmp_path / old, (0, 0))
         with atomic_write(tmp_path / "next") as temporary:
@@ -206,7 +209,7 @@ def test_a_working_folder_that_is_gone(tmp_path: Path) -> None:
     code = """
         import os, sys
         from sdkit.errors import SdkitError
-        from sdkit.files import atomic_write
+        from sdkit.atomic import atomic_write
         os.chdir(sys.argv[1])
         os.rmdir(sys.argv[1])
         try:
@@ -231,7 +234,7 @@ def test_a_checksum_is_of_a_regular_file(tmp_path: Path) -> None:
 def test_two_processes_never_mix(tmp_path: Path) -> None:
     code = """
         import sys
-        from sdkit.files import atomic_write
+        from sdkit.atomic import atomic_write
         for _ in range(50):
             with atomic_write(sys.argv[1]) as temporary:
                 temporary.write_bytes(sys.argv[2].encode() * 2**18)
@@ -251,7 +254,7 @@ def test_two_processes_never_mix(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("links", [True, False])
 def test_a_name_is_claimed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool) -> None:
-    """Of many threads that want it one gets it, on file systems with and without hard links."""
+    """Of several threads that want a name, exactly one must get it, on file systems with and without hard links."""
 
     def refuse(*_: object) -> None:
         raise PermissionError(1, "Operation not permitted")  # as on FAT
@@ -402,7 +405,7 @@ def test_find_keeps_what_cannot_be_read_for_the_reader_to_report(folder: Path) -
 
 @posix
 def test_find_tells_of_folders_that_it_may_not_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In a folder that any user may enter: as root, who may read everything, another user is played."""
+    """Another user is simulated if the tests run as root, who may read everything."""
     folder.chmod(0o755)
     monkeypatch.chdir(folder)
     Path("closed").mkdir()
@@ -420,7 +423,7 @@ def test_find_tells_of_folders_that_it_may_not_read(folder: Path, monkeypatch: p
         with pytest.raises(ImageError, match="cannot read closed: Permission denied"):
             images.read("closed")
         with pytest.raises(LatentError, match=r"closed: the file cannot be read \(permission denied\)"):
-            latents.load("closed")
+            latent_file.load("closed")
     finally:
         if root:
             os.seteuid(0)

@@ -7,9 +7,12 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import nbformat
+import numpy as np
 import pytest
 import torch
 from accelerate.commands.launch import launch_command_parser
@@ -20,19 +23,28 @@ from sdkit.cli.commands import _parser
 from sdkit.networks.lpips import LPIPS
 
 ROOT = Path(__file__).parents[1]
-GUIDES = {
-    name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "CONTRIBUTING.md", "notebooks/README.md")
-}
+NAMES = (
+    "README.md", "CONTRIBUTING.md", "CHANGELOG.md", "notebooks/README.md", "notebooks/inference.md",
+    "notebooks/training.md",
+)  # fmt: skip
+GUIDES = {name: (ROOT / name).read_text(encoding="utf-8") for name in NAMES}
 NOTEBOOKS = [path for path in sorted((ROOT / "notebooks").glob("*.ipynb")) if not path.stem.endswith("_zh")]
 HERE = {
     r"[\w-]+/(?:sd-vae-ft-mse|stable-diffusion-v1-5)|v1-5-pruned-emaonly\.safetensors": "emoji",
+    r" --variant fp16": "",
     r"(max.steps[= ])\d+": r"\g<1>2",
     "org/name": "photos",
     "--num_processes 8": "--num_processes 2",
 }
-"""What a test has in place of what the guides speak of: no Hub, no week of GPU time."""
+"""Replacements of what a test does not have: the Hub, and a week of GPU time."""
 OTHERS = ("make", "pip", "jupyter", ".ci/run")
-"""Commands that are not sdkit's, and that continuous integration itself begins with."""
+"""Commands other than sdkit's, which continuous integration starts with."""
+MADE = {
+    "README.md": ("encode-decode.jpg", "text-to-image.jpg", "guitar.png", "fine-tune.jpg", "runs/blue/result"),
+    "notebooks/inference.md": ("astronaut.png", "apple.png"),
+    "notebooks/training.md": ("runs/whole/result/unet", "runs/vae/result/config.json"),
+}
+"""Files that the Python snippets of each guide write."""
 
 
 def snippets(text: str, language: str) -> list[str]:
@@ -52,13 +64,16 @@ def commands(text: str) -> list[list[str]]:
 
 
 @pytest.fixture
-def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, astronaut: Image.Image, chelsea: Image.Image) -> None:
-    """A folder with the files that README speaks of."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "photos").mkdir()
-    for name in ("photo.jpg", "drawing.png", "photos/a.png", "photos/b.jpg"):
-        (astronaut if "photo" in name else chelsea).resize((96, 80)).save(name)
-    save_lpips(Path("lpips_vgg16.pt"))
+def photos(astronaut: Image.Image, chelsea: Image.Image) -> Callable[[], None]:
+    """A function that writes the files that a reader of the guides has, into the current folder."""
+
+    def write() -> None:
+        Path("photos").mkdir()
+        for name in ("photo.jpg", "drawing.png", "photos/a.png", "photos/b.jpg"):
+            (astronaut if "photo" in name else chelsea).resize((96, 80)).save(name)
+        save_lpips(Path("lpips_vgg16.pt"))
+
+    return write
 
 
 def save_lpips(path: Path) -> None:
@@ -69,32 +84,42 @@ def save_lpips(path: Path) -> None:
     torch.save({names[key]: value for key, value in state.items()}, path)
 
 
-@pytest.mark.usefixtures("photos")
-def test_python() -> None:
-    """In one go, since later snippets use what earlier ones made."""
-    code = "\n".join(snippets(GUIDES["README.md"], "python"))
-    assert code.count("from_pretrained") >= 2
-    variables: dict[str, object] = {}
-    exec(compile(code, "README.md", "exec"), variables)
-    assert Path("astronaut.png").is_file()
-    assert Path("apple.png").is_file()
-    assert Path("runs/whole/result/unet").is_dir()
-    assert Path("runs/vae/result/config.json").is_file()
+@pytest.mark.parametrize("name", MADE)
+def test_python(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, photos: Callable[[], None]) -> None:
+    """Run a guide's snippets in one go, since later ones use the results of earlier ones."""
+    monkeypatch.chdir(tmp_path)
+    if name != "README.md":  # which needs no file
+        photos()
+    code = "\n".join(snippets(GUIDES[name], "python"))
+    assert code.count("from_pretrained") >= 1
+    variables: dict[str, Any] = {}
+    exec(compile(code, name, "exec"), variables)
+    for file in MADE[name]:
+        assert Path(file).exists(), file
+    if name == "README.md":  # "the third image above"
+        apart = np.asarray(Image.open("guitar.png")).astype(int)
+        assert np.abs(apart - np.asarray(variables["images"][2])).max() <= 1
 
 
-def test_python_is_in_the_readme_alone() -> None:
-    """Or else the test above should read the other guides, too."""
-    assert not any(snippets(text, "python") for name, text in GUIDES.items() if name != "README.md")
+def test_python_of_every_guide_runs() -> None:
+    assert {name for name, text in GUIDES.items() if snippets(text, "python")} == set(MADE)
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.usefixtures("photos")
-def test_command_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """One after another, what `accelerate launch` starts on two processes of the CPU."""
+@pytest.mark.parametrize("name", MADE)
+def test_command_line(
+    name: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    photos: Callable[[], None],
+) -> None:
+    """Run a guide's commands one after another, those of `accelerate launch` on two processes of the CPU."""
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    run = {"sdkit": 0, "accelerate": 0}
-    for command, *arguments in commands(GUIDES["README.md"]):
+    photos()
+    for command, *arguments in commands(GUIDES[name]):
         if command == "sdkit":
             assert main(arguments) == 0, arguments
         elif command == "accelerate" and "--use_fsdp" not in arguments:
@@ -105,24 +130,34 @@ def test_command_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mo
             assert done.returncode == 0, done.stderr
         else:
             assert command in (*OTHERS, "accelerate"), command
-            continue
-        run[command] += 1
-    assert run["sdkit"] >= 13
-    assert run["accelerate"] == 2
-    assert "SSIM" in capsys.readouterr().out
-    assert Path("cache-of-all/manifest.json").is_file()
+    assert name == "notebooks/training.md" or "SSIM" in capsys.readouterr().out
+    assert name != "notebooks/training.md" or Path("cache-of-all/manifest.json").is_file()
 
 
+def test_guides_have_all_commands() -> None:
+    """Commands that the test above runs, over all guides."""
+    run = [words for name in GUIDES for words in commands(GUIDES[name]) if "--use_fsdp" not in words]
+    assert sum(words[0] == "sdkit" for words in run) >= 13
+    assert sum(words[0] == "accelerate" for words in run) == 2
+    for name in set(GUIDES) - set(MADE):
+        assert {words[0] for words in commands(GUIDES[name])} <= set(OTHERS), name
+
+
+BENCHMARKS = sorted({*re.findall(r"`python (benchmarks/\S+\.py)`", " ".join(GUIDES.values()))})
 SMALL = {
     "benchmarks/inference.py": ["--repeats", "1", "--steps", "2", "--parts", "emoji", "cold"],
     "benchmarks/training.py": ["--turns", "1", "--width", "0.1", "--size", "64", "--images", "2"],
 }
 
 
+def test_numbers_come_from_both_benchmarks() -> None:
+    assert set(BENCHMARKS) == set(SMALL)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("program", re.findall(r"`python (benchmarks/\S+\.py)`", GUIDES["README.md"]))
+@pytest.mark.parametrize("program", BENCHMARKS)
 def test_benchmarks(program: str, tmp_path: Path) -> None:
-    """What README's numbers come from, in small."""
+    """Measure in small what the guides' numbers come from."""
     command = [sys.executable, program, *SMALL[program], "--json", str(tmp_path / "numbers.json")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -143,8 +178,9 @@ def test_commands_of_a_notebook_are_understood(path: Path) -> None:
     assert training_commands(prose) or "finetune" not in path.stem
 
 
-def test_commands_that_need_gpus_are_understood() -> None:
-    understood(GUIDES["README.md"])
+@pytest.mark.parametrize("name", MADE)
+def test_commands_that_need_gpus_are_understood(name: str) -> None:
+    understood(GUIDES[name])
 
 
 def understood(text: str) -> None:
@@ -159,16 +195,35 @@ def understood(text: str) -> None:
 
 @pytest.mark.parametrize("name", GUIDES)
 def test_what_it_points_to_exists(name: str) -> None:
-    """Links, images, commands, and the targets of `make`."""
+    """Links, their anchors, images, commands, and the targets of `make`."""
     text = GUIDES[name]
-    for target in re.findall(r"(?<!\")\]\((?!http)([^)#]+)\)", text):
-        assert ((ROOT / name).parent / target).exists(), target
+    for target, anchor in re.findall(r"(?<!\")\]\((?!http)([^)#]*)(?:#([^)]+))?\)", text):
+        path = (ROOT / name).parent / target if target else ROOT / name
+        assert path.exists(), target
+        assert not anchor or anchor in anchors(path.read_text(encoding="utf-8")), (target, anchor)
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     for command, *arguments in commands(text):
         assert command in ("sdkit", "accelerate", *OTHERS), command
         if command == "make":
             target = next(word for word in arguments if "=" not in word)
             assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
+
+
+def anchors(text: str) -> set[str]:
+    """Anchors that GitHub gives to a page's headings."""
+    headings = re.findall(r"^#+ (.+)$", text, flags=re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_the_tables_of_floors_and_tests_name_what_exists() -> None:
+    rows = re.findall(r"^\| (.+?) \| (.+) \|$", GUIDES["CONTRIBUTING.md"], flags=re.MULTILINE)
+    for floor, modules in rows:
+        for room in re.findall(r"`(tests/\w+)`", floor):
+            assert (ROOT / room).is_dir(), room
+        folder = re.search(r"\]\((sdkit/\S+)\)", floor)
+        if folder or floor.endswith("ground"):
+            for name in re.findall(r"`(\w+(?:\.py|/))`", modules):
+                assert (ROOT / (folder[1] if folder else "sdkit") / name).exists(), name
 
 
 def test_the_table_of_rooms_names_what_training_is_made_of() -> None:

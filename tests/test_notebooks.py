@@ -1,4 +1,4 @@
-"""The notebooks run as they are, with few steps of training, and what they were committed with is of their own code."""
+"""The notebooks run as they are, with few training steps, and their committed outputs come from their current code."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ spec.loader.exec_module(running)
 
 
 def cells(path: Path) -> list[Any]:
-    """Those with code."""
+    """Return the cells that contain code."""
     cells: list[Any] = running.code(nbformat.read(path, 4))
     return cells
 
@@ -57,7 +57,7 @@ def test_it_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_it_shows_what_its_code_has_shown(path: Path) -> None:
-    """Each cell has been run, in this order, as it is now; all that it showed is there, with pictures and no error."""
+    """Every cell must have been run in order and unchanged since, and its outputs include pictures and no error."""
     notebook = nbformat.read(path, 4)
     code = running.code(notebook)
     assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
@@ -70,7 +70,9 @@ def test_it_shows_what_its_code_has_shown(path: Path) -> None:
 
 @pytest.mark.parametrize(("number", "told"), [("03", "+ LPIPS"), ("06", "SSIM      LPIPS")])
 def test_lpips_took_part_where_it_is_shown(number: str, told: str) -> None:
-    """Both leave it out where there are no weights of it."""
+    """Both notebooks leave LPIPS out if its weights are missing, so the committed outputs must show that
+    it was there.
+    """
     path = next(path for path in NOTEBOOKS if path.stem.startswith(number))
     printed = "".join(output.get("text", "") for cell in cells(path) for output in cell.outputs)
     assert told in printed

@@ -1,4 +1,4 @@
-"""The package as a whole: what it exports, how fast it is imported, what a built wheel holds."""
+"""The package as a whole: its exports, its imports, its requirements, and the content of a built wheel."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from sdkit.networks.autoencoder import Forward
 from sdkit.training import UNetConfig, VAEConfig
 
 ROOT = Path(__file__).parents[1]
-# The rooms that the extra `train` is for.
+# Packages that need the extra `train`
 TRAINING = {
     "data",
     "training",
@@ -37,7 +37,7 @@ HEAVY = ("torch", "numpy", "PIL", "diffusers", "transformers", "accelerate", "sa
 
 
 def run(*arguments: str) -> str:
-    """What a Python subprocess in the repository's root prints; it must end well."""
+    """Run Python in a subprocess in the repository's root. Return its output, and fail if it fails."""
     done = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -66,7 +66,7 @@ def test_each_exported_name_is_there_and_documented(name: str) -> None:
     if name == "__version__":
         return
     assert value.__name__ in (name, f"sdkit.{name}")
-    # Dataclasses and named tuples write themselves a docstring, their signature, where there is none.
+    # Dataclasses and named tuples without a docstring get their signature as one.
     assert value.__doc__
     assert not value.__doc__.startswith(f"{name}(")
 
@@ -75,7 +75,7 @@ def test_each_exported_name_is_there_and_documented(name: str) -> None:
     "cls", [sdkit.NoiseSchedule, sdkit.Step, sdkit.Prediction, APG, Forward, VAEConfig, UNetConfig]
 )
 def test_help_tells_of_each_field(cls: type) -> None:
-    """Those that a class inherits among them."""
+    """Inherited fields must be documented too."""
     doc = inspect.cleandoc(cls.__doc__ or "")
     fields = {field.name for field in dataclasses.fields(cls)} if dataclasses.is_dataclass(cls) else {*cls._fields}
     assert {*re.findall(r"^ {4}(\w+): ", doc.partition("Attributes:")[2], flags=re.MULTILINE)} == fields
@@ -97,7 +97,7 @@ def test_every_user_error_derives_from_sdkit_error() -> None:
 
 
 def imported_by(path: Path) -> set[str]:
-    """Top-level names of everything that a file imports, inside functions too."""
+    """Return the top-level names of all imports in a file, including those inside functions."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -108,7 +108,7 @@ def imported_by(path: Path) -> set[str]:
 
 
 def test_no_test_module_imports_another() -> None:
-    """What several need is in tests/helpers."""
+    """Code that several test modules need belongs in tests/helpers."""
     modules = {path.stem for path in (ROOT / "tests").rglob("test_*.py")}
     for path in (ROOT / "tests").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -120,7 +120,7 @@ def test_no_test_module_imports_another() -> None:
 
 
 def test_only_one_helper_looks_outside_the_repository() -> None:
-    """No other file of the tests or the benchmarks climbs above the root, or names the folder beside it."""
+    """No other file of the tests or benchmarks may go above the root or name the folder beside it."""
     for folder in ("tests", "benchmarks"):
         for path in (ROOT / folder).rglob("*.py"):
             if path == ROOT / "tests" / "helpers" / "shared_data.py":
@@ -133,7 +133,7 @@ def test_only_one_helper_looks_outside_the_repository() -> None:
 
 
 def requirements() -> dict[str, set[str]]:
-    """Distribution names (normalised) in each list of requirements: pyproject's, its extras', and the lock's."""
+    """Return the normalised distribution names in pyproject's requirements, in each extra, and in the lock file."""
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     lists = re.findall(r"^(\w+) = \[\n(.*?)^\]", text, flags=re.MULTILINE | re.DOTALL)
     names = {name: re.findall(r'^    "([\w.-]+)[<>=]', body, flags=re.MULTILINE) for name, body in lists}
@@ -146,7 +146,7 @@ def requirements() -> dict[str, set[str]]:
 def test_a_module_imports_only_what_is_required(path: Path) -> None:
     imported = imported_by(path) - set(sys.stdlib_module_names) - {"sdkit"}
     distributions = {"PIL": "pillow", "huggingface_hub": "huggingface-hub"}
-    optional = {"skimage"}  # whose photos the demo and the recipe take where it is installed
+    optional = {"skimage"}  # the demo and the recipe use its photos if it is installed
     extra = requirements()["train"] if TRAINING & set(path.parts) else set()
     assert {distributions.get(name, name) for name in imported} - optional <= requirements()["dependencies"] | extra
 
@@ -162,7 +162,7 @@ def test_the_lock_names_every_direct_requirement_and_each_once() -> None:
     assert names["dependencies"] | names["train"] | names["dev"] <= names["lock"]
     lock = (ROOT / "requirements-lock.txt").read_text(encoding="utf-8")
     pinned = [line for line in lock.splitlines() if line and not line.startswith("#")]
-    assert all(re.fullmatch(r"[\w.-]+==[\w.]+", line) for line in pinned)  # no index, no URL, no hash, no local build
+    assert all(re.fullmatch(r"[\w.-]+==[\w.]+", line) for line in pinned)  # no index, URL, hash, or local build
     assert len(pinned) == len(names["lock"])
     assert not any(name.startswith(("nvidia", "triton")) for name in names["lock"])
 
@@ -182,6 +182,7 @@ def test_the_wheel_holds_the_package_whole_and_nothing_else(tmp_path: Path) -> N
         ".py",
         ".json",
         ".safetensors",
+        ".jpg",
         ".md",
         ".txt",
         ".tsv",

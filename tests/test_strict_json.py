@@ -1,4 +1,4 @@
-"""JSON that is damaged or hostile is told by one exception; what is whole comes back as it is."""
+"""Damaged or hostile JSON raises one kind of exception. Valid JSON is returned unchanged."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The guide "What loads" says what happens: each of its cases is made and read anew."""
+"""Each case of the guide "What loads" is made and read anew, and must end as the guide says."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ def kit(tmp_path_factory: pytest.TempPathFactory) -> Kit:
     return Kit(tmp_path_factory.mktemp("kit"))
 
 
-@pytest.mark.filterwarnings("default")  # warnings are written down
+@pytest.mark.filterwarnings("default")  # warnings are part of the result
 @pytest.mark.parametrize("group", GROUPS, ids=lambda group: group.title)
 def test_the_guide_says_what_happens(group: Group, kit: Kit, tmp_path: Path) -> None:
-    """With the versions of requirements-lock.txt: some sentences quote another library."""
+    """Sentences of other libraries are quoted, so the test needs the versions of requirements-lock.txt."""
     (section,) = [
         part for part in GUIDE.read_text(encoding="utf-8").split("\n## ") if part.startswith(f"{group.title}\n")
     ]

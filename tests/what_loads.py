@@ -1,7 +1,7 @@
-"""The cases behind the guide "What loads": each makes a file or a folder as the field produces it.
+"""Cases behind the guide "What loads": each makes a file or a folder as other programs produce it.
 
-A case's docstring is its row in the table; the test reads the file and writes down what happened. `python -m
-tests.what_loads` writes the guide anew.
+The docstring of a case is the first column of its row. The test reads the file, and compares the second column with
+what happened. `python -m tests.what_loads` writes the guide again.
 """
 
 from __future__ import annotations
@@ -36,21 +36,26 @@ from tests.helpers.color_profiles import P3, matrix_profile
 GUIDE = Path(__file__).parents[1] / "notebooks" / "what_loads.md"
 HEAD = """# What loads
 
-Every layout and kind of file that sdkit reads or refuses, and what it says. A test makes each of them, reads it, and
-compares this page with what happened (`python -m tests.what_loads` writes the page anew), so that it cannot go stale.
+This page lists the layouts and kinds of files that sdkit reads or refuses, with its messages. A test makes each file,
+reads it, and compares the result with this page, so the page cannot become outdated. `python -m tests.what_loads`
+writes it.
 """
 Tensors = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
 class Kit:
-    """A Stable Diffusion 1.x of few channels and random weights, from which the cases are made."""
+    """A small Stable Diffusion 1.x with random weights, from which the cases are made.
+
+    Attributes:
+        root: folder for its files.
+    """
 
     root: Path
 
     @cached_property
     def folder(self) -> Path:
-        """The model as a folder in diffusers layout."""
+        """Return the model as a folder in diffusers layout."""
         from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
         from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -92,30 +97,30 @@ class Kit:
 
     @cached_property
     def original(self) -> Tensors:
-        """The model's tensors in the layout of CompVis."""
+        """Return the model's tensors in the original layout of CompVis."""
         unet, vae, text = (self.weights(part) for part in ("unet", "vae", "text_encoder"))
         tensors = original_layout.vae(vae) | original_layout.unet(unet, layers_per_block=2) | original_layout.clip(text)
         return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
     @property
     def vae(self) -> Tensors:
-        """The VAE's tensors alone in the layout of CompVis."""
+        """Return only the VAE's tensors, in the original layout of CompVis."""
         begin = original_layout.VAE_PREFIX
         return {name.removeprefix(begin): x for name, x in self.original.items() if name.startswith(begin)}
 
     def weights(self, part: str) -> Tensors:
-        """The tensors of a part under diffusers' names."""
+        """Return the tensors of a part, with diffusers' names."""
         (file,) = (self.folder / part).glob("*.safetensors")
         return load_file(file)
 
     def copy(self, to: Path) -> Path:
-        """Another folder with the model."""
+        """Copy the model's folder to `to`, and return `to`."""
         shutil.copytree(self.folder, to)
         return to
 
     @cached_property
     def photos(self) -> Path:
-        """A folder of three images with captions."""
+        """Return a folder of three images with captions."""
         for i in range(3):
             picture(self.root / "photos" / f"{i}.png")
             (self.root / "photos" / f"{i}.txt").write_text("a dog")
@@ -123,23 +128,23 @@ class Kit:
 
     @cached_property
     def cache(self) -> Path:
-        """A latent cache of the photos."""
+        """Return a latent cache of the photos."""
         return sdkit.data.cache(self.folder, self.photos, self.root / "cache", size=64, dtype="fp32", device="cpu")
 
     @cached_property
     def run(self) -> Path:
-        """A run of one step."""
+        """Return the folder of a run of one step."""
         return self.train(self.root / "run", 1)
 
     def train(self, out_dir: Path, steps: int) -> Path:
-        """Train a LoRA, or resume its training."""
+        """Train a LoRA up to step `steps`, or resume its training; return the run folder."""
         settings = sdkit.training.UNetConfig(
             model=self.folder, data=self.photos, out_dir=out_dir, size=64, max_steps=steps, lora_rank=1, ema_decay=0
         )
         return sdkit.training.train_unet(settings)
 
     def lora(self, prefix: str = "lora_unet_") -> Tensors:
-        """A LoRA of one layer in kohya's layout."""
+        """Return a LoRA of one layer, in kohya's layout."""
         name = f"{prefix}down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_k"
         return {
             f"{name}.lora_down.weight": torch.full((2, 8), 0.01),
@@ -149,27 +154,27 @@ class Kit:
 
 
 def edited(path: Path, **changes: Any) -> Path:
-    """A JSON file with some keys changed; None takes one out."""
+    """Change keys of a JSON file in place, and return its path; a value of None removes the key."""
     fields = json.loads(path.read_text()) | changes
     path.write_text(json.dumps({name: value for name, value in fields.items() if value is not None}))
     return path
 
 
 def written(path: Path, tensors: Tensors, metadata: dict[str, str] | None = None) -> Path:
-    """A safetensors file."""
+    """Write a safetensors file, and return its path."""
     save_file({name: tensor.clone().contiguous() for name, tensor in tensors.items()}, path, metadata)
     return path
 
 
 def picture(path: Path, **options: Any) -> Path:
-    """An image file of 64 x 64 pixels in the format of its suffix."""
+    """Write an image file of 64 x 64 pixels in the format of its suffix, and return its path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", (64, 64), (20, 120, 200)).save(path, **options)
     return path
 
 
 def encoded() -> bytes:
-    """The bytes of a PNG."""
+    """Return the bytes of a PNG."""
     data = io.BytesIO()
     Image.new("RGB", (64, 64), (20, 120, 200)).save(data, "PNG")
     return data.getvalue()
@@ -180,7 +185,13 @@ Make = Callable[[Kit, Path], Any]
 
 @dataclass(frozen=True)
 class Case:
-    """One row: `make(kit, folder)` gives what `read` takes."""
+    """One row of the guide.
+
+    Attributes:
+        what: its first column.
+        make: makes the files in a folder, and returns what `read` takes.
+        read: reads them with sdkit; a string that it returns is shown in the guide.
+    """
 
     what: str
     make: Make
@@ -189,14 +200,20 @@ class Case:
 
 @dataclass
 class Group:
-    """Cases that are read alike."""
+    """One section of the guide: the cases that are read in the same way.
+
+    Attributes:
+        title: heading of the section.
+        read: reads what a case has made.
+        cases: rows, in order.
+    """
 
     title: str
     read: Callable[[Any, Kit], object]
     cases: list[Case] = field(default_factory=list)
 
     def __call__(self, make: Make) -> Make:
-        """Add a case; its docstring is what the row says."""
+        """Add a case (as a decorator); its docstring becomes the first column of the row."""
         assert make.__doc__
         self.cases.append(Case(what=" ".join(make.__doc__.split()).rstrip("."), make=make, read=self.read))
         return make
@@ -232,7 +249,7 @@ def _data(source: Any, _: Kit) -> str:
 
 
 MODELS = Group("Models", _model)
-VAES = Group("VAEs alone", _vae)
+VAES = Group("Standalone VAEs", _vae)
 LORAS = Group("LoRA", _lora)
 IMAGES = Group("Images", lambda path, _: sdkit.images.read(path))
 DATA = Group("Images with captions", _data)
@@ -256,14 +273,14 @@ def _resumed(path: Path, kit: Kit) -> object:
 SCHEDULES = Group("Noise schedules (scheduler_config.json)", _schedule)
 LATENTS = Group("Latent files", lambda path, _: sdkit.latents.load(path))
 CACHES = Group("Latent caches", _cache)
-RECIPES = Group("PNGs that say how they were made (`sdkit generate --from`)", lambda path, _: Generation.read(path))
+RECIPES = Group("PNGs that carry their settings (`sdkit generate --from`)", lambda path, _: Generation.read(path))
 PROMPTS = Group("Prompts (`sdkit generate --prompts`)", lambda path, _: "; ".join(read_prompts(path)))
-RUNS = Group("Runs that are resumed", _resumed)
+RUNS = Group("Resumed runs", _resumed)
 GROUPS = (MODELS, VAES, SCHEDULES, LORAS, IMAGES, DATA, RECIPES, PROMPTS, LATENTS, CACHES, RUNS)
 
 
 def outcome(case: Case, kit: Kit, folder: Path) -> str:
-    """What came of reading a case, as the table says it; the folders of this run are left out."""
+    """Make a case, read it, and return the second column of its row, without the paths of temporary folders."""
     folder.mkdir(parents=True)
     source = case.make(kit, folder)
     with warnings.catch_warnings(record=True) as caught:
@@ -273,15 +290,15 @@ def outcome(case: Case, kit: Kit, folder: Path) -> str:
             said = f"reads {result}" if isinstance(result, str) else "reads it"
         except sdkit.SdkitError as error:
             said = f"refuses: {error}"
-    told = [f"; warns: {one.message}" for one in caught if "sdkit" in Path(one.filename).parts]
-    text = said + "".join(dict.fromkeys(told))
+    warned = [f"; warns: {one.message}" for one in caught if "sdkit" in Path(one.filename).parts]
+    text = said + "".join(dict.fromkeys(warned))
     for path in (folder, kit.root):
         text = text.replace(f"{path}/", "").replace(str(path), path.name)
     return re.sub(r"\s+", " ", text).replace("|", "\\|")
 
 
 def table(kit: Kit, root: Path) -> str:
-    """The guide."""
+    """Return the text of the guide."""
     lines = [HEAD]
     for group in GROUPS:
         lines += [f"## {group.title}", "", "| what | what sdkit does |", "|---|---|"]
@@ -291,7 +308,7 @@ def table(kit: Kit, root: Path) -> str:
 
 
 def rows(group: Group, kit: Kit, root: Path) -> Iterator[tuple[str, str]]:
-    """Each case of a group, and what came of it."""
+    """Yield both columns of each row of a group."""
     for number, case in enumerate(group.cases):
         folder = root / f"{GROUPS.index(group)}-{number}"
         yield case.what.replace("|", "\\|"), outcome(case, kit, folder)
@@ -311,7 +328,7 @@ def _(kit: Kit, here: Path) -> Path:
 
 @MODELS
 def _(kit: Kit, here: Path) -> Path:
-    """The same as a pickle (.ckpt), with what a trainer leaves beside the weights"""
+    """The same model as a pickle (.ckpt), with the other entries that a trainer saves"""
     torch.save({"state_dict": kit.original, "global_step": 3}, here / "model.ckpt")
     return here / "model.ckpt"
 
@@ -331,21 +348,21 @@ def _(kit: Kit, here: Path) -> Path:
 
 @MODELS
 def _(kit: Kit, here: Path) -> Path:
-    """A web page named .safetensors (a download that needed a log-in)"""
+    """A web page named .safetensors (from a download that required a login)"""
     (here / "model.safetensors").write_text("<!DOCTYPE html><html><body>Log in</body></html>")
     return here / "model.safetensors"
 
 
 @MODELS
 def _(kit: Kit, here: Path) -> Path:
-    """A Git LFS pointer in place of the weights"""
+    """A Git LFS pointer instead of the weights"""
     (here / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
     return here / "model.safetensors"
 
 
 @MODELS
 def _(kit: Kit, here: Path) -> Path:
-    """A file that was cut short"""
+    """A truncated file"""
     data = written(here / "whole.safetensors", kit.original).read_bytes()
     (here / "model.safetensors").write_bytes(data[: len(data) // 2])
     return here / "model.safetensors"
@@ -360,14 +377,14 @@ def _(kit: Kit, here: Path) -> Path:
 
 @MODELS
 def _(kit: Kit, here: Path) -> Any:
-    """A checkpoint without a VAE, and `vae=`"""
+    """A checkpoint without a VAE, with `vae=` given"""
     tensors = {name: x for name, x in kit.original.items() if not name.startswith(original_layout.VAE_PREFIX)}
     return written(here / "model.safetensors", tensors), {"vae": kit.folder}
 
 
 @MODELS
 def _(kit: Kit, here: Path) -> Path:
-    """A tensor that no part of the model has a place for"""
+    """A tensor that belongs to no part of the model"""
     extra = {"model.diffusion_model.input_blocks.1.2.temporal_transformer.norm.weight": torch.ones(4)}
     return written(here / "model.safetensors", kit.original | extra)
 
@@ -394,7 +411,7 @@ def _(kit: Kit, here: Path) -> Path:
 
 @MODELS
 def _(kit: Kit, here: Path) -> Path:
-    """A folder that has only weights of the variant fp16"""
+    """A folder that holds only the weights of the variant fp16"""
     model = kit.copy(here / "model")
     for file in [*model.rglob("*.safetensors")]:
         file.rename(file.with_suffix(".fp16.safetensors"))
@@ -403,7 +420,7 @@ def _(kit: Kit, here: Path) -> Path:
 
 @MODELS
 def _(kit: Kit, here: Path) -> Any:
-    """`variant="fp16"` where only the U-Net has it"""
+    """`variant="fp16"`, where only the U-Net has this variant"""
     model = kit.copy(here / "model")
     (file,) = (model / "unet").glob("*.safetensors")
     file.rename(file.with_suffix(".fp16.safetensors"))
@@ -424,7 +441,7 @@ def _(kit: Kit, here: Path) -> Path:
 
 @MODELS
 def _(kit: Kit, here: Path) -> Path:
-    """A folder whose configs do not name their class"""
+    """A folder with configs that do not name their class"""
     model = kit.copy(here / "model")
     for part in ("vae", "unet", "text_encoder"):
         edited(model / part / "config.json", _class_name=None, architectures=None)
@@ -443,7 +460,7 @@ def _(kit: Kit, here: Path) -> Path:
 
 @MODELS
 def _(kit: Kit, here: Path) -> Path:
-    """A config that asks for 10^9 layers"""
+    """A config with 10^9 layers"""
     model = kit.copy(here / "model")
     edited(model / "unet" / "config.json", layers_per_block=10**9)
     return model
@@ -451,7 +468,7 @@ def _(kit: Kit, here: Path) -> Path:
 
 @MODELS
 def _(kit: Kit, here: Path) -> Path:
-    """A config that cannot be run (an unknown activation)"""
+    """A config with an unknown activation function"""
     model = kit.copy(here / "model")
     edited(model / "unet" / "config.json", act_fn="unknown")
     return model
@@ -459,7 +476,7 @@ def _(kit: Kit, here: Path) -> Path:
 
 @MODELS
 def _(kit: Kit, here: Path) -> str:
-    """The name of a folder that is not there, which might be a Hub id"""
+    """The name of a folder that does not exist (it could be a Hub id)"""
     return "models/sd15"
 
 
@@ -471,7 +488,7 @@ def _(kit: Kit, here: Path) -> Path:
 
 @VAES
 def _(kit: Kit, here: Path) -> Path:
-    """The same with diffusers' names of its attention (to_q, to_k, to_v, to_out.0, group_norm)"""
+    """The same, with diffusers' names for the attention layers (to_q, to_k, to_v, to_out.0, group_norm)"""
     names = {
         ".q.": ".to_q.",
         ".k.": ".to_k.",
@@ -490,19 +507,19 @@ def _(kit: Kit, here: Path) -> Path:
 
 @VAES
 def _(kit: Kit, here: Path) -> Path:
-    """A part's file of weights in diffusers layout, without its folder"""
+    """The weights file of one part in diffusers layout, given without its folder"""
     return kit.folder / "vae" / "diffusion_pytorch_model.safetensors"
 
 
 @VAES
 def _(kit: Kit, here: Path) -> Path:
-    """A folder of one part (config.json and its weights)"""
+    """A folder with one part (config.json and weights)"""
     return kit.folder / "vae"
 
 
 @LORAS
 def _(kit: Kit, here: Path) -> Path:
-    """kohya's layout, which A1111 and civitai use"""
+    """kohya's layout, used by A1111 and civitai"""
     return written(here / "lora.safetensors", kit.lora())
 
 
@@ -516,7 +533,7 @@ def _(kit: Kit, here: Path) -> Path:
 
 @LORAS
 def _(kit: Kit, here: Path) -> Path:
-    """peft's own `adapter_model.safetensors`, with adapter_config.json beside it"""
+    """peft's `adapter_model.safetensors`, with adapter_config.json beside it"""
     name = "base_model.model.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_k"
     (here / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 4}))
     tensors = {f"{name}.lora_A.weight": torch.ones(2, 8), f"{name}.lora_B.weight": torch.ones(8, 2)}
@@ -525,14 +542,14 @@ def _(kit: Kit, here: Path) -> Path:
 
 @LORAS
 def _(kit: Kit, here: Path) -> Path:
-    """A folder that holds only a .bin"""
+    """A folder that holds only a .bin file"""
     torch.save(kit.lora(), here / "pytorch_lora_weights.bin")
     return here
 
 
 @LORAS
 def _(kit: Kit, here: Path) -> Path:
-    """A LoRA that carries an embedding along (`bundle_emb`)"""
+    """A LoRA with a bundled embedding (`bundle_emb`)"""
     extra = {"bundle_emb.zork.string_to_param.*": torch.randn(2, 16, generator=torch.Generator().manual_seed(0))}
     return written(here / "lora.safetensors", kit.lora() | extra)
 
@@ -552,7 +569,7 @@ def _(kit: Kit, here: Path) -> Path:
 
 @LORAS
 def _(kit: Kit, here: Path) -> Path:
-    """An alpha that is infinite"""
+    """An infinite alpha"""
     tensors = kit.lora()
     return written(
         here / "lora.safetensors", {n: x * float("inf") if n.endswith("alpha") else x for n, x in tensors.items()}
@@ -561,7 +578,7 @@ def _(kit: Kit, here: Path) -> Path:
 
 @LORAS
 def _(kit: Kit, here: Path) -> Path:
-    """A textual inversion embedding in place of a LoRA"""
+    """A textual inversion embedding instead of a LoRA"""
     return written(here / "zork.safetensors", {"emb_params": torch.ones(2, 16)})
 
 
@@ -576,14 +593,14 @@ for suffix in ("png", "jpg", "jfif", "webp", "avif", "bmp", "gif", "tif", "tga",
 
 @IMAGES
 def _(kit: Kit, here: Path) -> Path:
-    """A file that names itself PNG and is PostScript"""
+    """A PostScript file named .png"""
     (here / "picture.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\nshowpage\n%%EOF\n")
     return here / "picture.png"
 
 
 @IMAGES
 def _(kit: Kit, here: Path) -> Path:
-    """An image with a colour profile (Display P3, Adobe RGB, CMYK), which is converted to sRGB"""
+    """An image with a colour profile (Display P3, Adobe RGB, CMYK): it is converted to sRGB"""
     return picture(here / "picture.png", icc_profile=matrix_profile(P3, None))
 
 
@@ -602,7 +619,7 @@ def _(kit: Kit, here: Path) -> Path:
 
 @IMAGES
 def _(kit: Kit, here: Path) -> Path:
-    """An image that was cut short"""
+    """A truncated image"""
     picture(here / "whole.png")
     (here / "picture.png").write_bytes((here / "whole.png").read_bytes()[:100])
     return here / "picture.png"
@@ -626,12 +643,12 @@ for what, make in (
     ("metadata.jsonl", _beside("metadata.jsonl", '{"file_name": "a.png", "text": "a dog"}')),
     ("metadata.csv", _beside("metadata.csv", "file_name,text\na.png,a dog\n")),
     (
-        "metadata.jsonl, none of whose keys is a caption's",
+        "metadata.jsonl without a usual key for captions",
         _beside("metadata.jsonl", '{"file_name": "a.png", "description": "a dog"}'),
     ),
-    ("metadata.jsonl that says NaN", _beside("metadata.jsonl", '{"file_name": "a.png", "text": NaN}')),
+    ("metadata.jsonl with NaN as the caption", _beside("metadata.jsonl", '{"file_name": "a.png", "text": NaN}')),
     ("A caption in UTF-16", _beside("a.txt", "a dog".encode("utf-16"))),
-    ("A caption in UTF-16 without a mark", _beside("a.txt", "a dog".encode("utf-16-le"))),
+    ("A caption in UTF-16 without a byte order mark", _beside("a.txt", "a dog".encode("utf-16-le"))),
     ("A caption in Latin-1", _beside("a.txt", "un café".encode("latin-1"))),
     (
         "metadata.jsonl nested 100,000 levels deep",
@@ -677,7 +694,7 @@ def _(kit: Kit, here: Path) -> Path:
 
 
 def tar(path: Path, files: dict[str, bytes]) -> Path:
-    """A shard."""
+    """Write a tar file, and return its path."""
     with tarfile.open(path, "w") as archive:
         for name, data in files.items():
             member = tarfile.TarInfo(name)
@@ -688,7 +705,7 @@ def tar(path: Path, files: dict[str, bytes]) -> Path:
 
 @DATA
 def _(kit: Kit, here: Path) -> Path:
-    """Webdataset shards (.tar), with dots in their names"""
+    """WebDataset shards (.tar), with dots in the samples' names"""
     return tar(
         here / "a.tar",
         {"1.large.png": encoded(), "1.large.txt": b"a dog", "1.small.png": encoded(), "1.small.txt": b"a cat"},
@@ -697,7 +714,7 @@ def _(kit: Kit, here: Path) -> Path:
 
 @LATENTS
 def _(kit: Kit, here: Path) -> Path:
-    """As `sdkit encode` writes it"""
+    """A file that `sdkit encode` wrote"""
     z = torch.zeros(4, 8, 8)
     latent = sdkit.Latent(
         z=z, height=64, width=64, vae="0" * 16, vae_name="emoji", scale=0.18215, sdkit="0.1.0", dtype="float32"
@@ -708,13 +725,13 @@ def _(kit: Kit, here: Path) -> Path:
 
 @LATENTS
 def _(kit: Kit, here: Path) -> Path:
-    """Another safetensors file"""
+    """Any other safetensors file"""
     return written(here / "z.safetensors", {"z": torch.zeros(4, 8, 8)})
 
 
 @LATENTS
 def _(kit: Kit, here: Path) -> Path:
-    """A PNG under this name"""
+    """A PNG named .safetensors"""
     (here / "z.safetensors").write_bytes(encoded())
     return here / "z.safetensors"
 
@@ -731,13 +748,13 @@ for name in SCHEDULERS:
 
 @SCHEDULES
 def _(kit: Kit, here: Path) -> dict[str, Any]:
-    """`clip_sample: true`, or no such key: latents are never clipped"""
+    """`clip_sample: true`, or no such key (latents are never clipped)"""
     return {"_class_name": "DDIMScheduler", **SD_SCHEDULE, "clip_sample": True}
 
 
 @SCHEDULES
 def _(kit: Kit, here: Path) -> dict[str, Any]:
-    """The class of another kind of model"""
+    """The scheduler class of another kind of model"""
     return {"_class_name": "FlowMatchEulerDiscreteScheduler"}
 
 
@@ -749,14 +766,14 @@ def _(kit: Kit, here: Path) -> dict[str, Any]:
 
 @RECIPES
 def _(kit: Kit, here: Path) -> Path:
-    """As `sdkit generate` writes it"""
+    """A PNG that `sdkit generate` wrote"""
     sdkit.images.save(Image.new("RGB", (8, 8)), here / "a.png", Generation(prompt="a dog").text())
     return here / "a.png"
 
 
 @RECIPES
 def _(kit: Kit, here: Path) -> Path:
-    """An image of another program"""
+    """An image from another program"""
     return picture(here / "a.png")
 
 
@@ -771,20 +788,20 @@ def _(kit: Kit, here: Path) -> Path:
 
 @PROMPTS
 def _(kit: Kit, here: Path) -> Path:
-    """UTF-8 text, one prompt a line; # begins a comment"""
+    """UTF-8 text with one prompt per line; # begins a comment"""
     (here / "prompts.txt").write_text("# mine\na dog\n\na cat\n")
     return here / "prompts.txt"
 
 
 @PROMPTS
 def _(kit: Kit, here: Path) -> Path:
-    """A device that never ends"""
+    """A device file that never ends"""
     return Path("/dev/zero")
 
 
 @CACHES
 def _(kit: Kit, here: Path) -> Path:
-    """As `sdkit cache` writes it"""
+    """A cache that `sdkit cache` wrote"""
     return kit.cache
 
 
@@ -808,8 +825,8 @@ def _run_with(file: str, damage: Callable[[Path], object]) -> Make:
 
 DEEP = "[" * 100_000
 for what, make in (
-    ("A shard that is missing", _cache_with("shard-00000.safetensors", Path.unlink)),
-    ("A manifest that was changed by hand", _cache_with("manifest.json", lambda path: edited(path, images=2))),
+    ("A missing shard", _cache_with("shard-00000.safetensors", Path.unlink)),
+    ("A manifest that was edited by hand", _cache_with("manifest.json", lambda path: edited(path, images=2))),
     ("A manifest nested 100,000 levels deep", _cache_with("manifest.json", lambda path: path.write_text(DEEP))),
 ):
     make.__doc__ = what
@@ -817,7 +834,7 @@ for what, make in (
 
 
 def _other_shapes(checkpoint: Path) -> None:
-    """Cut every tensor of the optimizer to one number, with checksums that are right."""
+    """Shorten every tensor of the optimizer to one number, and correct the checksums."""
     file = checkpoint / "unet.optimizer.safetensors"
     written(file, {name: x.flatten()[:1] for name, x in load_file(file).items()})
     sums = {path.name: sha256(path) for path in sorted(checkpoint.iterdir()) if path.name != "manifest.json"}
@@ -826,21 +843,21 @@ def _other_shapes(checkpoint: Path) -> None:
 
 CHECKPOINT = "checkpoints/step-00000001"
 for what, make in (
-    ("As it was stopped", _run_with("config.json", lambda path: path)),
-    ("A checkpoint whose optimizer has other shapes", _run_with(CHECKPOINT, _other_shapes)),
+    ("A run that was stopped", _run_with("config.json", lambda path: path)),
+    ("A checkpoint with other shapes in the optimizer's state", _run_with(CHECKPOINT, _other_shapes)),
     (
-        "A checkpoint that was cut short",
+        "A truncated checkpoint",
         _run_with(f"{CHECKPOINT}/rng.safetensors", lambda path: path.write_bytes(b"{")),
     ),
     ("Settings nested 100,000 levels deep", _run_with("config.json", lambda path: path.write_text(DEEP))),
-    ("Metrics that are no numbers", _run_with("metrics.jsonl", lambda path: path.write_text('{"step": "x"}\n'))),
+    ("Metrics that are not numbers", _run_with("metrics.jsonl", lambda path: path.write_text('{"step": "x"}\n'))),
 ):
     make.__doc__ = what
     RUNS(make)
 
 
 def main() -> None:
-    """Write the guide anew."""
+    """Write the guide."""
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         GUIDE.write_text(table(Kit(root / "kit"), root / "cases"), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The command line."""
+"""The command line: `main` runs one command."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""The command line: one function a command, which parses, calls and prints; the work is in `sdkit.cli.jobs`.
+"""The command line: one function per command, which reads its options, calls the work, and prints the result.
 
-Results go to stdout, progress and errors to stderr. Exit codes: 0 all done; 1 some inputs failed, the others are done;
-2 a user's error, told in one sentence (some errors have a code of their own); 130 stopped by Ctrl-C, 143 by SIGTERM,
-129 by SIGHUP. Heavy libraries are imported by the commands using them, so that --help is quick.
+Results go to stdout, progress and errors to stderr. Exit codes: 0 for success; 1 if some inputs failed and the others
+are done; 2 for a user's error, reported in one sentence (some errors have a code of their own); 130 after Ctrl-C, 143
+after SIGTERM, 129 after SIGHUP. Each command imports the heavy libraries that it needs, so that --help is quick.
 """
 
 from __future__ import annotations
@@ -16,10 +16,25 @@ from typing import TYPE_CHECKING, Any
 
 from sdkit import __version__
 from sdkit.cli.console import complain, exit_code_of, flush, say, say_json, say_path, say_table
+from sdkit.cli.options import (
+    PREDICTION_TYPES,
+    SAMPLERS,
+    SPACINGS,
+    Add,
+    Commands,
+    add_command,
+    batch_size_option,
+    choices,
+    config_option,
+    epilog,
+    model_options,
+    place_options,
+    vae_option,
+)
 from sdkit.cli.parser import Parser
-from sdkit.cli.training import Add, add_command, add_training_commands
+from sdkit.cli.training import add_training_commands
 from sdkit.errors import ArgumentError, SdkitError
-from sdkit.files import find_files
+from sdkit.file_search import find_files
 from sdkit.messages import printable
 
 if TYPE_CHECKING:
@@ -30,14 +45,18 @@ if TYPE_CHECKING:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code. `argv` None takes the process's own arguments."""
+    """Run one command and return its exit code.
+
+    Args:
+        argv: The command and its options; None takes the process's own arguments.
+    """
     return exit_code_of(lambda: _run(argv))
 
 
 def _run(argv: Sequence[str] | None) -> int:
     try:
         code: int = 0
-        with contextlib.suppress(SystemExit):  # argparse's own, of --help and --version
+        with contextlib.suppress(SystemExit):  # argparse raises it after --help and --version
             args = _parser().parse_args(argv)
             code = args.command(args)
         flush()
@@ -49,14 +68,17 @@ def _run(argv: Sequence[str] | None) -> int:
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    """torch has a class of its own for a GPU's memory, but tells only in words that the machine's is full."""
-    told = any(words in str(error) for words in ("can't allocate memory", "not enough memory"))
-    return told or isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    """Return whether memory ran out, in Python, on a GPU, or on the CPU.
+
+    For a GPU, torch raises an OutOfMemoryError. For the CPU it raises a RuntimeError that only its message tells apart.
+    """
+    cpu = any(words in str(error) for words in ("can't allocate memory", "not enough memory"))
+    return cpu or isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
 
 
 @contextlib.contextmanager
-def _failures_told(report: Report[Any]) -> Iterator[None]:
-    """Tell of inputs that failed, also where an error or Ctrl-C ends the job."""
+def _failures_printed(report: Report[Any]) -> Iterator[None]:
+    """Print the inputs that failed when the job ends, even if an error or Ctrl-C ends it."""
     try:
         yield
     finally:
@@ -65,7 +87,7 @@ def _failures_told(report: Report[Any]) -> Iterator[None]:
 
 
 def generate(args: argparse.Namespace) -> int:
-    """Make images from prompts."""
+    """Generate images from text prompts."""
     from dataclasses import fields
 
     from sdkit.cli.jobs import Report, check_generation, generate_files, read_prompts
@@ -76,18 +98,22 @@ def generate(args: argparse.Namespace) -> int:
     prompts = args.prompts + (read_prompts(args.prompts_file) if args.prompts_file else [])
     given = {field.name: getattr(args, field.name) for field in fields(Generation) if field.name in args}
     generation = (Generation.read(args.from_image) if args.from_image else Generation()).but(**given)
-    guides = {"negative_prompt": "negative-prompt", "guidance_rescale": "rescale", "guidance_interval": "interval"}
-    idle = [option for name, option in guides.items() if given.get(name)]
-    if idle and generation.guidance_scale == 1:
-        option = idle[0]
-        raise ArgumentError(f"--{option} belongs to guidance, and --scale 1 is none; leave one of them out.")
+    _check_guidance(given, generation)
     sizes = {"count": args.count, "batch_size": args.batch_size}
     prompts = prompts or [generation.prompt]
-    check_generation(prompts, args.out, generation, **sizes)  # told before a model is loaded, or even downloaded
+    check_generation(prompts, args.out, generation, **sizes)  # before a model is loaded, or even downloaded
     _check_place(generation.dtype, args.device)
     report = Report[Path](on_done=say_path)
     generate_files(_load_sd(args, generation), prompts, args.out, generation, grid=args.grid, report=report, **sizes)
     return 0
+
+
+def _check_guidance(given: dict[str, Any], generation: Generation) -> None:
+    """Raise ArgumentError for an option of guidance where guidance is off, and the option would be ignored."""
+    options = {"negative_prompt": "negative-prompt", "guidance_rescale": "rescale", "guidance_interval": "interval"}
+    unused = [option for name, option in options.items() if given.get(name)]
+    if unused and generation.guidance_scale == 1:
+        raise ArgumentError(f"--{unused[0]} belongs to guidance, and --scale 1 is none; leave one of them out.")
 
 
 def encode(args: argparse.Namespace) -> int:
@@ -99,7 +125,7 @@ def encode(args: argparse.Namespace) -> int:
         raise ArgumentError("--seed belongs to a sample, and --mean draws none; leave one of them out.")
     seed = 0 if args.seed is None else args.seed
     report, options = Report[Path](on_done=say_path), _checked(args, READABLE, seed) | {"seed": seed}
-    with _failures_told(report):
+    with _failures_printed(report):
         encode_files(_load_vae(args), args.paths, sample=not args.mean, report=report, **options)
     return 1 if report.failed else 0
 
@@ -109,13 +135,13 @@ def decode(args: argparse.Namespace) -> int:
     from sdkit.cli.jobs import Report, decode_files
 
     report, options = Report[Path](on_done=say_path), _checked(args, {".safetensors"})
-    with _failures_told(report):
+    with _failures_printed(report):
         decode_files(_load_vae(args), args.paths, force=args.force, report=report, **options)
     return 1 if report.failed else 0
 
 
 def reconstruct(args: argparse.Namespace) -> int:
-    """Take images through the VAE and back, and measure what it keeps."""
+    """Encode and decode images, and measure what is lost."""
     from sdkit.cli.jobs import Reconstruction, Report, reconstruct_files
     from sdkit.images import READABLE
 
@@ -127,7 +153,7 @@ def reconstruct(args: argparse.Namespace) -> int:
 
     report, options = Report[Reconstruction](), _checked(args, READABLE)
     vae = _load_vae(args)
-    with _failures_told(report):
+    with _failures_printed(report):
         try:
             reconstruct_files(vae, args.paths, report=report, **options)
         except BaseException as error:
@@ -138,7 +164,7 @@ def reconstruct(args: argparse.Namespace) -> int:
 
 
 def info(args: argparse.Namespace) -> int:
-    """Tell what a model source is and holds."""
+    """Describe a model: its parts, their sizes, and their configs."""
     from dataclasses import asdict
 
     from sdkit.loading.source import Source
@@ -159,7 +185,7 @@ def info(args: argparse.Namespace) -> int:
 
 
 def demo(args: argparse.Namespace) -> int:
-    """Generate a grid of images, and take photos through the VAE and back."""
+    """Generate a few images, and encode and decode photos."""
     from sdkit.cli.jobs import check_files, demo_files
     from sdkit.images import READABLE
     from sdkit.pipelines.generation import Generation
@@ -169,7 +195,7 @@ def demo(args: argparse.Namespace) -> int:
     check_files(args.out)
     _check_place(args.dtype, args.device)
     grid, kind, report = demo_files(_load_sd(args, Generation(dtype=args.dtype)), args.out, args.photos)
-    with _failures_told(report):
+    with _failures_printed(report):
         say(printable(f"Images generated from a few prompts: {grid}"))
         say(f"{kind}, encoded and decoded (the original on the left):")
         _print_scores(report)
@@ -177,7 +203,7 @@ def demo(args: argparse.Namespace) -> int:
 
 
 def _checked(args: argparse.Namespace, suffixes: Collection[str], seed: int = 0) -> dict[str, Any]:
-    """The options of a job on files; what is wrong is told before a model is loaded, or even downloaded."""
+    """Return the options of a job on files, checked before a model is loaded, or even downloaded."""
     from sdkit.cli.jobs import check_files
 
     find_files(args.paths, suffixes)
@@ -207,7 +233,7 @@ def _load_sd(args: argparse.Namespace, generation: Generation) -> StableDiffusio
     from sdkit.networks.lora import merge_lora
     from sdkit.pipelines.text_to_image import StableDiffusion
 
-    loras = [(read_lora(source), scale) for source, scale in generation.loras]  # first: they are smaller
+    loras = [(read_lora(source), scale) for source, scale in generation.loras]  # small, so that errors come early
     sd = StableDiffusion.from_pretrained(
         generation.model, dtype=generation.dtype, device=args.device, revision=generation.revision,
         variant=generation.variant, config=generation.config, prediction_type=generation.prediction_type,
@@ -235,7 +261,7 @@ def _number(value: float | None, digits: int) -> str:
 
 
 def _scores_as_dict(model: str, report: Report[Reconstruction]) -> dict[str, Any]:
-    """JSON has no infinity (the PSNR of equal images): it becomes null."""
+    """Return a report for JSON, which has no infinity: the PSNR of equal images becomes null."""
     from dataclasses import asdict
 
     from sdkit.cli.jobs import mean_scores
@@ -253,122 +279,192 @@ def _scores_as_dict(model: str, report: Report[Reconstruction]) -> dict[str, Any
 
 
 def _parser() -> argparse.ArgumentParser:
-    about = "Stable Diffusion 1.x / 2.x: images from text, through the VAE and back, and fine-tuning."
-    parser = Parser(prog="sdkit", description=about)
-    parser.add_argument("--version", action="version", version=f"sdkit {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for command, add_options in (
-        (generate, _generate_options),
-        (encode, _encode_options),
-        (decode, _decode_options),
-        (reconstruct, _reconstruct_options),
-        (info, _info_options),
-        (demo, _demo_options),
-    ):
-        add_command(commands, command, add_options)
+    parser = Parser(
+        prog="sdkit",
+        description="Stable Diffusion 1.x and 2.x: encode and decode, generate, and fine-tune.",
+        epilog=f"{epilog(EXAMPLES)}\n\n'sdkit COMMAND --help' explains the options of a command, with examples.",
+    )
+    parser.add_argument("--version", action="version", version=f"sdkit {__version__}", help="Show the version")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", title="commands")
+    for add_to in (_add_generate, _add_encode, _add_decode, _add_reconstruct, _add_info, _add_demo):
+        add_to(commands)
     add_training_commands(commands)
     return parser
 
 
-def _generate_options(add: Add) -> None:
-    """Add the options. Those of a `Generation` are stored under its field's name, without a default: only what is given
-    overrides the values of --from."""
+EXAMPLES = (
+    "sdkit demo",
+    'sdkit generate "a red apple on a blue background" --seed 42',
+    "sdkit encode photos/ --out latents/",
+    "sdkit train unet --data photos/ --out-dir runs/zork --lora-rank 8",
+)
+
+
+def _add_generate(commands: Commands) -> None:
+    """Add `generate`.
+
+    An option of a `Generation` is stored under its field's name, and only if it is given, so that it overrides the
+    value in the PNG of --from.
+    """
+    parser = add_command(
+        commands,
+        generate,
+        usage="[PROMPT ...] [OPTION ...]",
+        examples=(
+            'sdkit generate "a red apple on a blue background" --count 4 --grid',
+            'sdkit generate "a cat" --model sd-v1-5.safetensors --steps 20 --scale 7',
+            "sdkit generate --from outputs/0001-a-cat-0.png --seed 7 --out again.png",
+            "sdkit generate --prompts prompts.txt --lora runs/zork/result --lora-scale 0.8",
+        ),
+    )
     unset: dict[str, Any] = {"default": argparse.SUPPRESS}
-    add("prompts", nargs="*", metavar="PROMPT", help="what to show; each makes --count images")
-    add("--prompts", dest="prompts_file", metavar="FILE", help='more prompts, one a line; "-" is stdin, # a comment')
-    add("--from", dest="from_image", metavar="IMAGE.png", help="make this image again, but for options given beside it")
-    add("--out", "-o", default="outputs", help="folder, or a .png for a single image (default: %(default)s)")
-    add("--count", type=int, default=1, metavar="N", help="images of each prompt, each with the next seed (default: 1)")
-    add("--grid", action="store_true", help="also write one picture of all images, labelled")
-    add("--batch-size", type=int, metavar="N", help="images at a time (default: as many as usually fit)")
-    add("--negative-prompt", metavar="TEXT", help="what to steer away from, the more the higher --scale is", **unset)
-    add("--steps", dest="num_inference_steps", type=int, metavar="N", help="of the sampler (default: 30)", **unset)
+    _add_what_to_draw(parser.add_argument_group("what to draw").add_argument, unset)
+    _add_how_to_draw(parser.add_argument_group("how to draw it").add_argument, unset)
+    add = parser.add_argument_group("model").add_argument
+    model_options(add, **unset)
+    prediction_type = "What a single file's U-Net predicts (default: detected)"
+    add("--prediction-type", metavar=choices(PREDICTION_TYPES), help=prediction_type, **unset)
+    vae_option(add, **unset)
+    lora = "Add a LoRA: a file, a folder, or a Hub id. May be given several times; all are added"
+    add("--lora", action="append", metavar="SOURCE", help=lora, **unset)
+    lora_scale = "Scale of the LoRA; with several, give one for each, in the same order (default: 1)"
+    add("--lora-scale", action="append", type=float, metavar="S", help=lora_scale, **unset)
+    add = parser.add_argument_group("where to write").add_argument
+    add("--out", "-o", metavar="PATH", default="outputs", help="Folder, or a .png for one image (default: outputs)")
+    add("--grid", action="store_true", help="Also write one picture of all images, with labels")
+    add = parser.add_argument_group("speed and memory").add_argument
+    batch_size_option(add)
+    place_options(add, **unset)
+
+
+def _add_what_to_draw(add: Add, unset: dict[str, Any]) -> None:
+    add("prompts", nargs="*", metavar="PROMPT", help="Description of an image; each prompt makes --count images")
+    prompts = 'File of more prompts, one per line; "-" reads stdin. Lines that begin with # are skipped'
+    add("--prompts", dest="prompts_file", metavar="FILE", help=prompts)
+    again = "Draw an image that sdkit made again; options given here override its own"
+    add("--from", dest="from_image", metavar="IMAGE.png", help=again)
+    add("--negative-prompt", metavar="TEXT", help="Description of what to avoid", **unset)
+    add("--count", type=int, default=1, metavar="N", help="Images per prompt (default: 1)")
     add(
-        "--scale",
-        dest="guidance_scale",
-        type=float,
-        metavar="S",
-        help="of guidance; 1 is none (default: the model's own)",
+        "--seed",
+        type=int,
+        metavar="N",
+        help="Random seed of the first image; later images take the next numbers (default: 0)",
         **unset,
     )
-    add("--sampler", help="ddim, ddpm or dpm++2m (default: ddim)", **unset)
-    add("--eta", type=float, help="noise that ddim adds, from 0 (default) to 1", **unset)
-    add("--spacing", help="leading, trailing or linspace (default: the model's)", **unset)
-    add("--seed", type=int, metavar="N", help="of the first image (default: 0)", **unset)
-    add("--height", type=int, metavar="PIXELS", help="(default: the model's own)", **unset)
-    add("--width", type=int, metavar="PIXELS", help="(default: the model's own)", **unset)
-    add("--clip-skip", type=int, metavar="N", help="last text layers to pass over (default: 0)", **unset)
-    add("--weighting", action=argparse.BooleanOptionalAction, help="read (word:1.3) as A1111 does", **unset)
+    add("--height", type=int, metavar="PIXELS", help="Height of the images (default: the model's own)", **unset)
+    add("--width", type=int, metavar="PIXELS", help="Width of the images (default: the model's own)", **unset)
+
+
+def _add_how_to_draw(add: Add, unset: dict[str, Any]) -> None:
+    steps = "Sampling steps: more take longer (default: 30)"
+    add("--steps", dest="num_inference_steps", type=int, metavar="N", help=steps, **unset)
+    add("--sampler", metavar=choices(SAMPLERS), help="Sampler (default: ddim)", **unset)
     add(
-        "--rescale",
-        dest="guidance_rescale",
+        "--eta",
         type=float,
-        metavar="PHI",
-        help="guidance rescale, from 0 (default) to 1",
+        metavar="X",
+        help="Noise that ddim adds, from 0 (none) to 1 (as ddpm) (default: 0)",
         **unset,
     )
-    levels = "noise levels sigma between which to guide (default: all)"
-    add("--interval", dest="guidance_interval", nargs=2, type=float, metavar=("LO", "HI"), help=levels, **unset)
-    _model_options(add, **unset)
-    add("--prediction-type", metavar="KIND", help="of a single file: epsilon or v_prediction", **unset)
-    add("--vae", metavar="SOURCE", help="in place of the model's own: a folder, a Hub id, or a single file", **unset)
-    several: dict[str, Any] = {"action": "append", **unset}
-    add("--lora", metavar="LORA", help="a file, a folder, or a Hub id; may be given again: all are added", **several)
-    of_each = "how much of it to add (default: 1); of several LoRAs, give one for each, in the same order"
-    add("--lora-scale", type=float, metavar="S", help=of_each, **several)
+    spacing = "Spacing of the timesteps (default: the model's own)"
+    add("--spacing", metavar=choices(SPACINGS), help=spacing, **unset)
+    scale = "Guidance scale: higher follows the prompt more closely; 1 is no guidance (default: the model's own)"
+    add("--scale", dest="guidance_scale", type=float, metavar="S", help=scale, **unset)
+    rescale = "Guidance rescale, from 0 (off) to 1, against overexposure (default: 0)"
+    add("--rescale", dest="guidance_rescale", type=float, metavar="PHI", help=rescale, **unset)
+    interval = "Guide only at noise levels sigma from LO to HI (default: all)"
+    add("--interval", dest="guidance_interval", nargs=2, type=float, metavar=("LO", "HI"), help=interval, **unset)
+    clip_skip = "Last layers of the text encoder to skip (default: 0)"
+    add("--clip-skip", type=int, metavar="N", help=clip_skip, **unset)
+    weighting = "Read weights in prompts, such as (word:1.3), as A1111 does (default: no)"
+    add("--weighting", action=argparse.BooleanOptionalAction, help=weighting, **unset)
 
 
-def _encode_options(add: Add) -> None:
-    add("paths", nargs="+", metavar="IMAGE|FOLDER", help="folders are searched through")
-    _files_options(add, "latents")
-    add("--mean", action="store_true", help="the mean of the posterior, in place of a sample")
-    add("--seed", type=int, metavar="N", help="of the first image; the next ones follow (default: 0)")
-    _model_options(add)
+def _add_encode(commands: Commands) -> None:
+    parser = add_command(
+        commands,
+        encode,
+        usage="IMAGE|FOLDER ... [OPTION ...]",
+        examples=("sdkit encode photo.jpg", "sdkit encode photos/ --out latents/ --mean --tile 512"),
+    )
+    add = _add_files(parser, "IMAGE|FOLDER", "Images; folders are searched, with their sub-folders", "latents")
+    add("--mean", action="store_true", help="Take the mean of the posterior instead of a sample")
+    add(
+        "--seed",
+        type=int,
+        metavar="N",
+        help="Random seed of the first image; later images take the next numbers (default: 0)",
+    )
+    _add_model(parser)
 
 
-def _decode_options(add: Add) -> None:
-    add("paths", nargs="+", metavar="LATENT|FOLDER", help="what sdkit encode wrote; folders are searched through")
-    _files_options(add, "decoded")
-    add("--force", action="store_true", help="decode latents of another VAE, too")
-    _model_options(add)
+def _add_decode(commands: Commands) -> None:
+    parser = add_command(
+        commands,
+        decode,
+        usage="LATENT|FOLDER ... [OPTION ...]",
+        examples=("sdkit decode latents/ --out decoded/",),
+    )
+    latents = "Files that sdkit encode wrote; folders are searched, with their sub-folders"
+    add = _add_files(parser, "LATENT|FOLDER", latents, "decoded")
+    add("--force", action="store_true", help="Decode latents of another VAE too, if their shape fits")
+    _add_model(parser)
 
 
-def _reconstruct_options(add: Add) -> None:
-    add("paths", nargs="+", metavar="IMAGE|FOLDER", help="folders are searched through")
-    _files_options(add, "reconstructions")
-    add("--json", action="store_true", help="print the scores as JSON; an infinite PSNR is null")
-    _model_options(add)
+def _add_reconstruct(commands: Commands) -> None:
+    parser = add_command(
+        commands,
+        reconstruct,
+        usage="IMAGE|FOLDER ... [OPTION ...]",
+        examples=("sdkit reconstruct photo.jpg", "sdkit reconstruct photos/ --model runs/vae/result --json"),
+    )
+    images = "Images; folders are searched, with their sub-folders"
+    add = _add_files(parser, "IMAGE|FOLDER", images, "reconstructions")
+    add("--json", action="store_true", help="Print the scores as JSON; an infinite PSNR is null")
+    _add_model(parser)
 
 
-def _info_options(add: Add) -> None:
-    add("source", metavar="SOURCE", help='"emoji", a Hub id, a diffusers folder or a single file')
-    add("--revision", help="branch, tag or commit of a Hub id")
-    add("--config", metavar="FOLDER", help="of configs, for a single file of unusual shape")
-    add("--json", action="store_true", help="print it as JSON")
+def _add_files(parser: argparse.ArgumentParser, metavar: str, about: str, out: str) -> Add:
+    """Add the inputs of a job and its output folder, and return what adds options to their group."""
+    add = parser.add_argument_group("input and output").add_argument
+    add("paths", nargs="+", metavar=metavar, help=about)
+    add("--out", "-o", default=out, metavar="FOLDER", help="Output folder (default: %(default)s)")
+    return add
 
 
-def _demo_options(add: Add) -> None:
-    add("photos", nargs="*", metavar="PHOTO", help="to encode and decode (default: scikit-image's photos)")
-    add("--out", "-o", default="demo", metavar="FOLDER", help="(default: %(default)s)")
-    _place_options(add, default="auto")
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    """Add the options of a job's model, and of its speed and memory."""
+    model_options(parser.add_argument_group("model").add_argument)
+    add = parser.add_argument_group("speed and memory").add_argument
+    batch_size_option(add)
+    tile = "Side of the tiles for large images; 0 is no tiles (default: 1024 for images above 2.3 megapixels)"
+    add("--tile", type=int, metavar="PIXELS", help=tile)
+    place_options(add, default="auto")
 
 
-def _files_options(add: Add, out: str) -> None:
-    add("--out", "-o", default=out, metavar="FOLDER", help="(default: %(default)s)")
-    add("--batch-size", type=int, metavar="N", help="images at a time (default: as many as usually fit)")
-    add("--tile", type=int, metavar="PIXELS", help="side of tiles; 0 is none (default: 1024 over 2.3 megapixels)")
+def _add_info(commands: Commands) -> None:
+    parser = add_command(
+        commands,
+        info,
+        usage="SOURCE [OPTION ...]",
+        examples=("sdkit info emoji", "sdkit info stable-diffusion-v1-5/stable-diffusion-v1-5 --json"),
+    )
+    add = parser.add_argument
+    add("source", metavar="SOURCE", help='A Hub id, a diffusers folder, a single file, or "emoji", the embedded model')
+    add("--revision", metavar="NAME", help="Branch, tag, or commit of a Hub id")
+    config_option(add)
+    add("--json", action="store_true", help="Print the description as JSON")
 
 
-def _model_options(add: Add, **default: Any) -> None:
-    kinds = "a Hub id, a diffusers folder or a single file (default: emoji, which is embedded)"
-    add("--model", "-m", metavar="SOURCE", help=kinds, **{"default": "emoji", **default})
-    add("--revision", help="branch, tag or commit of a Hub id", **default)
-    add("--variant", help='of the weights, such as "fp16"', **default)
-    add("--config", metavar="FOLDER", help="of configs, for a single file of unusual shape", **default)
-    _place_options(add, **{"default": "auto", **default})
-
-
-def _place_options(add: Add, **default: Any) -> None:
-    add("--dtype", help="auto, fp32, bf16 or fp16 (default: auto)", **default)
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1 ... (default: auto)")
-    add("--compile", action="store_true", help="run the networks through torch.compile")
+def _add_demo(commands: Commands) -> None:
+    parser = add_command(
+        commands,
+        demo,
+        usage="[PHOTO ...] [OPTION ...]",
+        examples=("sdkit demo", "sdkit demo photo.jpg --out demo/"),
+    )
+    add = parser.add_argument
+    add("photos", nargs="*", metavar="PHOTO", help="Photos to encode and decode (default: scikit-image's)")
+    add("--out", "-o", default="demo", metavar="FOLDER", help="Output folder (default: %(default)s)")
+    place_options(add, default="auto")

@@ -1,4 +1,4 @@
-"""What a command has of its process: the two streams it writes to, and the signals that end it."""
+"""Output streams, signals, and exit codes of a command's process."""
 
 from __future__ import annotations
 
@@ -21,27 +21,27 @@ from sdkit.processes import is_main_process
 from sdkit.stops import Stopped, stop_in
 
 PATIENCE = 10
-"""Seconds in which a launcher notices that a process has ended, and ends the others."""
+"""Seconds that a launcher has to notice that one process has ended, and to end the others."""
 
 REMINDER = 0.5
 """Seconds after which a stop that a library swallowed is raised again."""
 
 
 def prepare_streams() -> None:
-    """Let stdout and stderr hold any file name, and make up for those that the process was started without."""
+    """Make stdout and stderr accept any file name, and replace a stream that the process was started without."""
     if sys.stdout is None:
-        sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 - as long as the process
+        sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 - open until the process ends
     if sys.stderr is None:
         sys.stderr = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a terminal may not know every letter of a file name
+            stream.reconfigure(errors="backslashreplace")  # the locale may not encode every file name
 
 
-def left_alone() -> bool:
-    """Whether this process, which ends with an error, has to tell of it though it is not the main one.
+def outlives_main_process() -> bool:
+    """Return whether this process of a launched run, which is not the main one, has to report its error itself.
 
-    What all processes meet, the main one tells; with that the launcher ends the others, which wait here.
+    Wait first: an error that all processes meet is reported by the main one, after which the launcher ends the others.
     """
     try:
         time.sleep(PATIENCE)
@@ -51,30 +51,34 @@ def left_alone() -> bool:
 
 
 def complain(sentence: str) -> None:
-    """One line on stderr, whatever is in the names it quotes."""
-    with contextlib.suppress(OSError):  # nobody can be told that nobody can be told
+    """Print a sentence on stderr in one line, whatever characters are in the names that it quotes."""
+    with contextlib.suppress(OSError):  # stderr may be closed, and there is nowhere else to report it
         sys.stderr.write(f"sdkit: {printable(sentence)}\n")
 
 
 def say(text: str) -> None:
-    """A line on stdout, now, and above a progress bar if there is one. Raises `SdkitError` where there is no room."""
+    """Print a line on stdout at once, above a progress bar if there is one.
+
+    Raises:
+        SdkitError: The line cannot be written, as on a full disk.
+    """
     from tqdm import tqdm
 
     with tqdm.external_write_mode(file=sys.stdout):
         try:
             sys.stdout.write(f"{text}\n")
         except OSError as error:
-            raise _unwritten(error) from error
+            raise _output_error(error) from error
         flush()
 
 
 def say_path(path: Path) -> None:
-    """As it is for other programs, but for a terminal without what might steer it."""
+    """Print a path: unchanged for other programs, without control characters for a terminal."""
     say(printable(str(path)) if sys.stdout.isatty() else str(path))
 
 
 def say_table(rows: Sequence[Sequence[str]]) -> None:
-    """Rows with their columns aligned."""
+    """Print rows with their columns aligned."""
     cells = [[printable(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     for row in cells:
@@ -82,19 +86,20 @@ def say_table(rows: Sequence[Sequence[str]]) -> None:
 
 
 def say_json(value: Any) -> None:
-    """A value as JSON, with strings for what JSON does not know (paths)."""
+    """Print a value as JSON; types that JSON lacks, such as paths, become strings."""
     say(json.dumps(value, indent=2, default=str, allow_nan=False))
 
 
 def flush() -> None:
-    """Write out what stdout still holds; raises as `say` does."""
+    """Write out the buffer of stdout. Raises as `say` does."""
     try:
         sys.stdout.flush()
     except OSError as error:
-        raise _unwritten(error) from error
+        raise _output_error(error) from error
 
 
-def _unwritten(error: OSError) -> OSError | SdkitError:
+def _output_error(error: OSError) -> OSError | SdkitError:
+    """Return the error to raise when stdout cannot be written: a broken pipe itself, or a sentence."""
     if isinstance(error, BrokenPipeError):
         return error
     mute_stdout()
@@ -102,15 +107,15 @@ def _unwritten(error: OSError) -> OSError | SdkitError:
 
 
 def mute_stdout() -> None:
-    """Without this Python would complain, while it exits, of what it cannot write."""
+    """Discard what stdout still holds: otherwise Python prints an error when it exits and cannot write it."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class _Stops:
-    """Handlers that raise `Stopped` or KeyboardInterrupt, and raise it again where a library swallowed it.
+    """Signal handlers that raise `Stopped` or KeyboardInterrupt, and raise it again if a library swallowed it.
 
-    A stop is lost where it is raised inside a `__del__` or a bare `except`. While it propagates (`finally` blocks and
-    context managers clear up then) one more signal is ignored, and the one after that ends the process at once.
+    A stop is lost if it is raised inside a `__del__` or a bare `except`. While it propagates, `finally` blocks and
+    context managers clean up: one more signal is ignored then, and the next one ends the process at once.
     """
 
     def __init__(self) -> None:
@@ -119,7 +124,7 @@ class _Stops:
 
     def stop(self, number: int, _: object) -> None:
         """Handle a signal that asks the process to end."""
-        if self._number and self._on_its_way():
+        if self._number and self._propagates():
             self._ignored += 1
             if self._ignored > 1:
                 os._exit(128 + number)
@@ -130,22 +135,23 @@ class _Stops:
         self.remind()
 
     def remind(self, *_: object) -> None:
-        """Raise the stop that was asked for, if any, unless it propagates already. Handles the timer, too."""
-        if self._number and not self._on_its_way():
+        """Raise the stop that a signal asked for, unless it propagates already. This also handles the timer."""
+        if self._number and not self._propagates():
             raise KeyboardInterrupt if self._number == signal.SIGINT else Stopped(self._number)
 
     @staticmethod
-    def _on_its_way() -> bool:
+    def _propagates() -> bool:
+        """Return whether the exception that is being handled is, or was caused by, a stop."""
         error = sys.exc_info()[1]
         return error is not None and stop_in(error) is not None
 
 
 @contextlib.contextmanager
 def signals_raised() -> Iterator[None]:
-    """SIGTERM and SIGHUP raise `Stopped`, so that, as after Ctrl-C, temporary files are removed; see `_Stops`.
+    """Make SIGTERM and SIGHUP raise `Stopped`, so that temporary files are removed as after Ctrl-C; see `_Stops`.
 
-    Only in the main thread, which alone may have handlers, and only where they would end the process: nohup's SIGHUP
-    stays ignored.
+    A no-op outside of the main thread, where Python allows no handlers. Signals that would not end the process are left
+    alone: after nohup, SIGHUP stays ignored.
     """
     stops, before, default = _Stops(), dict[int, Any](), (signal.SIG_DFL, signal.default_int_handler)
     names = ("SIGTERM", "SIGHUP", "SIGINT") if threading.current_thread() is threading.main_thread() else ()
@@ -159,7 +165,7 @@ def signals_raised() -> Iterator[None]:
     sys.unraisablehook = lambda lost: None if lost.exc_value and stop_in(lost.exc_value) else hook(lost)
     try:
         yield
-        stops.remind()  # the work may have ended before the timer did
+        stops.remind()  # the work may have ended before the timer could raise a lost stop again
     finally:
         sys.unraisablehook = hook
         if stops.timer:
@@ -169,8 +175,14 @@ def signals_raised() -> Iterator[None]:
 
 
 def exit_code_of(work: Callable[[], int]) -> int:
-    """Do the work of a whole process and return its exit code: what `work` returns, or, once the error or the signal
-    that ended it is told in one line, a number above 0."""
+    """Do the work of a whole process, and return its exit code.
+
+    Args:
+        work: The work, which returns an exit code.
+
+    Returns:
+        What `work` returns; or, after an error or a signal, a number above 0, once the cause is printed in one line.
+    """
     prepare_streams()
     try:
         with signals_raised(), warnings.catch_warnings():
@@ -184,28 +196,28 @@ def exit_code_of(work: Callable[[], int]) -> int:
             code, sentence = 128 + stop.number, f"{stop}; the files that were finished are whole."
         elif isinstance(stop, KeyboardInterrupt):
             code, sentence = 130, "stopped; the files that were finished are whole."
-        elif isinstance(error, BrokenPipeError):  # whoever read our output has seen enough
+        elif isinstance(error, BrokenPipeError):  # the reader of our output, such as `head`, has closed it
             mute_stdout()
             return 141
         elif isinstance(error, (SdkitError, OSError, UnicodeEncodeError)) and not os.environ.get("SDKIT_DEBUG"):
             code, sentence = int(getattr(error, "exit_code", 2)), _sentence(error)
         else:
             raise
-    if is_main_process() or (code < 128 and left_alone()):
+    if is_main_process() or (code < 128 and outlives_main_process()):
         complain(sentence)
     return code
 
 
 def _check_folder() -> None:
-    """Raise `SdkitError` where the working folder is gone: each library fails in its own way then, some on import."""
+    """Raise `SdkitError` if the working folder was deleted. Libraries would fail later, each in its own way."""
     try:
-        os.getcwd()  # noqa: PTH109 - pathlib's is the same, with an import more
+        os.getcwd()  # noqa: PTH109 - pathlib's is the same
     except OSError as error:
         raise SdkitError("the working folder is not there any more; change into one that is.") from error
 
 
 def _sentence(error: Exception) -> str:
-    """The message of an error, or a sentence for a refusal of the system that no code expects (too many open files)."""
+    """Return the message of an error, or a sentence for an error of the system, such as too many open files."""
     if isinstance(error, UnicodeEncodeError):
         return f"{clean(repr(error.object))} cannot be written in the {error.encoding} of this locale; use UTF-8."
     if isinstance(error, OSError):
@@ -215,5 +227,6 @@ def _sentence(error: Exception) -> str:
 
 
 def _warn(message: Warning | str, _category: type[Warning], filename: str, *_: Any, **__: Any) -> None:
-    if Path(filename).is_relative_to(Path(__file__).parents[1]):  # other libraries' warnings are for programmers
+    """Print a warning of sdkit in one line. Those of other libraries are for programmers, and are dropped."""
+    if Path(filename).is_relative_to(Path(__file__).parents[1]):
         complain(str(message))

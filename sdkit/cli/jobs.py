@@ -1,8 +1,8 @@
-"""File-level jobs: what the command line does, as functions for Python users too.
+"""Jobs on files: the work of the command line, as functions that Python can call too.
 
-Files go through a batch at a time and each is written as soon as it is done, whole or not at all: a folder of any size
-fits in memory, and an interrupted run keeps what it finished. An input that cannot be used is reported and the others
-are done; anything wrong with the job itself (an argument, the output folder) raises `SdkitError` and ends it.
+Inputs are processed in batches, and each output is written atomically as soon as it is finished: a folder of any size
+fits in memory, and an interrupted job keeps its finished files. An input that cannot be used is reported, and the job
+goes on with the others. An error of the job itself (an argument, the output folder) raises `SdkitError`.
 """
 
 from __future__ import annotations
@@ -30,58 +30,83 @@ from sdkit.arguments import strings, whole_number
 from sdkit.data import latent_file as latents
 from sdkit.errors import ArgumentError, LatentError, SdkitError
 from sdkit.evaluation import similarity as metrics
-from sdkit.files import check_name, encodable, find_files, reason, status, utf8_name
+from sdkit.file_search import find_files
+from sdkit.files import check_name, encodable, status, utf8_name
+from sdkit.messages import reason
 from sdkit.networks.autoencoder import VAE
+from sdkit.networks.tiling import check_tile
 from sdkit.pipelines.generation import Generation
 from sdkit.pipelines.text_to_image import StableDiffusion
 from sdkit.progress import progress
 
 PROMPTS = 64 * 2**20  # bytes of the largest file of prompts
-PATIENCE = 5  # seconds to wait for the first byte in a named pipe
-PIXELS_HELD = 2048 * 2048  # of input read before they go through a network: about 50 MB in float32
+PATIENCE = 5  # seconds to wait for the first byte from a named pipe
+PIXELS_HELD = 2048 * 2048  # pixels to read before they are processed as a batch: about 50 MB in float32
 
 T = TypeVar("T")
-Sized = TypeVar("Sized", Image.Image, latents.Latent)  # have a width and a height
+Result = TypeVar("Result")
+Sized = TypeVar("Sized", Image.Image, latents.Latent)  # an input, which has a width and a height
 Batch: TypeAlias = list[tuple[Path, Sized]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Report(Generic[T]):
-    """What became of a job's inputs."""
+    """Results of a job, which grow while it runs.
+
+    Attributes:
+        done: One result for each finished output.
+        failed: Inputs that could not be used, each with a sentence that says why.
+        on_done: Called with each result as soon as its output is written.
+    """
 
     done: list[T] = field(default_factory=list)
-    failed: list[tuple[Path, str]] = field(default_factory=list)  # inputs that could not be used, and why not
-    on_done: Callable[[T], object] = lambda _: None  # called with each as soon as it is finished
+    failed: list[tuple[Path, str]] = field(default_factory=list)
+    on_done: Callable[[T], object] = lambda _: None
 
-    def add(self, one: T) -> None:
-        """One more is finished."""
-        self.done.append(one)
-        self.on_done(one)
+    def add(self, result: T) -> None:
+        """Add the result of a finished output."""
+        self.done.append(result)
+        self.on_done(result)
 
     def fail(self, source: Path, error: SdkitError) -> None:
-        """An input cannot be used; the sentence names it."""
+        """Add an input that cannot be used, with the error's sentence, in which the input is named."""
         self.failed.append((source, str(error) if str(source) in str(error) else f"{source}: {error}"))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reconstruction:
-    """An image that went through a VAE and back."""
+    """Scores of an image that was encoded and decoded.
+
+    Attributes:
+        source: The image.
+        path: A PNG of the original beside its reconstruction.
+        height: Height of the image in pixels.
+        width: Width of the image in pixels.
+        psnr: Peak signal-to-noise ratio in dB; infinite if the two are equal.
+        ssim: Structural similarity, at most 1; None for an image that is smaller than the window of 11 x 11 pixels.
+    """
 
     source: Path
-    path: Path  # the original beside its reconstruction
+    path: Path
     height: int
     width: int
-    psnr: float  # dB; infinite where the two are equal
-    ssim: float | None  # None for an image smaller than SSIM's window of 11 x 11 pixels
+    psnr: float
+    ssim: float | None
 
 
 def check_files(out: str | Path, *, batch_size: int | None = None, tile: int | None = None, seed: int = 0) -> None:
-    """Raise `SdkitError` where the jobs below cannot take these, which can be told before a model is loaded."""
-    whole_number("seed", seed, 0, 2**62)
+    """Raise `SdkitError` for arguments that the jobs below refuse whatever the model, before a model is loaded.
+
+    Args:
+        out: The output folder, which must be writable.
+        batch_size: Images per batch; None takes as many as fit.
+        tile: Side of tiles in pixels; the VAE may need larger ones than are refused here.
+        seed: Seed of the first file.
+    """
+    whole_number("seed", seed, 0, 2**62)  # the seeds of later files are larger, and must stay below 2**63
     if batch_size is not None:
         whole_number("batch_size", batch_size, 1)
-    if tile:
-        whole_number("tile (0 is none)", tile, 128)
+    check_tile(tile)
     _check_writable(Path(out))
 
 
@@ -96,13 +121,27 @@ def encode_files(
     tile: int | None = None,
     report: Report[Path] | None = None,
 ) -> Report[Path]:
-    """Images, or folders of them, to latent files in `out`, with the sub-folders that they had.
+    """Encode images to latent files.
 
-    The i-th file is drawn from the posterior with `seed` + i, even where files before it are broken; `sample=False`
-    takes the mean. `report`, here and below, is one to add to, which tells of the work while it goes on.
+    Args:
+        vae: The autoencoder.
+        paths: Images, or folders that are searched for images.
+        out: Output folder, in which sub-folders of the inputs are kept.
+        sample: Whether to draw from the posterior; False takes its mean.
+        seed: Random seed. The i-th file is drawn with `seed` + i, even if files before it cannot be read.
+        batch_size: Images that go through the network together; None takes as many as fit.
+        tile: Side, in pixels, of the tiles that large images are cut into, as in `VAE.encode`.
+        report: The report to add to; None makes a new one.
+
+    Returns:
+        The report, with the paths of the latent files.
+
+    Raises:
+        SdkitError: An argument is wrong, there is no input, or an output cannot be written.
     """
     check_files(out, batch_size=batch_size, tile=tile, seed=seed)
-    targets, report = _targets(paths, images.READABLE, out, ".safetensors"), report or Report()
+    check_tile(tile, vae.factor)
+    targets = _targets(paths, images.READABLE, out, ".safetensors")
     seeds = {source: seed + i for i, source in enumerate(targets)}
 
     def encode(batch: Batch[Image.Image]) -> Any:
@@ -110,16 +149,16 @@ def encode_files(
         pictures = [image for _, image in batch]
         return vae.encode(pictures, sample=sample, generator=generators, batch_size=batch_size, tile=tile)
 
-    for batch in _batches(targets, images.read, batch_size, report, "encode"):
-        for source, image, z in _made(encode, batch, report):
-            latent = latents.Latent(
-                z=z, height=image.height, width=image.width, vae=vae.identity, vae_name=vae.name, scale=vae.scale,
-                shift=vae.shift, factor=vae.factor, dtype=str(vae.dtype).removeprefix("torch."), sdkit=__version__,
-                source=os.fsencode(source.name).decode(errors="replace"),
-            )  # fmt: skip
-            latents.save(latent, targets[source])
-            report.add(targets[source])
-    return report
+    def write(source: Path, image: Image.Image, z: torch.Tensor) -> Path:
+        latent = latents.Latent(
+            z=z, height=image.height, width=image.width, vae=vae.identity, vae_name=vae.name, scale=vae.scale,
+            shift=vae.shift, factor=vae.factor, dtype=str(vae.dtype).removeprefix("torch."), sdkit=__version__,
+            source=os.fsencode(source.name).decode(errors="replace"),
+        )  # fmt: skip
+        latents.save(latent, targets[source])
+        return targets[source]
+
+    return _process(targets, images.read, encode, write, batch_size, report, "encode")
 
 
 def decode_files(
@@ -132,7 +171,23 @@ def decode_files(
     tile: int | None = None,
     report: Report[Path] | None = None,
 ) -> Report[Path]:
-    """Latent files, or folders of them, to PNGs in `out`, of the original sizes. `force` takes another VAE's too."""
+    """Decode latent files to PNGs of the original sizes.
+
+    Args:
+        vae: The autoencoder.
+        paths: Latent files, or folders that are searched for them.
+        out: Output folder, in which sub-folders of the inputs are kept.
+        force: Whether to decode latents of another VAE too, if their shape fits.
+        batch_size: Latents that go through the network together; None takes as many as fit.
+        tile: Side, in pixels, of the tiles that large images are cut into, as in `VAE.decode`.
+        report: The report to add to; None makes a new one.
+
+    Returns:
+        The report, with the paths of the PNGs.
+
+    Raises:
+        SdkitError: An argument is wrong, there is no input, or an output cannot be written.
+    """
 
     def load(path: Path) -> latents.Latent:
         latent = latents.load(path)
@@ -146,13 +201,14 @@ def decode_files(
         zs = [latent.z for _, latent in batch]
         return vae.decode(zs, size=sizes, batch_size=batch_size, tile=tile)
 
+    def write(source: Path, _: latents.Latent, image: Image.Image) -> Path:
+        images.save(image, targets[source])
+        return targets[source]
+
     check_files(out, batch_size=batch_size, tile=tile)
-    targets, report = _targets(paths, {".safetensors"}, out, ".png"), report or Report()
-    for batch in _batches(targets, load, batch_size, report, "decode"):
-        for source, _, image in _made(decode, batch, report):
-            images.save(image, targets[source])
-            report.add(targets[source])
-    return report
+    check_tile(tile, vae.factor)
+    targets = _targets(paths, {".safetensors"}, out, ".png")
+    return _process(targets, load, decode, write, batch_size, report, "decode")
 
 
 def reconstruct_files(
@@ -164,34 +220,54 @@ def reconstruct_files(
     tile: int | None = None,
     report: Report[Reconstruction] | None = None,
 ) -> Report[Reconstruction]:
-    """Images, or folders of them, through the VAE and back: in `out`, PNGs of originals beside reconstructions."""
+    """Encode and decode images, write PNGs of originals beside reconstructions, and measure the differences.
+
+    Args:
+        vae: The autoencoder.
+        paths: Images, or folders that are searched for images.
+        out: Output folder, in which sub-folders of the inputs are kept.
+        batch_size: Images that go through the network together; None takes as many as fit.
+        tile: Side, in pixels, of the tiles that large images are cut into, as in `VAE.reconstruct`.
+        report: The report to add to; None makes a new one.
+
+    Returns:
+        The report, with a `Reconstruction` for each image.
+
+    Raises:
+        SdkitError: An argument is wrong, there is no input, or an output cannot be written.
+    """
 
     def reconstruct(batch: Batch[Image.Image]) -> Any:
         return vae.reconstruct([image for _, image in batch], batch_size=batch_size, tile=tile)
 
+    def write(source: Path, x: Image.Image, y: Image.Image) -> Reconstruction:
+        path = targets[source]
+        images.save(images.grid([x, y], 2, padding=4), path)
+        psnr = metrics.psnr(x, y).item()
+        ssim = metrics.ssim(x, y).item() if min(x.size) >= metrics.WINDOW else None
+        return Reconstruction(source=source, path=path, height=x.height, width=x.width, psnr=psnr, ssim=ssim)
+
     check_files(out, batch_size=batch_size, tile=tile)
-    targets, report = _targets(paths, images.READABLE, out, "-reconstruction.png"), report or Report()
-    for batch in _batches(targets, images.read, batch_size, report, "reconstruct"):
-        for source, x, y in _made(reconstruct, batch, report):
-            path = targets[source]
-            images.save(images.grid([x, y], 2, padding=4), path)
-            psnr = metrics.psnr(x, y).item()
-            ssim = metrics.ssim(x, y).item() if min(x.size) >= metrics.WINDOW else None
-            one = Reconstruction(source=source, path=path, height=x.height, width=x.width, psnr=psnr, ssim=ssim)
-            report.add(one)
-    return report
+    check_tile(tile, vae.factor)
+    targets = _targets(paths, images.READABLE, out, "-reconstruction.png")
+    return _process(targets, images.read, reconstruct, write, batch_size, report, "reconstruct")
 
 
 def mean_scores(done: Sequence[Reconstruction]) -> tuple[float | None, float | None]:
-    """Mean PSNR and mean SSIM, each of the images that have one."""
+    """Return the mean PSNR and the mean SSIM of the images that have one; None for a mean of no images."""
+    psnrs = [one.psnr for one in done]
     ssims = [one.ssim for one in done if one.ssim is not None]
-    return fmean(one.psnr for one in done) if done else None, fmean(ssims) if ssims else None
+    return fmean(psnrs) if psnrs else None, fmean(ssims) if ssims else None
 
 
 def read_prompts(path: str | Path) -> list[str]:
-    """The prompts in a UTF-8 file ("-": standard input), one a line; empty lines and # comments are skipped.
+    """Read prompts from a UTF-8 file, one per line; empty lines, and lines that begin with #, are skipped.
 
-    It may be a pipe, if something is written to it within seconds.
+    Args:
+        path: A file, a pipe to which something is written within seconds, or "-" for the standard input.
+
+    Raises:
+        ArgumentError: The file cannot be read, is not UTF-8, is too large, or holds no prompt.
     """
     if str(path) == "-" and sys.stdin is None:
         raise ArgumentError("there is no standard input to read prompts from; name a file of them.")
@@ -211,20 +287,32 @@ def read_prompts(path: str | Path) -> list[str]:
 
 
 def _read_prompts(path: str | Path) -> bytes:
+    """Read the bytes of a file or of a named pipe, without waiting forever for the pipe's other end."""
     if not stat.S_ISFIFO(status(path).st_mode):
         with Path(path).open("rb") as file:
             return file.read(PROMPTS + 1)
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # returns before the other end is opened
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # does not wait for the pipe's other end to be opened
     with os.fdopen(descriptor, "rb") as pipe:
         select.select([pipe], [], [], PATIENCE)
         os.set_blocking(descriptor, True)
-        return pipe.read(PROMPTS + 1)  # at once, and nothing, if the other end is not open
+        return pipe.read(PROMPTS + 1)  # returns b"" at once if the other end is not open
 
 
 def check_generation(
     prompts: Sequence[str], out: str | Path, generation: Generation, *, count: int = 1, batch_size: int | None = None
 ) -> int:
-    """How many images `generate_files` makes of these; raises what it would, but without a model."""
+    """Return the number of images that `generate_files` makes of these, before a model is loaded.
+
+    Args:
+        prompts: At least one prompt.
+        out: A folder, or a .png for a single image.
+        generation: How to draw the images.
+        count: Images per prompt.
+        batch_size: Images drawn together; None takes as many as fit.
+
+    Raises:
+        SdkitError: An argument is wrong whatever the model, or `out` cannot be written.
+    """
     generation.check()
     n = len(strings("prompts", prompts)) * whole_number("count", count, 1)
     if batch_size is not None:
@@ -246,46 +334,62 @@ def generate_files(
     batch_size: int | None = None,
     report: Report[Path] | None = None,
 ) -> list[Path]:
-    """`count` images of each prompt as PNGs that hold their recipes, numbered on from those in the folder `out`.
+    """Generate `count` images of each prompt, as PNGs that hold their `Generation`.
 
-    `out` may be a file name ending in .png, for a single image; in a folder nothing is overwritten, by several runs at
-    once neither. Image i has the seed `generation.seed` + i; `generation.prompt` is not used. `grid` adds one more
-    picture, of all images with labels.
+    Args:
+        sd: The model.
+        prompts: At least one prompt.
+        out: A folder, or a .png for a single image. Files in a folder are numbered on from those that are there, and
+            none is overwritten, even if several runs share the folder.
+        generation: How to draw the images; None takes the defaults. Its prompt is ignored. Image i of all images has
+            its seed + i.
+        count: Images per prompt.
+        grid: Whether to write one more picture, of all images with labels.
+        batch_size: Images drawn together; None takes as many as fit.
+        report: The report to add to; None makes a new one.
+
+    Returns:
+        The paths of the PNGs.
+
+    Raises:
+        SdkitError: An argument is wrong, or an output cannot be written.
     """
     generation, report = generation or Generation(), report or Report()
     n = check_generation(prompts, out, generation, count=count, batch_size=batch_size)
     side = sd.unet.sample_size * sd.vae.factor
     at_once = batch_size or sd.images_at_once(generation.height or side, generation.width or side)
     wanted = ((prompt, generation.seed + r * count + c) for r, prompt in enumerate(prompts) for c in range(count))
-    batches = iter(lambda: list(itertools.islice(wanted, at_once)), [])
+    batches = iter(lambda: list(itertools.islice(wanted, at_once)), [])  # ends with the first empty batch
     numbers = _numbers(Path(out))
-    made: dict[str, Image.Image] = {}  # by caption
+    labelled: dict[str, Image.Image] = {}  # for the grid
     for batch in progress(batches, total=-(-n // at_once), description="generate"):
         for (prompt, seed), image in zip(batch, _generate(sd, batch, generation), strict=True):
-            one = replace(
+            whole = replace(
                 generation, prompt=prompt, seed=seed, height=image.height, width=image.width, model=sd.name,
                 guidance_scale=sd.guidance_scale if generation.guidance_scale is None else generation.guidance_scale,
                 spacing=generation.spacing or sd.schedule.timestep_spacing,
                 dtype=str(sd.unet.dtype).removeprefix("torch."),
             )  # fmt: skip
-            report.add(_save(image, Path(out), f"{_slug(prompt)}-{seed}", numbers, one.text()))
-            made |= {f"seed {seed}: {prompt}": image} if grid else {}
+            report.add(_save(image, Path(out), f"{_slug(prompt)}-{seed}", numbers, whole.text()))
+            if grid:
+                labelled[f"seed {seed}: {prompt}"] = image
     if grid:
-        sheet = images.grid([*made.values()], count if count > 1 else None, padding=6, captions=[*made])
+        sheet = images.grid([*labelled.values()], count if count > 1 else None, padding=6, captions=[*labelled])
         beside = Path(out).with_stem(f"{Path(out).stem}-grid") if _is_image_name(Path(out)) else Path(out)
         report.add(_save(sheet, beside, "grid", numbers))
     return report.done
 
 
 def _generate(sd: StableDiffusion, batch: Sequence[tuple[str, int]], generation: Generation) -> list[Image.Image]:
+    """Draw one image for each (prompt, seed)."""
     prompts, seeds = zip(*batch, strict=True)
-    made: list[Image.Image] = sd(
+    drawn: list[Image.Image] = sd(
         prompts, generation.negative_prompt, generation.height, generation.width, generation.num_inference_steps,
         generation.guidance_scale, generation.sampler, generation.eta, seeds, spacing=generation.spacing,
         guidance_rescale=generation.guidance_rescale, guidance_interval=generation.guidance_interval,
         clip_skip=generation.clip_skip, weighting=generation.weighting, batch_size=len(batch),
     )  # fmt: skip
-    return made
+    return drawn
 
 
 DEMO_PROMPTS = (
@@ -302,10 +406,16 @@ DEMO_PHOTOS = ("astronaut", "chelsea", "coffee")
 def demo_files(
     sd: StableDiffusion, out: str | Path = "demo", photos: Sequence[str | Path] = ()
 ) -> tuple[Path, str, Report[Reconstruction]]:
-    """Images from prompts, and photos through the VAE and back.
+    """Generate a grid of images, and encode and decode photos.
 
-    Returns the path of the former, as one grid, what the photos are (where none are given scikit-image's, or if it is
-    not installed the generated images), and what became of them.
+    Args:
+        sd: The model.
+        out: Output folder.
+        photos: Images to encode and decode. By default those of scikit-image, or the generated images if it is not
+            installed.
+
+    Returns:
+        The path of the grid, a name for the photos, and the report of their reconstructions.
     """
     folder = Path(out)
     _check_writable(folder)
@@ -315,7 +425,7 @@ def demo_files(
         return folder / "generated.png", "photos given", reconstruct_files(sd.vae, photos, folder)
     kind, pictures = "generated images", dict(zip(map(_slug, DEMO_PROMPTS), made, strict=True))
     with contextlib.suppress(ImportError):
-        from skimage import data  # of the extra `dev`
+        from skimage import data  # installed by the extra `dev`
 
         pictures = {name: Image.fromarray(getattr(data, name)()) for name in DEMO_PHOTOS}
         kind = "photos of scikit-image"
@@ -326,26 +436,27 @@ def demo_files(
 
 
 def _is_image_name(out: Path) -> bool:
+    """Return whether `out` names an image file rather than a folder."""
     return out.suffix.lower() in images.FORMATS and not os.path.isdir(out)  # noqa: PTH112 - pathlib's may raise
 
 
 def _save(
     image: Image.Image, out: Path, stem: str, numbers: Iterable[int], text: Mapping[str, str] | None = None
 ) -> Path:
-    """Write a PNG to `out`, or where that is a folder below the first of `numbers` that is free; its path."""
+    """Write a PNG to `out`, or into that folder under the first of `numbers` that is free, and return its path."""
     if _is_image_name(out):
         images.save(image, out, text)
         return out
     for number in numbers:
         path = out / f"{number:04d}-{stem}.png"
-        with contextlib.suppress(FileExistsError):  # another run took the name meanwhile
+        with contextlib.suppress(FileExistsError):  # another run has just taken the name
             images.save(image, path, text, overwrite=False)
             return path
     raise AssertionError("there are always more numbers")
 
 
 def _numbers(folder: Path) -> Iterator[int]:
-    """Yield numbers for files: each above those of all files that are in `folder` then, and above the one before."""
+    """Yield increasing numbers for new files, each above the numbers of all files in `folder` at that time."""
     last = 0
     while True:
         with contextlib.suppress(OSError):
@@ -356,13 +467,13 @@ def _numbers(folder: Path) -> Iterator[int]:
 
 
 def _slug(prompt: str) -> str:
-    """A prompt's letters and digits, as a part of a file name of at most 160 bytes."""
+    """Return the first letters and digits of a prompt as a part of a file name: at most 40, or 160 bytes."""
     slug = re.sub(r"[\W_]+", "-", encodable(prompt).lower())[:40].strip("-") or "image"
-    return os.fsdecode(slug.encode())  # in UTF-8, too, where the system has another encoding for names
+    return os.fsdecode(slug.encode())  # the name on disk is UTF-8 whatever the locale
 
 
 def _check_writable(path: Path, *, is_file: bool = False) -> None:
-    """Refuse a folder, or a file, now, not after the work, where nothing can be written into it."""
+    """Raise SdkitError if a folder or a file cannot be written, before any work is done for it."""
     try:
         check_name(path)
         above = path.parents if is_file else (path, *path.parents)
@@ -372,10 +483,10 @@ def _check_writable(path: Path, *, is_file: bool = False) -> None:
 
 
 def _targets(paths: Iterable[str | Path], suffixes: Collection[str], out: str | Path, ending: str) -> dict[Path, Path]:
-    """Each input and where its output goes: below `out` as the input lies below its folder, with another `ending`.
+    """Return the output path of each input: its path below the folder that was given, moved to `out`, with `ending`.
 
-    Inputs that differ only in their suffix keep it in the output's name, and no input is ever overwritten. What an
-    earlier run left in an `out` inside an input folder is no input.
+    Inputs that differ only in their suffix keep it in the output's name, and no output overwrites an input. If `out`
+    lies inside an input folder, the outputs of an earlier run in it are not taken as inputs.
     """
     names, folder = list(paths), Path(out)
     unreadable = images.UNREADABLE if ".png" in suffixes else ()
@@ -383,7 +494,8 @@ def _targets(paths: Iterable[str | Path], suffixes: Collection[str], out: str | 
     roots = {source: next((root for root in given if root in source.parents), source.parent) for source in sources}
     earlier = {source for source in sources if _is_in(source, folder) and _is_in(folder, roots[source])}
     below = {source: source.relative_to(roots[source]) for source in sources if source not in earlier}
-    shared = Counter(str(path.with_suffix("")).casefold() for path in below.values())  # one, to some file systems
+    # Names are compared without case: on some file systems "a.png" and "A.png" are one file.
+    shared = Counter(str(path.with_suffix("")).casefold() for path in below.values())
     taken = {os.path.realpath(source).casefold() for source in below}
     targets = {}
     for source, path in below.items():
@@ -396,42 +508,70 @@ def _targets(paths: Iterable[str | Path], suffixes: Collection[str], out: str | 
 
 
 def _is_in(path: Path, folder: Path) -> bool:
-    """However the two are written."""
-    return Path(os.path.abspath(folder)) in Path(os.path.abspath(path)).parents  # noqa: PTH100 - links stay as named
+    """Return whether `path` lies in `folder`, be they relative or absolute; links are not followed."""
+    return Path(os.path.abspath(folder)) in Path(os.path.abspath(path)).parents  # noqa: PTH100 - not `resolve`d
 
 
-def _made(
-    make: Callable[[Batch[Sized]], Sequence[T]], batch: Batch[Sized], report: Report[Any]
-) -> Iterator[tuple[Path, Sized, T]]:
-    """Each input and what `make` makes of it; one by one where it refuses the batch, so that only the bad ones fail."""
+def _process(
+    sources: Collection[Path],
+    load: Callable[[Path], Sized],
+    run: Callable[[Batch[Sized]], Sequence[Result]],
+    write: Callable[[Path, Sized, Result], T],
+    batch_size: int | None,
+    report: Report[T] | None,
+    name: str,
+) -> Report[T]:
+    """Load inputs, run a network on them in batches, and write each result as soon as its batch is finished.
+
+    Args:
+        sources: The inputs.
+        load: Reads an input.
+        run: Returns one result for each input of a batch.
+        write: Writes a result, and returns what the report says of it.
+        batch_size: The least number of inputs in a batch.
+        report: The report to add to; None makes a new one.
+        name: Name of the job, for its progress bar.
+    """
+    report = report or Report()
+    for batch in _batches(sources, load, batch_size, report, name):
+        for source, loaded, result in _results(run, batch, report):
+            report.add(write(source, loaded, result))
+    return report
+
+
+def _results(
+    run: Callable[[Batch[Sized]], Sequence[Result]], batch: Batch[Sized], report: Report[Any]
+) -> Iterator[tuple[Path, Sized, Result]]:
+    """Yield each input with its result. If `run` refuses a batch, its inputs are tried one by one, so that only those
+    that are at fault fail."""
     try:
-        results = make(batch)
+        results = run(batch)
     except SdkitError as error:
         if len(batch) == 1:
             report.fail(batch[0][0], error)
             return
         for one in batch:
-            yield from _made(make, [one], report)
+            yield from _results(run, [one], report)
     else:
-        for (source, sized), result in zip(batch, results, strict=True):
-            yield source, sized, result
+        for (source, loaded), result in zip(batch, results, strict=True):
+            yield source, loaded, result
 
 
 def _batches(
     sources: Collection[Path], load: Callable[[Path], Sized], batch_size: int | None, report: Report[Any], name: str
 ) -> Iterator[Batch[Sized]]:
-    """The inputs that can be loaded, as many at a time as fit; the others go into the report."""
+    """Yield the inputs that can be loaded, in batches of `PIXELS_HELD` pixels or more; the report gets the others."""
     batch: Batch[Sized] = []
-    held = 0
+    pixels = 0
     for source in progress(sources, total=len(sources), description=name):
         try:
             batch.append((source, load(source)))
         except SdkitError as error:
             report.fail(source, error)
             continue
-        held += batch[-1][1].width * batch[-1][1].height
-        if held >= PIXELS_HELD and len(batch) >= (batch_size or 1):
+        pixels += batch[-1][1].width * batch[-1][1].height
+        if pixels >= PIXELS_HELD and len(batch) >= (batch_size or 1):
             yield batch
-            batch, held = [], 0
+            batch, pixels = [], 0
     if batch:
         yield batch

@@ -1,4 +1,4 @@
-"""The parser of every command: it raises errors of one sentence, and refuses an option that is given twice."""
+"""The parser of every command: its errors are one sentence, and it refuses an option that is given twice."""
 
 from __future__ import annotations
 
@@ -9,22 +9,25 @@ from sdkit.errors import ArgumentError
 
 
 class Parser(argparse.ArgumentParser):
-    """An `ArgumentParser` that raises `ArgumentError`, also for an option that is given twice, as `--x --no-x` is.
+    """An `ArgumentParser` that raises `ArgumentError` instead of exiting.
 
-    An option may be given several times if its action is "append".
+    An option that is given twice is an error, and so is `--x --no-x`, unless the option's action is "append".
+    Descriptions and epilogs are shown with their own line breaks.
     """
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(**{"allow_abbrev": False, **options})
+        raw = argparse.RawDescriptionHelpFormatter
+        super().__init__(**{"allow_abbrev": False, "formatter_class": raw, **options, "add_help": False})
+        self.add_argument("-h", "--help", action="help", help="Show this help")
         self._given: set[str] = set()
 
     def parse_known_args(self, *args: Any, **kwargs: Any) -> Any:
-        """As `ArgumentParser` does."""
+        """Parse like `ArgumentParser`, and forget the options of an earlier parse."""
         self._given.clear()
         return super().parse_known_args(*args, **kwargs)
 
     def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
-        """argparse calls this each time that it meets an option."""
+        """Convert an option's values. argparse calls this once for each time that the option is given."""
         if action.option_strings and not isinstance(action, argparse._AppendAction):
             if action.dest in self._given:
                 name = "/".join(option for option in action.option_strings if option.startswith("--"))

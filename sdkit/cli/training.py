@@ -1,71 +1,108 @@
-"""The commands around training: look at data, cache latents, train, draw the curves, convert a LoRA.
+"""The commands around training: check data, cache latents, train, plot a run, and convert a LoRA.
 
-The options of `sdkit train` are the fields of its settings, and their help is the docstring under each.
+The options of `sdkit train` are the fields of the stage's settings. Their help is read from the settings' docstrings.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, fields
-from functools import partial
 from pathlib import Path
 from types import NoneType
-from typing import TYPE_CHECKING, Any, TypeAlias, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_origin, get_type_hints
 
 from sdkit.cli.console import complain, say, say_json, say_path
+from sdkit.cli.options import (
+    CROPS,
+    DTYPES,
+    PREDICTION_TYPES,
+    Add,
+    Commands,
+    add_command,
+    add_command_group,
+    batch_size_option,
+    choices,
+    device_option,
+    vae_option,
+)
 from sdkit.errors import ArgumentError
 from sdkit.fields import field_docs
-from sdkit.files import reason
-from sdkit.messages import clean, printable
+from sdkit.messages import clean, printable, reason
 from sdkit.processes import is_main_process
 from sdkit.strict_json import read_object
+from sdkit.training.settings import AUGMENTATIONS, LR_SCHEDULERS, RECONSTRUCTIONS, REGULARIZERS, UNetConfig, VAEConfig
 
 if TYPE_CHECKING:
     from sdkit.data import Manifest
     from sdkit.training.settings import StageSettings
 
-Add: TypeAlias = Callable[..., object]
-Commands: TypeAlias = "argparse._SubParsersAction[Any]"
-Command: TypeAlias = Callable[[argparse.Namespace], int]
+Settings = TypeVar("Settings", bound="StageSettings")
 
-SETTINGS = {"vae": "VAEConfig", "unet": "UNetConfig"}
+STAGE_USAGE = "--data PATH --out-dir PATH [OPTION ...]"
 SHORT = {"model": ("-m",), "out_dir": ("-o",)}
-SHOWN = 5
-"""Images that could not be used and are named."""
+SHOWN = 5  # images that could not be used and are named
 
+# Choices are shown in the help; the settings refuse others.
+CHOICES = {
+    "mixed_precision": ("no", "bf16", "fp16"),
+    "lr_scheduler": LR_SCHEDULERS,
+    "augment": AUGMENTATIONS,
+    "prediction_type": PREDICTION_TYPES,
+    "reconstruction": RECONSTRUCTIONS,
+    "regularizer": REGULARIZERS,
+}
 
-def add_command(commands: Commands, run: Command, add_options: Callable[[Add], None]) -> None:
-    """A command with its function's name and docstring."""
-    child = commands.add_parser(run.__name__, help=run.__doc__, description=run.__doc__)
-    child.set_defaults(command=run)
-    add_options(child.add_argument)
+# Fields of the settings, under the titles of their groups in the help. A stage has some of them.
+GROUPS = {
+    "required, here or in the --config file": "data out_dir",
+    "data": "split image_column caption_column default_caption class_folders size augment",
+    "model": "model vae init",
+    "what is trained": "lora_rank train_text_encoder train_encoder",
+    "loss": "prediction_type zero_snr snr_gamma noise_offset caption_dropout reconstruction lpips_weight lpips "
+    "regularizer kl_weight disc_weight disc_start",
+    "optimisation": "max_steps batch_size gradient_accumulation_steps learning_rate lr_scheduler lr_warmup_steps "
+    "max_grad_norm ema_decay seed",
+    "speed and memory": "mixed_precision gradient_checkpointing use_8bit_adam",
+    "validation": "validate_every validation_data validation_prompts",
+    "checkpoints and logs": "save_every keep_checkpoints report_to",
+}
 
 
 def add_training_commands(commands: Commands) -> None:
-    """In the order in which one needs them."""
-    data = _group(commands, "data", "Look at a data set.")
-    add_command(data, check, _check_options)
-    add_command(commands, cache, _cache_options)
-    train = _group(commands, "train", "Fine-tune a model; the same command again goes on with a run that was stopped.")
-    _add_stage(train, "vae", "Fine-tune the VAE: its decoder, or all of it.")
-    _add_stage(train, "unet", "Fine-tune the U-Net, whole or by LoRA.")
-    add_command(commands, plot, _plot_options)
-    add_command(commands, convert, _convert_options)
-
-
-def _group(commands: Commands, name: str, summary: str) -> Commands:
-    child = commands.add_parser(name, help=summary, description=summary)
-    inside: Commands = child.add_subparsers(required=True, metavar="COMMAND")
-    return inside
+    """Add the commands in the order in which a user needs them."""
+    data = add_command_group(commands, "data", "Check a data set.", ("sdkit data check photos/",))
+    _add_check(data)
+    _add_cache(commands)
+    about = (
+        "Fine-tune a model, or resume a run.\n\nCtrl-C leaves a checkpoint; the same command resumes the run from it."
+    )
+    train = add_command_group(
+        commands,
+        "train",
+        about,
+        (
+            "sdkit train unet --data photos/ --out-dir runs/zork --lora-rank 8",
+            "sdkit train vae --data photos/ --out-dir runs/vae",
+        ),
+    )
+    _add_vae(train)
+    _add_unet(train)
+    _add_plot(commands)
+    _add_convert(commands)
 
 
 def check(args: argparse.Namespace) -> int:
-    """Look for what training would stumble over: broken, small and equal images, captions that are missing or long."""
+    """Check a data set before training.
+
+    Reports broken, small, and duplicate images, and captions that are missing
+    or too long.
+    """
     from sdkit.data import check
 
-    report = check(args.data, model=args.model, size=_size(args.size), **_data_options(args))
+    report = check(args.data, model=args.model, size=_size(args.size), **_given_data(args))
     if args.json:
         say_json(report.asdict())
     else:
@@ -75,7 +112,10 @@ def check(args: argparse.Namespace) -> int:
 
 
 def cache(args: argparse.Namespace) -> int:
-    """Encode images and captions once, so that training the U-Net need not do it in each step."""
+    """Encode images and captions once, before training the U-Net.
+
+    Training from a cache needs neither the VAE nor the images.
+    """
     from sdkit.cli.jobs import check_files
     from sdkit.data import LatentCache, cache
 
@@ -84,13 +124,14 @@ def cache(args: argparse.Namespace) -> int:
         raise ArgumentError("--seed belongs to random crops and flips, and there are none; leave it out.")
     options = ("crop", "flip", "augmentations", "embeddings", "batch_size", "dtype", "device", "vae")
     given = {name: getattr(args, name) for name in options} | {"seed": 0 if args.seed is None else args.seed}
-    folder = cache(args.model, args.data, args.out, size=_size(args.size), **given, **_data_options(args))
+    folder = cache(args.model, args.data, args.out, size=_size(args.size), **given, **_given_data(args))
     if is_main_process():
-        _tell_cache(folder, LatentCache(folder).manifest)
-    return 0  # a broken image ends no run, and no script that goes on from here
+        _print_cache(folder, LatentCache(folder).manifest)
+    return 0  # also if images were skipped: scripts go on to train with the others
 
 
-def _tell_cache(folder: Path, made: Manifest) -> None:
+def _print_cache(folder: Path, made: Manifest) -> None:
+    """Print the folder of a cache, its number of images, and the images that were skipped."""
     say_path(folder)
     copies = made.settings.augmentations
     say(f"{made.images} images{f', {copies} times each' if copies > 1 else ''}; {len(made.skipped)} skipped")
@@ -100,23 +141,35 @@ def _tell_cache(folder: Path, made: Manifest) -> None:
         complain(f"{len(made.skipped) - SHOWN} more are skipped; {folder / 'manifest.json'} names them.")
 
 
-def train(stage: str, args: argparse.Namespace) -> int:
-    """Train one of `SETTINGS`."""
-    from sdkit import training
-    from sdkit.cli.jobs import check_files
-    from sdkit.data.examples import check_source
+def vae(args: argparse.Namespace) -> int:
+    """Fine-tune the VAE: its decoder, or all of it."""
+    from sdkit.training import train_vae
 
-    settings = _settings(getattr(training, SETTINGS[stage]), args)
+    return _train(args, VAEConfig, train_vae)
+
+
+def unet(args: argparse.Namespace) -> int:
+    """Fine-tune the U-Net, whole or by LoRA."""
+    from sdkit.training import train_unet
+
+    return _train(args, UNetConfig, train_unet)
+
+
+def _train(args: argparse.Namespace, stage: type[Settings], run: Callable[[Settings], Path]) -> int:
+    from sdkit.cli.jobs import check_files
+    from sdkit.data.sources import check_source
+
+    settings = _settings(stage, args)
     check_files(Path(settings.out_dir))
     check_source(settings.data)
-    run: Path = getattr(training, f"train_{stage}")(settings)
+    folder = run(settings)
     if is_main_process():
-        say_path(run / "result")
+        say_path(folder / "result")
     return 0
 
 
 def plot(args: argparse.Namespace) -> int:
-    """Draw a run's losses, validation and learning rate."""
+    """Draw a run's losses, validation, and learning rate as a PNG."""
     from sdkit.training.plot import plot
 
     say_path(plot(args.run, args.out))
@@ -124,7 +177,7 @@ def plot(args: argparse.Namespace) -> int:
 
 
 def convert(args: argparse.Namespace) -> int:
-    """Write a LoRA in the layout of kohya's scripts, which A1111 and others read."""
+    """Convert a LoRA to the layout of kohya's scripts, which A1111 reads."""
     from sdkit.loading.lora_file import convert_lora
 
     convert_lora(args.lora, args.out)
@@ -132,81 +185,143 @@ def convert(args: argparse.Namespace) -> int:
     return 0
 
 
-def _check_options(add: Add) -> None:
-    add("data", metavar="DATA", help="a folder of images, .tar or .parquet files, or a data set's id on the Hub")
-    add("--model", "-m", metavar="SOURCE", help="whose size and tokenizer count (default: those of SD 1.x)")
+def _add_check(commands: Commands) -> None:
+    parser = add_command(
+        commands,
+        check,
+        usage="DATA [OPTION ...]",
+        examples=("sdkit data check photos/", "sdkit data check photos/ --size 512 --json"),
+    )
+    _data_options(parser)
+    add = parser.add_argument_group("what to check for").add_argument
+    model = "Model to be trained, for its image size and tokenizer (default: those of SD 1.x)"
+    add("--model", "-m", metavar="SOURCE", help=model)
     _size_option(add)
-    _source_options(add)
-    add("--json", action="store_true", help="print all that is found, as JSON")
+    parser.add_argument_group("output").add_argument("--json", action="store_true", help="Print the report as JSON")
 
 
-def _cache_options(add: Add) -> None:
-    add("data", metavar="DATA", help="a folder of images, .tar or .parquet files, or a data set's id on the Hub")
-    add("--out", "-o", required=True, metavar="FOLDER", help="for the cache; one that was begun there is finished")
-    kinds = "a Hub id, a diffusers folder or a single file (default: emoji, which is embedded)"
-    add("--model", "-m", default="emoji", metavar="SOURCE", help=kinds)
-    add("--vae", metavar="SOURCE", help="in place of the model's own: a folder, a Hub id, or a single file")
+def _add_cache(commands: Commands) -> None:
+    parser = add_command(
+        commands,
+        cache,
+        usage="DATA --out FOLDER [OPTION ...]",
+        examples=(
+            "sdkit cache photos/ --out cache/ --embeddings",
+            "sdkit cache photos/ --out cache/ --crop random --flip --augmentations 4",
+        ),
+    )
+    _data_options(parser)
+    add = parser.add_argument_group("model").add_argument
+    sources = 'A Hub id, a diffusers folder, a single file, or "emoji", the embedded model (default: emoji)'
+    add("--model", "-m", default="emoji", metavar="SOURCE", help=sources)
+    vae_option(add)
+    add = parser.add_argument_group("images").add_argument
     _size_option(add)
-    add("--crop", default="center", metavar="PLACE", help="center or random (default: center)")
-    add("--flip", action="store_true", help="mirror left and right, half of the time")
-    add("--augmentations", type=int, default=1, metavar="N", help="of each image, cropped and flipped (default: 1)")
-    add("--embeddings", action="store_true", help="store what the text encoder makes of the captions, too")
-    _source_options(add)
-    add("--batch-size", type=int, metavar="N", help="images at a time (default: as many as usually fit)")
-    add("--dtype", default="fp32", help="auto, fp32, bf16 or fp16, whose rounding stays in the cache (default: fp32)")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1 ... (default: auto)")
-    add("--seed", type=int, metavar="N", help="of crops and flips (default: 0)")
+    add("--crop", default="center", metavar=choices(CROPS), help="Where to crop images to that size (default: center)")
+    add("--flip", action="store_true", help="Mirror half of the images left to right")
+    add(
+        "--augmentations",
+        type=int,
+        default=1,
+        metavar="N",
+        help="Copies of each image, each with its own random crop and flip (default: 1)",
+    )
+    add("--seed", type=int, metavar="N", help="Random seed of crops and flips (default: 0)")
+    add = parser.add_argument_group("output").add_argument
+    add("--out", "-o", required=True, metavar="FOLDER", help="Folder of the cache. An interrupted cache is resumed")
+    add(
+        "--embeddings",
+        action="store_true",
+        help="Also store the captions' embeddings, so that training needs no text encoder",
+    )
+    add = parser.add_argument_group("speed and memory").add_argument
+    batch_size_option(add)
+    dtype = "Precision to encode in; the cache keeps its rounding (default: fp32)"
+    add("--dtype", default="fp32", metavar=choices(DTYPES), help=dtype)
+    device_option(add)
 
 
 def _size_option(add: Add) -> None:
-    add("--size", type=int, nargs="+", metavar="PIXELS", help="a side, or height and width (default: the model's own)")
+    size = "Side of the training images, or their height and width (default: the model's own)"
+    add("--size", type=int, nargs="+", metavar="PIXELS", help=size)
 
 
 def _size(numbers: list[int] | None) -> Any:
-    """As the functions take it: None, one number, or (height, width)."""
+    """Return the values of --size as functions take them: None, one number, or (height, width)."""
     return numbers[0] if numbers and len(numbers) == 1 else numbers and tuple(numbers)
 
 
-def _source_options(add: Add) -> None:
-    add("--split", default="train", help="of a data set on the Hub (default: train)")
-    add("--image-column", metavar="NAME", help="of parquet files and data sets of the Hub (default: found)")
-    add("--caption-column", metavar="NAME", help="there, or the key in metadata.jsonl or .json (default: found)")
-    add("--streaming", action="store_true", help="read it as it comes, without a copy on the disk")
-    classes = "folders named like '10_zork dog': each image ten times, by default with the caption 'zork dog'"
-    add("--class-folders", action="store_true", help=classes)
-    add("--default-caption", metavar="TEXT", default="", help="of images that have none (default: the empty prompt)")
+def _data_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("data").add_argument
+    add("data", metavar="DATA", help="A folder of images, .tar or .parquet files, or a data set's id on the Hub")
+    add("--split", default="train", metavar="NAME", help="Split of a data set on the Hub (default: train)")
+    image_column = "Column of the images in .parquet files and on the Hub (default: detected)"
+    add("--image-column", metavar="NAME", help=image_column)
+    caption_column = "Column of the captions, or their key in metadata (default: detected)"
+    add("--caption-column", metavar="NAME", help=caption_column)
+    default_caption = "Caption of images without one (default: the empty prompt)"
+    add("--default-caption", metavar="TEXT", default="", help=default_caption)
+    class_folders = (
+        "Repeat each image in a folder such as '10_zork dog' ten times, with 'zork dog' as its default caption"
+    )
+    add("--class-folders", action="store_true", help=class_folders)
+    add("--streaming", action="store_true", help="Read the data while it is downloaded, without a copy on the disk")
 
 
-def _data_options(args: argparse.Namespace) -> dict[str, Any]:
+def _given_data(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the options of `_data_options` as the functions take them."""
     names = ("split", "image_column", "caption_column", "streaming", "class_folders", "default_caption")
     return {name: getattr(args, name) for name in names}
 
 
-def _plot_options(add: Add) -> None:
-    add("run", metavar="RUN", help="the folder of a run")
-    add("--out", "-o", metavar="FILE.png", help="(default: metrics.png in it)")
+def _add_plot(commands: Commands) -> None:
+    parser = add_command(commands, plot, usage="RUN [--out FILE.png]", examples=("sdkit plot runs/zork",))
+    parser.add_argument("run", metavar="RUN", help="Run folder of sdkit train")
+    parser.add_argument("--out", "-o", metavar="FILE.png", help="File to write (default: RUN/metrics.png)")
 
 
-def _convert_options(add: Add) -> None:
-    add("lora", metavar="LORA", help="a file, a run's result folder or a Hub id")
-    add("out", metavar="OUT.safetensors", help="the file to write")
+def _add_convert(commands: Commands) -> None:
+    parser = add_command(
+        commands,
+        convert,
+        usage="LORA OUT.safetensors",
+        examples=("sdkit convert runs/zork/result zork.safetensors",),
+    )
+    parser.add_argument("lora", metavar="LORA", help="A file, a run's result folder, or a Hub id")
+    parser.add_argument("out", metavar="OUT.safetensors", help="File to write")
 
 
-def _add_stage(commands: Commands, stage: str, summary: str) -> None:
-    from sdkit.training import settings as config
-
-    child = commands.add_parser(stage, help=summary, description=summary)
-    child.usage = f"{child.prog} --data PATH --out-dir PATH [OPTION ...]"
-    child.set_defaults(command=partial(train, stage))
-    child.add_argument("--config", metavar="FILE.json", help="settings from a file, such as a run's config.json")
-    needed = child.add_argument_group("needed, here or in that file")
-    settings = child.add_argument_group("settings, which go before those of the file")
-    for field in _fields(getattr(config, SETTINGS[stage])).values():
-        field.add_to((needed if field.default is MISSING else settings).add_argument)
+def _add_vae(commands: Commands) -> None:
+    examples = (
+        "sdkit train vae --data photos/ --out-dir runs/vae",
+        "sdkit train vae --data photos/ --out-dir runs/vae --disc-weight 0.5",
+    )
+    _add_settings(add_command(commands, vae, usage=STAGE_USAGE, examples=examples), VAEConfig)
 
 
-def _settings(stage: type[StageSettings], args: argparse.Namespace) -> StageSettings:
-    """Those of the file of --config, but for options given beside it."""
+def _add_unet(commands: Commands) -> None:
+    examples = (
+        "sdkit train unet --data photos/ --out-dir runs/zork --lora-rank 8",
+        "sdkit train unet --config runs/zork/config.json --max-steps 2000",
+        "accelerate launch -m sdkit train unet --data cache/ --out-dir runs/full",
+    )
+    _add_settings(add_command(commands, unet, usage=STAGE_USAGE, examples=examples), UNetConfig)
+
+
+def _add_settings(parser: argparse.ArgumentParser, stage: type[StageSettings]) -> None:
+    """Add the fields of a stage's settings as options, in the groups of `GROUPS`."""
+    config = "Read settings from a file, such as a run's config.json; options given here override it"
+    parser.add_argument("--config", metavar="FILE.json", help=config)
+    known = _fields(stage)
+    for title, names in GROUPS.items():
+        group = parser.add_argument_group(title)
+        for name in names.split():
+            if name in known:
+                known[name].add_to(group.add_argument)
+
+
+def _settings(stage: type[Settings], args: argparse.Namespace) -> Settings:
+    """Return the settings of a run: those in the --config file, overridden by the options that are given."""
     known = _fields(stage)
     given = {name: field.value(getattr(args, name)) for name, field in known.items() if name in args}
     values = (_from_file(Path(args.config), stage.__name__, known) if args.config else {}) | given
@@ -216,7 +331,7 @@ def _settings(stage: type[StageSettings], args: argparse.Namespace) -> StageSett
 
 
 def _from_file(path: Path, stage: str, known: Mapping[str, _Field]) -> dict[str, Any]:
-    """Settings out of a run's config.json, or of an object of fields."""
+    """Read settings from a run's config.json, or from a JSON object of fields."""
     try:
         found = read_object(path)
     except OSError as error:
@@ -236,63 +351,82 @@ def _from_file(path: Path, stage: str, known: Mapping[str, _Field]) -> dict[str,
 
 @dataclass(frozen=True, kw_only=True)
 class _Field:
-    """A field of a stage's settings, as an option and as a value in JSON."""
+    """A field of a stage's settings, as an option and as a value in JSON.
+
+    Attributes:
+        name: Name of the field.
+        doc: Description of the field.
+        default: Default, or MISSING for a required field.
+        kind: Type of a value: bool, int, float, or str.
+        is_path: Whether a value may be a path.
+        single: Whether the field takes one value.
+        several: Whether the field takes a tuple of values.
+        optional: Whether the field takes None.
+    """
 
     name: str
     doc: str
     default: Any
     kind: type
-    """bool, int, float or str."""
     is_path: bool
     single: bool
-    """Whether it can be one value, and ..."""
     several: bool
-    """... whether it can be a tuple of such values ..."""
     optional: bool
-    """... or None."""
 
     @property
     def option(self) -> str:
-        """Its name on the command line."""
+        """Name of the option."""
         return f"--{self.name.replace('_', '-')}"
 
     def add_to(self, add: Add) -> None:
-        """Add the option, which sets nothing where it is not given."""
+        """Add the option. If it is not given, the parsed arguments lack it."""
         options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": self._help()}
         if self.kind is bool:
             add(self.option, action=argparse.BooleanOptionalAction, **options)
             return
         if self.several:
             options["nargs"] = "+"
-        metavar = "PATH" if self.is_path else {int: "N", float: "X"}.get(self.kind, "TEXT")
-        add(self.option, *SHORT.get(self.name, ()), type=self._parser(), metavar=metavar, **options)
+        add(self.option, *SHORT.get(self.name, ()), type=self._parser(), metavar=self._metavar(), **options)
+
+    def _metavar(self) -> str:
+        """Return the word that stands for a value in the help."""
+        if self.name in CHOICES:
+            return choices(CHOICES[self.name])
+        return "PATH" if self.is_path else {int: "N", float: "X"}.get(self.kind, "TEXT")
 
     def _help(self) -> str:
-        words = {"None": "none", "True": "yes", "False": "no"}
-        default = words.get(str(self.default), self.default)
-        shown = "" if self.default in (MISSING, ()) else f" (default: {default})"
-        return f"{self.doc.removesuffix('.')}{shown}".replace("%", "%%")
+        """Return the field's description and its default, unless the description says what the default, None, is."""
+        doc = self.doc.removesuffix(".").replace("`", "")
+        if self.default is None:  # the user of a command line leaves the option out
+            doc = re.sub(r"(^|[.:] )None\b", r"\1The default", doc)
+            doc = re.sub(r"\bNone\b", "the default", doc)
+        words = {"True": "yes", "False": "no", "": "empty"}
+        unsaid = self.default in (MISSING, None, ())
+        default = "" if unsaid else f" (default: {words.get(str(self.default), self.default)})"
+        return f"{doc}{default}".replace("%", "%%")
 
     def _parser(self) -> Callable[[str], Any]:
+        """Return the function that reads a value on the command line, where "none" is None."""
+
         def parse(text: str) -> Any:
             return None if self.optional and text.lower() == "none" else self.kind(text)
 
-        parse.__name__ = self.kind.__name__  # which argparse names where a value is wrong
+        parse.__name__ = self.kind.__name__  # argparse shows it in its error: "invalid int value"
         return parse
 
     def value(self, found: Any) -> Any:
-        """What argparse or JSON found, as the field has it; whether it is right, the settings find out."""
+        """Return a value of argparse or JSON as the field holds it. The settings check it."""
         if isinstance(found, list):
             return found[0] if self.single and len(found) == 1 else tuple(found)
         return found
 
 
 def _fields(stage: type) -> dict[str, _Field]:
-    """The fields of a stage's settings: its own ones first, then those that it inherits."""
+    """Return the fields of a stage's settings: its own first, then those it inherits."""
     hints, docs, found = get_type_hints(stage), field_docs(stage), dict[str, _Field]()
     for field in fields(stage):
         hint = hints[field.name]
-        kinds = [hint] if get_origin(hint) in (None, tuple) else get_args(hint)  # of a union
+        kinds = [hint] if get_origin(hint) in (None, tuple) else get_args(hint)  # the members of a union
         plain = [kind for kind in kinds if kind is not NoneType and get_origin(kind) is not tuple]
         items = [get_args(kind)[0] for kind in kinds if get_origin(kind) is tuple]
         found[field.name] = _Field(

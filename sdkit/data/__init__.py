@@ -9,19 +9,19 @@ from sdkit.lazy import attributes
 if TYPE_CHECKING:  # `as` exports a name to type checkers, which cannot work out the __all__ below
     from sdkit.data.checking import CheckReport as CheckReport
     from sdkit.data.checking import check as check
-    from sdkit.data.examples import Example as Example
+    from sdkit.data.example import Example as Example
     from sdkit.data.examples import Examples as Examples
     from sdkit.data.examples import Stream as Stream
-    from sdkit.data.examples import open_examples as open_examples
     from sdkit.data.latent_cache.manifest import Manifest as Manifest
     from sdkit.data.latent_cache.reading import LatentCache as LatentCache
     from sdkit.data.latent_cache.writing import cache as cache
+    from sdkit.data.sources import open_examples as open_examples
     from sdkit.data.transform import Transform as Transform
 
 # No module here has the name of a function: importing it would put the module in the function's place.
 _HOMES = {
     "CheckReport": "sdkit.data.checking",
-    "Example": "sdkit.data.examples",
+    "Example": "sdkit.data.example",
     "Examples": "sdkit.data.examples",
     "LatentCache": "sdkit.data.latent_cache.reading",
     "Manifest": "sdkit.data.latent_cache.manifest",
@@ -29,7 +29,7 @@ _HOMES = {
     "Transform": "sdkit.data.transform",
     "cache": "sdkit.data.latent_cache.writing",
     "check": "sdkit.data.checking",
-    "open_examples": "sdkit.data.examples",
+    "open_examples": "sdkit.data.sources",
 }
 __all__ = sorted(_HOMES)
 

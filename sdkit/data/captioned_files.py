@@ -1,4 +1,4 @@
-"""Images in a folder, with their captions: found and listed, but not read."""
+"""Images in a folder and their captions: listed, but no image is opened."""
 
 from __future__ import annotations
 
@@ -14,30 +14,41 @@ from typing import Any
 from sdkit.data.captions import BESIDE, Texts
 from sdkit.data.metadata import NAMES, Row, read_metadata
 from sdkit.errors import DataError
-from sdkit.files import encodable, walk
+from sdkit.file_search import walk
+from sdkit.files import encodable
 from sdkit.images import READABLE
 from sdkit.messages import clean, listed
 
 NAME, OFFSET, SIZE = "sdkit.name", "sdkit.offset", "sdkit.size"
-"""Columns of rows beside `image` and `caption`; offset and size are those of an image in a tar shard."""
+"""Columns beside `image` and `caption`. Offset and size locate an image in a tar shard."""
 CLASS_FOLDER = re.compile(r"(\d{1,4})_(.*)")
+"""Matches the name of a folder in the layout of sd-scripts: repeats, and caption."""
 TEXT_SUFFIXES = frozenset((*BESIDE, ".jsonl", ".csv", ".tsv", ".xml", ".yaml", ".yml", ".tags", ".cap", ".parquet"))
-"""Suffixes of files that may hold captions, whether they are read or not."""
+"""Suffixes of files that may hold captions, including formats that are not read."""
 
 
 def folder_rows(
     files: Iterable[Path], root: Path, caption_column: str | None, class_folders: bool = False
 ) -> tuple[list[dict[str, Any]], list[str], list[str]]:
-    """One row for each image file below `root`, and for each that metadata names, sorted by path; where no image has a
-    caption, files that may hold some and are not read; suffixes of files with captions that are not the usual ones.
-    Captions are looked for as in `open_examples`.
+    """List the images in a folder with their captions, which are found as `open_examples` describes.
 
-    class_folders: repeat the images in a folder named like "10_zork dog" ten times, with "zork dog" as the caption of
-                   those without.
+    Args:
+        files: the image files below `root`.
+        root: the folder.
+        caption_column: key of the caption in metadata and .json files; None tries the usual keys.
+        class_folders: repeat each image in a folder named like "10_zork dog" ten times, and give it the caption
+            "zork dog" if it has no other.
+
+    Returns:
+        A row for each image file, and for each file that metadata names, sorted by path; if no image has a caption,
+        files that may hold captions but are not read; and suffixes other than .txt of the caption files.
+
+    Raises:
+        DataError: if captions cannot be read or are ambiguous, or no caption has the key `caption_column`.
     """
     listed = {str(Path(folder)): names for folder, names in walk(root)}
     place = _Places()
-    images = {place(path): path for path in files}  # one for each file, however it is written
+    images = {place(path): path for path in files}  # a file may be given by several spellings of its path
     stated, keys = read_metadata(listed, caption_column)
     captions = _matched(stated, images, place)
     texts, beside = Texts(caption_column), _Beside(listed)
@@ -69,13 +80,13 @@ def folder_rows(
 
 
 def _first(paths: Iterable[Path], texts: Texts) -> tuple[str, str]:
-    """The first caption that is not empty, and the suffix of its file."""
+    """Return the first caption that is not empty, and the suffix of its file."""
     found = ((texts.read(path), path.suffix.lower()) for path in paths)
     return next((one for one in found if one[0]), ("", ""))
 
 
 def _class(path: Path, root: Path) -> re.Match[str] | None:
-    """Match of the name of the nearest such folder around an image: (repeats, caption)."""
+    """Return the match of `CLASS_FOLDER` for the innermost such folder around an image."""
     inside = [root.absolute().name, *Path(os.path.relpath(path, root)).parts[:-1]]
     return next((found for part in reversed(inside) if (found := CLASS_FOLDER.fullmatch(part))), None)
 
@@ -90,7 +101,7 @@ def _texts_in(listed: Mapping[str, Sequence[str]]) -> list[str]:
 
 
 class _Places:
-    """Where files lie, whatever links and ".." lead there; a link to a file is a file of its own."""
+    """Resolves links and ".." in the folder of a path. A link to a file counts as a file of its own."""
 
     def __init__(self) -> None:
         self.folders: dict[Path, Path] = {}
@@ -102,7 +113,7 @@ class _Places:
 
 
 def row(name: str, path: Path, caption: str, offset: int | None = None, size: int | None = None) -> dict[str, Any]:
-    """An image and its caption, as they are kept."""
+    """Return an image and its caption as a row of the data set."""
     return {
         "image": {"bytes": None, "path": encodable(str(path))},
         "caption": caption,
@@ -113,20 +124,20 @@ def row(name: str, path: Path, caption: str, offset: int | None = None, size: in
 
 
 def relative(path: Path, root: Path) -> str:
-    """The name by which people know a file below `root`."""
+    """Return a file's path relative to `root`, for people to read."""
     return encodable(Path(os.path.relpath(path, root)).as_posix())
 
 
-def alike(name: str) -> str:
-    """The form that all spellings of a name share: in upper or lower case, in NFC or NFD, with Windows' separator."""
+def normalized(name: str) -> str:
+    """Normalize a name: spellings that differ in case, in NFC or NFD, or in / or \\ become equal."""
     return unicodedata.normalize("NFC", name.replace("\\", "/")).casefold()
 
 
 def _matched(stated: Iterable[Row], images: dict[Path, Path], place: _Places) -> dict[Path, str]:
-    """Captions by the place of their image.
+    """Return the captions from metadata by resolved path of their image.
 
-    A name that no file has stands for the one file that is spelt alike, if that has no line of its own. Else the image
-    is missing; it is added to `images`, so that reading it reports that.
+    If no file has the name in a line, the line belongs to the one file whose normalized name is equal, unless that file
+    has a line of its own. Otherwise the image is missing, and it is added to `images`, so that reading it reports that.
     """
     captions: dict[Path, str] = {}
     missing: list[tuple[Row, Path]] = []
@@ -147,10 +158,10 @@ def _matched(stated: Iterable[Row], images: dict[Path, Path], place: _Places) ->
         return captions
     spelt: dict[str, list[Path]] = defaultdict(list)
     for key in images.keys() - captions.keys():
-        spelt[alike(str(key))].append(key)
+        spelt[normalized(str(key))].append(key)
     for one, path in missing:
         written = Path(os.path.normpath(one.folder / one.file_name.replace("\\", "/")))
-        found = spelt.get(alike(str(place(written))), [])
+        found = spelt.get(normalized(str(place(written))), [])
         if len(found) > 1:
             names = " and ".join(sorted(clean(key.name) for key in found)[:2])
             raise DataError(f"{one.where}: {clean(one.file_name)!r} may be {names}; write it as the file is called.")
@@ -169,7 +180,7 @@ class _Beside:
         self.passed_over: list[str] = []
 
     def of(self, image: Path, json_first: bool) -> list[Path]:
-        """The caption files of an image, the first to be taken first."""
+        """Return the caption files of an image, the preferred one first."""
         folder = str(image.parent)
         if folder not in self.folders:
             self.folders[folder] = _Names(self.listed[folder] if folder in self.listed else _list(folder))
@@ -186,7 +197,7 @@ class _Beside:
         return [image.parent / name for name in found]
 
     def warn(self) -> None:
-        """Warn of caption files that are ignored, since the image has another."""
+        """Warn of caption files that are ignored because the image has another."""
         if self.passed_over:
             verb = "are" if len(self.passed_over) > 1 else "is"
             warnings.warn(
@@ -196,23 +207,23 @@ class _Beside:
 
 
 class _Names:
-    """The caption files in one folder, by name and by spelling."""
+    """The caption files in one folder, by exact and by normalized name."""
 
     def __init__(self, names: Iterable[str]) -> None:
-        split = [os.path.splitext(name) for name in names]  # noqa: PTH122 - pathlib's takes thrice as long
+        split = [os.path.splitext(name) for name in names]  # noqa: PTH122 - pathlib takes three times as long
         texts = [(stem, suffix) for stem, suffix in split if suffix.lower() in BESIDE]
         self.texts = {stem + suffix for stem, suffix in texts}
         self.images = {base for stem, suffix in split if suffix.lower() in READABLE for base in (stem, stem + suffix)}
         self.spelt: dict[str, list[str]] = defaultdict(list)
         for stem, suffix in texts:
-            self.spelt[alike(stem + suffix)].append(stem + suffix)
+            self.spelt[normalized(stem + suffix)].append(stem + suffix)
 
     def find(self, base: str, suffix: str) -> str | None:
-        """The file called `base` + `suffix`, or the one that is spelt alike and is no other image's."""
+        """Return the file `base` + `suffix`, or one with an equal normalized name that belongs to no other image."""
         if base + suffix in self.texts:
             return base + suffix
-        found = self.spelt.get(alike(base + suffix), [])
-        exact = [name for name in found if name[: -len(suffix)] == base]  # A.TXT
+        found = self.spelt.get(normalized(base + suffix), [])
+        exact = [name for name in found if name[: -len(suffix)] == base]  # only the suffix differs, as in A.TXT
         free = exact or [name for name in found if name[: -len(suffix)] not in self.images]
         if len(free) > 1:
             names = " or ".join(map(clean, sorted(free)[:2]))
@@ -224,5 +235,5 @@ def _list(folder: str) -> list[str]:
     try:
         with os.scandir(folder) as entries:
             return [entry.name for entry in entries if not entry.is_dir()]
-    except OSError:  # nor can the image in it be read, and whoever reads it says so
+    except OSError:  # reading the image in it will report the error
         return []

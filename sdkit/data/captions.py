@@ -1,4 +1,4 @@
-"""Captions: the files and fields that hold them, and the text in these."""
+"""Captions in text files, and in the fields of JSON and tables."""
 
 from __future__ import annotations
 
@@ -13,18 +13,26 @@ from sdkit.files import encodable, read_regular
 from sdkit.messages import listed
 
 CAPTION_KEYS = ("text", "caption", "captions", "prompt", "txt", "json")
-"""Names under which a caption is looked for where none is given, the first that is there."""
+"""Keys and columns that may hold a caption, the likeliest first; used if the user names none."""
 LONGEST = 2**20
 """Bytes of the longest caption file, and of the longest line of metadata."""
 BESIDE = (".txt", ".caption", ".json")
-"""Suffixes of caption files, in the order in which they are taken."""
+"""Suffixes of caption files beside an image; an earlier one wins."""
 
 
 def caption_of(value: Any, key: str | None = None) -> str:
-    """The caption in whatever a caption column holds: text, a number, a list (its first), fields (one of them).
+    """Return the caption in a value of a caption column.
 
-    Nothing, true or false, and numbers that are not finite (as pandas writes what is missing) are no caption: "".
-    Raises `ValueError` for NUL characters and for bytes that are not UTF-8: the text was decoded wrongly, then.
+    Args:
+        value: text, bytes, a number, a list (its first item counts), or fields by name (see `key`). None, booleans, and
+            numbers that are not finite (pandas writes missing values so) are no caption.
+        key: the field that holds the caption. None tries `CAPTION_KEYS`.
+
+    Returns:
+        The caption without space around it; "" if there is none.
+
+    Raises:
+        ValueError: if the text was decoded wrongly: it holds NUL characters, or bytes that are not UTF-8.
     """
     keys = CAPTION_KEYS if key is None else (key,)
     while isinstance(value, (Mapping, list, tuple)):
@@ -42,17 +50,21 @@ def caption_of(value: Any, key: str | None = None) -> str:
 
 
 class Texts:
-    """Decodes caption files, and remembers those that it cannot, so that one sentence can name them all."""
+    """Reads caption files, and collects those that cannot be read, so that one error can name them all.
+
+    Attributes:
+        key: field of .json files that holds the caption; None tries `CAPTION_KEYS`.
+        keys: names of all fields seen in .json files.
+        bad: names of the files that cannot be read.
+    """
 
     def __init__(self, key: str | None = None) -> None:
-        """`key`: the field of .json files that is the caption."""
         self.key = key
         self.keys: set[str] = set()
-        """Names of all fields in .json files."""
         self.bad: list[str] = []
 
     def read(self, path: Path) -> str:
-        """The caption in a file."""
+        """Return the caption in a file; "" if it cannot be read."""
         try:
             return self.decode(str(path), read_regular(path, LONGEST))
         except OSError:
@@ -60,7 +72,7 @@ class Texts:
             return ""
 
     def decode(self, name: str, data: bytes) -> str:
-        """The caption in the bytes of a file of this name: UTF-8 text, or with the suffix .json an object."""
+        """Return the caption in the bytes of the file `name`: UTF-8 text, or an object if the suffix is .json."""
         try:
             if not name.lower().endswith(".json"):
                 return caption_of(data)
@@ -72,7 +84,7 @@ class Texts:
             return ""
 
     def check(self) -> None:
-        """Raise `DataError` where a file could not be decoded."""
+        """Raise `DataError` if any file could not be read."""
         if self.bad:
             raise DataError(
                 f"the caption in {listed(self.bad)} cannot be read; save it as UTF-8 text "

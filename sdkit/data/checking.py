@@ -1,4 +1,4 @@
-"""A look at a data set before anything is trained on it, and what training would do with what it finds."""
+"""Check of a data set before training: problems in it, and how training would treat them."""
 
 from __future__ import annotations
 
@@ -17,8 +17,10 @@ import numpy.typing as npt
 from PIL import Image
 
 from sdkit.arguments import whole_number
-from sdkit.data.examples import Example, Examples, open_examples
+from sdkit.data.example import Example
+from sdkit.data.examples import Examples
 from sdkit.data.latent_cache.writing import own_size
+from sdkit.data.sources import open_examples
 from sdkit.data.transform import MAX_ENLARGEMENT, Transform, sides
 from sdkit.errors import ImageError
 from sdkit.loading.place import SourceName
@@ -29,11 +31,13 @@ from sdkit.prefetch import ahead
 from sdkit.progress import progress
 
 SD_SIZE = 512
+"""Side of Stable Diffusion 1.x's images in pixels."""
 NEAR_BITS = 4
-"""Bits of 64 in which the perceptual hashes of near duplicates differ at most ..."""
+"""Most bits, of 64, in which the perceptual hashes of near duplicates differ."""
 NEAR_LEVELS = 12.0
-"""... and the mean difference of their 8 x 8 thumbnails, of 255."""
+"""Largest mean difference, in levels of 255, between the 8 x 8 thumbnails of near duplicates."""
 SHOWN = 5
+"""Number of names or sizes that a report shows of many."""
 
 FINDINGS = {
     "unreadable": ("cannot be read", "training skips them, and names them in its report"),
@@ -52,28 +56,39 @@ FINDINGS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """One kind of thing that was found."""
+    """One kind of problem, and the files that have it.
+
+    Attributes:
+        kind: a key of `FINDINGS`.
+        what: the problem, in words.
+        consequence: how training treats it.
+        names: names of the images or files that have it.
+        groups: names of duplicates, in groups; other problems have `names`.
+        reasons: name -> the particular reason, if reasons differ.
+    """
 
     kind: str
-    """A key of `FINDINGS`."""
     what: str
     consequence: str
-    """What training does with it."""
     names: tuple[str, ...] = ()
     groups: tuple[tuple[str, ...], ...] = ()
-    """Of duplicates; the others have `names`."""
     reasons: dict[str, str] = field(default_factory=dict)
-    """By name, where they differ."""
 
     @property
     def count(self) -> int:
-        """Images, or other files, concerned."""
+        """Number of images or files that have the problem."""
         return len(self.names) + sum(map(len, self.groups))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """Images of one size."""
+    """A size that images have.
+
+    Attributes:
+        width: in pixels.
+        height: in pixels.
+        count: number of images of this size.
+    """
 
     width: int
     height: int
@@ -82,19 +97,26 @@ class Shape:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckReport:
-    """What `check` found; `asdict` makes it JSON, `str` what a person reads."""
+    """Report of `check`: `asdict` gives it as JSON, `str` as text for people.
+
+    Attributes:
+        source: path or id of the data set.
+        size: (height, width) of the crop that training would take.
+        examples: number of images.
+        usable: number of images that training would not skip.
+        findings: the problems found.
+        shapes: sizes of the readable images, the most frequent first.
+    """
 
     source: str
     size: tuple[int, int]
-    """(height, width) of the crop in question."""
     examples: int
     usable: int
     findings: tuple[Finding, ...]
     shapes: tuple[Shape, ...]
-    """Of the readable images, the most frequent first."""
 
     def asdict(self) -> dict[str, Any]:
-        """As plain lists and dictionaries."""
+        """Return the report as plain lists and dictionaries."""
         return asdict(self)
 
     def __str__(self) -> str:
@@ -124,14 +146,24 @@ class CheckReport:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Look:
-    """What is kept of an image."""
+    """Facts about an image, without its pixels.
+
+    Attributes:
+        name: name of the example.
+        caption: its caption.
+        size: (width, height) in pixels.
+        pixels: SHA-256 over size and pixels.
+        hash: perceptual hash.
+        thumbnail: 8 x 8 RGB pixels.
+        error: message, if the image cannot be read.
+    """
 
     name: str
     caption: str
-    size: tuple[int, int] = (0, 0)  # width, height
-    pixels: bytes = b""  # their hash
-    hash: int = 0  # perceptual
-    thumbnail: bytes = b""  # 8 x 8, RGB
+    size: tuple[int, int] = (0, 0)
+    pixels: bytes = b""
+    hash: int = 0
+    thumbnail: bytes = b""
     error: str = ""
 
 
@@ -148,9 +180,18 @@ def check(
     default_caption: str = "",
     workers: int = 4,
 ) -> CheckReport:
-    """Read a data set once, and report what training on it would meet. Parameters as in `sdkit.data.cache`.
+    """Read a data set once, and report what training on it would meet.
 
-    model: whose size and tokenizer count; None takes those of Stable Diffusion 1.x: 512 pixels, 77 tokens.
+    Args:
+        data: path or id of the data set; see `open_examples`.
+        model: model that gives the image size and the tokenizer. None takes Stable Diffusion 1.x's: 512 pixels, 77
+            tokens.
+        size: (height, width) of the crop in pixels, or one number for a square. None takes the model's own size.
+        split, image_column, caption_column, streaming, class_folders, default_caption: see `open_examples`.
+        workers: threads that read images.
+
+    Raises:
+        DataError: if there is no such data set, or no image in it.
     """
     whole_number("workers", workers, 1)
     opened = Source.open(model) if model else None
@@ -161,11 +202,11 @@ def check(
         class_folders=class_folders, default_caption=default_caption,
     )  # fmt: skip
     distinct: Iterable[Example] = examples
-    if class_folders:  # each once: those that count ten times are no duplicates
+    if class_folders:  # an image that counts ten times is no duplicate of itself
         distinct = {example.name: example for example in examples}.values()
     if opened:
         text, tokenizer = opened.text_encoder()
-        del opened  # it holds the tensors of a checkpoint that is a pickle
+        del opened  # frees the tensors that a pickled checkpoint holds in memory
         length = int(text.config.max_position_embeddings)
     else:
         tokenizer, length = load_tokenizer(ASSETS / "sd1" / "tokenizer"), 77
@@ -185,7 +226,7 @@ def check(
         ),
         _finding("long_caption", {look: f"{n} tokens in {-(-n // (length - 2))} chunks" for look, n in tokens.items()}),
         _finding("duplicates", groups=_equal(readable)),
-        _finding("near_duplicates", groups=_alike(readable)),
+        _finding("near_duplicates", groups=_near(readable)),
     )
     counts = Counter(look.size for look in readable).most_common()
     return CheckReport(
@@ -199,7 +240,7 @@ def check(
 
 
 def _finding(kind: str, looks: Collection[_Look] = (), groups: Sequence[Sequence[_Look]] = ()) -> Finding:
-    """A finding on `looks`, which may map each to its reason, or on groups of them."""
+    """Make a finding about images, which may be mapped to their reasons, or about groups of images."""
     what, consequence = FINDINGS[kind]
     return Finding(
         kind=kind,
@@ -237,9 +278,11 @@ _DCT = np.cos(math.pi / 32 * (_N + 0.5) * np.arange(8)[:, None])  # (8, 32): the
 
 
 def perceptual_hash(image: Image.Image) -> int:
-    """64 bits: which of the 8 x 8 lowest frequencies of the grey image, at 32 x 32, lie above their median.
+    """Return pHash, a hash of 64 bits that is similar for images that look alike.
 
-    pHash (Zauner 2010, Implementation and Benchmarking of Perceptual Image Hash Functions, section 3.2.1).
+    The image is made grey, and resized to 32 x 32. Each bit tells whether one of the 8 x 8 lowest frequencies of its
+    DCT lies above their median (Zauner 2010, Implementation and Benchmarking of Perceptual Image Hash Functions,
+    section 3.2.1).
     """
     grey = np.asarray(image.convert("L").resize((32, 32), Image.Resampling.LANCZOS), dtype=np.float64)
     frequencies = _DCT @ grey @ _DCT.T  # (8, 8)
@@ -248,15 +291,18 @@ def perceptual_hash(image: Image.Image) -> int:
 
 
 def _equal(looks: Sequence[_Look]) -> list[list[_Look]]:
-    """Groups of two or more with the same pixels."""
+    """Return groups of two or more images with equal pixels."""
     groups: dict[bytes, list[_Look]] = defaultdict(list)
     for look in looks:
         groups[look.pixels].append(look)
     return [group for group in groups.values() if len(group) > 1]
 
 
-def _alike(looks: Sequence[_Look]) -> list[list[_Look]]:
-    """Groups of two or more that look alike, linked by pairs of them; of equal ones the first stands for all."""
+def _near(looks: Sequence[_Look]) -> list[list[_Look]]:
+    """Return groups of two or more images that are linked by pairs of near duplicates.
+
+    Of images with equal pixels, only the first takes part. Groups are merged by union-find.
+    """
     distinct = list({look.pixels: look for look in reversed(looks)}.values())[::-1]
     parent = list(range(len(distinct)))
 
@@ -281,8 +327,10 @@ def _alike(looks: Sequence[_Look]) -> list[list[_Look]]:
 
 
 def _buckets(hashes: npt.NDArray[np.uint64]) -> Iterable[npt.NDArray[np.int64]]:
-    """Indices of hashes that agree in one of NEAR_BITS + 1 bands of bits, so that few pairs have to be compared: two
-    that differ in no more than NEAR_BITS bits agree in one (the pigeonhole principle)."""
+    """Yield indices of hashes that are equal in one of NEAR_BITS + 1 bands of bits, so that few pairs are compared.
+
+    Two hashes that differ in at most NEAR_BITS bits are equal in at least one band (the pigeonhole principle).
+    """
     edges = np.linspace(0, 64, NEAR_BITS + 2).astype(int)
     for low, high in pairwise(edges):
         band = (hashes >> np.uint64(low)) & np.uint64((1 << int(high - low)) - 1)

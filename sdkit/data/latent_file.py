@@ -1,17 +1,17 @@
-"""The latent file: the scaled latents of one image, with what is needed to decode them.
+"""Latent files: the scaled latents of one image, and what is needed to decode them.
 
-It is a safetensors file that any safetensors reader opens. It holds one tensor, `z` (C, h, w), in the dtype it was
-computed in, and these metadata, all strings:
+A latent file is a safetensors file that any safetensors reader opens. It holds one tensor, `z` (C, h, w), in the dtype
+that it was computed in, and these metadata, all strings:
 
     format          "sdkit.latent"
     format_version  "1"
-    height, width   of the image in pixels; of the `h * factor` rows that are decoded the first `height` are the image
+    height, width   size of the image in pixels: it is the upper left part of the h * factor x w * factor decoded pixels
     factor          pixels per latent along each axis (8 in Stable Diffusion): h = ceil(height / factor), w likewise
-    vae             hash of the VAE's encoder side: equal hashes mean latents of one space
-    vae_name        what that VAE was loaded from
-    scale, shift    z = (raw - shift) * scale, where raw is what the VAE's own decoder takes
-    dtype           what the VAE computed in, such as "bfloat16" (z itself is stored as it came out)
-    source          name of the image file (only where there was one)
+    vae             fingerprint of the VAE's encoder side: equal fingerprints mean the same latent space
+    vae_name        path or name that the VAE was loaded from
+    scale, shift    z = (raw - shift) * scale, where the VAE's own decoder takes raw
+    dtype           dtype that the VAE computed in, such as "bfloat16"; z may be stored in another
+    source          name of the image file, if there was one
     sdkit           version of sdkit that wrote the file
 """
 
@@ -27,9 +27,10 @@ import torch
 from torch import Tensor
 
 from sdkit import tensor_files
+from sdkit.atomic import atomic_write
 from sdkit.errors import LatentError
-from sdkit.files import atomic_write, encodable, reason
-from sdkit.messages import clean
+from sdkit.files import encodable
+from sdkit.messages import clean, reason
 
 FORMAT = "sdkit.latent"
 FORMAT_VERSION = 1
@@ -49,16 +50,28 @@ PARSERS: dict[str, Callable[[str], Any]] = {
     **dict.fromkeys(("scale", "shift"), float),
     **dict.fromkeys(("vae", "vae_name", "dtype", "sdkit"), str),
 }
-"""Parsers of the metadata, which are strings, by field; all but z and source."""
+"""Field of `Latent` -> parser of its string in the metadata. The other fields are z and source."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Latent:
-    """Scaled latents of one image and where they come from. Raises `LatentError` where the parts do not fit.
+    """Scaled latents of one image, and where they come from.
 
-    z: (C, h, w), of a dtype in DTYPES. height, width: of the image, in pixels. vae, vae_name: identity of the VAE's
-    encoder side, and where it came from. scale, shift: raw latents are z / scale + shift. sdkit: version that made it.
-    dtype: what the VAE computed in. factor: pixels per latent along each axis. source: name of the image file.
+    Attributes:
+        z: latents (C, h, w), of a dtype in `DTYPES`.
+        height: height of the image in pixels.
+        width: width of the image in pixels.
+        vae: fingerprint of the VAE's encoder side.
+        vae_name: path or name that the VAE was loaded from.
+        scale: raw latents are z / scale + shift.
+        sdkit: version of sdkit that made the latents.
+        dtype: dtype that the VAE computed in.
+        shift: see `scale`.
+        factor: pixels per latent along each axis.
+        source: name of the image file, if there was one.
+
+    Raises:
+        LatentError: if the fields contradict one another, or z is not finite.
     """
 
     z: Tensor
@@ -94,7 +107,7 @@ class Latent:
 
 
 def save(latent: Latent, path: str | Path) -> None:
-    """Write `latent` to `path`, whole or not at all. Raises `SdkitError` where the file cannot be written."""
+    """Write a latent file, atomically. Raises `SdkitError` if it cannot be written."""
     metadata = {name: encodable(str(getattr(latent, name))) for name in PARSERS}
     metadata |= {"format": FORMAT, "format_version": str(FORMAT_VERSION)}
     if latent.source is not None:
@@ -105,7 +118,7 @@ def save(latent: Latent, path: str | Path) -> None:
 
 
 def load(path: str | Path) -> Latent:
-    """Read a latent file; `z` is on the CPU. Raises `LatentError` for what is no whole latent file of this version."""
+    """Read a latent file; `z` is on the CPU. Raises `LatentError` if it is damaged, of another kind, or newer."""
     try:
         tensors, metadata = tensor_files.read(Path(path), LARGEST)
     except OSError as error:
@@ -130,9 +143,14 @@ def load(path: str | Path) -> Latent:
 def check_vae(
     latent: Latent, identity: str, force: bool = False, *, scale: float | None = None, shift: float | None = None
 ) -> None:
-    """Raise `LatentError` where the VAE with this identity hash did not make the latent, unless `force`.
+    """Raise `LatentError` if another VAE made the latent.
 
-    scale, shift: of that VAE. As the identity covers both, a latent that has the one and not the others is damaged.
+    Args:
+        latent: the latent to check.
+        identity: fingerprint of the VAE; see `VAE.identity`.
+        force: check nothing.
+        scale: scale of the VAE. The fingerprint covers it, so if only the scale differs, the file is damaged.
+        shift: shift of the VAE, covered in the same way.
     """
     if force:
         return

@@ -1,4 +1,4 @@
-"""Captions in one file for a folder of images, as `datasets` has them: metadata.jsonl, .csv, or .parquet."""
+"""Captions in one metadata file per folder, in the layout of `datasets`: metadata.jsonl, .csv, or .parquet."""
 
 from __future__ import annotations
 
@@ -15,34 +15,49 @@ from sdkit import strict_json
 from sdkit.arguments import possible_name
 from sdkit.data.captions import CAPTION_KEYS, LONGEST, caption_of
 from sdkit.errors import DataError
-from sdkit.files import open_regular, reason
-from sdkit.messages import clean, first_line
+from sdkit.files import open_regular
+from sdkit.messages import clean, first_line, reason
 
 NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
-"""Names of metadata files; the first one in a folder counts."""
+"""Names of metadata files; if a folder has several, the first is read."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One image's line in a file of metadata."""
+    """The line of one image in a metadata file.
+
+    Attributes:
+        where: the file and the line, for messages.
+        folder: folder of the metadata file.
+        file_name: the image's path as written in the line: relative to `folder`, or absolute.
+        caption: "" if the line has none.
+    """
 
     where: str
-    """The file and the line, for messages."""
     folder: Path
     file_name: str
-    """The image's path as the line has it: relative to `folder`, or absolute."""
     caption: str
 
 
 def read_metadata(folders: Mapping[str, Sequence[str]], caption_column: str | None) -> tuple[list[Row], set[str]]:
-    """The rows of all metadata in these folders (path -> names of files), and the keys in them.
+    """Read all metadata files in these folders.
 
-    Where no line has one of `CAPTION_KEYS`, a key that is the only one with text is taken for the caption's, with a
-    warning. Raises `DataError` for what cannot be read.
+    If no line has one of `CAPTION_KEYS`, and only one key has text, that key is taken for the caption's, with a
+    warning.
+
+    Args:
+        folders: path of a folder -> names of its files.
+        caption_column: key of the caption; None tries `CAPTION_KEYS`.
+
+    Returns:
+        The rows of all files, and all keys in them but `file_name`.
+
+    Raises:
+        DataError: if a file or a line cannot be read, or names no possible file.
     """
     rows: list[Row] = []
-    keys: dict[str, bool] = {}  # whether there is text in it, but for the file's name
-    texts: list[dict[str, Any]] = []  # of each row, while no caption is known
+    keys: dict[str, bool] = {}  # key -> whether any row has text in it
+    texts: list[dict[str, Any]] = []  # texts of each row by key, needed if no key is a caption's
     for file in _files(folders):
         for number, fields in _lines(file):
             where = f"{clean(file)}, line {number}"
@@ -62,6 +77,7 @@ def read_metadata(folders: Mapping[str, Sequence[str]], caption_column: str | No
 
 
 def _with_only_text(rows: list[Row], texts: list[dict[str, Any]], keys: Mapping[str, bool]) -> list[Row]:
+    """Take the captions from the only key that has text; if there are several such keys, warn and change nothing."""
     candidates = [key for key, has_text in keys.items() if has_text]
     where = rows[0].where.rpartition(",")[0]
     if len(candidates) != 1:
@@ -83,6 +99,7 @@ def _with_only_text(rows: list[Row], texts: list[dict[str, Any]], keys: Mapping[
 
 
 def _files(folders: Mapping[str, Sequence[str]]) -> Iterator[Path]:
+    """Yield one metadata file per folder, and warn of others beside it."""
     for folder, names in sorted(folders.items()):
         present = [name for name in NAMES if name in names]
         yield from (Path(folder, name) for name in present[:1])
@@ -92,7 +109,7 @@ def _files(folders: Mapping[str, Sequence[str]]) -> Iterator[Path]:
 
 
 def _checked(name: Any, where: str) -> str:
-    """The name of an image that metadata gives. Raises `DataError` for what no file can have."""
+    """Check the name of an image in metadata. Raises `DataError` if no file can have it."""
     if not isinstance(name, str) or not name:
         raise DataError(f'{where}: there is no file name; write {{"file_name": "a.jpg", "text": "what it shows"}}.')
     if not possible_name(name) or name.replace("\\", "/").rpartition("/")[2] in ("", ".", ".."):
@@ -101,7 +118,7 @@ def _checked(name: Any, where: str) -> str:
 
 
 def _lines(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(number, fields) of each line. Raises `DataError` for what is not of the kind that the suffix says."""
+    """Yield (number, fields) of each line. Raises `DataError` if the file is damaged or not what its suffix says."""
     read = {".jsonl": _json_lines, ".csv": _csv_lines, ".parquet": _parquet_rows}[file.suffix]
     try:
         with open_regular(file) as opened:
@@ -112,7 +129,7 @@ def _lines(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         raise DataError(f"cannot read {clean(file)}: {reason(error)}.") from error
     except UnicodeDecodeError as error:
         raise DataError(f"cannot read {clean(file)}: it is not utf-8 text.") from error
-    except Exception as error:  # of pyarrow: nearly anything
+    except Exception as error:  # pyarrow raises nearly anything for damaged files
         raise DataError(f"cannot read {clean(file)}: {first_line(error)}.") from error
 
 
@@ -140,7 +157,7 @@ def _csv_lines(file: BinaryIO, path: Path) -> Iterator[tuple[int, dict[str, Any]
     except csv.Error as error:
         raise DataError(f"{clean(path)}, line {reader.line_num}: this is not CSV ({error}).") from error
     finally:
-        text.detach()  # whoever opened the file closes it
+        text.detach()  # or else the wrapper would close the file, which is the caller's
 
 
 def _parquet_rows(file: BinaryIO, _: Path) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -1,4 +1,4 @@
-"""Images in tar shards, as webdataset has them, with their captions: listed, but not unpacked."""
+"""Images and captions in webdataset's tar shards: listed, but not unpacked."""
 
 from __future__ import annotations
 
@@ -13,28 +13,41 @@ from typing import Any, BinaryIO
 from sdkit.data.captioned_files import relative, row
 from sdkit.data.captions import BESIDE, LONGEST, Texts
 from sdkit.errors import DataError
-from sdkit.files import encodable, open_regular, reason
+from sdkit.files import encodable, open_regular
 from sdkit.images import READABLE, UNREADABLE
-from sdkit.messages import clean, first_line
+from sdkit.messages import clean, first_line, reason
 
-BLOCK = 512  # bytes of zeros with which a tar file ends, at least
+BLOCK = 512
+"""Bytes of a block; a tar file ends with at least one block of zeros."""
 KNOWN = READABLE | UNREADABLE | {*BESIDE}
-LONGEST_HEADER = 2**20  # bytes; of names and attributes of one member
+"""Suffixes of images and caption files. Other members are ignored."""
+LONGEST_HEADER = 2**20
+"""Bytes of the largest header that is read: the name and attributes of one member."""
 
 
 def tar_rows(shards: Iterable[Path], root: Path, caption_column: str | None) -> tuple[list[dict[str, Any]], list[str]]:
-    """One row for each image in webdataset shards, in their order; and the pictures that are passed over, since their
-    format is not read.
+    """List the images in webdataset shards with their captions.
 
-    The caption of KEY.jpg is KEY.txt, .caption, or .json's field: the file whose name differs in the last suffix alone,
-    or else one whose name is the same up to the first dot, as webdataset groups files.
+    The caption of KEY.jpg is KEY.txt, KEY.caption, or a field of KEY.json. A file whose name differs only in the last
+    suffix is preferred. Otherwise a file whose name is equal up to the first dot is taken, as webdataset groups files.
+
+    Args:
+        shards: the tar files.
+        root: folder that names in the rows are relative to.
+        caption_column: field of .json files with the caption, or the suffix without its dot; None tries the usual ones.
+
+    Returns:
+        A row for each image, in the order of the shards, and the names of pictures in formats that cannot be read.
+
+    Raises:
+        DataError: if a shard or a caption cannot be read, or no caption has the key `caption_column`.
     """
     rows: list[dict[str, Any]] = []
     passed_over: list[str] = []
     texts = Texts(caption_column)
     for shard in shards:
         name = relative(shard, root)
-        pictures: dict[str, list[_Member]] = defaultdict(list)  # of each key, in order
+        pictures: dict[str, list[_Member]] = defaultdict(list)  # by webdataset's key, in order
         captions: list[tuple[PurePosixPath, str]] = []
         for member in _members(shard):
             if member.suffix in READABLE:
@@ -43,9 +56,12 @@ def tar_rows(shards: Iterable[Path], root: Path, caption_column: str | None) -> 
                 passed_over.append(f"{name}/{member.name}")
             elif member.suffix == ".json" or caption_column in (None, member.suffix[1:]):
                 captions.append((member.path, texts.decode(f"{name}/{member.name}", member.data)))
-        found = [one for group in pictures.values() for one in group]
-        of = _captions_of([one.path for one in found], captions)
-        rows += [row(encodable(f"{name}/{one.name}"), shard, of[str(one.path)], one.offset, one.size) for one in found]
+        found = [picture for group in pictures.values() for picture in group]
+        caption_by_name = _captions_of([picture.path for picture in found], captions)
+        rows += [
+            row(encodable(f"{name}/{one.name}"), shard, caption_by_name[str(one.path)], one.offset, one.size)
+            for one in found
+        ]
     texts.check()
     if caption_column not in (None, "txt", "caption", *texts.keys):
         have = ", ".join(map(repr, map(clean, sorted(texts.keys)))) or "none"
@@ -54,13 +70,13 @@ def tar_rows(shards: Iterable[Path], root: Path, caption_column: str | None) -> 
 
 
 def _key(path: PurePosixPath) -> str:
-    """The key by which webdataset groups files: the path up to the first dot of the name."""
+    """Return the key by which webdataset groups files: the path up to the first dot of the name."""
     return str(path.parent / path.name.partition(".")[0])
 
 
 def _captions_of(pictures: Sequence[PurePosixPath], captions: Sequence[tuple[PurePosixPath, str]]) -> dict[str, str]:
-    """The caption of each picture, by its name in the shard."""
-    exact: dict[str, dict[str, str]] = defaultdict(dict)  # by the name without the last suffix, then by suffix
+    """Return the caption of each picture by its name in the shard."""
+    exact: dict[str, dict[str, str]] = defaultdict(dict)  # name without the last suffix -> suffix -> caption
     for path, caption in captions:
         exact[str(path.with_suffix(""))][path.suffix.lower()] = caption
     taken = {name for path in pictures for name in (str(path.with_suffix("")), str(path))}
@@ -78,7 +94,14 @@ def _captions_of(pictures: Sequence[PurePosixPath], captions: Sequence[tuple[Pur
 
 @dataclass(frozen=True, kw_only=True)
 class _Member:
-    """A file in a shard: where it lies, and what is in it if it may be a caption."""
+    """A file in a shard.
+
+    Attributes:
+        name: path in the shard.
+        offset: its first byte in the shard.
+        size: number of bytes.
+        data: its content if it may hold a caption.
+    """
 
     name: str
     offset: int
@@ -87,18 +110,20 @@ class _Member:
 
     @property
     def path(self) -> PurePosixPath:
-        """Its name as a path."""
+        """The name as a path."""
         return PurePosixPath(self.name)
 
     @property
     def suffix(self) -> str:
-        """The suffix of its name, in lower case."""
+        """The suffix of the name, in lower case."""
         return self.path.suffix.lower()
 
 
 class _Headers:
-    """A tar file as `tarfile` sees it: it reads headers, and none of those is large. A damaged one may ask for
-    gigabytes, or for a negative number of bytes, which is all there are."""
+    """A tar file for `tarfile`, which reads only headers from it, and no large ones.
+
+    A damaged header may make `tarfile` ask for gigabytes, or for a negative number of bytes, which means all.
+    """
 
     def __init__(self, file: BinaryIO) -> None:
         self.seek, self.tell, self._file = file.seek, file.tell, file
@@ -110,12 +135,12 @@ class _Headers:
 
 
 def _members(shard: Path) -> Iterator[_Member]:
-    """The images, and the caption files with what is in them. Raises `DataError` where the shard is damaged."""
+    """Yield images, and caption files with their content. Raises `DataError` if the shard is damaged."""
     try:
         with open_regular(shard) as file:
             length = os.fstat(file.fileno()).st_size
             file.seek(max(0, length - BLOCK))
-            if file.read().strip(b"\0"):  # tarfile takes a shard that was cut short between two members for whole
+            if file.read().strip(b"\0"):  # tarfile does not notice a shard cut short between two members
                 raise tarfile.ReadError("it is cut short")
             file.seek(0)
             yield from _listed(shard, file, length)
@@ -123,19 +148,20 @@ def _members(shard: Path) -> Iterator[_Member]:
         raise
     except OSError as error:
         raise DataError(f"cannot read {clean(shard)}: {reason(error)}.") from error
-    except Exception as error:  # on damaged headers tarfile raises ten types
+    except Exception as error:  # tarfile raises ten types for damaged headers
         raise DataError(
             f"{clean(shard)} is not a whole tar file ({first_line(error)}); fetch it again, or take it out of the data."
         ) from error
 
 
 def _listed(shard: Path, file: BinaryIO, length: int) -> Iterator[_Member]:
+    """Yield the known members of an opened shard of `length` bytes. Raises `ReadError` if it is damaged."""
     headers: Any = _Headers(file)
     end = 0
     with tarfile.open(fileobj=headers, mode="r:") as archive:
         remembered: list[tarfile.TarInfo] = archive.members  # type: ignore[attr-defined]
         while member := archive.next():
-            remembered.clear()  # a shard may have millions
+            remembered.clear()  # tarfile keeps every member, and a shard may have millions
             if member.size < 0 or member.offset < end or (member.isreg() and member.offset_data > length):
                 raise tarfile.ReadError("a header is damaged")
             end = member.offset_data
@@ -158,5 +184,5 @@ def _listed(shard: Path, file: BinaryIO, length: int) -> Iterator[_Member]:
                 data = file.read(member.size)
             yield _Member(name=member.name, offset=member.offset_data, size=member.size, data=data)
         file.seek(archive.offset)
-        if file.read(BLOCK).strip(b"\0"):  # tarfile takes a damaged header for the end
+        if file.read(BLOCK).strip(b"\0"):  # tarfile stops at a damaged header as if it were the end
             raise tarfile.ReadError("a header is damaged")

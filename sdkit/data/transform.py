@@ -1,4 +1,4 @@
-"""From an image of any shape to pixels of the one shape that a network trains on."""
+"""Resizing and cropping of images to the size that a network trains on."""
 
 from __future__ import annotations
 
@@ -17,16 +17,17 @@ from sdkit.images import to_tensors
 
 CROPS = ("center", "random")
 MAX_ENLARGEMENT = 8
-"""An image that would have to be enlarged more than this, along a side, is too small to learn from."""
+"""Largest factor by which an image may be enlarged; a smaller image is skipped."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Transform:
-    """Resize so that the crop just fits (Lanczos, antialiased, the aspect kept), crop, and perhaps mirror.
+    """Resize an image until the crop just fits (Lanczos, antialiased, aspect ratio unchanged), crop it, and mirror it.
 
-    size   (height, width) of the crop in pixels; one number is a square
-    crop   "center", or "random": anywhere, each place as likely
-    flip   mirror left and right, half of the time
+    Attributes:
+        size: (height, width) of the crop in pixels; one number means a square.
+        crop: "center", or "random": anywhere, with equal probability.
+        flip: mirror left and right with probability 1/2.
     """
 
     size: tuple[int, int]
@@ -39,21 +40,29 @@ class Transform:
 
     @property
     def random(self) -> bool:
-        """Whether two draws can differ."""
+        """Whether the result depends on the generator."""
         return self.crop == "random" or self.flip
 
     def enlargement(self, width: int, height: int) -> float:
-        """The factor by which an image of this size is resized; above 1 it is enlarged."""
+        """Return the factor by which an image of this size is resized; above 1 it is enlarged."""
         return max(self.size[0] / height, self.size[1] / width)
 
     def too_small(self, width: int, height: int) -> bool:
-        """Whether an image of this size cannot be used."""
+        """Tell whether an image of this size would be enlarged more than `MAX_ENLARGEMENT` times."""
         return self.enlargement(width, height) > MAX_ENLARGEMENT
 
     def __call__(self, image: Image.Image, generator: torch.Generator) -> Tensor:
-        """Pixels (3, height, width), float32 in [-1, 1]. Raises `ImageError` for an image that is too small.
+        """Transform an image.
 
-        What `generator` gives is drawn in the same order whatever the settings: top, left, flip.
+        Args:
+            image: an RGB image.
+            generator: three numbers are drawn from it, whatever the settings: top, left, and flip.
+
+        Returns:
+            Pixels (3, height, width), float32 in [-1, 1].
+
+        Raises:
+            ImageError: if the image is too small.
         """
         (height, width), factor = self.size, self.enlargement(*image.size)
         if self.too_small(*image.size):
@@ -76,7 +85,7 @@ class Transform:
 
 
 def sides(size: int | Sequence[int]) -> tuple[int, int]:
-    """(height, width) of a size given as one number or as two."""
+    """Return (height, width) of a size given as one number or as two. Raises `ArgumentError` for other values."""
     pair: Any = list(size) if isinstance(size, (list, tuple)) else [size, size]
     if len(pair) != 2:
         raise ArgumentError(f"size must be one number of pixels, or (height, width), not {size!r}.")
@@ -85,10 +94,15 @@ def sides(size: int | Sequence[int]) -> tuple[int, int]:
 
 
 def draw(seed: int, index: int, augmentation: int) -> torch.Generator:
-    """The source of randomness of one augmentation of one image.
+    """Return the generator for one augmentation of one image.
 
-    It depends on nothing else, so that an image is cropped alike by the cache and straight from its file, and whatever
-    the number of processes.
+    It depends only on the arguments. An image is therefore cropped equally when it is cached and when training reads it
+    from its file, and for any number of processes.
+
+    Args:
+        seed: seed of the cache or run.
+        index: index of the image in its data set.
+        augmentation: number of the augmentation.
     """
     state = np.random.SeedSequence([seed, index, augmentation]).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(state[0] >> np.uint64(1)))

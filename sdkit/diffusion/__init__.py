@@ -1,1 +1,1 @@
-"""The mathematics of diffusion: pure functions of tensors."""
+"""The mathematics of diffusion, as pure functions of tensors."""

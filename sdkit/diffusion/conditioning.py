@@ -1,4 +1,4 @@
-"""Conditioning: a denoiser's inputs beside x_t and t, as one value that can be concatenated, split, and moved."""
+"""Conditioning: all inputs of a denoiser besides x_t and t, as one value that can be joined, split, and moved."""
 
 from __future__ import annotations
 
@@ -17,20 +17,24 @@ Residuals = tuple[tuple[Tensor, ...], Tensor]
 
 @dataclass(frozen=True, eq=False)
 class Conditioning:
-    """Condition of a batch of B images. A part that a model does not take is None.
+    """Condition of a batch of B images: all that a denoiser receives besides x_t and t. Unused parts are None.
 
     Example:
-        cond = Conditioning(text_encoder.encode(["a cat", "a dog"]))
+        >>> import sdkit
+        >>> from sdkit.guidance import Conditioning
+        >>> text = sdkit.TextEncoder.from_pretrained("emoji")
+        >>> cond = Conditioning(text.encode(["a cat", ""]))
+        >>> len(cond), len(cond[:1]), len(Conditioning.cat([cond, cond]))
+        (2, 1, 4)
 
     Attributes:
         text: (B, L, D) text embeddings, as from `TextEncoder.encode`.
-        mask: (B, L), True where a token counts, for prompts of different lengths; None counts all.
-        concat: (B, C', h, w), appended to the channels of x_t (inpainting: the mask and the masked image's
-            latents).
-        residuals: ControlNet's residuals (B, c, h', w'): of the skip connections, and of the middle block.
+        mask: (B, L) attention mask, True for tokens to attend to; None attends to all.
+        concat: (B, C', h, w), appended to the channels of x_t. For inpainting: the mask and the latents of the masked
+            image.
+        residuals: A ControlNet's outputs (B, c, h', w'): those for the skip connections, and that for the middle block.
         label: (B,) class numbers.
-        added: Further embeddings by diffusers' names, such as SDXL's `text_embeds` (B, D) and `time_ids`
-            (B, 6).
+        added: Further embeddings by diffusers' names, such as SDXL's `text_embeds` (B, D) and `time_ids` (B, 6).
     """
 
     text: Tensor | None = None
@@ -45,13 +49,14 @@ class Conditioning:
         """Join conditions along the batch, such as [uncond, cond].
 
         Args:
-            conditions: Each has the same parts. Only `mask` may be absent from some; it then counts all tokens.
+            conditions: Conditions with the same parts. Only `mask` may be absent from some, which then attend to all
+                tokens.
 
         Raises:
             ArgumentError: A part is absent from some of the conditions and present in others.
         """
         if any(one.mask is not None for one in conditions):
-            conditions = [one if one.mask is not None else _counting_all(one) for one in conditions]
+            conditions = [one if one.mask is not None else _with_full_mask(one) for one in conditions]
         return Conditioning(**{name: _cat(name, [getattr(one, name) for one in conditions]) for name in _PARTS})
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Conditioning:
@@ -59,22 +64,22 @@ class Conditioning:
         return Conditioning(**{name: _mapped(getattr(self, name), function) for name in _PARTS})
 
     def __getitem__(self, index: slice | Sequence[int] | Tensor) -> Conditioning:
-        """Select images of the batch. A single number is refused by the networks: take a slice of one."""
+        """Select images of the batch. For a single image take a slice, which keeps the batch dimension."""
         return self.map(lambda part: part[index])
 
     def chunk(self, n: int) -> tuple[Conditioning, ...]:
-        """Split the batch into `n` equal parts; the inverse of `cat` of `n` conditions of one size."""
+        """Split the batch into `n` equal parts: the inverse of `cat` for `n` conditions of the same batch size."""
         size = len(self) // n
         return tuple(self[i * size : (i + 1) * size] for i in range(n))
 
     def __len__(self) -> int:
-        """The batch size, B."""
+        """Return the batch size, B."""
         middle = None if self.residuals is None else self.residuals[1]
         parts = (self.text, self.concat, self.label, middle, *(self.added or {}).values())
         return next((len(part) for part in parts if part is not None), 0)
 
     def repeat(self, n: int) -> Conditioning:
-        """Repeat each image's condition `n` times, one after another."""
+        """Repeat each image's condition `n` times in a row."""
         return self.map(lambda part: part.repeat_interleave(n, dim=0))
 
     def to(self, device: torch.device | str) -> Conditioning:
@@ -86,15 +91,15 @@ _PARTS = tuple(Conditioning.__dataclass_fields__)
 
 
 def check_condition(cond: object) -> None:
-    """Raise ArgumentError for anything but a `Conditioning`, such as a bare tensor of embeddings."""
+    """Raise ArgumentError unless `cond` is a `Conditioning`; a bare tensor of embeddings is a common mistake."""
     if not isinstance(cond, Conditioning):
         raise ArgumentError(
             f"the condition is given as sdkit.guidance.Conditioning(embeddings), not {type(cond).__name__}."
         )
 
 
-def _counting_all(cond: Conditioning) -> Conditioning:
-    """The condition with a mask that counts all its tokens."""
+def _with_full_mask(cond: Conditioning) -> Conditioning:
+    """Return the condition with a mask that attends to all its tokens."""
     if cond.text is None:
         raise ArgumentError("a mask belongs to a text, and one of the conditions has none.")
     mask = torch.ones(cond.text.shape[:2], dtype=torch.bool, device=cond.text.device)
@@ -102,7 +107,7 @@ def _counting_all(cond: Conditioning) -> Conditioning:
 
 
 def _mapped(part: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    """A part, which may be a tree of tuples and dictionaries, with `function` applied to its tensors."""
+    """Apply `function` to each tensor of a part, which may be a tree of tuples and dictionaries."""
     if part is None:
         return None
     if isinstance(part, tuple):
@@ -113,7 +118,7 @@ def _mapped(part: Any, function: Callable[[Tensor], Tensor]) -> Any:
 
 
 def _cat(name: str, parts: Sequence[Any]) -> Any:
-    """One part of several conditions, joined along the batch."""
+    """Join one part of several conditions along the batch."""
     if all(part is None for part in parts):
         return None
     if any(part is None for part in parts):

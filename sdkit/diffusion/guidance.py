@@ -1,5 +1,8 @@
-"""Guidance: two predictions, with and without the prompt, made into one. Functions of tensors, and `guided`, which
-wraps a model into a predictor; `classifier` guides by the gradient of a classifier."""
+"""Guidance: combines predictions with and without the prompt.
+
+`cfg`, `rescale`, and `apg` are functions of tensors. `guided` turns a model into a predictor that samplers take, and
+`classifier` guides a predictor by the gradient of a classifier.
+"""
 
 from __future__ import annotations
 
@@ -17,21 +20,33 @@ from sdkit.errors import ArgumentError
 
 Model = Callable[[Tensor, int, Conditioning], Tensor]
 """model(x_t, t, cond): a network in its own parameterisation (eps, v, or x0)."""
-TINY = 1e-30  # what divides in place of 0
+TINY = 1e-30
+"""Smallest divisor, against division by zero."""
 
 
 def cfg(uncond: Tensor, cond: Tensor, scale: float) -> Tensor:
-    """Classifier-free guidance uncond + scale * (cond - uncond) (Ho & Salimans 2022, https://arxiv.org/abs/2207.12598,
-    eq. 6 with scale = 1 + w)."""
+    """Return uncond + scale * (cond - uncond): classifier-free guidance (Ho & Salimans 2022,
+    https://arxiv.org/abs/2207.12598, eq. 6 with scale = 1 + w).
+
+    Args:
+        uncond: (B, ...), the model's output for the empty or the negative prompt.
+        cond: (B, ...), its output for the prompt.
+        scale: 1 returns `cond`; larger values follow the prompt more closely.
+    """
     return uncond + scale * (cond - uncond)
 
 
 def rescale(guided: Tensor, cond: Tensor, phi: float) -> Tensor:
-    """Pull the guided output's standard deviation back to the conditional one's (Lin et al. 2023,
+    """Rescale each image's guided output towards the standard deviation of its conditional output (Lin et al. 2023,
     https://arxiv.org/abs/2305.08891, eq. 15-16).
 
-    phi = 0 changes nothing, phi = 1 restores it wholly; the paper uses 0.7. Each image of (B, ...) has its own
-    deviation.
+    Args:
+        guided: (B, ...), the output of `cfg`.
+        cond: (B, ...), the model's output for the prompt.
+        phi: From 0, no change, to 1, the conditional output's deviation; the paper uses 0.7.
+
+    Returns:
+        A tensor (B, ...).
     """
     dims = tuple(range(1, cond.ndim))
     restored = guided * (cond.std(dims, keepdim=True) / guided.std(dims, keepdim=True).clamp(min=TINY))
@@ -43,10 +58,10 @@ class APG:
     """Settings of adaptive projected guidance (Sadat et al. 2024, https://arxiv.org/abs/2410.02416).
 
     Attributes:
-        eta: Weight of the update's part parallel to the conditional prediction, which oversaturates; 1
-            keeps it whole.
-        norm_threshold: Longest update allowed, the paper's r; 0 is no bound.
-        momentum: The paper's beta; negative values (it uses -0.5) push away from directions already taken.
+        eta: Weight of the update's component parallel to the conditional prediction, which causes oversaturation.
+            1 leaves the update unchanged.
+        norm_threshold: Largest norm of the update, the paper's r; 0 sets no bound.
+        momentum: The paper's beta. Negative values push away from earlier updates; the paper uses -0.5.
     """
 
     eta: float = 0.0
@@ -62,8 +77,18 @@ class APG:
 def apg(
     uncond_x0: Tensor, cond_x0: Tensor, scale: float, settings: APG, average: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Guided x0 and the running average of updates to hand to the next step (Sadat et al. 2024, Algorithm 1). All are
-    (B, ...)."""
+    """Guide x0 by adaptive projected guidance (Sadat et al. 2024, https://arxiv.org/abs/2410.02416, Algorithm 1).
+
+    Args:
+        uncond_x0: (B, ...), x0 as predicted for the empty or the negative prompt.
+        cond_x0: (B, ...), x0 as predicted for the prompt.
+        scale: The guidance scale.
+        settings: See `APG`.
+        average: (B, ...), the running average of updates that the last step returned; None in the first step.
+
+    Returns:
+        The guided x0, and the running average for the next step.
+    """
     dims = tuple(range(1, cond_x0.ndim))
     update = average = cond_x0 - uncond_x0 + (0 if average is None else settings.momentum * average)
     if settings.norm_threshold > 0:
@@ -85,22 +110,22 @@ def guided(
     phi: float = 0.0,
     projected: APG | None = None,
 ) -> Predict:
-    """A predictor that calls `model(x_t, t, cond)` with guidance.
+    """Return a predictor that calls `model(x_t, t, cond)` with guidance.
 
-    Make a new one for each sampling run: with APG it holds the running average of the updates.
+    Make a new predictor for each sampling run: with APG it holds the running average of the updates.
 
     Args:
         model: Called with x_t (B, C, h, w), an integer t, and a condition of B images. With guidance it makes one pass
             over a batch of 2B, [uncond, cond].
         schedule: Turns the model's output into a `Prediction`.
         cond: The condition of B images.
-        uncond: The condition to steer away from, also of B images: of the negative prompts, or of "". None where
-            `scale` is 1.
-        scale: The guidance scale; 1 is no guidance, in one pass over B.
-        interval: Noise levels sigma = sqrt((1 - a) / a) between which to guide, (low, high] (Kynkäänniemi et al. 2024,
-            https://arxiv.org/abs/2404.07724). Outside, one pass over B.
-        phi: `rescale`'s.
-        projected: Settings of `apg`, which then takes the place of `cfg`.
+        uncond: The condition to steer away from, also of B images: of the negative prompts, or of "". It may be None
+            where `scale` is 1.
+        scale: The guidance scale; 1 turns guidance off, so that the model passes over B images only.
+        interval: Noise levels (low, high] in which to guide, as sigma = sqrt((1 - a) / a) (Kynkäänniemi et al. 2024,
+            https://arxiv.org/abs/2404.07724). Elsewhere guidance is off. None guides at every level.
+        phi: Strength of `rescale`, in [0, 1].
+        projected: Settings of `apg`, which then replaces `cfg`.
 
     Returns:
         predict(x_t, t) -> Prediction, as samplers take it.
@@ -109,8 +134,15 @@ def guided(
         ArgumentError: An argument is out of range, or `uncond` is missing.
 
     Example:
-        cond, uncond = (Conditioning(one) for one in sd.text.encode(["a cat", ""]).split(1))
-        predict = guided(sd.unet, sd.schedule, cond, uncond, scale=5.0)
+        >>> import torch, sdkit
+        >>> from sdkit.guidance import Conditioning, guided
+        >>> sd = sdkit.StableDiffusion.from_pretrained("emoji")
+        >>> cond, uncond = Conditioning(sd.text.encode(["a cat", ""])).chunk(2)
+        >>> predict = guided(sd.unet, sd.schedule, cond, uncond, scale=5.0)
+        >>> with torch.inference_mode():
+        ...     prediction = predict(torch.randn(1, 4, 16, 16), 999)
+        >>> prediction.x0.shape
+        torch.Size([1, 4, 16, 16])
     """
     for condition in (cond, *([] if uncond is None else [uncond])):
         check_condition(condition)
@@ -138,7 +170,7 @@ def guided(
             p_uncond, p_cond = (schedule.prediction(out, x_t, t) for out in (out_uncond, out_cond))
             x0, average = apg(p_uncond.x0, p_cond.x0, scale, projected, average)
             return schedule.prediction(x0, x_t, t, "sample")._replace(variance=p_cond.variance)
-        channels = x_t.shape[1]  # a learned variance, in the channels beyond, is not guided
+        channels = x_t.shape[1]  # further channels hold a learned variance, which is not guided
         output = cfg(out_uncond[:, :channels], out_cond[:, :channels], scale)
         if phi:
             output = rescale(output, out_cond[:, :channels], phi)
@@ -150,14 +182,23 @@ def guided(
 def classifier(
     predict: Predict, log_prob: Callable[[Tensor, int], Tensor], schedule: NoiseSchedule, scale: float = 1.0
 ) -> Predict:
-    """A predictor that follows a classifier of noisy images: eps - scale * sqrt(1 - a) * grad log p(y | x_t) (Dhariwal
-    & Nichol 2021, https://arxiv.org/abs/2105.05233, Algorithm 2).
+    """Return a predictor with classifier guidance: eps - scale * sqrt(1 - a) * grad log p(y | x_t) (Dhariwal & Nichol
+    2021, https://arxiv.org/abs/2105.05233, Algorithm 2).
 
-    predict: the predictor to be steered, of a model without classes or told none (the paper steers others, too).
-    log_prob: log_prob(x_t, t) of the classes asked for, (B,), differentiable; x_t is (B, C, h, w) with noise.
-    scale: 1 is Bayes' rule; more concentrates on what the classifier is sure of.
+    At zero terminal SNR x_t holds no information about the image, so the first prediction is left unguided.
 
-    At zero terminal SNR, where x_t holds nothing of the image, there is nothing to follow.
+    Args:
+        predict: The predictor to guide, usually of an unconditional model.
+        log_prob: log_prob(x_t, t) -> (B,), the log-probability of each image's wanted class, differentiable in the
+            noisy x_t (B, C, h, w).
+        schedule: The noise schedule of both models.
+        scale: 1 is Bayes' rule; larger values favour images of which the classifier is certain.
+
+    Returns:
+        predict(x_t, t) -> Prediction, as samplers take it.
+
+    Raises:
+        ArgumentError: `scale` is not a number from -1e6 to 1e6.
     """
     scale = number("the guidance scale", scale, -1e6, 1e6)
 

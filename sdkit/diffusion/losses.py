@@ -1,7 +1,7 @@
-"""What the networks are trained on: reconstruction, KL, adversarial and denoising losses, and their weights.
+"""Losses of training, and their weights: reconstruction, KL, VQ, adversarial, and denoising.
 
-Each loss is a pure function that returns one number: a scalar tensor, computed in float32 whatever precision the
-networks ran in (float64 stays float64). LPIPS, which has weights of its own, is in `sdkit.networks.lpips`.
+Each loss is a pure function that returns a scalar tensor. It is computed in float32, whatever the precision of the
+networks, or in float64 for float64 inputs. LPIPS has weights of its own and is in `sdkit.networks.lpips`.
 """
 
 from __future__ import annotations
@@ -15,51 +15,65 @@ from torch import Tensor
 from sdkit.arguments import PREDICTIONS, number, one_of
 from sdkit.errors import ArgumentError
 
-DELTA, LARGEST = 1e-6, 1e4  # of the adaptive weight
+DELTA = 1e-6
+"""Added to the divisor of the adaptive weight."""
+LARGEST = 1e4
+"""Upper bound of the adaptive weight."""
 
 
 def l1(x: Tensor, y: Tensor) -> Tensor:
-    """Mean absolute difference of `x` and `y`, of one shape."""
+    """Return the mean absolute difference of `x` and `y`, which have the same shape."""
     return (_wide(x) - _wide(y)).abs().mean()
 
 
 def l2(x: Tensor, y: Tensor) -> Tensor:
-    """Mean squared difference of `x` and `y`, of one shape."""
+    """Return the mean squared difference of `x` and `y`, which have the same shape."""
     return (_wide(x) - _wide(y)).square().mean()
 
 
 def kl(mean: Tensor, logvar: Tensor) -> Tensor:
-    """KL divergence of the posteriors N(mean, exp(logvar)), both (B, 4, h, w), from N(0, 1), in nats.
+    """Return the KL divergence of posteriors N(mean, exp(logvar)) from N(0, 1), in nats (Kingma & Welling 2014,
+    https://arxiv.org/abs/1312.6114, appendix B).
 
-    Kingma & Welling 2014 (https://arxiv.org/abs/1312.6114), appendix B: summed over an image's latents, then the mean
-    over images. Beside a reconstruction loss that is a mean over pixels, latent diffusion's weight of 1e-6 (Rombach et
-    al. 2022, appendix G), which goes with a sum over them, is 1e-6 / (3 H W).
+    The divergence is summed over an image's latents and averaged over images. Latent diffusion's weight of 1e-6
+    (Rombach et al. 2022, appendix G) belongs to a reconstruction loss that is summed over pixels. Beside a mean over
+    pixels, the same weight is 1e-6 / (3 H W).
+
+    Args:
+        mean: (B, 4, h, w), means of the posteriors.
+        logvar: (B, 4, h, w), their log-variances.
     """
     mean, logvar = _wide(mean), _wide(logvar)
     return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).flatten(1).sum(1).mean()
 
 
 def vq(latents: Tensor, codes: Tensor, beta: float = 0.25) -> Tensor:
-    """What a codebook learns by: `codes` come to the `latents` they stand for, and these, by `beta` as much, to them.
+    """Return the VQ-VAE loss: the codebook loss plus `beta` times the commitment loss (van den Oord et al. 2017,
+    https://arxiv.org/abs/1711.00937, second and third term of eq. 3), as means over all values.
 
-    Second and third term of VQ-VAE's loss (van den Oord et al. 2017, https://arxiv.org/abs/1711.00937, eq. 3), as means
-    over all values. Both are (B, C, h, w).
+    Args:
+        latents: (B, C, h, w), the encoder's output.
+        codes: (B, C, h, w), the nearest code of each latent.
+        beta: Weight of the commitment loss.
     """
     z, e = _wide(latents), _wide(codes)
     return (e - z.detach()).square().mean() + number("beta", beta, 0) * (z - e.detach()).square().mean()
 
 
 def hinge_discriminator(real: Tensor, fake: Tensor) -> Tensor:
-    """The discriminator's loss on its logits, of any shape, for real images and for reconstructions (detached).
+    """Return the discriminator's hinge loss (Lim & Ye 2017, https://arxiv.org/abs/1705.02894), halved as in VQGAN.
 
-    Hinge loss (Lim & Ye 2017, https://arxiv.org/abs/1705.02894), halved as in VQGAN: 1 for logits of 0, 0 where each
-    side is beyond its margin of 1.
+    It is 1 for logits of 0, and 0 where real logits are above 1 and fake ones below -1.
+
+    Args:
+        real: Logits of real images, of any shape.
+        fake: Logits of detached reconstructions, of any shape.
     """
     return 0.5 * (F.relu(1 - _wide(real)).mean() + F.relu(1 + _wide(fake)).mean())
 
 
 def hinge_generator(fake: Tensor) -> Tensor:
-    """The generator's side of the hinge loss (Lim & Ye 2017): minus the discriminator's mean logit for its images."""
+    """Return the generator's hinge loss (Lim & Ye 2017): minus the mean of the discriminator's logits `fake`."""
     return -_wide(fake).mean()
 
 
@@ -69,15 +83,18 @@ def adaptive_weight(
     last_layer_weight: Tensor,
     average: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """How much the adversarial loss weighs, so that it pulls the decoder's last layer as hard as the reconstruction.
+    """Return the weight of the adversarial loss at which its gradient in the decoder's last layer is as large as the
+    reconstruction loss's.
 
-    lambda = |grad of reconstruction| / (|grad of adversarial| + 1e-6), at most 1e4 and without gradient (Esser et al.
-    2021, https://arxiv.org/abs/2012.09841, eq. 7). Both losses keep their graphs.
+    lambda = |grad of reconstruction| / (|grad of adversarial| + 1e-6), at most 1e4 (Esser et al. 2021,
+    https://arxiv.org/abs/2012.09841, eq. 7). The weight has no gradient, and both losses keep their graphs.
 
-    last_layer_weight: the weight of the decoder's last convolution, on which both losses depend.
-    average:           makes a gradient the mean of all processes', such as `partial(accelerator.reduce,
-                       reduction="mean")`: lambda is then the whole batch's, and the same everywhere. None for one
-                       process.
+    Args:
+        reconstruction_loss: A scalar.
+        adversarial_loss: A scalar.
+        last_layer_weight: The weight of the decoder's last convolution, on which both losses depend.
+        average: Averages a gradient over all processes, such as `partial(accelerator.reduce, reduction="mean")`, so
+            that lambda is the same in each. None for a single process.
     """
     gradients = [
         torch.autograd.grad(loss, last_layer_weight, retain_graph=True)[0]
@@ -89,17 +106,26 @@ def adaptive_weight(
 
 
 def min_snr_weight(snr: Tensor, gamma: float | None, prediction_type: str, *, keep_noisiest: bool = False) -> Tensor:
-    """The weight of each sample in `diffusion_loss` by its timestep's signal-to-noise ratio (B,), in [0, infinity].
+    """Return the min-SNR weight of each sample in `diffusion_loss` (Hang et al. 2023,
+    https://arxiv.org/abs/2303.09556, section 3.4).
 
-    Min-SNR (Hang et al. 2023, https://arxiv.org/abs/2303.09556, section 3.4; 5 is the paper's gamma): the loss in x0
-    weighs min(snr, gamma), which is min(snr, gamma) / snr for eps and min(snr, gamma) / (snr + 1) for v. All are 1
-    where `gamma` is None. At zero terminal SNR eps takes its limit, 1.
+    The weight of a loss in x0 is min(snr, gamma). For eps that is min(snr, gamma) / snr, and for v
+    min(snr, gamma) / (snr + 1). At zero terminal SNR the weight for eps is its limit, 1.
 
-    keep_noisiest: put snr + 1 in place of snr inside the minimum, for v and x0. Min-SNR gives their noisiest steps next
-                   to no weight, and none at all at zero terminal SNR, where a picture's colours are decided; then
-                   v has min(1, gamma / (snr + 1)): like eps, 1 at the noisy end. It changes nothing for eps.
+    Args:
+        snr: (B,), the signal-to-noise ratio at each sample's timestep, in [0, infinity].
+        gamma: Bound of the signal-to-noise ratio, at least 0.001; the paper uses 5. None weights all samples by 1.
+        prediction_type: "epsilon", "v_prediction", or "sample" (x0).
+        keep_noisiest: For v and x0, use snr + 1 in place of snr inside the minimum. Min-SNR gives the noisiest steps
+            of v and x0 almost no weight, and none at zero terminal SNR, although these steps decide an image's
+            colours. The weight for v is then min(1, gamma / (snr + 1)), which like that for eps is 1 at the noisy end.
+            No effect for eps.
 
-    Raises ArgumentError for a gamma that is not a number above 0 and for an unknown prediction type.
+    Returns:
+        Weights (B,).
+
+    Raises:
+        ArgumentError: `gamma` is out of range, or the prediction type is unknown.
     """
     kind = PREDICTIONS[one_of("prediction_type", prediction_type, PREDICTIONS)]
     if gamma is None:
@@ -107,16 +133,21 @@ def min_snr_weight(snr: Tensor, gamma: float | None, prediction_type: str, *, ke
     gamma = number("gamma", gamma, low=1e-3)
     if kind == "epsilon":
         return (gamma / snr).clamp(max=1)
-    weight = (snr + 1 if keep_noisiest else snr).clamp(max=gamma)  # of the loss in x0
+    weight = (snr + 1 if keep_noisiest else snr).clamp(max=gamma)  # weight of a loss in x0
     return weight / (snr + 1) if kind == "v_prediction" else weight
 
 
 def diffusion_loss(output: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
-    """The denoising loss (Ho et al. 2020, eq. 14): the mean over the batch of `weight` times each sample's mean squared
-    error.
+    """Return the denoising loss (Ho et al. 2020, https://arxiv.org/abs/2006.11239, eq. 14): the batch mean of `weight`
+    times each sample's mean squared error.
 
-    output, target: (B, ...), both eps, both v or both x0.
-    weight:         (B,), as from `min_snr_weight`; None weighs all alike.
+    Args:
+        output: (B, ...), the model's output: eps, v, or x0.
+        target: (B, ...), in the same parameterisation, as from `NoiseSchedule.target`.
+        weight: (B,), as from `min_snr_weight`; None weights all samples by 1.
+
+    Raises:
+        ArgumentError: The shapes do not fit together.
     """
     if output.shape != target.shape or (weight is not None and weight.shape != output.shape[:1]):
         shapes = ", ".join(str(tuple(x.shape)) for x in (output, target, weight) if x is not None)
@@ -126,4 +157,5 @@ def diffusion_loss(output: Tensor, target: Tensor, weight: Tensor | None = None)
 
 
 def _wide(x: Tensor) -> Tensor:
+    """Cast half precision to float32."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -1,8 +1,8 @@
 """The noise schedule of a diffusion model: x_t = sqrt(alphas_cumprod[t]) x0 + sqrt(1 - alphas_cumprod[t]) eps.
 
 Notation follows DDPM (Ho et al. 2020, https://arxiv.org/abs/2006.11239): t counts from 0 (least noise) to T - 1 (most),
-and t = -1 stands for the clean end of the chain. Tables are float64 and are cast last: in bfloat16 1 -
-alphas_cumprod[0] would round to zero.
+and t = -1 is the clean end of the chain. Tables are float64 and are cast last: in bfloat16, 1 - alphas_cumprod[0] would
+round to zero.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from sdkit.messages import clean
 
 SPACINGS = ("leading", "trailing", "linspace")
 VARIANCE_TYPES = ("fixed_small", "fixed_large", "learned_range")
-LONGEST_CHAIN = 1_000_000  # timesteps; models have 1,000, and a config may state any number
+LONGEST_CHAIN = 1_000_000
+"""Most timesteps that a config may state; models have 1,000. A larger table could exhaust memory."""
 BOUNDS = {
     "beta_start": (0, 1),
     "beta_end": (0, 1),
@@ -34,7 +35,16 @@ BOUNDS = {
 
 @dataclass(frozen=True, kw_only=True)
 class SchedulerDefaults:
-    """Values that one of diffusers' scheduler classes takes for keys that its config leaves out."""
+    """Defaults of one of diffusers' scheduler classes, for the keys that a config leaves out.
+
+    Attributes:
+        timestep_spacing: See `NoiseSchedule`.
+        clip_sample: Whether x0 is clamped in sampling.
+        set_alpha_to_one: See `NoiseSchedule`.
+        beta_start: The first beta.
+        beta_end: The last beta.
+        beta_schedule: Name of the curve from one to the other, such as "linear".
+    """
 
     timestep_spacing: str = "leading"
     clip_sample: bool = False
@@ -63,18 +73,18 @@ SCHEDULERS = {
     **dict.fromkeys(("KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler"), _K_DIFFUSION),
     **dict.fromkeys(("LCMScheduler", "TCDScheduler"), _CONSISTENCY),
 }
-"""diffusers' schedulers whose tables are DDPM's: they are solvers for the same models. Others (flow matching, EDM,
-score SDEs, IPNDM, CogVideoX, Würstchen, masks) have tables of their own."""
+"""Defaults of diffusers' schedulers that solve DDPM's models, and so have DDPM's tables. Other schedulers (flow
+matching, EDM, score SDEs, IPNDM, CogVideoX, Würstchen, masks) have tables of their own and are refused."""
 
 
 class Prediction(NamedTuple):
-    """What a model believes at (x_t, t), whatever it was trained to output. Each is shaped like x_t.
+    """A model's prediction at (x_t, t), independent of its parameterisation. Each tensor is shaped like x_t.
 
     Attributes:
         x0: The clean sample.
-        eps: The noise: x_t = sqrt(a) x0 + sqrt(1 - a) eps.
-        variance: Learned-range models only: where in [-1, 1] the log-variance lies between its two bounds
-            (Nichol & Dhariwal 2021, eq. 15).
+        eps: The noise, with x_t = sqrt(a) x0 + sqrt(1 - a) eps.
+        variance: Position of the log-variance between its two bounds, in [-1, 1], from a model of variance type
+            "learned_range" (Nichol & Dhariwal 2021, https://arxiv.org/abs/2102.09672, eq. 15); None from others.
     """
 
     x0: Tensor
@@ -83,27 +93,32 @@ class Prediction(NamedTuple):
 
 
 Predict = Callable[[Tensor, int], Prediction]
-"""A model at one timestep: predict(x_t, t), with x_t (B, C, h, w)."""
+"""A predictor: predict(x_t, t) -> Prediction, with x_t (B, C, h, w) and an integer t."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class NoiseSchedule:
-    """Tables of one noise schedule and what its model was trained to predict.
+    """A noise schedule's tables, and the parameterisation that its model was trained in.
 
-    Make one with `linear`, `scaled_linear`, `cosine` or `from_betas`; each takes the fields below as keywords. That of
-    a model is `sdkit.loading.source.Source.open(...).schedule()`.
+    A model's own is `sd.schedule`. Make others with `linear`, `scaled_linear`, `cosine`, `from_betas`, or
+    `from_config`; all but the last take the fields below as keywords.
+
+    Example:
+        >>> import sdkit
+        >>> schedule = sdkit.NoiseSchedule.scaled_linear(prediction_type="v_prediction")
+        >>> schedule.timesteps(4, "trailing")
+        [(999, 749), (749, 499), (499, 249), (249, -1)]
 
     Attributes:
-        betas: (T,) float64: the variance added by each step of the forward process.
-        prediction_type: What the model outputs: "epsilon", "v_prediction" or "sample" (x0).
+        betas: (T,) float64, the variance added by each step of the forward process.
+        prediction_type: The model's parameterisation: "epsilon", "v_prediction", or "sample" (x0).
         timestep_spacing: Default spacing of `timesteps`.
-        steps_offset: Added to each timestep of "leading" spacing (1 in Stable Diffusion).
-        set_alpha_to_one: Whether DDIM's last step goes to alphas_cumprod = 1, or to alphas_cumprod[0]
-            (Stable Diffusion).
-        variance_type: Variance of DDPM's reverse step: "fixed_small", "fixed_large" or "learned_range".
-        clip_x0: The bound to hand to a sampler as its `clip_x0` (models of pixels), None for latents; the
-            pipeline does so.
-        alphas_cumprod: (T,) float64: the share of x0's variance left at each t.
+        steps_offset: Number added to each timestep of "leading" spacing; 1 in Stable Diffusion.
+        set_alpha_to_one: Whether DDIM's last step goes to alphas_cumprod = 1. Otherwise it goes to alphas_cumprod[0],
+            as in Stable Diffusion.
+        variance_type: Variance of DDPM's reverse step: "fixed_small", "fixed_large", or "learned_range".
+        clip_x0: Bound of x0 in sampling, for models of pixels; None for latents. The pipeline hands it to the sampler.
+        alphas_cumprod: (T,) float64, the share of x0's variance left at each t; computed from the betas.
     """
 
     betas: Tensor
@@ -131,22 +146,23 @@ class NoiseSchedule:
 
     @classmethod
     def from_betas(cls, betas: Tensor | list[float], **fields: Any) -> NoiseSchedule:
-        """A schedule from its betas, (T,) values in [0, 1]."""
+        """Make a schedule from betas, (T,) numbers in [0, 1]; `fields` are those of the class."""
         return cls(betas=torch.as_tensor(betas, dtype=torch.float64), **fields)
 
     @classmethod
     def linear(
         cls, num_timesteps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02, **fields: Any
     ) -> NoiseSchedule:
-        """Betas evenly spaced, as in DDPM (Ho et al. 2020, section 4)."""
+        """Make a schedule of evenly spaced betas, as in DDPM (Ho et al. 2020, https://arxiv.org/abs/2006.11239,
+        section 4)."""
         return cls(betas=_linspace(beta_start, beta_end, num_timesteps), **fields)
 
     @classmethod
     def scaled_linear(
         cls, num_timesteps: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012, **fields: Any
     ) -> NoiseSchedule:
-        """Square roots of the betas evenly spaced, as in latent diffusion (Rombach et al. 2022); the defaults are
-        Stable Diffusion's."""
+        """Make a schedule in which the square roots of the betas are evenly spaced, as in latent diffusion (Rombach et
+        al. 2022, https://arxiv.org/abs/2112.10752). The defaults are Stable Diffusion's."""
         roots = _linspace(beta_start**0.5, beta_end**0.5, num_timesteps)
         return cls(betas=roots**2, **fields)
 
@@ -154,7 +170,8 @@ class NoiseSchedule:
     def cosine(
         cls, num_timesteps: int = 1000, s: float = 0.008, max_beta: float = 0.999, **fields: Any
     ) -> NoiseSchedule:
-        """alphas_cumprod along a squared cosine (Nichol & Dhariwal 2021, https://arxiv.org/abs/2102.09672, eq. 17)."""
+        """Make a schedule in which alphas_cumprod follows a squared cosine (Nichol & Dhariwal 2021,
+        https://arxiv.org/abs/2102.09672, eq. 17)."""
 
         def squared_cosine(u: Tensor) -> Tensor:
             return torch.cos((u + s) / (1 + s) * math.pi / 2) ** 2
@@ -165,12 +182,18 @@ class NoiseSchedule:
     def from_config(cls, config: Mapping[str, Any], *, latents: bool = False) -> NoiseSchedule:
         """Make a schedule from the contents of a diffusers `scheduler_config.json`.
 
-        latents: whether the model denoises latents, as Stable Diffusion does. These lie beyond [-1, 1], so they are
-            never clipped, and `steps_offset` is 1: diffusers' `StableDiffusionPipeline` corrects configs in the same
-            way, since many leave these keys out. Without it, as for models of pixels, the config is taken as it is.
+        Absent keys have the defaults of the scheduler class that the config names. There is one exception: a
+        zero-terminal-SNR schedule without a spacing is "trailing", since "leading" never starts from pure noise, which
+        such models are trained for.
 
-        Absent keys have that scheduler's own defaults, but a zero-terminal-SNR schedule is "trailing" unless it says
-        otherwise: "leading" never starts from pure noise, for which such models are made.
+        Args:
+            config: The contents.
+            latents: Whether the model denoises latents, as Stable Diffusion does. Latents exceed [-1, 1], so they are
+                never clipped, and `steps_offset` is 1. diffusers' `StableDiffusionPipeline` corrects configs in the
+                same way, since many leave these keys out. False, for models of pixels, takes the config as it is.
+
+        Raises:
+            ArgumentError: A value is out of range, or the scheduler is not for a diffusion model of DDPM's kind.
         """
         config = completed(config)
         if flag("thresholding", config.get("thresholding", False)):
@@ -191,8 +214,8 @@ class NoiseSchedule:
         return schedule.zero_terminal_snr() if zero_snr else schedule
 
     def zero_terminal_snr(self) -> NoiseSchedule:
-        """The same schedule, shifted and stretched so that x_{T-1} is pure noise (Lin et al. 2023,
-        https://arxiv.org/abs/2305.08891, Alg. 1)."""
+        """Return the schedule rescaled to zero terminal SNR, so that x_{T-1} is pure noise (Lin et al. 2023,
+        https://arxiv.org/abs/2305.08891, Algorithm 1)."""
         root = self.alphas_cumprod.sqrt()
         root = (root - root[-1]) * root[0] / (root[0] - root[-1])
         alphas_cumprod = root**2
@@ -206,31 +229,40 @@ class NoiseSchedule:
 
     @property
     def final_alpha_cumprod(self) -> float:
-        """What DDIM's last step goes to."""
+        """alphas_cumprod at the end of DDIM's last step."""
         return 1.0 if self.set_alpha_to_one else float(self.alphas_cumprod[0])
 
     def alpha_cumprod(self, t: int, final: float | None = None) -> float:
-        """alphas_cumprod[t]; at t = -1 `final`, or `final_alpha_cumprod` where that is None."""
+        """Return alphas_cumprod[t]. At t = -1 return `final`, or `final_alpha_cumprod` if that is None."""
         if t == -1:
             return self.final_alpha_cumprod if final is None else final
         return float(self.alphas_cumprod[self._checked(t)])
 
     def sigma(self, t: int) -> float:
-        """Noise level sqrt((1 - a) / a) of t, in units of the data (EDM's sigma; Karras et al. 2022); infinite where a
-        = 0."""
+        """Return the noise level sqrt((1 - a) / a) at t, in units of the data: EDM's sigma (Karras et al. 2022,
+        https://arxiv.org/abs/2206.00364). It is infinite where a = 0."""
         a = self.alpha_cumprod(t)
         return math.sqrt((1 - a) / a) if a > 0 else math.inf
 
     def snr(self, t: int | Tensor) -> Tensor:
-        """Signal-to-noise ratio a / (1 - a) of t, an integer or (B,); float64."""
+        """Return the signal-to-noise ratio a / (1 - a) at t, an integer or (B,), in float64."""
         a = self.alphas_cumprod[self._checked(t)]
         return a / (1 - a)
 
     def timesteps(self, n: int, spacing: str | None = None) -> list[tuple[int, int]]:
-        """The `n` steps of a sampler as pairs (t, t_prev), from most noise to least; the last t_prev is -1.
+        """Return the timesteps of a sampler with `n` steps.
 
-        Spacings are those of Lin et al. 2023, table 2: "leading" (Stable Diffusion's, never reaches T - 1), "trailing"
-        (starts at T - 1: the one for zero-terminal-SNR models), "linspace" (both ends).
+        Args:
+            n: Number of steps, from 1 to T.
+            spacing: Spacing of the timesteps (Lin et al. 2023, https://arxiv.org/abs/2305.08891, table 2); None is the
+                schedule's own. "leading" is Stable Diffusion's and never reaches T - 1. "trailing" starts at T - 1, as
+                zero-terminal-SNR models need. "linspace" includes both ends.
+
+        Returns:
+            Pairs (t, t_prev), from most noise to least. The last t_prev is -1.
+
+        Raises:
+            ArgumentError: `n` is out of range, or the spacing is unknown.
         """
         T, spacing = self.num_timesteps, self.timestep_spacing if spacing is None else spacing
         n = whole_number("the number of steps", n, 1, T)
@@ -247,13 +279,22 @@ class NoiseSchedule:
         return list(zip(ts, [*ts[1:], -1], strict=True))
 
     def add_noise(self, x0: Tensor, eps: Tensor, t: int | Tensor) -> Tensor:
-        """x_t = sqrt(a_t) x0 + sqrt(1 - a_t) eps (Ho et al. 2020, eq. 4); `t` is an integer or (B,). In x0's dtype."""
+        """Return x_t = sqrt(a_t) x0 + sqrt(1 - a_t) eps (Ho et al. 2020, https://arxiv.org/abs/2006.11239, eq. 4).
+
+        Args:
+            x0: (B, ...), the clean sample.
+            eps: Standard normal noise, shaped like x0.
+            t: An integer or (B,).
+
+        Returns:
+            x_t, shaped like x0 and in its dtype.
+        """
         a, s = self._signal_noise(t, x0)
         return (a * x0 + s * eps).to(x0.dtype)
 
     def velocity(self, x0: Tensor, eps: Tensor, t: int | Tensor) -> Tensor:
-        """v = sqrt(a_t) eps - sqrt(1 - a_t) x0 (Salimans & Ho 2022, https://arxiv.org/abs/2202.00512, appendix D). In
-        x0's dtype."""
+        """Return v = sqrt(a_t) eps - sqrt(1 - a_t) x0 (Salimans & Ho 2022, https://arxiv.org/abs/2202.00512,
+        appendix D). Arguments and result are those of `add_noise`."""
         a, s = self._signal_noise(t, x0)
         return (a * eps - s * x0).to(x0.dtype)
 
@@ -274,11 +315,18 @@ class NoiseSchedule:
         return x0 if kind == "sample" else self.velocity(x0, eps, t)
 
     def prediction(self, output: Tensor, x_t: Tensor, t: int | Tensor, kind: str | None = None) -> Prediction:
-        """x0 and eps from a model's output, which is an eps, a v or an x0 by `kind` (the schedule's `prediction_type`
-        where None).
+        """Convert a model's output to x0 and eps; the inverse of `target`.
 
-        `output` is shaped like x_t (B, C, ...), or has 2C channels, of which the second half is the learned variance.
-        Raises ArgumentError for eps where alphas_cumprod[t] is 0: x_t then holds nothing of x0 (use a v or x0 model).
+        Args:
+            output: Shaped like x_t, or with 2C channels, where the second half is the learned variance.
+            x_t: (B, C, ...), the sample at t.
+            t: An integer or (B,).
+            kind: Parameterisation of `output`: "epsilon", "v_prediction", or "sample"; None is the schedule's
+                `prediction_type`.
+
+        Raises:
+            ArgumentError: `kind` is unknown; or `output` is eps and alphas_cumprod[t] is 0, where eps does not
+                determine x0.
         """
         kind = kind or self.prediction_type
         one_of("kind", kind, PREDICTIONS)
@@ -298,26 +346,28 @@ class NoiseSchedule:
         return Prediction((x_t - s * output) / a, output, variance)
 
     def _checked(self, t: int | Tensor) -> Tensor:
-        """`t` as an index into the tables; indices out of range would otherwise wrap around."""
+        """Return `t` as an index into the tables. Raise ArgumentError where it is out of range, since negative
+        indices would wrap around."""
         index = torch.as_tensor(t, device="cpu")
         if index.is_floating_point() or bool((index < 0).any()) or bool((index >= self.num_timesteps).any()):
             raise ArgumentError(f"timesteps are whole numbers from 0 to {self.num_timesteps - 1}, not {t!r}.")
         return index
 
     def _signal_noise(self, t: int | Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        """sqrt(a_t) and sqrt(1 - a_t), of float32 or wider, shaped to broadcast over (B, ...)."""
+        """Return sqrt(a_t) and sqrt(1 - a_t), in float32 or wider, shaped to broadcast over (B, ...)."""
         a = self.alphas_cumprod[self._checked(t)]
-        shape = (-1,) + (1,) * (like.ndim - 1)  # a scalar would not widen half precision
+        shape = (-1,) + (1,) * (like.ndim - 1)  # not a 0-d tensor, which would not promote half precision
         dtype = torch.promote_types(like.dtype, torch.float32)
         return a.sqrt().reshape(shape).to(like.device, dtype), (1 - a).sqrt().reshape(shape).to(like.device, dtype)
 
 
 def _linspace(start: float, end: float, n: int) -> Tensor:
+    """Return `n` evenly spaced numbers, both ends included, in float64."""
     return torch.linspace(start, end, whole_number("num_timesteps", n, 1), dtype=torch.float64)
 
 
 def completed(config: Mapping[str, Any]) -> dict[str, Any]:
-    """`config` with the keys that it leaves out, or has as null, as the scheduler class that it names has them."""
+    """Return `config` with the defaults of the scheduler class that it names, for keys that are absent or null."""
     stated = {key: value for key, value in config.items() if value is not None}
     name = stated.get("_class_name", "")
     if not isinstance(name, str) or (name and name not in SCHEDULERS):
@@ -331,7 +381,7 @@ def completed(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _betas_from_config(config: Mapping[str, Any]) -> Tensor:
-    """Betas (T,), float64, of a config that is `completed`."""
+    """Return the betas (T,), float64, of a config that is `completed`."""
     if "trained_betas" in config:
         return torch.tensor(_numbers("trained_betas", config["trained_betas"]), dtype=torch.float64)
     T = whole_number("num_train_timesteps", config.get("num_train_timesteps", 1000), 1, LONGEST_CHAIN)
@@ -352,20 +402,21 @@ def _clip(config: Mapping[str, Any]) -> float:
 
 
 def _numbers(name: str, values: Any) -> list[float]:
+    """Return `values`, a list of numbers from 0 to 1. Raise ArgumentError for anything else."""
     if not isinstance(values, (list, tuple)):
         raise ArgumentError(f"{name} must be a list of numbers from 0 to 1.")
     return [number(name, value, *BOUNDS[name]) for value in values]
 
 
 def _betas_along(alpha_cumprod: Callable[[Tensor], Tensor], num_timesteps: int, max_beta: float = 0.999) -> Tensor:
-    """Betas (T,) by which alphas_cumprod follows a function of u = (t + 1) / T, up to a factor."""
+    """Return betas (T,) for which alphas_cumprod is proportional to a function of u = (t + 1) / T."""
     f = alpha_cumprod(_linspace(0, 1, num_timesteps + 1))
     return (1 - f[1:] / f[:-1]).clamp(max=max_beta)
 
 
 def _laplace(u: Tensor) -> Tensor:
-    """alphas_cumprod whose log-SNR follows a Laplace distribution (Hang & Gu 2024, https://arxiv.org/abs/2407.03297,
-    table 1), with diffusers' own scale and root."""
+    """Return the alphas_cumprod at u for which the log-SNR follows a Laplace distribution (Hang & Gu 2024,
+    https://arxiv.org/abs/2407.03297, table 1), with diffusers' own scale and root."""
     side = torch.where(u <= 0.5, 1.0, -1.0)
     log_snr = -0.5 * side * torch.log(1 - 2 * (0.5 - u).abs() + 1e-6)
     return torch.sigmoid(log_snr).sqrt()

@@ -1,1 +1,1 @@
-"""Measures of images and codebooks."""
+"""Measures of the quality of images, and of the use of codebooks."""

@@ -1,4 +1,4 @@
-"""How much of a codebook is used."""
+"""Use of a codebook: the share of codes that occur, and their perplexity."""
 
 from __future__ import annotations
 

@@ -1,9 +1,7 @@
 """Similarity of two images: PSNR and SSIM.
 
-Both take what `sdkit.images.to_tensors` takes, and return one value per image: a float64 tensor (B,), float32
-on Apple's GPU. Between two float tensors in [-1, 1], (B, 3, H, W) or (3, H, W), nothing is rounded or clamped and the
-metric is differentiable; everything else is compared as 8-bit images. Both raise `ImageError` where the two sides
-cannot be compared.
+Both take whatever `sdkit.images.to_tensors` takes. Two float tensors, (B, 3, H, W) or (3, H, W) in [-1, 1], are
+compared without rounding or clamping, and the metric is differentiable. All other images are compared as 8-bit images.
 """
 
 from __future__ import annotations
@@ -15,22 +13,45 @@ from torch import Tensor
 from sdkit.errors import ImageError
 from sdkit.images import Images, to_tensors, to_uint8
 
-WINDOW, SIGMA = 11, 1.5  # pixels
+WINDOW, SIGMA = 11, 1.5
+"""Width and standard deviation of SSIM's Gaussian window, in pixels."""
 
 
 def psnr(a: Images, b: Images) -> Tensor:
-    """Peak signal-to-noise ratio in dB, 10 log10(255^2 / MSE) over pixels and channels; infinite for equal images."""
+    """Peak signal-to-noise ratio: 10 log10(255^2 / MSE), over pixels and channels.
+
+    Args:
+        a: images.
+        b: as many images, of the same sizes.
+
+    Returns:
+        Decibels (B,), infinite for equal images; float64, or float32 on Apple's GPU.
+
+    Raises:
+        ImageError: if the numbers or sizes of the images differ.
+    """
     return torch.cat([10 * torch.log10(255**2 / (x - y).square().mean(dim=(1, 2, 3))) for x, y in _pairs(a, b)])
 
 
 def ssim(a: Images, b: Images) -> Tensor:
-    """Mean structural similarity, at most 1 (Wang et al. 2004, https://doi.org/10.1109/TIP.2003.819861, eq. 13 and 17).
+    """Mean structural similarity (Wang et al. 2004, https://doi.org/10.1109/TIP.2003.819861, eq. 13 and 17).
 
-    As the paper has it: Gaussian window of 11 x 11 pixels with sigma 1.5, K1 = 0.01, K2 = 0.03, windows inside the
-    image only; the mean is over the three channels too. Equals scikit-image's `structural_similarity(...,
-    channel_axis=-1, data_range=255, gaussian_weights=True, sigma=1.5, use_sample_covariance=False)` in [0, 255].
+    The settings are the paper's: a Gaussian window of 11 x 11 pixels with sigma 1.5, K1 = 0.01, K2 = 0.03, and only
+    windows that lie inside the image. The mean is over pixels and channels. Equals scikit-image's
+    `structural_similarity(..., channel_axis=-1, data_range=255, gaussian_weights=True, sigma=1.5,
+    use_sample_covariance=False)` of levels in [0, 255].
+
+    Args:
+        a: images of at least 11 x 11 pixels.
+        b: as many images, of the same sizes.
+
+    Returns:
+        Similarities (B,), at most 1; float64, or float32 on Apple's GPU.
+
+    Raises:
+        ImageError: if the numbers or sizes of the images differ, or an image is smaller than the window.
     """
-    # one image at a time: ten float64 maps of a whole batch fit no cache, and take four times as long
+    # One image at a time: the ten float64 maps of a whole batch do not fit the CPU's cache, and take 4 times as long.
     return torch.cat([_ssim(x[None], y[None]) for xs, ys in _pairs(a, b) for x, y in zip(xs, ys, strict=True)])
 
 
@@ -55,7 +76,7 @@ def _blur(x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, C, H - 10, W - 10)
 
 
 def _pairs(a: Images, b: Images) -> list[tuple[Tensor, Tensor]]:
-    """Pairs of batches (B, 3, H, W) in [0, 255]: one pair of two float tensors, else a pair of one for each image."""
+    """Return pairs of batches (B, 3, H, W) in [0, 255]: two float tensors make one pair, other images one pair each."""
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         pairs = [(_levels(a), _levels(b).to(a.device))]
     else:
@@ -74,7 +95,7 @@ def _pairs(a: Images, b: Images) -> list[tuple[Tensor, Tensor]]:
 def _levels(x: Tensor) -> Tensor:
     if not x.is_floating_point() or x.ndim not in (3, 4) or x.shape[-3] != 3:
         raise ImageError(f"a tensor must be float (B, 3, H, W) in [-1, 1], not {x.dtype} {tuple(x.shape)}.")
-    # float64, for variances are small differences of large numbers: float32 errs by 1e-4 in bright flat areas
+    # Variances are small differences of large numbers: in bright flat areas, float32 would err by 1e-4.
     exact = torch.float32 if x.device.type == "mps" else torch.float64
     x = x if x.ndim == 4 else x[None]
     return (x.to(exact) + 1) * 127.5

@@ -1,4 +1,4 @@
-"""Grids of images, with labels."""
+"""Grids of images with labels."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from PIL import Image, ImageDraw, ImageFont
 
 from sdkit.errors import ArgumentError
-from sdkit.images.convert import Images, flat, rgb_of, to_pil
+from sdkit.images.convert import Images, flat, to_pil
+from sdkit.images.rgb import rgb_of
 
 
 def grid(
@@ -22,15 +23,21 @@ def grid(
     row_labels: Sequence[str] = (),
     column_labels: Sequence[str] = (),
 ) -> Image.Image:
-    """Draw images side by side, row after row, each centred in a cell of the largest one's size.
+    """Draw images side by side, row after row, each centred in a cell of the largest image's size.
 
-    columns        cells in a row; None: as many as there are column labels, else about as many as rows
-    padding        pixels between cells, and around the whole where it is labelled
-    captions       one for each image, below it
-    row_labels     one for each row, to its left
-    column_labels  one for each column, above it
+    Long labels are wrapped, and then cut off with an ellipsis.
 
-    Labels that are too long are wrapped, then shortened. Raises `ArgumentError` where their number does not fit.
+    Args:
+        images: images of any sizes.
+        columns: cells in a row. None: the number of column labels, or else about as many columns as rows.
+        padding: pixels between cells, and around the whole grid if it has labels.
+        background: colour behind images and labels: a name or a form like "#ff8800".
+        captions: one label for each image, below it.
+        row_labels: one label for each row, to its left.
+        column_labels: one label for each column, above it.
+
+    Raises:
+        ArgumentError: if the number of labels, the columns, the padding, or the colour is impossible.
     """
     pictures = [image if isinstance(image, Image.Image) else to_pil(image)[0] for image in flat(images)]
     columns = columns if columns is not None else len(column_labels) or math.ceil(math.sqrt(len(pictures)))
@@ -70,17 +77,17 @@ def grid(
 
 
 class _Pen:
-    """Writes labels in a size that suits cells `width` pixels wide, in black or white, whichever stands out."""
+    """Writes labels in a size for cells of `width` pixels, in black or white, whichever has more contrast."""
 
     def __init__(self, width: int, background: str) -> None:
         self.size = max(round(1.2 * math.sqrt(width)), 11)  # pixels
         self.font = ImageFont.load_default(self.size)
         red, green, blue = rgb_of(background)
         self.ink = "black" if 0.299 * red + 0.587 * green + 0.114 * blue > 127 else "white"
-        self.canvas = ImageDraw.Draw(Image.new("L", (1, 1)))  # to measure on
+        self.canvas = ImageDraw.Draw(Image.new("L", (1, 1)))  # only to measure labels
 
     def wrap(self, labels: Sequence[str], width: int, max_lines: int = 3) -> list[str]:
-        """Labels broken into lines of at most `width` pixels; what does not fit is cut off with an ellipsis."""
+        """Break labels into lines of at most `width` pixels; cut off the rest with an ellipsis."""
         return [self._wrap(label, width, max_lines) for label in labels]
 
     def _wrap(self, label: str, width: int, max_lines: int) -> str:
@@ -100,11 +107,11 @@ class _Pen:
         return line[:fitting].rstrip() + "…"
 
     def width(self, labels: Sequence[str]) -> int:
-        """Width of a column that holds each of the wrapped labels, with a gap beside it; 0 without labels."""
+        """Return the width of a column of these wrapped labels and a gap beside it; 0 without labels."""
         return max((math.ceil(self._box(label)[0]) + self.size for label in labels), default=0)
 
     def height(self, labels: Sequence[str]) -> int:
-        """Height of a row that holds each of the wrapped labels, with gaps; 0 without labels."""
+        """Return the height of a row of these wrapped labels with gaps; 0 without labels."""
         return max((math.ceil(self._box(label)[1]) + self.size // 2 for label in labels), default=0)
 
     def _box(self, label: str) -> tuple[float, float]:
@@ -112,5 +119,5 @@ class _Pen:
         return right - left, bottom - top
 
     def write(self, draw: ImageDraw.ImageDraw, label: str, x: float, y: float, anchor: str = "mm") -> None:
-        """Draw a wrapped label whose centre (or with anchor "ma" whose upper edge's) is (x, y)."""
+        """Draw a wrapped label with its centre at (x, y), or with anchor "ma" the middle of its upper edge."""
         draw.multiline_text((x, y), label, fill=self.ink, font=self.font, anchor=anchor, align="center")

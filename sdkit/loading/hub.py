@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import re
-import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from sdkit.errors import SourceError
 from sdkit.loading.tensors import SUFFIXES
-from sdkit.messages import clean, first_line
+from sdkit.messages import clean, first_line, quiet
 from sdkit.stops import stop_in
 
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 TIMEOUT = 10  # seconds to wait for a list of files
-
-_fetching = threading.Lock()
-_silenced: list[tuple[int, bool]] = []
-"""For each thread that is fetching: the log level before the first of them, and whether that one silenced the bars."""
 
 
 def is_hub_id(source: str | os.PathLike[str]) -> bool:
@@ -55,7 +46,7 @@ def fetch(repository: str, revision: str | None, files: list[str]) -> Path:
     label = clean(repr(repository))
     at = f"{label} (revision {revision!r})" if revision else label
     try:
-        with _quiet_hub():
+        with quiet("huggingface_hub"):
             try:
                 return Path(snapshot_download(repository, revision=revision, allow_patterns=files))
             except errors.OfflineModeIsEnabled:  # for a commit, huggingface_hub 1.x does not look into its cache
@@ -92,32 +83,3 @@ def _problem(repository: str, revision: str | None, error: Exception) -> str:
         )
     at = f"{label} (revision {revision!r})" if revision else label
     return f"{at} cannot be loaded from the Hub ({first_line(error)}); try again."
-
-
-@contextmanager
-def _quiet_hub() -> Iterator[None]:
-    """Silence huggingface_hub's log, and its progress bars if there is no terminal.
-
-    Both belong to the whole process. The first thread to enter silences them, and the last to leave restores them.
-    """
-    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
-
-    logger = logging.getLogger("huggingface_hub")
-    with _fetching:
-        if not _silenced:
-            level, bars = logger.level, not sys.stderr.isatty() and not are_progress_bars_disabled()
-            logger.setLevel(logging.CRITICAL)
-            if bars:
-                disable_progress_bars()
-        else:
-            level, bars = _silenced[-1]
-        _silenced.append((level, bars))
-    try:
-        yield
-    finally:
-        with _fetching:
-            level, bars = _silenced.pop()
-            if not _silenced:
-                logger.setLevel(level)
-                if bars:
-                    enable_progress_bars()

@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 
 from sdkit.arguments import one_of
+from sdkit.atomic import atomic_write
 from sdkit.errors import ArgumentError, SourceError
-from sdkit.files import atomic_write, expanded, reason
+from sdkit.files import expanded
 from sdkit.loading.hub import is_hub_id
 from sdkit.loading.place import Place, absent
 from sdkit.loading.tensors import (
@@ -35,7 +36,7 @@ from sdkit.loading.tensors import (
     open_tensors,
     status_or_none,
 )
-from sdkit.messages import clean
+from sdkit.messages import clean, reason
 from sdkit.strict_json import parse_object, read_object
 
 FILENAME = "pytorch_lora_weights.safetensors"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import pickle
 import stat
@@ -24,7 +23,7 @@ from torch import nn
 from sdkit.errors import SdkitError, SourceError
 from sdkit.file_kind import BEGINNING, JSON, LFS, PAGE, PICKLE, SAFETENSORS, ZIP, kind_of
 from sdkit.files import open_regular, status
-from sdkit.messages import clean, first_line
+from sdkit.messages import clean, first_line, no_warnings, quiet
 from sdkit.stops import stop_in
 
 loading = threading.RLock()
@@ -314,7 +313,7 @@ def guarded(label: str) -> Iterator[None]:
     Only one thread at a time enters: during a load the libraries patch torch for the whole process.
     """
     try:
-        with quiet():
+        with loading, quiet("diffusers", "transformers"), no_warnings(), _same_default_dtype():
             yield
     except (SdkitError, MemoryError):
         raise
@@ -327,28 +326,10 @@ def guarded(label: str) -> Iterator[None]:
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
-    """Silence the log, warnings, and progress bars of diffusers and transformers, and restore torch's default dtype.
-
-    All of these belong to the whole process, so only one thread at a time enters.
-    """
-    with loading:
-        from diffusers.utils import logging as diffusers_logging
-        from transformers.utils import logging as transformers_logging
-
-        libraries = (diffusers_logging, transformers_logging)
-        before = [(library.get_verbosity(), library.is_progress_bar_enabled()) for library in libraries]
-        dtype = torch.get_default_dtype()
-        for library in libraries:
-            library.set_verbosity(logging.CRITICAL)
-            library.disable_progress_bar()
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                yield
-        finally:
-            torch.set_default_dtype(dtype)
-            for library, (verbosity, progress_bar) in zip(libraries, before, strict=True):
-                library.set_verbosity(verbosity)
-                if progress_bar:
-                    library.enable_progress_bar()
+def _same_default_dtype() -> Iterator[None]:
+    """Restore torch's default dtype, which a load that fails may leave changed."""
+    dtype = torch.get_default_dtype()
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(dtype)

@@ -36,7 +36,7 @@ from sdkit.loading.fingerprint import fingerprint
 from sdkit.loading.source import Source
 from sdkit.loading.tensors import is_finite
 from sdkit.networks.autoencoder_kinds import PixelIdentity, kind_of, nearest_codes, sampled
-from sdkit.networks.tiling import tiled, whole_image_statistics
+from sdkit.networks.tiling import check_tile, tiled, whole_image_statistics
 from sdkit.networks.wrapper import Wrapper, blames_network
 from sdkit.progress import progress
 
@@ -604,7 +604,7 @@ class VAE(Wrapper):
             tile = 1024 if x.shape[2] * x.shape[3] * up**2 > TILED_FROM else 0
         if tile == 0:
             return run(x).float().cpu()
-        tile = whole_number("tile (0 is none)", tile, 16 * self.factor)
+        check_tile(tile, self.factor)
         side = tile // self.factor * down
         with whole_image_statistics(self.network, run, x, side):
             return tiled(run, x, tile=side, down=down, up=up)

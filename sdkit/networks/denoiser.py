@@ -135,7 +135,7 @@ class UNet(Wrapper):
         return output.to(x_t)
 
     def _received(self, part: Tensor) -> Tensor:
-        """Move a part of the condition to the network's device. Embeddings get its dtype, masks and labels do not."""
+        """Move a part of the condition to the network's device. Embeddings get its dtype; masks, labels keep theirs."""
         return part.to(self.device, self.dtype) if part.is_floating_point() else part.to(self.device)
 
     def _guidance(self, scale: float | Tensor) -> Tensor:

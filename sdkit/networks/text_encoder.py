@@ -142,7 +142,7 @@ class TextEncoder(Wrapper):
         return ids, weights
 
     def _chunks(self, prompt: str, weighting: bool) -> list[Tokens]:
-        """Return the prompt's tokens and weights in chunks of at most 75; with `weighting`, BREAK ends a chunk."""
+        """Return the prompt's tokens and weights in chunks of at most 75. With `weighting`, BREAK ends one early."""
         if not weighting:
             return self._filled(self._tokens(prompt, 1.0))
         warn_of_unread_syntax(prompt)

@@ -11,8 +11,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sdkit.arguments import whole_number
 from sdkit.engines.compile import eager
 from sdkit.progress import progress
+
+SMALLEST_TILE = 16  # latents on each side
+
+
+def check_tile(tile: int | None, factor: int = 1) -> None:
+    """Raise ArgumentError for a side of tiles that is too small. None (as needed) and 0 (no tiles) pass.
+
+    Args:
+        tile: The side in pixels.
+        factor: Pixels that a latent spans on each side. The default, 1, is the least that a VAE has: with it, a tile
+            that no VAE takes is refused before one is loaded.
+    """
+    if tile:
+        whole_number("tile (0 is none)", tile, SMALLEST_TILE * factor)
 
 
 def tiled(run: Callable[[Tensor], Tensor], x: Tensor, *, tile: int, down: int = 1, up: int = 1) -> Tensor:

@@ -1,1 +1,1 @@
-"""Whole models at work, from a prompt to images."""
+"""Pipelines: whole models that draw images, and the steps that they share."""

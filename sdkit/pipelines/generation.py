@@ -1,4 +1,4 @@
-"""How an image was made: kept in its PNG, from which `sdkit generate --from` makes it again."""
+"""`Generation`: all settings of an image as one value, stored in its PNG so that it can be drawn again."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from typing import Any
 
 from sdkit import __version__, images, strict_json
 from sdkit.arguments import PREDICTIONS, noise_levels, number, one_of, strings, whole_number
+from sdkit.diffusion.samplers import sampler_by_name
 from sdkit.diffusion.schedule import SPACINGS
 from sdkit.errors import ArgumentError, ImageError
 from sdkit.loading.place import EMBEDDED
-from sdkit.pipelines.steps import check_sampler, check_side
+from sdkit.pipelines.steps import check_side
 
 EARLIER_NAMES = {
     "steps": "num_inference_steps",
@@ -22,15 +23,39 @@ EARLIER_NAMES = {
     "rescale": "guidance_rescale",
     "interval": "guidance_interval",
 }
-"""Keys in the text of PNGs of earlier versions -> today's."""
+"""Keys in PNGs of earlier versions, and the fields that they became."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Generation:
-    """All that says what to draw: kept in a PNG's text, from which `sdkit generate --from` makes the image again.
+    """Settings of an image. A PNG stores them as text, from which `sdkit generate --from` draws the image again.
 
-    Fields have the names of the arguments of `StableDiffusion` and its `from_pretrained`, which explain them. None is
-    the model's own.
+    None stands for the model's own value.
+
+    Attributes:
+        prompt: The prompt.
+        negative_prompt: The prompt to steer away from.
+        seed: Seed of the noise.
+        sampler: "ddim", "ddpm", or "dpm++2m".
+        num_inference_steps: Number of sampling steps.
+        guidance_scale: The guidance scale.
+        eta: DDIM's share of DDPM's noise, in [0, 1].
+        spacing: Spacing of the timesteps: "leading", "trailing", or "linspace".
+        guidance_rescale: phi of rescaled guidance, in [0, 1].
+        guidance_interval: Noise levels (low, high] in which to guide; None guides at all of them.
+        clip_skip: Number of the text encoder's last layers to skip.
+        weighting: Whether `(word:1.3)` is read as A1111 does.
+        height: Height in pixels.
+        width: Width in pixels.
+        model: Source of the model; see `StableDiffusion.from_pretrained`, as for the next six fields.
+        revision: Branch, tag, or commit of a Hub repository.
+        variant: Variant of a repository's weight files.
+        config: Folder of configs for a single file.
+        prediction_type: Parameterisation of a single file.
+        dtype: Precision of the networks.
+        vae: Source of a VAE that replaces the model's own.
+        lora: Sources of LoRAs, which are merged in this order.
+        lora_scale: A scale for each LoRA; empty stands for 1 each.
     """
 
     prompt: str = ""
@@ -56,20 +81,19 @@ class Generation:
     vae: str | None = None
     lora: tuple[str, ...] = ()
     lora_scale: tuple[float, ...] = ()
-    """One for each LoRA, or none: then each is 1."""
 
     @property
     def loras(self) -> list[tuple[str, float]]:
-        """Each LoRA with its scale."""
+        """Pairs of each LoRA's source and scale."""
         return list(zip(self.lora, self.lora_scale or [1.0] * len(self.lora), strict=True))
 
     def check(self) -> None:
-        """Raise `ArgumentError` for what no model takes, before one is loaded."""
+        """Raise ArgumentError for values that no model accepts, before one is loaded."""
         strings("prompt", self.prompt)
         strings("negative_prompt", self.negative_prompt)
         whole_number("seed", self.seed, 0, 2**63 - 1)
-        whole_number("num_inference_steps", self.num_inference_steps, 1)  # the most is known to the model's schedule
-        check_sampler(self.sampler, self.eta)
+        whole_number("num_inference_steps", self.num_inference_steps, 1)  # the model's schedule checks the upper bound
+        sampler_by_name(self.sampler, eta=self.eta)
         one_of("spacing", self.spacing or SPACINGS[0], SPACINGS)
         number("the guidance scale", 0 if self.guidance_scale is None else self.guidance_scale, -1e6, 1e6)
         number("the guidance rescale (phi)", self.guidance_rescale, 0, 1)
@@ -92,7 +116,7 @@ class Generation:
                 check_side(name, pixels)
 
     def text(self) -> dict[str, str]:
-        """The text chunks of a PNG; paths are absolute in it, since it is read elsewhere."""
+        """Return the text chunks of a PNG. Paths are absolute, since a PNG may be read from another folder."""
         values = {key: value for key, value in asdict(self).items() if value not in (None, ())}
         if self.guidance_interval is not None:
             values["guidance_interval"] = " ".join(map(str, self.guidance_interval))
@@ -104,15 +128,15 @@ class Generation:
 
     @classmethod
     def read(cls, path: str | Path) -> Generation:
-        """Read what the text of a PNG says, under today's names or earlier ones.
+        """Read the settings from a PNG's text, of this version or an earlier one.
 
         Raises:
-            ImageError: The image does not say how it was made, or its text is damaged.
+            ImageError: The PNG holds no settings, or its text is damaged.
         """
         text = {EARLIER_NAMES.get(key, key): value for key, value in images.read_text(path).items()}
         if not {"prompt", "seed", "sdkit"} <= set(text):
             raise ImageError(f"{path} does not say how it was made; give a PNG as sdkit generate wrote it.")
-        if "lora" not in text:  # versions before several LoRAs wrote a scale all the same
+        if "lora" not in text:  # the first versions wrote a scale even without a LoRA
             text.pop("lora_scale", None)
         names = [field.name for field in fields(cls) if field.name in text]
         return cls(**{name: _parsed(path, name, text[name]) for name in names})
@@ -120,7 +144,8 @@ class Generation:
     def but(self, **changes: Any) -> Generation:
         """Return a copy with some values changed.
 
-        All that belonged to another model is forgotten, its VAE and LoRAs among it, and so are scales of other LoRAs.
+        A change of the model resets all settings that belong to a model, its VAE and LoRAs included. A change of the
+        LoRAs resets their scales.
         """
         if "lora" in changes:
             changes = {"lora_scale": (), **changes}
@@ -141,12 +166,13 @@ class Generation:
 
 
 def anywhere(source: str) -> str:
-    """A file or a folder by its absolute path; another source as it is."""
-    path = os.path.expanduser(source)  # noqa: PTH111 - pathlib's raise for unknown users and overlong names
+    """Return the absolute path of a file or folder, and any other source unchanged."""
+    path = os.path.expanduser(source)  # noqa: PTH111 - pathlib raises for unknown users and overlong names
     return os.path.abspath(path) if source != EMBEDDED and os.path.exists(path) else source  # noqa: PTH100, PTH110
 
 
 def _parsed(path: str | Path, name: str, value: str) -> Any:
+    """Parse the text of one field. Raise ImageError if it is damaged."""
     try:
         return _PARSERS.get(name, str)(value)
     except (KeyError, TypeError, ValueError, OverflowError) as error:
@@ -154,12 +180,16 @@ def _parsed(path: str | Path, name: str, value: str) -> Any:
 
 
 def _listed(items: Sequence[str | float]) -> str:
-    """One item as it is, as before there could be several; else, and where it would read as one, a JSON list."""
+    """Write one item as plain text, as the first versions did, and several items as a JSON list.
+
+    An item that begins with "[" is written as a list too, since it would be read as one.
+    """
     text = str(items[0])
     return text if len(items) == 1 and not text.startswith("[") else json.dumps(list(items))
 
 
 def _items(text: str) -> list[Any]:
+    """Read a list of items that `_listed` wrote."""
     found = strict_json.parse(text) if text.startswith("[") else [text]
     if not isinstance(found, list) or not all(isinstance(item, (str, int, float)) for item in found):
         raise ValueError("is no list")
@@ -167,14 +197,17 @@ def _items(text: str) -> list[Any]:
 
 
 def _loras(text: str) -> tuple[str, ...]:
+    """Read the field `lora`."""
     return tuple(map(str, _items(text)))
 
 
 def _scales(text: str) -> tuple[float, ...]:
+    """Read the field `lora_scale`."""
     return tuple(map(float, _items(text)))
 
 
 def _interval(text: str) -> tuple[float, float]:
+    """Read the field `guidance_interval`: two numbers."""
     low, high = map(float, text.split())
     return low, high
 

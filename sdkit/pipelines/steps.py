@@ -1,21 +1,35 @@
-"""The four steps from a prompt to an image: `embed`, `start`, `denoise`, and `decode`. `StableDiffusion` calls them."""
+"""The four steps from a prompt to an image: `embed`, `start`, `denoise`, and `decode`.
+
+`StableDiffusion` calls them. Taken apart, with `guided` between them, they are:
+
+    cond, uncond = embed(sd.text, ["a red apple", ""]).chunk(2)
+    x_T = start([torch.Generator().manual_seed(0)], (4, 16, 16))
+    predict = guided(sd.unet, sd.schedule, cond, uncond, scale=1.5)
+    z = denoise(predict, x_T, sd.schedule, sd.schedule.timesteps(30))
+    images = decode(sd.vae, z, (128, 128))
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Literal, overload
 
 import torch
 from torch import Tensor
 
-from sdkit.arguments import LONGEST_SIDE, number, one_of, whole_number
+from sdkit.arguments import LONGEST_SIDE, whole_number
 from sdkit.diffusion.conditioning import Conditioning
-from sdkit.diffusion.samplers import SAMPLERS, Generators, Step, Timesteps
+from sdkit.diffusion.samplers import Generators, Sampler, Step, Timesteps, ddim
 from sdkit.diffusion.schedule import NoiseSchedule, Predict
 from sdkit.errors import ArgumentError
 from sdkit.networks.autoencoder import Autoencoder
 from sdkit.networks.text_encoder import TextEncoder
 from sdkit.progress import progress
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+    from PIL import Image
 
 
 def embed(
@@ -26,17 +40,17 @@ def embed(
     weighting: bool = False,
     chunks: int | None = None,
 ) -> Conditioning:
-    """Encode one prompt for each of B images. Each different prompt is encoded once.
+    """Encode the prompts of B images. A prompt that occurs several times is encoded once.
 
     Args:
         text: The text encoder.
         prompts: B prompts.
-        clip_skip: See `TextEncoder.encode`, as for `weighting` and `chunks`.
-        weighting: Whether to read (word:1.3) as A1111 does.
-        chunks: Number of chunks of tokens to pad to; None is that of the longest prompt.
+        clip_skip: Number of the encoder's last layers to skip; see `TextEncoder.encode`.
+        weighting: Whether to read `(word:1.3)` as A1111 does; see `TextEncoder.encode`.
+        chunks: Number k of chunks of tokens to pad to; None is that of the longest prompt.
 
     Returns:
-        A condition whose text is (B, 77k, D).
+        A condition with text embeddings (B, 77k, D).
     """
     distinct = list(dict.fromkeys(prompts))
     embeddings = text.encode(distinct, clip_skip=clip_skip, weighting=weighting, chunks=chunks)
@@ -47,18 +61,18 @@ def start(generators: Generators, shape: tuple[int, int, int], latents: Tensor |
     """Draw the noise x_T that sampling starts from.
 
     Args:
-        generators: One for each of N images, from which that image's noise comes.
-        shape: (C, h, w) of one image's latents.
-        latents: (N, C, h, w) standard normal noise to use in place of the generators'.
+        generators: One CPU generator for each of N images.
+        shape: (C, h, w), the shape of one image's latents.
+        latents: (N, C, h, w) standard normal noise to start from, in place of new noise.
 
     Returns:
         x_T (N, C, h, w), float32 on the CPU.
 
     Raises:
-        ArgumentError: `latents` are of another shape, or not finite.
+        ArgumentError: `latents` have another shape, or are not finite.
     """
-    # Draw even where `latents` are given: a sampler's own noise comes next from the same generators, and would
-    # otherwise equal `latents` that were drawn from the same seeds.
+    # Draw even if `latents` are given. The steps' noise comes from the same generators; without this draw it would
+    # begin with the very numbers of `latents` that were drawn from the same seeds.
     drawn = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
     if latents is None:
         return drawn
@@ -77,8 +91,7 @@ def denoise(
     schedule: NoiseSchedule,
     timesteps: Timesteps,
     *,
-    sampler: str = "ddim",
-    eta: float = 0.0,
+    sampler: Sampler = ddim,
     generators: Generators | None = None,
     callback: Callable[[Step], object] | None = None,
 ) -> Tensor:
@@ -89,31 +102,45 @@ def denoise(
         x_T: (B, C, h, w) noise, on the predictor's device.
         schedule: The model's noise schedule.
         timesteps: Pairs (t, t_prev), as from `schedule.timesteps(n)`.
-        sampler: "ddim", "ddpm", or "dpm++2m".
-        eta: DDIM's share of DDPM's noise, from 0 to 1.
-        generators: One for each image, for the noise of the steps; None is torch's global one.
+        sampler: A loop of `sdkit.samplers`, such as `ddim` or `dpmpp_2m`; `sampler_by_name` finds one by its name.
+        generators: One for each image, for the noise of the steps; None draws from torch's global generator.
         callback: Called with each `Step`.
 
     Returns:
         Latents (B, C, h, w), scaled as `VAE.encode` returns them.
-
-    Raises:
-        ArgumentError: The sampler is unknown, or does not take this `eta`.
     """
-    check_sampler(sampler, eta)
-    options: dict[str, Any] = {"eta": eta} if sampler == "ddim" else {}
-    loop = SAMPLERS[sampler](
-        predict, x_T, schedule, timesteps, generators=generators, clip_x0=schedule.clip_x0, **options
-    )
-    for step in progress(loop, total=len(timesteps), description=sampler):
+    steps = sampler(predict, x_T, schedule, timesteps, generators=generators, clip_x0=schedule.clip_x0)
+    for step in progress(steps, total=len(timesteps), description="denoise"):
         if callback is not None:
             callback(step)
     return step.x
 
 
+@overload
 def decode(
-    vae: Autoencoder, z: Tensor, size: tuple[int, int], *, output_type: str = "pil", batch_size: int | None = None
-) -> Any:
+    vae: Autoencoder,
+    z: Tensor,
+    size: tuple[int, int],
+    *,
+    output_type: Literal["pil"] = "pil",
+    batch_size: int | None = None,
+) -> list[Image.Image]: ...
+@overload
+def decode(
+    vae: Autoencoder, z: Tensor, size: tuple[int, int], *, output_type: Literal["np"], batch_size: int | None = None
+) -> npt.NDArray[np.uint8]: ...
+@overload
+def decode(
+    vae: Autoencoder, z: Tensor, size: tuple[int, int], *, output_type: Literal["pt"], batch_size: int | None = None
+) -> Tensor: ...
+def decode(
+    vae: Autoencoder,
+    z: Tensor,
+    size: tuple[int, int],
+    *,
+    output_type: Literal["pil", "np", "pt"] = "pil",
+    batch_size: int | None = None,
+) -> list[Image.Image] | npt.NDArray[np.uint8] | Tensor:
     """Decode latents and crop the images to their size.
 
     Args:
@@ -121,21 +148,17 @@ def decode(
         z: (N, C, h, w) scaled latents.
         size: Height and width in pixels.
         output_type: "pil", "np", or "pt"; see `VAE.decode`.
-        batch_size: Images decoded together; None fits it to their size.
+        batch_size: Number of images decoded together; None fits it to their size.
 
     Returns:
-        N images, as `VAE.decode` returns them.
+        A list of N PIL images; uint8 (N, H, W, 3) for "np"; or float32 (N, 3, H, W) in [-1, 1] for "pt".
     """
-    return vae.decode(z, size=size, output_type=output_type, batch_size=batch_size)
-
-
-def check_sampler(sampler: str, eta: float) -> None:
-    """Raise ArgumentError for a sampler that does not exist, and for an `eta` that it does not take."""
-    one_of("sampler", sampler, SAMPLERS)
-    if number("eta", eta, 0, 1) and sampler != "ddim":
-        raise ArgumentError(f"eta belongs to sampler 'ddim'; '{sampler}' has none.")
+    images: list[Image.Image] | npt.NDArray[np.uint8] | Tensor = vae.decode(
+        z, size=size, output_type=output_type, batch_size=batch_size
+    )
+    return images
 
 
 def check_side(name: str, pixels: int, smallest: int = 8) -> int:
-    """Return the height or width of an image in pixels. Raise ArgumentError where no model draws images of it."""
+    """Return the height or width of an image in pixels. Raise ArgumentError for sides that no model can draw."""
     return whole_number(name, pixels, smallest, LONGEST_SIDE)

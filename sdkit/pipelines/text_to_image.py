@@ -1,28 +1,29 @@
-"""Text to image: the only place where the four parts meet.
+"""Text to image with `StableDiffusion`, over the four functions in `sdkit.pipelines.steps`.
 
-prompts -> TextEncoder -> cond, uncond; seeds -> x_T; `guided(unet, cond, uncond)` -> a predictor; a sampler's loop over
-it -> z; `VAE.decode` -> images.
+`embed` turns prompts into cond and uncond, and `start` seeds into x_T. `guided` makes a predictor of the U-Net and
+these conditions, `denoise` samples latents z with it, and `decode` turns z into images.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from os import PathLike
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor
 
-from sdkit import images as image_io
 from sdkit.arguments import number, one_of, seeded, strings, whole_number
 from sdkit.diffusion.conditioning import Conditioning
 from sdkit.diffusion.guidance import APG, Model, guided
-from sdkit.diffusion.samplers import Step
+from sdkit.diffusion.samplers import Step, sampler_by_name
 from sdkit.diffusion.schedule import NoiseSchedule
 from sdkit.engines.device import resolve_place
 from sdkit.errors import ArgumentError, SdkitError
 from sdkit.files import expanded
+from sdkit.images import OUTPUT_TYPES
 from sdkit.loading.lora_file import read_lora
 from sdkit.loading.source import USUAL_GUIDANCE, Source
 from sdkit.loading.tensors import is_file
@@ -31,18 +32,36 @@ from sdkit.networks.autoencoder import VAE
 from sdkit.networks.denoiser import UNet
 from sdkit.networks.lora import merge_lora
 from sdkit.networks.text_encoder import TextEncoder
-from sdkit.pipelines.steps import check_sampler, check_side, decode, denoise, embed, start
+from sdkit.pipelines.steps import check_side, decode, denoise, embed, start
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+    from PIL import Image
 
 LATENTS_AT_ONCE = 4 * 64 * 64
-"""Latent positions that are denoised together where no `batch_size` is given: four images of 512 x 512, sixty-four of
-128 x 128."""
+"""Latent positions that are denoised together by default: four images of 512 x 512, or 64 of 128 x 128."""
 
 
 class StableDiffusion:
-    """Stable Diffusion 1.x / 2.x: a VAE, a text encoder, a U-Net and the noise schedule that it was trained with.
+    """Stable Diffusion 1.x / 2.x: a VAE, a text encoder, a U-Net, and the noise schedule that it was trained with.
 
-    Attributes: these four, as `vae`, `text`, `unet`, `schedule`; `name`, the source; and
-        `guidance_scale`, at which it draws unless told otherwise: its model_index.json's `_guidance_scale`, or 7.5.
+    Call it to draw images of prompts. Load one with `from_pretrained`, or put one together from its four parts.
+
+    Example:
+        >>> import sdkit
+        >>> sd = sdkit.StableDiffusion.from_pretrained("emoji")
+        >>> images = sd(["a cat", "a rocket"], num_inference_steps=4, seed=1)
+        >>> sdkit.images.grid(images, captions=["a cat", "a rocket"]).save("drawn.png")
+
+    Attributes:
+        vae: The autoencoder.
+        text: The text encoder.
+        unet: The denoising U-Net.
+        schedule: The noise schedule.
+        name: The source that the model was loaded from, or "".
+        guidance_scale: Guidance scale of a call that gives none: `_guidance_scale` of the model's model_index.json,
+            or 7.5.
     """
 
     def __init__(
@@ -82,20 +101,23 @@ class StableDiffusion:
     ) -> StableDiffusion:
         """Load a whole model.
 
-        source: "emoji", the small model that comes with sdkit; a Hub repository
-            ("stable-diffusion-v1-5/stable-diffusion-v1-5"); a folder in diffusers layout; or one .safetensors / .ckpt
-            file in the original layout (CompVis, A1111, civitai), which needs no network.
-        dtype: "auto" (bfloat16 where the hardware multiplies it, else float32), "fp32", "bf16", "fp16".
-        device: "auto" (a GPU where there is one), "cpu", "cuda", "cuda:1" ...
-        revision, variant: of a Hub repository: branch, tag or commit; "fp16" for weights stored so.
-        config: a folder of configs, for a single file of another shape than SD 1.x and 2.x.
-        prediction_type: for a single file of SD 2.x that is not recognised: "epsilon" or "v_prediction".
-        vae: a VAE in place of the model's own, which may then have none: any source of this kind, or a VAE's own
-            folder, file, or Hub repository; `revision` and `variant` are the model's alone.
-        compile: run U-Net and VAE through torch.compile.
+        Args:
+            source: "emoji", the small model that comes with sdkit; a Hub repository
+                ("stable-diffusion-v1-5/stable-diffusion-v1-5"); a folder in diffusers layout; or one .safetensors or
+                .ckpt file in the original layout (CompVis, A1111, civitai), which needs no network.
+            dtype: "fp32", "bf16", "fp16", or "auto": bfloat16 where the hardware multiplies it, else float32.
+            device: "cpu", "cuda", "cuda:1", and so on, or "auto": a GPU where there is one.
+            revision: Branch, tag, or commit of a Hub repository.
+            variant: Variant of a repository's weight files, such as "fp16".
+            config: Folder of configs, for a single file of another architecture than SD 1.x and 2.x.
+            prediction_type: "epsilon" or "v_prediction", for a single file of SD 2.x that is not recognised.
+            vae: Source of a VAE that replaces the model's own. A VAE's own folder, file, or Hub repository serves too.
+                `revision` and `variant` do not apply to it.
+            compile: Run the U-Net and the VAE through torch.compile.
 
-        Raises SourceError, in one sentence, where the source is missing, unreadable, of another kind, or cannot be
-        downloaded.
+        Raises:
+            SourceError: The source is missing, unreadable, of another kind, or cannot be downloaded.
+            ArgumentError: An argument is out of range, or the parts do not belong to one model.
         """
         dtype, device = resolve_place(dtype, device)
         opened = Source.open(source, revision=revision, variant=variant, config=config, prediction_type=prediction_type)
@@ -119,20 +141,58 @@ class StableDiffusion:
         filename: str | None = None,
         revision: str | None = None,
     ) -> None:
-        """Add `scale` times a LoRA to the weights of the U-Net and of the text encoder.
+        """Merge a LoRA, times `scale`, into the weights of the U-Net and the text encoder.
 
-        source: a file, a folder or a Hub id, in the layout of diffusers or of kohya (A1111, civitai).
-        filename: of the file in a folder or Hub repository, where it is not pytorch_lora_weights.safetensors.
-        revision: a branch, tag or commit, for a Hub id.
+        Sampling is as fast as without a LoRA. Several LoRAs add up. Loading one again with -scale undoes it, up to
+        rounding. In half precision, updates smaller than the rounding of the weights are partly lost; load the model
+        with dtype "fp32" to keep them.
 
-        Sampling is as fast as without it. Several add up; the same one loaded with -scale undoes it, up to rounding. In
-        half precision, updates smaller than the weights' own rounding are partly lost; dtype "fp32" keeps them.
-        Raises SourceError, and changes nothing, where it cannot be read or was made for another model.
+        Args:
+            source: A file, a folder, or a Hub id, in the layout of diffusers or kohya (A1111, civitai).
+            scale: Factor of the LoRA's update.
+            filename: Name of the file in a folder or Hub repository; None is pytorch_lora_weights.safetensors.
+            revision: Branch, tag, or commit of a Hub repository.
+
+        Raises:
+            SourceError: The LoRA cannot be read, or was made for another model. The weights are unchanged.
         """
         scale = number("scale", scale)
         lora = read_lora(source, filename=filename, revision=revision)
         merge_lora(lora, self.unet.network, self.text.network, scale)
 
+    @overload
+    def __call__(
+        self, prompt: str | Sequence[str], negative_prompt: str | Sequence[str] | None = None,
+        height: int | None = None, width: int | None = None, num_inference_steps: int = 30,
+        guidance_scale: float | None = None, sampler: str = "ddim", eta: float = 0.0, seed: int | Sequence[int] = 0,
+        num_images_per_prompt: int = 1, latents: Tensor | None = None,
+        output_type: Literal["pil"] = "pil", callback: Callable[[Step], object] | None = None, *,
+        spacing: str | None = None, guidance_rescale: float = 0.0,
+        guidance_interval: tuple[float, float] | None = None, apg: APG | None = None, clip_skip: int = 0,
+        weighting: bool = False, batch_size: int | None = None,
+    ) -> list[Image.Image]: ...  # fmt: skip
+    @overload
+    def __call__(
+        self, prompt: str | Sequence[str], negative_prompt: str | Sequence[str] | None = None,
+        height: int | None = None, width: int | None = None, num_inference_steps: int = 30,
+        guidance_scale: float | None = None, sampler: str = "ddim", eta: float = 0.0, seed: int | Sequence[int] = 0,
+        num_images_per_prompt: int = 1, latents: Tensor | None = None, *,
+        output_type: Literal["np"], callback: Callable[[Step], object] | None = None,
+        spacing: str | None = None, guidance_rescale: float = 0.0,
+        guidance_interval: tuple[float, float] | None = None, apg: APG | None = None, clip_skip: int = 0,
+        weighting: bool = False, batch_size: int | None = None,
+    ) -> npt.NDArray[np.uint8]: ...  # fmt: skip
+    @overload
+    def __call__(
+        self, prompt: str | Sequence[str], negative_prompt: str | Sequence[str] | None = None,
+        height: int | None = None, width: int | None = None, num_inference_steps: int = 30,
+        guidance_scale: float | None = None, sampler: str = "ddim", eta: float = 0.0, seed: int | Sequence[int] = 0,
+        num_images_per_prompt: int = 1, latents: Tensor | None = None, *,
+        output_type: Literal["pt", "latent"], callback: Callable[[Step], object] | None = None,
+        spacing: str | None = None, guidance_rescale: float = 0.0,
+        guidance_interval: tuple[float, float] | None = None, apg: APG | None = None, clip_skip: int = 0,
+        weighting: bool = False, batch_size: int | None = None,
+    ) -> Tensor: ...  # fmt: skip
     def __call__(
         self,
         prompt: str | Sequence[str],
@@ -146,7 +206,7 @@ class StableDiffusion:
         seed: int | Sequence[int] = 0,
         num_images_per_prompt: int = 1,
         latents: Tensor | None = None,
-        output_type: str = "pil",
+        output_type: Literal["pil", "np", "pt", "latent"] = "pil",
         callback: Callable[[Step], object] | None = None,
         *,
         spacing: str | None = None,
@@ -156,82 +216,112 @@ class StableDiffusion:
         clip_skip: int = 0,
         weighting: bool = False,
         batch_size: int | None = None,
-    ) -> Any:
-        """Images of prompts: `num_images_per_prompt` of the first, then of the second, and so on.
+    ) -> list[Image.Image] | npt.NDArray[np.uint8] | Tensor:
+        """Draw images of prompts: `num_images_per_prompt` of the first, then of the second, and so on.
 
-        negative_prompt: what to steer away from, one for all or one for each prompt; None is "".
-        height, width: pixels, any number from 8; None is the size that the model was trained on.
-        num_inference_steps, spacing: see `NoiseSchedule.timesteps`; spacing None is the model's own.
-        guidance_scale: None is the model's own, 7.5 for most; 1 is no guidance, at half the cost. See `sdkit.guidance`
-            for `guidance_rescale` (phi), `guidance_interval` (noise levels) and `apg`. A latent consistency model's
-            U-Net takes the scale as an input: one pass a step, by the sampler that is chosen (not by LCM's own), and
-            no negative prompt.
-        sampler: "ddim" (`eta` from 0, deterministic, to 1, DDPM), "ddpm" or "dpm++2m".
-        seed: image i starts from seed + i, or from the i-th of a list; the same seed gives the same image alone and in
-            a batch.
-        latents: (N, 4, h, w) standard normal noise to start from in place of the seeds'.
-        output_type: "pil", a list of PIL images; "np", uint8 (N, H, W, 3); "pt", float32 (N, 3, H, W) in [-1, 1];
-            "latent", the scaled latents (N, 4, h, w) as they are, even where they are not finite.
-        callback: called with each `Step` of each batch.
-        clip_skip, weighting: see `TextEncoder.encode`.
-        batch_size: images denoised together; None fits it to their size.
+        Args:
+            prompt: A prompt, or a list of them.
+            negative_prompt: Prompt to steer away from, one for all images or one for each prompt; None is "".
+            height: Height in pixels, any number from 8; None is that of the model's training images.
+            width: Width in pixels, likewise.
+            num_inference_steps: Number of sampling steps, from 1 to the schedule's number of timesteps.
+            guidance_scale: Guidance scale s; None is the model's own, 7.5 for most. 1 turns guidance off and halves
+                the cost. The U-Net of a latent consistency model takes s as an input and makes one pass a step; it
+                accepts neither a negative prompt nor any other option of guidance, and is sampled by `sampler`, not by
+                LCM's own sampler.
+            sampler: "ddim", "ddpm", or "dpm++2m".
+            eta: For "ddim", its share of DDPM's noise, from 0 (deterministic) to 1.
+            seed: Image i starts from seed + i, or from the i-th seed of a list. A seed gives the same image alone and
+                in a batch.
+            num_images_per_prompt: Number of images of each prompt.
+            latents: (N, 4, h, w) standard normal noise to start from, in place of noise from the seeds.
+            output_type: "pil", "np", "pt", or "latent"; see Returns.
+            callback: Called with each `Step` of each batch.
+            spacing: "leading", "trailing", or "linspace"; None is the model's own. See `NoiseSchedule.timesteps`.
+            guidance_rescale: phi in [0, 1]; see `sdkit.guidance.rescale`.
+            guidance_interval: Noise levels (low, high] between which to guide; see `sdkit.guidance.guided`.
+            apg: Settings of adaptive projected guidance, which replaces classifier-free guidance.
+            clip_skip: Number of the text encoder's last layers to skip; see `TextEncoder.encode`.
+            weighting: Whether to read `(word:1.3)` as A1111 does; see `TextEncoder.encode`.
+            batch_size: Number of images denoised together; None fits it to their size.
+
+        Returns:
+            N images: a list of PIL images for "pil"; uint8 (N, H, W, 3) for "np"; float32 (N, 3, H, W) in [-1, 1] for
+            "pt". For "latent" the scaled latents (N, 4, h, w), float32, even where they are not finite.
+
+        Raises:
+            ArgumentError: An argument is out of range, or does not go with another or with this model.
+            SdkitError: The text encoder or the U-Net gives numbers that are not finite.
+
+        Examples:
+            >>> import sdkit
+            >>> sd = sdkit.StableDiffusion.from_pretrained("emoji")
+            >>> images = sd("a red apple on a blue background", num_inference_steps=4, seed=42)
+            >>> images[0].save("apple.png")
+
+            Two images of each prompt, as an array:
+
+            >>> sd(["a cat", "a dog"], num_images_per_prompt=2, num_inference_steps=2, output_type="np").shape
+            (4, 128, 128, 3)
         """
-        one_of("output_type", output_type, (*image_io.OUTPUT_TYPES, "latent"))
-        check_sampler(sampler, eta)
-        prompts, negatives = self._prompts(prompt, negative_prompt, num_images_per_prompt)
-        height, width = self._size(height, width, latents)
-        generators = seeded(seed, len(prompts))
+        one_of("output_type", output_type, (*OUTPUT_TYPES, "latent"))
+        loop = sampler_by_name(sampler, eta=eta)
         timesteps = self.schedule.timesteps(num_inference_steps, spacing)
+        prompts, negatives = self._prompts(prompt, negative_prompt, num_images_per_prompt)
+        size = self._size(height, width, latents)
+        generators = seeded(seed, len(prompts))
         guidance: dict[str, Any] = {"interval": guidance_interval, "phi": guidance_rescale, "projected": apg}
         model, scale = self._model(guidance_scale, negatives, guidance)
 
-        x_T = start(generators, self._latent_shape(height, width), latents)
+        x_T = start(generators, self._latent_shape(*size), latents)
         z = torch.empty_like(x_T)
         with torch.no_grad():
-            for chosen, chunks in self._batches(prompts, negatives, scale, weighting, x_T, batch_size):
-                encode: dict[str, Any] = {"clip_skip": clip_skip, "weighting": weighting, "chunks": chunks}
-                # Moved once, not in every step, where the text encoder is on another device.
-                cond = embed(self.text, [prompts[i] for i in chosen], **encode).to(self.unet.device)
-                uncond = None
-                if scale != 1:
-                    uncond = embed(self.text, [negatives[i] for i in chosen], **encode).to(self.unet.device)
-                if output_type != "latent":
-                    self._check_embeddings([cond] if uncond is None else [cond, uncond], weighting)
+            for batch in self._batches(prompts, negatives, scale, weighting, x_T, batch_size):
+                cond, uncond = self._embedded(batch, clip_skip, weighting, finite=output_type != "latent")
                 predict = guided(model, self.schedule, cond, uncond, scale, **guidance)
-                z[chosen] = denoise(
-                    predict, x_T[chosen].to(self.unet.device), self.schedule, timesteps, sampler=sampler, eta=eta,
-                    generators=[generators[i] for i in chosen], callback=callback,
-                ).cpu()  # fmt: skip
+                z[batch.images] = denoise(
+                    predict,
+                    x_T[batch.images].to(self.unet.device),
+                    self.schedule,
+                    timesteps,
+                    sampler=loop,
+                    generators=[generators[i] for i in batch.images],
+                    callback=callback,
+                ).cpu()
         if output_type == "latent":
             return z
-        if not bool(torch.isfinite(z).all()):
-            raise SdkitError(f"the U-Net gave numbers that are not finite; {_remedy(self.unet)}.")
-        return decode(self.vae, z, (height, width), output_type=output_type, batch_size=batch_size)
+        self._check_latents(z)
+        return decode(self.vae, z, size, output_type=output_type, batch_size=batch_size)
 
     def _model(
         self, guidance_scale: float | None, negatives: list[str], guidance: dict[str, Any]
     ) -> tuple[Model, float]:
-        """The U-Net as guidance calls it, and the scale at which to guide it."""
+        """Return the U-Net as `guided` calls it, and the guidance scale."""
         scale = self.guidance_scale if guidance_scale is None else guidance_scale
-        # Inference mode for the U-Net alone: the tensors of a `Step` must be ordinary ones.
+        # Inference mode for the U-Net alone, so that a callback can use the tensors of a `Step` with autograd.
         unet: Any = torch.inference_mode()(self.unet)
         if not self.unet.guided:
             return unet, scale
         self._check_guided(negatives, guidance)
-        # The U-Net guides itself: one pass.
+        # A distilled U-Net guides itself in one pass. Scale 1 turns off the second pass.
         return partial(unet, guidance_scale=number("the guidance scale", scale, -1e6, 1e6)), 1.0
 
     def _check_embeddings(self, conditions: list[Conditioning], weighting: bool) -> None:
-        """Raise SdkitError, with the cause, where the text encoder gave numbers that are not finite."""
+        """Raise SdkitError, with the cause, if the text encoder gave numbers that are not finite."""
         if all(one.text is not None and bool(torch.isfinite(one.text).all()) for one in conditions):
             return
         if weighting and bool(torch.isfinite(self.text.encode("")).all()):
             raise SdkitError("the prompt's weights are so large that its embedding is not finite; give smaller ones.")
         raise SdkitError(f"the text encoder gave numbers that are not finite; {_remedy(self.text)}.")
 
+    def _check_latents(self, z: Tensor) -> None:
+        """Raise SdkitError, with the cause, if the U-Net gave latents that are not finite."""
+        if not bool(torch.isfinite(z).all()):
+            raise SdkitError(f"the U-Net gave numbers that are not finite; {_remedy(self.unet)}.")
+
     @staticmethod
     def _check_guided(negatives: list[str], guidance: dict[str, Any]) -> None:
-        """Refuse what a U-Net that takes the guidance scale as an input has no use for."""
+        """Raise ArgumentError for options of guidance, since a distilled U-Net only takes the scale, as an input."""
         used = {"negative_prompt": any(negatives), "guidance_interval": guidance["interval"] is not None,
                 "guidance_rescale": bool(guidance["phi"]), "apg": guidance["projected"] is not None}  # fmt: skip
         if option := next((option for option, given in used.items() if given), None):
@@ -241,13 +331,13 @@ class StableDiffusion:
             )
 
     def images_at_once(self, height: int, width: int) -> int:
-        """How many images of this size, in pixels, are denoised together where no `batch_size` is given."""
+        """Return the default `batch_size` for images of a height and width in pixels."""
         return max(1, LATENTS_AT_ONCE * self.vae.factor**2 // max(1, height * width))
 
     def _prompts(
         self, prompt: str | Sequence[str], negative_prompt: str | Sequence[str] | None, copies: int
     ) -> tuple[list[str], list[str]]:
-        """The prompt and the negative prompt of each image."""
+        """Return the prompt and the negative prompt of each image."""
         prompts = strings("prompt", prompt)
         negatives = strings("negative_prompt", "" if negative_prompt is None else negative_prompt)
         if not isinstance(negative_prompt, (list, tuple)):
@@ -260,7 +350,7 @@ class StableDiffusion:
         return [text for text in prompts for _ in range(copies)], [text for text in negatives for _ in range(copies)]
 
     def _size(self, height: int | None, width: int | None, latents: Tensor | None) -> tuple[int, int]:
-        """Height and width of the images in pixels."""
+        """Return the height and width of the images in pixels: as given, else those of `latents` or of the model."""
         factor, side = self.vae.factor, self.unet.sample_size
         if latents is not None:
             if not isinstance(latents, Tensor) or latents.ndim != 4:
@@ -271,7 +361,7 @@ class StableDiffusion:
         return height, check_side("width", side * factor if width is None else width, factor)
 
     def _latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        """(4, ceil(H / 8), ceil(W / 8)): the shape of one image's latents."""
+        """Return the shape of one image's latents, (4, ceil(H / 8), ceil(W / 8))."""
         return self.vae.channels, -(-height // self.vae.factor), -(-width // self.vae.factor)
 
     def _batches(
@@ -282,10 +372,10 @@ class StableDiffusion:
         weighting: bool,
         x_T: Tensor,
         batch_size: int | None,
-    ) -> Iterator[tuple[list[int], int]]:
-        """Indices of images to denoise together, and their number of chunks of tokens.
+    ) -> Iterator[_Batch]:
+        """Group images into batches.
 
-        Images whose prompts need different numbers of chunks never meet: the padding would change them.
+        Images in a batch have prompts with the same number of chunks, since padding a prompt changes its image.
         """
         lengths: dict[str, int] = {
             text: self.text.tokenize(text, weighting=weighting)[0].shape[1] for text in {*prompts, *negatives}
@@ -296,12 +386,49 @@ class StableDiffusion:
             groups.setdefault(chunks, []).append(i)
         fitting = self.images_at_once(x_T.shape[2] * self.vae.factor, x_T.shape[3] * self.vae.factor)
         n = fitting if batch_size is None else whole_number("batch_size", batch_size, 1)
-        for chunks, indices in sorted(groups.items()):
-            yield from ((indices[i : i + n], chunks) for i in range(0, len(indices), n))
+        for chunks, group in sorted(groups.items()):
+            for indices in (group[i : i + n] for i in range(0, len(group), n)):
+                yield _Batch(
+                    images=indices,
+                    prompts=[prompts[i] for i in indices],
+                    negatives=None if scale == 1 else [negatives[i] for i in indices],
+                    chunks=chunks,
+                )
+
+    def _embedded(
+        self, batch: _Batch, clip_skip: int, weighting: bool, *, finite: bool
+    ) -> tuple[Conditioning, Conditioning | None]:
+        """Embed a batch's prompts and negative prompts. With `finite`, raise SdkitError if they are not finite."""
+        conditions = [
+            # Moved to the U-Net's device once, not in every step.
+            embed(self.text, texts, clip_skip=clip_skip, weighting=weighting, chunks=batch.chunks).to(self.unet.device)
+            for texts in (batch.prompts, batch.negatives)
+            if texts is not None
+        ]
+        if finite:
+            self._check_embeddings(conditions, weighting)
+        return conditions[0], conditions[1] if len(conditions) > 1 else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Batch:
+    """Images that are denoised together.
+
+    Attributes:
+        images: Their indices among all images.
+        prompts: The prompt of each.
+        negatives: The negative prompt of each, or None without guidance.
+        chunks: Number of chunks of tokens of each prompt.
+    """
+
+    images: list[int]
+    prompts: list[str]
+    negatives: list[str] | None
+    chunks: int
 
 
 def _remedy(part: UNet | TextEncoder) -> str:
-    """How to come by finite numbers from a network that gave others."""
+    """Return the end of a sentence that says how to get finite numbers from a network."""
     broken = next((name for name, weight in part.network.named_parameters() if not weight.isfinite().all()), None)
     if broken is not None:
         return f"its weight {clean(broken)} is not: load the model anew, from a file that is whole"

@@ -1,1 +1,1 @@
-"""Whole trainings, from raw material to a model that can be shipped, made of sdkit's public functions alone."""
+"""Complete trainings, from raw material to a model that ships, made only of public functions of sdkit."""

@@ -1,4 +1,4 @@
-"""The samples of each step, their randomness, and threads that load them ahead."""
+"""Samples of each step, their random numbers, and threads that load them ahead of time."""
 
 from __future__ import annotations
 
@@ -18,15 +18,24 @@ from sdkit.training.settings import LoopSettings
 from sdkit.training.stage import Samples, Stage
 
 LOADERS = min(16, max(2, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
-"""Number of loading threads, and of batches loaded ahead."""
-NOISE = 2**32 - 1  # where `draw` takes the number of an augmentation, of which no image has so many
+"""Number of loading threads, and of batches loaded ahead of time."""
+NOISE = 2**32 - 1  # stands for the number of an augmentation in `draw`; no image has this many
 
 
 def samples_of(settings: LoopSettings, step: int, micro_batch: int, rank: int, world: int, size: int) -> Samples:
     """Return the samples (n, item) of one micro-batch of one process.
 
-    Each optimizer step takes the next batch_size * gradient_accumulation_steps * world samples, however they are split;
-    each epoch is a permutation of its own of the `size` examples. So the step alone says where in the data a run is.
+    Each optimizer step takes the next batch_size * gradient_accumulation_steps * world samples, however they are split.
+    Each epoch is its own permutation of the examples. The step's number alone therefore tells how far in the data a run
+    is.
+
+    Args:
+        settings: Settings of the loop.
+        step: Optimizer step, from 0.
+        micro_batch: Index of the micro-batch in its step.
+        rank: Index of the process.
+        world: Number of processes.
+        size: Number of training examples.
     """
     first = ((step * settings.gradient_accumulation_steps + micro_batch) * world + rank) * settings.batch_size
     numbers = range(first, first + settings.batch_size)
@@ -34,7 +43,7 @@ def samples_of(settings: LoopSettings, step: int, micro_batch: int, rank: int, w
 
 
 def noise_of(seed: int, n: int) -> torch.Generator:
-    """Return the generator of all noise of the n-th sample of a run, independent of batches and processes."""
+    """Return the generator for all noise of the n-th sample of a run, whatever its batch and process."""
     return draw(seed, n, NOISE)
 
 
@@ -47,8 +56,10 @@ def _permutation(seed: int, epoch: int, size: int) -> Any:
 def loaded_ahead(
     stage: Stage, settings: LoopSettings, first_step: int, rank: int, world: int
 ) -> Iterator[Iterator[tuple[Samples, dict[str, Any]]]]:
-    """Yield an iterator over this process's micro-batches from `first_step` to the last step, with their samples.
-    Threads load the next ones meanwhile."""
+    """Yield an iterator over this process's micro-batches, with their samples, from `first_step` to the last step.
+
+    Threads load the next micro-batches meanwhile.
+    """
     micro_batches = range(settings.gradient_accumulation_steps)
     micro = ((step, i) for step in range(first_step, settings.max_steps) for i in micro_batches)
     jobs = (samples_of(settings, step, i, rank, world, stage.size) for step, i in micro)

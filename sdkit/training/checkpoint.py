@@ -1,8 +1,9 @@
 """Checkpoints of safetensors and JSON, written atomically, from which a run resumes bit-identically.
 
-A checkpoint is a folder, written beside its place and renamed when it is whole, with the SHA-256 of each of its files.
-Nothing in it can execute code when it is loaded, and nothing is restored that this run could not have written: an
-optimizer's kernels read and write as many values as the parameter has, whatever the size of its state.
+A checkpoint is a folder with the SHA-256 of each of its files. It is written under a temporary name, and renamed when
+it is complete. Nothing in it can execute code when it is loaded. Names, shapes, and types are compared before anything
+is restored, because an optimizer's kernels trust the shapes: a state smaller than its parameter would be read out of
+bounds.
 """
 
 from __future__ import annotations
@@ -26,11 +27,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from sdkit.atomic import beside, sync
 from sdkit.errors import SdkitError, TrainingError
-from sdkit.files import beside, reason, sha256, sync
-from sdkit.messages import clean
+from sdkit.files import sha256
+from sdkit.messages import clean, reason
 from sdkit.strict_json import read_object, require
-from sdkit.training.distributed import full_tensor, is_sharded, split_as
+from sdkit.training.distributed import full_tensor, is_sharded, sharded_as
 from sdkit.training.prepared import PreparedPlayer
 
 if TYPE_CHECKING:
@@ -39,24 +41,27 @@ if TYPE_CHECKING:
 MANIFEST = "manifest.json"
 STATE = "state.json"
 NAME = re.compile(r"step-\d{8}")
-NOT_A_FILE = (errno.EISDIR, errno.ENOTDIR, errno.EINVAL, errno.EFBIG)  # where something else lies in its place
+NOT_A_FILE = (errno.EISDIR, errno.ENOTDIR, errno.EINVAL, errno.EFBIG)  # reading something that is no regular file
 Tensors = Mapping[str, Tensor]
-Kind = tuple[torch.Size, torch.dtype] | type  # of a tensor, or of a number
+Kind = tuple[torch.Size, torch.dtype] | type  # shape and dtype of a tensor, or the type of a number
 
 
 @contextlib.contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """Yield a temporary folder beside `path` for the body to fill; it becomes `path` when the body ends well.
+    """Yield a temporary folder beside `path` for the body to fill, and rename it to `path` when the body ends well.
 
-    Whoever reads `path` sees no folder, the old one, or the whole new one, also after a power cut. Whatever ends the
-    body early removes the temporary folder. An `OSError` (a full disk) is raised as a TrainingError.
+    The write is atomic, even across a power cut: `path` is absent, the old folder, or the complete new one. If the body
+    raises, the temporary folder is removed.
+
+    Raises:
+        TrainingError: The folder cannot be written, for example because the disk is full.
     """
     temporary = beside(path)
     try:
         temporary.mkdir(parents=True)
         yield temporary
         for inside in temporary.rglob("*"):
-            if inside.is_file():  # safetensors writes what nobody else may read
+            if inside.is_file():  # safetensors makes files that only their owner can read
                 inside.chmod(temporary.stat().st_mode & 0o666)
             sync(inside)
         sync(temporary)
@@ -64,9 +69,10 @@ def whole_folder(path: Path) -> Iterator[Path]:
         temporary.rename(path)
         sync(path.parent)
         if old:
-            shutil.rmtree(old, ignore_errors=True)  # what is left of it goes with the next start's `remove_leftovers`
+            shutil.rmtree(old, ignore_errors=True)  # `remove_leftovers` removes at the next start what this cannot
     except (OSError, SafetensorError, SdkitError) as error:
-        cause = error.__cause__ if isinstance(error, SdkitError) else error  # what it names is not there any more
+        # An SdkitError from the body would name the temporary folder, which is gone by now; its cause is reported.
+        cause = error.__cause__ if isinstance(error, SdkitError) else error
         if not isinstance(cause, (OSError, SafetensorError)):
             raise
         raise TrainingError(
@@ -78,7 +84,13 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """`tensors`: by file, then by name; `state`: what JSON holds; both as they were after `step` optimizer steps."""
+    """State of a run after a number of optimizer steps.
+
+    Attributes:
+        step: Number of optimizer steps.
+        tensors: Tensors by file (without .safetensors), then by name.
+        state: Values of the JSON file.
+    """
 
     step: int
     tensors: Mapping[str, Tensors]
@@ -86,8 +98,22 @@ class Checkpoint:
 
 
 def save(root: Path, checkpoint: Checkpoint, keep: int) -> Path:
-    """Write `root`/step-N and, once it is whole, remove all but the last `keep` up to step N, and those beyond it (of
-    a run that was resumed from before them). Raises TrainingError where it cannot be written."""
+    """Write a checkpoint as `root`/step-N, then remove old ones.
+
+    Checkpoints of later steps are removed as well: they were left by a run that has since been resumed from an earlier
+    one.
+
+    Args:
+        root: Folder of the checkpoints.
+        checkpoint: The checkpoint of step N.
+        keep: Number of checkpoints to keep, the new one included.
+
+    Returns:
+        The folder of the new checkpoint.
+
+    Raises:
+        TrainingError: The checkpoint cannot be written.
+    """
     folder = root / f"step-{checkpoint.step:08d}"
     with whole_folder(folder) as temporary:
         for name, tensors in checkpoint.tensors.items():
@@ -95,16 +121,20 @@ def save(root: Path, checkpoint: Checkpoint, keep: int) -> Path:
         (temporary / STATE).write_text(json.dumps({"step": checkpoint.step, **checkpoint.state}))
         sums = {file.name: sha256(file) for file in sorted(temporary.iterdir())}
         (temporary / MANIFEST).write_text(json.dumps({"step": checkpoint.step, "sha256": sums}, indent=1))
-    kept = [path for path in checkpoints(root) if path.name <= folder.name][:keep]
+    to_keep = [path for path in checkpoints(root) if path.name <= folder.name][:keep]
     for path in checkpoints(root):
-        if path not in kept:
-            shutil.rmtree(path.rename(beside(path)), ignore_errors=True)  # no part is ever seen under its name
+        if path not in to_keep:
+            # Rename before removing, so that a half-removed checkpoint never has a checkpoint's name.
+            shutil.rmtree(path.rename(beside(path)), ignore_errors=True)
     return folder
 
 
 def load(folder: Path) -> Checkpoint:
-    """Read a checkpoint that `newest` found whole. Raises TrainingError where its files hold no tensors all the same,
-    or cannot be read."""
+    """Read a checkpoint that `newest` has returned.
+
+    Raises:
+        TrainingError: A file cannot be read, or holds no tensors in spite of its right checksum.
+    """
     try:
         state = read_state(folder)
         files = sorted(folder / name for name in _sums(folder) if name.endswith(".safetensors"))
@@ -117,7 +147,12 @@ def load(folder: Path) -> Checkpoint:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """The state of a checkpoint. Raises `ValueError` where `save` did not write it, and `OSError`."""
+    """Return the values of a checkpoint's JSON file.
+
+    Raises:
+        ValueError: The file is not one that `save` writes.
+        OSError: The file cannot be read.
+    """
     state = read_object(folder / STATE)
     require(state, {"step": int, "skipped": list, "optimizer": dict})
     if folder.name != f"step-{state['step']:08d}":
@@ -126,7 +161,7 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 def _sums(folder: Path) -> dict[str, str]:
-    """Checksums by file name. Raises as `read_state`."""
+    """Return the checksums by file name. Raises ValueError and OSError, as `read_state` does."""
     fields = read_object(folder / MANIFEST)
     require(fields, {"sha256": dict})
     sums: dict[str, str] = fields["sha256"]
@@ -136,17 +171,26 @@ def _sums(folder: Path) -> dict[str, str]:
 
 
 def checkpoints(root: Path) -> list[Path]:
-    """List checkpoints in `root`, damaged ones too, newest first. Raises `OSError` where it cannot be listed: a glob
-    would find nothing there."""
+    """Return the checkpoints in `root`, newest first, damaged ones included.
+
+    Raises:
+        OSError: The folder cannot be listed.
+    """
     try:
+        # Path.glob would return nothing for a folder that cannot be listed; iterdir raises.
         return sorted((path for path in root.iterdir() if NAME.fullmatch(path.name)), reverse=True)
     except FileNotFoundError:
         return []
 
 
 def newest(root: Path) -> Path | None:
-    """Return the newest undamaged checkpoint, None where there is none at all. A damaged one is passed over with a
-    warning; raises TrainingError where all are damaged, or where one cannot be read, which is no damage."""
+    """Return the newest undamaged checkpoint, or None if there are no checkpoints.
+
+    A damaged checkpoint is skipped with a warning.
+
+    Raises:
+        TrainingError: All checkpoints are damaged, or one cannot be read (permissions, for example), which may pass.
+    """
     found = checkpoints(root)
     for folder in found:
         try:
@@ -165,8 +209,7 @@ def newest(root: Path) -> Path | None:
 
 
 def _damage(folder: Path) -> str:
-    """Return what is wrong with a checkpoint, or "". Raises `OSError` where that cannot be
-    known."""
+    """Return a description of a checkpoint's damage, or "". Raises OSError if a file cannot be read."""
     name = MANIFEST
     try:
         for name, checksum in {**_sums(folder)}.items():
@@ -186,73 +229,86 @@ def _damage(folder: Path) -> str:
 
 
 def snapshot(
-    prepared: Sequence[PreparedPlayer], accelerator: Accelerator, step: int, skipped: Sequence[int]
+    players: Sequence[PreparedPlayer], accelerator: Accelerator, step: int, skipped: Sequence[int]
 ) -> Checkpoint:
-    """Return everything that the next step depends on. Tensors are not copied. Call it on every process."""
+    """Return everything that the next step depends on. Call this on every process.
+
+    Args:
+        players: The players. Their tensors are not copied.
+        accelerator: The Accelerator that prepared them.
+        step: Number of optimizer steps made.
+        skipped: Number of skipped steps in all, and of the last steps in a row.
+    """
     rng = gather_object([rng_state(accelerator.device)])
     tensors: dict[str, Tensors] = {"rng": {f"{i}/{name}": v for i, own in enumerate(rng) for name, v in own.items()}}
     numbers = {}
-    for t in prepared:
-        name = t.player.name
-        tensors[name] = _network_tensors(t.player.network)
-        state = {f"{n}/{entry}": v for n, p in _named(t) for entry, v in t.optimizer.state.get(p, {}).items()}
-        kept = {key: v for key, v in state.items() if isinstance(v, Tensor)}
-        # 8-bit AdamW's tables are shared by all parameters, and safetensors writes nothing twice.
-        tensors[f"{name}.optimizer"] = {key: v.clone() if "/qmap" in key else v for key, v in kept.items()}
-        numbers[name] = {key: v for key, v in state.items() if not isinstance(v, Tensor)}  # as 8-bit AdamW's step
-        if t.ema:
-            tensors[f"{name}.ema"] = t.ema.state_dict()
+    for prepared in players:
+        name = prepared.player.name
+        tensors[name] = _network_tensors(prepared.player.network)
+        optimizer_state = prepared.optimizer.state
+        state = {f"{n}/{entry}": v for n, p in _named(prepared) for entry, v in optimizer_state.get(p, {}).items()}
+        state_tensors = {key: v for key, v in state.items() if isinstance(v, Tensor)}
+        # 8-bit AdamW shares its lookup tables between parameters, and safetensors refuses to write shared memory.
+        tensors[f"{name}.optimizer"] = {key: v.clone() if "/qmap" in key else v for key, v in state_tensors.items()}
+        # Some optimizers keep plain numbers too: 8-bit AdamW keeps its step so.
+        numbers[name] = {key: v for key, v in state.items() if not isinstance(v, Tensor)}
+        if prepared.ema:
+            tensors[f"{name}.ema"] = prepared.ema.state_dict()
     if is_sharded(accelerator):
         tensors = {file: _gathered(parts, accelerator) for file, parts in tensors.items()}
     scaler = accelerator.scaler.state_dict() if accelerator.scaler else None
     return Checkpoint(step=step, tensors=tensors, state={"skipped": skipped, "scaler": scaler, "optimizer": numbers})
 
 
-def restore(prepared: Sequence[PreparedPlayer], accelerator: Accelerator, checkpoint: Checkpoint) -> None:
-    """Restore players and random number generators from a checkpoint. Raises TrainingError where these could not have
-    given the checkpoint."""
-    _check(prepared, accelerator, checkpoint)
-    for t in prepared:
-        name = t.player.name
-        _restore_network(t.player.network, checkpoint.tensors[name])
-        _restore_optimizer(t, {**checkpoint.tensors[f"{name}.optimizer"], **checkpoint.state["optimizer"][name]})
-        if t.ema:
-            own = t.ema.state_dict()
-            t.ema.load_state_dict({n: split_as(v, own.get(n, v)) for n, v in checkpoint.tensors[f"{name}.ema"].items()})
+def restore(players: Sequence[PreparedPlayer], accelerator: Accelerator, checkpoint: Checkpoint) -> None:
+    """Restore players and random number generators from a checkpoint, in place.
+
+    Raises:
+        TrainingError: `snapshot` could not have made this checkpoint from these players. Nothing has been restored.
+    """
+    _check(players, accelerator, checkpoint)
+    for prepared in players:
+        name = prepared.player.name
+        _restore_network(prepared.player.network, checkpoint.tensors[name])
+        _restore_optimizer(prepared, {**checkpoint.tensors[f"{name}.optimizer"], **checkpoint.state["optimizer"][name]})
+        if prepared.ema:
+            own, saved = prepared.ema.state_dict(), checkpoint.tensors[f"{name}.ema"]
+            prepared.ema.load_state_dict({n: sharded_as(value, own.get(n, value)) for n, value in saved.items()})
     if accelerator.scaler:
         accelerator.scaler.load_state_dict(checkpoint.state["scaler"])
-    mine = f"{accelerator.process_index}/"
-    rng = {key.removeprefix(mine): v for key, v in checkpoint.tensors["rng"].items() if key.startswith(mine)}
-    if rng:  # more processes than before begin with a seed of their own
+    prefix = f"{accelerator.process_index}/"
+    rng = {key.removeprefix(prefix): v for key, v in checkpoint.tensors["rng"].items() if key.startswith(prefix)}
+    if rng:  # with more processes than before, the new ones keep the generators that they were seeded with
         set_rng_state(rng, accelerator.device)
 
 
-def _check(prepared: Sequence[PreparedPlayer], accelerator: Accelerator, checkpoint: Checkpoint) -> None:
-    """Compare names, shapes, and types of all that is in a checkpoint with what `snapshot` would give."""
+def _check(players: Sequence[PreparedPlayer], accelerator: Accelerator, checkpoint: Checkpoint) -> None:
+    """Raise TrainingError unless all names, shapes, and types in a checkpoint are those that `snapshot` would give."""
     tensors, state = checkpoint.tensors, checkpoint.state
-    if tensors.keys() != _files(prepared) or state["optimizer"].keys() != {t.player.name for t in prepared}:
+    player_names = {prepared.player.name for prepared in players}
+    if tensors.keys() != _files(players) or state["optimizer"].keys() != player_names:
         raise TrainingError("the checkpoint is of other networks than those in training; name another out_dir.")
-    for t in prepared:
-        name = t.player.name
-        if _kinds(tensors[name]) != _kinds(_network_tensors(t.player.network)):
+    for prepared in players:
+        name, ema = prepared.player.name, prepared.ema
+        if _kinds(tensors[name]) != _kinds(_network_tensors(prepared.player.network)):
             raise TrainingError("the checkpoint is of other parameters than those in training; name another out_dir.")
-        if t.ema and _kinds(tensors[f"{name}.ema"]) != _kinds(t.ema.state_dict()):
-            raise _misfit(f"its moving average of the {name} is of other parameters")
+        if ema and _kinds(tensors[f"{name}.ema"]) != _kinds(ema.state_dict()):
+            raise _mismatch(f"its moving average of the {name} is of other parameters")
         if not isinstance(state["optimizer"][name], Mapping):
-            raise _misfit(f"its optimizer of the {name} is damaged")
-        _check_optimizer(t, {**tensors[f"{name}.optimizer"], **state["optimizer"][name]}, checkpoint.step)
+            raise _mismatch(f"its optimizer of the {name} is damaged")
+        _check_optimizer(prepared, {**tensors[f"{name}.optimizer"], **state["optimizer"][name]}, checkpoint.step)
     if len(state["skipped"]) != 2 or not all(type(count) is int and count >= 0 for count in state["skipped"]):
-        raise _misfit("its numbers of skipped steps are none")
+        raise _mismatch("its numbers of skipped steps are none")
     scaler = accelerator.scaler.state_dict() if accelerator.scaler else None
-    if scaler is not None and _numbers(scaler) != _numbers(state.get("scaler")):
-        raise _misfit("its gradient scaler is of other settings")
-    usual = {name: value.dtype for name, value in rng_state(torch.device("cpu")).items()} | {"cuda": torch.uint8}
+    if scaler is not None and _plausible_numbers(scaler) != _plausible_numbers(state.get("scaler")):
+        raise _mismatch("its gradient scaler is of other settings")
+    rng_dtypes = {name: value.dtype for name, value in rng_state(torch.device("cpu")).items()} | {"cuda": torch.uint8}
     for key, value in tensors["rng"].items():
-        if usual.get(key.split("/")[-1]) != value.dtype:
-            raise _misfit(f"its random numbers hold {clean(key)!r}")
+        if rng_dtypes.get(key.split("/")[-1]) != value.dtype:
+            raise _mismatch(f"its random numbers hold {clean(key)!r}")
 
 
-def _misfit(problem: str) -> TrainingError:
+def _mismatch(problem: str) -> TrainingError:
     return TrainingError(f"the checkpoint is not of this run: {problem}; remove it, or name another out_dir.")
 
 
@@ -264,39 +320,43 @@ def _kinds(values: Mapping[str, Any]) -> dict[str, Kind]:
     return {name: _kind(value) for name, value in values.items()}
 
 
-def _numbers(values: Any) -> dict[str, bool] | None:
-    """Names of numbers, and whether each may be one of a gradient scaler."""
+def _plausible_numbers(values: Any) -> dict[str, bool] | None:
+    """Return by name whether each value is a number that a gradient scaler can hold, or None if there are no names."""
     if not isinstance(values, Mapping):
         return None
-    return {name: type(one) in (int, float) and 0 <= one < 1e38 for name, one in values.items()}
+    return {name: type(value) in (int, float) and 0 <= value < 1e38 for name, value in values.items()}
 
 
 def _check_optimizer(prepared: PreparedPlayer, state: Mapping[str, Any], steps: int) -> None:
-    """A parameter has either no state, as before its first gradient, or all that one has after it."""
+    """Raise TrainingError unless the optimizer's state fits its parameters.
+
+    A parameter has no state before its first gradient. After it, the state has all entries of this kind of optimizer.
+    """
     optimizer, parameters = prepared.optimizer, dict(_named(prepared))
-    like = type(getattr(optimizer, "optimizer", optimizer))  # which Accelerate wraps
-    usual: dict[Kind, dict[str, Kind]] = {}
-    found: dict[str, dict[str, Any]] = {}
+    optimizer_class = type(getattr(optimizer, "optimizer", optimizer))  # Accelerate's wrapper has the real one inside
+    expected: dict[Kind, dict[str, Kind]] = {}  # by kind of parameter, because each is found out by a real step
+    entries_of: dict[str, dict[str, Any]] = {}
     for key, value in state.items():
         name, _, entry = key.rpartition("/")
-        found.setdefault(name, {})[entry] = value
-    for name, entries in found.items():
+        entries_of.setdefault(name, {})[entry] = value
+    for name, entries in entries_of.items():
         p = parameters.get(name)
         if p is None:
-            raise _misfit(f"its optimizer knows {clean(name)!r}, which is not trained")
+            raise _mismatch(f"its optimizer knows {clean(name)!r}, which is not trained")
         kind = _kind(p)
-        if kind not in usual:
-            usual[kind] = _kinds(_after_a_step(like, p))
-        if _kinds(entries) != usual[kind]:
-            raise _misfit(f"the optimizer's state of {name} is of other shapes or types")
+        if kind not in expected:
+            expected[kind] = _kinds(_state_after_a_step(optimizer_class, p))
+        if _kinds(entries) != expected[kind]:
+            raise _mismatch(f"the optimizer's state of {name} is of other shapes or types")
         count = entries.get("step", 0)
         if not 0 <= (count.item() if isinstance(count, Tensor) else count) <= steps:
-            raise _misfit(f"its optimizer made other than 0 to {steps} steps of {name}")
+            raise _mismatch(f"its optimizer made other than 0 to {steps} steps of {name}")
 
 
-def _after_a_step(optimizer: type[torch.optim.Optimizer], p: Tensor) -> dict[str, Any]:
-    """The state that such an optimizer has of a parameter like `p` after its first step."""
-    device = "meta" if optimizer is torch.optim.AdamW else p.device  # where nothing is computed
+def _state_after_a_step(optimizer: type[torch.optim.Optimizer], p: Tensor) -> dict[str, Any]:
+    """Return the state that an optimizer of this class has for a parameter like `p` after its first step."""
+    # The "meta" device computes nothing and needs no memory, but only PyTorch's own optimizer runs on it.
+    device = "meta" if optimizer is torch.optim.AdamW else p.device
     parameter = nn.Parameter(torch.zeros(p.shape, dtype=p.dtype, device=device))
     parameter.grad = torch.zeros_like(parameter)
     fresh = optimizer([parameter])  # type: ignore[call-arg]
@@ -304,24 +364,27 @@ def _after_a_step(optimizer: type[torch.optim.Optimizer], p: Tensor) -> dict[str
     return dict(fresh.state[parameter])
 
 
-def _files(prepared: Sequence[PreparedPlayer]) -> set[str]:
-    names = {t.player.name for t in prepared}
-    return {"rng", *names, *(f"{n}.optimizer" for n in names), *(f"{t.player.name}.ema" for t in prepared if t.ema)}
+def _files(players: Sequence[PreparedPlayer]) -> set[str]:
+    """Return the names of a checkpoint's tensor files, without .safetensors."""
+    names = {prepared.player.name for prepared in players}
+    averaged = {prepared.player.name for prepared in players if prepared.ema}
+    return {"rng", *names, *(f"{name}.optimizer" for name in names), *(f"{name}.ema" for name in averaged)}
 
 
 def _gathered(tensors: Tensors, accelerator: Accelerator) -> Tensors:
-    """All of each tensor, on the CPU of the main process; nothing on the others."""
-    every = ((name, full_tensor(value)) for name, value in tensors.items())
-    return {name: value.cpu() for name, value in every if accelerator.is_main_process}
+    """Gather sharded tensors to the CPU of the main process. The other processes get none, but have to call this."""
+    full = ((name, full_tensor(value)) for name, value in tensors.items())
+    return {name: value.cpu() for name, value in full if accelerator.is_main_process}
 
 
 def _named(prepared: PreparedPlayer) -> list[tuple[str, nn.Parameter]]:
+    """Return the trainable parameters with their names."""
     return [(name, p) for name, p in prepared.player.network.named_parameters() if p.requires_grad]
 
 
 def _network_tensors(network: nn.Module) -> dict[str, Tensor]:
     """Return the tensors that training changes in a network: trainable parameters and buffers."""
-    state = network.state_dict()  # of the buffers, only those that a network's file holds are in it
+    state = network.state_dict()  # it leaves out buffers that are not persistent, and so does a checkpoint
     names = [n for n, p in network.named_parameters() if p.requires_grad] + [n for n, _ in network.named_buffers()]
     return {name: state[name] for name in names if name in state}
 
@@ -329,31 +392,31 @@ def _network_tensors(network: nn.Module) -> dict[str, Tensor]:
 @torch.no_grad()
 def _restore_network(network: nn.Module, tensors: Tensors) -> None:
     for name, value in _network_tensors(network).items():
-        value.copy_(split_as(tensors[name], value))
+        value.copy_(sharded_as(tensors[name], value))
 
 
 def _restore_optimizer(prepared: PreparedPlayer, state: Mapping[str, Any]) -> None:
-    """Restore the optimizer's state; its learning rate and other settings stay as they are."""
+    """Restore the optimizer's state. Its learning rate and other settings stay as they are."""
     parameters = dict(_named(prepared))
-    numbers = {p: i for i, p in enumerate(p for group in prepared.optimizer.param_groups for p in group["params"])}
-    numbered: dict[int, dict[str, Any]] = {}
+    indices = {p: i for i, p in enumerate(p for group in prepared.optimizer.param_groups for p in group["params"])}
+    by_index: dict[int, dict[str, Any]] = {}  # PyTorch's optimizers index parameters; checkpoints name them
     for key, value in state.items():
         name, entry = key.rsplit("/", 1)
         p = parameters[name]
-        split = isinstance(value, Tensor) and value.shape == p.shape
-        numbered.setdefault(numbers[p], {})[entry] = split_as(value, p) if split else value
+        parameter_shaped = isinstance(value, Tensor) and value.shape == p.shape
+        by_index.setdefault(indices[p], {})[entry] = sharded_as(value, p) if parameter_shaped else value
     settings = prepared.optimizer.state_dict()["param_groups"]
-    prepared.optimizer.load_state_dict({"state": numbered, "param_groups": settings})
+    prepared.optimizer.load_state_dict({"state": by_index, "param_groups": settings})
     for p, entries in prepared.optimizer.state.items():
-        for entry, value in entries.items():  # in the parameter's memory format, without which each step is slower
+        for entry, value in entries.items():  # safetensors drops the memory format, without which each step is slower
             if isinstance(value, Tensor) and value.shape == p.shape and value.stride() != p.stride():
                 entries[entry] = torch.empty_like(p, dtype=value.dtype).copy_(value)
 
 
 def rng_state(device: torch.device) -> dict[str, Tensor]:
-    """This process's global random number generators: Python's, NumPy's, PyTorch's on the CPU and on its GPU."""
+    """Return the states of this process's global generators: Python's, NumPy's, and PyTorch's on CPU and GPU."""
     _, words, gauss = random.getstate()
-    _, keys, position, has_gauss, cached = np.random.get_state()  # noqa: NPY002 - whoever uses it has it restored
+    _, keys, position, has_gauss, cached = np.random.get_state()  # noqa: NPY002 - for libraries that use it
     state = {
         "python": torch.tensor(words),
         "python_gauss": torch.tensor([] if gauss is None else [gauss], dtype=torch.float64),
@@ -365,11 +428,15 @@ def rng_state(device: torch.device) -> dict[str, Tensor]:
 
 
 def set_rng_state(state: Tensors, device: torch.device) -> None:
-    """Set this process's generators to what `rng_state` gave. Raises TrainingError for anything else."""
+    """Set this process's global generators to states from `rng_state`.
+
+    Raises:
+        TrainingError: The states are not valid.
+    """
     try:
         random.setstate((3, tuple(state["python"].tolist()), next(iter(state["python_gauss"].tolist()), None)))
         *keys, position, has_gauss = state["numpy"].tolist()
-        if not 0 <= position <= len(keys):  # NumPy would read there
+        if not 0 <= position <= len(keys):  # NumPy does not check this, and would read out of bounds
             raise ValueError("a position outside of its numbers")
         np.random.set_state(  # noqa: NPY002
             ("MT19937", np.array(keys, dtype=np.uint32), position, has_gauss, state["numpy_gauss"].item())
@@ -378,4 +445,4 @@ def set_rng_state(state: Tensors, device: torch.device) -> None:
         if device.type == "cuda" and "cuda" in state:
             torch.cuda.set_rng_state(state["cuda"], device)
     except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        raise _misfit("its random numbers are damaged") from error
+        raise _mismatch("its random numbers are damaged") from error

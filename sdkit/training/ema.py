@@ -1,4 +1,4 @@
-"""The moving average of a network's weights, which samples better than the weights themselves."""
+"""Exponential moving average of a network's weights, which usually samples better than the latest weights."""
 
 from __future__ import annotations
 
@@ -15,11 +15,18 @@ COUNT = "num_updates"
 
 
 class EMA:
-    """An exponential moving average, in float32, of the parameters of `network` that are trainable when it is made, and
-    on the device where they are then.
+    """Exponential moving average, in float32, of a network's trainable parameters.
 
-    Update n (from 0) keeps min(decay, (1 + n) / (10 + n)) of the average: a short memory at first, so that the initial
-    weights are soon forgotten. Buffers are not averaged.
+    Update n (from 0) keeps min(decay, (1 + n) / (10 + n)) of the average. The memory is short at first, so that the
+    initial weights are soon forgotten. Buffers are not averaged.
+
+    Args:
+        network: The network. Parameters that require gradients now are averaged, on the device where they are now.
+        decay: Largest share of the average that an update keeps, from 0 to 1.
+
+    Attributes:
+        decay: Largest share of the average that an update keeps.
+        num_updates: Number of updates so far.
     """
 
     def __init__(self, network: nn.Module, decay: float = 0.9999) -> None:
@@ -29,7 +36,7 @@ class EMA:
         self._average = {name: p.detach().to(torch.float32, copy=True) for name, p in self._parameters.items()}
 
     def update(self) -> None:
-        """Update the average; call it once after each optimizer step."""
+        """Update the average. Call this once after each optimizer step."""
         decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
         parameters = [p.detach().float() for p in self._parameters.values()]
         get_ema_multi_avg_fn(decay)(list(self._average.values()), parameters, None)
@@ -37,7 +44,7 @@ class EMA:
 
     @contextmanager
     def swapped(self) -> Iterator[None]:
-        """Put the averaged weights into the network inside the context; its own return bit-identical afterwards."""
+        """Inside the context, the network has the averaged weights. Its own return bit-identical afterwards."""
         own = {name: p.detach().clone() for name, p in self._parameters.items()}
         self._write(self._average)
         try:
@@ -46,11 +53,15 @@ class EMA:
             self._write(own)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The averages by parameter name, and the number of updates: tensors only, not copied."""
+        """Return the averages by parameter name, and the number of updates, all as tensors that are not copied."""
         return {**self._average, COUNT: torch.tensor(self.num_updates)}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Restore the average from `state`. Raises TrainingError for the EMA of another network."""
+        """Restore the average from a `state_dict`.
+
+        Raises:
+            TrainingError: The state belongs to another network.
+        """
         shapes = {name: value.shape for name, value in self.state_dict().items()}
         if shapes != {name: value.shape for name, value in state.items()}:
             raise TrainingError("the saved moving average is of other parameters than those in training; start anew.")

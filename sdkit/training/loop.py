@@ -1,4 +1,4 @@
-"""The training loop, one for every stage: it knows players, samples and steps, and nothing of diffusion."""
+"""The training loop, one for every stage. It knows players, samples, and steps, and nothing of diffusion."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import InitVar, asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -28,17 +28,29 @@ from sdkit.training.settings import LoopSettings
 from sdkit.training.signals import StopSignals, TrainingStopped, Unfinished, raise_if_stopped
 from sdkit.training.stage import Samples, Stage
 
-BAD_STEPS = 10  # in a row, without a finite loss, end a run
+BAD_STEPS = 10  # this many skipped steps in a row end a run
 
 
 def fit(stage: Stage, settings: LoopSettings, out_dir: str | Path) -> Path:
-    """Train `stage` in the run folder `out_dir`, or resume the run that is there, and return the folder.
+    """Train `stage` in a run folder, or resume the run in it.
 
-    Resuming is exact: a step depends on its number, the checkpoint, and settings that may not change, alone. Raises
-    TrainingStopped after SIGTERM or Ctrl-C, once a checkpoint is written, and TrainingError where it cannot go on.
+    Resuming is exact: a step depends only on its number, the checkpoint, and the settings that may not change.
 
-    A signal waits for at most one pass of a network, and the micro-batches of that step are discarded. A step is
-    finished if an optimizer has stepped in it, or if there are several processes, which would have to agree.
+    After a stop signal at most one more pass of a network is made, and the unfinished step is discarded. The step is
+    finished, however, if one of its optimizers has stepped already, or if there are several processes, because all of
+    them have to stop after the same step.
+
+    Args:
+        stage: Networks, losses, and data.
+        settings: Settings of the loop.
+        out_dir: The run folder; see `RunFolder` for its contents.
+
+    Returns:
+        The run folder, with the exported result in result/.
+
+    Raises:
+        TrainingStopped: SIGTERM, SIGHUP, or Ctrl-C arrived; a checkpoint has been written.
+        TrainingError: The folder holds another run, cannot be written, or the loss stays not finite.
     """
     accelerator = make_accelerator(settings, Path(out_dir))
     run = RunFolder(Path(out_dir))
@@ -53,9 +65,10 @@ def fit(stage: Stage, settings: LoopSettings, out_dir: str | Path) -> Path:
         loop = _Loop(stage, settings, accelerator, run, stop, start.checkpoint)
         stack.enter_context(_trackers(accelerator, settings))
         batches = stack.enter_context(loaded_ahead(stage, settings, loop.step, rank, world))
-        hidden = rank > 0 or None  # None: where stderr is no terminal
+        hidden = rank > 0 or None  # None: tqdm hides the bar if stderr is no terminal
         bar = stack.enter_context(tqdm(total=settings.max_steps, initial=loop.step, disable=hidden, desc="training"))
-        saved, validated, stopping = (loop.step if start.checkpoint else -1), start.validated, False
+        saved = loop.step if start.checkpoint else -1  # the step of the newest checkpoint
+        validated, stopping = start.validated, False
         while True:
             done = loop.step >= settings.max_steps
             if (done or loop.step % settings.validate_every == 0) and not validated:
@@ -71,13 +84,13 @@ def fit(stage: Stage, settings: LoopSettings, out_dir: str | Path) -> Path:
             bar.update()
             if stopping or loop.step % settings.save_every == 0 or loop.step == settings.max_steps:
                 saved = loop.save()
-            validated = stopping  # the next run can do that
+            validated = stopping  # a stopping run leaves this step's validation to the run that resumes it
         if saved < loop.step:
             loop.save()
         if stopping:
-            message = f"stopped after step {loop.step}, with a checkpoint; the same command goes on from there."
-            raise TrainingStopped(message, stop.exit_code or 143)  # 143: another process was told to
-        with loop.at_rest():
+            message = f"stopped after step {loop.step}, with a checkpoint; the same command resumes it."
+            raise TrainingStopped(message, stop.exit_code or 143)  # 143 (SIGTERM): only another process got a signal
+        with loop.evaluation_mode():
             on_main(accelerator, lambda: _export(run, stage, loop.step, stop))
     return run.path
 
@@ -102,8 +115,34 @@ def _trackers(accelerator: Accelerator, settings: LoopSettings) -> Iterator[None
             tracker.finish()
 
 
+class _Turn(NamedTuple):
+    """Outcome of one player's turn in a step.
+
+    Attributes:
+        metrics: Means over all processes, by name.
+        bad_micro_batches: None if the weights were updated. If the update was skipped, the micro-batches of this
+            process with a loss that is not finite.
+        stopping: Whether any process was asked to stop.
+    """
+
+    metrics: dict[str, float]
+    bad_micro_batches: set[int] | None
+    stopping: bool
+
+
 @dataclass
 class _Loop:
+    """State of a run: its players, and how many steps they have made.
+
+    Attributes:
+        stage: Networks, losses, and data.
+        settings: Settings of the loop.
+        accelerator: Accelerate's view of devices and processes.
+        run: The run folder.
+        stop: Notes of stop signals.
+        checkpoint: The checkpoint to resume from; None starts from step 0.
+    """
+
     stage: Stage
     settings: LoopSettings
     accelerator: Accelerator
@@ -113,98 +152,126 @@ class _Loop:
 
     def __post_init__(self, checkpoint: Path | None) -> None:
         set_seed(self.settings.seed, device_specific=True)
-        self.prepared = [PreparedPlayer(player, self.settings, self.accelerator) for player in self.stage.players]
-        self.networks: dict[str, nn.Module] = {t.player.name: t.network for t in self.prepared}
+        self.players = [PreparedPlayer(player, self.settings, self.accelerator) for player in self.stage.players]
+        self.networks: dict[str, nn.Module] = {each.player.name: each.network for each in self.players}
         self.step = self.skipped = self.skipped_in_a_row = 0
         if checkpoint:
-            found = load(checkpoint)
-            restore(self.prepared, self.accelerator, found)
-            self.step, (self.skipped, self.skipped_in_a_row) = found.step, found.state["skipped"]
-            self.accelerator.print(f"going on from {checkpoint}", file=sys.stderr)
+            loaded = load(checkpoint)
+            restore(self.players, self.accelerator, loaded)
+            self.step, (self.skipped, self.skipped_in_a_row) = loaded.step, loaded.state["skipped"]
+            self.accelerator.print(f"resuming from {checkpoint}", file=sys.stderr)
 
     def save(self) -> int:
-        checkpoint = snapshot(self.prepared, self.accelerator, self.step, (self.skipped, self.skipped_in_a_row))
+        """Write a checkpoint, and return its step."""
+        checkpoint = snapshot(self.players, self.accelerator, self.step, (self.skipped, self.skipped_in_a_row))
         on_main(self.accelerator, lambda: self.run.save(checkpoint, self.settings.keep_checkpoints))
         return self.step
 
-    def train_step(self, ahead: Iterator[tuple[Samples, dict[str, Any]]]) -> tuple[float, bool]:
-        """One optimizer step of each player. Returns the first one's loss, and whether any process is to stop. Raises
-        `Unfinished`, with everything as after the step before, where this process, the only one, was asked to."""
+    def train_step(self, batches_ahead: Iterator[tuple[Samples, dict[str, Any]]]) -> tuple[float, bool]:
+        """Make one optimizer step of each player.
+
+        Args:
+            batches_ahead: This process's micro-batches, with their samples.
+
+        Returns:
+            The first player's loss (NaN if it has not started), and whether any process was asked to stop.
+
+        Raises:
+            Unfinished: This process, the only one, was asked to stop. Everything is as it was before the step.
+        """
         began, stopping = time.perf_counter(), False
         loaded = []
         for _ in range(self.settings.gradient_accumulation_steps):
             self._raise_if_stopped()
-            loaded.append(next(ahead))
+            loaded.append(next(batches_ahead))
         batches = [send_to_device(batch, self.accelerator.device, non_blocking=True) for _, batch in loaded]
+
+        # A step that is discarded or skipped must leave no trace in buffers and random numbers. With a single
+        # micro-batch the random numbers need no copy: such a step can stop only before it draws any.
         buffers = [(b, b.clone()) for network in self.networks.values() for b in network.buffers()]
-        rng = rng_state(self.accelerator.device) if len(loaded) > 1 else None  # else it stops before the first draw
-        line: dict[str, float] = {"step": self.step + 1}
-        bad: list[set[int]] = []  # of each player that made no step, the micro-batches here that are to blame
-        for t in self.prepared:
-            if self.step >= t.player.starts_at:
-                try:
-                    values, blamed, stopping = self._turn(t, batches, may_stop=len(line) == 1)
-                except Unfinished:
-                    self._undo(buffers, rng)
-                    raise
-                prefix = "" if t is self.prepared[0] else f"{t.player.name}/"
-                line |= {prefix + key: value for key, value in values.items()}
-                bad += [] if blamed is None else [blamed]
+        rng = rng_state(self.accelerator.device) if len(loaded) > 1 else None
+
+        metrics: dict[str, float] = {"step": self.step + 1}
+        bad: list[set[int]] = []  # for each player without an update, the micro-batches of this process to blame
+        for prepared in self.players:
+            if self.step < prepared.player.starts_at:
+                continue
+            try:
+                turn = self._turn(prepared, batches, may_stop=len(metrics) == 1)
+            except Unfinished:
+                self._undo(buffers, rng)
+                raise
+            prefix = "" if prepared is self.players[0] else f"{prepared.player.name}/"
+            metrics |= {prefix + key: value for key, value in turn.metrics.items()}
+            stopping = turn.stopping
+            if turn.bad_micro_batches is not None:
+                bad.append(turn.bad_micro_batches)
+
         self.step += 1
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if bad else 0
         if bad:
-            line["skipped"] = self.skipped = self.skipped + 1
+            metrics["skipped"] = self.skipped = self.skipped + 1
             self._undo(buffers, None)
-        self._log(line | {"seconds": time.perf_counter() - began})
+        self._log(metrics | {"seconds": time.perf_counter() - began})
         if bad:
-            samples = [own for own, _ in loaded]
-            self._complain([samples[i] for i in set.union(*bad)], samples)
-        return line.get("loss", math.nan), stopping
+            samples = [samples_of_batch for samples_of_batch, _ in loaded]
+            self._report_skipped_step([samples[i] for i in set.union(*bad)], samples)
+        return metrics.get("loss", math.nan), stopping
 
     def _raise_if_stopped(self) -> None:
-        if self.accelerator.num_processes == 1:  # others would wait for this one
+        if self.accelerator.num_processes == 1:  # with several, the others would wait for this one forever
             raise_if_stopped()
 
     def _undo(self, buffers: Sequence[tuple[Tensor, Tensor]], rng: Mapping[str, Tensor] | None) -> None:
-        """Restore buffers, gradients, and random numbers as before the step, in which no optimizer has stepped."""
+        """Restore buffers, gradients, and random numbers to what they were before the step."""
         for buffer, before in buffers:
             buffer.copy_(before)
-        for t in self.prepared:
-            t.optimizer.zero_grad()
+        for prepared in self.players:
+            prepared.optimizer.zero_grad()
         if rng is not None:
             set_rng_state(rng, self.accelerator.device)
 
-    def _turn(
-        self, turn: PreparedPlayer, batches: Sequence[dict[str, Any]], *, may_stop: bool
-    ) -> tuple[dict[str, float], set[int] | None, bool]:
-        """One optimizer step of one player.
+    def _turn(self, prepared: PreparedPlayer, batches: Sequence[dict[str, Any]], *, may_stop: bool) -> _Turn:
+        """Make one optimizer step of one player.
 
-        Returns:
-            Means over all processes; this process's bad micro-batches where the step was skipped, else None; and
-            whether any process is to stop.
+        Args:
+            prepared: The player.
+            batches: The micro-batches of this process.
+            may_stop: Whether the step can still be discarded, because no optimizer has stepped in it.
+
+        Raises:
+            Unfinished: The process was asked to stop, and `may_stop` is true.
         """
-        learning_rate = self._set_learning_rate(turn)
-        names, rows = self._accumulate_gradients(turn, batches, may_stop=may_stop)
-        norm = self._clip_gradients(turn)
-        *means, grad_norm, stopping = self._reduce(rows, norm)
-        line = {**dict(zip(names, means, strict=True)), "lr": learning_rate, "grad_norm": grad_norm}
-        blamed = None
-        if self._gradients_are_good(grad_norm) and math.isfinite(means[0]):
-            self._take_step(turn, grad_norm)
-        else:
-            blamed = self._skip_step(rows)
-        turn.optimizer.zero_grad()
-        return line, blamed, stopping > 0
+        # The learning rate follows from the step's number alone, so a resumed run needs no state of a schedule.
+        learning_rate = self._set_learning_rate(prepared)
 
-    def _set_learning_rate(self, turn: PreparedPlayer) -> float:
-        """Set the learning rate of this step, which follows from the step's number alone, and return it."""
-        learning_rate = turn.player.learning_rate * turn.lr_factor(self.step - turn.player.starts_at)
-        for group in turn.optimizer.param_groups:
+        # Forward and backward passes of all micro-batches. Only this player's gradients accumulate.
+        names, rows = self._accumulate_gradients(prepared, batches, may_stop=may_stop)
+
+        # Clip, then average everything the processes must agree on.
+        norm = self._clip_gradients(prepared)
+        *means, grad_norm, stopping = self._reduce(rows, norm)
+
+        # Update the weights, unless the loss or a gradient is not finite on any process.
+        bad_micro_batches = None
+        if self._gradients_are_good(grad_norm) and math.isfinite(means[0]):
+            self._take_step(prepared, grad_norm)
+        else:
+            bad_micro_batches = self._skip_step(rows)
+        prepared.optimizer.zero_grad()
+
+        metrics = {**dict(zip(names, means, strict=True)), "lr": learning_rate, "grad_norm": grad_norm}
+        return _Turn(metrics, bad_micro_batches, stopping > 0)
+
+    def _set_learning_rate(self, prepared: PreparedPlayer) -> float:
+        """Set the learning rate of this step, and return it."""
+        learning_rate = prepared.player.learning_rate * prepared.lr_factor(self.step - prepared.player.starts_at)
+        for group in prepared.optimizer.param_groups:
             group["lr"] = learning_rate
         return learning_rate
 
     def _accumulate_gradients(
-        self, turn: PreparedPlayer, batches: Sequence[dict[str, Any]], *, may_stop: bool
+        self, prepared: PreparedPlayer, batches: Sequence[dict[str, Any]], *, may_stop: bool
     ) -> tuple[list[str], list[Tensor]]:
         """Add up the gradients of all micro-batches.
 
@@ -212,30 +279,30 @@ class _Loop:
             The names of the loss and its parts, and a row of their values for each micro-batch.
         """
         names, rows = list[str](), list[Tensor]()
-        with only_gradients_of(turn, self.prepared, self.accelerator):
+        with only_gradients_of(prepared, self.players, self.accelerator):
             for i, batch in enumerate(batches):
                 if may_stop:
                     self._raise_if_stopped()
                 # Processes exchange gradients once a step, in the backward pass of the last micro-batch.
-                with self.accelerator.no_sync(turn.network) if i + 1 < len(batches) else nullcontext():
-                    loss, parts = turn.player.loss(self.networks, batch, self.step)
+                with self.accelerator.no_sync(prepared.network) if i + 1 < len(batches) else nullcontext():
+                    loss, parts = prepared.player.loss(self.networks, batch, self.step)
                     self.accelerator.backward(loss / len(batches))
                 names, values = ["loss", *parts], (loss, *parts.values())
                 device = self.accelerator.device
                 rows.append(torch.stack([torch.as_tensor(v).detach().to(device, torch.float32) for v in values]))
         return names, rows
 
-    def _clip_gradients(self, turn: PreparedPlayer) -> Tensor:
-        """Clip the gradients to `max_grad_norm`, and return their norm before that."""
+    def _clip_gradients(self, prepared: PreparedPlayer) -> Tensor:
+        """Clip the gradients to `max_grad_norm`, and return their norm before clipping."""
         limit = self.settings.max_grad_norm
-        self.accelerator.unscale_gradients()  # with float16's scaler, the norm would else be that of scaled gradients
-        norm = nn.utils.clip_grad_norm_(turn.parameters, math.inf if limit is None else limit)
+        self.accelerator.unscale_gradients()  # float16's scaler has multiplied them, and the norm would be scaled too
+        norm = nn.utils.clip_grad_norm_(prepared.parameters, math.inf if limit is None else limit)
         return full_tensor(norm).to(self.accelerator.device)
 
     def _reduce(self, rows: list[Tensor], norm: Tensor) -> list[float]:
-        """Average over all processes: the rows' mean, the gradient norm, and whether this process was asked to stop.
+        """Average over all processes: the mean of the rows, the gradient norm, and whether this process is stopping.
 
-        All values travel in one tensor, so that processes reduce once.
+        All values travel in one tensor, so that processes communicate once.
         """
         stopping = norm.new_tensor([self.stop.exit_code > 0])
         local = torch.cat([torch.stack(rows).mean(0), norm[None], stopping])
@@ -243,58 +310,63 @@ class _Loop:
         return values
 
     def _gradients_are_good(self, grad_norm: float) -> bool:
-        """Whether gradients are finite, or have overflowed only because float16's scaler is still finding its scale.
+        """Return whether the gradients are finite, or overflowed only because float16's scale is still too high.
 
-        Where they overflow at a scale below 1, the gradients themselves are bad.
+        At a scale below 1 the gradients overflow by themselves, and are bad.
         """
         scaler = self.accelerator.scaler
         return math.isfinite(grad_norm) or (scaler is not None and scaler.get_scale() >= 1)
 
-    def _take_step(self, turn: PreparedPlayer, grad_norm: float) -> None:
-        """Update the weights, and the moving average of them. A scaler skips the update where gradients overflowed."""
-        turn.optimizer.step()
-        if turn.ema and math.isfinite(grad_norm):
-            turn.ema.update()
+    def _take_step(self, prepared: PreparedPlayer, grad_norm: float) -> None:
+        """Update the weights and their moving average. After an overflow the scaler skips the update by itself."""
+        prepared.optimizer.step()
+        if prepared.ema and math.isfinite(grad_norm):
+            prepared.ema.update()
 
     def _skip_step(self, rows: list[Tensor]) -> set[int]:
-        """Return this process's micro-batches whose loss is not finite."""
+        """Return the micro-batches of this process with a loss that is not finite."""
         if self.accelerator.scaler:
-            self.accelerator.scaler.update()  # else it would refuse to unscale the next gradients
+            self.accelerator.scaler.update()  # without an update it refuses to unscale the next gradients
         return {i for i, row in enumerate(rows) if not math.isfinite(row[0])}
 
-    def _complain(self, blamed: list[Samples], all_of_them: list[Samples]) -> None:
-        names = gather_object([name for samples in blamed for name in self.stage.names(samples)])
-        names = names or gather_object([name for samples in all_of_them for name in self.stage.names(samples)])
-        what = f"the loss or its gradient is not finite ({', '.join(dict.fromkeys(names))})"
-        if self.skipped_in_a_row >= BAD_STEPS:
-            raise TrainingError(f"in {BAD_STEPS} steps in a row {what}; look at them, or lower the learning rate.")
-        if self.accelerator.is_main_process:
-            warnings.warn(f"step {self.step} is skipped: {what}.", stacklevel=2)
+    def _report_skipped_step(self, to_blame: list[Samples], all_samples: list[Samples]) -> None:
+        """Warn of a skipped step by the names of its bad samples, or end a run that skips step after step.
 
-    def _log(self, line: Mapping[str, float]) -> None:
-        finite = {key: value for key, value in line.items() if math.isfinite(value)}
+        If only a gradient is not finite, no sample can be singled out, and all of the step are named.
+        """
+        names = gather_object([name for samples in to_blame for name in self.stage.names(samples)])
+        names = names or gather_object([name for samples in all_samples for name in self.stage.names(samples)])
+        problem = f"the loss or its gradient is not finite ({', '.join(dict.fromkeys(names))})"
+        if self.skipped_in_a_row >= BAD_STEPS:
+            raise TrainingError(f"in {BAD_STEPS} steps in a row {problem}; look at them, or lower the learning rate.")
         if self.accelerator.is_main_process:
-            self.run.log({key: finite.get(key) for key in line})
-        self.accelerator.log({key: value for key, value in finite.items() if key != "step"}, step=int(line["step"]))
+            warnings.warn(f"step {self.step} is skipped: {problem}.", stacklevel=2)
+
+    def _log(self, metrics: Mapping[str, float]) -> None:
+        """Log to metrics.jsonl, with null for a value that is not finite, and to the trackers, without such values."""
+        finite = {key: value for key, value in metrics.items() if math.isfinite(value)}
+        if self.accelerator.is_main_process:
+            self.run.log({key: finite.get(key) for key in metrics})
+        self.accelerator.log({key: value for key, value in finite.items() if key != "step"}, step=int(metrics["step"]))
 
     @contextmanager
-    def at_rest(self) -> Iterator[None]:
-        """Averaged weights, evaluation mode, no gradients; the random number generators are restored afterwards."""
+    def evaluation_mode(self) -> Iterator[None]:
+        """Use averaged weights, evaluation mode, and no gradients inside; restore random number generators after."""
         rng = rng_state(self.accelerator.device)
         with ExitStack() as stack, torch.no_grad():
-            for t in self.prepared:
-                stack.enter_context(t.at_rest())
+            for prepared in self.players:
+                stack.enter_context(prepared.evaluation_mode())
             stack.callback(set_rng_state, rng, self.accelerator.device)
             yield
 
     def validate(self) -> bool:
-        """Log the stage's metrics. Returns whether any process is to stop."""
+        """Log the stage's metrics, and return whether any process was asked to stop."""
         began = time.perf_counter()
         try:
-            with self.at_rest():
+            with self.evaluation_mode():
                 metrics = {f"validation/{key}": value for key, value in self.stage.validate(self.step).items()}
         except Unfinished:
             return True
         self._log({"step": self.step, **metrics, "validation/seconds": time.perf_counter() - began})
-        wish = torch.tensor([float(self.stop.exit_code > 0)], device=self.accelerator.device)
-        return bool(self.accelerator.reduce(wish, "sum").item() > 0)
+        stopping = torch.tensor([float(self.stop.exit_code > 0)], device=self.accelerator.device)
+        return bool(self.accelerator.reduce(stopping, "sum").item() > 0)

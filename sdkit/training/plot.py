@@ -1,4 +1,4 @@
-"""The curves of a run as a picture."""
+"""Draw the curves of a run."""
 
 from __future__ import annotations
 
@@ -11,32 +11,43 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from sdkit.atomic import atomic_write
 from sdkit.errors import ArgumentError, TrainingError
-from sdkit.files import atomic_write, reason
-from sdkit.messages import clean
+from sdkit.messages import clean, reason
 from sdkit.training.run_folder import metrics_in
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-COLUMNS = 3
+COLUMNS = 3  # panels in a row
 BLUE, GREEN, RED = "#0b62a4", "#2e7d4f", "#c00000"
-COLORS = (BLUE, "#c2571a", GREEN, "#7b4397")  # of players
+COLORS = (BLUE, "#c2571a", GREEN, "#7b4397")  # one for each player
 VALIDATION = "validation/"
 RATE, NORM = "learning rate", "gradient norm, before clipping"
 LEGEND: dict[str, Any] = {"fontsize": 8, "framealpha": 0.8, "edgecolor": "none"}
 Array = np.ndarray[Any, np.dtype[np.float64]]
-Panel = tuple[str, list[str]]  # its title, and the metrics in it
+Panel = tuple[str, list[str]]  # title of a panel, and names of the metrics in it
 MOST_CURVES = 120
-LARGEST = 3e38
-Curve = tuple[Array, Array]  # optimizer steps, and values: NaN where they were not finite
+LARGEST = 3e38  # just below the largest float32
+Curve = tuple[Array, Array]  # optimizer steps, and values; a value that was not finite is NaN
 
 
 def plot(run: str | Path, out: str | Path | None = None) -> Path:
-    """Draw the metrics of the run folder `run` into a PNG (`run`/metrics.png) and return its path.
+    """Draw the metrics of a run.
 
-    Losses and their parts, raw and smoothed, come first, then what validation measured, then the learning rates and
-    gradient norms of all players. Raises TrainingError where there are no metrics.
+    Losses and their parts, raw and smoothed, come first, then the metrics of validation, then the learning rates and
+    gradient norms of all players.
+
+    Args:
+        run: The run folder.
+        out: PNG file to write; None is metrics.png in the run folder.
+
+    Returns:
+        The path of the PNG file.
+
+    Raises:
+        TrainingError: There are no metrics, too many, or they cannot be read.
+        ArgumentError: `out` is no PNG file, or matplotlib is not installed.
     """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -74,7 +85,7 @@ def plot(run: str | Path, out: str | Path | None = None) -> Path:
 
 
 def _curves(path: Path) -> tuple[dict[str, Curve], list[int]]:
-    """By metric, and the steps that were skipped."""
+    """Return the curve of each metric, and the steps that were skipped."""
     points: dict[str, array[float]] = {}
     skipped = []
     try:
@@ -88,23 +99,25 @@ def _curves(path: Path) -> tuple[dict[str, Curve], list[int]]:
                         raise TrainingError(f"{path} holds more than {MOST_CURVES} metrics, which is too many to draw.")
     except OSError as error:
         raise TrainingError(f"cannot read {path}: {reason(error)}.") from error
-    curves = {key: np.array(of_key).reshape(-1, 2) for key, of_key in points.items()}
-    return {key: (values[:, 0], values[:, 1]) for key, values in curves.items()}, skipped
+    pairs = {key: np.array(flat).reshape(-1, 2) for key, flat in points.items()}
+    return {key: (steps_and_values[:, 0], steps_and_values[:, 1]) for key, steps_and_values in pairs.items()}, skipped
 
 
 def _drawable(value: float | None) -> float:
-    """NaN for what no float32 holds: matplotlib computes beyond what it draws, and would overflow."""
+    """Return the value, or NaN if it is missing or near the limits of float32, where matplotlib would overflow."""
     return math.nan if value is None or not abs(value) < LARGEST else float(value)
 
 
 def _label(text: str) -> str:
-    """A foreign name as it stands: "$" begins a formula elsewhere."""
+    """Return a name for matplotlib to draw literally, although "$" begins a formula there."""
     return clean(text).replace("$", r"\$")
 
 
 def _rows(curves: Mapping[str, Curve]) -> list[list[Panel]]:
-    """What is drawn, row by row: losses, then validation, then rates; each begins a row where it does not fit into what
-    is left of one."""
+    """Return the panels in rows: losses, then validation, then rates.
+
+    Each of these sections begins a new row if it does not fit into the rest of the last one.
+    """
     rates = [key for key in curves if key.split("/")[-1] == "lr"]
     norms = [key for key in curves if key.split("/")[-1] == "grad_norm"]
     measured = [key for key in curves if key.startswith(VALIDATION)]
@@ -123,6 +136,7 @@ def _rows(curves: Mapping[str, Curve]) -> list[list[Panel]]:
 
 
 def _draw(axes: Axes, title: str, curves: Mapping[str, Curve]) -> None:
+    """Draw one panel. Curves of validation are drawn as points, learning rates as they are, others also smoothed."""
     for color, (key, (steps, values)) in zip(COLORS * len(curves), curves.items(), strict=False):
         label = "smoothed" if len(curves) == 1 else _label(key.split("/")[0]) if "/" in key else "network"
         if key.startswith(VALIDATION):
@@ -151,8 +165,11 @@ def _draw(axes: Axes, title: str, curves: Mapping[str, Curve]) -> None:
 
 
 def smoothed(values: Array) -> Array:
-    """The mean under a Gaussian window whose standard deviation is a sixtieth of the curve, so that it does not lag
-    behind; NaN counts for nothing, and what is outside the curve neither. (N,) -> (N,)"""
+    """Return the moving average (N,) of a curve (N,) under a Gaussian window.
+
+    The window is centred, so that the average does not lag behind. Its standard deviation is a sixtieth of the curve.
+    NaN is ignored, and the window is cut off at both ends of the curve.
+    """
     sigma = max(len(values) / 60, 1e-3)
     reach = min(math.ceil(3 * sigma), len(values) - 1)
     window = np.exp(-0.5 * (np.arange(-reach, reach + 1) / sigma) ** 2)

@@ -1,4 +1,4 @@
-"""A player prepared for training: on its device, split or copied over the processes, with optimizer and average."""
+"""Players prepared for training: on their device, copied or sharded over the processes, with optimizer and EMA."""
 
 from __future__ import annotations
 
@@ -13,25 +13,41 @@ from accelerate import Accelerator
 from torch.optim import AdamW
 
 from sdkit.errors import ArgumentError
-from sdkit.training.distributed import copy_to_split, gather, is_sharded, put_away
+from sdkit.training.distributed import gather, is_sharded, reshard, sharded_copy
 from sdkit.training.ema import EMA
 from sdkit.training.settings import LoopSettings
 from sdkit.training.stage import Player
 
 
 class PreparedPlayer:
-    """A player prepared for precision and processes, with its optimizer, learning-rate schedule, and moving average.
+    """A player with its optimizer, learning-rate schedule, and moving average.
 
-    With FSDP its network is a sharded copy of the stage's network.
+    With FSDP its network is a sharded copy, and the stage's own network has the trained weights only inside
+    `evaluation_mode`.
+
+    Args:
+        player: The player. Its trainable parameters become float32 in place.
+        settings: Settings of the loop.
+        accelerator: Accelerate's view of devices and processes.
+
+    Attributes:
+        player: The player, with the network in training: the stage's own, or the sharded copy.
+        network: That network as Accelerate wraps it; losses call this one.
+        optimizer: The optimizer as Accelerate wraps it.
+        parameters: The trainable parameters.
+        ema: The moving average of the trainable parameters, or None.
+        lr_factor: Factor of the learning rate by optimizer step, counted from the player's first.
+        stages_network: The stage's own network.
+        device: Device of the network in training.
     """
 
     def __init__(self, player: Player, settings: LoopSettings, accelerator: Accelerator) -> None:
         for p in player.network.parameters():
             if p.requires_grad:
-                p.data = p.data.float()  # in half precision a small step rounds to nothing
+                p.data = p.data.float()  # in half precision a small update rounds to zero
         self.stages_network = player.network
         if is_sharded(accelerator):
-            player = replace(player, network=copy_to_split(player.network, accelerator))
+            player = replace(player, network=sharded_copy(player.network, accelerator))
         self.player, self.device = player, accelerator.device
         optimizer = make_optimizer(player, settings, accelerator.device)
         self.network, self.optimizer = accelerator.prepare(player.network.train(), optimizer)
@@ -40,8 +56,8 @@ class PreparedPlayer:
         self.lr_factor = lr_factor_of(player, settings)
 
     @contextlib.contextmanager
-    def at_rest(self) -> Iterator[None]:
-        """Put the averaged weights into the stage's network, and that in evaluation mode, inside the context."""
+    def evaluation_mode(self) -> Iterator[None]:
+        """Inside the context, give the stage's network the averaged weights, and put it in evaluation mode."""
         network = self.stages_network
         with self.ema.swapped() if self.ema else contextlib.nullcontext():
             if network is not self.player.network:
@@ -57,14 +73,22 @@ class PreparedPlayer:
 
 @contextlib.contextmanager
 def only_gradients_of(
-    turn: PreparedPlayer, prepared: Sequence[PreparedPlayer], accelerator: Accelerator
+    active: PreparedPlayer, players: Sequence[PreparedPlayer], accelerator: Accelerator
 ) -> Iterator[None]:
-    """Accumulate gradients of `turn` alone inside: the others are frozen, and processes do not reduce theirs."""
+    """Inside the context, accumulate gradients of one player only.
+
+    The other players are frozen, and processes do not exchange gradients for them.
+
+    Args:
+        active: The player in training.
+        players: All players, the active one among them.
+        accelerator: The Accelerator that prepared them.
+    """
     with contextlib.ExitStack() as stack:
-        for other in prepared:
+        for other in players:
             if is_sharded(accelerator):
-                stack.callback(put_away, other.network)
-            if other is not turn:
+                stack.callback(reshard, other.network)
+            if other is not active:
                 stack.enter_context(accelerator.no_sync(other.network))
                 for p in other.parameters:
                     stack.callback(p.requires_grad_, True)
@@ -73,7 +97,11 @@ def only_gradients_of(
 
 
 def make_optimizer(player: Player, settings: LoopSettings, device: torch.device) -> torch.optim.Optimizer:
-    """Return AdamW over the trainable parameters of `player`."""
+    """Return AdamW over the trainable parameters of `player`.
+
+    Raises:
+        ArgumentError: `use_8bit_adam` is set and bitsandbytes is not installed.
+    """
     parameters = [p for p in player.network.parameters() if p.requires_grad]
     options: dict[str, Any] = {
         "lr": player.learning_rate, "betas": player.betas, "weight_decay": player.weight_decay
@@ -89,16 +117,21 @@ def make_optimizer(player: Player, settings: LoopSettings, device: torch.device)
 
 
 def lr_factor_of(player: Player, settings: LoopSettings) -> Callable[[int], float]:
-    """Return the factor of the learning rate by optimizer step of `player`, counted from its first."""
+    """Return a function from optimizer step, counted from the player's first, to the factor of its learning rate.
+
+    Raises:
+        ArgumentError: The schedule cannot begin at this learning rate.
+    """
     from diffusers.optimization import get_scheduler
 
-    any_optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=player.learning_rate)
-    steps = max(1, settings.max_steps - player.starts_at)  # a player that starts after the end takes none
+    # diffusers builds a schedule only around an optimizer; all that is used is the schedule's function of the step.
+    placeholder = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=player.learning_rate)
+    steps = max(1, settings.max_steps - player.starts_at)  # a player that starts after the end makes no step
     try:
         schedule = get_scheduler(
-            settings.lr_scheduler, any_optimizer, num_warmup_steps=settings.lr_warmup_steps, num_training_steps=steps
+            settings.lr_scheduler, placeholder, num_warmup_steps=settings.lr_warmup_steps, num_training_steps=steps
         )
-    except ValueError as error:  # polynomial ends at 1e-7
+    except ValueError as error:  # "polynomial" ends at 1e-7 and cannot begin below that
         raise ArgumentError(f"lr_scheduler {settings.lr_scheduler}: {error}; take another, or another rate.") from error
     factor: Callable[[int], float] = schedule.lr_lambdas[0]
     return factor

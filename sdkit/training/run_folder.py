@@ -1,4 +1,4 @@
-"""What a run keeps on disk: its settings, metrics, checkpoints and result."""
+"""The folder of a run: its settings, metrics, checkpoints, and result."""
 
 from __future__ import annotations
 
@@ -16,32 +16,32 @@ from typing import IO, Any
 import filelock
 
 from sdkit import __version__
+from sdkit.atomic import atomic_write, remove_leftovers
 from sdkit.errors import TrainingError
-from sdkit.files import atomic_write, open_regular, reason, remove_leftovers
-from sdkit.messages import clean
+from sdkit.files import open_regular
+from sdkit.messages import clean, reason
 from sdkit.strict_json import parse_object, read_object, require
 from sdkit.training.checkpoint import Checkpoint, checkpoints, newest, read_state, save, whole_folder
 from sdkit.training.settings import LoopSettings
 
-WORDS = {  # of what is not told by its values
-    "data_identity": "its data was other (names, captions or sizes of files)",
-    "model_identity": "its model was another (weights or noise schedule)",
-    "vae_identity": "its VAE was another (weights or scale)",
-    "lpips_identity": "its LPIPS had other weights",
-    "validation_identity": "its validation data was other (names, captions or sizes of files)",
+DIFFERENCES = {  # sentences for differences between two runs that their values do not explain
+    "data_identity": "its data was different (names, captions, or sizes of files)",
+    "model_identity": "its model was different (weights or noise schedule)",
+    "vae_identity": "its VAE was different (weights or scale)",
+    "lpips_identity": "its LPIPS had different weights",
+    "validation_identity": "its validation data was different (names, captions, or sizes of files)",
     "samples_per_step": "its steps took {was} samples, these take {now} (batch_size x gradient_accumulation_steps x "
     "processes, whose product must stay)",
 }
 
-
-LONGEST_LINE = 2**20  # bytes, of metrics
-NUMBERS = {int, float, type(None)}
+LONGEST_LINE = 2**20  # bytes of one line of metrics.jsonl
+METRIC_TYPES = {int, float, type(None)}
 
 
 def _make(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-    except ValueError as error:  # NUL, or letters that no path can hold
+    except ValueError as error:  # the name holds NUL, or characters that no path can hold
         raise OSError(errno.EINVAL, "no folder can have this name", str(folder)) from error
 
 
@@ -50,26 +50,40 @@ def _is_config(found: Any) -> bool:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl; see `metrics_in`."""
+    """Return the entries of a metrics.jsonl as a list; see `metrics_in`."""
     return [entry for _, entry in metrics_in(path)]
 
 
 def metrics_in(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
-    """The lines of a metrics.jsonl, one at a time, and what they hold: a step, and a number or None by each other name.
-    A line of anything else is left out, as one that was cut short by the end of its process. Raises `OSError`."""
+    """Yield each line of a metrics.jsonl with its entry: a step, and a number or None for each other name.
+
+    Other lines are ignored, such as one that was cut short when its process ended.
+
+    Args:
+        path: The file. A missing file has no lines.
+
+    Raises:
+        OSError: The file cannot be read.
+    """
     with contextlib.suppress(FileNotFoundError), open_regular(path) as file:
         while line := file.readline(LONGEST_LINE):
             with contextlib.suppress(ValueError):
                 entry = parse_object(line)
                 step, values = entry.get("step"), entry.values()
-                if type(step) is int and 0 <= step < 2**31 and {type(one) for one in values} <= NUMBERS:
+                if type(step) is int and 0 <= step < 2**31 and {type(value) for value in values} <= METRIC_TYPES:
                     yield line, entry
 
 
 @dataclass(frozen=True, kw_only=True)
 class Start:
-    """Where a run begins: after `step` steps, with that `checkpoint`, having `validated` that step; result/ is of step
-    `exported` (-1: none)."""
+    """State of a run folder when it is opened.
+
+    Attributes:
+        step: Number of optimizer steps made.
+        checkpoint: The checkpoint to resume from; None for a new run.
+        validated: Whether metrics.jsonl has the validation after this step.
+        exported: Step of the result in result/; -1 if there is none.
+    """
 
     step: int
     checkpoint: Path | None
@@ -78,8 +92,18 @@ class Start:
 
 
 class RunFolder:
-    """A run's folder as the main process holds it, from `open` to `close`: config.json, metrics.jsonl, checkpoints/,
-    samples/ and, at the end, result/."""
+    """The folder of a run, locked by the main process from `open` to `close`.
+
+    It holds config.json, metrics.jsonl, checkpoints/, samples/, and, at the end of the run, result/.
+
+    Args:
+        path: The folder.
+
+    Attributes:
+        path: The folder.
+        checkpoints: Its folder of checkpoints.
+        result: Its folder of the exported result.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -90,10 +114,19 @@ class RunFolder:
         self._run = ""
 
     def open(self, settings: LoopSettings, processes: int, identity: Mapping[str, str] | None = None) -> Start:
-        """Lock the folder, and make it or see that it holds the run of `settings`, up to the fields that may change,
-        with the same `Stage.identity`.
+        """Lock the folder. Make it, or check that it holds the run to resume.
 
-        Raises TrainingError where the folder cannot be written, is in use, or holds anything else.
+        Args:
+            settings: Settings of the run. They must equal those in config.json, except the fields that may change.
+            processes: Number of processes.
+            identity: Fingerprints of the data and the model; see `Stage.identity`. They must equal those in
+                config.json.
+
+        Returns:
+            The state from which the run starts.
+
+        Raises:
+            TrainingError: The folder cannot be written, is in use, or holds another run or other files.
         """
         per_step = settings.batch_size * settings.gradient_accumulation_steps * processes
         config: dict[str, Any] = {"sdkit": __version__, "stage": type(settings).__name__, "samples_per_step": per_step}
@@ -101,9 +134,9 @@ class RunFolder:
         config["settings"] = parse_object(json.dumps(asdict(settings), default=str))
         try:
             _make(self.path)
-            self._config()  # before anything is written into somebody else's folder
+            self._read_config()  # refuse a foreign folder before the lock file is written into it
             self._lock.acquire()
-            config["run"] = self._run = self._compared(self._config(), config, settings.may_change)
+            config["run"] = self._run = self._check_same_run(self._read_config(), config, settings.may_change)
             for folder in (self.path, self.checkpoints, self.path / "samples"):
                 remove_leftovers(folder)
             checkpoint = newest(self.checkpoints)
@@ -127,8 +160,12 @@ class RunFolder:
             ) from error
         return Start(step=step, checkpoint=checkpoint, validated=validated, exported=self._exported())
 
-    def _config(self) -> dict[str, Any] | None:
-        """The config.json of the run that is here, if any. Raises TrainingError where there is something else."""
+    def _read_config(self) -> dict[str, Any] | None:
+        """Return the config.json of the run in this folder, or None if there is no run.
+
+        Raises:
+            TrainingError: The folder holds files that are not those of a run.
+        """
         old: dict[str, Any] | None
         try:
             old = read_object(self.path / "config.json")
@@ -141,32 +178,44 @@ class RunFolder:
             raise TrainingError(f"{self.path} holds files that are of no run of sdkit; name another out_dir.")
         return old
 
-    def _compared(self, old: dict[str, Any] | None, config: dict[str, Any], may_change: Collection[str]) -> str:
-        """The identity of the run that is here or would be, by which it knows its checkpoints. Raises TrainingError
-        where it is not the one of `config`."""
-        free = {*may_change, "sdkit", "settings"}
-        was, now = ({k: v for k, v in {**c["settings"], **c}.items() if k not in free} for c in (old or config, config))
-        if not old or not (checkpoints(self.checkpoints) or self.result.exists()):  # there is nothing to lose
+    def _check_same_run(self, old: dict[str, Any] | None, config: dict[str, Any], may_change: Collection[str]) -> str:
+        """Check that `config` describes the run in this folder, if any, and return the run's identity.
+
+        Each checkpoint carries this identity, so that a checkpoint of another run is recognised.
+
+        Args:
+            old: The config.json of the run in this folder.
+            config: The config.json that would be written.
+            may_change: Names of settings that may differ.
+
+        Raises:
+            TrainingError: The folder holds another run.
+        """
+        ignored = {*may_change, "sdkit", "settings"}
+        was, now = (
+            {key: value for key, value in {**each["settings"], **each}.items() if key not in ignored}
+            for each in (old or config, config)
+        )
+        if not old or not (checkpoints(self.checkpoints) or self.result.exists()):  # a new run overwrites nothing
             return hashlib.sha256(json.dumps(now, sort_keys=True).encode()).hexdigest()[:16]
         for name in sorted(now.keys() & was.keys(), key=lambda name: (name != "stage", name)):
             if was[name] != now[name]:
                 values = {"was": clean(repr(was[name])), "now": clean(repr(now[name]))}
-                told = WORDS.get(name, f"{name} was {{was}}, is {{now}}").format(**values)
+                difference = DIFFERENCES.get(name, f"{name} was {{was}}, is {{now}}").format(**values)
                 raise TrainingError(
-                    f"{self.path} holds another run: {told}; name another out_dir (only these may change: "
+                    f"{self.path} holds another run: {difference}; name another out_dir (only these may change: "
                     f"{', '.join(sorted(may_change))})."
                 )
-        steps = [one["settings"].get("max_steps") for one in (old, config)]
-        if steps[0] != steps[1] and not str(now["lr_scheduler"]).startswith("constant"):
+        old_steps, new_steps = (each["settings"].get("max_steps") for each in (old, config))
+        if old_steps != new_steps and not str(now["lr_scheduler"]).startswith("constant"):
             warnings.warn(
-                f"max_steps was {clean(steps[0])}, is {steps[1]}: the {now['lr_scheduler']} learning-rate "
+                f"max_steps was {clean(old_steps)}, is {new_steps}: the {now['lr_scheduler']} learning-rate "
                 "schedule now goes on as if it had been so from the start.", stacklevel=2,
             )  # fmt: skip
         return str(old.get("run"))
 
     def _rewind(self, step: int) -> bool:
-        """Drop the metrics of what came after the checkpoint, for it will come again. Returns whether `step` was
-        validated."""
+        """Drop the metrics of steps after `step`, which will be made again. Return whether `step` was validated."""
         path, validated = self.path / "metrics.jsonl", False
         with atomic_write(path) as temporary, temporary.open("wb") as file:
             for line, entry in metrics_in(path):
@@ -177,13 +226,18 @@ class RunFolder:
         return validated
 
     def log(self, line: Mapping[str, Any]) -> None:
-        """Append a line to metrics.jsonl."""
+        """Append a line of metrics to metrics.jsonl.
+
+        Raises:
+            TrainingError: The line cannot be written.
+        """
         with self._appending() as metrics:
             metrics.write(json.dumps(line, allow_nan=False) + "\n")
             metrics.flush()
 
     @contextlib.contextmanager
     def _appending(self) -> Iterator[IO[str]]:
+        """Yield the open metrics.jsonl, and turn an OSError of the body into a TrainingError."""
         assert self._metrics is not None
         try:
             yield self._metrics
@@ -193,18 +247,31 @@ class RunFolder:
             ) from error
 
     def save(self, checkpoint: Checkpoint, keep: int) -> None:
-        """Write a checkpoint that the metrics on the disk reach up to."""
+        """Write a checkpoint and keep the last `keep`, once the metrics up to it are safely on disk.
+
+        Raises:
+            TrainingError: The metrics or the checkpoint cannot be written.
+        """
         with self._appending() as metrics:
             os.fsync(metrics.fileno())
         save(self.checkpoints, replace(checkpoint, state={**checkpoint.state, "run": self._run}), keep)
 
     def export(self, fill: Callable[[Path], None], step: int) -> None:
-        """Make result/ atomically."""
+        """Make result/ atomically.
+
+        Args:
+            fill: Writes the result into an empty folder.
+            step: Optimizer step of the result.
+
+        Raises:
+            TrainingError: The result cannot be written.
+        """
         with whole_folder(self.result) as temporary:
             fill(temporary)
             (temporary / "training.json").write_text(json.dumps({"step": step}))
 
     def _exported(self) -> int:
+        """Return the step of the result in result/, or -1 if there is none."""
         with contextlib.suppress(OSError, ValueError):
             fields = read_object(self.result / "training.json")
             require(fields, {"step": int})
@@ -213,7 +280,7 @@ class RunFolder:
 
     def close(self) -> None:
         """Release the folder for other processes."""
-        with contextlib.suppress(OSError):  # what a full disk refused was told when it was written
+        with contextlib.suppress(OSError):  # a full disk raised an error already when the line was written
             if self._metrics is not None:
                 self._metrics.close()
         self._lock.release()

@@ -1,4 +1,4 @@
-"""Settings of each stage: everything a run depends on, saved in its config.json. They are data and build nothing."""
+"""Settings of each stage: everything that a run depends on, saved in its config.json. They build nothing."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from sdkit.errors import ArgumentError
 from sdkit.fields import with_inherited_fields
 from sdkit.files import expanded
 
-# Names in diffusers.optimization.get_scheduler, without piecewise_constant, whose rules have a syntax of their own.
+# Names in diffusers.optimization.get_scheduler, except piecewise_constant, which needs rules in their own syntax.
 LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
 
 AUGMENTATIONS = ("crop", "flip")
 RECONSTRUCTIONS = ("l1", "l2")
 REGULARIZERS = ("none", "kl", "vq")
-LPIPS = "SDKIT_LPIPS"  # an environment variable
+LPIPS = "SDKIT_LPIPS"  # environment variable that names the weights of LPIPS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +70,7 @@ class LoopSettings:
         cls.__doc__ = with_inherited_fields(cls)
 
     def __post_init__(self) -> None:
-        from sdkit.arguments import flag, number, one_of, strings, whole_number  # which loads PyTorch
+        from sdkit.arguments import flag, number, one_of, strings, whole_number  # imported late: it loads PyTorch
 
         for name in ("max_steps", "batch_size", "gradient_accumulation_steps", "save_every", "keep_checkpoints"):
             self._keep(name, whole_number(name, getattr(self, name), 1))
@@ -88,7 +88,7 @@ class LoopSettings:
         self._keep("report_to", tuple(strings("report_to", self.report_to)) if self.report_to else ())
 
     def _keep(self, name: str, value: object) -> None:
-        """Set a field to the value its check returned: NumPy's numbers become Python's, which JSON can hold."""
+        """Set a field to the value that its check returned, such as a Python number for one of NumPy, for JSON."""
         object.__setattr__(self, name, value)
 
 
@@ -99,10 +99,9 @@ class StageSettings(LoopSettings):
     Attributes:
         model: Model to fine-tune: any source that `sdkit.StableDiffusion.from_pretrained` takes.
         data: A folder of images with captions (in NAME.txt beside each, or a metadata.jsonl), .tar or
-            .parquet files, a data set's id on the Hub; for the U-Net also a latent cache, which can stream
-            what does not fit on the disk.
+            .parquet files, or a data set's id on the Hub; for the U-Net also a latent cache.
         split: Split of a data set on the Hub.
-        image_column: Column of the images in parquet files and data sets of the Hub; None finds it.
+        image_column: Column of the images in parquet files and data sets of the Hub; None detects it.
         class_folders: Read names of folders as sd-scripts does: each image in "10_zork dog" counts ten
             times, and has the caption "zork dog" if it has no other.
         out_dir: Run folder. An existing run is resumed.
@@ -110,7 +109,7 @@ class StageSettings(LoopSettings):
         init: A config.json of diffusers, or a folder with one: train a network of this shape from scratch.
         size: Size of the training images in pixels, one number or (height, width); None takes the model's
             own.
-        augment: Augmentations: crop (at a random place, not the centre) and flip (mirror half of the
+        augment: Augmentations: crop (at a random place instead of the centre) and flip (mirror half of the
             images).
         gradient_checkpointing: Recompute activations in the backward pass: less memory, about a third more
             time.
@@ -128,9 +127,8 @@ class StageSettings(LoopSettings):
     augment: tuple[str, ...] = ()
     gradient_checkpointing: bool = False
 
-    may_change = LoopSettings.may_change | {
-        "init"
-    }  # a path: the fingerprint of the model tells whether its contents changed
+    # "init" is a path. The fingerprint of the model tells whether its contents changed.
+    may_change = LoopSettings.may_change | {"init"}
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -158,17 +156,17 @@ class StageSettings(LoopSettings):
                 raise ArgumentError(f"{name} must be text, not {value!r}.")
 
     def opened_with(self) -> dict[str, Any]:
-        """Return the options of `open_examples` for `data`."""
+        """Return the keyword arguments with which `open_examples` opens `data`."""
         names = ("split", "image_column", "class_folders")
         return {name: getattr(self, name) for name in names}
 
     def _keep_apart(self, name: str, data: str | os.PathLike[str]) -> None:
-        """Refuse an out_dir inside the data: a resumed run would train on its own samples/."""
+        """Raise ArgumentError for an out_dir inside the data, because a resumed run would train on its own samples/."""
         inner, outer = (expanded(path).resolve() for path in (self.out_dir, data))
         if os.path.isdir(outer) and inner.is_relative_to(outer):  # noqa: PTH112 - pathlib's raises for overlong names
             raise ArgumentError(
-                f"out_dir {str(self.out_dir)!r} lies in {name} {os.fspath(data)!r}, of which its pictures would become "
-                "a part; name another."
+                f"out_dir {str(self.out_dir)!r} lies in {name} {os.fspath(data)!r}, and its pictures would be trained "
+                "on; name another."
             )
 
     @property
@@ -179,8 +177,10 @@ class StageSettings(LoopSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class VAEConfig(StageSettings):
-    """Settings of `train_vae`: the loss is reconstruction + lpips_weight * LPIPS + kl_weight * KL + disc_weight *
-    adversarial, or the codebook's loss in place of the KL.
+    """Settings of `train_vae`.
+
+    The loss is reconstruction + lpips_weight * LPIPS + kl_weight * KL + disc_weight * adversarial. A VQModel has the
+    codebook loss in place of kl_weight * KL.
 
     Attributes:
         train_encoder: Train the encoder too. It changes the latents, so U-Nets and caches made for this VAE
@@ -193,8 +193,8 @@ class VAEConfig(StageSettings):
             without noise).
         kl_weight: Weight of the KL next to a loss summed over pixels, as in latent diffusion; ignored if
             the encoder is frozen.
-        disc_weight: Weight of the PatchGAN discriminator, times VQGAN's adaptive weight (of each
-            micro-batch): 0 turns it off, latent diffusion uses 0.5.
+        disc_weight: Weight of the adversarial loss of a PatchGAN discriminator, multiplied by VQGAN's
+            adaptive weight; 0 turns it off, latent diffusion uses 0.5.
         disc_start: Optimizer step from which the discriminator is used.
         validation_data: Held-out images (the first 64 are used); None holds out a twentieth of the data, at
             most 16.
@@ -210,7 +210,7 @@ class VAEConfig(StageSettings):
     disc_start: int = 0
     validation_data: str | os.PathLike[str] | None = None
 
-    may_change = StageSettings.may_change | {"lpips", "validation_data"}  # paths, too
+    may_change = StageSettings.may_change | {"lpips", "validation_data"}  # paths, covered by fingerprints as well
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -235,13 +235,13 @@ class VAEConfig(StageSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class UNetConfig(StageSettings):
-    """Settings of `train_unet`. `data` may also be a latent cache: frozen networks then do no work.
+    """Settings of `train_unet`. `data` may also be a latent cache, which spares the work of the frozen networks.
 
     Attributes:
-        vae: A VAE in place of the model's own, for whose latents the U-Net is trained and with which it is
-            exported: a folder, a Hub id, or a single file; None takes the model's own.
+        vae: VAE to use in place of the model's own: a folder, a Hub id, or a single file. The U-Net is trained
+            on its latents and exported with it. None takes the model's own.
         caption_column: Column of the captions in parquet files and data sets of the Hub, or key in
-            metadata; None finds it.
+            metadata; None detects it.
         default_caption: Caption of images without one.
         lora_rank: Rank of the LoRA on the attention's projections; None trains the whole network.
         train_text_encoder: Train the text encoder together with the U-Net.
@@ -249,12 +249,13 @@ class UNetConfig(StageSettings):
             the model's own.
         zero_snr: Shift the noise schedule so that its last step is pure noise (Lin et al. 2023); None keeps
             the model's.
-        snr_gamma: Gamma of the min-SNR weights (Hang et al. 2023, who use 5); None weighs all timesteps
-            alike. At zero terminal SNR the noisiest steps keep their weight (see `min_snr_weight`).
-        noise_offset: Offset of each channel's noise, for darker and brighter images: about 0.1.
+        snr_gamma: Gamma of the min-SNR weights (Hang et al. 2023, who use 5); None weights all timesteps
+            equally. At zero terminal SNR the noisiest steps keep their weight (see `min_snr_weight`).
+        noise_offset: Size of an offset added to each channel's noise, about 0.1, for darker and brighter
+            images; 0 turns it off.
         caption_dropout: Share of samples trained with an empty caption, which classifier-free guidance
             needs.
-        validation_prompts: Prompts to draw at each validation, always from the same seeds.
+        validation_prompts: Prompts of images generated at each validation, always from the same seeds.
     """
 
     vae: str | os.PathLike[str] | None = None
@@ -269,7 +270,7 @@ class UNetConfig(StageSettings):
     caption_dropout: float = 0.1
     validation_prompts: tuple[str, ...] = ()
 
-    may_change = StageSettings.may_change | {"vae"}  # a path, too
+    may_change = StageSettings.may_change | {"vae"}  # a path, covered by a fingerprint as well
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -296,5 +297,5 @@ class UNetConfig(StageSettings):
             self._keep("validation_prompts", prompts)
 
     def opened_with(self) -> dict[str, Any]:
-        """Return the options of `open_examples` for `data`."""
+        """Return the keyword arguments with which `open_examples` opens `data`."""
         return super().opened_with() | {"caption_column": self.caption_column, "default_caption": self.default_caption}

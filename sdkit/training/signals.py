@@ -1,4 +1,4 @@
-"""Stopping a run: signals are noted, and the loop looks for them between two passes of a network."""
+"""Stopping a run: handlers note a signal, and the loop checks for it between two passes of a network."""
 
 from __future__ import annotations
 
@@ -16,7 +16,11 @@ if TYPE_CHECKING:
 
 
 class TrainingStopped(SdkitError):  # noqa: N818 - a stop is not an error
-    """The run was asked to stop, and saved a checkpoint. `exit_code` is 128 plus the signal's number."""
+    """The run was asked to stop, and has saved a checkpoint.
+
+    Attributes:
+        exit_code: 128 plus the number of the signal.
+    """
 
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
@@ -24,35 +28,39 @@ class TrainingStopped(SdkitError):  # noqa: N818 - a stop is not an error
 
 
 class Unfinished(Exception):  # noqa: N818 - a stop is not an error
-    """Work after the last finished step was discarded, because the process was asked to stop."""
+    """Work after the last finished step was discarded because the process was asked to stop."""
 
 
 class StopSignals:
-    """Context that notes SIGTERM, SIGHUP, and Ctrl-C for the loop: `exit_code` is 0 until one arrives, then 128 plus
-    its number.
+    """Context that notes SIGTERM, SIGHUP, and Ctrl-C for the loop.
 
-    A second Ctrl-C is handled as outside the context, and so raises KeyboardInterrupt.
+    A second Ctrl-C is passed to the handler that was there before, which by default raises KeyboardInterrupt.
+
+    Attributes:
+        exit_code: 0 until a signal arrives, then 128 plus its number.
+        active: The context that is open in this process, if any. Signals concern the whole process.
     """
 
-    noting: ClassVar[StopSignals | None] = None  # the active context: signals concern the whole process
+    active: ClassVar[StopSignals | None] = None
 
     def __init__(self) -> None:
         self.exit_code = 0
         self._interrupted = False
 
     def __enter__(self) -> StopSignals:
-        in_main = threading.current_thread() is threading.main_thread()  # Python gives signals to no other thread
+        in_main = threading.current_thread() is threading.main_thread()  # only the main thread may set handlers
         known = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)]
-        taken = [n for n in known if n == signal.SIGINT or signal.getsignal(n) != signal.SIG_IGN]  # as nohup's SIGHUP
-        self._before = {n: signal.signal(n, self._note) for n in taken if in_main}
-        StopSignals.noting = self if in_main else StopSignals.noting
+        # A signal that is ignored stays ignored: nohup relies on that for SIGHUP.
+        handled = [n for n in known if n == signal.SIGINT or signal.getsignal(n) != signal.SIG_IGN]
+        self._before = {n: signal.signal(n, self._note) for n in handled if in_main}
+        StopSignals.active = self if in_main else StopSignals.active
         return self
 
     def __exit__(self, *_: object) -> None:
         for which, handler in self._before.items():
             signal.signal(which, handler)
-        if StopSignals.noting is self:
-            StopSignals.noting = None
+        if StopSignals.active is self:
+            StopSignals.active = None
 
     def _note(self, which: int, frame: FrameType | None) -> None:
         if which == signal.SIGINT and self._interrupted:
@@ -67,6 +75,6 @@ class StopSignals:
 
 
 def raise_if_stopped() -> None:
-    """Raise `Unfinished` if this process was asked to stop. Call it before each pass of a network."""
-    if StopSignals.noting and StopSignals.noting.exit_code:
+    """Raise `Unfinished` if this process was asked to stop. Call this before each pass of a network."""
+    if StopSignals.active and StopSignals.active.exit_code:
         raise Unfinished

@@ -1,4 +1,4 @@
-"""The two things that the loop trains: a `Stage` and its `Player`s."""
+"""What the loop trains: a `Stage` and its `Player`s."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 Loss = Callable[[Mapping[str, nn.Module], dict[str, Any], int], tuple[Tensor, Mapping[str, float | Tensor]]]
-"""loss(networks by player's name, batch, step) -> the loss, and its parts to log."""
+"""loss(networks by name of their player, batch, step) -> the loss, and its parts to log."""
 
 Samples = list[tuple[int, int]]
 """(n, item): the n-th sample since the run began is example `item`."""
@@ -18,14 +18,23 @@ Samples = list[tuple[int, int]]
 
 @dataclass(frozen=True)
 class Player:
-    """A network in training, with an optimizer and a loss of its own: a GAN has two.
+    """A network in training, with an optimizer and a loss of its own. A GAN has two players.
 
-    What is trained are the network's parameters that require gradients when training begins. `loss(networks, batch,
-    step)` gives the loss, a mean over the batch, and its parts to be logged. It gets the networks of all players by
-    name, as prepared for many processes, and may only call them (`networks["unet"](...)`), because the hooks that
-    reduce gradients run on that call. (With FSDP they are copies: the stage's own networks have the trained weights in
-    `validate` and `export` alone.) `batch` lives as long as the optimizer step: an earlier player can leave things in
-    it.
+    `loss(networks, batch, step)` returns the loss, a mean over the batch, and its parts to log. `networks` holds the
+    networks of all players by name, as prepared for several processes. A loss may only call them
+    (`networks["unet"](...)`), because the hooks that reduce gradients run on that call. With FSDP they are copies: the
+    stage's own networks have the trained weights only during `validate` and `export`. The batch lives as long as the
+    optimizer step, so a player can leave values in it for a later one.
+
+    Attributes:
+        name: Name of the player in metrics, checkpoints, and `networks`.
+        network: The network. Its parameters that require gradients when training begins are trained.
+        loss: The loss.
+        learning_rate: Learning rate of AdamW, which the schedule multiplies.
+        starts_at: First optimizer step of this player. Its learning-rate schedule counts from there.
+        ema: Whether a moving average of the weights is kept, validated, and exported.
+        betas: Betas of AdamW.
+        weight_decay: Weight decay of AdamW.
     """
 
     name: str
@@ -33,7 +42,7 @@ class Player:
     loss: Loss
     _: KW_ONLY
     learning_rate: float
-    starts_at: int = 0  # its first optimizer step; its learning-rate schedule counts from there
+    starts_at: int = 0
     ema: bool = False
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 0.01
@@ -44,31 +53,43 @@ class Stage(Protocol):
 
     @property
     def players(self) -> Sequence[Player]:
-        """Players, trained in this order in each optimizer step. The first one's metrics have no prefix."""
+        """Players, trained in this order in each optimizer step. Metrics of the first one have no prefix."""
 
     @property
     def size(self) -> int:
-        """The number of training examples."""
+        """Number of training examples."""
 
     @property
     def identity(self) -> Mapping[str, str]:
         """Fingerprints of the data and the model. A run refuses to resume if either differs; paths may change."""
 
     def batch(self, samples: Samples) -> dict[str, Any]:
-        """Return the batch of samples (n, item). n counts samples since the run began, and noise may depend only on it
-        and the seed; item is the index of the example. Called ahead, from other threads; the loop moves tensors to the
-        device."""
+        """Return the batch of these samples. It is called ahead of time, from other threads.
+
+        Args:
+            samples: Pairs (n, item). n counts samples since the run began, and all randomness may depend only on n and
+                the seed. item is the index of the example.
+
+        Returns:
+            Tensors and other values by name. The loop moves the tensors to the device.
+        """
 
     def names(self, samples: Samples) -> list[str]:
-        """Return names of these samples for messages, such as their file names."""
+        """Return names of these samples for messages, such as file names."""
 
     def validate(self, step: int) -> dict[str, float]:
         """Return metrics after `step` steps, the same on every process.
 
-        Called on every process, with the averaged weights in the networks, in evaluation mode, and without gradients;
-        a stage splits the work itself. May raise `Unfinished` (see `raise_if_stopped`), on every process.
+        The loop calls this on every process, with averaged weights in the stage's networks, in evaluation mode, and
+        without gradients. A stage splits the work over the processes itself (see `split_over_processes`).
+
+        Raises:
+            Unfinished: A process was asked to stop (see `raise_if_stopped`). It is raised on every process.
         """
 
     def export(self, folder: Path) -> None:
-        """Fill an empty folder with the result. Called on the main process, in the state that `validate` finds. May
-        raise `Unfinished`."""
+        """Write the result into an empty folder. The loop calls this on the main process, in the state of `validate`.
+
+        Raises:
+            Unfinished: The process was asked to stop.
+        """

@@ -1,7 +1,10 @@
-"""The commands as a user runs them: most in this process, through `main`; what concerns a process, in another."""
+"""The commands as a user runs them. Most run in this process through `main`; process behaviour is tested in
+subprocesses.
+"""
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import errno
 import functools
@@ -9,6 +12,7 @@ import io
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -25,13 +29,18 @@ from PIL import Image
 
 import sdkit
 from sdkit import images
+from sdkit.arguments import PREDICTIONS
 from sdkit.cli import main
 from sdkit.cli.commands import _parser
 from sdkit.cli.console import Stopped, signals_raised
+from sdkit.cli.training import _settings
 from sdkit.data import latent_file as latents
+from sdkit.data.transform import CROPS
 from sdkit.diffusion.samplers import SAMPLERS
 from sdkit.diffusion.schedule import SPACINGS
+from sdkit.engines.device import DTYPES
 from sdkit.pipelines.generation import Generation
+from sdkit.training import UNetConfig, VAEConfig
 
 QUICK = ("--steps", "2", "--dtype", "fp32", "--device", "cpu")
 ROOT = Path(__file__).parents[2]
@@ -60,7 +69,7 @@ def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., Ran]:
 
 @pytest.fixture
 def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, astronaut: Image.Image) -> Path:
-    """The current folder, with good and bad inputs of every kind."""
+    """Make the current folder, with good and bad inputs of every kind."""
     monkeypatch.chdir(tmp_path)
     astronaut.resize((40, 24)).save("good.png")
     astronaut.resize((16, 16)).save("photo.jpg")
@@ -108,12 +117,56 @@ def test_version_and_help(run: Callable[..., Ran]) -> None:
         assert out.startswith(f"usage: {' '.join(['sdkit', *command])} ")
 
 
+def parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
+    """Yield a parser and those of its commands, and of theirs."""
+    yield parser
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for child in action.choices.values():
+                yield from parsers(child)
+
+
+COMMANDS = {parser.prog: parser for parser in parsers(_parser())}
+
+
 def test_the_choices_in_the_help_are_all_there_are() -> None:
-    options = {action.dest: action for action in _parser()._subparsers._group_actions[0].choices["generate"]._actions}  # type: ignore[union-attr,index]
-    for name, choices in (("sampler", SAMPLERS), ("spacing", SPACINGS)):
-        words = str(options[name].help).split("(")[0].replace(",", " ").replace(" or ", " ").split()
-        assert words == list(choices)
+    options = {action.dest: action for action in COMMANDS["sdkit generate"]._actions}
     assert set(Generation.__dataclass_fields__) - {"prompt"} <= set(options)
+    crop = next(action for action in COMMANDS["sdkit cache"]._actions if action.dest == "crop")
+    for option, known in (
+        (options["sampler"], SAMPLERS),
+        (options["spacing"], SPACINGS),
+        (options["prediction_type"], set(PREDICTIONS.values())),
+        (options["dtype"], {"auto", *DTYPES} - {"float32", "bfloat16", "float16"}),  # names in PNGs, for the same
+        (crop, CROPS),
+    ):
+        assert set(str(option.metavar).strip("{}").split(",")) == set(known)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_each_example_in_a_help_is_understood(command: str) -> None:
+    """By the command it is an example of."""
+    examples = re.findall(r"^  (\S.*)", str(COMMANDS[command].epilog), flags=re.MULTILINE)
+    assert examples
+    for example in examples:
+        words = shlex.split(example.removeprefix("accelerate launch -m "))
+        assert " ".join(words).startswith(command)
+        args = _parser().parse_args(words[1:])
+        if command in ("sdkit train vae", "sdkit train unet") and not args.config:
+            assert _settings({"vae": VAEConfig, "unet": UNetConfig}[words[2]], args).data == args.data
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_fits_a_terminal_and_says_each_default_in_words(
+    command: str, columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    text = COMMANDS[command].format_help()
+    assert max(map(len, text.splitlines())) < columns
+    assert not re.search(r"\(default:\s*(none)?\s*\)", text, flags=re.IGNORECASE)
+    for option in COMMANDS[command]._actions:
+        assert option.help or isinstance(option, argparse._SubParsersAction)
 
 
 def test_an_option_may_be_given_to_each_parse_of_a_parser() -> None:
@@ -323,7 +376,8 @@ BAD = {
     "encode: name not UTF-8": (("encode", "caf\udce9.png"), 2, "caf?.png"),
     "encode: name of two lines": (("encode", "a\nb.png"), 2, "a?b.png"),
     "encode: name empty": (("encode", ""), 2, "empty"),
-    "encode: tile 5": (("encode", "good.png", "--tile", "5"), 2, "must be a whole number of at least 128"),
+    "encode: tile 5": (("encode", "good.png", "--tile", "5"), 2, "must be a whole number of at least 16"),
+    "encode: tile 64": (("encode", "good.png", "--tile", "64"), 2, "must be a whole number of at least 128"),
     "encode: batch-size 0": (
         ("encode", "good.png", "--batch-size", "0"),
         2,
@@ -346,7 +400,7 @@ BAD = {
     "decode: tile -1": (
         ("decode", "other.safetensors", "--force", "--tile", "-1"),
         2,
-        "must be a whole number of at least 128",
+        "must be a whole number of at least 16",
     ),
     "decode: out is a file": (("decode", "other.safetensors", "--force", "-o", "file"), 2, "cannot write into file"),
     "reconstruct: missing file": (("reconstruct", "no.png"), 2, "no such file"),
@@ -424,8 +478,8 @@ def test_a_bug_is_not_hidden(run: Callable[..., Ran], work: Path, monkeypatch: p
         run("encode", "good.png")
 
 
-# Whoever started the tests may have had signals ignored: shells do so with Ctrl-C for what runs in the background, and
-# nohup with SIGHUP.
+# The tests' own parent may have set signals to be ignored: shells do so with SIGINT for background jobs, and nohup with
+# SIGHUP.
 LAUNCH = """
 import signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -438,7 +492,7 @@ sys.exit(main())
 
 @contextlib.contextmanager
 def process(*arguments: str, **options: object) -> Iterator[subprocess.Popen[bytes]]:
-    """The command in a process of its own, which does not outlive the test."""
+    """Run the command in a subprocess, which is killed at the end of the test."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     pipes: dict[str, object] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     command = [sys.executable, "-c", LAUNCH, *arguments]
@@ -622,7 +676,9 @@ def test_tables_are_clean(run: Callable[..., Ran], work: Path) -> None:
 
 
 def _is_full(device: Path) -> bool:
-    """Whether writing to it fails as on a full disk; in some containers /dev/full is an ordinary file, or not there."""
+    """Return whether writing to the device fails as on a full disk. In some containers /dev/full is an ordinary file or
+    is missing.
+    """
     try:
         with device.open("r+b", buffering=0) as file:
             file.write(b"\n")

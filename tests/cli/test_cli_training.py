@@ -1,4 +1,6 @@
-"""The commands around training as a user runs them: most in this process; what is stopped or launched, in others."""
+"""The training commands as a user runs them. Most run in this process; those that are stopped or
+launched, in others.
+"""
 
 from __future__ import annotations
 
@@ -22,10 +24,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import sdkit
+from sdkit.arguments import PREDICTIONS
 from sdkit.cli import console, main
 from sdkit.cli.commands import _parser
-from sdkit.cli.training import _settings
+from sdkit.cli.training import CHOICES, _settings
 from sdkit.data import LatentCache, check
+from sdkit.errors import ArgumentError
 from sdkit.training import UNetConfig, VAEConfig, train_unet
 from sdkit.training.checkpoint import checkpoints
 from sdkit.training.run_folder import read_metrics
@@ -54,7 +58,9 @@ def run(capfd: pytest.CaptureFixture[str]) -> Callable[..., Ran]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model, photos, and a LoRA trained from the command line in `run`, which have cost a while."""
+    """Make a tiny model, photos, and in `run` a LoRA trained from the command line. It is slow, so the
+    tests share it.
+    """
     folder = tmp_path_factory.mktemp("training")
     tiny.model(folder / "model")
     tiny.photos(folder / "photos", 6)
@@ -67,7 +73,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def work(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The current folder, with what `folder` has, and more of every kind."""
+    """Make the current folder, with links to the content of `folder`, and more inputs of every kind."""
     monkeypatch.chdir(tmp_path)
     for name in ("model", "photos", "run"):
         Path(name).symlink_to(folder / name)
@@ -86,16 +92,30 @@ def test_help_tells_every_field_with_its_docstring_and_default(run: Callable[...
     told = " ".join(out.split())
     for field in fields(STAGES[stage]):
         assert f"--{field.name.replace('_', '-')}" in told
-    assert "--batch-size N Samples per process and micro-batch (default: 1)" in told  # inherited twice
+    # This field is inherited through two classes.
+    assert "--batch-size N Samples per process and micro-batch (default: 1)" in told
     clipping = "Largest gradient norm; gradients above it are clipped. None turns clipping off (default: 1.0)"
     assert f"--max-grad-norm X {clipping}" in told
     assert "--init PATH A config.json of diffusers, or a folder with one: train" in told
     adam = "Use AdamW of bitsandbytes, with its state in 8 bits (default: no)"
     assert f"--use-8bit-adam, --no-use-8bit-adam {adam}" in told
-    assert "needed, here or in that file: --data PATH" in told
+    assert "required, here or in the --config file: --data PATH" in told
     text = "Train the text encoder together with the U-Net (default: no)"
     own = text if stage == "unet" else "(as in Stability's ft-mse) (default: l2)"
     assert own in told
+
+
+@pytest.mark.parametrize("field", CHOICES)
+def test_the_choices_in_the_help_are_those_of_the_settings(field: str) -> None:
+    stage = VAEConfig if hasattr(VAEConfig, field) else UNetConfig
+    with pytest.raises(ArgumentError) as refused:
+        stage(data="photos", out_dir="run", **{field: "unheard-of"})
+    known = re.findall(r"'([^']+)'", str(refused.value).partition("is not one of")[2])
+    assert set(CHOICES[field]) == {PREDICTIONS.get(name, name) for name in known}
+    train = _parser()._subparsers._group_actions[0].choices["train"]  # type: ignore[union-attr,index]
+    options = train._subparsers._group_actions[0].choices["vae" if stage is VAEConfig else "unet"]._actions
+    (option,) = (option for option in options if option.dest == field)
+    assert all(name in f"{option.metavar} {option.help}" for name in CHOICES[field])
 
 
 def test_every_option_is_explained() -> None:
@@ -213,15 +233,15 @@ def test_settings_come_from_a_file_but_for_what_is_given(work: Path) -> None:
     )  # fmt: skip
 
 
-# What users get wrong
+# Users' mistakes
 
 
 def file(text: str, *more: str) -> tuple[str, ...]:
-    """The arguments of a command whose --config is `text`."""
+    """Return the arguments of a command with `text` as its --config file."""
     return ("train", "unet", "--config", f"={text}", *more)
 
 
-GIVEN = ("--data", "photos", "--out-dir", "r", "--model", "nowhere")  # no model: it is not reached
+GIVEN = ("--data", "photos", "--out-dir", "r", "--model", "nowhere")  # no such model, but it is not opened
 BAD: dict[str, tuple[tuple[str, ...], str]] = {
     "train: no stage": (("train",), "required: COMMAND"),
     "train: unknown stage": (("train", "text"), "invalid choice: 'text'"),
@@ -331,7 +351,9 @@ BAD: dict[str, tuple[tuple[str, ...], str]] = {
 def test_bad_input_is_told_in_one_sentence(
     run: Callable[..., Ran], work: Path, arguments: tuple[str, ...], fragment: str
 ) -> None:
-    """Also that what can be told without a model is told without one: "nowhere" is none, and would be told of."""
+    """Mistakes that can be found without a model must be found before the model is opened. Here "nowhere" does not
+    exist, and opening it would give another error.
+    """
     for argument in arguments:
         if argument.startswith("="):
             Path("config.json").write_text(argument[1:], encoding="utf-8")
@@ -343,7 +365,7 @@ def test_bad_input_is_told_in_one_sentence(
     assert sorted(work.rglob("*")) == before
 
 
-# What they do
+# Results
 
 
 def test_training_prints_the_result_and_the_same_command_finds_it_done(run: Callable[..., Ran], work: Path) -> None:
@@ -353,14 +375,14 @@ def test_training_prints_the_result_and_the_same_command_finds_it_done(run: Call
     assert run(*command) == Ran(0, f"r{os.sep}result\n", "r is finished: step 2, see r/result.\n")
     assert Path("r/result/diffusion_pytorch_model.safetensors").stat().st_mtime_ns == made
     sdkit.VAE.from_pretrained("r/result")
-    code, out, err = run("train", "vae", "--config", "r/config.json", "--max-steps", 3)  # goes on in the same folder
+    code, out, err = run("train", "vae", "--config", "r/config.json", "--max-steps", 3)  # resumes in the same folder
     assert (code, out) == (0, f"r{os.sep}result\n")
-    assert err == "going on from r/checkpoints/step-00000002\n"
+    assert err == "resuming from r/checkpoints/step-00000002\n"
     assert [line["step"] for line in read_metrics(Path("r/metrics.jsonl")) if "loss" in line] == [1, 2, 3]
 
 
 def test_the_command_trains_as_the_function_does(work: Path) -> None:
-    """With the options in the place of the fields: the run of `folder` again, to the bit."""
+    """The function with the command's options as fields must repeat the run of `folder` bit-identically."""
     Path("again").mkdir()
     config = settings("unet", "--config", "run/config.json", "--out-dir", "again/run")
     assert isinstance(config, UNetConfig)
@@ -439,7 +461,7 @@ def test_images_remember_their_lora(run: Callable[..., Ran], work: Path) -> None
 
 
 def test_a_converted_lora_does_the_same(run: Callable[..., Ran], work: Path) -> None:
-    """With an alpha that is not the rank too, which diffusers' layout has in its metadata."""
+    """The alpha may differ from the rank; diffusers' layout has it in the metadata."""
     tensors = load_file("run/result/pytorch_lora_weights.safetensors")
     config = json.dumps({"unet.r": 2, "unet.lora_alpha": 5, "text_encoder.r": 2, "text_encoder.lora_alpha": 3})
     save_file(tensors, "scaled.safetensors", {"format": "pt", "lora_adapter_metadata": config})
@@ -480,14 +502,16 @@ def test_several_loras_add_up_each_with_its_scale(run: Callable[..., Ran], work:
         assert np.abs(expected.astype(int) - found["one"]).max() > 2
         assert run("generate", "--from", f"{name}.png", "-o", "again.png").code == 0
         assert Path("again.png").read_bytes() == Path(f"{name}.png").read_bytes()
-    # Another LoRA does not take over the scales of those in the PNG; one of theirs given again does not either.
+    # Another LoRA does not inherit the scales in the PNG. A scale alone does not apply to the two LoRAs in it either.
     assert run("generate", "--from", "scaled.png", "--lora", "other.safetensors", "-o", "again.png").code == 0
     np.testing.assert_array_equal(pixels("again.png"), found["one"])
     assert "1 of lora_scale cannot serve 2" in run("generate", "--from", "scaled.png", "--lora-scale", 1).err
 
 
 def test_a_vae_beside_the_model(run: Callable[..., Ran], work: Path) -> None:
-    """Its images, its PNG, the cache that it makes, the run that trains on it, and the pipeline that this exports."""
+    """Test a VAE in its own folder with images, a PNG, a cache, a run that trains with it, and the run's exported
+    pipeline.
+    """
     torch.manual_seed(1)
     vae = sdkit.VAE.from_pretrained("model", dtype="fp32", device="cpu")
     with torch.no_grad():
@@ -517,15 +541,15 @@ def test_a_vae_beside_the_model(run: Callable[..., Ran], work: Path) -> None:
         losses[data] = read_metrics(Path(f"r-{data}/metrics.jsonl"))[1]["loss"]
         again = run(*train, 2, "--vae", "other/vae") if data == "cache" else run(*train, 2)
         assert again.code == (0 if data == "cache" else 2)  # paths may change, the VAE may not
-    assert "its model was another" in again.err
+    assert "its model was different" in again.err
     assert losses["cache"] == pytest.approx(losses["photos"], rel=2e-3)  # a cache holds float16
 
 
-# Stopped, and taken up again
+# Interrupting and resuming
 
 
 def command(arguments: list[str], folder: Path, said: Path, hook: str, environment: dict[str, str]) -> None:
-    """A process of its own, with its output in files; `hook` as in `toy.hooks`."""
+    """Run the command in this process, with its output in files. `hook` is in the notation of `toy.hooks`."""
     os.chdir(folder)
     os.environ.update(environment)
     torch.set_num_threads(1)
@@ -552,13 +576,13 @@ def ended(process: Any, said: str = "said") -> Ran:
 @pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGINT", 130)])
 def test_a_signal_leaves_a_checkpoint_and_the_same_command_goes_on(work: Path, name: str, code: int) -> None:
     run = (*LORA, "--out-dir", "r", "--max-steps", "5", "--save-every", "2", "--validate-every", "9")
-    told = "sdkit: stopped after step 2, with a checkpoint; the same command goes on from there.\n"
+    told = "sdkit: stopped after step 2, with a checkpoint; the same command resumes it.\n"
     noticed = "\nsdkit: stopping with a checkpoint; Ctrl-C again leaves at once.\n" if name == "SIGINT" else ""
-    # While the checkpoint of step 2 gets its name; no step follows.
+    # The signal arrives while the checkpoint of step 2 is being renamed. No further step follows.
     assert ended(started(*run, hook=f"{name} os.rename:step-00000002 1")) == Ran(code, "", noticed + told)
     assert [path.name for path in checkpoints(Path("r/checkpoints"))] == ["step-00000002"]
     assert not Path("r/result").exists()
-    going_on = "going on from r/checkpoints/step-00000002\n"
+    going_on = "resuming from r/checkpoints/step-00000002\n"
     assert ended(started(*run)) == Ran(0, f"r{os.sep}result\n", going_on)
     assert [line["step"] for line in read_metrics(Path("r/metrics.jsonl")) if "loss" in line] == [1, 2, 3, 4, 5]
 
@@ -566,13 +590,14 @@ def test_a_signal_leaves_a_checkpoint_and_the_same_command_goes_on(work: Path, n
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals to send")
 def test_a_second_ctrl_c_leaves_at_once(work: Path) -> None:
     run = (*LORA, "--out-dir", "r", "--max-steps", "9", "--save-every", "2", "--validate-every", "9")
-    hook = "SIGINT os.rename:step-00000002 1;SIGINT os.rename:step-00000002 2"  # both at the first one
+    # Both signals arrive at the first rename.
+    hook = "SIGINT os.rename:step-00000002 1;SIGINT os.rename:step-00000002 2"
     code, out, err = ended(started(*run, hook=hook))
     assert (code, out) == (130, "")
     assert [line[:15] for line in err.splitlines()] == ["", "sdkit: stopping", "sdkit: stopped;"]
 
 
-# Many processes
+# Several processes
 
 
 def test_of_many_processes_the_main_one_tells_of_an_error(
@@ -582,21 +607,22 @@ def test_of_many_processes_the_main_one_tells_of_an_error(
     other = started(*wrong, said="other", RANK="1", WORLD_SIZE="2")
     assert ended(started(*wrong, RANK="0", WORLD_SIZE="2")).err.startswith("sdkit: max_steps must be")
     other.join(1)
-    other.terminate()  # as the launcher does, once the main one has ended
+    other.terminate()  # as the launcher does after the main process has ended
     assert ended(other, "other") == Ran(-signal.SIGTERM, "", "")
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(console, "PATIENCE", 0.01)  # with an error of its own it is not ended
+    # The main process does not end this one, so this one must report its own error in the end.
+    monkeypatch.setattr(console, "PATIENCE", 0.01)
     assert run(*wrong).err.startswith("sdkit: max_steps must be")
-    monkeypatch.setenv("WORLD_SIZE", "1")  # as some leave it behind
+    monkeypatch.setenv("WORLD_SIZE", "1")  # some environments leave WORLD_SIZE set
     monkeypatch.setattr(console, "PATIENCE", 1e6)
     assert run(*wrong).err.startswith("sdkit: max_steps must be")
 
 
 @pytest.fixture
 def launch(work: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
-    """`accelerate launch -m sdkit` with two processes on the CPU."""
-    # With --cpu, Accelerate starts one process, however many it is asked for, unless it is told of MPI.
+    """Return a function that runs `accelerate launch -m sdkit` with two processes on the CPU."""
+    # With --cpu, Accelerate starts one process, whatever number is asked for, unless it is configured for MPI.
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     launcher += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -609,12 +635,12 @@ def launch(work: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
 
     yield start
     for process in running:
-        process.terminate()  # which it passes on
+        process.terminate()  # the launcher passes the signal on
         process.communicate()
 
 
 def sentences(err: str) -> list[str]:
-    """What sdkit itself said, without the launcher's log."""
+    """Return the lines that sdkit itself printed, without the launcher's log."""
     return [line for line in err.splitlines() if line.startswith("sdkit: ")]
 
 
@@ -635,17 +661,17 @@ def test_a_launched_run_stops_and_goes_on_and_speaks_with_one_voice(
     assert out == ""
     assert sentences(err) == [
         "sdkit: stopping with a checkpoint; Ctrl-C again leaves at once.",
-        f"sdkit: stopped after step {done}, with a checkpoint; the same command goes on from there.",
+        f"sdkit: stopped after step {done}, with a checkpoint; the same command resumes it.",
     ]
     second = launch(*steps, "--max-steps", str(done + 1))
     out, err = second.communicate(timeout=60)
     assert (second.returncode, out) == (0, f"r{os.sep}result\n"), err
-    assert err.count("going on from") == 1
+    assert err.count("resuming from") == 1
     assert json.loads(Path("r/config.json").read_text())["samples_per_step"] == 2
 
 
 def test_a_launched_commands_error_is_told_once(launch: Callable[..., subprocess.Popen[str]]) -> None:
     process = launch(*LORA, "--out-dir", "file")
     out, err = process.communicate(timeout=60)
-    assert (process.returncode, out) == (1, "")  # the launcher's own
+    assert (process.returncode, out) == (1, "")  # the launcher's own exit code
     assert sentences(err) == ["sdkit: cannot write into file: not a directory; give another folder."]

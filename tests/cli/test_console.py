@@ -1,4 +1,4 @@
-"""What a process makes of signals: exit codes, whatever libraries do to the exceptions, and nothing left half done."""
+"""Signals: exit codes, exceptions that libraries wrap or lose, and no partial files."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from sdkit.stops import Stopped, stop_in
 
 
 def raising(stop: BaseException) -> None:
-    """Raise `stop` where Python 3.11 wraps it in a RuntimeError."""
+    """Raise `stop` in a place where Python 3.11 wraps it in a RuntimeError."""
 
     class Named:
         def __set_name__(self, owner: type, name: str) -> None:
@@ -32,7 +32,7 @@ class TestWrappedStops:
     def test_is_found_below_other_errors(self, stop: BaseException, code: int) -> None:
         try:
             raising(stop)
-        except (RuntimeError, Stopped, KeyboardInterrupt) as error:  # Python 3.12 wraps nothing
+        except (RuntimeError, Stopped, KeyboardInterrupt) as error:  # Python 3.12 does not wrap it
             told = SdkitError("the model is damaged.")
             told.__cause__ = error
         assert stop_in(told) is stop
@@ -82,7 +82,7 @@ sys.exit(exit_code_of(work))
 
 
 def run(work: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    """Run `work`, the source of a function of that name, as a whole process."""
+    """Run `work`, the source of a function with that name, in a subprocess."""
     script = SCRIPT.format(work=textwrap.dedent(work))
     command = [sys.executable, "-c", script, *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=60)
@@ -126,7 +126,7 @@ def run(work: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
     ids=["in __del__", "in a bare except", "at the end"],
 )
 def test_a_signal_whose_exception_is_lost_ends_the_process_all_the_same(lost: str, name: str, code: int) -> None:
-    """Known defect: the handler was gone after the first signal, and the process could only be killed."""
+    """Guards against a defect: the handler was removed after the first signal, and the process could only be killed."""
     ended = run(lost, name)
     assert ended.returncode == code
     assert len(ended.stderr.splitlines()) == 1

@@ -41,13 +41,13 @@ QUICK = Generation(num_inference_steps=3, guidance_scale=5.0)
 
 @pytest.fixture
 def photos(tmp_path: Path, astronaut: Image.Image, chelsea: Image.Image) -> Path:
-    """A folder with three images, one of them in a sub-folder, and two broken ones before them."""
+    """Make a folder with three images, one of them in a sub-folder, and two broken ones that sort before them."""
     folder = tmp_path / "photos"
     (folder / "sub").mkdir(parents=True)
     (folder / "a-broken.png").write_bytes(b"\x89PNG\r\n\x1a\n and no more")
     (folder / "b-empty.jpg").write_bytes(b"")
     astronaut.resize((64, 64)).save(folder / "face.png")
-    chelsea.crop((100, 50, 161, 93)).save(folder / "sub" / "cat.png")  # 61 x 43: no multiples of 8
+    chelsea.crop((100, 50, 161, 93)).save(folder / "sub" / "cat.png")  # 61 x 43, neither a multiple of 8
     astronaut.crop((0, 0, 40, 64)).save(folder / "sub" / "flag.webp", lossless=True)
     (folder / "notes.txt").write_text("no image", encoding="utf-8")
     return folder
@@ -84,7 +84,7 @@ def test_encode_does_the_good_files_and_reports_the_broken_ones(
 def test_encoding_a_file_is_the_same_alone_and_among_others(
     sd: sdkit.StableDiffusion, photos: Path, tmp_path: Path
 ) -> None:
-    """Seeds count files, broken ones too: face.png is the third, cat.png the fourth."""
+    """Seeds count files, including broken ones: face.png is the third, and cat.png the fourth."""
     encode_files(sd.vae, [photos], tmp_path / "all", seed=10)
     for name, seed in (("face.png", 12), ("sub/cat.png", 13)):
         encode_files(sd.vae, [photos / name], tmp_path / "one", seed=seed)
@@ -213,7 +213,7 @@ def test_one_image_that_the_vae_refuses_does_not_take_the_others_along(
         report = reconstruct_files(sd.vae, [photos], tmp_path / "out")
     assert len(report.done) == 2
     assert dict(report.failed)[photos / "sub/cat.png"] == f"{photos / 'sub/cat.png'}: not this one."
-    for path in (tmp_path / "out").rglob("*.safetensors"):  # with the seeds that they would have had
+    for path in (tmp_path / "out").rglob("*.safetensors"):  # each has the seed of its place among all files
         whole = latents.load(tmp_path / "whole" / path.relative_to(tmp_path / "out"))
         torch.testing.assert_close(latents.load(path).z, whole.z, rtol=0, atol=1e-5)
 
@@ -294,7 +294,9 @@ def test_an_image_too_small_for_ssim_still_has_a_psnr(sd: sdkit.StableDiffusion,
 def test_files_are_written_batch_by_batch(
     sd: sdkit.StableDiffusion, astronaut: Image.Image, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A job that is stopped half-way keeps what it finished, and holds only so many pixels at a time."""
+    """A job that is stopped keeps the files that it has finished, and holds only a limited number of
+    pixels in memory.
+    """
     for i in range(6):
         astronaut.resize((32, 32)).save(tmp_path / f"{i}.png")
     monkeypatch.setattr("sdkit.cli.jobs.PIXELS_HELD", 2 * 32 * 32)
@@ -324,7 +326,7 @@ def test_each_image_of_a_batch_is_made_again_alone(
         found = Generation.read(path)
         (again,) = generate_files(sd, [found.prompt], tmp_path / "again.png", found)
         difference = np.abs(pixels(path) - pixels(again))
-        assert difference.max() <= 1  # batches of other sizes are added up in another order
+        assert difference.max() <= 1  # batches of other sizes change the order of sums
         assert (difference > 0).mean() < 1e-2
         assert opened(path).text == opened(again).text  # type: ignore[attr-defined]
 
@@ -358,7 +360,7 @@ def test_the_size_is_recorded_and_kept(sd: sdkit.StableDiffusion, tmp_path: Path
 
 
 def test_the_scale_is_the_models_own_and_recorded(sd: sdkit.StableDiffusion, tmp_path: Path) -> None:
-    """So that the image comes out the same where the model's own is another one day."""
+    """Recording the scale makes the image reproducible even if the model's own scale changes."""
     own, same, other = (
         generate_files(
             sd, ["a cat"], tmp_path / f"{scale}.png", Generation(num_inference_steps=2, guidance_scale=scale)
@@ -413,7 +415,8 @@ def test_a_recipe_names_files_and_folders_absolutely(tmp_path: Path, monkeypatch
     recipe = Generation(model="./model.ckpt", config="configs", height=64, lora=("configs",), vae="configs")
     assert recipe.text()["model"] == str(tmp_path / "model.ckpt")
     assert recipe.text()["config"] == recipe.text()["lora"] == recipe.text()["vae"] == str(tmp_path / "configs")
-    assert Generation().text()["model"] == "emoji"  # the embedded one, whatever lies here
+    # "emoji" is the embedded model, even if a file of that name is in the current folder.
+    assert Generation().text()["model"] == "emoji"
     assert Generation(model="some/model").text()["model"] == "some/model"
     assert replace(recipe, model=recipe.text()["model"]).but(model="model.ckpt").height == 64
 
@@ -441,7 +444,7 @@ def test_a_recipe_names_files_and_folders_absolutely(tmp_path: Path, monkeypatch
 def test_what_a_recipe_refuses_the_model_refuses_too(
     sd: sdkit.StableDiffusion, tmp_path: Path, changes: dict[str, Any], fragment: str
 ) -> None:
-    """So that the check, which is made before a model is loaded, is never stricter than the model."""
+    """The check before a model is loaded must not be stricter than the model."""
     recipe = replace(Generation(num_inference_steps=1), **changes)
     with pytest.raises(ArgumentError, match=fragment):
         recipe.check()
@@ -535,7 +538,7 @@ def test_prompts_of_a_process_substitution() -> None:
 def test_a_folder_that_cannot_be_listed(
     sd: sdkit.StableDiffusion, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Numbers are tried one after another there, and still nothing is overwritten."""
+    """Numbers are tried one after another, and no file is overwritten."""
 
     def refuse(_: object) -> None:
         raise PermissionError(13, "Permission denied")

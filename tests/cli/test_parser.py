@@ -1,4 +1,4 @@
-"""The command line's parser: an option is given once, or is repeatable on purpose."""
+"""The command line's parser: most options can be given once, and a few repeatedly."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def parser() -> Parser:
 
 
 def test_options_given_once_and_repeatable_ones(parser: Parser) -> None:
-    for _ in range(2):  # the second time, nothing is left of the first
+    for _ in range(2):  # the second call must not see values of the first
         found = parser.parse_args(["c", "a", "--many", "x", "-o", "1", "--many", "y", "--no-on", "--list", "u", "v"])
         expected: dict[str, Any] = {"names": ["a"], "many": ["x", "y"], "one": 1, "on": False, "list": ["u", "v"]}
         assert vars(found) == expected

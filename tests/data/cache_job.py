@@ -1,4 +1,4 @@
-"""What subprocesses of the tests run: `python cache_job.py DATA OUT [KEY=JSON ...]`."""
+"""Makes a cache in a subprocess of the tests: `python cache_job.py DATA OUT [KEY=JSON ...]`."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""Makes the same cache in many folders, killed by SIGKILL at every point of it: `python kill_job.py DATA OUT`.
+"""Makes the same cache in many folders, each killed by SIGKILL at another point: `python kill_job.py DATA OUT`.
 
-OUT/N was killed before the N-th step of writing files (a file's fsync, its renaming, the fsync of the folder) and then
-resumed; the last one, with more steps than there are, was never killed. OUT/often was killed again and again.
+OUT/N is killed before the N-th step of writing files (a file's fsync, its rename, or the folder's fsync) and then
+resumed. The last N is larger than the number of steps, so that cache is never killed. OUT/often is killed again and
+again.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ SETTINGS: dict[str, Any] = {"size": 16, "shard_size": 2, "dtype": "fp32", "devic
 
 
 def make(data: str, out: Path, kill_at: int = 0) -> bool:
-    """Make the cache in a process of its own, and whether that was killed, before its n-th step; 0 lets it live."""
+    """Make the cache in a fork, which is killed before step `kill_at` (0: never). Return whether it was killed."""
     child = os.fork()
     if child:
         status = os.waitpid(child, 0)[1]
@@ -59,7 +60,7 @@ def main() -> None:
         assert not make(data, out / str(point))
         point += 1
     deaths = 0
-    while make(data, out / "often", 8):  # where one shard is written, and the next has not got its name yet
+    while make(data, out / "often", 8):  # at this step one shard is in place and the next is not renamed yet
         deaths += 1
     print(point - 1, deaths)
 

@@ -1,4 +1,4 @@
-"""What users get wrong with data and caches: one sentence each, that says with what and what to do."""
+"""Users' mistakes with data and caches. Each is reported in one sentence that says what is wrong and what to do."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def png() -> bytes:
 
 
 def photos(folder: Path, n: int = 2, **files: str | bytes) -> Path:
-    """`n` images and other files in a folder; __ in a name is a dot."""
+    """Make a folder of `n` images and other files; __ in a name stands for a dot."""
     folder.mkdir(parents=True, exist_ok=True)
     for i in range(n):
         (folder / f"{i}.png").write_bytes(png())
@@ -120,7 +120,7 @@ def test_a_stream_without_rows(tmp_path: Path) -> None:
 
 
 def make_cache(folder: Path, **options: Any) -> Path:
-    """A cache of folder/data in folder/out."""
+    """Make a cache of folder/data in folder/out."""
     settings: dict[str, Any] = {"data": folder / "data", "out": folder / "out", "size": 16, "dtype": "fp32", **options}
     return cache(settings.pop("model", "emoji"), settings.pop("data"), settings.pop("out"), **settings)
 
@@ -158,7 +158,7 @@ def test_arguments_of_a_cache(
 
 @pytest.fixture(scope="module")
 def once(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache, and the images that it is of."""
+    """Make images and a cache of them."""
     folder = tmp_path_factory.mktemp("made")
     photos(folder / "data")
     make_cache(folder)

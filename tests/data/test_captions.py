@@ -1,4 +1,4 @@
-"""Captions: where they are found, in which order, and what is told of those that are not."""
+"""Captions: the places where they are looked for, their order, and warnings about missing ones."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ DATA = sdkit.errors.DataError
 
 
 def folder_of(folder: Path, files: dict[str, Any]) -> Path:
-    """A folder of these files: images, text, or bytes."""
+    """Write a folder of files. None as content makes an image."""
     for name, content in files.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -53,7 +53,7 @@ def parquet(**columns: list[Any]) -> bytes:
     return data
 
 
-# Each goes before those below it.
+# Places of captions, the first with the highest priority.
 PLACES: list[tuple[str, str | bytes]] = [
     ("metadata.jsonl", rows({"file_name": "a.png", "text": "metadata.jsonl"})),
     ("a.txt", "a.txt"),
@@ -139,7 +139,7 @@ def test_caption_files_that_are_spelt_another_way(tmp_path: Path, image: str, te
 
 @pytest.fixture
 def cased(tmp_path: Path) -> Path:
-    """A folder on a file system that tells a from A."""
+    """Return a folder on a case-sensitive file system, or skip the test."""
     (tmp_path / "x").touch()
     if (tmp_path / "X").exists():
         pytest.skip("this file system does not tell a from A")
@@ -305,7 +305,7 @@ class TestWithoutCaptions:
         with pytest.raises(UserWarning, match="none of the 2 images"):
             warn_of_captions(open_examples(tmp_path))
         warn_of_captions(open_examples(tmp_path, default_caption="a dog"))
-        with monkeypatch.context() as other:  # one process of several tells it
+        with monkeypatch.context() as other:  # in a run of several processes, only the first one warns
             other.setenv("RANK", "1")
             other.setenv("WORLD_SIZE", "2")
             warn_of_captions(open_examples(tmp_path))

@@ -1,4 +1,4 @@
-"""The data check: each kind of finding, what is left out, the report in words and as JSON."""
+"""The data check: each kind of finding, the examples that are left out, and the report as text and as JSON."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def found(report: CheckReport) -> dict[str, list[str]]:
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> CheckReport:
-    """Of a folder with something of everything, for a crop of 64 x 64 of the embedded model."""
+    """Check a folder that has every kind of finding, for a crop of 64 x 64 and the embedded model."""
     import skimage.data
 
     folder = tmp_path_factory.mktemp("photos")
@@ -59,7 +59,7 @@ class TestFindings:
         reasons = {name: reason for one in report.findings for name, reason in one.reasons.items()}
         assert reasons.keys() == {"broken.png", "zero.jpg", "smaller.jpg"}
         assert "truncated" in reasons["broken.png"]
-        assert reasons["smaller.jpg"] == "64 tokens in 3 chunks"  # the embedded model's are of 30
+        assert reasons["smaller.jpg"] == "64 tokens in 3 chunks"  # the embedded model's chunks have 30 tokens
 
     def test_shapes(self, report: CheckReport) -> None:
         shapes = {(one.width, one.height): one.count for one in report.shapes}
@@ -87,7 +87,7 @@ class TestFindings:
         assert all(one.consequence in text for one in report.findings)
 
     def test_nothing_found(self, tmp_path: Path, chelsea: Image.Image) -> None:
-        """Without a model: those of Stable Diffusion 1.x."""
+        """Without a model, size and tokenizer are those of Stable Diffusion 1.x."""
         chelsea.resize((700, 600)).save(tmp_path / "a.png")
         (tmp_path / "a.txt").write_text("word " * 75)
         report = check(tmp_path)
@@ -117,7 +117,7 @@ class TestLikeness:
     def test_every_near_pair_meets_in_a_bucket(self) -> None:
         rng = np.random.default_rng(0)
         hashes = rng.integers(0, 2**64, 300, dtype=np.uint64)
-        for i in range(0, 300, 2):  # each with a neighbour in at most NEAR_BITS bits
+        for i in range(0, 300, 2):  # each gets a neighbour that differs in at most NEAR_BITS bits
             flips = rng.choice(64, rng.integers(0, NEAR_BITS + 1), replace=False)
             hashes[i + 1] = int(hashes[i]) ^ sum(1 << int(bit) for bit in flips)
         met = {(int(i), int(j)) for bucket in _buckets(hashes) for i in bucket for j in bucket}

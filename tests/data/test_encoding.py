@@ -1,4 +1,4 @@
-"""Making a latent cache: what is in it, interrupted anywhere, by several processes."""
+"""Making a latent cache: its content, interruption at any point, and several processes."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ from tests.helpers import tiny
 pytest.importorskip("datasets")
 
 ROOT, HERE = Path(sdkit.__file__).parents[1], Path(__file__).parent
-LONG = "red apple blue cat " * 16  # 64 tokens: 3 chunks of the embedded model
-FLOAT16 = {"rtol": 2.0**-10, "atol": 1e-5}  # its rounding, and float32's of another order of sums
+LONG = "red apple blue cat " * 16  # 64 tokens, which take 3 chunks of the embedded model
+FLOAT16 = {"rtol": 2.0**-10, "atol": 1e-5}  # the rounding of float16, and that of sums of float32 in another order
 
 
 def make(data: Path, out: Path, **options: Any) -> LatentCache:
@@ -50,7 +50,7 @@ def content(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Seven small pictures, of which the fourth is broken and the last too small."""
+    """Make seven small pictures, of which the fourth is broken and the last is too small."""
     folder, rng = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
     for i in range(7):
         pixels = rng.integers(0, 256, (3, 4, 3), np.uint8)
@@ -69,7 +69,9 @@ def made(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> LatentCache:
 
 class TestContent:
     def test_order_and_names(self, made: LatentCache) -> None:
-        """That of the examples, each with its augmentations in a row; what is broken leaves no gap."""
+        """Items are in the order of the examples, with the augmentations of an example in a row. A broken example
+        leaves no gap.
+        """
         assert len(made) == 15
         expected = [(f"{i}.png", i, a) for i in (0, 1, 2, 4, 5) for a in range(3)]
         assert [(item["name"], item["index"], item["augmentation"]) for item in made] == expected
@@ -89,7 +91,7 @@ class TestContent:
             torch.testing.assert_close(item["mean"], mean[0], **FLOAT16)
             torch.testing.assert_close(item["logvar"], logvar[0], **FLOAT16)
             different.add(item["mean"].numpy().tobytes())
-        assert len(different) > 12  # two draws may be alike
+        assert len(different) > 12  # two random crops can be equal
 
     def test_captions(self, made: LatentCache, sd: sdkit.StableDiffusion) -> None:
         for item in made:
@@ -120,7 +122,7 @@ class TestContent:
         assert [one.items for one in manifest.shards] == [6, 3, 6, 0]
 
     def test_the_defaults(self, photos: Path, tmp_path: Path) -> None:
-        """The model's own size, one augmentation, no embeddings."""
+        """The defaults are the model's own size, one augmentation, and no embeddings."""
         small = LatentCache(cache("emoji", photos, tmp_path / "c", device="cpu", dtype="fp32"))
         assert small[0]["mean"].shape == (4, 16, 16)
         assert (len(small), small.empty["embeddings"], small[0]["embeddings"]) == (5, None, None)
@@ -145,7 +147,7 @@ class TestContent:
 
         def overflowing(self: sdkit.VAE, images: Any, **options: Any) -> Any:
             mean, logvar = moments(self, images, **options)
-            mean[1, 0, 0, 0] = 1e6  # over float16
+            mean[1, 0, 0, 0] = 1e6  # beyond float16's range
             return mean, logvar
 
         monkeypatch.setattr(sdkit.VAE, "moments", overflowing)
@@ -174,7 +176,9 @@ class TestAgain:
 
 
 def run(*command: str) -> subprocess.CompletedProcess[str]:
-    """A Python program of this folder, or a module, in one thread: the sums of several are rounded in another order."""
+    """Run a Python program of this folder, or a module, in one thread, because several threads would change the order
+    of sums.
+    """
     path = f"{ROOT}{os.pathsep}{HERE}"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "ACCELERATE_USE_CPU": "true"}
     whole = [sys.executable, *command]
@@ -183,7 +187,9 @@ def run(*command: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_killed_at_any_point_and_resumed_it_is_as_if_never_stopped(photos: Path, tmp_path: Path) -> None:
-    """By SIGKILL. Seven files are written (two manifests, four shards, the empty prompt), in three steps each."""
+    """A cache that was killed and resumed must be bit-identical. Seven files (two manifests, four shards, and the empty
+    prompt) are written in three steps each.
+    """
     done = run("kill_job.py", str(photos), str(tmp_path))
     assert done.returncode == 0, done.stderr
     points, deaths = map(int, done.stdout.split())
@@ -197,7 +203,7 @@ def test_killed_at_any_point_and_resumed_it_is_as_if_never_stopped(photos: Path,
 
 class TestProcesses:
     def launch(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        # With --cpu, Accelerate starts one process, however many it is asked for, unless it is told of MPI.
+        # With --cpu, Accelerate starts one process, whatever number is asked for, unless it is configured for MPI.
         launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
         launcher += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
         return run(*launcher, "-m", "cache_job", *arguments)
@@ -207,7 +213,8 @@ class TestProcesses:
         for start, out in ((functools.partial(run, "cache_job.py"), "one"), (self.launch, "two")):
             done = start(str(photos), str(tmp_path / out), *settings)
             assert done.returncode == 0, done.stderr
-            assert sorted(done.stdout.replace("\n", "")) == list({"one": "1", "two": "22"}[out])  # processes' numbers
+            # Each process prints the number of processes.
+            assert sorted(done.stdout.replace("\n", "")) == list({"one": "1", "two": "22"}[out])
         assert content(tmp_path / "two") == content(tmp_path / "one")
         assert len(content(tmp_path / "one")) == 7
 
@@ -220,7 +227,7 @@ class TestProcesses:
 
 
 def test_damaged_files_are_made_anew(photos: Path, made: LatentCache, tmp_path: Path) -> None:
-    """One flipped bit in the middle of a shard: the same call finds it by its checksum."""
+    """One flipped bit in the middle of a shard is found by the shard's checksum, and the same call repairs it."""
     copy = tmp_path / "copy"
     shutil.copytree(made.path, copy)
     shard = copy / made.manifest.shards[0].file
@@ -233,7 +240,9 @@ def test_damaged_files_are_made_anew(photos: Path, made: LatentCache, tmp_path: 
 
 
 def test_damage_is_found_where_another_file_is_missing(photos: Path, tmp_path: Path) -> None:
-    """A manifest written anew would vouch for it."""
+    """Damage must be found before the manifest is rewritten, because the new manifest would have the damaged file's
+    checksum.
+    """
     make(photos, tmp_path)
     before = content(tmp_path)
     (tmp_path / "shard-00001.safetensors").unlink()
@@ -253,7 +262,7 @@ def test_a_stream_of_files_that_have_changed_is_other_data(photos: Path, tmp_pat
 
 
 def test_the_models_own_size_is_in_its_vaes_pixels(photos: Path, tmp_path: Path) -> None:
-    """A VAE of three levels makes latents of a quarter of the side."""
+    """The default size is in pixels of the model's own VAE. One of three levels has a factor of 4."""
     model = tiny.model(tmp_path / "model")
     for levels in (3, 4):
         AutoencoderKL(
@@ -275,7 +284,7 @@ def test_a_folder_that_cannot_be_written(photos: Path, tmp_path: Path, monkeypat
 
 
 def test_one_call_at_a_time(photos: Path, tmp_path: Path) -> None:
-    """A second one is told to wait, and harms nothing."""
+    """A second call at the same time is refused, and does no harm."""
     held = filelock.FileLock(tmp_path / ".lock")
     with held, pytest.raises(CacheError, match=r"^another process makes the cache .*; wait for it, or name another"):
         make(photos, tmp_path)
@@ -319,7 +328,7 @@ TENSORS: dict[str, Callable[[Tensors], Tensors]] = {
 
 
 def damage(folder: Path, file: str, name: str) -> None:
-    """Write a shard anew with something in it that is wrong, as HEADERS and TENSORS say."""
+    """Rewrite a shard with a fault in its header or its tensors, as described by HEADERS and TENSORS."""
     with safe_open(folder / file, "pt") as opened:
         header = opened.metadata()["sdkit"]
     tensors = safetensors.torch.load_file(folder / file)
@@ -331,7 +340,7 @@ def damage(folder: Path, file: str, name: str) -> None:
 
 
 def unfinish(folder: Path) -> None:
-    """Leave the cache as if it had been stopped before its manifest was written."""
+    """Make the cache look as if it had been stopped before its manifest was completed."""
     replace(
         Manifest.read(folder), complete=False, examples=0, images=0, items=0, skipped=(), shards=(), empty=None
     ).write(folder)
@@ -339,7 +348,7 @@ def unfinish(folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def whole(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished cache of `photos`."""
+    """Make a complete cache of `photos`."""
     return make(photos, tmp_path_factory.mktemp("whole")).path
 
 
@@ -369,7 +378,9 @@ class TestDamagedShardsWhileResuming:
     def test_a_shard_that_lacks_images_is_told_at_the_end_of_a_stream(
         self, whole: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """Before that end, which is played here, nobody knows how many it should have."""
+        """Before the end of a stream, the number of images that a shard should have is unknown. The end is simulated
+        here.
+        """
         folder = Path(shutil.copytree(whole, tmp_path / "c"))
         unfinish(folder)
         damage(folder, "shard-00002.safetensors", "one is missing everywhere")

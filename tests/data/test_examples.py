@@ -1,4 +1,4 @@
-"""Every kind of data set, broken images, captions from wherever they come."""
+"""Every kind of data set, broken images, and captions from every place."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from PIL import Image
 
 import sdkit
 from sdkit.data import Examples, Stream, open_examples
+from sdkit.messages import quiet
 
 datasets = pytest.importorskip("datasets")
 import pyarrow as pa  # noqa: E402
@@ -90,7 +91,7 @@ class TestFolder:
             open_examples(folder)
 
     def test_what_may_not_be_read_is_told(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """As root, who may read everything, a system that refuses is played."""
+        """A refusal by the operating system is simulated, because root may read everything."""
         (folder / "a.txt").write_text("a red square")
         walk = os.walk
 
@@ -135,7 +136,7 @@ class TestFolder:
 
     def test_modes_and_orientation(self, tmp_path: Path) -> None:
         exif = Image.Exif()
-        exif[0x0112] = 6  # to be turned a quarter clockwise
+        exif[0x0112] = 6  # rotate by 90 degrees clockwise for display
         Image.new("RGB", (12, 10), "blue").save(tmp_path / "exif.jpg", exif=exif)
         Image.new("L", (12, 10), 77).save(tmp_path / "grey.png")
         Image.fromarray(np.full((10, 12), 0x8080, np.uint16)).save(tmp_path / "grey16.png")
@@ -154,7 +155,7 @@ class TestFolder:
             examples[3]
 
     def test_identity(self, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
-        """It is that of names, captions and sizes of files, wherever the folder lies."""
+        """The fingerprint covers names, captions, and sizes of files, and not the path of the folder."""
         copy = tmp_path_factory.mktemp("copy")
         (copy / "b" / "c").mkdir(parents=True)
         for name in ("a.png", "b/z.PNG", "b/c/y.png"):
@@ -171,7 +172,9 @@ class TestFolder:
 class TestTar:
     @pytest.fixture
     def shards(self, tmp_path: Path) -> Path:
-        """Mixed formats, captions of both kinds, one without, a broken image: `datasets` itself refuses such shards."""
+        """Write shards with mixed formats, both kinds of captions, one missing caption, and a broken image. `datasets`
+        itself refuses such shards.
+        """
         write_tar(
             tmp_path / "0.tar",
             {
@@ -204,7 +207,7 @@ class TestTar:
 
 
 class TestColumns:
-    """Parquet files, as data sets on the Hub come too."""
+    """Parquet files, in which data sets on the Hub come too."""
 
     CAPTIONS = ("red", None, "blue")
 
@@ -219,7 +222,7 @@ class TestColumns:
         if form == "datasets":
             features = datasets.Features({"picture": datasets.Image(), "text": datasets.Value("string")})
             table = datasets.Dataset.from_dict({"picture": cells, "text": list(self.CAPTIONS)}, features=features)
-            with datasets_quiet():
+            with quiet("datasets"):
                 table.to_parquet(str(file))
         else:
             images = cells if form == "fields" else [cell["bytes"] for cell in cells]
@@ -293,7 +296,9 @@ class TestColumns:
             one.load()
 
     def test_the_hub_is_asked_only_where_it_may_be(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """As in a stream of a folder of images on the Hub, which gives addresses."""
+        """A stream of a folder of images on the Hub gives addresses in place of bytes. They may be fetched only when
+        online.
+        """
         asked: list[str] = []
 
         def opened(path: str, mode: str) -> Any:
@@ -324,10 +329,12 @@ class TestColumns:
             open_examples(tmp_path)
 
     def test_captions_that_the_library_would_open_are_none(self, tmp_path: Path) -> None:
-        """A file's schema may call a column of paths images: decoding one would open its address."""
+        """A file's schema may declare a column of paths as images. Such a column is not read as captions, because
+        decoding it would open the addresses.
+        """
         features = datasets.Features({"image": datasets.Image(), "text": datasets.Image(), "n": datasets.Value("int8")})
         rows = {"image": self.cells(), "text": [{"bytes": None, "path": "ftp://127.0.0.1/x.png"}] * 3, "n": [1, 2, 3]}
-        with datasets_quiet():
+        with quiet("datasets"):
             schema = features.arrow_schema
             pq.write_table(pa.table(rows, schema), tmp_path / "a.parquet")
         assert open_examples(tmp_path).captions == [""] * 3
@@ -340,7 +347,7 @@ class TestColumns:
         pq.write_table(pa.table({"image": self.cells(), **values}), tmp_path / "a.parquet")
         expected = {"nan": ["", "", "2.5"], "bool": [""] * 3, "bytes": ["a dog", "", ""]}
         for column, captions in expected.items():
-            if column != "bytes":  # which would be taken for images
+            if column != "bytes":  # this column would be taken for the images
                 assert open_examples(tmp_path, caption_column=column).captions == captions
         pq.write_table(pa.table({"image": self.cells(), "text": ["a", "b\0", "c"]}), tmp_path / "a.parquet")
         for streaming in (False, True):
@@ -364,12 +371,6 @@ class TestColumns:
         assert open_examples(tmp_path, streaming=True).identity == before
         pq.write_table(pa.table({"image": [encoded()], "text": ["a longer one"]}), tmp_path / "2.parquet")
         assert open_examples(tmp_path, streaming=True).identity != before
-
-
-def datasets_quiet() -> Any:
-    from sdkit.data.examples import _quiet
-
-    return _quiet(datasets)
 
 
 def test_the_librarys_settings_are_left_as_they_were(folder: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Reading a latent cache: memory-mapped, checked against what a run needs, damage found."""
+"""Reading a latent cache: it is memory-mapped, compared with what a run needs, and checked for damage."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ class TestDamage:
 
     @pytest.mark.parametrize("field", ["scale", "shift", "vae", "data", "dtype"])
     def test_a_manifest_has_a_checksum_of_itself(self, copy: Path, field: str) -> None:
-        """Whatever its content, one changed letter is found."""
+        """A single changed letter is found, whatever the manifest contains."""
         path = copy / "manifest.json"
         text = path.read_text()
         at = text.index(f'"{field}": ') + len(f'"{field}": ') + 1
@@ -180,7 +180,9 @@ class TestDamage:
         ],
     )
     def test_numbers_that_cannot_be(self, copy: Path, name: str, change: Any, fragment: str) -> None:
-        """With a manifest that vouches for them, as one made over damaged files would: found by what they are."""
+        """Impossible values must be found even if the manifest has the right checksum for them, as one made from
+        damaged files would.
+        """
         LatentCache(copy)[2]
         path = copy / "shard-00000.safetensors"
         with safe_open(path, "pt") as file:
@@ -194,12 +196,12 @@ class TestDamage:
         replace(manifest, shards=(first, *manifest.shards[1:])).write(copy)
         made = LatentCache(copy)
         made.verify()
-        made[2]  # of the other shard
+        made[2]  # an item of the other, undamaged shard
         with pytest.raises(sdkit.CacheError, match=rf"shard-00000.safetensors .*{fragment}.*; delete it, then run"):
             made[0]
 
     def test_shards_of_another_cache(self, folder: Path, copy: Path, tmp_path: Path) -> None:
-        """Swapped, with a manifest that vouches for them."""
+        """Shards are swapped, and the manifest has the right checksums for them."""
         manifest = Manifest.read(copy)
         shards = tuple(replace(shard, items=2) for shard in manifest.shards)
         replace(manifest, shards=shards, images=4, examples=4, items=4).write(copy)
@@ -276,8 +278,9 @@ print(mebibytes("RssAnon") - held)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
 def test_a_large_cache_is_not_brought_into_memory(folder: Path, tmp_path: Path) -> None:
-    """128 MiB in two shards: a few items leave most of it where it is. All items pass through mapped pages, which the
-    system takes back when it needs them; memory of the process's own does not grow."""
+    """Reading a few items of 128 MiB in two shards must leave most of it on disk. Reading all items must not increase
+    the process's own memory: mapped pages do not count, because the system reclaims them when it needs to.
+    """
     settings = replace(LatentCache(folder).manifest.settings, size=(512, 512), embeddings=False, shard_size=1024)
     shards = tuple(fabricated(tmp_path / f"shard-{i}.safetensors", 1024, settings) for i in range(2))
     shutil.copy(folder / "empty-prompt.safetensors", tmp_path)
@@ -286,12 +289,12 @@ def test_a_large_cache_is_not_brought_into_memory(folder: Path, tmp_path: Path) 
     command = [sys.executable, "-c", READER, str(folder), str(tmp_path)]
     done = subprocess.run(command, cwd=Path(sdkit.__file__).parents[1], capture_output=True, text=True, check=True)
     some, held = map(int, done.stdout.split())
-    assert some < 64  # MiB; the kernel maps up to 2 MiB around each page that is touched
+    assert some < 64  # MiB; the kernel maps up to 2 MiB around each page that is read
     assert held < 8
 
 
 def fabricated(path: Path, n: int, settings: Settings) -> Shard:
-    """A shard of n images of 512 x 512 pixels."""
+    """Write a shard of n images of 512 x 512 pixels."""
     moments = torch.zeros(n, 1, 4, 64, 64, dtype=torch.float16)
     ends = torch.arange(1, n + 1)
     tensors = {"mean": moments, "logvar": moments.clone()}

@@ -16,13 +16,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from sdkit.data import latent_file as latents
+from sdkit.data import latent_file
 from sdkit.data.latent_file import Latent
 from sdkit.errors import LatentError, SdkitError
 
 
 def make(**changes: Any) -> Latent:
-    """The latents of a picture of 20 x 33 pixels."""
+    """Make the latents of a picture of 20 x 33 pixels."""
     values: dict[str, Any] = {
         "z": torch.randn(4, 3, 5, generator=torch.Generator().manual_seed(0)),
         "height": 20,
@@ -70,13 +70,13 @@ def made(draw: st.DrawFn) -> Latent:
 @given(made())
 def test_round_trip(tmp_path_factory: pytest.TempPathFactory, latent: Latent) -> None:
     path = tmp_path_factory.getbasetemp() / "latent.safetensors"
-    latents.save(latent, path)
-    assert_equal(latents.load(path), latent)
+    latent_file.save(latent, path)
+    assert_equal(latent_file.load(path), latent)
 
 
 def test_others_can_read_the_file_with_safetensors_alone(tmp_path: Path) -> None:
     path = tmp_path / "new" / "a.safetensors"
-    latents.save(make(shift=0.1), path)
+    latent_file.save(make(shift=0.1), path)
     with safe_open(path, framework="np") as file:
         assert list(file.keys()) == ["z"]
         z = file.get_tensor("z")
@@ -96,34 +96,35 @@ def test_others_can_read_the_file_with_safetensors_alone(tmp_path: Path) -> None
         "sdkit": "0.1.0",
         "dtype": "bfloat16",
     }
-    assert latents.__doc__ is not None
-    assert all(f"    {key}" in latents.__doc__.replace(", ", "\n    ") for key in metadata)  # each is documented
+    assert latent_file.__doc__ is not None
+    # the module's docstring explains every key
+    assert all(f"    {key}" in latent_file.__doc__.replace(", ", "\n    ") for key in metadata)
 
 
 def test_views_and_gradients_are_saved_as_values(tmp_path: Path) -> None:
     z = torch.randn(5, 3, 4, requires_grad=True).permute(2, 1, 0)
-    latents.save(make(z=z), tmp_path / "a.safetensors")
-    assert torch.equal(latents.load(tmp_path / "a.safetensors").z, z)
+    latent_file.save(make(z=z), tmp_path / "a.safetensors")
+    assert torch.equal(latent_file.load(tmp_path / "a.safetensors").z, z)
 
 
 def test_numbers_may_be_numpy_s(tmp_path: Path) -> None:
-    latents.save(make(scale=np.float64(0.25), shift=np.float32(0.5)), tmp_path / "a.safetensors")
-    loaded = latents.load(tmp_path / "a.safetensors")
+    latent_file.save(make(scale=np.float64(0.25), shift=np.float32(0.5)), tmp_path / "a.safetensors")
+    loaded = latent_file.load(tmp_path / "a.safetensors")
     assert (loaded.scale, loaded.shift) == (0.25, 0.5)
 
 
 def test_loaded_latent_outlives_its_file(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
-    latents.save(make(), path)
-    latent = latents.load(path)
+    latent_file.save(make(), path)
+    latent = latent_file.load(path)
     with path.open("r+b") as file:
-        file.write(bytes(path.stat().st_size))  # in place, as no rename does
+        file.write(bytes(path.stat().st_size))  # overwritten in place, which a rename never does
     assert_equal(latent, make())
 
 
 def test_source_name_with_undecodable_bytes(tmp_path: Path) -> None:
-    latents.save(make(source=os.fsdecode(b"caf\xe9.jpg")), tmp_path / "a.safetensors")
-    assert latents.load(tmp_path / "a.safetensors").source in ("caf?.jpg", "café.jpg")
+    latent_file.save(make(source=os.fsdecode(b"caf\xe9.jpg")), tmp_path / "a.safetensors")
+    assert latent_file.load(tmp_path / "a.safetensors").source in ("caf?.jpg", "café.jpg")
 
 
 @pytest.mark.parametrize(
@@ -187,7 +188,8 @@ WHOLE = file_of(metadata_of())
         (b"\xff\xd8\xff\xe0" + bytes(99), "this is a JPEG image, not a safetensors file"),
         (b"\n<!DOCTYPE html><title>404</title>", "this is a web page .HTML., not a safetensors file"),
         (b"version https://git-lfs.github.com/spec/v1\n", "this is a Git LFS pointer"),
-        (b"\x80\x02" + bytes(300), "this is not a whole safetensors file"),  # a header of 640 bytes, cut short
+        # Cut short, with a header that claims 640 bytes.
+        (b"\x80\x02" + bytes(300), "this is not a whole safetensors file"),
         (WHOLE[:5], "this is not a whole safetensors file"),
         (WHOLE[:100], "this is not a whole safetensors file"),
         (WHOLE[:-1], "this is not a whole safetensors file"),
@@ -219,18 +221,18 @@ def test_what_cannot_be_loaded_is_one_sentence(tmp_path: Path, data: bytes, sent
     path = tmp_path / "a.safetensors"
     path.write_bytes(data)
     with pytest.raises(LatentError, match=rf"^.*a\.safetensors: .*{sentence}") as caught:
-        latents.load(path)
+        latent_file.load(path)
     assert str(caught.value).endswith(".")
     assert "\n" not in str(caught.value)
 
 
 def test_missing_file_and_folder(tmp_path: Path) -> None:
     with pytest.raises(LatentError, match=r"no\.safetensors: the file cannot be read \(no such file or directory\)"):
-        latents.load(tmp_path / "no.safetensors")
+        latent_file.load(tmp_path / "no.safetensors")
     with pytest.raises(LatentError, match=r"the file cannot be read \(is a directory\)"):
-        latents.load(tmp_path)
+        latent_file.load(tmp_path)
     with pytest.raises(SdkitError, match=r"cannot write .*: it is a folder"):
-        latents.save(make(), tmp_path)
+        latent_file.save(make(), tmp_path)
 
 
 @given(st.data())
@@ -244,7 +246,7 @@ def test_damaged_files_raise_nothing_else(tmp_path_factory: pytest.TempPathFacto
     path = tmp_path_factory.getbasetemp() / "damaged.safetensors"
     path.write_bytes(damaged)
     try:
-        latents.load(path)
+        latent_file.load(path)
     except LatentError as error:
         assert "damaged.safetensors: " in str(error)  # noqa: PT017 - loading may also succeed
 
@@ -252,23 +254,23 @@ def test_damaged_files_raise_nothing_else(tmp_path_factory: pytest.TempPathFacto
 def test_unknown_keys_are_for_later_versions(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     path.write_bytes(file_of(metadata_of(caption=json.dumps(["a cat"])), z=make().z, extra=torch.zeros(1)))
-    assert torch.equal(latents.load(path).z, make().z)
+    assert torch.equal(latent_file.load(path).z, make().z)
 
 
 def test_check_vae() -> None:
-    latents.check_vae(make(), "ab" * 32)
-    latents.check_vae(make(), "cd" * 32, force=True)
+    latent_file.check_vae(make(), "ab" * 32)
+    latent_file.check_vae(make(), "cd" * 32, force=True)
     sentence = (
         r"made by another VAE \(someone/some-vae, abababababab\) than this one \(cdcdcdcdcdcd\); decode it with that"
     )
     with pytest.raises(LatentError, match=sentence):
-        latents.check_vae(make(), "cd" * 32)
+        latent_file.check_vae(make(), "cd" * 32)
 
 
 def test_a_latent_that_contradicts_the_vae_that_it_names() -> None:
-    """The identity covers scale and shift, so that a latent with another scale was changed since."""
+    """The VAE's fingerprint covers scale and shift. A latent that names the VAE but has another scale was edited."""
     identity = "ab" * 32
-    latents.check_vae(make(shift=0.1), identity, scale=0.18215, shift=0.1)
+    latent_file.check_vae(make(shift=0.1), identity, scale=0.18215, shift=0.1)
     for wanted, sentence in (
         (
             {"scale": 0.13025},
@@ -277,31 +279,31 @@ def test_a_latent_that_contradicts_the_vae_that_it_names() -> None:
         ({"shift": 0.1}, r"the latent says shift 0, but the VAE that it names has 0\.1"),
     ):
         with pytest.raises(LatentError, match=sentence):
-            latents.check_vae(make(), identity, **wanted)
-        latents.check_vae(make(), identity, force=True, **wanted)
+            latent_file.check_vae(make(), identity, **wanted)
+        latent_file.check_vae(make(), identity, force=True, **wanted)
 
 
 def test_the_same_latent_has_the_same_bytes(tmp_path: Path) -> None:
-    """safetensors alone would write twelve metadata in another order each time."""
+    """Equal latents must give equal bytes, although safetensors itself writes metadata in random order."""
     for i in range(8):
-        latents.save(make(source="naïve 猫.jpg"), tmp_path / f"{i}.safetensors")
+        latent_file.save(make(source="naïve 猫.jpg"), tmp_path / f"{i}.safetensors")
     assert len({path.read_bytes() for path in tmp_path.iterdir()}) == 1
     data = (tmp_path / "0.safetensors").read_bytes()
     assert int.from_bytes(data[:8], "little") % 8 == 0
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     assert list(header["__metadata__"]) == sorted(header["__metadata__"])
-    assert latents.load(tmp_path / "0.safetensors").source == "naïve 猫.jpg"
+    assert latent_file.load(tmp_path / "0.safetensors").source == "naïve 猫.jpg"
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs names that are not UTF-8, and pipes")
 def test_files_with_odd_names_and_of_odd_kinds(tmp_path: Path) -> None:
     odd = tmp_path / os.fsdecode(b"caf\xe9.safetensors")
-    latents.save(make(), odd)
-    assert_equal(latents.load(odd), make())
+    latent_file.save(make(), odd)
+    assert_equal(latent_file.load(odd), make())
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "zero").symlink_to("/dev/zero")
     with (tmp_path / "huge").open("wb") as file:
         file.truncate(2**40)
     for name in ("pipe", "zero", "huge", "nul\0", "n" * 300):
         with pytest.raises(LatentError, match="the file cannot be read"):
-            latents.load(tmp_path / name)
+            latent_file.load(tmp_path / name)

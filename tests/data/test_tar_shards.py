@@ -1,4 +1,4 @@
-"""Tar shards: which caption is whose, and what damage and malice do."""
+"""Tar shards: matching captions to images, and damaged or hostile archives."""
 
 from __future__ import annotations
 
@@ -153,7 +153,7 @@ def test_damaged_shards_are_read_or_refused(tmp_path: Path, format: int) -> None
             )
             new = rng.choice(odd) if rng.random() < 0.5 else rng.randbytes(rng.randint(1, 4))
             data[at : at + len(new)] = new
-        for start in range(0, used, 512):  # a right checksum lets the damage through
+        for start in range(0, used, 512):  # a right checksum, so that the damage gets past it
             if data[start + 257 : start + 262] == b"ustar" and rng.random() < 0.9:
                 data[start + 148 : start + 156] = b" " * 8
                 data[start + 148 : start + 156] = b"%06o\0 " % sum(data[start : start + 512])

@@ -45,14 +45,14 @@ class TestGeometry:
         ("size", "resized"), [((96, 96), (144, 96)), ((100, 200), (200, 133)), ((480, 64), (722, 480))]
     )
     def test_centre(self, chelsea: Image.Image, size: tuple[int, int], resized: tuple[int, int]) -> None:
-        """451 x 300, resized by max(h / 300, w / 451), then the middle of it."""
+        """A picture of 451 x 300 is resized by max(h / 300, w / 451), and its middle is cropped."""
         whole = np.asarray(chelsea.resize(resized, Image.Resampling.LANCZOS))
         top, left = (resized[1] - size[0]) // 2, (resized[0] - size[1]) // 2
         x = Transform(size=size)(chelsea, draw(0, 0, 0))
         np.testing.assert_array_equal(levels(x), whole[top : top + size[0], left : left + size[1]])
 
     def test_shrinking_is_antialiased(self) -> None:
-        """A checkerboard of single pixels becomes grey, not black or white."""
+        """A checkerboard of single pixels must become grey. Without antialiasing it would become black or white."""
         board = Image.fromarray((np.indices((128, 128)).sum(axis=0) % 2 * 255).astype(np.uint8)).convert("RGB")
         x = Transform(size=(16, 16))(board, draw(0, 0, 0))
         assert x[:, 2:-2, 2:-2].abs().max() < 0.05
@@ -82,7 +82,7 @@ class TestChance:
         assert abs(mirrored - 200) < 4 * 10  # 4 standard deviations
 
     def test_flipping_leaves_the_crop_where_it_is(self, chelsea: Image.Image) -> None:
-        """So that runs with and without flips are comparable."""
+        """Flips must not change the crops, so that runs with and without flips are comparable."""
         for i in range(10):
             x = Transform(size=(64, 64), crop="random")(chelsea, draw(0, i, 0))
             y = Transform(size=(64, 64), crop="random", flip=True)(chelsea, draw(0, i, 0))

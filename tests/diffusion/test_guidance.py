@@ -32,7 +32,7 @@ COND, UNCOND = Conditioning(normal(1, 3, 7, 4)), Conditioning(normal(2, 3, 7, 4)
 
 
 class Model:
-    """A stand-in for the U-Net that remembers the batch and the timestep of each of its evaluations."""
+    """A stand-in for the U-Net that records the batch size and the timestep of each call."""
 
     def __init__(self, learned_range: bool = False) -> None:
         self.batches: list[int] = []
@@ -92,7 +92,9 @@ def test_rescale_restores_each_images_own_deviation() -> None:
     seed=st.integers(0, 2**31),
 )
 def test_apg_equals_the_papers_algorithm(scale: float, eta: float, radius: float, momentum: float, seed: int) -> None:
-    """Over three steps, each handing its running average to the next; also against diffusers' form of it."""
+    """Over three steps, each of which passes its running average to the next. diffusers' implementation
+    must agree too.
+    """
     chosen = APG(eta=eta, norm_threshold=radius, momentum=momentum)
     buffer = MomentumBuffer(momentum)
     average: torch.Tensor | None = None
@@ -143,13 +145,13 @@ def test_apg_settings_are_frozen_and_by_keyword() -> None:
         APG(0.5)  # type: ignore[call-arg]
 
 
-# The predictor: what it returns
+# Results of the predictor
 
 
 def two_passes(
     schedule: NoiseSchedule, model: Model, x_t: torch.Tensor, t: int, scale: float, phi: float = 0.0
 ) -> Prediction:
-    """Guidance as it is written down: one pass for each condition, on the model's own output."""
+    """Guide as in the literature: one pass for each condition, combined in the model's own parameterisation."""
     cond, uncond = (model.output(x_t, t, c) for c in (COND, UNCOND))
     output = uncond + scale * (cond - uncond)
     if phi:
@@ -228,7 +230,9 @@ def test_each_predictor_has_its_own_average() -> None:
 
 @pytest.mark.parametrize("projected", [None, APG(eta=0.0, norm_threshold=2.0)])
 def test_learned_variance_is_the_conditional_models_own(projected: APG | None) -> None:
-    """Extrapolated by the scale it would leave [-1, 1], between whose ends it interpolates log variances."""
+    """The learned variance interpolates between two log variances by a number in [-1, 1]. Guidance must not extrapolate
+    it.
+    """
     schedule = NoiseSchedule.scaled_linear(variance_type="learned_range")
     model = Model(learned_range=True)
     x_t = normal(0, *SHAPE)
@@ -262,7 +266,7 @@ def test_guided_v_is_finite_at_zero_terminal_snr(projected: APG | None) -> None:
 
 @pytest.mark.parametrize("options", [{}, {"phi": 0.7}, {"projected": APG(eta=0.0, norm_threshold=2.0)}])
 def test_guidance_between_equal_conditions_is_none(options: Any) -> None:
-    """The empty prompt guided by the empty prompt: an update of norm 0."""
+    """The prompt equals the negative prompt, so the update has norm 0. This must not divide by zero."""
     schedule = NoiseSchedule.scaled_linear()
     x_t = normal(0, *SHAPE)
     got = guided(Model(), schedule, COND, COND, 7.5, **options)(x_t, 400)
@@ -280,7 +284,7 @@ def test_an_interval_that_cannot_be_is_refused(interval: tuple[float, float]) ->
         guided(Model(), NoiseSchedule.scaled_linear(), COND, UNCOND, 7.5, interval=interval)
 
 
-# The predictor: what it costs
+# Cost of the predictor
 
 
 @pytest.mark.parametrize("name", sorted(SAMPLERS))
@@ -327,13 +331,13 @@ def test_outside_the_interval_the_conditional_prediction_is_returned() -> None:
 def test_the_interval_is_open_below_and_closed_above(interval: tuple[float, float] | None, batch: int) -> None:
     schedule = NoiseSchedule.from_betas([0.5, 0.5])
     model = Model()
-    guided(model, schedule, COND, UNCOND, 7.5, interval=interval)(normal(0, *SHAPE), 0)  # sigma is exactly 1
+    guided(model, schedule, COND, UNCOND, 7.5, interval=interval)(normal(0, *SHAPE), 0)  # here sigma is exactly 1
     assert model.batches == [batch]
 
 
 @pytest.mark.parametrize(("high", "batch"), [(5.0, 3), (math.inf, 6)])
 def test_the_interval_at_zero_terminal_snr(high: float, batch: int) -> None:
-    """There sigma is infinite, and no division by zero."""
+    """At zero terminal SNR sigma is infinite. It must be compared without a division by zero."""
     schedule = NoiseSchedule.scaled_linear(prediction_type="v_prediction").zero_terminal_snr()
     model = Model()
     predict = guided(model, schedule, COND, UNCOND, 7.5, interval=(0.3, high))
@@ -347,19 +351,19 @@ def test_nothing_to_divide_by_is_no_nan() -> None:
     assert apg(zero, zero, 5.0, APG(norm_threshold=1.0))[0].isfinite().all()
 
 
-# Classifier guidance, on data from two Gaussians, of which scores and classifier are known
+# Classifier guidance on data from two Gaussians, for which scores and classifier are known in closed form
 
 MEANS, STD, WEIGHTS = torch.tensor([-1.0, 0.6], dtype=torch.float64), 0.3, torch.tensor([0.3, 0.7], dtype=torch.float64)
 
 
 def log_joint(x_t: torch.Tensor, a: float) -> torch.Tensor:
-    """log p(x_t, y) of both classes, (B, 2), for x_t (B, 1, 1, 1), each pixel being an image."""
+    """Return log p(x_t, y) for both classes as (B, 2). x_t is (B, 1, 1, 1): each image is one pixel."""
     variance = a * STD**2 + 1 - a
     return WEIGHTS.log() - (x_t.flatten(1) - math.sqrt(a) * MEANS) ** 2 / (2 * variance)
 
 
 def posterior(x_t: torch.Tensor, a: float) -> torch.Tensor:
-    """E[x0 | x_t, y] of both classes, (B, 2)."""
+    """Return E[x0 | x_t, y] for both classes as (B, 2)."""
     gain = math.sqrt(a) * STD**2 / (a * STD**2 + 1 - a)
     return MEANS + gain * (x_t.flatten(1) - math.sqrt(a) * MEANS)
 
@@ -367,7 +371,7 @@ def posterior(x_t: torch.Tensor, a: float) -> torch.Tensor:
 @pytest.mark.parametrize("prediction_type", KINDS)
 @pytest.mark.parametrize("inference", [False, True])
 def test_a_perfect_classifier_makes_the_conditional_model(prediction_type: str, inference: bool) -> None:
-    """Bayes: the unconditional score plus the classifier's gradient is the conditional score."""
+    """By Bayes' rule, the unconditional score plus the classifier's gradient is the conditional score."""
     schedule = NoiseSchedule.scaled_linear(prediction_type=prediction_type)
 
     def unconditional(x_t: torch.Tensor, t: int) -> Prediction:

@@ -1,4 +1,4 @@
-"""Each loss against a closed form or another library, and its gradient against finite differences in float64."""
+"""Losses against closed forms or other libraries, and their gradients against finite differences in float64."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def randn(*shape: int, seed: int = 0) -> Tensor:
 
 
 class TestGradients:
-    """Equal to finite differences; no random number below lies within 1e-6 of a kink."""
+    """Gradients must equal finite differences. No random input below lies within 1e-6 of a kink."""
 
     @pytest.mark.parametrize(
         "loss", [l1, l2, kl, hinge_discriminator, diffusion_loss], ids=lambda loss: str(loss.__name__)
@@ -149,7 +149,7 @@ class TestMinSNR:
         x0, eps, wrong = randn(8, 4, 4, 4), randn(8, 4, 4, 4, seed=1), randn(8, 4, 4, 4, seed=2)
         t = torch.tensor([0, 10, 100, 300, 500, 700, 900, 999])
         x_t = schedule.add_noise(x0, eps, t)
-        wrong_eps = schedule.prediction(wrong, x_t, t, "sample").eps  # the eps that says x0 is `wrong`
+        wrong_eps = schedule.prediction(wrong, x_t, t, "sample").eps  # the eps that corresponds to x0 = `wrong`
         outputs = {
             "sample": (wrong, x0),
             "epsilon": (wrong_eps, eps),
@@ -196,7 +196,7 @@ class TestMinSNR:
 
 class TestAdaptiveWeight:
     def test_in_closed_form(self) -> None:
-        w = torch.tensor([3.0, 4.0], requires_grad=True)  # gradients: 2 w, of length 10, and (1, 1) / 2
+        w = torch.tensor([3.0, 4.0], requires_grad=True)  # the gradients are 2 w, with length 10, and (1, 1) / 2
         weight = adaptive_weight(w.square().sum(), w.mean(), w)
         assert weight.item() == pytest.approx(10 / (0.5**0.5 + 1e-6), rel=1e-6)
         assert not weight.requires_grad
@@ -218,7 +218,8 @@ class TestAdaptiveWeight:
         assert all(p.grad is None for p in [*decoder.parameters(), *critic.parameters()])
         (pull,) = torch.autograd.grad(reconstruction, last, retain_graph=True)
         (adversarial_pull,) = torch.autograd.grad(weight * adversarial, last, retain_graph=True)
-        torch.testing.assert_close(adversarial_pull.norm(), pull.norm(), rtol=1e-4, atol=0)  # 1e-6 beside the norm
+        # The formula adds 1e-6 to the norm.
+        torch.testing.assert_close(adversarial_pull.norm(), pull.norm(), rtol=1e-4, atol=0)
         (reconstruction + weight * adversarial).backward()
         assert all(p.grad.abs().sum() > 0 for p in decoder.parameters())
 
@@ -233,4 +234,4 @@ class TestAdaptiveWeight:
         others = iter([torch.autograd.grad(loss, w)[0] for loss in losses(slice(2, 4))])
         half = adaptive_weight(*losses(slice(0, 2)), w, average=lambda gradient: (gradient + next(others)) / 2)
         torch.testing.assert_close(half, whole)
-        assert abs(adaptive_weight(*losses(slice(0, 2)), w) - whole) > 0.01  # alone it is another
+        assert abs(adaptive_weight(*losses(slice(0, 2)), w) - whole) > 0.01  # half of the batch has another weight

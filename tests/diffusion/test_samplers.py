@@ -26,12 +26,12 @@ SHAPE = (2, 4, 6, 6)
 
 
 def network(x: torch.Tensor, t: int) -> torch.Tensor:
-    """A stand-in for the U-Net: bounded, non-linear in x, mixing neighbours within an image, dependent on t."""
+    """A stand-in for the U-Net. It is bounded, non-linear in x, mixes neighbouring pixels, and depends on t."""
     return 0.3 * torch.tanh(x.roll(1, dims=-1)) + 0.2 * torch.sin(x + t / 150) + 0.3 * math.cos(t / 100)
 
 
 def learned_network(x: torch.Tensor, t: int) -> torch.Tensor:
-    """As `network`, with a second half of channels in [-1, 1] for the variance."""
+    """Append to `network`'s output as many channels in [-1, 1] for the variance."""
     return torch.cat([network(x, t), torch.sin(3 * x + t)], dim=1)
 
 
@@ -48,14 +48,14 @@ def generators(first: int = 100, count: int = SHAPE[0]) -> list[torch.Generator]
 
 
 def noises(shape: tuple[int, ...] = SHAPE, first: int = 100) -> Iterator[torch.Tensor]:
-    """What each step draws: one float32 randn(C, h, w) for each image, from the image's own generator."""
+    """Yield the noise of each step: a float32 randn(C, h, w) for each image, from the image's own generator."""
     own = generators(first, shape[0])
     while True:
         yield torch.stack([torch.randn(shape[1:], generator=generator) for generator in own])
 
 
-# diffusers' tables are float32, in which 1 - alphas_cumprod loses up to 4 of 7 digits: up to 3e-5 of difference
-# here. With the same tables computed in float64, what is left is the difference of the steps themselves.
+# diffusers' tables are in float32, in which 1 - alphas_cumprod loses up to 4 of 7 digits. This causes differences of up
+# to 3e-5 here. With the same tables in float64, only the differences of the steps themselves remain.
 TABLES = {"float32": 3e-5, "float64": 1e-5}
 
 
@@ -73,14 +73,14 @@ def from_diffusers(scheduler: Any) -> NoiseSchedule:
 
 
 def assert_close(ours: Any, theirs: Any, tolerance: float = 1e-5) -> None:
-    """Within `tolerance` of the sample's own magnitude (at least 1)."""
+    """Check that the difference is at most `tolerance` times the largest magnitude of `theirs` (at least 1)."""
     ours, theirs = np.asarray(ours.tolist()), np.asarray(theirs.tolist())
     assert ours.shape == theirs.shape
     error = np.abs(ours - theirs).max() / max(1.0, np.abs(theirs).max())
     assert error <= tolerance, f"relative error {error:.2e}"
 
 
-# Parity with diffusers, step for step
+# Parity with diffusers in each step
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -139,9 +139,9 @@ def test_clipped_ddim_equals_diffusers(kind: str, eta: float) -> None:
 @pytest.mark.parametrize(("offset", "clip"), [(0, False), (0, True), (1, False)])
 @pytest.mark.parametrize("tables", TABLES)
 def test_ddpm_equals_diffusers(kind: str, variance_type: str, n: int, offset: int, clip: bool, tables: str) -> None:
-    """With an offset of 1 diffusers' last step (t = 1) adds noise, as it only looks for t > 0; Ho et al. 2020,
-    Algorithm 2 adds none in the last step. With fixed_small that noise is 1e-10 and does not show; with the others
-    the last step is left out.
+    """With an offset of 1, diffusers adds noise in its last step (t = 1), because it only tests t > 0. Ho et al. 2020,
+    Algorithm 2, adds none in the last step. With fixed_small that noise is 1e-10 and does not matter; with the other
+    variances the last step is not compared.
     """
     theirs = DDPMScheduler(
         **SCALED_LINEAR, prediction_type=kind, variance_type=variance_type, steps_offset=offset, clip_sample=clip
@@ -191,13 +191,13 @@ def test_dpmpp_2m_equals_diffusers(kind: str, n: int, spacing: Any) -> None:
     assert step.i == n - 1
 
 
-# Equality with the papers' formulas, in float64, for every spacing
+# Equality with the papers' formulas in float64, for every spacing
 
 
 def reference_run(
     name: str, kind: str, pairs: list[tuple[int, int]], final: float = 1.0, eta: float = 0.0, variance: str = ""
 ) -> list[np.ndarray]:
-    """The trajectory by the formulas of tests/helpers/reference.py, on the same network and the same noise."""
+    """Return the samples of each step by the formulas of tests/helpers/reference.py, for the same network and noise."""
     net = learned_network if variance == "learned_range" else network
     x = start(dtype=torch.float64).numpy()
 
@@ -240,7 +240,7 @@ def test_ddim_equals_the_paper(kind: Any, spacing: Any, eta: float, to_one: bool
 @pytest.mark.parametrize("spacing", SPACINGS)
 @pytest.mark.parametrize("variance_type", ["fixed_small", "fixed_large", "learned_range"])
 def test_ddpm_equals_the_paper(kind: Any, spacing: Any, variance_type: Any) -> None:
-    """Also where the schedule's own last alpha, DDIM's, is not 1."""
+    """The last step must go to alpha 1 even if the schedule's own last alpha, meant for DDIM, is not 1."""
     schedule = NoiseSchedule.scaled_linear(
         prediction_type=kind,
         timestep_spacing=spacing,
@@ -301,7 +301,7 @@ def test_single_steps_equal_the_papers(alphas: tuple[float, float], eta: float, 
     before = a / 2
     first = reference.dpmpp_2m(lambda *_: n["x0"], n["x"], [a, a_prev])[-1]
     assert_close(dpmpp_2m_step(x, x0, a, a_prev), first, 1e-9)
-    # Algorithm 2's second step alone: from a start such that its first step lands on x.
+    # Test the second step of Algorithm 2 alone, with a start from which the first step reaches x.
     a0, a1 = math.sqrt(a), math.sqrt(1 - a)
     begin = (n["x"] - (a0 - a1 / math.sqrt(1 - before) * math.sqrt(before)) * n["y"]) * math.sqrt(1 - before) / a1
     second = reference.dpmpp_2m(lambda _, i: (n["y"], n["x0"])[i], begin, [before, a, a_prev])[-1]
@@ -381,7 +381,7 @@ def test_loops_are_lazy_and_yield_steps(name: str) -> None:
 
 @pytest.mark.parametrize("name", LOOPS)
 def test_loops_leave_their_inputs_alone(name: str) -> None:
-    """Neither x_T, nor a sample already yielded, nor a prediction is written to."""
+    """A loop must not change x_T, a sample that it has yielded, or a prediction."""
     schedule = NoiseSchedule.scaled_linear(prediction_type="v_prediction")
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
 
@@ -407,12 +407,12 @@ def test_clip_bounds_every_x0(name: str) -> None:
     assert max(float(step.x0.abs().max()) for step in free) > 1
     assert max(float(step.x0.abs().max()) for step in clipped) == 0.5
     assert torch.equal(clipped[0].x0, free[0].x0.clamp(-0.5, 0.5))
-    assert_close(clipped[-1].x, clipped[-1].x0, 1e-6)  # the last step, to alpha 1, gives x0
+    assert_close(clipped[-1].x, clipped[-1].x0, 1e-6)  # the last step goes to alpha 1 and returns x0
 
 
 @pytest.mark.parametrize("name", LOOPS)
 def test_an_image_is_the_same_alone_in_a_batch_and_elsewhere_in_it(name: str) -> None:
-    """Bit for bit where the network is (float32)."""
+    """The tolerance is for the network only: its float32 output may depend on the batch."""
     schedule = NoiseSchedule.scaled_linear(prediction_type="v_prediction")
     pairs = schedule.timesteps(12, "trailing")
     batch = start((4, *SHAPE[1:]))
@@ -491,7 +491,9 @@ def test_unknown_options_are_refused(sampler: Callable[..., Any], option: str) -
 
 @pytest.mark.parametrize("name", LOOPS)
 def test_loops_run_any_list_of_pairs(name: str) -> None:
-    """Down to t_prev = 0 rather than -1; and two runs in a row equal one where no step looks at the one before."""
+    """A list may end at t_prev = 0 instead of -1. Two runs in a row equal one, except for a sampler that uses the step
+    before.
+    """
     schedule = NoiseSchedule.scaled_linear(prediction_type="v_prediction")
     pairs = [(900, 600), (600, 300), (300, 50), (50, 0)]
     own = generators()

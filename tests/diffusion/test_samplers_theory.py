@@ -1,7 +1,7 @@
-"""Samplers on data drawn from N(MEAN, STD^2), of which the exact eps, v and x0 predictions are known.
+"""Samplers on data from N(MEAN, STD^2), for which the exact eps, v, and x0 predictions are known.
 
-They are affine in x_t, and so is each step: a sampler's mean and variance follow exactly from a few runs, with no
-statistics. A scalar is an image of shape (1, 1, 1).
+The predictions are affine in x_t, and so is each step. A sampler's mean and variance therefore follow exactly from a
+few runs, without statistics. A scalar is an image of shape (1, 1, 1).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Pairs = list[tuple[int, int]]
 
 
 def exact(schedule: NoiseSchedule, mean: float = MEAN, std: float = STD) -> Callable[[torch.Tensor, int], Prediction]:
-    """The perfect model of that data, asked in the schedule's own parameterisation."""
+    """Make the perfect model of this data, with outputs in the schedule's own parameterisation."""
 
     def predict(x_t: torch.Tensor, t: int) -> Prediction:
         a, x = float(schedule.alphas_cumprod[t]), x_t.numpy()
@@ -54,13 +54,13 @@ def last(steps: Any) -> torch.Tensor:
 
 
 def dense(num_timesteps: int = 20_000, low: float = -3.0, high: float = 3.0) -> NoiseSchedule:
-    """Half the log-SNR, lambda, falls evenly from `high` at t = 0 to `low` at T - 1: so do its strides."""
+    """Make a schedule in which lambda, half the log-SNR, falls evenly from `high` at t = 0 to `low` at T - 1."""
     a = 1 / (1 + np.exp(-2 * np.linspace(high, low, num_timesteps)))
     return NoiseSchedule.from_betas(torch.from_numpy(1 - a / np.concatenate([[1.0], a[:-1]])))
 
 
 def strided(num_timesteps: int, n: int) -> Pairs:
-    """n even strides from T - 1 to 0: away from both ends, at which lambda is infinite."""
+    """Return n even strides from T - 1 to 0. They avoid both ends of the process, where lambda is infinite."""
     t = np.linspace(num_timesteps - 1, 0, n + 1).round().astype(int).tolist()
     return list(itertools.pairwise(t))
 
@@ -93,10 +93,11 @@ RANDOM_STEPS: dict[str, Callable[..., torch.Tensor]] = {
 
 
 def moments(name: str, schedule: NoiseSchedule, pairs: Pairs, mean: float, variance: float) -> tuple[float, float]:
-    """Mean and variance of the samples where x_T ~ N(mean, variance), exactly.
+    """Compute the exact mean and variance of the samples if x_T ~ N(mean, variance).
 
-    A deterministic sampler maps x_T to A x_T + b, which the loop over a batch of two tells. The others map x_t to
-    A x_t + b + c z in each step, which a step of a batch of three tells: the variance becomes A^2 variance + c^2.
+    A deterministic sampler maps x_T to A x_T + b. The loop over a batch of two gives A and b. The other samplers map
+    x_t to A x_t + b + c z in each step. A step of a batch of three gives A, b, and c, and the variance becomes A^2
+    variance + c^2.
     """
     if name not in RANDOM_STEPS:
         b, b_plus_a = last(SAMPLERS[name](exact(schedule), column([0.0, 1.0]), schedule, pairs)).tolist()
@@ -118,7 +119,9 @@ def marginal(a: float) -> tuple[float, float]:
 
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_mean_is_exact_and_variance_converges_at_the_methods_order(name: str) -> None:
-    """From q(x_t) at one end of the dense schedule to q(x_t) at the other. Ancestral sampling is of order 1, too."""
+    """From q(x_t) at one end of the dense schedule to q(x_t) at the other. The order is 2 for DPM-Solver++ (2M), and 1
+    for the others, including ancestral sampling.
+    """
     schedule = dense()
     begin, end = (marginal(float(schedule.alphas_cumprod[t])) for t in (-1, 0))
     counts = [20, 40, 80, 160, 320]
@@ -134,7 +137,9 @@ def test_mean_is_exact_and_variance_converges_at_the_methods_order(name: str) ->
 @pytest.mark.parametrize("name", SAMPLERS)
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
 def test_mean_and_variance_of_the_data_are_reached_on_stable_diffusions_schedule(name: str, kind: Any) -> None:
-    """All the way to x0, from q(x_T); most of what is left is the last step's, to an infinite log-SNR."""
+    """All the way from q(x_T) to x0. Most of the remaining error is in the last step, which goes to an infinite
+    log-SNR.
+    """
     schedule = NoiseSchedule.scaled_linear(prediction_type=kind)
     errors = []
     for n in (10, 50, 200, 1000):
@@ -149,7 +154,7 @@ def test_mean_and_variance_of_the_data_are_reached_on_stable_diffusions_schedule
 
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_drawn_samples_have_the_right_mean_and_variance(name: str) -> None:
-    """2^16 scalars from 16 generators, against the exact moments of the same sampler: four standard errors each way."""
+    """Moments of 2^16 scalars from 16 generators must be within four standard errors of the sampler's exact moments."""
     schedule = NoiseSchedule.scaled_linear(prediction_type="v_prediction")
     pairs = schedule.timesteps(60, "trailing")
     generators = [torch.Generator().manual_seed(i) for i in range(16)]
@@ -163,7 +168,8 @@ def test_drawn_samples_have_the_right_mean_and_variance(name: str) -> None:
     assert math.sqrt(variance) == pytest.approx(STD, rel=0.12)
 
 
-# Zero terminal SNR: x_T holds nothing of the data, whose mean must come from the first step (Lin et al. 2023)
+# Zero terminal SNR: x_T has no information about the data, so their mean must come from the first step (Lin et al.
+# 2023)
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
@@ -178,14 +184,16 @@ def test_zero_terminal_snr_v_models_reach_the_mean_from_pure_noise(name: str, n:
     if n == 1000:
         assert variance == pytest.approx(STD**2, rel=0.03)
     if n == 1:
-        assert variance == pytest.approx(0, abs=1e-12)  # one step gives E[x0 | pure noise], the mean itself
+        assert variance == pytest.approx(0, abs=1e-12)  # one step gives E[x0 | pure noise], which is the mean itself
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("n", [1, 2, 20])
 def test_zero_terminal_snr_loops_stay_finite(name: str, dtype: torch.dtype, n: int) -> None:
-    """In float32 too, where alphas near 0 and 1 cancel; and the brightness of drawn images is the data's."""
+    """Float32 must be finite too, although alphas near 0 and 1 cancel. The brightness of drawn images must be the
+    data's.
+    """
     schedule = NoiseSchedule.scaled_linear(
         prediction_type="v_prediction", timestep_spacing="trailing"
     ).zero_terminal_snr()
@@ -202,7 +210,9 @@ def test_zero_terminal_snr_loops_stay_finite(name: str, dtype: torch.dtype, n: i
 
 @pytest.mark.parametrize("name", ["ddim", "dpm++2m"])
 def test_the_classic_failure_is_seen(name: str) -> None:
-    """Pure noise at a leading timestep of the plain schedule misses a bright mean; zero SNR with trailing does not."""
+    """Pure noise at a leading timestep of the plain schedule misses a bright mean. Zero terminal SNR with trailing
+    spacing reaches it.
+    """
 
     def mean_of(schedule: NoiseSchedule) -> float:
         predict = exact(schedule, mean=3.0, std=1.0)

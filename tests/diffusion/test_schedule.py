@@ -22,7 +22,7 @@ KINDS = ("epsilon", "v_prediction", "sample")
 SPACINGS = ("leading", "trailing", "linspace")
 ASSETS = Path(sdkit.__file__).parent / "assets"
 
-# As published in the scheduler folders of the three model families.
+# As published in the scheduler folders of the three model families
 SD15 = {
     "_class_name": "PNDMScheduler",
     "_diffusers_version": "0.6.0",
@@ -41,7 +41,7 @@ EMOJI = json.loads((ASSETS / "emoji" / "scheduler" / "scheduler_config.json").re
 
 
 def config_of(scheduler: Any) -> dict[str, Any]:
-    """What diffusers writes to scheduler_config.json."""
+    """Return the config that diffusers writes to scheduler_config.json."""
     config: dict[str, Any] = json.loads(scheduler.to_json_string())
     return config
 
@@ -82,7 +82,8 @@ def test_from_config_tables_equal_diffusers(scheduler_class: Any, beta_schedule:
     )
     ours = NoiseSchedule.from_config(config_of(theirs))
     assert ours.alphas_cumprod.dtype == torch.float64
-    # Theirs are float32: a cumulative product of 1000 factors, and with zero SNR a difference of square roots.
+    # diffusers' tables are in float32: a cumulative product of 1,000 factors, and with zero SNR a difference of square
+    # roots.
     np.testing.assert_allclose(
         ours.alphas_cumprod.numpy(), theirs.alphas_cumprod.double().numpy(), rtol=2e-5, atol=1e-6
     )
@@ -194,11 +195,12 @@ def test_timesteps_of_every_n_equal_diffusers(num_timesteps: int, spacing: Any, 
         theirs.set_timesteps(n)
         expected = theirs.timesteps.tolist()
         if (n, spacing) == (1, "linspace"):
-            expected = [num_timesteps - 1]  # theirs is [0], from which nothing can be sampled
+            expected = [num_timesteps - 1]  # diffusers has [0], from which nothing can be sampled
         if (n, spacing, offset) == (num_timesteps, "leading", 1):
-            expected = [t - 1 for t in expected]  # theirs begins at T, past the table
+            expected = [t - 1 for t in expected]  # diffusers starts at T, outside the table
         if spacing == "trailing" and len(expected) == n + 1:
-            # np.arange(T, 0, -T / n) ends, for 62 of the n <= 1000, in a rounding error above 0: one step too many.
+            # For 62 of the n <= 1000, np.arange(T, 0, -T / n) ends in a rounding error above 0, which is one step too
+            # many.
             assert expected.pop() == -1
         assert [t for t, _ in ours.timesteps(n)] == expected
 
@@ -276,7 +278,7 @@ def test_unknown_kind_is_refused() -> None:
         NoiseSchedule.linear().prediction(x, x, 3, "score")
 
 
-# Noising
+# Adding noise
 
 
 @pytest.mark.parametrize("t", [0, 500, 999, [0, 500, 999]])
@@ -306,7 +308,7 @@ def test_add_noise_and_velocity_equal_diffusers(t: torch.Tensor) -> None:
 def test_bfloat16_noise_at_the_first_timestep(t: Any) -> None:
     schedule = NoiseSchedule.scaled_linear()
     naive = 1 - schedule.alphas_cumprod.bfloat16()[0]
-    assert naive == 0  # the failure that this guards against
+    assert naive == 0  # this is the failure that `add_noise` avoids
     x0, eps = torch.zeros(2, 4, 8, 8, dtype=torch.bfloat16), torch.ones(2, 4, 8, 8, dtype=torch.bfloat16)
     noised, v = schedule.add_noise(x0, eps, t), schedule.velocity(eps, x0, t)
     assert noised.dtype == v.dtype == torch.bfloat16
@@ -360,7 +362,7 @@ def test_round_trip_of_eps_x0_and_v(name: str, t: int | list[int], kind: Any, dt
     x_t = schedule.add_noise(x0, eps, steps)
     output = {"epsilon": eps, "sample": x0, "v_prediction": schedule.velocity(x0, eps, steps)}[kind]
     prediction = schedule.prediction(output, x_t, steps, kind)
-    # x0 from eps divides rounding errors by sqrt(a), eps from x0 by sqrt(1 - a).
+    # x0 from eps divides rounding errors by sqrt(a), and eps from x0 by sqrt(1 - a).
     a = schedule.alphas_cumprod[steps]
     tolerance = 16 * torch.finfo(dtype).eps / float(torch.minimum(a, 1 - a).min()) ** 0.5
     assert prediction.x0.dtype == prediction.eps.dtype == dtype
@@ -391,7 +393,7 @@ def test_prediction_kinds_have_short_names(short: Any, long: Any) -> None:
 
 @pytest.mark.parametrize("t", [999, torch.tensor([999, 999])])
 def test_v_is_exact_at_zero_terminal_snr(t: Any) -> None:
-    """There x_t = eps and v = -x0: nothing is lost and nothing divided."""
+    """Here x_t = eps and v = -x0, so no precision is lost, and nothing is divided."""
     schedule = SCHEDULES["zero_snr"]
     x0, eps = torch.randn(2, 2, 4, 2, 2, generator=torch.Generator().manual_seed(0))
     x_t = schedule.add_noise(x0, eps, t)
@@ -429,7 +431,7 @@ def test_learned_range_output_is_split(kind: Any) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("t", [300, torch.tensor([5, 800])])
 def test_prediction_of_a_half_precision_output_has_the_samples_precision(kind: Any, t: Any) -> None:
-    """Samplers take differences of predictions: they must not go on in bfloat16 where the sample is float32."""
+    """Samplers take differences of predictions, which must not be computed in bfloat16 if the sample is float32."""
     schedule = NoiseSchedule.linear()
     x_t, output = torch.randn(2, 2, 4, 3, 3, generator=torch.Generator().manual_seed(0))
     got = schedule.prediction(output.bfloat16(), x_t, t, kind)

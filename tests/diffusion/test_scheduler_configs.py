@@ -1,5 +1,8 @@
-"""Scheduler configs as Stable Diffusion repositories ship them, each key left out in turn, against what diffusers'
-StableDiffusionPipeline holds once it is constructed, and against its latents."""
+"""Scheduler configs as in Stable Diffusion repositories, with each key left out in turn.
+
+They are compared with the scheduler that diffusers' StableDiffusionPipeline holds after construction, and with its
+latents.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ from sdkit.errors import SourceError
 from tests.helpers.loaders import load_schedule
 from tests.helpers.networks import diffusers_pipeline
 
-# Heun and others with NumPy 2; and the pipeline, which says so when it corrects a config.
+# Heun and others warn with NumPy 2, and the pipeline warns when it corrects a config.
 pytestmark = pytest.mark.filterwarnings(
     "ignore:__array__ implementation:DeprecationWarning", "ignore:__array_wrap__ must:DeprecationWarning",
     "ignore:The configuration file of this:FutureWarning",
@@ -67,9 +70,10 @@ X_T = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
 class RightDDIM(diffusers.schedulers.DDIMScheduler):
-    """diffusers' DDIM with the previous timestep taken from its own list of timesteps.
+    """diffusers' DDIM, but with the previous timestep taken from its own list of timesteps.
 
-    It takes t - T // n: another one in "linspace", and in "trailing" where n does not divide T (issues 9261 and 11347).
+    diffusers takes t - T // n, which differs with "linspace", and with "trailing" if n does not divide T (issues 9261
+    and 11347).
     """
 
     def step(self, model_output: Tensor, timestep: Any, sample: Tensor, **kwargs: Any) -> Any:
@@ -81,7 +85,7 @@ class RightDDIM(diffusers.schedulers.DDIMScheduler):
 
 @pytest.fixture(scope="module")
 def parts(sd: sdkit.StableDiffusion) -> sdkit.StableDiffusion:
-    """A model with the smallest U-Net that looks at the prompt: the schedule knows nothing of its blocks."""
+    """Make a model with the smallest U-Net that attends to the prompt. The schedule does not depend on its blocks."""
     torch.manual_seed(0)
     unet = UNet2DConditionModel(
         sample_size=8, block_out_channels=(8,), layers_per_block=1, norm_num_groups=4, attention_head_dim=4,
@@ -92,7 +96,7 @@ def parts(sd: sdkit.StableDiffusion) -> sdkit.StableDiffusion:
 
 
 def written(folder: Path, name: str, config: dict[str, Any]) -> Path:
-    """A folder with that scheduler config."""
+    """Write a scheduler config into a folder."""
     (folder / "scheduler").mkdir()
     text = json.dumps({"_class_name": name, **config})
     (folder / "scheduler" / "scheduler_config.json").write_text(text)
@@ -100,13 +104,15 @@ def written(folder: Path, name: str, config: dict[str, Any]) -> Path:
 
 
 def pipeline_of(parts: sdkit.StableDiffusion, folder: Path, name: str) -> Any:
-    """diffusers' pipeline with the scheduler of the folder."""
+    """Build diffusers' pipeline with the scheduler of the folder."""
     scheduler = getattr(diffusers.schedulers, name).from_pretrained(folder, subfolder="scheduler")
     return diffusers_pipeline(parts, scheduler)
 
 
 def held(pipe: Any, cls: Any, **changes: Any) -> Any:
-    """Another scheduler with the values that the pipeline's own holds, the defaults of its class among them."""
+    """Make a scheduler of another class from the values of the pipeline's own, including those that are
+    its defaults.
+    """
     config = {key: value for key, value in pipe.scheduler.config.items() if key != "_use_default_values"}
     return cls.from_config(config | changes)
 
@@ -135,13 +141,13 @@ def test_schedule_and_ddim_latents_are_those_of_diffusers(
     config = pipe.scheduler.config
     np.testing.assert_allclose(schedule.alphas_cumprod, pipe.scheduler.alphas_cumprod.double(), rtol=2e-5, atol=1e-6)
     assert schedule.prediction_type == config.prediction_type
-    # The single-step solver has no such key: its timesteps are linspace's.
+    # The single-step solver has no such key; its timesteps have linspace spacing.
     assert schedule.timestep_spacing == config.get("timestep_spacing", "linspace")
     assert schedule.steps_offset == config.get("steps_offset", 1) == 1
     assert schedule.clip_x0 is None
     assert config.get("clip_sample", False) is False
     final = getattr(pipe.scheduler, "final_alpha_cumprod", None)
-    if final is not None:  # the other classes' solvers end at no noise, and ignore set_alpha_to_one
+    if final is not None:  # the solvers of the other classes end without noise, and ignore set_alpha_to_one
         assert schedule.final_alpha_cumprod == pytest.approx(float(final), rel=1e-5)
     spacing = {"timestep_spacing": schedule.timestep_spacing}
     expected = theirs(parts, held(pipe, RightDDIM, **spacing))
@@ -157,14 +163,16 @@ def test_ddpm_latents_are_those_of_diffusers(
     schedule = load_schedule(folder)
     pipe = pipeline_of(parts, folder, name)
     generator = torch.Generator().manual_seed(3)
-    torch.randn(X_T.shape[1:], generator=generator)  # ours draws x_T first, also where it is given
+    torch.randn(X_T.shape[1:], generator=generator)  # sdkit draws x_T first, even if it is given
     expected = theirs(parts, pipe.scheduler, generator=generator)
     torch.testing.assert_close(ours(parts, schedule, sampler="ddpm", seed=3), expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("case", CONFIGS)
 def test_dpm_solver_latents_are_those_of_diffusers(parts: sdkit.StableDiffusion, tmp_path: Path, case: str) -> None:
-    """On our timesteps: diffusers' solver takes n + 1 of them in "leading" and "linspace", and leaves out the last."""
+    """Both use our timesteps. Otherwise diffusers' solver takes n + 1 of them for "leading" and "linspace", and drops
+    the last.
+    """
     name = "DPMSolverMultistepScheduler"
     folder = written(tmp_path, name, CONFIGS[case])
     schedule = load_schedule(folder)
@@ -176,7 +184,9 @@ def test_dpm_solver_latents_are_those_of_diffusers(parts: sdkit.StableDiffusion,
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_zero_terminal_snr(parts: sdkit.StableDiffusion, tmp_path: Path, name: str) -> None:
-    """PNDM, LMS, and others ignore the key, which says how the model was trained: the schedule is DDIM's for all."""
+    """PNDM, LMS, and others ignore the key, although it states how the model was trained. The schedule is DDIM's for
+    all.
+    """
     folder = written(tmp_path, name, STATED | {"rescale_betas_zero_snr": True})
     pipe = pipeline_of(parts, folder, name)
     schedule = load_schedule(folder)
@@ -193,7 +203,7 @@ def test_tables_of_schedulers_for_other_pipelines(name: str) -> None:
 
 
 def test_the_table_of_the_sde_solver() -> None:
-    """Its arguments' defaults are Heun's."""
+    """The SDE solver's arguments have the same defaults as Heun's."""
     sde, heun = (sdkit.NoiseSchedule.from_config({"_class_name": name}) for name in (SDE, "HeunDiscreteScheduler"))
     assert torch.equal(sde.betas, heun.betas)
     assert sde.timestep_spacing == heun.timestep_spacing
@@ -260,7 +270,8 @@ def test_a_config_of_pixels_is_taken_as_it_is_and_null_as_left_out() -> None:
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_configs_as_diffusers_writes_them_are_read(tmp_path: Path, name: str) -> None:
-    getattr(diffusers.schedulers, name)().save_pretrained(tmp_path / "scheduler")  # some with lambda_min_clipped -inf
+    # Some configs have a lambda_min_clipped of -inf.
+    getattr(diffusers.schedulers, name)().save_pretrained(tmp_path / "scheduler")
     theirs = getattr(diffusers.schedulers, name).from_pretrained(tmp_path, subfolder="scheduler")
     schedule = load_schedule(tmp_path)
     np.testing.assert_allclose(schedule.alphas_cumprod, theirs.alphas_cumprod.double(), rtol=2e-5, atol=1e-6)

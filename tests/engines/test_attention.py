@@ -1,4 +1,4 @@
-"""Attention in pieces against PyTorch's own."""
+"""Attention computed in pieces against PyTorch's own."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_networks_give_the_same_with_and_without_it() -> None:
             quicken_attention(network, torch.bfloat16, torch.device("cpu"))
             assert set(map(type, network.attn_processors.values())) != before
             torch.testing.assert_close(run(), expected, atol=1e-5, rtol=0)
-        run().sum().backward()  # with gradients it is diffusers' own
+        run().sum().backward()  # with gradients, diffusers' own attention runs
         assert all(
             p.grad is not None for name, p in network.named_parameters() if "to_q" in name and "encoder" not in name
         )
@@ -61,7 +61,7 @@ def test_only_where_it_is_the_faster() -> None:
 
 
 class Recorder:
-    """An attention processor that keeps diffusers' own attention probabilities."""
+    """An attention processor that records diffusers' own attention probabilities."""
 
     def __init__(self) -> None:
         self.shares: list[torch.Tensor] = []
@@ -79,12 +79,13 @@ class Recorder:
 
 @pytest.mark.parametrize("size", [(16, 16), (13, 22)], ids=str)
 def test_cross_attention_maps_equal_diffusers(size: tuple[int, int]) -> None:
-    """Also of odd sizes, which the U-Net halves upwards."""
+    """Sizes may be odd; the U-Net rounds up when it halves them."""
     sd = sdkit.StableDiffusion.from_pretrained("emoji", dtype="fp32", device="cpu")
     cond = sd.text.encode(["a red apple on a blue background", "a dog"])
     x_t = torch.randn(2, 4, *size, generator=torch.Generator().manual_seed(0))
     recorder = Recorder()
-    sd.unet.network.set_attn_processor(recorder)  # in the same pass: scores of 200 make much of the last bit of a layer
+    # Recorded in the same pass, because at scores of 200 the last bit of a layer's input matters.
+    sd.unet.network.set_attn_processor(recorder)
     maps = sd.unet.cross_attention(x_t, 500, Conditioning(cond))
     assert maps.shape == (2, cond.shape[1], *size)
     torch.testing.assert_close(maps.sum(1), torch.ones(2, *size))

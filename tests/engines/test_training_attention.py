@@ -1,4 +1,4 @@
-"""Attention in training: the same numbers, by whichever way is the faster."""
+"""Attention in training: the faster of two ways must give the same numbers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sdkit.engines.attention import PlainWhereSmall
 @pytest.mark.parametrize("tokens", [16, 300])
 @pytest.mark.parametrize("half", [True, False])
 def test_it_gives_what_the_fused_one_gives(tokens: int, half: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Output and gradient; by plain products in bfloat16 and for few tokens only."""
+    """Output and gradient must agree. Plain products are used only in bfloat16 and for few tokens."""
     torch.manual_seed(0)
     layer = Attention(query_dim=32, heads=4, dim_head=8)
     x = torch.randn(2, tokens, 32, requires_grad=True)

@@ -17,7 +17,7 @@ RNG = np.random.default_rng(0)
 
 
 def reference_ssim(a: np.ndarray, b: np.ndarray) -> float:
-    """Of (H, W, 3) in [0, 255]."""
+    """SSIM by scikit-image of images (H, W, 3) in [0, 255]."""
     return structural_similarity(
         a, b, channel_axis=-1, data_range=255, gaussian_weights=True, sigma=1.5, use_sample_covariance=False
     )
@@ -28,14 +28,14 @@ def noisy(image: np.ndarray, sigma: float) -> np.ndarray:
 
 
 def tensor(image: np.ndarray) -> torch.Tensor:
-    """(..., H, W, 3) in [0, 255] -> (..., 3, H, W) in [-1, 1], float64."""
+    """Convert (..., H, W, 3) in [0, 255] to (..., 3, H, W) in [-1, 1], float64."""
     return torch.from_numpy(np.moveaxis(image.astype(np.float64), -1, -3)) / 127.5 - 1
 
 
 FLAT = np.full((40, 40, 3), 255, np.uint8)
 RANDOM = RNG.integers(0, 256, (40, 50, 3), dtype=np.uint8)
 CASES = [
-    (FLAT, FLAT - 1),  # where float32 would err by 1e-4
+    (FLAT, FLAT - 1),  # here float32 would be wrong by 1e-4
     (FLAT, FLAT * 0),
     (RANDOM, RANDOM[::-1]),
     (RANDOM, noisy(RANDOM, 5)),
@@ -51,7 +51,7 @@ def test_equal_to_scikit_image(a: np.ndarray, b: np.ndarray) -> None:
         (Image.fromarray(a), Image.fromarray(b), 1e-9),
         (a, tensor(b), 1e-9),
         (tensor(a), tensor(b), 1e-9),
-        (tensor(a).float(), tensor(b).float(), 1e-4),  # dB: the input itself is rounded
+        (tensor(a).float(), tensor(b).float(), 1e-4),  # dB; the input itself is rounded
     ):
         assert psnr(x, y).tolist() == pytest.approx(expected[:1], abs=tolerance)
         assert ssim(x, y).tolist() == pytest.approx(expected[1:], abs=min(tolerance, 1e-6))
@@ -73,7 +73,8 @@ def test_floats_outside_of_the_range_are_not_clamped() -> None:
 
 
 def test_psnr_in_closed_form() -> None:
-    # One level off everywhere: MSE is 1. In floats, an error of d everywhere: MSE is d^2 and the peak is 2.
+    # An error of one level everywhere has an MSE of 1. In floats, an error of d everywhere has an MSE of d^2 and a peak
+    # of 2.
     assert psnr(FLAT, FLAT - 1).item() == pytest.approx(20 * math.log10(255), abs=1e-12)
     assert psnr(torch.zeros(3, 4, 4), torch.full((3, 4, 4), 0.25)).item() == pytest.approx(
         20 * math.log10(2 / 0.25), abs=1e-12
@@ -89,7 +90,7 @@ def test_one_value_per_image() -> None:
         alone = torch.cat([metric(x, y) for x, y in zip(a, b, strict=True)])
         for x, y in ((a, b), (list(a), list(b)), (tensor(a), tensor(b))):
             torch.testing.assert_close(metric(x, y), alone, rtol=0, atol=1e-9)
-    # Sizes may differ from pair to pair.
+    # Pairs may have different sizes.
     assert ssim([RANDOM, FLAT], [RANDOM, FLAT]).tolist() == pytest.approx([1, 1])
 
 

@@ -1,13 +1,14 @@
-"""Reads damaged files, and prints each case that ends with anything but a result or an `SdkitError`.
+"""Read damaged files, and print each case that ends with anything but a result or an `SdkitError`.
 
     python -m tests.fuzz                                    1,000 cases over all targets
-    python -m tests.fuzz --target tar --seed 57             one case, as a failure names it
+    python -m tests.fuzz --target tar --seed 57             one case, as named in a failure
     python -m tests.fuzz --target tar --seed 3 --count 500  seeds 3 to 502 of one target
-    python -m tests.fuzz --target tar --seed 57 --keep DIR  also leave the damaged input in DIR
-    python -m tests.fuzz --valid                            what is not damaged, which must be read
+    python -m tests.fuzz --target tar --seed 57 --keep DIR  also save the damaged input in DIR
+    python -m tests.fuzz --valid                            the undamaged inputs, which must give results
 
-A case depends on its target and seed alone. Each is read in another process, which may not take over 1 GB of memory or
-5 s of CPU time, write outside of its output folder, start a process, connect, or run what lies in the input.
+A case depends only on its target and seed. It is read in a separate process. That process may not use more than 1 GB of
+memory or 5 s of CPU time, write outside its output folder, start a process, open a connection, or run code from the
+input.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Supervises the process that reads damaged files, and replaces it when it crashes, never ends, or takes all memory."""
+"""Supervises the process that reads damaged files, and replaces it if it crashes, hangs, or uses too much memory."""
 
 from __future__ import annotations
 
@@ -22,27 +22,28 @@ from typing import Any
 from tests.fuzz.worker import BYTES, SECONDS
 
 IDLE, WORK = 10, 0.5
-"""A process that computes for less than `WORK` seconds in `IDLE` seconds waits for what never comes (a pipe, a lock);
-some threads of libraries wake up now and then all the same."""
+"""Limits, in seconds, by which a process that hangs is recognised: it waits for something (a pipe, a lock) that never
+comes if it has computed for less than WORK in the last IDLE. Threads of libraries compute a little even then.
+"""
 START = 300
-"""Seconds within which a process has imported the libraries, or made a valid input."""
+"""Seconds in which a process must have imported the libraries, or made a valid input."""
 ROOT = Path(__file__).resolve().parents[2]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Failure:
-    """A case that ended otherwise than with a result or an `SdkitError`."""
+    """A case that ended neither with a result nor with an `SdkitError`."""
 
     target: str
     seed: int | None
-    """None: the valid input itself."""
+    """None if the undamaged input was read"""
     what: str
     problem: str
     where: str
 
     @property
     def cause(self) -> tuple[str, str]:
-        """Alike for failures that one mend would serve."""
+        """Key that groups failures which one fix would probably solve."""
         return self.where.rpartition(" > ")[2] or self.target, self.problem.split(":")[0].split("(")[0]
 
     def __str__(self) -> str:
@@ -52,7 +53,7 @@ class Failure:
 
 
 class Worker:
-    """A `tests.fuzz.worker` process, started when it is needed and again after each end."""
+    """A `tests.fuzz.worker` process. It is started on demand, and again after it has ended."""
 
     def __init__(self) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="sdkit-fuzz-"))
@@ -68,13 +69,13 @@ class Worker:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def ask(self, target: str, seed: int | None, keep: Path | None = None) -> Failure | None:
-        """Read one case."""
+        """Have the process read one case. Return None if nothing is wrong."""
         if self.process is None:
             self._start()
         assert self.process
         assert self.process.stdin
         asked = {"target": target, "seed": seed, "keep": keep and str(keep)}
-        with contextlib.suppress(BrokenPipeError):  # its end is seen below
+        with contextlib.suppress(BrokenPipeError):  # a dead process is noticed below
             self.process.stdin.write(json.dumps(asked).encode() + b"\n")
         answer: dict[str, Any] = {"what": "nothing is damaged" if seed is None else "the case is being made"}
         while "problem" not in answer:
@@ -103,17 +104,22 @@ class Worker:
             raise RuntimeError(f"no worker can be started: {answer}\n{self._said()}")
 
     def _answer(self, limit: float | None = None) -> dict[str, Any]:
-        """The next line, or what became of the process. Without a `limit`, it may work, but neither rest nor grow."""
+        """Return the next line of the process, or the reason why there is none.
+
+        Without a `limit` in seconds, the process may take as long as it works, but may neither idle nor use too much
+        memory.
+        """
         assert self.process
         assert self.process.stdout
         began = busy = time.monotonic()
         first_cpu, first_memory, _ = self._usage()
         cpu, looks, ready = first_cpu, 0, 0
-        # Nothing is read ahead, since `select` would not know of it.
+        # The output is not buffered: `select` does not see lines that have already been read.
         while not select.select([self.process.stdout], [], [], 0.05)[0]:
             now, (used, held, runnable) = time.monotonic(), self._usage()
             looks, ready = looks + 1, ready + runnable
-            if used > cpu + WORK or (now - busy > IDLE and ready > looks / 5):  # or it would, on a busy machine
+            # The process works, or waits for a free processor.
+            if used > cpu + WORK or (now - busy > IDLE and ready > looks / 5):
                 cpu, busy, looks, ready = used, now, 0, 0
             if limit is not None:
                 if now - began > limit:
@@ -132,8 +138,9 @@ class Worker:
         return self._end(f"the process died ({f'signal {-code}' if code < 0 else f'exit code {code}'})")
 
     def _usage(self) -> tuple[float, int, bool]:
-        """CPU time in seconds, and memory in bytes, of the process; whether it waits for nothing but a processor or a
-        disk."""
+        """Measure the process: CPU time in seconds, memory in bytes, and whether it is running or waits only for a
+        processor or a disk.
+        """
         assert self.process
         try:
             fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
@@ -144,11 +151,11 @@ class Worker:
 
     def _end(self, problem: str) -> dict[str, Any]:
         assert self.process
-        if self.process.poll() is None:  # have it say where it is
+        if self.process.poll() is None:  # ask for its stack before it is killed
             self.process.send_signal(signal.SIGUSR1)
             time.sleep(0.5)
         ours = "\n".join(line for line in self._said().splitlines() if "site-packages" not in line)
-        frames = re.findall(r'File ".*/sdkit/(.*)", line (\d+) in', ours)  # the innermost first
+        frames = re.findall(r'File ".*/sdkit/(.*)", line (\d+) in', ours)  # innermost frame first
         where = " > ".join(f"{file}:{line}" for file, line in frames[:2][::-1])
         self._stop()
         return {"problem": problem, "where": where}
@@ -166,13 +173,13 @@ class Worker:
 
 
 def cases(names: Iterable[str], seed: int, count: int) -> Iterator[tuple[str, int]]:
-    """`count` cases: of each target in turn, with seeds from `seed` on."""
+    """Yield `count` pairs of target and seed. The targets take turns; the seeds count up from `seed`."""
     targets = list(names)
     for i in range(count):
         yield targets[i % len(targets)], seed + i // len(targets)
 
 
 def failures(worker: Worker, names: Iterable[str], seed: int, count: int) -> list[Failure]:
-    """What is wrong in `count` cases."""
+    """Read `count` cases and return those that failed."""
     found = (worker.ask(target, number) for target, number in cases(names, seed, count))
     return [failure for failure in found if failure]

@@ -1,8 +1,7 @@
-"""Damage to files, drawn from a seed: to any bytes, and to the structure of those formats that have one.
+"""Damage to files, drawn from a seed: to arbitrary bytes, and to the structure of formats that have one.
 
-`mutated` damages the content of a file, `put_in_place_of` puts something else where the file was. Whatever a format
-guards by a checksum (a tar header, a PNG chunk, a member of a zip archive) has a right one afterwards, so that readers
-get as far as the damage.
+`mutated` damages the content of a file. `put_in_place_of` replaces a file by something else. Checksums inside a format
+(tar headers, PNG chunks, members of zip archives) are corrected afterwards, so that readers get as far as the damage.
 """
 
 from __future__ import annotations
@@ -25,11 +24,11 @@ from typing import Any
 
 Mutator = Callable[[bytes, Random], bytes]
 LARGEST = 32 * 2**20
-"""Bytes to which damage lets a file grow, at most."""
+"""Largest size in bytes to which damage may let a file grow."""
 
 
 class _RunsCode:
-    """Writes a pickle that would start a shell wherever it is loaded."""
+    """An object with a pickle that would start a shell when it is loaded."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return os.system, ("touch /tmp/sdkit-fuzz-was-run",)
@@ -72,7 +71,7 @@ OTHER_KINDS: tuple[bytes, ...] = (
     b"\xef\xbb\xbfa caption behind a mark",
     b"\x1f\x8b\x08" + bytes(20),
 )
-"""Small files of many kinds, some of them hostile: to be put in the place of others, or into them."""
+"""Small files of many kinds, some of them hostile, to replace other files or to be inserted into them."""
 
 TEXTS: tuple[str, ...] = (
     "", " ", "\0", "nan", "NaN", "-1", "0", "1", "2", "1e400", "-inf", "9" * 400, "1.5", "1_0", "٣", "true", "null",
@@ -97,16 +96,16 @@ HAZARDS: tuple[tuple[str, Any], ...] = (
     ("tokenizer_file", "/etc/passwd"), ("vocab_file", "/dev/zero"), ("chat_template", "{{ 1 / 0 }}"),
     ("additional_special_tokens", ["<a>"] * 1000), ("added_tokens_decoder", {"99999999": {"content": "x"}}),
 )  # fmt: skip
-"""Keys that mean something to the libraries that read configs."""
+"""Config keys that have a special meaning in the libraries that read configs."""
 
 
 def mutated(data: bytes, suffix: str, rng: Random) -> bytes:
-    """`data`, the content of a file with this suffix, with one or a few kinds of damage."""
+    """Return `data` with one to three kinds of damage. `suffix` names the format of the file."""
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
         structured = STRUCTURED.get(suffix)
         before = data
         if structured and rng.random() < 0.75:
-            with contextlib.suppress(Exception):  # earlier damage has left none of the structure
+            with contextlib.suppress(Exception):  # earlier damage may have destroyed the structure
                 data = structured(data, rng)
         if data == before:
             data = rng.choice(PLAIN)(data, rng)
@@ -129,7 +128,7 @@ def flip_bits(data: bytes, rng: Random) -> bytes:
 
 
 def overwrite(data: bytes, rng: Random) -> bytes:
-    """Boundary values of 1, 2, 4 and 8 bytes, in either order."""
+    """Overwrite with a boundary value of 1, 2, 4, or 8 bytes, in either byte order."""
     width = rng.choice((1, 2, 4, 8))
     value = rng.choice((0, 1, 2 ** (8 * width - 1) - 1, 2 ** (8 * width - 1), 2 ** (8 * width) - 1, rng.getrandbits(8)))
     start = rng.randrange(max(1, len(data) if rng.random() < 0.5 else min(len(data), 64)))
@@ -175,7 +174,7 @@ PLAIN: tuple[Mutator, ...] = (flip_bits, overwrite, truncate, remove, double, sp
 
 
 def _nodes(value: Any) -> Iterator[tuple[Any, Any]]:
-    """(container, key) of every value inside."""
+    """Yield (container, key) for every value inside, at any depth."""
     pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, inner in list(pairs):
         yield value, key
@@ -183,16 +182,17 @@ def _nodes(value: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def mutate_value(value: Any, rng: Random) -> str:
-    """JSON text of `value`, a dict or a list, with something inside changed."""
+    """Return JSON text of `value`, a dict or a list, with one change inside."""
     nodes = list(_nodes(value))
     raw: dict[str, str] = {}
 
-    def literal(text: str) -> str:  # what json cannot write is put into the text afterwards
+    def literal(text: str) -> str:  # json cannot write such text; it is inserted afterwards
         mark = f"@@{len(raw)}@@"
         raw[json.dumps(mark)] = text
         return mark
 
-    # Few of a tokenizer's nodes are not its vocabulary, and few of a header's no offsets: the outer ones as often.
+    # Choose an outer node half of the time: nearly all nodes of a tokenizer are vocabulary, and those of a header
+    # offsets.
     outer = [node for node in nodes if node[0] is value]
     container, key = rng.choice(rng.choice((outer, nodes))) if nodes else ({}, "")
     found = container[key] if nodes else None
@@ -260,7 +260,7 @@ def mutate_lines(data: bytes, rng: Random) -> bytes:
         lines[i] = b"\0".join((lines[i], lines[i]))
     elif action == "many":
         lines += [lines[i]] * 20_000
-    else:  # one field of it, or all
+    else:  # one field of the line, or all of them
         fields = lines[i].split(b",")
         fields[rng.randrange(len(fields))] = rng.choice(TEXTS).encode(errors="surrogatepass")
         lines[i] = rng.choice((b",".join(fields), fields[0] * 3))
@@ -276,7 +276,7 @@ def _unpacked(data: bytes) -> tuple[dict[str, Any], bytes]:
 
 
 def in_order(data: bytes) -> bytes:
-    """The same safetensors file with the keys of its header sorted: the library's order is another in each process."""
+    """Sort the keys in the header of a safetensors file. The library writes them in another order in each process."""
     header, body = _unpacked(data)
     encoded = json.dumps(header, sort_keys=True).encode()
     return struct.pack("<Q", len(encoded)) + encoded + body
@@ -317,7 +317,7 @@ def mutate_safetensors(data: bytes, rng: Random) -> bytes:
         for one in rng.choice(([name], [name], names)):
             kind, (first, last) = header[one]["dtype"], header[one]["data_offsets"]
             value = rng.choice(FILLINGS.get(kind, (b"\xff",)))
-            if rng.random() < 0.3:  # one number alone
+            if rng.random() < 0.3:  # a single number
                 last = first + len(value) if last > first else last
             body = body[:first] + value * ((last - first) // len(value)) + body[last:]
     elif action == "shape":
@@ -357,7 +357,7 @@ def mutate_safetensors(data: bytes, rng: Random) -> bytes:
 
 
 def _repacked(header: dict[str, Any], body: bytes) -> bytes:
-    """A file in which the tensors lie one behind the other, as the format asks."""
+    """Return a file with its tensors packed without gaps, as the format demands."""
     made, packed = {}, b""
     for name, entry in header.items():
         if name != "__metadata__":
@@ -399,7 +399,7 @@ def mutate_pickle(data: bytes, rng: Random) -> bytes:
 
 
 def _odd_tensors(data: bytes, rng: Random) -> bytes:
-    """What torch's weights-only loader takes, and no model holds."""
+    """Put in a tensor or value that torch's weights-only loader accepts but no model contains."""
     import torch
 
     content = torch.load(io.BytesIO(data), weights_only=True)
@@ -542,7 +542,7 @@ def mutate_tar(data: bytes, rng: Random) -> bytes:
     }[action]
     start, end = FIELDS[rng.choice(tuple(FIELDS)) if action == "field" else action]
     header[start:end] = rng.choice(values)[: end - start].ljust(end - start, b"\0")
-    if action == "type" and header[156:157] == b"S":  # an old GNU sparse file of a terabyte
+    if action == "type" and header[156:157] == b"S":  # an old GNU sparse file that claims a terabyte
         header[386:495] = b"00000000000\0" * 2 + bytes(483 - 410) + b"\x80" + bytes(5) + b"\x01" + bytes(5)
     header[148:156] = b" " * 8
     header[148:156] = f"{sum(header):06o}\0 ".encode()
@@ -563,11 +563,11 @@ def _pax_record(key: str, value: str) -> bytes:
 COLUMNS: tuple[list[Any], ...] = (
     [1.5, float("nan")], [None, None], [["a"], []], [{"a": 1}, None], [b"\xff", b""], [True, False],
 )  # fmt: skip
-"""Captions that are none."""
+"""Columns in place of the captions that are not captions."""
 
 
 def mutate_parquet(data: bytes, rng: Random) -> bytes:
-    """A table of the same images with other columns, types, and places."""
+    """Rewrite a table of images with a damaged path, image, caption, column, or type."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -607,11 +607,11 @@ STRUCTURED: dict[str, Mutator] = {
 }  # fmt: skip
 
 
-# Something else in the place of a file
+# Replacing a file by something else
 
 
 def put_in_place_of(path: Path, rng: Random) -> str:
-    """Put no content but another kind of thing where the file `path` was; returns what it is."""
+    """Put another kind of thing where the file `path` was, and return the name of that kind."""
     kinds = [
         "folder",
         "pipe",
@@ -649,7 +649,7 @@ def put_in_place_of(path: Path, rng: Random) -> str:
 
 
 def damage(folder: Path, files: list[Path], rng: Random) -> str:
-    """Damage one of `files`, now and then two, or put something else in its place; returns what was done to which."""
+    """Damage or replace one of `files`, sometimes two. Return a sentence that says what was done."""
     done = []
     for path in rng.sample(files, 2 if len(files) > 1 and rng.random() < 0.1 else 1):
         name = path.relative_to(folder).as_posix()
@@ -662,6 +662,6 @@ def damage(folder: Path, files: list[Path], rng: Random) -> str:
 
 
 def copy_of(folder: Path, to: Path) -> Path:
-    """A fresh copy of a valid input."""
+    """Make a fresh copy of a valid input."""
     shutil.rmtree(to, ignore_errors=True)
     return Path(shutil.copytree(folder, to, symlinks=True))

@@ -1,7 +1,7 @@
-"""Every kind of file that is read: how to make a small valid one, and how a user's command reads it.
+"""Each kind of file that sdkit reads: how to make a small valid one, and how a user's command reads it.
 
-A read ends with a result or an `SdkitError`, whatever has happened to the files. It goes as far as the command would: a
-network that was loaded is run once, since some damage shows only there.
+A read ends with a result or an `SdkitError`, however the files are damaged. It goes as far as the command would: a
+loaded network is run once, because some damage shows only there.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from tests.helpers.loaders import describe, load_schedule
 from tests.helpers.toy import Toy, ToySettings
 
 SIDE = 16  # pixels
-TOKENS = 320  # of the tokenizer
+TOKENS = 320  # size of the tokenizer's vocabulary
 CPU: dict[str, Any] = {"dtype": "fp32", "device": "cpu"}
 DRAW: dict[str, Any] = {"height": SIDE, "width": SIDE, "num_inference_steps": 2}
 PROMPT = "a (red:1.2) disc, café"
@@ -50,32 +50,32 @@ PROMPT = "a (red:1.2) disc, café"
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """A kind of input."""
+    """A kind of input and how it is read."""
 
     name: str
     make: Callable[[Path], object]
-    """Fills a folder with a small valid input."""
+    """Writes a small valid input into a folder"""
     read: Callable[[Path, Path], object]
-    """Reads what is in the first folder; writes, if at all, into the second."""
+    """Reads the first folder, and writes, if at all, into the second"""
     files: tuple[str, ...] = ("*",)
-    """Patterns of the files that are damaged."""
+    """Patterns of the files that may be damaged"""
     repair: Callable[[Path], object] = lambda folder: None
-    """Makes checksums of the damaged files right again."""
+    """Corrects the checksums of damaged files"""
     writes_input: bool = False
-    """Whether the input is a folder that the command goes on to write into."""
+    """Whether the command writes into its input folder"""
 
     def damageable(self, folder: Path) -> list[Path]:
-        """The files in `folder` that are damaged."""
+        """Return the files in `folder` that may be damaged."""
         found = {path for pattern in self.files for path in folder.glob(pattern) if path.is_file()}
         return sorted(found)
 
 
-# A whole model of a few channels
+# A complete model with few channels
 
 
 @cache
 def model() -> Path:
-    """A model in diffusers layout, beside the inputs; see `set_home`."""
+    """Return the folder of a small valid model in diffusers layout; see `set_home`."""
     return _made("model", make_model)
 
 
@@ -83,7 +83,7 @@ _home = Path()
 
 
 def set_home(folder: Path) -> None:
-    """Where valid inputs are made, once."""
+    """Set the folder in which valid inputs are made, each once."""
     global _home
     _home = folder
 
@@ -100,7 +100,7 @@ def _made(name: str, make: Callable[[Path], object]) -> Path:
 
 
 def valid(target: Target) -> Path:
-    """The valid input of `target`, which nobody may change."""
+    """Return the valid input of `target`. It is shared, so no read may change it."""
     return _made(target.name, target.make)
 
 
@@ -125,7 +125,7 @@ def make_model(folder: Path) -> None:
     )  # fmt: skip
     torch.nn.init.normal_(
         next(p for n, p in text.named_parameters() if "final_layer_norm.bias" in n)
-    )  # else means are 0
+    )  # otherwise the mean of each embedding is 0
     scheduler = DDIMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False,
         steps_offset=1,
@@ -141,7 +141,7 @@ def make_model(folder: Path) -> None:
 
 
 def make_tokenizer(folder: Path, *, fast: bool) -> None:
-    """The first tokens of the embedded model's tokenizer, as tokenizer.json or as vocab.json and merges.txt."""
+    """Write the first tokens of the embedded model's tokenizer, as tokenizer.json or as vocab.json and merges.txt."""
     folder.mkdir(parents=True, exist_ok=True)
     embedded = Path(sdkit.__file__).parent / "assets" / "emoji" / "tokenizer"
     shutil.copy(embedded / "tokenizer_config.json", folder)
@@ -165,7 +165,7 @@ def make_tokenizer(folder: Path, *, fast: bool) -> None:
 
 @cache
 def sd() -> sdkit.StableDiffusion:
-    """The valid model, which no read may change."""
+    """Load the valid model. It is shared, so no read may change it."""
     return sdkit.StableDiffusion.from_pretrained(model(), **CPU)
 
 
@@ -174,7 +174,7 @@ def drawn(made: sdkit.StableDiffusion) -> None:
 
 
 def parts(*names: str) -> Callable[[Path], None]:
-    """Makes a folder of some parts of the model."""
+    """Return a function that copies some parts of the model into a folder."""
 
     def make(folder: Path) -> None:
         for name in names:
@@ -184,7 +184,7 @@ def parts(*names: str) -> Callable[[Path], None]:
 
 
 def with_part(**changed: Any) -> None:
-    """Draw with one part of the model changed."""
+    """Draw an image with some parts of the model replaced."""
     whole = sd()
     made = {"vae": whole.vae, "text": whole.text, "unet": whole.unet, "schedule": whole.schedule} | changed
     drawn(sdkit.StableDiffusion(**made))
@@ -236,7 +236,7 @@ def as_pickles(*names: str) -> Callable[[Path], None]:
     return make
 
 
-# One file
+# Single files
 
 
 def make_single(suffix: str) -> Callable[[Path], None]:
@@ -258,7 +258,7 @@ def make_single(suffix: str) -> Callable[[Path], None]:
 def read_single(name: str) -> Callable[[Path, Path], None]:
     def read(folder: Path, out: Path) -> None:
         file = folder / name
-        with suppress(SdkitError):  # its networks are none of SD's sizes
+        with suppress(SdkitError):  # its networks have none of SD's sizes, so describing it may fail
             describe(file)
         describe(file, config=model())
         drawn(sdkit.StableDiffusion.from_pretrained(file, config=model(), **CPU))
@@ -317,7 +317,7 @@ def picture(mode: str = "RGB", size: tuple[int, int] = (SIDE, SIDE)) -> Image.Im
 def make_images(folder: Path) -> None:
     for suffix in sorted(images.READABLE):
         mode = "P" if suffix == ".gif" else "L" if suffix == ".pgm" else "RGB"
-        with suppress(KeyError, ValueError, OSError):  # Pillow may be built without AVIF
+        with suppress(KeyError, ValueError, OSError):  # Pillow may have been built without AVIF
             picture(mode).save(folder / f"one{suffix}")
     for mode in ("RGBA", "LA", "P", "1"):
         picture(mode).save(folder / f"{mode}.png")
@@ -327,7 +327,7 @@ def make_images(folder: Path) -> None:
 
 
 def read_images(folder: Path, out: Path) -> None:
-    """A file is read by itself: an image that damage has made large would take a network long, and rightly so."""
+    """Encode the images that can be read and are small. An image that damage has made large would rightly take long."""
     small = []
     for path in sorted(folder.iterdir()):
         with suppress(SdkitError):
@@ -365,7 +365,7 @@ def make_recipe(folder: Path) -> None:
 
 
 def read_recipe(folder: Path, out: Path) -> None:
-    """As `sdkit generate --from`, but with the small model, and few pixels and steps where the recipe asks for many."""
+    """Read a recipe as `sdkit generate --from` does, and draw it with the small model, few pixels, and few steps."""
     recipe = Generation.read(folder / "one.png")
     prompts = [recipe.prompt]
     jobs.check_generation(prompts, out, recipe)
@@ -388,7 +388,7 @@ def read_prompts(folder: Path, out: Path) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Images whose captions come in every way that is read."""
+    """Write images with captions in each of the supported forms."""
     (folder / "sub").mkdir()
     for i in range(4):
         picture(size=(SIDE + i, SIDE)).save(folder / f"{i}.png")
@@ -409,7 +409,7 @@ def make_csv(folder: Path) -> None:
 
 
 def read_data(folder: Path, out: Path) -> None:
-    """As `sdkit data check`, and every image and caption."""
+    """Run `sdkit data check`, then load every image and caption."""
     sdkit.data.check(folder, model=str(model()), size=SIDE)
     for example in sdkit.data.open_examples(folder):
         with suppress(SdkitError):
@@ -458,10 +458,10 @@ def make_cache(folder: Path) -> None:
 
 
 def repair_cache(folder: Path) -> None:
-    """Sizes and checksums in the manifest, as of a cache that was made so on purpose."""
+    """Correct sizes and checksums in the manifest, as if the cache had been made with the damaged content."""
     with suppress(Exception):
         manifest = json.loads(read_regular(folder / "manifest.json", 2**30))
-        write_manifest(folder, manifest)  # whatever the loop below stumbles over
+        write_manifest(folder, manifest)  # so that it is valid even if the loop below raises
         for entry in [*manifest["shards"], manifest["empty"]]:
             data = read_regular(folder / entry["file"], 2**30)
             entry |= {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
@@ -469,7 +469,7 @@ def repair_cache(folder: Path) -> None:
 
 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
-    """A cache's manifest with the checksum of itself."""
+    """Write a cache's manifest with its own checksum."""
     content = {key: value for key, value in manifest.items() if key != "checksum"}
     checksum = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     (folder / "manifest.json").write_text(json.dumps(content | {"checksum": checksum}))
@@ -540,7 +540,7 @@ def repair_checkpoints(folder: Path) -> None:
 
 
 def read_run(folder: Path, out: Path) -> None:
-    """Its curves, and what it has made as a LoRA."""
+    """Read a run's result as a LoRA, and plot its curves."""
     with suppress(SdkitError):
         read_lora(folder / "run" / "result")
     plot(folder / "run", out / "curves.png")
@@ -556,7 +556,7 @@ def make_settings(folder: Path) -> None:
 
 
 def read_settings(folder: Path, out: Path) -> None:
-    """As `sdkit train`, with the options beside it that keep a run small."""
+    """Run `sdkit train` with options that keep the run small."""
     small = ["--max-steps", "1", "--batch-size", "1", "--gradient-accumulation-steps", "1", "--lora-rank", "1"]
     main(["train", "unet", "--config", str(folder / "one.json"), "--out-dir", str(out / "run"), *small])
 

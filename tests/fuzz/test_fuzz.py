@@ -1,6 +1,6 @@
-"""No file that is read can make sdkit do anything but give a result, or tell in one sentence why there is none.
+"""Whatever is in the files that sdkit reads, it gives a result or reports in one sentence why there is none.
 
-`python -m tests.fuzz --help` says how to repeat a case.
+`python -m tests.fuzz --help` explains how to repeat a case.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ SHORT, LONG = 300, 10_000
 
 
 def told(found: list[Failure]) -> str:
-    """One case of each cause, the most frequent first."""
+    """Describe one case of each cause, the most frequent cause first."""
     causes: dict[tuple[str, str], list[Failure]] = {}
     for failure in found:
         causes.setdefault(failure.cause, []).append(failure)
@@ -60,7 +60,7 @@ def test_ten_thousand_damaged_files(shared: Worker) -> None:
     assert not found, told(found)
 
 
-# The harness itself: each thing that it looks for is found, and nothing else
+# The harness itself: it reports each kind of misbehaviour, and nothing else
 
 
 def write_elsewhere(folder: Path, out: Path) -> None:
@@ -82,7 +82,7 @@ def connect(folder: Path, out: Path) -> None:
 
 
 def swallow(folder: Path, out: Path) -> None:
-    """What an `except` keeps is known all the same."""
+    """Start a process and catch what the audit hook raises. The attempt must be reported all the same."""
     try:
         os.system("true")
     except BaseException as error:
@@ -139,7 +139,7 @@ def test_what_the_worker_sees(
 
 @pytest.fixture(scope="module")
 def watch() -> worker.Watch:
-    return worker.Watch()  # one: an audit hook stays until the process ends
+    return worker.Watch()  # an audit hook cannot be removed, so all tests share one
 
 
 def test_a_worker_that_dies_is_told_and_replaced(shared: Worker) -> None:

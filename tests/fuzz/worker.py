@@ -1,8 +1,8 @@
-"""A process that reads damaged files, one case for each line of its input, and tells what went wrong.
+"""A process that reads damaged files, one case for each line of its input, and reports what went wrong.
 
 `python -m tests.fuzz.worker FOLDER` reads lines of JSON, {"target": ..., "seed": ...}. It answers each with two lines:
 before it reads the case, {"what": what is damaged}; then {"problem": null or a sentence, "where": the lines of sdkit
-that were reached}. `harness.Worker` starts it and watches over it.
+that were reached}. `harness.Worker` starts and supervises it.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from random import Random
 from typing import Any
 
 SECONDS, BYTES = 5, 10**9
-"""CPU time and growth of memory that reading one damaged file may take."""
+"""CPU time in seconds and growth of memory in bytes that reading one damaged file may take."""
 
-PATHS = {  # audit events that change what is on the disk, and which of their arguments are paths
+PATHS = {  # audit events that change the disk, and which of their arguments are paths
     "os.remove": (0,), "os.rename": (0, 1), "os.rmdir": (0,), "os.mkdir": (0,), "os.link": (1,), "os.symlink": (1,),
     "os.chmod": (0,), "os.chown": (0,), "os.truncate": (0,), "os.utime": (0,), "os.setxattr": (0,),
     "shutil.rmtree": (0,), "shutil.move": (0, 1), "shutil.copyfile": (1,), "shutil.unpack_archive": (1,),
@@ -43,11 +43,13 @@ WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
 
 class Forbidden(BaseException):
-    """Ends what the audit hook has seen; no `except Exception` keeps it."""
+    """Raised by the audit hook on a forbidden event. It is a BaseException, so that `except Exception` lets it pass."""
 
 
 class Watch:
-    """The audit hook: while `roots` is set, nothing may be written elsewhere, started, connected to, or run."""
+    """An audit hook. While `roots` is set, it forbids writing elsewhere, starting processes, connecting, and running
+    code.
+    """
 
     def __init__(self) -> None:
         self.roots: list[str] | None = None
@@ -76,7 +78,7 @@ class Watch:
     def _check(self, event: str, path: Any, folder: int) -> None:
         if isinstance(path, int):
             return
-        roots, self.roots = self.roots or [], None  # what is asked below is nobody's doing but ours
+        roots, self.roots = self.roots or [], None  # events during the check are the harness's own
         try:
             place = os.path.abspath(os.fsdecode(path))  # noqa: PTH100 - a link itself is what is removed
             if folder > 2 and not os.path.isabs(os.fsdecode(path)):  # noqa: PTH117
@@ -126,7 +128,7 @@ class Cases:
         return {"problem": problem, "where": where}
 
     def check_valid(self, name: str) -> dict[str, Any]:
-        """Read what is not damaged, which must give a result."""
+        """Read the undamaged input of a target, which must give a result."""
         target = self.targets.TARGETS[name]
         valid = self.targets.valid(target)
         self._warm_up(target, valid)
@@ -135,10 +137,10 @@ class Cases:
         return {"problem": problem, "where": where}
 
     def _warm_up(self, target: Any, valid: Path) -> None:
-        """What is imported and set up at the first read is no case's."""
+        """Read the valid input once, so that the imports and set-up of the first read do not count for a case."""
         if target.name not in self.warm:
             self._fresh(valid)
-            with contextlib.suppress(Exception):  # told where the valid input is asked for
+            with contextlib.suppress(Exception):  # `check_valid` reports a valid input that fails
                 target.read(self.case, self.out)
             self.warm.add(target.name)
 
@@ -151,7 +153,7 @@ class Cases:
         shutil.rmtree(self.home / "hf" / "datasets", ignore_errors=True)
 
     def _read(self, target: Any, accept_errors: bool = True) -> tuple[str | None, str]:
-        """The first thing that is wrong, and where in sdkit; (None, "") where nothing is."""
+        """Return the first problem and the lines of sdkit where it occurred, or (None, "")."""
         import torch
 
         from sdkit.errors import SdkitError
@@ -195,14 +197,14 @@ class Cases:
 
 
 def _where(error: BaseException) -> str:
-    """The last two lines of sdkit that the error passed."""
+    """Return the last two lines of sdkit in the traceback."""
     frames = traceback.extract_tb(error.__traceback__)
     ours = [frame for frame in frames if "/sdkit/" in frame.filename and "/site-packages/" not in frame.filename]
     return " > ".join(f"{frame.filename.rpartition('/sdkit/')[2]}:{frame.lineno}" for frame in ours[-2:])
 
 
 def _peak(reset: bool = False) -> int:
-    """The most memory that this process has held since the last reset, in bytes; 0 where that cannot be known."""
+    """Return the peak memory of this process since the last reset, in bytes; 0 if it is unknown."""
     try:
         if reset:
             Path("/proc/self/clear_refs").write_text("5")
@@ -213,10 +215,10 @@ def _peak(reset: bool = False) -> int:
 
 
 def serve() -> None:
-    answers = os.fdopen(os.dup(1), "w")  # what the commands print goes nowhere
+    answers = os.fdopen(os.dup(1), "w")  # discard what the commands print
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     faulthandler.enable()
-    faulthandler.register(signal.SIGUSR1)  # sent before a process that does not end is killed
+    faulthandler.register(signal.SIGUSR1)  # the harness sends this signal before it kills a process that hangs
     warnings.simplefilter("ignore")
     import torch
 

@@ -1,1 +1,1 @@
-"""What several test modules share: tiny networks, references, and processes that train."""
+"""Helpers shared by several test modules: tiny networks, reference formulas, and training runs in subprocesses."""

@@ -1,4 +1,4 @@
-"""ICC profiles made from the format itself, and the colours that they stand for, in closed form."""
+"""ICC profiles built byte by byte from the specification, and closed forms of the colours that they describe."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import numpy as np
 
 
 def s15(*values: float) -> bytes:
-    """Fixed-point numbers as ICC writes them."""
+    """Encode numbers as s15Fixed16, ICC's fixed-point format."""
     return b"".join(struct.pack(">i", round(value * 65536)) for value in values)
 
 
 def icc(space: bytes, tags: dict[bytes, bytes], pcs: bytes = b"XYZ ") -> bytes:
-    """An ICC profile (version 2) for a monitor or a printer with these tags."""
+    """Build an ICC profile (version 2) with these tags, for a printer if the space is CMYK, else for a monitor."""
     tags = {b"desc": b"desc\0\0\0\0\0\0\0\2t\0" + bytes(78), b"wtpt": b"XYZ \0\0\0\0" + s15(*D50), **tags}
     body, table, at = b"", b"", 128 + 4 + 12 * len(tags)
     for name, data in tags.items():
@@ -27,14 +27,14 @@ def icc(space: bytes, tags: dict[bytes, bytes], pcs: bytes = b"XYZ ") -> bytes:
 
 
 D50, D65 = np.array([0.9642, 1.0, 0.8249]), np.array([0.3127 / 0.3290, 1, (1 - 0.3127 - 0.3290) / 0.3290])
-SRGB = [(0.64, 0.33), (0.30, 0.60), (0.15, 0.06)]  # chromaticities of red, green, and blue
+SRGB = [(0.64, 0.33), (0.30, 0.60), (0.15, 0.06)]  # xy chromaticities of red, green, and blue
 P3 = [(0.680, 0.320), (0.265, 0.690), (0.150, 0.060)]
 ADOBE = [(0.64, 0.33), (0.21, 0.71), (0.15, 0.06)]
 BRADFORD = np.array([[0.8951, 0.2664, -0.1614], [-0.7502, 1.7135, 0.0367], [0.0389, -0.0685, 1.0296]])
 
 
 def to_xyz(primaries: list[tuple[float, float]]) -> np.ndarray:
-    """Linear RGB of these primaries with white D65 -> XYZ (Lindbloom)."""
+    """Return the matrix from linear RGB to XYZ for these primaries and white point D65 (Lindbloom)."""
     columns = np.array([[x / y, 1, (1 - x - y) / y] for x, y in primaries]).T
     return columns * np.linalg.solve(columns, D65)
 
@@ -50,7 +50,7 @@ def srgb_levels(light: np.ndarray) -> np.ndarray:
 
 
 def matrix_profile(primaries: list[tuple[float, float]], gamma: float | None) -> bytes:
-    """A monitor's profile; gamma None has the curve of sRGB."""
+    """Build a monitor's profile. `gamma=None` takes the curve of sRGB."""
     adapted = np.linalg.inv(BRADFORD) @ np.diag((BRADFORD @ D50) / (BRADFORD @ D65)) @ BRADFORD @ to_xyz(primaries)
     if gamma is None:
         points = np.round(linear(np.linspace(0, 255, 1024)) * 65535).astype(">u2")

@@ -1,4 +1,4 @@
-"""What stands for the downloads of the recipe: discs for the drawn pictures, noise for the photographs."""
+"""Stand-ins for the recipe's downloads: discs in place of the drawn pictures, noise in place of the photographs."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ NOT_USED = ("1f1e6-1f1e8", "0023-fe0f-20e3", "1f44b-1f3fd", "1f3f4-e0067_e0062_e
 
 
 def make_drawn(folder: Path) -> Path:
-    """A folder as the npm package's assets/: discs of 256 px for the first pictures, one without a name, and files that
-    are not used."""
+    """Make a folder like the npm package's assets/: discs of 256 pixels for the first pictures, one picture that has no
+    name, and files that the recipe ignores.
+    """
     folder.mkdir()
     disc = Image.new("RGBA", (256, 256))
     ImageDraw.Draw(disc).ellipse((8, 8, 247, 247), fill=(*COLOUR, 255))
@@ -27,7 +28,7 @@ def make_drawn(folder: Path) -> Path:
 
 
 def make_photographs(folder: Path) -> Path:
-    """Noise in the place of each of the recipe's photographs."""
+    """Write noise in the place of each of the recipe's photographs."""
     noise = np.random.default_rng(0).integers(256, size=(300, 320, 3), dtype=np.uint8)
     for name in (Path(module.__file__).parent / "photos.txt").read_text().split():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""One part of a source, opened for it alone."""
+"""Shortcuts that open a source for one of its parts only."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""diffusers' pipeline on sdkit's networks, and a small U-Net that takes the guidance scale."""
+"""A diffusers pipeline on sdkit's networks, and a small U-Net that takes the guidance scale as an input."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ EMOJI = ASSETS / "emoji"
 
 
 def diffusers_pipeline(sd: sdkit.StableDiffusion, scheduler: Any = None) -> Any:
-    """diffusers' own pipeline on the same networks."""
+    """Build diffusers' own pipeline on the same networks, as a reference."""
     import warnings
 
     with warnings.catch_warnings():
@@ -38,7 +38,7 @@ def diffusers_pipeline(sd: sdkit.StableDiffusion, scheduler: Any = None) -> Any:
 
 
 def guided_network(cross_attention_dim: int = 8) -> UNet2DConditionModel:
-    """A small one that takes the guidance scale as an input."""
+    """Build a small U-Net that takes the guidance scale as an input, as distilled (LCM) models do."""
     torch.manual_seed(0)
     return UNet2DConditionModel(
         sample_size=8, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, attention_head_dim=4,

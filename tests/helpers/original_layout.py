@@ -1,6 +1,6 @@
-"""Writes networks into the original (CompVis) layout: the inverse of what a loader does, from the layout itself.
+"""Rename networks' tensors to the original (CompVis) layout, the inverse of loading them.
 
-No converter of diffusers' is used here, so that a file made by these functions is an independent test of one.
+The rules come from the layout itself, not from diffusers' converter. A file made here tests a loader independently.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "t
 
 
 def vae(state: Tensors, prefix: str = VAE_PREFIX) -> Tensors:
-    """An AutoencoderKL's tensors. `prefix=""` makes a VAE alone."""
+    """Rename an AutoencoderKL's tensors. `prefix=""` gives a file that holds a VAE only."""
     blocks = 1 + max(int(found[1]) for key in state if (found := re.match(r"decoder\.up_blocks\.(\d+)", key)))
     rules: Rules = [
         (r"encoder\.down_blocks\.(\d+)\.resnets\.(\d+)", r"encoder.down.\1.block.\2"),
@@ -50,7 +50,7 @@ def vae(state: Tensors, prefix: str = VAE_PREFIX) -> Tensors:
         (r"conv_norm_out", "norm_out"),
     ]
     renamed = {_rename(key, rules): tensor for key, tensor in state.items()}
-    # The original's attention is made of 1 x 1 convolutions.
+    # The original VAE's attention uses 1 x 1 convolutions in place of linear layers.
     as_conv = r"mid\.attn_1\.(q|k|v|proj_out)\.weight$"
     return {
         prefix + key: tensor[:, :, None, None] if re.search(as_conv, key) else tensor for key, tensor in renamed.items()
@@ -58,7 +58,7 @@ def vae(state: Tensors, prefix: str = VAE_PREFIX) -> Tensors:
 
 
 def unet(state: Tensors, layers_per_block: int) -> Tensors:
-    """A UNet2DConditionModel's tensors."""
+    """Rename a UNet2DConditionModel's tensors."""
     down, up = layers_per_block + 1, layers_per_block + 1
     attends = {found[1] for key in state if (found := re.match(r"up_blocks\.(\d+)\.attentions", key))}
 
@@ -93,14 +93,14 @@ def unet(state: Tensors, layers_per_block: int) -> Tensors:
 
 
 def clip(state: Tensors) -> Tensors:
-    """SD 1.x: transformers' CLIPTextModel as it was then, a buffer of positions included."""
+    """Rename a CLIPTextModel's tensors as in SD 1.x, including the buffer of positions that transformers saved then."""
     tensors = {f"{CLIP_PREFIX}text_model.{key.removeprefix('text_model.')}": tensor for key, tensor in state.items()}
     positions = next(tensor.shape[0] for key, tensor in tensors.items() if "position_embedding" in key)
     return tensors | {f"{CLIP_PREFIX}text_model.embeddings.position_ids": torch.arange(positions)[None]}
 
 
 def open_clip(state: Tensors) -> Tensors:
-    """SD 2.x: OpenCLIP's text tower, with the last layer that SD 2.x does not use."""
+    """Rename a text encoder's tensors to OpenCLIP's, as in SD 2.x, including its unused last layer."""
     state = {key.removeprefix("text_model."): tensor for key, tensor in state.items()}
     width = state["final_layer_norm.weight"].shape[0]
     layers = 1 + max(int(found[1]) for key in state if (found := re.match(r"encoder\.layers\.(\d+)", key)))
@@ -120,7 +120,7 @@ def open_clip(state: Tensors) -> Tensors:
         "self_attn.out_proj": "attn.out_proj",
     }
     for layer in range(layers + 1):
-        old = f"encoder.layers.{min(layer, layers - 1)}."  # the unused last layer repeats the one before
+        old = f"encoder.layers.{min(layer, layers - 1)}."  # the unused last layer is a copy of the one before
         new = f"transformer.resblocks.{layer}."
         for kind in ("weight", "bias"):
             for theirs, ours in names.items():

@@ -1,6 +1,7 @@
-"""Float64 references, written in NumPy from the papers' formulas and sharing no code with sdkit.
+"""Float64 reference implementations in NumPy, written from the papers' formulas. They share no code with sdkit.
 
-`a` is a value of alphas_cumprod (DDPM's alpha-bar, DDIM's alpha, DPM-Solver++'s alpha^2), `a_prev` the one stepped to.
+`a` is a value of alphas_cumprod (alpha-bar in DDPM, alpha in DDIM, alpha^2 in DPM-Solver++). `a_prev` is its value at
+the timestep that is stepped to.
 """
 
 from __future__ import annotations
@@ -15,17 +16,17 @@ Array = NDArray[np.float64]
 
 
 def linear_betas(n: int, start: float, end: float) -> Array:
-    """Ho et al. 2020 (arXiv 2006.11239), section 4: betas evenly spaced."""
+    """Evenly spaced betas of Ho et al. 2020 (arXiv 2006.11239), section 4."""
     return np.array([start + (end - start) * i / (n - 1) for i in range(n)])
 
 
 def scaled_linear_betas(n: int, start: float, end: float) -> Array:
-    """Rombach et al. 2022 (latent diffusion's code): square roots of the betas evenly spaced."""
+    """Betas with evenly spaced square roots, as in the code of latent diffusion (Rombach et al. 2022)."""
     return linear_betas(n, math.sqrt(start), math.sqrt(end)) ** 2
 
 
 def cosine_betas(n: int, s: float = 0.008, max_beta: float = 0.999) -> Array:
-    """Nichol & Dhariwal 2021 (arXiv 2102.09672), eq. 17."""
+    """Betas of the cosine schedule of Nichol & Dhariwal 2021 (arXiv 2102.09672), eq. 17."""
 
     def f(t: float) -> float:
         return math.cos((t / n + s) / (1 + s) * math.pi / 2) ** 2
@@ -34,18 +35,18 @@ def cosine_betas(n: int, s: float = 0.008, max_beta: float = 0.999) -> Array:
 
 
 def zero_terminal_snr(betas: Array) -> Array:
-    """Lin et al. 2023 (arXiv 2305.08891), Algorithm 1; returns the rescaled alphas_cumprod."""
+    """Return alphas_cumprod rescaled by Lin et al. 2023 (arXiv 2305.08891), Algorithm 1."""
     root = np.sqrt(np.cumprod(1 - betas))
     return ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
 
 
 def to_output(kind: str, x0: Array, eps: Array, a: float) -> Array:
-    """What a model of that parameterisation outputs; v of Salimans & Ho 2022 (arXiv 2202.00512), appendix D."""
+    """Return the model output for x0 and eps. v as in Salimans & Ho 2022 (arXiv 2202.00512), appendix D."""
     return {"epsilon": eps, "sample": x0, "v_prediction": math.sqrt(a) * eps - math.sqrt(1 - a) * x0}[kind]
 
 
 def from_output(kind: str, output: Array, x_t: Array, a: float) -> tuple[Array, Array]:
-    """(x0, eps) from x_t = sqrt(a) x0 + sqrt(1 - a) eps and one of eps, x0, v."""
+    """Solve x_t = sqrt(a) x0 + sqrt(1 - a) eps for (x0, eps), given a model's output of kind eps, x0, or v."""
     if kind == "epsilon":
         return (x_t - math.sqrt(1 - a) * output) / math.sqrt(a), output
     if kind == "sample":
@@ -54,19 +55,21 @@ def from_output(kind: str, output: Array, x_t: Array, a: float) -> tuple[Array, 
 
 
 def ddim_step(x0: Array, eps: Array, a: float, a_prev: float, eta: float, noise: Array) -> Array:
-    """Song et al. 2021 (arXiv 2010.02502), eq. 12 with sigma of eq. 16."""
+    """Step of Song et al. 2021 (arXiv 2010.02502), eq. 12 with sigma of eq. 16."""
     sigma = eta * math.sqrt((1 - a_prev) / (1 - a)) * math.sqrt(1 - a / a_prev)
     return math.sqrt(a_prev) * x0 + math.sqrt(1 - a_prev - sigma**2) * eps + sigma * noise
 
 
 def ddpm_mean(x0: Array, x_t: Array, a: float, a_prev: float) -> Array:
-    """Ho et al. 2020, eq. 7: the mean of q(x_prev | x_t, x0), beta_t being 1 - a / a_prev."""
+    """Mean of q(x_prev | x_t, x0), Ho et al. 2020, eq. 7, where beta_t is 1 - a / a_prev."""
     alpha_t = a / a_prev
     return math.sqrt(a_prev) * (1 - alpha_t) / (1 - a) * x0 + math.sqrt(alpha_t) * (1 - a_prev) / (1 - a) * x_t
 
 
 def ddpm_variance(kind: str, a: float, a_prev: float, raw: Array | float = 0.0) -> Array | float:
-    """Ho et al. 2020, section 3.2 (both fixed ones); Nichol & Dhariwal 2021, eq. 15 for a model's `raw` in [-1, 1]."""
+    """Variance of a DDPM step: the two fixed ones of Ho et al. 2020, section 3.2, or the learned one of Nichol &
+    Dhariwal 2021, eq. 15, for a model output `raw` in [-1, 1].
+    """
     beta = 1 - a / a_prev
     beta_tilde = (1 - a_prev) / (1 - a) * beta
     if kind == "learned_range":
@@ -76,10 +79,12 @@ def ddpm_variance(kind: str, a: float, a_prev: float, raw: Array | float = 0.0) 
 
 
 def dpmpp_2m(x0_of: Callable[[Array, int], Array], x: Array, a: Sequence[float]) -> list[Array]:
-    """Lu et al. 2022 (arXiv 2211.01095), Algorithm 2, over alphas_cumprod a[0] < ... < a[M]; returns M samples.
+    """Run Lu et al. 2022 (arXiv 2211.01095), Algorithm 2, over alphas_cumprod a[0] < ... < a[M] and return its M
+    samples.
 
-    A last a[M] = 1 (sigma = 0, lambda = inf) takes the first-order update, whose limit is the data prediction. At
-    a[0] = 0 lambda is -inf: the first step is the limit of the first-order update, and so is the second (r -> inf).
+    If the last a[M] is 1 (sigma = 0, lambda = inf), the last step is the first-order update. Its limit is the data
+    prediction. If a[0] is 0, lambda is -inf there: the first step is the limit of the first-order update, and so is the
+    second (r -> inf).
     """
     alpha, sigma = np.sqrt(np.array(a)), np.sqrt(1 - np.array(a))
     with np.errstate(divide="ignore"):
@@ -105,12 +110,12 @@ def gaussian_x0(x_t: Array, a: float, mean: float, std: float) -> Array:
 
 
 def gaussian_eps(x_t: Array, a: float, mean: float, std: float) -> Array:
-    """E[eps | x_t] for x0 ~ N(mean, std^2), that is minus sqrt(1 - a) times the score."""
+    """E[eps | x_t] for x0 ~ N(mean, std^2). It equals -sqrt(1 - a) times the score."""
     return math.sqrt(1 - a) / (a * std**2 + 1 - a) * (x_t - math.sqrt(a) * mean)
 
 
 def gaussian_flow(x_start: Array, a_start: float, a: float, mean: float, std: float) -> Array:
-    """The probability-flow ODE's solution (Song et al. 2021, arXiv 2011.13456, eq. 13): each quantile is kept."""
+    """Solution of the probability-flow ODE, which preserves quantiles (Song et al. 2021, arXiv 2011.13456, eq. 13)."""
     ratio = math.sqrt((a * std**2 + 1 - a) / (a_start * std**2 + 1 - a_start))
     return math.sqrt(a) * mean + ratio * (x_start - math.sqrt(a_start) * mean)
 
@@ -118,7 +123,7 @@ def gaussian_flow(x_start: Array, a_start: float, a: float, mean: float, std: fl
 def apg(
     uncond: Array, cond: Array, scale: float, eta: float, radius: float, momentum: float, average: Array | float
 ) -> tuple[Array, Array]:
-    """Sadat et al. 2024 (arXiv 2410.02416), Algorithm 1, image by image; radius 0 leaves the norm as it is."""
+    """Guide each image by Sadat et al. 2024 (arXiv 2410.02416), Algorithm 1. `radius=0` does not limit the norm."""
     delta = cond - uncond + momentum * average
     guided = np.empty_like(cond)
     for i in range(len(cond)):

@@ -1,7 +1,7 @@
-"""Runs of the real stages in processes of their own, which can be ended anywhere; see `Runs`.
+"""Training runs of the real stages in subprocesses, which can be killed at any point; see `Runs`.
 
-As a script alone, it forks a process for each line of JSON that it reads; `accelerate launch runs.py SCENARIOS.json`
-trains one run after another in many processes.
+Run as a script without arguments, it forks one process for each line of JSON that it reads. `accelerate launch runs.py
+SCENARIOS.json` trains one run after another, each in several processes.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-# Whatever a run imports, before the forks.
+# Import the libraries of all runs before the forks, so that each run starts at once.
 import datasets  # noqa: F401
 import peft  # noqa: F401
 import torch
@@ -42,7 +42,7 @@ CALLS = ("batch", "loss", "discriminator_loss", "validate", "export")
 
 
 class Runs:
-    """Trains in forks of one process that has loaded the libraries."""
+    """Trains in forks of one server process, which has already imported the libraries."""
 
     def __init__(self) -> None:
         self._server = subprocess.Popen(
@@ -50,8 +50,16 @@ class Runs:
         )
 
     def __call__(self, stage: str, settings: dict[str, Any], hook: str = "") -> int:
-        """The exit code of a run of `stage` ("vae" or "unet"), whose number is then `process`; -N where signal N ended
-        it, or stopped it. `hook` as in `toy.hooks`, see `calling`."""
+        """Run a training stage in a fork and return its exit code.
+
+        Args:
+            stage: "vae" or "unet".
+            settings: Fields of the stage's settings.
+            hook: Where to end the process, in the notation of `toy.hooks` with the names of `calling`.
+
+        Returns:
+            The exit code; -N if signal N killed or stopped the process. `self.process` is its process id.
+        """
         assert self._server.stdin
         assert self._server.stdout
         print(json.dumps({"stage": stage, "settings": settings, "hook": hook}, default=str), file=self._server.stdin)
@@ -60,7 +68,7 @@ class Runs:
         return code
 
     def said(self, settings: dict[str, Any]) -> str:
-        """The sentence that the last run ended with."""
+        """Return the error sentence that the last run ended with."""
         return _sentence(settings).read_text()
 
     def close(self) -> None:
@@ -81,7 +89,7 @@ def _sentence(settings: dict[str, Any]) -> Path:
 
 
 def lpips_weights(path: Path) -> Path:
-    """A file of weights for LPIPS: random ones, which serve as well where nobody looks at the pictures."""
+    """Write random weights for LPIPS. They are good enough where no test looks at the pictures."""
     torch.manual_seed(0)
     state = LPIPS().state_dict().items()
     names = {k: f"lin{k[6:]}.weight" if k.startswith("heads.") else k.replace("vgg", "features") for k, _ in state}
@@ -95,12 +103,13 @@ def config_of(stage: str, settings: dict[str, Any]) -> VAEConfig | UNetConfig:
 
 
 def calling(at: Callable[[str, int], None]) -> None:
-    """Have this process call `at(name, k)` in the k-th call of each method of a stage, of an average's `update`, and in
-    the middle of writing a checkpoint's k-th file ("half")."""
+    """Patch this process so that it calls `at(name, k)` in the k-th call of each stage method, in the k-th `update` of
+    an average, and ("half") in the middle of writing the k-th file of a checkpoint.
+    """
     counts, lock = Counter[str](), threading.Lock()
 
     def called(name: str) -> None:
-        with lock:  # batches come from several threads
+        with lock:  # batches are made in several threads
             counts[name] += 1
             count = counts[name]
         at(name, count)
@@ -141,7 +150,7 @@ def train(stage: str, settings: dict[str, Any], hook: str) -> int:
 
 
 def serve() -> None:
-    gc.freeze()  # what the libraries made is not looked through again in each child, which takes a third of its time
+    gc.freeze()  # children's garbage collection skips the libraries' objects, which saves a third of their time
     for line in sys.stdin:
         child = os.fork()
         if not child:
@@ -158,7 +167,7 @@ def serve() -> None:
 
 
 def launched(scenario: dict[str, Any]) -> None:
-    """One run of many processes, and what each of them knows at its end."""
+    """Train as one process of several, and write down the samples and files that this process was responsible for."""
     rank = PartialState(cpu=True).process_index
     config = config_of(scenario["stage"], scenario["settings"])
     stage = VAEStage(config) if isinstance(config, VAEConfig) else UNetStage(config)
@@ -176,7 +185,7 @@ def launched(scenario: dict[str, Any]) -> None:
     save_file({name: p.contiguous() for name, p in weights.items()}, out / f"rank-{rank}.safetensors")
 
 
-RENAMED: list[Path] = []  # what this process has given its name, which is how all of a run's files come to be
+RENAMED: list[Path] = []  # paths that this process renamed into place; all files of a run are written by such a rename
 
 
 def launch(scenarios: list[dict[str, Any]]) -> None:

@@ -1,4 +1,4 @@
-"""What every error that a user can cause has to be."""
+"""The form of every error message that a user can cause."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import sdkit
 
 
 def one_sentence(run: Callable[[], object], kind: type[sdkit.SdkitError], *fragments: str) -> None:
-    """That `run` ends with an error of this kind, told in one sentence that holds the fragments."""
+    """Check that `run` raises an error of this kind, and that its message is one sentence with these fragments."""
     with pytest.raises(sdkit.SdkitError) as caught:
         run()
     message = str(caught.value)

@@ -1,6 +1,8 @@
-"""As a script, under `accelerate launch` with FSDP, what toy.py is under data parallelism, and a stage with a U-Net.
+"""A script for `accelerate launch` with FSDP: the counterpart of toy.py, which trains with data parallelism, and a
+stage with a U-Net.
 
-Accelerate knows FSDP of GPUs only, though PyTorch's works on CPUs: it is told that these are some.
+Accelerate supports FSDP on GPUs only, although PyTorch's implementation works on CPUs too. The CPUs are therefore
+presented to Accelerate as GPUs.
 """
 
 from __future__ import annotations
@@ -29,7 +31,9 @@ from tests.helpers import toy
 
 
 class Split(toy.Toy):
-    """Its networks are split in two; the second process begins with other weights, and calls them more often."""
+    """A toy stage with both networks sharded over two processes. The second process starts with different weights and
+    calls the networks more often.
+    """
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -49,7 +53,8 @@ class Split(toy.Toy):
         self, networks: Mapping[str, nn.Module], batch: dict[str, Any], step: int
     ) -> tuple[Tensor, Mapping[str, float | Tensor]]:
         with torch.no_grad():
-            networks["generator"](batch["x"])  # what it gathers, frozen, must not outlive this turn
+            # An extra call gathers parameters. They must be freed again after this step.
+            networks["generator"](batch["x"])
         return super().discriminator_loss(networks, batch, step)
 
     def validate(self, step: int) -> dict[str, float]:
@@ -59,7 +64,7 @@ class Split(toy.Toy):
 
 
 def make_scaled(settings: LoopSettings, out_dir: Path) -> Accelerator:
-    """An accelerator with the gradient scaler of fp16, on the CPU."""
+    """Make an accelerator with the gradient scaler of fp16, on the CPU."""
     accelerator = make_accelerator(settings, out_dir)
     accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**24, growth_interval=40)
     accelerator.native_amp, accelerator.state._mixed_precision = True, "fp16"
@@ -99,7 +104,7 @@ class UNetStage:
         self.denoiser = Denoiser().to(memory_format=torch.channels_last)
         self.half = settings.mixed_precision == "bf16"
         for name, p in self.denoiser.named_parameters():
-            if settings.frozen and "to_q" not in name:  # as LoRA leaves most
+            if settings.frozen and "to_q" not in name:  # LoRA freezes most weights too
                 p.requires_grad_(False)
                 p.data = p.data.bfloat16() if self.half else p.data
         self.players = [Player("unet", self.denoiser, self.loss, learning_rate=1e-3, ema=True)]
@@ -121,7 +126,7 @@ class UNetStage:
 
     def validate(self, step: int) -> dict[str, float]:
         batch = self.batch([(0, item) for item in range(self.size)])
-        unet = self.denoiser.unet  # past the wrapper
+        unet = self.denoiser.unet  # reach the network inside the wrapper
         with torch.autocast("cpu", torch.bfloat16, enabled=self.half):
             predicted = unet(batch["x"], batch["t"], batch["text"]).sample
         return {"mse": float((predicted - batch["x"]).square().mean())}

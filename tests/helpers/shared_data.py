@@ -1,7 +1,7 @@
-"""The one place where tests look outside the repository: weights and data that do not ship.
+"""The only place where tests look outside the repository, for weights and data that are not part of it.
 
-They lie in the folder that the environment variable SDKIT_SHARED_DATA names, or else in `shared/data` beside the
-repository. A test that needs one of them is skipped where it is not there.
+They are expected in the folder named by the environment variable SDKIT_SHARED_DATA, by default `shared/data` beside the
+repository. A test that needs a missing file is skipped.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ FOLDER = Path(os.environ.get(VARIABLE) or Path(__file__).resolve().parents[3] / 
 
 
 def find(name: str) -> Path | None:
-    """The file or folder of this name, or None where there is none."""
+    """Return the path of a shared file or folder, or None if it is missing."""
     path = FOLDER / name
     return path if path.exists() else None
 
 
 def need(name: str) -> Path:
-    """The file or folder of this name; skips the test where there is none."""
+    """Return the path of a shared file or folder. If it is missing, skip the test."""
     path = find(name)
     if path is None:
         pytest.skip(f"{name} is not in {FOLDER}; {VARIABLE} can name another folder")
@@ -30,7 +30,7 @@ def need(name: str) -> Path:
 
 
 def lpips_weights() -> Path:
-    """The real weights of LPIPS, which SDKIT_LPIPS may name too; skips the test where there are none."""
+    """Return the path of LPIPS's real weights, which SDKIT_LPIPS can name too. If they are missing, skip the test."""
     named = os.environ.get("SDKIT_LPIPS")
     if named and Path(named).is_file():
         return Path(named)

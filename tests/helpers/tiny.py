@@ -1,4 +1,4 @@
-"""A whole model so small that it trains in a second, and images to train it on: random weights, seeded."""
+"""A complete model with random, seeded weights that trains in a second, and images to train it on."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from tests.helpers.loaders import load_text
 
-SIZE = 32  # pixels: latents are (4, 4, 4)
+SIZE = 32  # pixels; latents are (4, 4, 4)
 
 
 def model(folder: Path, prediction_type: str = "epsilon") -> Path:
-    """A model in diffusers layout: 0.5 M parameters in all, the embedded model's tokenizer (32 tokens)."""
+    """Write a model of 0.5 M parameters in diffusers layout. Its tokenizer is the embedded model's (32 tokens)."""
     torch.manual_seed(0)
     blocks = 4  # the VAE's factor is 8
     vae = AutoencoderKL(
@@ -48,7 +48,7 @@ def model(folder: Path, prediction_type: str = "epsilon") -> Path:
 
 
 def photos(folder: Path, n: int, size: int = SIZE) -> Path:
-    """n images of coloured discs, with captions in .txt files."""
+    """Write n images of coloured discs, with captions in .txt files."""
     folder.mkdir(parents=True)
     colours = {"red": (220, 40, 40), "green": (40, 180, 60), "blue": (40, 70, 220), "yellow": (235, 205, 40)}
     y, x = np.mgrid[0:size, 0:size] / size

@@ -1,6 +1,6 @@
-"""A stage small enough to be trained in a second: a regression with a discriminator, and hooks to end it anywhere.
+"""A stage that trains in a second, a regression with a discriminator, and hooks that end it at any point.
 
-As a script, `accelerate launch --multi_gpu --num_processes 2 toy.py SCENARIOS.json` trains one run after another.
+Run as a script, `accelerate launch --multi_gpu --num_processes 2 toy.py SCENARIOS.json` trains one run after another.
 """
 
 from __future__ import annotations
@@ -37,13 +37,16 @@ class ToySettings(LoopSettings):
     discriminator: bool = True
     discriminator_starts_at: int = 0
     examples: int = 10
-    nan_samples: tuple[int, ...] = ()  # their loss is not a number
-    steep_samples: tuple[int, ...] = ()  # their loss is 0, its gradient is not a number
+    nan_samples: tuple[int, ...] = ()  # samples with a loss of NaN
+    steep_samples: tuple[int, ...] = ()  # samples with a loss of 0 and a gradient of NaN
 
 
 class Toy:
-    """`at(name, k)` is called in the k-th call, from 1, of "batch", "generator", "discriminator", "validate" or
-    "export"."""
+    """A regression with a discriminator.
+
+    It calls `at(name, k)` in the k-th call, counted from 1, of "batch", "generator", "discriminator", "validate", and
+    "export".
+    """
 
     def __init__(self, settings: ToySettings, at: Callable[[str, int], None] = lambda name, k: None) -> None:
         self.settings, self.at, self.calls = settings, at, Counter[str]()
@@ -97,7 +100,7 @@ class Toy:
         if {*batch["n"]} & {*self.settings.nan_samples}:
             loss = loss * torch.nan
         if {*batch["n"]} & {*self.settings.steep_samples}:
-            loss = (fake * 0).abs().sqrt().mean()  # the square root's slope at 0 is infinite
+            loss = (fake * 0).abs().sqrt().mean()  # the slope of the square root is infinite at 0
         parts: dict[str, float | Tensor] = {"mse": loss.detach(), "weight": 0.1}
         if self.settings.discriminator and step >= self.settings.discriminator_starts_at:
             loss = loss - 0.1 * networks["discriminator"](fake).mean()
@@ -108,13 +111,14 @@ class Toy:
     ) -> tuple[Tensor, Mapping[str, float | Tensor]]:
         self._called("discriminator")
         real, fake = networks["discriminator"](torch.cat([batch["y"], batch["fake"]])).chunk(2)
-        # Not the hinge loss, whose gradients at first cancel to what rounding leaves, which AdamW makes whole steps of.
+        # Not the hinge loss: its gradients cancel at first up to rounding errors, and AdamW turns these into full
+        # steps.
         return nn.functional.softplus(-real).mean() + nn.functional.softplus(fake).mean(), {}
 
     def validate(self, step: int) -> dict[str, float]:
         self._called("validate")
         assert not self.generator.training
-        torch.rand(5)  # must not move the numbers that training draws
+        torch.rand(5)  # validation must not change the random numbers that training draws
         return {"mse": float((self.generator.float()(self.x) - self.y).square().mean())}
 
     def export(self, folder: Path) -> None:
@@ -126,9 +130,12 @@ class Toy:
 
 
 def hooks(spec: str) -> Callable[[str, int], None]:
-    """From "SIGKILL batch 3" what sends that signal to this process in the third call of batch; from "SIGKILL
-    os.rename:step- 2", what does it before the second rename, as Python's audit events tell, of a path like that. For
-    "FSIZE", no file can grow beyond 9,000 bytes from there on. Several are separated by ";"."""
+    """Parse the places where a process is to be ended, separated by ";".
+
+    "SIGKILL batch 3" sends SIGKILL to this process in the third call of "batch". "SIGKILL os.rename:step- 2" sends it
+    before the second rename of a path with "step-" in it, as reported by Python's audit events. With "FSIZE" in place
+    of a signal, no file can grow beyond 9,000 bytes from then on.
+    """
     wishes = [(name, where, int(k)) for name, where, k in (part.split() for part in spec.split(";") if part)]
     counts = Counter[str]()
 
@@ -157,7 +164,7 @@ def hooks(spec: str) -> Callable[[str, int], None]:
 
 
 def train(out: Path, settings: ToySettings, hook: str = "") -> None:
-    """A process of its own: leaves with what the command line would leave with, and the error in OUT.error."""
+    """Train in this process, exit with the code of the command line, and write an error to OUT.error."""
     torch.set_num_threads(1)
     error = out.with_suffix(".error").open("w")
     try:
@@ -170,7 +177,7 @@ def train(out: Path, settings: ToySettings, hook: str = "") -> None:
 
 
 def launched(scenario: dict[str, Any]) -> None:
-    """One run of many processes, and what each of them knows at its end."""
+    """Train as one process of several, and write down the samples, calls, and error of this process."""
     rank, out, settings = (
         PartialState(cpu=True).process_index,
         Path(scenario["out"]),

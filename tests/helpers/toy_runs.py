@@ -1,4 +1,4 @@
-"""Runs of the toy: training it here or in a process of its own, and reading what a run left."""
+"""Runs of the toy stage: training it in this process or in another, and reading the files that a run has written."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from sdkit.training.checkpoint import checkpoints
 from sdkit.training.run_folder import read_metrics
 from tests.helpers import toy
 
-# Short, and yet with epochs that end inside a step (10 examples, 4 samples a step), dropout, and a late second player.
+# A short run with the hard cases: epochs that end inside a step (10 examples, 4 samples a step), dropout, and a second
+# player that starts late.
 RUN: dict[str, Any] = {
     "max_steps": 9,
     "batch_size": 2,
@@ -40,7 +41,7 @@ def fit(out: Path, at: Any = lambda name, k: None, **settings: Any) -> toy.Toy:
 
 
 def process(out: Path, settings: dict[str, Any], hook: str = "") -> Any:
-    """What trains in a process of its own, forked from one that has loaded the libraries."""
+    """Start training in another process, forked from one that has already imported the libraries."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([toy.__name__])
     started = context.Process(target=toy.train, args=(out, toy.ToySettings(**settings), hook))
@@ -49,7 +50,7 @@ def process(out: Path, settings: dict[str, Any], hook: str = "") -> Any:
 
 
 def train(out: Path, settings: dict[str, Any], hook: str = "") -> int:
-    """The exit code of training in a process of its own; -N where signal N ended it."""
+    """Train in another process and return its exit code; -N if signal N killed it."""
     started = process(out, settings, hook)
     started.join(60)
     code: int = started.exitcode
@@ -61,7 +62,7 @@ def said(out: Path) -> str:
 
 
 def metrics(out: Path) -> list[dict[str, Any]]:
-    """All but how long it took."""
+    """Read the metrics of a run without its times."""
     return [
         {k: v for k, v in line.items() if not k.endswith("seconds")} for line in read_metrics(out / "metrics.jsonl")
     ]
@@ -76,7 +77,9 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def everything(out: Path) -> tuple[dict[str, bytes], dict[str, bytes], list[dict[str, Any]]]:
-    """Of a run: last weights, averages, optimizer states, random numbers; result; metrics. To the bit."""
+    """Read all that two bit-identical runs share: the files of the checkpoints, the files of the result, and the
+    metrics.
+    """
     return files(out / "checkpoints"), files(out / "result"), metrics(out)
 
 
@@ -91,7 +94,7 @@ def difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> 
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """As in the other processes: the order of a sum changes its last bits."""
+    """Use one thread, as the other processes do. The order of a sum changes its last bits."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

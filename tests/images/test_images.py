@@ -20,7 +20,7 @@ from PIL import ExifTags, Image, ImageCms, ImageOps
 
 from sdkit import images
 from sdkit.errors import ArgumentError, ImageError, SdkitError
-from sdkit.images import convert
+from sdkit.images import image_file, rgb
 from tests.helpers.color_profiles import (
     ADOBE,
     BRADFORD,
@@ -41,11 +41,11 @@ SMALL = RNG.integers(0, 256, (5, 7, 3), dtype=np.uint8)  # (H, W, 3)
 
 
 def tensor(array: Any) -> torch.Tensor:
-    """(H, W, 3) uint8 -> (3, H, W), written another way than in the package."""
+    """Convert (H, W, 3) uint8 to (3, H, W), in another way than the package does."""
     return torch.tensor((np.asarray(array, dtype=np.float64) / 127.5 - 1).transpose(2, 0, 1), dtype=torch.float32)
 
 
-# --- to_rgb: modes ---
+# to_rgb: modes
 
 
 def test_eight_bit_modes_keep_their_pixels() -> None:
@@ -124,7 +124,7 @@ def test_transparency_is_laid_over_the_background(background: str, color: tuple[
 
 
 def test_palette_and_key_colour_transparency(tmp_path: Path) -> None:
-    # One entry of the palette is transparent, by a table of alphas or by its number; in RGB, one colour is.
+    # Transparency can be one entry of the palette, given by a table of alphas or by its number, or one colour of RGB.
     indices = Image.fromarray(np.array([[0, 1, 2]], dtype=np.uint8)).convert("P")
     indices.putpalette([10, 10, 10, 20, 20, 20, 30, 30, 30])
     for transparency in (bytes([255, 0, 255]), 1):
@@ -143,13 +143,13 @@ def test_background_must_be_a_colour(tmp_path: Path) -> None:
             (images.read if isinstance(image, Path) else images.to_rgb)(image, "whitish")
 
 
-# --- read ---
+# read
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp", ".tif"])
 def test_exif_orientation(tmp_path: Path, orientation: int, suffix: str) -> None:
-    # Rotations (3, 6, 8) and mirror images, said without Pillow's constants.
+    # Rotations (3, 6, 8) and mirror images as array operations, independent of Pillow's constants.
     shown = {
         1: lambda a: a,
         2: lambda a: a[:, ::-1],
@@ -169,7 +169,8 @@ def test_exif_orientation(tmp_path: Path, orientation: int, suffix: str) -> None
     assert image.mode == "RGB"
     difference = np.asarray(image).astype(int) - shown(stored)
     assert abs(difference).max() <= (8 if suffix == ".jpg" else 0)
-    assert np.array_equal(ImageOps.exif_transpose(image), image)  # it is not turned twice
+    # The orientation is removed, so that the image is not rotated twice.
+    assert np.array_equal(ImageOps.exif_transpose(image), image)
 
 
 @pytest.mark.parametrize(
@@ -229,11 +230,11 @@ def test_corrupted_files_are_read_or_refused(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "broken"
     for _ in range(150):
         bytes_ = np.frombuffer(whole, np.uint8).copy()
-        hits = RNG.integers(0, min(len(whole), 300), 4)  # headers are where damage surprises
+        hits = RNG.integers(0, min(len(whole), 300), 4)  # damage the start, because headers are the most fragile part
         bytes_[hits] = RNG.integers(0, 256, 4)
         path.write_bytes(bytes_.tobytes())
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's own about odd metadata
+            warnings.simplefilter("ignore")  # ignore Pillow's warnings about odd metadata
             try:
                 assert images.read(path).mode == "RGB"
             except ImageError as error:
@@ -259,7 +260,7 @@ def test_what_is_no_image_file_is_one_sentence(tmp_path: Path) -> None:
 
 def test_decompression_bomb(tmp_path: Path) -> None:
     path = tmp_path / "bomb.png"
-    Image.new("1", (20000, 10000)).save(path)  # 200 megapixels in a few kilobytes: over Pillow's own limit
+    Image.new("1", (20000, 10000)).save(path)  # 200 megapixels in a few kilobytes, which exceeds Pillow's own limit
     with pytest.raises(ImageError, match=r"bomb\.png has too many pixels \(over 178 million\); resize it first\.$"):
         images.read(path)
 
@@ -285,15 +286,17 @@ def test_what_is_in_a_file_of_another_kind_is_told(tmp_path: Path, data: bytes, 
 
 
 def test_no_reader_runs_a_program_or_opens_another_file() -> None:
-    """Ghostscript reads EPS; WMF, HDF5, GRIB, and BUFR are handed to other code; FPX, MIC, and IPTC open more files."""
+    """Some of Pillow's formats are unsafe: Ghostscript reads EPS; WMF, HDF5, GRIB, and BUFR are passed to other code;
+    FPX, MIC, and IPTC open more files.
+    """
     foreign = {"EPS", "WMF", "HDF5", "GRIB", "BUFR", "FPX", "MIC", "IPTC", "FITS", "MPEG", "PSD", "PCD"}
-    assert not foreign & set(convert._formats("x.eps"))
-    assert "TGA" not in convert._formats("x.png")
+    assert not foreign & set(image_file._formats("x.eps"))
+    assert "TGA" not in image_file._formats("x.png")
 
 
 @pytest.mark.parametrize("suffix", sorted(images.READABLE - {".mpo", ".pfm", ".apng", ".avifs"}))
 def test_each_suffix_that_is_called_readable_is_read(tmp_path: Path, suffix: str) -> None:
-    kind = next(kind for kind, suffixes in convert.SUFFIXES.items() if suffix in suffixes)
+    kind = next(kind for kind, suffixes in image_file.SUFFIXES.items() if suffix in suffixes)
     mode = {".pbm": "1", ".pgm": "L"}.get(suffix, "RGB")
     stored = Image.fromarray(np.kron(SMALL[:2, :2], np.ones((16, 16, 1), np.uint8))).convert(mode)
     stored.save(tmp_path / f"a{suffix}", kind, **({"quality": 95} if kind in ("JPEG", "AVIF", "WEBP") else {}))
@@ -309,7 +312,7 @@ def test_several_pictures_of_a_camera_are_one_image(tmp_path: Path) -> None:
 
 
 def png_of(bits: int, kind: int, row: bytes, width: int, key: bytes = b"") -> io.BytesIO:
-    """A PNG of one row in any depth and colour type, with a tRNS chunk where `key` is given; Pillow writes few."""
+    """Write a PNG of one row in any depth and colour type, which Pillow cannot, with `key` as its tRNS chunk."""
 
     def chunk(name: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
@@ -342,7 +345,7 @@ def test_the_transparent_colour_is_white_in_every_depth(file: io.BytesIO, expect
 
 @pytest.mark.parametrize("mode", ["F", "I", "I;16"])
 def test_grey_is_scaled_block_by_block_as_at_once(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(convert, "BLOCK", 100)  # of 40 columns: two rows at a time
+    monkeypatch.setattr(rgb, "BLOCK", 100)  # two rows of 40 columns at a time
     dtype = {"F": np.float32, "I": np.int32, "I;16": np.uint16}[mode]
     levels = (RNG.random((7, 40)) * (200 if mode == "F" else 65535)).astype(dtype)
     peak = 255 if mode == "F" else 65535
@@ -352,7 +355,7 @@ def test_grey_is_scaled_block_by_block_as_at_once(mode: str, monkeypatch: pytest
 
 @pytest.mark.skipif(sys.platform != "linux", reason="measures memory as Linux counts it")
 def test_a_float_image_takes_no_gigabytes(tmp_path: Path) -> None:
-    """Just below Pillow's limit of pixels. A copy in float64 alone would take 1.1 GB."""
+    """The image is just below Pillow's limit of pixels. A copy in float64 would take 1.1 GB alone."""
     code = (
         "import resource, sys, PIL.Image; from sdkit import images\n"
         "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
@@ -360,21 +363,23 @@ def test_a_float_image_takes_no_gigabytes(tmp_path: Path) -> None:
         "images.to_rgb(image); print(peak() - before)"
     )
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
-    assert int(done.stdout) * 1024 < 1.6e9  # a copy, the grey one, and RGB in Pillow's four bytes a pixel: 1.3 GB
+    # A copy, the grey image, and RGB with Pillow's four bytes a pixel take 1.3 GB.
+    assert int(done.stdout) * 1024 < 1.6e9
 
 
-# --- colour profiles ---
+# Colour profiles
 
 
 @pytest.mark.parametrize(("primaries", "gamma"), [(P3, None), (ADOBE, 563 / 256)], ids=["Display P3", "Adobe RGB"])
 @pytest.mark.parametrize("suffix", [".png", ".tif", ".webp"])
 def test_other_colour_spaces_become_srgb(tmp_path: Path, primaries: Any, gamma: float | None, suffix: str) -> None:
-    """Against the closed form: curve, matrix of the primaries, curve."""
+    """Compare with the closed form: curve, matrix of the primaries, inverse curve."""
     levels = np.concatenate([RNG.integers(0, 256, (1, 500, 3), dtype=np.uint8), np.uint8([[(200, 60, 60)]])], axis=1)
     options: dict[str, Any] = {"lossless": True} if suffix == ".webp" else {}
     Image.fromarray(levels).save(tmp_path / f"a{suffix}", icc_profile=matrix_profile(primaries, gamma), **options)
     converted = images.read(tmp_path / f"a{suffix}")
-    assert np.abs(np.asarray(converted) - expected_srgb(levels, primaries, gamma)).max() <= 1.5  # one, and rounding
+    # One level, and rounding.
+    assert np.abs(np.asarray(converted) - expected_srgb(levels, primaries, gamma)).max() <= 1.5
     if primaries is P3:
         assert converted.getpixel((500, 0)) == (217, 42, 52)
     assert converted.info == {}
@@ -403,13 +408,16 @@ def test_grey_with_a_gamma_of_its_own(tmp_path: Path, mode: str) -> None:
     stored.save(tmp_path / "a.png", icc_profile=profile)
     expected = srgb_levels((levels / 255) ** (round(1.8 * 256) / 256))
     converted = np.asarray(images.read(tmp_path / "a.png"))
-    assert np.abs(converted - expected[..., None])[:, 8:].max() <= 1.5  # a steep start: Pillow converts in 8 bits
+    # The curve is steep at its start, where Pillow's 8 bits are too few.
+    assert np.abs(converted - expected[..., None])[:, 8:].max() <= 1.5
     assert np.ptp(converted, axis=2).max() == 0
 
 
 def test_inks_of_a_printer(tmp_path: Path) -> None:
-    """A profile whose table holds the Lab value of each corner of CMYK, and so an exact one for them."""
-    corners = np.stack(np.meshgrid(*[[0, 1]] * 4, indexing="ij"), axis=-1).reshape(-1, 4)  # (16, CMYK)
+    """The profile's table holds the Lab value of each corner of CMYK, so the conversion of the corners
+    must be exact.
+    """
+    corners = np.stack(np.meshgrid(*[[0, 1]] * 4, indexing="ij"), axis=-1).reshape(-1, 4)  # shape (16, 4): CMYK
     lab = np.stack(
         [100 - 30 * corners[:, :3].sum(1), 40 * corners[:, 1] - 20 * corners[:, 0], 40 * corners[:, 2] - 10], 1
     )
@@ -442,18 +450,18 @@ def test_without_a_profile_or_with_that_of_srgb_nothing_changes(tmp_path: Path, 
 
 @pytest.mark.parametrize("profile", [b"not a profile", matrix_profile(P3, None)[:300], icc(b"GRAY", {})])
 def test_a_damaged_profile_is_ignored_and_told(tmp_path: Path, profile: bytes) -> None:
-    convert._transform.cache_clear()
+    rgb._transform.cache_clear()
     Image.fromarray(SMALL).save(tmp_path / "a.png", icc_profile=profile)
     with pytest.warns(UserWarning, match=r"^an image's colour profile cannot be read; its colours are taken for sRGB"):
         assert np.array_equal(images.read(tmp_path / "a.png"), SMALL)
 
 
 def test_without_the_library_of_profiles_colours_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    convert._transform.cache_clear()
+    rgb._transform.cache_clear()
     monkeypatch.setattr("PIL.features.check", lambda name: name != "littlecms2")
     Image.fromarray(SMALL).save(tmp_path / "a.png", icc_profile=matrix_profile(P3, None))
     assert np.array_equal(images.read(tmp_path / "a.png"), SMALL)
-    convert._transform.cache_clear()
+    rgb._transform.cache_clear()
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs POSIX")
@@ -465,7 +473,7 @@ def test_a_pipe_is_no_image_and_is_not_waited_for(tmp_path: Path) -> None:
             read(tmp_path / "pipe.png")
 
 
-# --- to_tensors ---
+# to_tensors
 
 
 def test_every_form_gives_the_same_tensor(tmp_path: Path) -> None:
@@ -559,7 +567,7 @@ def test_lazily_opened_broken_image(tmp_path: Path) -> None:
         images.to_tensors(image)
 
 
-# --- and back ---
+# Back to images
 
 pictures = hnp.arrays(np.uint8, st.tuples(st.integers(1, 3), st.integers(1, 9), st.integers(1, 9), st.just(3)))
 
@@ -580,7 +588,7 @@ def test_all_levels_come_back_also_from_half_precision(dtype: torch.dtype) -> No
 
 
 def test_arithmetic_in_bfloat16_would_not() -> None:
-    # Why `to_uint8` computes in float32; where this fails, its docstring is out of date.
+    # Explains why `to_uint8` computes in float32. If this test fails, the docstring of `to_uint8` is out of date.
     levels = torch.arange(256)
     x = (levels / 127.5 - 1).to(torch.bfloat16)
     assert not torch.equal(((x + 1) * 127.5).round().long(), levels)
@@ -615,7 +623,7 @@ def test_from_tensors() -> None:
         images.from_tensors(same, "latent")
 
 
-# --- save and read_text ---
+# save and read_text
 
 TEXT = {"prompt": "a cat", "latin": "Ærøskøbing\nsecond line", "other": "猫 🐱 \u200d", "empty": ""}
 
@@ -627,7 +635,7 @@ def test_png_carries_text(tmp_path: Path) -> None:
     assert all(type(value) is str for value in images.read_text(path).values())
     assert np.array_equal(images.read(path), SMALL)
     data = path.read_bytes()
-    assert data.count(b"iTXt") == 1  # only where Latin-1 does not do
+    assert data.count(b"iTXt") == 1  # used only where Latin-1 is not enough
     assert data.count(b"tEXt") == 3
 
 
@@ -675,7 +683,7 @@ def test_save_overwrites_only_where_it_may(tmp_path: Path) -> None:
     assert images.read(tmp_path / "a.png").size == (3, 3)
 
 
-# --- grid ---
+# grid
 
 COLORS = ["red", "lime", "blue", "yellow", "cyan"]
 SQUARES = [Image.new("RGB", (4, 4), color) for color in COLORS]
@@ -733,10 +741,10 @@ def test_labels_are_drawn_outside_of_the_pictures(background: str, where: str, l
     ink = ~red & (sheet != Image.new("RGB", (1, 1), background).getpixel((0, 0))).any(axis=2)
     assert ink.any() == bool(label)
     for edge in (ink[0], ink[-1], ink[:, 0], ink[:, -1]):
-        assert not edge.any()  # no label is cut off by the edge
+        assert not edge.any()  # no label is cut off at an edge
     if where != "row_labels":
-        assert not ink[:, 68:72].any()  # nor runs into the next column's
-    assert max(sheet.shape) < 400  # a long label does not blow the sheet up
+        assert not ink[:, 68:72].any()  # no label runs into the next column
+    assert max(sheet.shape) < 400  # a long label does not make the sheet larger
 
 
 def test_labels_of_tiny_pictures() -> None:

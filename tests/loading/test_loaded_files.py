@@ -1,4 +1,4 @@
-"""The weights and settings that are loaded are those that were opened and checked, whatever a folder points to."""
+"""Weights and settings are loaded from the very files that were opened and checked, whatever a folder points to."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def weights_of(model: Path, part: str) -> Path:
 
 
 def shard(model: Path, part: str, suffix: str = ".safetensors", variant: str = "") -> Path:
-    """Puts the weights of `part` into two shards in place of the one file, and returns their index."""
+    """Split the weights of `part` into two shards, remove the single file, and return the index."""
     whole = weights_of(model, part)
     tensors, names = load_file(whole), {}
     whole.unlink()
@@ -76,7 +76,7 @@ def assert_equal(network: torch.nn.Module, reference: torch.nn.Module) -> None:
     assert not network.training
 
 
-# One file, and shards
+# Single files and shards
 
 
 @pytest.mark.parametrize("part", LOADERS)
@@ -179,7 +179,7 @@ def test_a_part_without_the_variant_is_loaded_from_its_plain_file(model: Path) -
     renamed(model, "unet", "fp16")
     assert_equal(load_vae(model, variant="fp16"), load_vae(EMOJI))
     with pytest.raises(SourceError, match=r"has no vae/diffusion_pytorch_model\.fp61\.safetensors; give a folder"):
-        load_vae(model, variant="fp61")  # which no part has
+        load_vae(model, variant="fp61")  # a variant that no part has
     with pytest.raises(ArgumentError, match=r"^variant '\.\./x' is not one word such as 'fp16'"):
         load_vae(model, variant="../x")
 
@@ -232,7 +232,9 @@ TOKENIZER_CODE: dict[str, Any] = CODE | {
 
 
 def test_keys_that_name_code_or_files_are_dropped(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No connection is tried, no foreign module looked for, and what is loaded is the same."""
+    """Keys that name code or files must have no effect: no connection, no search for a foreign module, and the same
+    model.
+    """
     for part in LOADERS:
         edit(model / part / "config.json", **CODE)
     edit(model / "tokenizer" / "tokenizer_config.json", **TOKENIZER_CODE)
@@ -286,7 +288,7 @@ def test_quantized_weights_are_refused(model: Path, part: str) -> None:
 
 
 def test_old_names_of_a_decoder_s_attention(model: Path) -> None:
-    """Files of diffusers before 0.18, which diffusers reads, too."""
+    """Files written by diffusers before 0.18 have other names for attention. diffusers reads them too."""
     path = weights_of(model, "vae")
     AutoencoderKL(block_out_channels=(8,), norm_num_groups=4).save_pretrained(model / "vae")
     old = {".to_q.": ".query.", ".to_k.": ".key.", ".to_v.": ".value.", ".to_out.0.": ".proj_attn."}
@@ -305,7 +307,7 @@ def test_a_tensor_that_a_text_encoder_has_no_place_for_is_named(model: Path) -> 
         load_text(model)
 
 
-# The Hub's cache as a folder
+# A folder of the Hub's cache as a source
 
 
 def test_a_folder_of_the_cache_stands_for_its_snapshot(model: Path, tmp_path: Path) -> None:
@@ -328,7 +330,7 @@ def test_a_folder_of_the_cache_stands_for_its_snapshot(model: Path, tmp_path: Pa
 
 
 def test_threads_that_load_at_once() -> None:
-    """A server that loads lazily: each gets its model, and the process is left as it was."""
+    """A server may load models in several threads. Each must get its model, and global settings must be restored."""
 
     def state() -> tuple[Any, ...]:
         logs = [(x.get_verbosity(), x.is_progress_bar_enabled()) for x in (diffusers_logging, transformers_logging)]

@@ -46,7 +46,7 @@ ASTRONAUT = [49406, 320, 1125, 539, 550, 18376, 6765, 320, 4558, 525, 7496, 4940
 
 @dataclass(frozen=True, kw_only=True)
 class Tiny:
-    """A model of SD's topology and few channels, in memory, as a diffusers folder and as one file."""
+    """A model of SD's topology with few channels: in memory, as a diffusers folder, and as a single file."""
 
     vae: AutoencoderKL
     unet: UNet2DConditionModel
@@ -84,7 +84,8 @@ def make_tiny(root: Path, family: str) -> Tiny:
         )
     )
     for network in (vae, unet, text):
-        for parameter in network.parameters():  # biases and norms too, whose mix-up would not show in fresh networks
+        # Biases and norms too: in a fresh network they are equal, and the test would not notice if they were mixed up.
+        for parameter in network.parameters():
             torch.nn.init.normal_(parameter, std=0.2)
     here = root / family
     vae.save_pretrained(here / "vae")
@@ -186,7 +187,7 @@ def test_pipeline_folder(tiny: Tiny) -> None:
 def test_component_folders(sd1: Tiny, dtype: torch.dtype) -> None:
     assert_same(load_vae(sd1.folder / "vae", dtype=dtype), sd1.vae, dtype)
     assert_same(load_unet(sd1.folder / "unet", dtype=dtype), sd1.unet, dtype)
-    text, tokenizer = load_text(sd1.folder / "text_encoder", dtype=dtype)  # the tokenizer is its sibling
+    text, tokenizer = load_text(sd1.folder / "text_encoder", dtype=dtype)  # the tokenizer is in the folder beside it
     assert_same(text, sd1.text, dtype)
     assert len(tokenizer) == 49408
     assert load_scheduler_config(sd1.folder / "scheduler") == load_scheduler_config(sd1.folder)
@@ -223,7 +224,7 @@ def test_whole_clip_model_folder(tmp_path: Path) -> None:
 
 
 def test_old_names_in_a_text_encoder_arrive(sd1: Tiny, tmp_path: Path) -> None:
-    """Files from before transformers 5.6 have another level of names, and a buffer of positions."""
+    """Before transformers 5.6, files had one more level in their names, and a buffer of positions."""
     copytree(sd1.folder / "text_encoder", tmp_path / "text_encoder")
     copytree(sd1.folder / "tokenizer", tmp_path / "tokenizer")
     old = {
@@ -243,7 +244,8 @@ def test_variant_and_pickle_in_a_folder(sd1: Tiny, tmp_path: Path) -> None:
     assert_same(load_unet(tmp_path), sd1.unet)
     save_file({key: tensor * 2 for key, tensor in tensors.items()}, weights, metadata={"format": "pt"})
     save_file({key: tensor.half() for key, tensor in tensors.items()}, weights.with_suffix(".fp16.safetensors"))
-    assert torch.equal(load_unet(tmp_path).conv_in.weight, sd1.unet.conv_in.weight * 2)  # safetensors before the pickle
+    # safetensors files have priority over pickles.
+    assert torch.equal(load_unet(tmp_path).conv_in.weight, sd1.unet.conv_in.weight * 2)
     halved = load_unet(tmp_path, variant="fp16").conv_in.weight
     assert torch.equal(halved, sd1.unet.conv_in.weight.half().float())
 
@@ -259,7 +261,7 @@ def test_a_path_from_home(sd1: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     assert_same(load_vae("~/sd1"), sd1.vae)
 
 
-# One file in the original layout
+# Single files in the original layout
 
 
 @pytest.mark.usefixtures("no_sockets")
@@ -335,7 +337,7 @@ def random_half(network: Any) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(1_000_003, generator=generator).half() * 0.02
     sizes = {key: (tensor.numel(), tensor.shape) for key, tensor in network.state_dict().items()}
-    # A window of the noise that moves from tensor to tensor: any two tensors differ, and it is quick.
+    # Each tensor is filled from another place in the noise. This is fast, and any two tensors differ.
     return {
         key: noise.roll(7919 * i).repeat(-(-size // len(noise)))[:size].view(shape)
         for i, (key, (size, shape)) in enumerate(sizes.items())
@@ -371,13 +373,13 @@ def test_real_size_checkpoint(tmp_path: Path, family: str, published: dict[str, 
         network = loaded[0] if part == "text" else loaded
         assert network.state_dict().keys() == states[part].keys()
         assert all(torch.equal(tensor, states[part][key]) for key, tensor in network.state_dict().items())
-        if part != "text" or family == "sd1":  # SD 2.x files have a text layer that is not used
+        if part != "text" or family == "sd1":  # SD 2.x files have an unused text layer
             assert described[part].parameters == published[part]
-    # Random weights answer with nothing like their input, as a v model does.
+    # The output of random weights is unlike their input, as a v model's is.
     schedule = load_scheduler_config(file)
     assert schedule["prediction_type"] == ("v_prediction" if family == "sd2" else "epsilon")
     assert load_unet(file, dtype=torch.float16).config["sample_size"] == (96 if family == "sd2" else 64)
-    file.unlink()  # two gigabytes that pytest would keep
+    file.unlink()  # two gigabytes, which pytest would not delete
 
 
 # The tokenizer
@@ -401,11 +403,11 @@ def test_vocabulary_is_that_of_clip() -> None:
     assert {token: vocabulary[token] for token in known} == known
 
 
-# Which config, which prediction type
+# Detecting the config and the prediction type
 
 
 def sketch(path: Path, metadata: dict[str, str] | None = None, **shapes: tuple[int, ...]) -> Path:
-    """A file with no more in it than what a checkpoint is told by."""
+    """Write a file with only the tensors by which a checkpoint is recognised."""
     save_file({name: torch.zeros(shape) for name, shape in shapes.items()}, path, metadata=metadata)
     return path
 
@@ -424,7 +426,7 @@ EPS = {"modelspec.prediction_type": "epsilon"}
         (768, {}, ("v_pred",), "sd1", "v_prediction"),
         (1024, V, (), "sd2-v", "v_prediction"),
         (1024, EPS, (), "sd2", "epsilon"),
-        (1024, EPS, ("v_pred",), "sd2", "epsilon"),  # metadata goes before markers
+        (1024, EPS, ("v_pred",), "sd2", "epsilon"),  # metadata has priority over markers
         (1024, {}, ("v_pred",), "sd2-v", "v_prediction"),
     ],
 )
@@ -459,7 +461,7 @@ def test_prediction_types_in_short(sd1: Tiny, sd2: Tiny, short: str, long: str) 
 
 
 def test_the_guidance_scale_is_what_the_index_says(sd1: Tiny, tmp_path: Path) -> None:
-    """Else the usual one, also of sources that have no index."""
+    """The scale is 7.5 where the index does not state it, and for sources without an index."""
     stating = changed(sd1, tmp_path / "stating", "model_index.json", _guidance_scale=3)
     assert load_guidance_scale(stating) == 3.0
     for other in (sd1.folder, sd1.file, sd1.folder / "unet"):
@@ -472,7 +474,9 @@ def test_the_guidance_scale_is_what_the_index_says(sd1: Tiny, tmp_path: Path) ->
 
 
 def identity_unet(sign: float) -> UNet2DConditionModel:
-    """A U-Net that returns `sign` times its input: x and -x pass the last skip connection, silu(x) - silu(-x) = x."""
+    """Make a U-Net that returns `sign` times its input: x and -x pass the last skip connection, and silu(x) - silu(-x)
+    = x.
+    """
     unet = UNet2DConditionModel(
         block_out_channels=(8, 8),
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
@@ -499,10 +503,11 @@ def test_probe_tells_eps_from_v() -> None:
     x = torch.randn(1, 4, 32, 32, generator=torch.Generator().manual_seed(3))
     unet = identity_unet(1.0)
     output = unet(x, 999, torch.zeros(1, 77, 8)).sample
-    torch.testing.assert_close(output / output.std(), x / x.std(), atol=0.02, rtol=0)  # the construction holds
+    # Check that the U-Net does what its docstring says.
+    torch.testing.assert_close(output / output.std(), x / x.std(), atol=0.02, rtol=0)
     assert probe_prediction(unet) == "epsilon"
     assert probe_prediction(identity_unet(-1.0)) == "v_prediction"
-    assert probe_prediction(load_unet("emoji")) == "v_prediction"  # a v model that was trained
+    assert probe_prediction(load_unet("emoji")) == "v_prediction"  # a trained v model
 
 
 def test_probe_is_made_once_for_a_file(sd2: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -569,7 +574,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def fill_cache(cache: Path, repo: str, content: Path, *, revision: str = "main", without: str = "") -> None:
-    """Lays `content` out as huggingface_hub does: blobs named by hash, and a snapshot of links to them."""
+    """Copy `content` into a cache in huggingface_hub's layout: blobs named by hash, and a snapshot of links to them."""
     base = cache / f"models--{repo.replace('/', '--')}"
     (base / "blobs").mkdir(parents=True)
     (base / "refs").mkdir()
@@ -631,7 +636,7 @@ def test_partly_cached(cache: Path, sd1: Tiny, part: str, without: str, lacks: s
 
 
 class Hub(BaseHTTPRequestHandler):
-    """As much of the Hub's interface as a download needs, on this machine."""
+    """A local server with the part of the Hub's interface that a download needs."""
 
     files: dict[str, Path]
     refusal: tuple[int, str] | None
@@ -679,7 +684,7 @@ class HubState:
 
 @pytest.fixture
 def hub(cache: Path, sd1: Tiny, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubState]:
-    """A Hub that has the tiny model, beside other formats and variants of its weights."""
+    """Start a Hub that has the tiny model, and other formats and variants of its weights."""
     content = {str(file.relative_to(sd1.folder)): file for file in sd1.folder.rglob("*") if file.is_file()}
     for name in [name for name in content if name.endswith(".safetensors")]:
         content[name.replace(".safetensors", ".fp16.safetensors")] = content[name]
@@ -751,7 +756,7 @@ def test_hub_lacks_the_part(hub: HubState) -> None:
 
 
 def test_hub_has_shards_and_trained_words(hub: HubState, sd1: Tiny, tmp_path: Path) -> None:
-    """The index, and then the shards that it names, are asked for; and every file of the tokenizer."""
+    """The index must be fetched first, then the shards that it names, and every file of the tokenizer."""
     tensors = load_file(sd1.folder / "unet" / "diffusion_pytorch_model.safetensors")
     placed = {key: f"diffusion_pytorch_model-0000{i % 2 + 1}-of-00002.safetensors" for i, key in enumerate(tensors)}
     for name in {*placed.values()}:
@@ -783,7 +788,7 @@ def test_no_network_and_not_cached_is_told_at_once(cache: Path, monkeypatch: pyt
         assert "\n" not in str(caught.value), part
 
 
-# Pickles run nothing
+# Pickles must not run code
 
 
 class Malicious:
@@ -809,11 +814,11 @@ def test_malicious_pickle_is_not_executed(sd1: Tiny, tmp_path: Path, name: str, 
     assert not proof.exists()
 
 
-# Errors: one sentence each
+# Errors, each in one sentence
 
 
 def vary(folder_: Path, to: Path, **changes: torch.Tensor | None) -> Path:
-    """A copy of a component's folder with some of its tensors replaced, or left out (None)."""
+    """Copy a component's folder with some of its tensors replaced, or removed (None)."""
     copytree(folder_, to)
     (weights,) = to.glob("*.safetensors")
     tensors = {key: t for key, t in (load_file(weights) | changes).items() if t is not None}

@@ -1,4 +1,4 @@
-"""Tokenizers as transformers reads them, and damaged or hostile ones told in one sentence."""
+"""Tokenizers must agree with transformers', and damaged or hostile ones be reported in one sentence."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def model(tmp_path: Path) -> Path:
 
 
 def old_layout(folder: Path) -> Path:
-    """The vocabulary as vocab.json and merges.txt in place of tokenizer.json."""
+    """Rewrite the vocabulary as vocab.json and merges.txt in place of tokenizer.json."""
     content = json.loads((folder / "tokenizer.json").read_text())["model"]
     (folder / "tokenizer.json").unlink()
     (folder / "vocab.json").write_text(json.dumps(content["vocab"]))
@@ -46,7 +46,7 @@ def edit(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
 
 
 def with_words(model: Path, *words: str) -> None:
-    """Adds trained words to the text encoder, and names them as transformers before 4.34 did."""
+    """Add trained words to the text encoder, and name them in the format of transformers before 4.34."""
     text = CLIPTextModel.from_pretrained(model / "text_encoder")
     text.resize_token_embeddings(2048 + len(words))
     text.save_pretrained(model / "text_encoder")
@@ -170,7 +170,9 @@ def test_damage_is_told_in_one_sentence(
 
 
 def test_a_panic_of_the_library_is_one_sentence(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rust's panics reach Python as a BaseException that cannot be imported; they are no signals."""
+    """A panic of Rust code reaches Python as a BaseException that cannot be imported. It must not be taken for a
+    signal.
+    """
     panic = type("PanicException", (BaseException,), {})
 
     def fail(*args: Any, **options: Any) -> None:

@@ -1,4 +1,4 @@
-"""A checkpoint in one file whose VAE lies beside it: `vae=` of `StableDiffusion.from_pretrained`."""
+"""A single-file checkpoint with its VAE in another file: `vae=` of `StableDiffusion.from_pretrained`."""
 
 from __future__ import annotations
 

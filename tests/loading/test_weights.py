@@ -1,4 +1,4 @@
-"""Files of weights: known by their content, checked when they are loaded, and nothing of them dropped in silence."""
+"""Weight files are recognised by their content and checked on loading, and no tensor is dropped silently."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def weights_of(part: str) -> Tensors:
 
 
 def folder_with(to: Path, part: str, tensors: Tensors, suffix: str = ".safetensors") -> Path:
-    """The embedded model as a folder, with other tensors in one part."""
+    """Copy the embedded model's folder, with other tensors in one part."""
     shutil.copytree(EMOJI, to)
     (file,) = (to / part).glob("*.safetensors")
     file.unlink()
@@ -54,7 +54,7 @@ def folder_with(to: Path, part: str, tensors: Tensors, suffix: str = ".safetenso
 
 @pytest.fixture(scope="module")
 def vae() -> AutoencoderKL:
-    """A small VAE that, as Stable Diffusion's does, attends in the middle."""
+    """Make a small VAE with attention in its middle block, as Stable Diffusion's has."""
     torch.manual_seed(0)
     types = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
     made = AutoencoderKL(block_out_channels=(8, 8), norm_num_groups=4, latent_channels=4, layers_per_block=2, **types)
@@ -65,7 +65,7 @@ def vae() -> AutoencoderKL:
 
 @pytest.fixture(scope="module")
 def whole(vae: AutoencoderKL, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Tensors]:
-    """A folder of configs, and a whole checkpoint of them in the original layout."""
+    """Make a folder of configs, and the tensors of a complete checkpoint for them in the original layout."""
     configs = shutil.copytree(EMOJI, tmp_path_factory.mktemp("whole") / "model")
     shutil.rmtree(configs / "vae")
     vae.save_pretrained(configs / "vae")
@@ -113,7 +113,7 @@ class TestFinite:
             load(file, config=configs)
         others = {load_vae, load_unet, load_text} - {load}
         for other in others:
-            other(file, config=configs)  # the part that is asked for is whole
+            other(file, config=configs)  # the requested part is complete
 
     def test_a_weight_beyond_float16(self, tmp_path: Path) -> None:
         tensors = {key: tensor.float() for key, tensor in weights_of("unet").items()}

@@ -1,4 +1,4 @@
-"""The discriminator: its shape by the paper's numbers, its gradients, and that one image's logits are its own."""
+"""The discriminator: its size by the paper's numbers, its gradients, and independence of the images in a batch."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def pixels(*shape: int, seed: int = 0) -> Tensor:
 
 
 def test_size(network: Discriminator) -> None:
-    # 4 x 4 convolutions 3-64-128-256-512-1, biases where there is no norm, and the norms' scales and shifts
+    # 4 x 4 convolutions 3-64-128-256-512-1 with biases where no norm follows, and the norms' scales and shifts
     weights = 16 * (3 * 64 + 64 * 128 + 128 * 256 + 256 * 512 + 512)
     assert sum(p.numel() for p in network.parameters()) == weights + 64 + 1 + 2 * (128 + 256 + 512)
 
@@ -42,7 +42,7 @@ def test_a_logit_for_each_patch(network: Discriminator, size: tuple[int, int]) -
 def test_a_patch_is_70_pixels_wide(network: Discriminator) -> None:
     bare = copy.deepcopy(network)
     for i, layer in enumerate(bare.layers):
-        if isinstance(layer, nn.GroupNorm):  # which looks at the whole image
+        if isinstance(layer, nn.GroupNorm):  # a group norm depends on the whole image
             bare.layers[i] = nn.Identity()
     x = pixels(1, 3, 128, 128).requires_grad_()
     logits = bare(x)
@@ -54,7 +54,7 @@ def test_a_patch_is_70_pixels_wide(network: Discriminator) -> None:
 def test_first_weights(network: Discriminator) -> None:
     for layer in network.layers:
         if isinstance(layer, nn.Conv2d):
-            tolerance = 5 * 0.02 / (2 * layer.weight.numel()) ** 0.5  # five standard errors of a deviation
+            tolerance = 5 * 0.02 / (2 * layer.weight.numel()) ** 0.5  # five standard errors of the deviation
             assert layer.weight.std().item() == pytest.approx(0.02, abs=tolerance)
             assert layer.bias is None or not layer.bias.any()
     assert network(pixels(1, 3, 64, 64)).abs().max() < 5
@@ -64,7 +64,7 @@ def test_an_image_has_the_same_logits_alone_and_in_a_batch_in_training_and_after
     x = pixels(4, 3, 32, 32)
     together = network.train()(x)
     torch.testing.assert_close(together[2:3], network(x[2:3]), atol=1e-5, rtol=0)
-    assert torch.equal(network(x), together)  # no pass leaves a trace
+    assert torch.equal(network(x), together)  # a pass leaves no state behind
     assert torch.equal(network.eval()(x), together)
     assert not list(network.buffers())
 
@@ -85,7 +85,7 @@ def test_hinge_losses_reach_every_weight_and_the_image() -> None:
     for name, parameter in network.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.isfinite().all(), name
-        # the last bias moves real and fake logits alike, and inside both margins that cancels
+        # The last bias moves real and fake logits alike. Within both margins of the hinge loss this cancels.
         assert parameter.grad.abs().sum() > 0 or name == "layers.11.bias", name
     x = pixels(2, 3, 32, 32).requires_grad_()
     (gradient,) = torch.autograd.grad(hinge_generator(network(x)), x)
@@ -109,7 +109,7 @@ def test_gradient_equals_finite_differences() -> None:
 
 def test_learns_sharp_from_blocky() -> None:
     torch.manual_seed(0)
-    network = Discriminator()  # with few channels a group has one of them, whose energy is then hidden
+    network = Discriminator()  # with few channels, a group has a single channel, and normalisation hides its energy
     optimizer = torch.optim.Adam(network.parameters(), lr=2e-4, betas=(0.5, 0.9))
     losses = []
     for step in range(45):

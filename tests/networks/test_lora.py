@@ -1,4 +1,4 @@
-"""LoRA: training layers through peft, files against diffusers' own reading of them, merged weights."""
+"""LoRA: training layers through peft, files compared with diffusers' own reading of them, and merged weights."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ COMMON = {
     "prompt": ["a cat", "a red ball"],
     "num_inference_steps": 4,
     "output_type": "latent",
-}  # 4 divide 1000: see test_pipeline
+}  # 4 steps divide 1,000; see test_pipeline
 TO_Q = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
 
 
 def trained(sd: sdkit.StableDiffusion, rank: int = RANK) -> sdkit.StableDiffusion:
-    """A copy with LoRA layers, as after training: A and B both random."""
+    """Copy the model with LoRA layers as after training: both A and B are random."""
     live = copy.deepcopy(sd)
     torch.manual_seed(0)
     for network in (live.unet.network, live.text.network):
@@ -58,7 +58,7 @@ def latents(model: sdkit.StableDiffusion) -> Tensor:
 
 @torch.no_grad()
 def theirs(sd: sdkit.StableDiffusion, file: Path) -> Tensor:
-    """Latents of diffusers' pipeline that has loaded `file`."""
+    """Draw latents with a diffusers pipeline that has loaded `file`."""
     pipe = diffusers_pipeline(copy.deepcopy(sd))
     pipe.load_lora_weights(file)
     x_T = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -109,7 +109,7 @@ def write(tmp_path: Path) -> Callable[..., Path]:
 
 @pytest.fixture
 def warned(caplog: pytest.LogCaptureFixture) -> Any:
-    """Records of what diffusers, transformers and peft log, which they keep from the root logger."""
+    """Capture log records of diffusers, transformers, and peft, which do not reach the root logger."""
     loggers = [logging.getLogger(name) for name in ("diffusers", "transformers", "peft")]
     for logger in loggers:
         logger.addHandler(caplog.handler)
@@ -151,13 +151,13 @@ class TestTraining:
             assert parameter.dtype == torch.float32
             assert parameter.grad is not None, name
             assert parameter.grad.isfinite().all()
-            assert bool(parameter.grad.any()) == ("lora_B" in name), name  # A's is 0 while B is
+            assert bool(parameter.grad.any()) == ("lora_B" in name), name  # A has no gradient while B is 0
 
     def test_drawn_from_the_global_generator(self, sd: sdkit.StableDiffusion) -> None:
         first, second = (lora_tensors(trained(sd).unet.network) for _ in range(2))
         assert all(torch.equal(first[key], second[key]) for key in first)
         downs = torch.cat([tensor.flatten() for key, tensor in first.items() if "down.weight" in key])
-        assert abs(float(downs.std()) * RANK - 1) < 0.05  # Gaussian of deviation 1 / r, as diffusers' scripts have it
+        assert abs(float(downs.std()) * RANK - 1) < 0.05  # Gaussian of deviation 1 / r, as in diffusers' scripts
 
     def test_names_and_kind_of_what_was_trained(self, live: sdkit.StableDiffusion, tensors: Tensors) -> None:
         assert tensors[f"unet.{TO_Q}.lora.down.weight"].shape == (RANK, 64)
@@ -179,7 +179,7 @@ class TestLayouts:
     ) -> None:
         expected = latents(live)
         assert (expected - latents(sd)).abs().max() > 0.5
-        diffusers_pipeline(sd)  # whose own first import warns of torchvision
+        diffusers_pipeline(sd)  # the first import of the pipeline warns about torchvision
         warned.clear()
         torch.testing.assert_close(latents(loaded(sd, files[layout])), expected, atol=1e-4, rtol=0)
         torch.testing.assert_close(theirs(sd, files[layout]), expected, atol=1e-4, rtol=0)
@@ -203,7 +203,7 @@ class TestLayouts:
     def test_as_diffusers_saves(
         self, sd: sdkit.StableDiffusion, live: sdkit.StableDiffusion, tensors: Tensors, tmp_path: Path
     ) -> None:
-        """The lines at the end of its training scripts."""
+        """Save with the last lines of diffusers' training scripts."""
         from diffusers import StableDiffusionPipeline
         from diffusers.utils import convert_state_dict_to_diffusers
         from peft.utils import get_peft_model_state_dict
@@ -251,7 +251,7 @@ class TestLayouts:
 
 
 def old_processors(key: str) -> str:
-    """As diffusers named them before peft."""
+    """Return the name that diffusers used before it adopted peft."""
     key = key.replace("to_out.0.lora", "to_out_lora").replace(".to_q.lora", ".to_q_lora")
     key = key.replace(".to_k.lora", ".to_k_lora").replace(".to_v.lora", ".to_v_lora")
     key = key.replace("attn1.", "attn1.processor.").replace("attn2.", "attn2.processor.")
@@ -261,7 +261,7 @@ def old_processors(key: str) -> str:
 
 
 class TestPeft:
-    """The files that peft's `save_pretrained` writes, one network to a folder, against its own merged weights."""
+    """Files written by peft's `save_pretrained`, a folder for each network, compared with peft's own merged weights."""
 
     @pytest.fixture(params=["unet", "text"])
     def part(self, request: pytest.FixtureRequest) -> str:
@@ -270,7 +270,9 @@ class TestPeft:
 
     @pytest.fixture
     def merged(self, sd: sdkit.StableDiffusion, part: str, tmp_path: Path) -> Callable[..., Tensors]:
-        """Save an adapter with the given settings in `tmp_path`, and return the weights that peft makes of it."""
+        """Return a function that saves an adapter with given settings in `tmp_path`, and returns peft's
+        merged weights.
+        """
 
         def merged(**settings: Any) -> Tensors:
             from peft import LoraConfig, get_peft_model
@@ -278,7 +280,7 @@ class TestPeft:
             network = copy.deepcopy(getattr(sd, part).network)
             options: dict[str, Any] = {"r": RANK, "target_modules": [*TARGETS, "conv1", "proj_in"]}
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of peft: it asks transformers for a name that is deprecated
+                warnings.simplefilter("ignore")  # peft asks transformers for a deprecated name
                 live: Any = get_peft_model(network, LoraConfig(**{**options, **settings}))
             torch.manual_seed(0)
             for name, parameter in live.named_parameters():
@@ -380,7 +382,7 @@ class TestAlpha:
 
     @pytest.mark.parametrize("alpha", [100_000, 4.1, 2])
     def test_converted_exactly(self, tensors: Tensors, write: Callable[..., Path], alpha: float) -> None:
-        """float16 ends at 65,504, and rounds 4.1."""
+        """float16 ends at 65,504 and rounds 4.1, so the written alpha may need float32."""
         half = {key: tensor.half() for key, tensor in tensors.items()}
         file = write(half, {"lora_adapter_metadata": json.dumps({"unet.lora_alpha": alpha})})
         convert_lora(file, file.parent / "made.safetensors")
@@ -389,7 +391,9 @@ class TestAlpha:
         assert written.dtype == (torch.float16 if alpha == 2 else torch.float32)
 
     def test_patterns_are_names_and_never_run(self, tensors: Tensors, write: Callable[..., Path]) -> None:
-        """As peft matches them: the whole name, or what follows a dot, `.*` for anything; the first that fits."""
+        """A pattern matches as in peft: the whole name or the part after a dot, `.*` for anything, and the first match
+        counts.
+        """
         config = {"to_q": 5, r"attn2\.to_k": 6, "^attn1.to_k": 7, "^down_blocks.1.*to_v$": 8, "o_v": 9, "lora_alpha": 1}
         text = json.dumps({"unet.lora_alpha": 1, "unet.alpha_pattern": config})
         for name, x in read_lora(write(tensors, {"lora_adapter_metadata": text})).unet.items():
@@ -410,7 +414,7 @@ class TestAlpha:
     def test_of_diffusers_metadata(
         self, sd: sdkit.StableDiffusion, tensors: Tensors, write: Callable[..., Path], rslora: bool
     ) -> None:
-        """As diffusers writes it; alpha differs from the rank, and in two layers from alpha."""
+        """Metadata as diffusers writes them. Alpha differs from the rank, and in two layers from the general alpha."""
         config: dict[str, Any] = {}
         patterns = {"unet": {TO_Q: 16, "mid_block.*.to_k": 1}, "text_encoder": {"encoder.layers.1.self_attn.q_proj": 9}}
         modules = {
@@ -428,7 +432,7 @@ class TestAlpha:
         torch.testing.assert_close(latents(loaded(sd, file)), theirs(sd, file), atol=1e-4, rtol=0)
 
     def test_ranks_that_differ(self, sd: sdkit.StableDiffusion, tensors: Tensors, write: Callable[..., Path]) -> None:
-        """Each layer's factor is its own alpha over its own rank: 1 without an alpha."""
+        """Each layer's factor is its own alpha over its own rank, and 1 without an alpha."""
         name = f"unet.{TO_Q}.lora"
         wider = {f"{name}.down.weight": torch.randn(6, 64), f"{name}.up.weight": torch.randn(64, 6) * 0.05}
         file = write(tensors | wider)
@@ -477,7 +481,7 @@ class TestMerging:
     def test_what_overflows_is_refused_before_a_weight_changes(
         self, tensors: Tensors, write: Callable[..., Path], dtype: str, size: float, scale: float
     ) -> None:
-        """Factors that are finite, and whose product is not, in the last layer of all."""
+        """The factors in the last layer are finite, but their product is not."""
         name = "text_encoder.text_model.encoder.layers.2.self_attn.q_proj.lora_linear_layer"
         large = {f"{name}.{side}.weight": tensors[f"{name}.{side}.weight"] * 0 + size for side in ("down", "up")}
         model = sdkit.StableDiffusion.from_pretrained("emoji", dtype=dtype, device="cpu")
@@ -488,10 +492,10 @@ class TestMerging:
         assert all(torch.equal(found[key], before[key]) for key in before)
 
     def test_what_nearly_overflows_is_merged(self, tensors: Tensors, write: Callable[..., Path]) -> None:
-        """The bound on the product is not sharp: where it does not settle it, the product itself does."""
+        """The quick bound on the product is not sharp. If it does not decide, the product itself must."""
         name = f"unet.{TO_Q}.lora"
         down, up = torch.zeros(RANK, 64), torch.zeros(64, RANK)
-        down[0, 0], up[0, 1] = 2000.0, 2000.0  # which never meet
+        down[0, 0], up[0, 1] = 2000.0, 2000.0  # these two entries are never multiplied with each other
         model = sdkit.StableDiffusion.from_pretrained("emoji", dtype="fp16", device="cpu")
         before = model.unet.network.get_submodule(TO_Q).weight.clone()
         model.load_lora(write({f"{name}.down.weight": down, f"{name}.up.weight": up}))
@@ -505,7 +509,9 @@ class TestMerging:
         assert all(torch.equal(found, expected[key]) for key, found in nested.text_model.state_dict().items())
 
     def test_convolutions(self, sd: sdkit.StableDiffusion, write: Callable[..., Path]) -> None:
-        """3 x 3, 1 x 1 and linear; a 1 x 1 convolution's factors may be written as a linear layer's and conversely."""
+        """3 x 3 and 1 x 1 convolutions and linear layers. The factors of a 1 x 1 convolution may have a linear layer's
+        shape, and the reverse.
+        """
         generator = torch.Generator().manual_seed(0)
         made: Tensors = {}
         layers = {
@@ -529,7 +535,7 @@ class TestMerging:
         model = loaded(sd, file)
         torch.testing.assert_close(latents(model), theirs(sd, file), atol=1e-4, rtol=0)
         assert (latents(model) - latents(sd)).abs().max() > 0.1
-        # What the factors mean: two convolutions in a row.
+        # The factors are two convolutions in a row.
         x = torch.randn(1, 4, 8, 8, generator=generator)
         down, up = made["lora_unet_conv_in.lora_down.weight"], made["lora_unet_conv_in.lora_up.weight"]
         expected = sd.unet.network.conv_in(x) + F.conv2d(F.conv2d(x, down, padding=1), up) * 2 / RANK
@@ -567,7 +573,7 @@ class TestMerging:
         shape: tuple[int, int],
         problem: str,
     ) -> None:
-        """The one layer that does not fit is in the network that comes last."""
+        """The only layer that does not fit is in the network that is merged last. No other layer may have changed."""
         outputs, inputs = shape
         wrong = {f"{name}.lora_A.weight": torch.ones(RANK, inputs), f"{name}.lora_B.weight": torch.ones(outputs, RANK)}
         same = {key for key in tensors if key.startswith(f"{name}.")}
@@ -618,7 +624,7 @@ class TestSources:
         torch.save(tensors, tmp_path / name)
         (tmp_path / "README.md").touch()
         assert_same(loaded(sd, tmp_path), loaded(sd, files["diffusers"]), atol=0)
-        torch.save({"optimizer": 1}, tmp_path / "optimizer.bin")  # two: the usual names count alone
+        torch.save({"optimizer": 1}, tmp_path / "optimizer.bin")  # with a second file, only the usual names count
         if name == "old.bin":
             with pytest.raises(SourceError, match=r"it holds old\.bin, optimizer\.bin: name one by filename=\.$"):
                 read_lora(tmp_path)
@@ -645,7 +651,7 @@ class TestSources:
     def test_the_text_encoder_as_sdxl_names_it(
         self, sd: sdkit.StableDiffusion, files: dict[str, Path], write: Callable[..., Path]
     ) -> None:
-        """Some trainers write lora_te1_ for Stable Diffusion 1.x, too."""
+        """Some trainers write SDXL's prefix lora_te1_ for Stable Diffusion 1.x too."""
         named = {key.replace("lora_te_", "lora_te1_"): tensor for key, tensor in load_file(files["kohya"]).items()}
         assert any("lora_te1_" in key for key in named)
         assert_same(loaded(sd, write(named)), loaded(sd, files["kohya"]), atol=0)
@@ -763,7 +769,7 @@ class TestSources:
             (lambda x: x[:1, :1].expand(10**8, 10**8), "is damaged: its tensors are larger than the file"),
         ],
     )
-    @pytest.mark.filterwarnings("ignore::UserWarning")  # torch's, of quantized and of sparse tensors
+    @pytest.mark.filterwarnings("ignore::UserWarning")  # torch warns about quantized and sparse tensors
     def test_a_pickle_of_odd_tensors(
         self, tensors: Tensors, tmp_path: Path, make: Callable[[Tensor], Tensor], problem: str
     ) -> None:
@@ -775,7 +781,7 @@ class TestSources:
         assert not (tmp_path / "made.safetensors").exists()
 
     def test_a_pickle_of_views(self, sd: sdkit.StableDiffusion, tensors: Tensors, tmp_path: Path) -> None:
-        """Transposed, expanded, and sharing memory, a trained parameter among them; all of which are converted, too."""
+        """Tensors that are transposed, expanded, trained parameters, or share memory are loaded and converted."""
         both = torch.cat([x.flatten() for x in tensors.values()])
         views = dict(zip(tensors, both.split([x.numel() for x in tensors.values()]), strict=True))
         views = {key: view.view(tensors[key].shape) for key, view in views.items()}

@@ -1,5 +1,4 @@
-"""LPIPS against the values of the package `lpips` with its real weights, where those are at hand; the rest with random
-ones."""
+"""LPIPS with its real weights, if available, against values of the package `lpips`. Other tests use random weights."""
 
 from __future__ import annotations
 
@@ -31,7 +30,7 @@ def random() -> LPIPS:
 
 @pytest.fixture(scope="module")
 def file(random: LPIPS, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The random weights in the layout of the real ones: heads and biases in float32, convolutions in float16."""
+    """Write the random weights in the layout of the real ones: heads and biases in float32, convolutions in float16."""
     tensors = {}
     for name, tensor in random.state_dict().items():
         kind, index, *rest = name.split(".")
@@ -53,7 +52,7 @@ def pixels(*shape: int, seed: int = 0) -> Tensor:
 
 
 def pairs() -> tuple[Tensor, Tensor]:
-    """Photos, and what block means, a checkerboard of noise and mirroring make of them."""
+    """Return photos, and versions of them with block means, with a checkerboard of noise, and mirrored."""
     face = skimage.data.astronaut()[0:256, 128:384]
     means = np.round(face.reshape(32, 8, 32, 8, 3).mean((1, 3))).repeat(8, 0).repeat(8, 1)
     cat = skimage.data.chelsea()[20:276, 100:356]
@@ -77,7 +76,7 @@ def test_zero_for_equal_images_and_symmetric(random: LPIPS) -> None:
 
 
 class TestGradient:
-    """LPIPS that no gradient passes is in the log and teaches nothing."""
+    """Without a gradient, LPIPS would appear in the log but teach nothing."""
 
     @pytest.mark.parametrize("which", ["random", "real"])
     def test_equals_finite_differences(self, which: str, request: pytest.FixtureRequest) -> None:
@@ -88,7 +87,8 @@ class TestGradient:
         assert torch.autograd.gradcheck(lambda x: model(x, y), (x,), fast_mode=True)
         (gradient,) = torch.autograd.grad(model(x, y).sum(), x)
         step = 1e-6
-        for index in ((0, 0, 3, 5), (0, 1, 8, 8), (0, 2, 15, 16)):  # one by one too: fast_mode sees a projection
+        # Check single entries too, because fast_mode checks only a projection.
+        for index in ((0, 0, 3, 5), (0, 1, 8, 8), (0, 2, 15, 16)):
             moved = torch.zeros_like(x)
             moved[index] = step
             slope = (model(x + moved, y) - model(x - moved, y)).item() / (2 * step)
@@ -147,7 +147,7 @@ class TestFeatures:
     def test_a_grid_bounds_their_size(self, random: LPIPS) -> None:
         for size in (32, 64):
             assert random.features(pixels(2, 3, size, size), grid=2).shape == (2, 1472 * 4)
-        # averages are nearer to each other than what was averaged (Jensen)
+        # Averages are closer to each other than the averaged values (Jensen).
         x, y = pixels(1, 3, 32, 32), pixels(1, 3, 32, 32, seed=1)
         distances = [(random.features(x, n) - random.features(y, n)).square().sum().item() for n in (1, 2, None)]
         assert 0 < distances[0] < distances[1] < distances[2]
@@ -190,8 +190,10 @@ class TestWeights:
             LPIPS.from_pretrained("org/lpips", filename="other.safetensors")
 
     def test_from_the_state_of_the_package_lpips(self, random: LPIPS, tmp_path: Path) -> None:
-        """As lpips 0.1.4 names its parts: slices of VGG-16 with torchvision's numbers, heads twice, two constants."""
-        ends = (4, 9, 16, 23, 30)  # of the slices
+        """Names as in lpips 0.1.4: slices of VGG-16 with torchvision's numbers, two copies of the heads, and two
+        constants.
+        """
+        ends = (4, 9, 16, 23, 30)  # ends of the slices
         state = {}
         for key, value in random.vgg.state_dict().items():
             layer = int(key.split(".")[0])

@@ -1,4 +1,4 @@
-"""The text encoder against diffusers' own prompt encoding; long prompts; A1111's weights."""
+"""The text encoder against diffusers' own prompt encoding, long prompts, and A1111's weights."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class TestAgainstDiffusers:
 
     @pytest.mark.parametrize("clip_skip", [1, 2])
     def test_clip_skip_leaves_out_the_last_layers(self, text: sdkit.TextEncoder, clip_skip: int) -> None:
-        """Against a network that never had those layers; diffusers' own clip_skip fails with transformers 5."""
+        """Compare with a network without these layers, because diffusers' own clip_skip fails with transformers 5."""
         shallow = copy.deepcopy(text.network)
         layers = (shallow.text_model if hasattr(shallow, "text_model") else shallow).encoder.layers
         del layers[-clip_skip:]
@@ -84,7 +84,7 @@ class TestLongPrompts:
 
 @pytest.mark.parametrize(("family", "pad"), [("sd1", 49407), ("sd2", 0)])
 def test_padding_is_the_familys_own(family: str, pad: int) -> None:
-    """SD 1.x pads with the end mark, SD 2.x with "!"."""
+    """SD 1.x pads with the end token, SD 2.x with "!"."""
     from transformers import CLIPTextConfig, CLIPTextModel
 
     size = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1, "num_hidden_layers": 1}
@@ -95,7 +95,7 @@ def test_padding_is_the_familys_own(family: str, pad: int) -> None:
 
 
 class TestWeighting:
-    # The first block is the documentation of A1111's own parser (its doctests), the rest follows from the same rules.
+    # The first block is from A1111's own parser (its doctests). The rest follows from the same rules.
     @pytest.mark.parametrize(
         ("prompt", "pieces"),
         [
@@ -156,7 +156,9 @@ class TestWeighting:
         torch.testing.assert_close(text.encode("a cat", weighting=True), text.encode("a cat"), atol=1e-6, rtol=0)
 
     def test_parser_against_the_rules_step_by_step(self) -> None:
-        """Closing a bracket multiplies the weights of all that stands inside, one character at a time."""
+        """A closing bracket multiplies the weights of everything inside it. The reference works one character at a
+        time.
+        """
         parts = ["(", ")", "[", "]", ":1.2)", ":-.5)", ": 3. )", "\\", "a", " b", ":", "0"]
         choose = random.Random(0)
         for _ in range(3000):
@@ -175,7 +177,7 @@ class TestWeighting:
 
 
 def step_by_step(prompt: str) -> list[tuple[str, float]]:
-    """A1111's weights of each character of a prompt."""
+    """Return A1111's weight of each character of a prompt."""
     letters: list[tuple[str, float]] = []
     opened: dict[str, list[int]] = {"(": [], "[": []}
 
@@ -211,7 +213,7 @@ def step_by_step(prompt: str) -> list[tuple[str, float]]:
 
 
 class TestBreak:
-    """A1111's BREAK fills the chunk up and begins the next one."""
+    """A1111's BREAK pads the current chunk and starts the next."""
 
     @pytest.mark.parametrize(
         ("prompt", "chunks"),
@@ -269,5 +271,5 @@ class TestSyntaxThatIsNotRead:
 
     @pytest.mark.parametrize("prompt", [r"a \[cat|dog\]", "[cat] a|b", "the SAND, 1 < 2: a > b", "[cat: a dog]"])
     def test_nothing_is_told_of_plain_text(self, text: sdkit.TextEncoder, prompt: str) -> None:
-        text.tokenize(prompt, weighting=True)  # a warning is an error here
-        text.tokenize("a cat AND a [cat|dog] <lora:a:1>")  # nor without weighting
+        text.tokenize(prompt, weighting=True)  # a warning would be an error here
+        text.tokenize("a cat AND a [cat|dog] <lora:a:1>")  # no warning without weighting either

@@ -1,4 +1,4 @@
-"""The U-Net wrapper against the network it holds."""
+"""The U-Net wrapper against the network inside it."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_the_same_to_the_bit_in_any_batch(unet: sdkit.UNet, dtype: str) -> None:
 
 @torch.no_grad()
 def test_two_threads_may_share_it(unet: sdkit.UNet) -> None:
-    """One with a timestep for the whole batch, the other with one for each image."""
+    """One thread has a timestep for the whole batch, the other one for each image."""
     x_t, cond = inputs(4)
     t = torch.tensor([1, 300, 600, 999])
     expected = unet(x_t, t, cond)
@@ -86,7 +86,7 @@ def test_compiled_gives_the_same(unet: sdkit.UNet) -> None:
 
 @torch.no_grad()
 def test_a_call_leaves_the_network_as_it_was(sd: sdkit.StableDiffusion) -> None:
-    """A timestep that one call shares over its batch is none of the next one's, past this class."""
+    """A call with one timestep for the batch must not change the network: a later direct call may have several."""
     x, cond, t = torch.randn(2, 4, 16, 16), Conditioning(sd.text.encode(["a", "b"])), torch.tensor([1, 999])
     sd.unet(x, 500, cond)
     theirs = sd.unet.network(x, t, encoder_hidden_states=cond.text).sample
@@ -130,7 +130,7 @@ class TestConditioning:
 
 
 class TestGuidanceAsAnInput:
-    """U-Nets of latent consistency models: `time_cond_proj_dim`."""
+    """U-Nets of latent consistency models (`time_cond_proj_dim`)."""
 
     @pytest.fixture(scope="class")
     @classmethod

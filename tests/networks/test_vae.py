@@ -1,5 +1,4 @@
-"""The VAE against diffusers' own encode and decode, and everything around it: sizes, batches, tiles, precision,
-identity."""
+"""The VAE against diffusers' own encode and decode: sizes, batches, tiles, precision, and its fingerprint."""
 
 from __future__ import annotations
 
@@ -35,7 +34,7 @@ SD_VAE = {
 
 @pytest.fixture(scope="module")
 def random_vae() -> sdkit.VAE:
-    """The SD 1.x architecture, 84 M random weights."""
+    """Make a VAE of SD 1.x's architecture with 84 M random weights."""
     torch.manual_seed(0)
     return sdkit.VAE(AutoencoderKL(**SD_VAE).eval())
 
@@ -61,7 +60,7 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
 
 @contextmanager
 def passes(module: nn.Module) -> Iterator[list[tuple[int, ...]]]:
-    """The shapes that go into `module` meanwhile."""
+    """Record the shapes of the inputs of `module`."""
     shapes: list[tuple[int, ...]] = []
     with module.register_forward_pre_hook(lambda _, inputs: shapes.append(tuple(inputs[0].shape))):
         yield shapes
@@ -74,7 +73,7 @@ def pixels(astronaut: Image.Image) -> Tensor:
 
 @pytest.fixture(scope="module")
 def whole(vae: sdkit.VAE, coffee: Image.Image) -> tuple[Tensor, np.ndarray]:
-    """Latents of a photo and what they decode to, both without tiles."""
+    """Return the latents of a photo and their decoded image, both without tiles."""
     z = vae.encode(coffee, sample=False, tile=0)
     return z, vae.decode(z, output_type="np", tile=0)[0]
 
@@ -169,7 +168,7 @@ class TestImages:
     def test_exif_rotation(self, vae: sdkit.VAE, astronaut: Image.Image) -> None:
         image, file = astronaut.resize((48, 40)), io.BytesIO()
         exif = Image.Exif()
-        exif[0x0112] = 6  # to be turned a quarter to the right
+        exif[0x0112] = 6  # rotate by 90 degrees clockwise for display
         image.save(file, "PNG", exif=exif)
         turned = vae.encode(image.transpose(Image.Transpose.ROTATE_270), sample=False)
         assert torch.equal(vae.encode(Image.open(file), sample=False), turned)
@@ -243,13 +242,12 @@ class TestTiles:
         assert (vae.encode(coffee, sample=False, tile=256) - z).square().mean().sqrt() < 0.03 * z.std()
 
         def worst_seam(image: np.ndarray, other: np.ndarray) -> float:
-            """How far the error's step between neighbouring columns stands out, at its worst column, from the median
-            column."""
+            """Return the worst step of the error between neighbouring columns, in multiples of the median step."""
             steps = np.abs(np.diff(image.astype(float) - other, axis=1)).mean(axis=(0, 2))
             return float(steps.max() / np.median(steps))
 
         butted = np.concatenate([vae.decode(part, output_type="np")[0] for part in z.split(25, dim=3)], axis=1)
-        assert worst_seam(butted, image) > 6  # tiles laid side by side: the measure sees their seams
+        assert worst_seam(butted, image) > 6  # tiles side by side without blending, so the measure does see seams
         assert worst_seam(tiled, image) < 3
 
     def test_one_tile_is_the_whole(self, vae: sdkit.VAE, whole: tuple[Tensor, np.ndarray]) -> None:
@@ -266,7 +264,7 @@ class TestTiles:
         with passes(vae.network.decoder) as decoded:
             vae.decode(z)
         assert max(shape[2] * shape[3] for shape in decoded) <= 128 * 128
-        assert len(decoded) == 1 + 4  # the statistics, then 2 x 2 tiles
+        assert len(decoded) == 1 + 4  # one pass for the statistics, then 2 x 2 tiles
         with passes(vae.network.decoder) as decoded:
             vae.decode(z[:, :, :150, :150])
         assert len(decoded) == 1
@@ -298,7 +296,7 @@ class TestPrecision:
 
     def test_float16_overflow_is_redone_in_float32(self) -> None:
         exact = sdkit.VAE.from_pretrained("emoji", dtype="fp32", device="cpu")
-        with torch.no_grad():  # the residual stream of bright latents passes 65,504, as in SD's own VAE
+        with torch.no_grad():  # residuals of bright latents exceed 65,504, as in SD's own VAE
             exact.network.decoder.conv_in.weight *= 1000
         half = copy.deepcopy(exact).to(torch.float16)
         z = (
@@ -307,12 +305,12 @@ class TestPrecision:
         )
         with torch.no_grad():
             raw = half.network.decode((z / half.scale).half()).sample.isfinite().flatten(1).all(dim=1)
-        assert raw.tolist() == [True, False, True]  # or the test would show nothing
+        assert raw.tolist() == [True, False, True]  # otherwise the test would prove nothing
 
         with pytest.warns(UserWarning, match=r"overflowed in float16") as caught:
             ours = half.decode(z, output_type="np", batch_size=3)
         assert len(caught) == 1
-        half.decode(z)  # said once: a second warning would be an error here
+        half.decode(z)  # warned once: a second warning would be an error here
         assert half.dtype == torch.float16
         assert psnr(ours[1], exact.decode(z.half().float(), output_type="np")[1]) > 35
         assert psnr(ours[0], exact.decode(z, output_type="np")[0]) > 35
@@ -330,7 +328,7 @@ class TestPrecision:
             ours = half.decode(z, output_type="pt", batch_size=3, tile=128)
         assert {warning.filename for warning in caught} == {
             inspect.getfile(sdkit.VAE)
-        }  # the command line tells only sdkit's
+        }  # the command line shows only warnings from sdkit
         expected = exact.decode(z.half().float(), output_type="pt", batch_size=3, tile=128)
         torch.testing.assert_close(ours, expected, atol=0.03, rtol=0)
         half.float()(torch.zeros(1, 3, 32, 32))[0].sum().backward()  # its weights can still be trained

@@ -1,4 +1,4 @@
-"""Calls that fail: the network is blamed where it is at fault, the input where that is."""
+"""Failing calls: the error blames the network or the input, whichever is at fault."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def configured(to: Path, part: str, **values: Any) -> Path:
 
 
 class TestNetworksThatCannotRun:
-    """Their weights fit, and they fail when they are called."""
+    """Networks with weights that fit, but which fail when they are called."""
 
     def test_vae(self) -> None:
         vae = sdkit.VAE.from_pretrained("emoji", dtype="fp32", device="cpu")
@@ -67,7 +67,7 @@ class TestNetworksThatCannotRun:
 
 
 class TestNetworksThatRun:
-    """Errors that have another cause stay what they were."""
+    """Errors with another cause pass unchanged."""
 
     def test_an_input_of_another_shape(self, sd: sdkit.StableDiffusion) -> None:
         with pytest.raises(RuntimeError, match="channels"):
@@ -91,7 +91,7 @@ class TestNetworksThatRun:
                 sd.vae.encode(IMAGE)
         finally:
             handle.remove()
-        assert calls == [1]  # the network was not tried out
+        assert calls == [1]  # the network was not called again to find the cause
 
     def test_a_good_call_runs_once(self, sd: sdkit.StableDiffusion) -> None:
         calls: list[int] = []

@@ -1,6 +1,6 @@
-"""What a user can get wrong in Python: each gets one sentence.
+"""Users' mistakes in Python, each reported in one sentence.
 
-The command line's table is in cli/test_cli.py, that of sources in loading/test_source.py.
+The table of the command line is in cli/test_cli.py, that of sources in loading/test_source.py.
 """
 
 from __future__ import annotations

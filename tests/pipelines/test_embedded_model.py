@@ -1,6 +1,9 @@
-"""What the embedded model draws: what is asked for, on the background asked for, by each sampler, and better with
-guidance. Twelve of the pictures it was trained on lie in tests/embedded; among them an image is looked up, by the
-distance in pixels on the same background."""
+"""Pictures drawn by the embedded model: the right object on the right background, with each sampler, and better with
+guidance.
+
+Twelve of its training pictures are in tests/embedded. A drawn image counts as the one that is nearest in pixels on the
+same background.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ HELD_OUT = [Prompt(one, one.held_out) for one in TWELVE]
 
 
 def draw(sd: sdkit.StableDiffusion, asked: Sequence[Prompt], **changes: object) -> list[Image.Image]:
-    """An image of each prompt, of seeds 0, 1, 2 ..."""
+    """Draw an image of each prompt, with seeds 0, 1, 2, ..."""
     settings = {"guidance_scale": 5.0, "num_inference_steps": 20, "seed": range(len(asked)), "batch_size": 12}
     made: list[Image.Image] = sd([prompt.text for prompt in asked], **settings | changes)
     return made
@@ -33,13 +36,13 @@ def pixels(image: Image.Image) -> np.ndarray:
 
 
 def distances(image: Image.Image, background: str) -> list[float]:
-    """To each of the twelve pictures on a background: root mean squares over pixels, from 0 to 1."""
+    """Return the root mean square difference, from 0 to 1, to each of the twelve pictures on a background."""
     originals = [composed(read(HERE, one.file), BACKGROUNDS[background]) for one in TWELVE]
     return [float(np.sqrt(np.square(pixels(image) - pixels(original)).mean())) for original in originals]
 
 
 def found(images: Sequence[Image.Image], asked: Sequence[Prompt]) -> int:
-    """How many images are nearest to the picture that was asked for."""
+    """Count the images that are nearest to the picture in their prompt."""
     right = 0
     for image, prompt in zip(images, asked, strict=True):
         to_each = distances(image, prompt.background)
@@ -48,14 +51,14 @@ def found(images: Sequence[Image.Image], asked: Sequence[Prompt]) -> int:
 
 
 def off(images: Sequence[Image.Image], asked: Sequence[Prompt]) -> float:
-    """Mean distance to what was asked for."""
+    """Return the mean distance to the pictures in the prompts."""
     pairs = zip(images, asked, strict=True)
     return float(np.mean([distances(image, p.background)[TWELVE.index(p.picture)] for image, p in pairs]))
 
 
 @pytest.fixture(scope="module")
 def drawn(sd: sdkit.StableDiffusion) -> list[Image.Image]:
-    """The twelve on blue, by DDIM at guidance scale 5."""
+    """Draw the twelve on blue, with DDIM at guidance scale 5."""
     return draw(sd, ON_BLUE)
 
 
@@ -76,7 +79,7 @@ def test_pairs_that_it_has_never_seen(sd: sdkit.StableDiffusion) -> None:
 
 
 def test_guidance_raises_fidelity(sd: sdkit.StableDiffusion) -> None:
-    """Without the prompt it draws anything; the more the prompt weighs, the more nearly what was asked for."""
+    """At scale 0 the prompt is ignored. The larger the scale, the nearer the images must be to the prompt."""
     made = [draw(sd, ON_BLUE, guidance_scale=scale) for scale in (0.0, 0.5, 1.0)]
     far = [off(images, ON_BLUE) for images in made]
     assert far[0] > 2 * far[1] > 4 * far[2]
@@ -85,7 +88,7 @@ def test_guidance_raises_fidelity(sd: sdkit.StableDiffusion) -> None:
 
 
 def test_a_negative_prompt_keeps_away_what_it_names(sd: sdkit.StableDiffusion) -> None:
-    """Where the prompt leaves all open, the background is not the one that the negative prompt names."""
+    """With an empty prompt, the background must not be the one in the negative prompt."""
     options = {"guidance_scale": 3.0, "num_inference_steps": 20, "num_images_per_prompt": 12, "batch_size": 12}
     any_of_them, not_white = (sd("", negative, **options) for negative in ("", "a ghost on a white background"))
     assert 1 <= sum(background_of(image) == "white" for image in any_of_them) <= 8
@@ -94,7 +97,7 @@ def test_a_negative_prompt_keeps_away_what_it_names(sd: sdkit.StableDiffusion) -
 
 
 def test_a_negative_prompt_turns_the_colour_to_the_opposite(sd: sdkit.StableDiffusion) -> None:
-    """Of "a circle", whose colour no caption says."""
+    """The prompt is "a circle"; no caption gives its colour."""
     options = {"guidance_scale": 5.0, "num_inference_steps": 20}
     made = (sd("a circle", negative, **options)[0] for negative in ("", "a red circle", "a blue circle"))
     middles = [pixels(image)[48:80, 48:80].mean((0, 1)) for image in made]
@@ -104,7 +107,7 @@ def test_a_negative_prompt_turns_the_colour_to_the_opposite(sd: sdkit.StableDiff
 
 
 def test_fewer_steps_degrade_gracefully(sd: sdkit.StableDiffusion) -> None:
-    """The fewer, the farther from where many lead; ten are still enough to tell what it is."""
+    """Fewer steps must be farther from the result of many steps. Ten are still enough to recognise the object."""
     exact = draw(sd, ON_BLUE, num_inference_steps=40)
     errors = []
     for steps in (20, 10, 4):
@@ -121,7 +124,7 @@ def test_samplers_agree_on_what_is_drawn(sd: sdkit.StableDiffusion, sampler: str
 
 
 def test_seeds_differ(sd: sdkit.StableDiffusion, drawn: list[Image.Image]) -> None:
-    """But not in what they show."""
+    """Images of other seeds must differ, but show the same objects."""
     others = draw(sd, ON_BLUE, seed=range(100, 112))
     assert found(others, ON_BLUE) == 12
     for one, other in zip(drawn, others, strict=True):

@@ -1,4 +1,4 @@
-"""Text to image: the whole pipeline against diffusers', images alone and in batches, and what each step costs."""
+"""Text to image: the whole pipeline against diffusers', single images against batches, and the cost of each step."""
 
 from __future__ import annotations
 
@@ -34,7 +34,9 @@ SD_SCHEDULER = {
 
 @pytest.fixture(scope="module")
 def sd_like(sd: sdkit.StableDiffusion) -> Callable[[str], tuple[sdkit.StableDiffusion, Any]]:
-    """A model with SD 1.x's block types and schedule, small and random, ours and diffusers'; by prediction type."""
+    """Return a function that makes a small random model with SD 1.x's block types and schedule, as sdkit's and as
+    diffusers', for a prediction type.
+    """
 
     def make(prediction_type: str) -> tuple[sdkit.StableDiffusion, Any]:
         torch.manual_seed(0)
@@ -80,8 +82,9 @@ class TestAgainstDiffusers:
     @pytest.mark.parametrize("scale", [1.0, 5.0, 7.5])
     @pytest.mark.parametrize("spacing", ["leading", "trailing"])
     def test_embedded_model(self, sd: sdkit.StableDiffusion, scale: float, spacing: str) -> None:
-        """Zero-terminal-SNR v-prediction. 20 steps divide 1000, so that diffusers' previous timestep is right in
-        trailing spacing too."""
+        """v-prediction with zero terminal SNR. 20 steps divide 1,000, so that diffusers' previous timestep is right
+        with trailing spacing too.
+        """
         config = DDIMScheduler.from_pretrained(EMOJI, subfolder="scheduler").config
         pipe = diffusers_pipeline(sd, DDIMScheduler.from_config(config, timestep_spacing=spacing))
         latents = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -97,7 +100,7 @@ class TestAgainstDiffusers:
         pipe.set_progress_bar_config(disable=True)
         latents = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
         common = {"prompt": "a cat", "latents": latents, "num_inference_steps": 2, "output_type": "latent"}
-        common |= {"guidance_scale": sd.guidance_scale}  # which diffusers does not know of
+        common |= {"guidance_scale": sd.guidance_scale}  # diffusers does not know the model's own scale
         torch.testing.assert_close(sd(**common), pipe(**common).images, atol=1e-4, rtol=0)
 
     def test_rescaled_guidance_and_image(self, sd: sdkit.StableDiffusion) -> None:
@@ -110,7 +113,7 @@ class TestAgainstDiffusers:
 
 
 class TestGuidanceAsAnInput:
-    """A latent consistency model's U-Net takes the guidance scale as an input."""
+    """The U-Net of a latent consistency model takes the guidance scale as an input."""
 
     @pytest.fixture(scope="class")
     @classmethod
@@ -189,7 +192,7 @@ class TestBatches:
 
 
 def count(sd: sdkit.StableDiffusion, run: Callable[[], object]) -> list[int]:
-    """Batch sizes of the U-Net's passes during `run`."""
+    """Return the batch sizes of the U-Net's passes during `run`."""
     sizes: list[int] = []
     with sd.unet.network.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0]))):
         run()
@@ -200,7 +203,7 @@ def test_guidance_is_the_models_own_unless_told_otherwise(sd: sdkit.StableDiffus
     options = {"num_inference_steps": 3, "output_type": "latent"}
     assert torch.equal(sd(PROMPTS, **options), sd(PROMPTS, guidance_scale=sd.guidance_scale, **options))
     unguided = sdkit.StableDiffusion(sd.vae, sd.text, sd.unet, sd.schedule, guidance_scale=1)
-    long = " ".join(["red"] * 40)  # takes more tokens than the prompts do, which then does not matter
+    long = " ".join(["red"] * 40)  # more tokens than the prompts; without guidance this must not matter
     assert count(unguided, lambda: unguided(PROMPTS, long, num_inference_steps=2)) == [4] * 2
     plain, beside = (unguided(PROMPTS, text, num_inference_steps=2, output_type="latent") for text in ("", long))
     assert torch.equal(plain, beside)
@@ -225,7 +228,7 @@ class TestCost:
         seen: list[tuple[int, ...]] = []
         with sd.text.network.register_forward_pre_hook(lambda _, inputs: seen.append(tuple(inputs[0].shape))):
             sd(["a cat"] * 3, guidance_scale=1, num_inference_steps=1)
-        assert seen == [(1, 32)]  # and a prompt that occurs thrice only once
+        assert seen == [(1, 32)]  # a prompt that occurs three times is encoded once
 
 
 class TestSizes:
@@ -251,7 +254,7 @@ class TestOutput:
         assert z.shape == (2, 4, 8, 16)
         assert np.array_equal(sd.vae.decode(z, size=(60, 128), output_type="np"), array)
         weight = torch.ones(1, requires_grad=True)
-        (z * weight).sum().backward()  # not an inference tensor
+        (z * weight).sum().backward()  # not an inference tensor, so autograd can use it
 
     def test_deterministic(self, sd: sdkit.StableDiffusion) -> None:
         common = {"sampler": "ddpm", "num_inference_steps": 5, "seed": 3}
@@ -281,7 +284,7 @@ def background(image: Image.Image) -> np.ndarray:
 
 
 class TestWhatIsDrawn:
-    """The embedded model draws the background it is told to; what it draws in front is a later model's concern."""
+    """The embedded model draws the background in the prompt."""
 
     @pytest.mark.parametrize("sampler", SAMPLERS)
     def test_samplers_agree_on_the_background(self, sd: sdkit.StableDiffusion, sampler: str) -> None:
@@ -291,7 +294,7 @@ class TestWhatIsDrawn:
             assert background(image)[more] > background(image)[less] + 60
 
     def test_pure_noise_to_black_and_white(self, sd: sdkit.StableDiffusion) -> None:
-        """Needs the zero terminal SNR: models that never saw pure noise cannot reach either."""
+        """Needs zero terminal SNR: a model that never saw pure noise in training reaches neither black nor white."""
         black, white = sd(["a cat on a black background", "a cat on a white background"], guidance_scale=5)
         assert background(black).mean() < 50
         assert background(white).mean() > 225
@@ -339,7 +342,7 @@ def test_parts_that_do_not_belong_together(sd: sdkit.StableDiffusion) -> None:
 
 
 def test_schedule_of_ones_own(sd: sdkit.StableDiffusion) -> None:
-    """A model is its four parts: another schedule can be put in."""
+    """A model consists of four parts, and the schedule can be replaced."""
     leading = replace(sd.schedule, timestep_spacing="leading")
     other = sdkit.StableDiffusion(sd.vae, sd.text, sd.unet, leading)
     common = {"num_inference_steps": 3, "guidance_scale": 3, "output_type": "latent"}
@@ -347,7 +350,7 @@ def test_schedule_of_ones_own(sd: sdkit.StableDiffusion) -> None:
 
 
 def test_given_latents_and_the_steps_noise_are_not_the_same_numbers(sd: sdkit.StableDiffusion) -> None:
-    """A seed's own noise, given as latents, makes that seed's image."""
+    """A seed's own noise, given as `latents`, must make that seed's image."""
     x_T = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(3))
     own, given = (
         sd("a red apple", seed=3, latents=latents, sampler="ddpm", num_inference_steps=2, output_type="latent")

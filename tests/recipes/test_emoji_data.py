@@ -1,4 +1,4 @@
-"""The recipe's data: which pictures it has, what it composes of them, and what it holds out."""
+"""The recipe's data: the table of pictures, the composed images, and the held-out pairs."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def photographs(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def data(drawn: Path, photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The data sets of the first pictures."""
+    """Make the data sets of the first pictures."""
     monkeypatch.setattr(module, "pictures", lambda: FEW)
     monkeypatch.setattr(
         module,
@@ -67,7 +67,7 @@ def rows(folder: Path) -> dict[str, str]:
 
 
 def test_the_table() -> None:
-    """Names are told apart, and no background is held out more often than others."""
+    """Names must be unique, and every background be held out equally often."""
     assert 900 <= len(pictures()) <= 1000
     names = [name for one in pictures() for name in one.names]
     assert len(names) == len(set(names))
@@ -106,8 +106,9 @@ def test_captions(name: str, background: str, text: str) -> None:
 
 
 def prompts_written_out() -> list[str]:
-    """README's for the embedded model, and those of notebooks 2, 6 and 7, but for four new words and a circle of no
-    colour."""
+    """Collect the prompts in README for the embedded model and in notebooks 2, 6, and 7, except four new words and "a
+    circle".
+    """
     root = Path(__file__).parents[2]
     readme = (root / "README.md").read_text(encoding="utf-8")
     found = re.findall(r'^sdkit generate "([^"]+)"(?!.*--model)', readme, re.MULTILINE)
@@ -128,7 +129,9 @@ def test_prompts_that_are_shown_are_captions_that_were_learned() -> None:
 
 
 def test_composed_in_the_middle() -> None:
-    """All of a picture shows, colours are kept, and its edge is mixed with the background, not with black."""
+    """A picture must be fully visible with its colours unchanged. Its edges must be blended with the background, not
+    with black.
+    """
     picture = Image.new("RGBA", (256, 256), (*COLOUR, 255))
     pixels = np.asarray(composed(picture, (255, 255, 255)))
     assert pixels.shape == (SIZE, SIZE, 3)
@@ -138,7 +141,8 @@ def test_composed_in_the_middle() -> None:
     clear = Image.new("RGBA", (256, 256), (0, 0, 0, 0))
     clear.paste((*COLOUR, 255), (0, 0, 101, 256))
     pixels = np.asarray(composed(clear, (255, 255, 255))).astype(int)
-    assert (pixels.min(axis=(0, 1)) >= np.array(COLOUR) - 12).all()  # Lanczos rings; a dark rim would go below
+    # Lanczos overshoots; a dark rim would be lower still
+    assert (pixels.min(axis=(0, 1)) >= np.array(COLOUR) - 12).all()
 
 
 def test_composed_at_a_corner() -> None:
@@ -156,7 +160,9 @@ def test_what_is_used(drawn: Path, tmp_path: Path) -> None:
 
 
 def test_what_is_not_used(tmp_path: Path) -> None:
-    """Skin tones, letters and tags of flags, keycaps, wherever in a name; what is beside them in Unicode is used."""
+    """Skin tones, letters and tags of flags, and keycaps are not used, wherever they are in a name. Their neighbours in
+    Unicode are.
+    """
     ranges = [(0x1F3FB, 0x1F3FF), (0x1F1E6, 0x1F1FF), (0x20E3, 0x20E3), (0xE0000, 0xE00FF)]
     ends = [*range(0x1F3FB, 0x1F400), *(point for ends in ranges for point in ends)]
     beside = [point for first, last in ranges for point in (first - 1, last + 1)]
@@ -172,7 +178,9 @@ def test_what_is_not_used(tmp_path: Path) -> None:
 
 
 def test_captioned_images_lack_the_pairs_held_out(data: Path) -> None:
-    """Every picture on every background, but one; each on white has captions that do not name it, too."""
+    """Every picture is on every background except the held-out one. On white, some captions do not name
+    the background.
+    """
     captioned, held_out = rows(data / "captioned"), rows(data / "held_out")
     for one in FEW:
         backgrounds = {name.split("-")[-2] for name in captioned if name.startswith(f"{one.file}-")}
@@ -201,8 +209,9 @@ def test_captioned_images_lack_the_pairs_held_out(data: Path) -> None:
 def test_how_often_each_caption_is(
     other_name: str, number: int, on_backgrounds: dict[str, int], drawn: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every other one has an article and every fourth the other name, by turns from picture to picture; one background
-    is held out. White has each name with its article, and the first without, besides."""
+    """Half of the captions have an article, and a quarter the other name, in turns from picture to picture. One
+    background is held out. On white, there are also each name with its article, and the first name without.
+    """
     one = Picture(FEW[0].file, "owl", other_name, "gray")
     monkeypatch.setattr(module, "pictures", lambda: [one, one])
     files, _, texts = zip(*module._captioned(drawn, number), strict=True)
@@ -224,7 +233,7 @@ def test_sdkit_reads_the_data(data: Path) -> None:
 
 
 def test_tiles(data: Path) -> None:
-    """Some are of photographs, the others of pictures."""
+    """Some tiles are of photographs, and the others of pictures."""
     for name, (size, n, *_) in module.TILES.items():
         files = sorted((data / name).glob("*.png"))
         assert len(files) == n
@@ -246,7 +255,7 @@ def test_tiles_keep_out_what_is_held_out(drawn: Path) -> None:
 
 
 def is_share(part: int, of: int, share: float) -> bool:
-    """Within four standard deviations of the binomial distribution."""
+    """Return whether a count is within four standard deviations of the binomial distribution."""
     return abs(part - of * share) <= 4 * math.sqrt(of * share * (1 - share))
 
 
@@ -266,7 +275,9 @@ def test_how_many_tiles_there_are_of_each_kind(name: str, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("size", [64, SIZE])
 def test_captioned_tiles(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They are cut anywhere out of the captioned images: every picture, on all backgrounds but the one held out."""
+    """Tiles are cut from anywhere in the captioned images: every picture, on all backgrounds except the
+    held-out one.
+    """
     places = np.zeros((SIZE, SIZE, 3), np.uint8)
     places[..., 0], places[..., 1] = np.arange(SIZE), np.arange(SIZE)[:, None]
     seen = []
@@ -288,7 +299,9 @@ def test_captioned_tiles(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(("size", "share"), [(64, 0.0), (SIZE, module.AS_CAPTIONED)])
 def test_other_tiles_as_captioned(size: int, share: float, drawn: Path) -> None:
-    """Of the large ones, so many are what a captioned image on that background would be; of the small ones none."""
+    """The share AS_CAPTIONED of the large tiles equals the captioned image on the same background, and none of the
+    small tiles.
+    """
     picture = table.read(drawn, FEW[0].file)
     tiles = [module._drawn_tile(size, drawn, [FEW[0].file], Random(seed)) for seed in range(300)]
     assert is_share(sum(tile == composed(picture, tile.getpixel((0, 0))) for tile in tiles), 300, share)
@@ -302,7 +315,7 @@ def test_tiles_are_made_alike_again(data: Path, drawn: Path, photographs: Path) 
 
 
 def test_what_is_made_is_not_made_again(data: Path, drawn: Path, photographs: Path) -> None:
-    """Of the same files in other folders, and of another time, neither."""
+    """A missing set is made again. Sets that exist are not, even if their source files moved or have another time."""
     file = data / "tiles" / "00000.png"
     before = file.stat().st_mtime_ns
     shutil.rmtree(data / "held_out")
@@ -315,7 +328,7 @@ def test_what_is_made_is_not_made_again(data: Path, drawn: Path, photographs: Pa
 def test_another_way_makes_all_of_a_set_anew(
     data: Path, drawn: Path, photographs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nothing of the earlier one stays, which training would take for images without captions."""
+    """No file of the earlier set may remain, because training would take it for an image without a caption."""
     file = data / "captioned" / next(iter(rows(data / "captioned")))
     before = file.stat().st_mtime_ns
     monkeypatch.setattr(module, "TILES", {**module.TILES, "tiles": module.Tiles(64, 3, 0.5, 0.0)})
@@ -326,7 +339,7 @@ def test_another_way_makes_all_of_a_set_anew(
 
 @pytest.fixture
 def remade(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], set[str]]:
-    """Which sets, empty ones here, one more call of `prepare` makes anew. `tmp_path` has what they are made of."""
+    """Return a function that calls `prepare` again, and returns the sets that it made anew. All sets are empty here."""
     for file in ("assets/1f468.webp", "assets/1f469.webp", "assets/1f1e6-1f1e8.webp", "photographs/Dune.jpg"):
         (tmp_path / file).parent.mkdir(exist_ok=True)
         (tmp_path / file).touch()
@@ -379,7 +392,7 @@ def test_another_way_makes_all_sets_anew(
 def test_another_article_makes_all_sets_anew(
     word: str, remade: Callable[[], set[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of a background, or of a second name."""
+    """The article may be a background's or a second name's."""
     monkeypatch.setattr(module, "pictures", lambda: [replace(FEW[0], other_name="bird")])
     assert remade()
     monkeypatch.setattr(table, "AN", f"{table.AN}|{word}")
@@ -396,7 +409,7 @@ def test_other_tiles_make_their_set_anew(
 
 @pytest.mark.parametrize(("file", "name"), [("assets/1f468.webp", "1f46a.webp"), ("photographs/Dune.jpg", "Sea.jpg")])
 def test_other_files_make_all_sets_anew(file: str, name: str, remade: Callable[[], set[str]], tmp_path: Path) -> None:
-    """Of another size, or of another name; not those that are not used."""
+    """Files with another size or name count. Files that are not used do not."""
     everything = {"tiles", "others", "captioned", "held_out"}
     (tmp_path / file).write_bytes(b"longer")
     assert remade() == everything

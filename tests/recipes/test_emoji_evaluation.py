@@ -1,4 +1,4 @@
-"""The recipe's measures: on images of which the answer is known, and once through on the embedded model."""
+"""The recipe's measures, on images with known answers, and a complete evaluation of the embedded model."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ FEW = pictures()[:6]
 
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder as the npm package's assets/: the first pictures, each another polygon."""
+    """Make a folder like the npm package's assets/, with a different polygon for each of the first pictures."""
     folder = tmp_path_factory.mktemp("assets")
     for sides, one in enumerate(FEW, start=3):
         picture = Image.new("RGBA", (256, 256))
@@ -37,7 +37,7 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def gallery(drawn: Path, tmp_path_factory: pytest.TempPathFactory) -> Gallery:
-    """With random features, which tell images apart, too."""
+    """Make a gallery with random features, which distinguish images too."""
     torch.manual_seed(0)
     return Gallery(drawn, LPIPS(), tmp_path_factory.mktemp("gallery"))
 
@@ -78,7 +78,7 @@ def test_real_images_are_retrieved_first(gallery: Gallery, drawn: Path) -> None:
 
 
 def test_a_rank_counts_those_that_are_nearer(gallery: Gallery, drawn: Path) -> None:
-    """Against distances between float32 features."""
+    """Compare with distances between float32 features."""
     image = image_of(drawn, Prompt(FEW[1], "white")).rotate(8, fillcolor="white")
     images = [image, *(image_of(drawn, Prompt(one, "white")) for one in FEW)]
     with torch.no_grad():
@@ -119,12 +119,12 @@ def test_the_first_and_the_first_five(gallery: Gallery, monkeypatch: pytest.Monk
 
 
 def test_fidelity_of_a_known_mixture(gallery: Gallery, drawn: Path) -> None:
-    """Two right, one that shows another picture, one on another background."""
+    """Two images are right, one shows another picture, and one has another background."""
     asked = [Prompt(one, "white") for one in FEW[:4]]
     shown = [asked[0], asked[1], Prompt(FEW[5], "white"), Prompt(FEW[3], "blue")]
     measured = fidelity(gallery, asked, [image_of(drawn, prompt) for prompt in shown])
     assert measured["prompts"] == measured["retrieved"] == 4
-    assert measured["top1"] in (0.5, 0.75)  # the fourth may be told by its shape
+    assert measured["top1"] in (0.5, 0.75)  # the fourth image may be recognised by its shape
     assert measured["background"] == 0.75
 
 
@@ -153,7 +153,7 @@ def test_images_are_generated_as_asked(sd: sdkit.StableDiffusion) -> None:
 
 
 def test_each_measure_is_of_what_it_says(gallery: Gallery, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pictures are words here: which of them is measured, and beside which prompts."""
+    """Images are replaced by strings here, to check which images each measure takes, and with which prompts."""
     monkeypatch.setattr(evaluation, "pictures", lambda: FEW)
     monkeypatch.setattr(report, "COMPOSITIONS", 3)
     monkeypatch.setattr(report, "_composed", lambda _, prompt: prompt.text)
@@ -198,7 +198,7 @@ def test_each_measure_is_of_what_it_says(gallery: Gallery, monkeypatch: pytest.M
 
 @pytest.fixture
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Few images and steps, and random weights of LPIPS."""
+    """Use few images and steps, and random weights for LPIPS."""
     monkeypatch.setattr(evaluation, "pictures", lambda: FEW)
     monkeypatch.setattr(report, "COMPOSITIONS", 3)
     monkeypatch.setattr(report, "STEPS", 2)
@@ -218,7 +218,7 @@ def command_line(monkeypatch: pytest.MonkeyPatch, drawn: Path, out: Path, *more:
 def test_once_through(
     drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The table, the numbers and the pictures of one model; then, in the same table, of another."""
+    """Write the table, the numbers, and the pictures of a model; then add another model to the same table."""
     out = tmp_path / "out" / "evaluation"
     assert command_line(monkeypatch, drawn, out.parent, "--models", "emoji", "--prompts", "6") == 0
     table = capsys.readouterr().out
@@ -234,7 +234,7 @@ def test_once_through(
             assert min(image.size) > 150
     other = tmp_path / "other"
     other.symlink_to(Path(sdkit.__file__).parent / "assets" / "emoji")
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)  # which only the curves need
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)  # only the curves need matplotlib
     more = ("--models", str(other), "--prompts", "6", "--no-sweeps")
     assert command_line(monkeypatch, drawn, out.parent, *more) == 0
     both = json.loads((out / "evaluation.json").read_text())
@@ -271,7 +271,7 @@ def test_what_was_measured_before_the_sweeps_is_kept(
 def test_a_folder_named_as_the_embedded_model(
     drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sd: sdkit.StableDiffusion
 ) -> None:
-    """./emoji is measured in all its parts, and has a line of its own."""
+    """The folder ./emoji must be measured itself, not the embedded model, and have a line of its own."""
     measured: list[str] = []
 
     def note(model: sdkit.StableDiffusion, vae: sdkit.VAE, *_: object) -> None:
@@ -315,8 +315,8 @@ def test_damaged_numbers(text: str, tmp_path: Path) -> None:
     ("more", "error", "sentence"),
     [
         (["--models", "emoji", "no/such"], SdkitError, "no/such"),
-        (["--models", "a/emoji", "a-emoji"], SdkitError, "called alike"),
-        (["--models", "a/emoji", "a/emoji/"], SdkitError, "called alike"),
+        (["--models", "a/emoji", "a-emoji"], SdkitError, "files of the same name"),
+        (["--models", "a/emoji", "a/emoji/"], SdkitError, "files of the same name"),
         (["--models", "emoji", "--prompts", "0"], SdkitError, "prompts must be a whole number of at least 1, not 0"),
     ],
 )
@@ -336,10 +336,10 @@ def test_a_package_that_lacks_a_picture(drawn: Path, tmp_path: Path, monkeypatch
 
 
 def test_models_measured_before_count_as_well(drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Their pictures would be overwritten; numbers that they lack are left out of the table."""
+    """A new model must not overwrite the pictures of one measured before. The table leaves out missing numbers."""
     (tmp_path / "evaluation.json").write_text('{"runs/a": {"old": {"measure": 0.5}}}')
     monkeypatch.setattr(report, "_row", lambda *_: pytest.fail("measured"))
-    with pytest.raises(SdkitError, match="called alike"):
+    with pytest.raises(SdkitError, match="files of the same name"):
         report.evaluate(["runs-a"], drawn, tmp_path)
     table = report._table({"a": {"old": {"measure": 0.5}}, "b": {"new": {"measure": 0.25}}})
     assert "| old: measure | 50.0% | - |" in table

@@ -1,4 +1,4 @@
-"""The recipe from its raw material to a model, with two steps for each training, and stopped and taken up between."""
+"""The recipe from raw material to a model, with two steps for each training, and interrupted in between."""
 
 from __future__ import annotations
 
@@ -27,21 +27,21 @@ RUNS = ("vae-1", "vae-2", "vae-3", "vae-4", "vae-5", "unet-1")
 
 
 def copy_emoji(root: Path) -> None:
-    """The embedded model as what the recipe has trained."""
+    """Copy the embedded model to where the recipe puts its trained results."""
     emoji = Path(sdkit.__file__).parent / "assets" / "emoji"
     shutil.copytree(emoji, root / "unet-1" / "result")
     shutil.copytree(emoji / "vae", root / "vae-5" / "result")
 
 
 def when_written(root: Path) -> dict[Path, int]:
-    """Of images, latents and weights; what the U-Net's training begins with is made anew each time."""
+    """Return the times of images, latents, and weights, except the U-Net's start, which is made again each time."""
     files = (path for end in ("png", "safetensors") for path in root.rglob(f"*.{end}"))
     return {path: path.stat().st_mtime_ns for path in files if path.parts[len(root.parts)] != "start"}
 
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the U-Net begins with, around the embedded model's VAE."""
+    """Make the U-Net's start, around the embedded model's VAE."""
     folder = tmp_path_factory.mktemp("recipe") / "start"
     make_start(Path(sdkit.__file__).parent / "assets" / "emoji" / "vae", CAPTIONS, folder)
     return folder
@@ -69,7 +69,7 @@ def test_the_start_is_the_same_each_time(start: Path, tmp_path: Path) -> None:
 
 
 def test_the_shapes_are_those_of_the_paper_s_model_in_small(start: Path) -> None:
-    """Parts as Stable Diffusion has them, which fit into 32 MB in float16."""
+    """Parts must fit together as in Stable Diffusion, and take at most 32 MB in float16."""
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextModel
 
@@ -93,10 +93,11 @@ def test_the_settings_are_valid(run: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:latents have moved")  # whose U-Net is yet to come
+@pytest.mark.filterwarnings("ignore:latents have moved")  # the U-Net is trained only afterwards
 def test_the_whole_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """Each step twice: the second time it finds what the first has made. The model that comes of it runs in diffusers,
-    and its latents are those that its U-Net was trained on."""
+    """Run each step twice. The second time must reuse the results of the first. The final model must run in diffusers,
+    and its VAE make the latents on which its U-Net was trained.
+    """
     monkeypatch.setattr(preparing, "pictures", lambda: FEW)
     tiles = {"tiles": (64, 12, 0.5, 0.0), "fine_tiles": (128, 12, 0.1, 0.8), "details": (64, 12, 0.1, 0.8)}
     tiles = {name: preparing.Tiles(*one) for name, one in tiles.items()}
@@ -145,7 +146,7 @@ BEFORE = {
 
 @pytest.mark.parametrize("step", BEFORE)
 def test_a_step_before_its_time(step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Says what is missing; the Hub is not asked for it."""
+    """A step that is run too early says what is missing, and does not look for it on the Hub."""
     monkeypatch.setattr(training.LPIPS, "from_pretrained", lambda: None)
     monkeypatch.setattr("sys.argv", ["emoji", step, "--out", str(tmp_path)])
     with pytest.raises(SourceError, match=BEFORE[step]):
@@ -154,7 +155,9 @@ def test_a_step_before_its_time(step: str, tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_an_exported_model(tmp_path: Path) -> None:
-    """In half precision, to be computed with in single precision, and without a word of the machine it was made on."""
+    """Weights are in half precision, the config asks for single precision, and no file contains a path
+    of this machine.
+    """
     copy_emoji(tmp_path)
     folder = training.export(tmp_path)
     for file in folder.rglob("*.json"):
@@ -168,7 +171,7 @@ def test_an_exported_model(tmp_path: Path) -> None:
 
 
 def test_parts_that_do_not_belong_together(tmp_path: Path) -> None:
-    """A U-Net is not exported with a VAE whose latents it does not know."""
+    """A U-Net must not be exported with another VAE than the one on which it was trained."""
     copy_emoji(tmp_path)
     file = tmp_path / "vae-5" / "result" / "diffusion_pytorch_model.safetensors"
     weights = load_file(file)

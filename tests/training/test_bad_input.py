@@ -1,5 +1,6 @@
-"""What users get wrong in training: one sentence each, that names the culprit and says what to do, and nothing stays
-half-done. Full disks and two runs at once are in test_runs.py."""
+"""Users' mistakes in training. Each is reported in one sentence that names the cause and says what to do, and leaves no
+partial files. Full disks and two runs at once are tested in test_runs.py.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +39,7 @@ NAN, INF = float("nan"), float("inf")
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread() -> Iterator[None]:
-    """Networks as small as these are faster so; and the order of a sum changes its last bits."""
+    """Use one thread: it is faster for networks this small, and the order of a sum changes its last bits."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -50,7 +51,7 @@ def no_lpips(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SDKIT_LPIPS", raising=False)
 
 
-# Settings, before anything is loaded
+# Settings that are refused before anything is loaded
 
 BOTH: list[tuple[dict[str, Any], str]] = [
     ({"learning_rate": NAN}, "learning_rate must be a number from 0 to 1, not nan"),
@@ -119,12 +120,12 @@ def test_settings(config: Any, change: dict[str, Any], fragment: str) -> None:
 
 @pytest.mark.parametrize("out", [".", "run", "../photos/deep/run", "link/run"])
 def test_a_run_inside_of_its_data(out: str, tmp_path: Path) -> None:
-    """Taken up again it would learn from its own pictures."""
+    """A resumed run would train on its own sample pictures."""
     photos = tmp_path / "photos"
     photos.mkdir()
     (photos / "link").symlink_to(photos)
     for change in ({"data": photos}, {"data": "org/photos", "validation_data": photos}):
-        sentence = f"lies in {[*change][-1]} {str(photos)!r}, of which its pictures would become a part; name another"
+        sentence = f"lies in {[*change][-1]} {str(photos)!r}, and its pictures would be trained on; name another"
         one_sentence(lambda change=change: VAEConfig(out_dir=photos / out, **change), ARGUMENT, sentence)
     VAEConfig(out_dir=tmp_path / "photos-run", data=photos)
 
@@ -134,7 +135,7 @@ def test_a_home_folder_is_found_in_python_too(tmp_path: Path, monkeypatch: pytes
     assert UNetConfig(data="~/photos", out_dir="~/run").samples == tmp_path / "run" / "samples"
 
 
-# Models, data, and what the machine has
+# Models, data, and the machine's limits
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +157,7 @@ def train(stage: str, kit: Path, out: Path, **changes: Any) -> Path:
 
 
 def nothing_half_done(out: Path) -> None:
-    """No temporary file; the folder is as it was, or an empty run's."""
+    """Check that there is no temporary file, and that the run folder does not exist or is an empty run's."""
     assert not [*out.parent.rglob(".sdkit-*")]
     if out.is_dir():
         inside = {path.name for path in out.iterdir()}
@@ -165,7 +166,7 @@ def nothing_half_done(out: Path) -> None:
 
 
 def folder(path: Path, **contents: bytes) -> Path:
-    """Files with these contents; __ in a name is a dot."""
+    """Make a folder of files with these contents; __ in a name stands for a dot."""
     path.mkdir()
     for name, content in contents.items():
         (path / name.replace("__", ".")).write_bytes(content)
@@ -186,7 +187,7 @@ def nan_pixels(path: Path) -> Path:
 
 
 def other_model(kit: Path, path: Path, part: str = "unet", **config: Any) -> Path:
-    """The model with another U-Net, or without a part."""
+    """Copy the model with another U-Net, or without one part."""
     shutil.copytree(kit / "model", path)
     shutil.rmtree(path / part)
     if config:
@@ -207,7 +208,7 @@ def written(path: Path, content: str | bytes) -> Path:
 
 
 def damaged(kit: Path, path: Path, how: str) -> Path:
-    """The cache, as an accident leaves it."""
+    """Copy the cache and damage it as an accident would."""
     shutil.copytree(kit / "cache", path)
     shard = path / "shard-00000.safetensors"
     if how == "unfinished":
@@ -225,7 +226,7 @@ def damaged(kit: Path, path: Path, how: str) -> Path:
 
 
 def other_vae(kit: Path, path: Path) -> Path:
-    """The model with another encoder."""
+    """Copy the model with other encoder weights."""
     shutil.copytree(kit / "model", path)
     weights = path / "vae" / "diffusion_pytorch_model.safetensors"
     tensors = load_file(weights)
@@ -235,7 +236,8 @@ def other_vae(kit: Path, path: Path) -> Path:
 
 
 Make = Callable[[Path, Path], dict[str, Any]]
-# Stages, what happens, the settings (of the kit and a folder of one's own), the kind of error, and what it says.
+# Stages, what happens, settings (from the kit and a folder for the case), the kind of error, and fragments of its
+# sentence.
 CASES: list[tuple[str, str, Make, type[sdkit.SdkitError], tuple[str, ...]]] = [
     ("both", "empty folder", lambda k, p: {"data": folder(p / "d")}, DATA, ("there is no image, .parquet or",)),
     ("both", "no images", lambda k, p: {"data": folder(p / "d", a__txt=b"x")}, DATA, ("d (but 1 .txt file); name ot",)),
@@ -370,14 +372,14 @@ def test_training(
         one_sentence(lambda: train(stage, kit, out, **changes), kind, *fragments)
     if out in (tmp_path / "run", tmp_path / "f" / "run"):
         nothing_half_done(out)
-    else:  # somebody else's
+    else:  # files of another program
         assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs a read-only file system")
 @pytest.mark.parametrize("stage", ["vae", "unet"])
 def test_a_read_only_place(stage: str, kit: Path) -> None:
-    """Root may write into any folder of one that is not."""
+    """Tested in /proc: root may write into folders without write permission, but not there."""
     one_sentence(lambda: train(stage, kit, Path("/proc/sdkit/run")), TRAINING, "cannot train in /proc/sdkit/run: ")
 
 
@@ -391,14 +393,14 @@ def losses(out: Path) -> list[float]:
     return [line["loss"] for line in read_metrics(out / "metrics.jsonl") if "loss" in line]
 
 
-# Values that are no numbers
+# Values that are not finite
 
 
 def overflow_in_model(kit: Path, path: Path, part: str, key: str) -> Path:
     shutil.copytree(kit / "model", path)
     weights = path / part / "diffusion_pytorch_model.safetensors"
     tensors = load_file(weights)
-    tensors[key].fill_(3e38)  # finite, as loading demands, but no sum of its products is
+    tensors[key].fill_(3e38)  # finite, as loading demands, but sums of its products overflow
     save_file(tensors, weights, {"format": "pt"})
     return path
 
@@ -420,7 +422,7 @@ BAD_NUMBERS: dict[str, tuple[str, Make]] = {
 
 @pytest.mark.parametrize("what", BAD_NUMBERS)
 def test_no_finite_loss_ends_the_run_with_the_files_names(what: str, kit: Path, tmp_path: Path) -> None:
-    """Also where pictures are to be drawn: of what is no number, too."""
+    """Pictures drawn during validation must not raise first, although they are computed from the same values."""
     stage, make = BAD_NUMBERS[what]
     changes = make(kit, tmp_path) | ({"validation_prompts": ("a disc",)} if stage == "unet" else {})
     with pytest.warns(UserWarning, match=r"step \d+ is skipped: the loss or its gradient is not finite \(00\d.png"):
@@ -440,7 +442,7 @@ def test_no_finite_loss_ends_the_run_with_the_files_names(what: str, kit: Path, 
 
 @pytest.fixture(scope="module")
 def done(kit: Path) -> Path:
-    """A run of two steps, with a checkpoint of each."""
+    """Train a run of two steps, with a checkpoint of each."""
     return train("unet", kit, kit / "done", max_steps=2, save_every=1, ema_decay=0.9)
 
 
@@ -489,7 +491,8 @@ def test_the_data_of_another_run(change: str, run: Path, kit: Path) -> None:
     elif change == "an image less":
         (data / "002.png").unlink()
     before = files(run)
-    sentence = f"{run} holds another run: its data was other (names, captions or sizes of files); name another out_dir"
+    different = "its data was different (names, captions, or sizes of files)"
+    sentence = f"{run} holds another run: {different}; name another out_dir"
     one_sentence(lambda: again(kit, run, data=kit / "cache" if change == "a cache" else data), TRAINING, sentence)
     assert files(run) == before
 
@@ -522,7 +525,7 @@ def test_fewer_steps_than_are_done_where_there_is_no_result(run: Path, kit: Path
     "change", [{"seed": 5}, {"lora_rank": 2}, {"data": "cache"}], ids=lambda change: next(iter(change))
 )
 def test_a_checkpoint_of_another_run_copied_in(change: dict[str, Any], run: Path, kit: Path) -> None:
-    """Whether it would fit or not."""
+    """Refuse a checkpoint of another run, even if its tensors would fit."""
     data = {"data": kit / "cache"} if "data" in change else {}
     other = again(kit, run.parent / "other", **change | data)
     shutil.copytree(other / "checkpoints" / "step-00000003", run / "checkpoints" / "step-00000003")
@@ -572,7 +575,7 @@ def test_settings_that_may_change_do(run: Path, kit: Path) -> None:
 
 
 def test_files_of_a_vae_run_may_move(kit: Path, tmp_path: Path) -> None:
-    """What they hold may not change: LPIPS' weights, the validation images."""
+    """Paths may change on resume. The contents of LPIPS's weights and of the validation images may not."""
     held_out = shutil.copytree(kit / "photos", tmp_path / "held_out")
     lpips = Path(shutil.copy(kit / "lpips.safetensors", tmp_path / "lpips.safetensors"))
     settings: dict[str, Any] = {"lpips_weight": 0.1, "ema_decay": 0.9, "init": kit / "model" / "vae" / "config.json"}
@@ -587,16 +590,16 @@ def test_files_of_a_vae_run_may_move(kit: Path, tmp_path: Path) -> None:
     (held_out / "000.txt").write_text("another caption")
     holds = f"{run} holds another run: "
     for change, fragment in (
-        ({"lpips": tmp_path / "others.safetensors", "validation_data": held_out}, "its LPIPS had other weights"),
-        ({"lpips": lpips, "validation_data": held_out}, "its validation data was other"),
-        ({"lpips": lpips, "validation_data": None}, "its validation data was other"),
+        ({"lpips": tmp_path / "others.safetensors", "validation_data": held_out}, "its LPIPS had different weights"),
+        ({"lpips": lpips, "validation_data": held_out}, "its validation data was different"),
+        ({"lpips": lpips, "validation_data": None}, "its validation data was different"),
     ):
         wanted = {**settings, **change}
         one_sentence(lambda wanted=wanted: train("vae", kit, run, **wanted), TRAINING, holds + fragment)
 
 
 def test_torch_compile_on_a_cpu(kit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It would train on with gradients of 0."""
+    """Compiled training on a CPU would go on silently with gradients of 0."""
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "inductor")
     one_sentence(
         lambda: train("unet", kit, tmp_path / "run"),
@@ -604,7 +607,7 @@ def test_torch_compile_on_a_cpu(kit: Path, tmp_path: Path, monkeypatch: pytest.M
         "torch.compile loses gradients on a CPU; leave Accelerate's",
     )
     monkeypatch.undo()
-    assert Accelerator().state.dynamo_plugin.backend == "NO"  # and that of nobody else
+    assert Accelerator().state.dynamo_plugin.backend == "NO"  # other Accelerators keep the default backend
 
 
 def test_names_too_long_for_a_file(kit: Path, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from sdkit.errors import SdkitError, TrainingError
-from sdkit.files import reason
+from sdkit.messages import reason
 from sdkit.training.checkpoint import (
     Checkpoint,
     checkpoints,
@@ -51,7 +51,7 @@ def names(root: Path) -> list[str]:
     return sorted(path.name for path in root.iterdir())
 
 
-# Folders, whole or not at all
+# Atomic folders
 
 
 def test_a_folder_appears_whole_and_replaces_the_old_one(tmp_path: Path) -> None:
@@ -80,7 +80,7 @@ def test_a_body_that_fails_leaves_the_old_folder(error: type[BaseException], tmp
 
 
 def test_whoever_may_read_the_folder_may_read_its_files(tmp_path: Path) -> None:
-    """safetensors alone gives its files to their owner only."""
+    """safetensors makes files that only their owner may read. They must follow the umask."""
     before = os.umask(0o027)
     try:
         with whole_folder(tmp_path / "result") as folder:
@@ -114,12 +114,15 @@ def test_the_last_n_are_kept(tmp_path: Path) -> None:
 def test_what_lies_beyond_a_run_taken_up_earlier_goes(tmp_path: Path) -> None:
     for step in (10, 20, 30):
         save(tmp_path, at(step), keep=3)
-    save(tmp_path, at(15), keep=2)  # 20 and 30 were damaged, so the run went on from 10
+    # The run resumed from step 10, because the checkpoints of steps 20 and 30 were damaged.
+    save(tmp_path, at(15), keep=2)
     assert names(tmp_path) == ["step-00000010", "step-00000015"]
 
 
 def test_the_old_one_is_there_until_the_new_one_is_whole(tmp_path: Path) -> None:
-    """Known defect: the old checkpoint is deleted first. A tensor that cannot be written ends the saving."""
+    """Guards against a common defect: the old checkpoint is deleted first. Here a tensor that cannot be written
+    interrupts the saving.
+    """
     save(tmp_path, at(1), keep=1)
     broken = replace(at(2), state={"not": object()})
     with pytest.raises(TypeError):
@@ -144,7 +147,7 @@ def contents(**changes: Any) -> bytes:
 
 
 def rewritten(folder: Path, name: str, content: bytes) -> None:
-    """A file of a checkpoint with other content, and the checksum of that."""
+    """Rewrite a file of a checkpoint, and record the checksum of the new content in the manifest."""
     (folder / name).write_bytes(content)
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["sha256"][name] = hashlib.sha256(content).hexdigest()
@@ -184,7 +187,7 @@ DAMAGES: Mapping[str, Callable[[Path], object]] = {
 
 @pytest.mark.parametrize("sentence", DAMAGES)
 def test_a_damaged_newest_one_is_passed_over_with_a_sentence(sentence: str, tmp_path: Path) -> None:
-    """Known defect: "latest" may be a partial checkpoint."""
+    """Guards against a common defect: resuming from a partial checkpoint."""
     for step in (1, 2):
         save(tmp_path, at(step), keep=2)
     DAMAGES[sentence](tmp_path / "step-00000002")
@@ -207,7 +210,7 @@ def test_no_checkpoint_is_no_error(tmp_path: Path) -> None:
     assert checkpoints(tmp_path / "nowhere") == []
 
 
-# What training changes
+# Saving and restoring what training changes
 
 
 def network() -> nn.Sequential:
@@ -253,7 +256,9 @@ def test_training_goes_on_to_the_bit_from_a_snapshot(memory_format: torch.memory
 
 
 class Quantized(torch.optim.Optimizer):
-    """With the state of bitsandbytes' AdamW of 8 bits: an int, a table that all parameters share, and blocks."""
+    """An optimizer with the state of bitsandbytes' 8-bit AdamW: an int, a table that all parameters
+    share, and blocks.
+    """
 
     table = torch.arange(256.0)
 
@@ -269,7 +274,7 @@ class Quantized(torch.optim.Optimizer):
 
 
 def quantized(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[PreparedPlayer, Checkpoint]:
-    """What is to be trained on with it, and a checkpoint after 3 steps."""
+    """Return a player to be restored that trains with `Quantized`, and a checkpoint after 3 steps."""
     function = "sdkit.training.prepared.make_optimizer"
     monkeypatch.setattr(function, lambda player, settings, device: Quantized(player.network.parameters()))
     one, other = trained(network()), trained(network())
@@ -299,7 +304,7 @@ def test_the_states_of_other_optimizers_are_compared_with_what_those_would_have(
 
 
 def swapped(file: str, **changes: Any) -> Callable[[Checkpoint], Checkpoint]:
-    """What makes a checkpoint with other tensors in one file; None takes one out."""
+    """Return a function that changes tensors of one file of a checkpoint. None removes a tensor."""
 
     def change(found: Checkpoint) -> Checkpoint:
         tensors = {name: value for name, value in {**found.tensors[file], **changes}.items() if value is not None}
@@ -313,7 +318,7 @@ def with_state(**changes: Any) -> Callable[[Checkpoint], Checkpoint]:
 
 
 def shrunk(file: str) -> Callable[[Checkpoint], Checkpoint]:
-    """Each tensor cut down to its first value."""
+    """Return a function that cuts each tensor of a file down to its first value."""
     return lambda found: swapped(file, **{k: v.flatten()[:1].clone() for k, v in found.tensors[file].items()})(found)
 
 
@@ -363,7 +368,9 @@ MISFITS: Mapping[str, tuple[Callable[[Checkpoint], Checkpoint], str]] = {
 
 @pytest.mark.parametrize("kind", MISFITS)
 def test_nothing_is_restored_that_the_run_could_not_have_written(kind: str) -> None:
-    """Known defect: AdamW's kernels wrote beyond the ends of states that are smaller than their parameter."""
+    """Guards against memory corruption: AdamW's kernels write beyond the ends of states that are smaller than their
+    parameter.
+    """
     change, sentence = MISFITS[kind]
     one, other = trained(network()), trained(network())
     steps(one, 3)
@@ -398,7 +405,7 @@ def test_a_file_of_no_tensors_is_told_even_where_its_checksum_is_right(tmp_path:
 def test_a_checkpoint_that_may_not_be_read_is_not_damaged(
     error: OSError, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Else an older one was resumed from, and this one removed by the next."""
+    """Otherwise the run would resume from an older checkpoint, and the next save would remove this one."""
 
     def closed(path: Path) -> str:
         raise error
@@ -432,7 +439,7 @@ def test_the_learning_rate_is_that_of_the_settings(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_that_cannot_be_removed_costs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On NFS, one that somebody has open."""
+    """On NFS, a folder cannot be removed while somebody has a file in it open."""
 
     def busy(_: Path, ignore_errors: bool = False) -> None:
         if not ignore_errors:
@@ -458,7 +465,7 @@ def test_all_random_numbers_go_on_where_they_were() -> None:
     def draw() -> list[float]:
         return [random.random(), random.gauss(0, 1), np.random.normal(), np.random.rand(), float(torch.rand(1))]  # noqa: NPY002
 
-    for _ in range(2):  # Gaussian numbers come in pairs, of which the second waits
+    for _ in range(2):  # Gaussian numbers are made in pairs; the second one of a pair is part of the generator's state
         draw()
         state = rng_state(CPU)
         assert all(isinstance(value, torch.Tensor) for value in state.values())
@@ -469,7 +476,7 @@ def test_all_random_numbers_go_on_where_they_were() -> None:
         np.random.normal()  # noqa: NPY002
 
 
-# The run's folder
+# Run folders
 
 
 def opened(path: Path, processes: int = 1, **settings: Any) -> RunFolder:
@@ -484,7 +491,7 @@ def opened(path: Path, processes: int = 1, **settings: Any) -> RunFolder:
 
 @pytest.fixture
 def begun(tmp_path: Path) -> Path:
-    """The folder of a run of three steps, of which the second was saved."""
+    """Make the folder of a run that has logged three steps and saved the second."""
     run = opened(tmp_path / "run")
     for step in (1, 2, 3):
         run.log({"step": step, "loss": step / 3})
@@ -506,7 +513,7 @@ def test_a_result_without_its_checkpoints_is_not_overwritten_by_another_run(begu
 
 
 def test_metrics_that_cannot_be_kept_are_told(begun: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Some file systems tell of a quota only then."""
+    """Some file systems report an exceeded quota only on fsync."""
 
     def full(_: int) -> None:
         raise OSError(errno.EDQUOT, "Disk quota exceeded")
@@ -521,7 +528,7 @@ def test_metrics_that_cannot_be_kept_are_told(begun: Path, monkeypatch: pytest.M
 def test_metrics_beyond_the_checkpoint_are_dropped_and_those_before_it_stay(begun: Path) -> None:
     whole = (begun / "metrics.jsonl").read_text().splitlines()
     with (begun / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 4, "lo')  # where the process was killed
+        file.write('{"step": 4, "lo')  # a partial line, as left by a killed process
     assert [line["step"] for line in read_metrics(begun / "metrics.jsonl")] == [1, 2, 3]
     run = RunFolder(begun)
     start = run.open(ToySettings(), 1)
@@ -655,7 +662,7 @@ def test_a_result_whose_step_cannot_be_known_is_made_anew(content: str, begun: P
 
 
 def test_a_stale_lock_holds_nobody_up(begun: Path) -> None:
-    (begun / ".lock").write_text("4194304")  # as a killed process leaves it
+    (begun / ".lock").write_text("4194304")  # as left by a killed process
     opened(begun).close()
 
 

@@ -1,5 +1,6 @@
-"""What the stages learn from: which images are held out, where noise comes from, what takes a broken image's place, and
-that a cache gives what images give."""
+"""Examples for the stages: held-out images, the source of noise, replacements for broken images, and caches, which must
+give the same examples as the images.
+"""
 
 from __future__ import annotations
 
@@ -26,13 +27,12 @@ from sdkit.training import UNetConfig
 from sdkit.training.batches import noise_of
 from sdkit.training.distributed import split_over_processes
 from sdkit.training.signals import StopSignals, Unfinished, raise_if_stopped
-from sdkit.training.stages.examples import CachedLatents, ImageLatents
+from sdkit.training.stages.examples import CachedLatents, ImageLatents, open_latents
 from sdkit.training.stages.images import TrainingImages, report_skipped, split
-from sdkit.training.stages.unet import open_latents
 from tests.helpers import tiny
 from tests.helpers.loaders import load_text, load_vae
 
-LONG = "red apple blue cat " * 12  # 48 tokens: 2 chunks
+LONG = "red apple blue cat " * 12  # 48 tokens, which take 2 chunks
 
 
 @pytest.fixture(autouse=True)
@@ -45,7 +45,7 @@ class TestSplit:
     def test_held_out_images_are_a_few_spread_evenly_and_not_learnt_from(self, n: int) -> None:
         train, held_out = split(n)
         assert len(held_out) == len({*held_out}) == min(16, n // 20 if n >= 20 else n)
-        gaps = np.diff([-held_out[0], *held_out, 2 * n - held_out[-1]])  # the ends are half a gap away
+        gaps = np.diff([-held_out[0], *held_out, 2 * n - held_out[-1]])  # the first and last gaps are half as long
         assert gaps.max() - gaps.min() <= 2
         expected = range(n) if n < 20 else sorted({*range(n)} - {*held_out})
         assert train.tolist() == [*expected]
@@ -70,7 +70,7 @@ class TestNoise:
 class TestTrainingImages:
     @pytest.fixture
     def images(self, tmp_path: Path) -> TrainingImages:
-        """Of six images the second and the third are broken."""
+        """Open six images, the second and third of which are broken."""
         photos = tiny.photos(tmp_path / "photos", 6)
         (photos / "001.png").write_bytes(b"no image")
         Image.new("RGB", (3, 300)).save(photos / "002.png")
@@ -82,7 +82,7 @@ class TestTrainingImages:
             assert (example.name, example.caption) == ("003.png", "a yellow disc")
             assert torch.equal(x, images.transform(example.load(), draw(5, 3, epoch)))
         flipped = [images.load([0], 0, epoch)[0] for epoch in range(12)]
-        assert {torch.equal(x, flipped[0]) for x in flipped} == {True, False}  # each epoch has flips of its own
+        assert {torch.equal(x, flipped[0]) for x in flipped} == {True, False}  # flips differ between epochs
 
     def test_the_next_takes_the_place_of_a_broken_one(self, images: TrainingImages) -> None:
         with pytest.warns(UserWarning, match=r"^00[12]\.png is skipped: ") as warned:
@@ -90,11 +90,11 @@ class TestTrainingImages:
         assert torch.equal(images.load([0, 1, 2, 3], 1, 0)[0], x)
         assert example.name == "003.png"
         assert torch.equal(x, images.load([0, 1, 2, 3], 3, 0)[0])
-        assert len(warned) == 2  # though it was asked for twice
+        assert len(warned) == 2  # one warning for each image, although it was asked for twice
         assert [*images.skipped] == ["001.png", "002.png"]
         assert "is not an image" in images.skipped["001.png"]
         assert "3 x 300 pixels are too few" in images.skipped["002.png"]
-        assert images.load([0, 1, 2], 1, 0)[1].name == "000.png"  # after the last comes the first
+        assert images.load([0, 1, 2], 1, 0)[1].name == "000.png"  # the image after the last one is the first
 
     def test_nothing_but_broken_ones_is_one_sentence(self, images: TrainingImages) -> None:
         with (
@@ -140,13 +140,13 @@ class TestReport:
         def do(i: int) -> None:
             if i == 2:
                 signal.raise_signal(getattr(signal, name))
-            raise_if_stopped()  # as a stage asks between two passes of one piece
+            raise_if_stopped()  # a stage checks this between two passes of one piece
             done.append(i)
 
         with StopSignals() as stop, pytest.raises(Unfinished):
             split_over_processes(5, do)
         assert (done, stop.exit_code) == ([0, 1], 128 + getattr(signal, name))
-        assert split_over_processes(1, lambda i: i) == [0]  # nobody asks any more
+        assert split_over_processes(1, lambda i: i) == [0]  # no signal is pending any more
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,7 @@ class Kit:
 
 @pytest.fixture(scope="module")
 def kit(tmp_path_factory: pytest.TempPathFactory) -> Kit:
-    """24 images, of which the last is broken and the second has a long caption; caches in float32."""
+    """Make 24 images, the last of which is broken and the second has a long caption, and caches of them in float32."""
     folder = tmp_path_factory.mktemp("data")
     model, photos = tiny.model(folder / "model"), tiny.photos(folder / "photos", 24, size=40)
     (photos / "001.txt").write_text(LONG)
@@ -185,7 +185,7 @@ def moments(kit: Kit, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]
 
 
 class TestLatents:
-    """Of 23 usable images the 12th is held out."""
+    """Examples of 23 usable images. The 12th is held out."""
 
     def test_a_cache_and_images_are_told_apart(self, kit: Kit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert isinstance(kit.latents(kit.caches["plain"]), CachedLatents)
@@ -194,11 +194,11 @@ class TestLatents:
         assert isinstance(kit.latents(Path("~/plain")), CachedLatents)
 
     def test_a_cache_gives_what_the_images_give(self, kit: Kit) -> None:
-        """Moments to float16's rounding, captions to the bit."""
+        """Moments must agree up to float16's rounding. Captions must be identical."""
         cached, straight = kit.latents(kit.caches["plain"]), kit.latents(kit.photos, size=32)
         assert (cached.scale, cached.shift, cached.shape) == (straight.scale, straight.shift, straight.shape)
         assert (cached.scale, cached.shape) == (0.5, (4, 4))
-        assert len(cached.train) == 22  # the broken one is not in it
+        assert len(cached.train) == 22  # the broken image is not in the cache
         assert len(straight.train) == 23
         assert cached.held_out == [11]
         assert straight.held_out == [12]
@@ -227,13 +227,15 @@ class TestLatents:
             expected = kit.text.encode(caption)[0]
             assert torch.equal(found["ids"], kit.text.tokenize(caption)[0][0])
             torch.testing.assert_close(found["embeddings"], expected, rtol=2**-10, atol=1e-5)
-        along = kit.latents(kit.caches["embedded"], train_text_encoder=True)  # which makes its own
+        # A trained text encoder computes its own embeddings.
+        along = kit.latents(kit.caches["embedded"], train_text_encoder=True)
         assert "embeddings" not in along.load(1, 0)
         assert "embeddings" not in along.empty
 
     def test_augmentations_of_an_image_are_examples_of_their_own(self, kit: Kit) -> None:
-        """Augmentation a of an image is what epoch a of a run straight from images sees of it; of a held-out image none
-        is learnt from."""
+        """Augmentation a of an image must be what epoch a of a run straight from the images sees. Augmentations of a
+        held-out image must not be trained on.
+        """
         cached = kit.latents(kit.caches["augmented"])
         straight = kit.latents(kit.photos, size=(32, 24), augment=("crop", "flip"), seed=4)
         assert len(cached.train) == 22 * 3
@@ -248,7 +250,7 @@ class TestLatents:
             torch.testing.assert_close(found["logvar"], logvar, rtol=2**-10, atol=1e-5)
             assert cached.name(i) == example.name
             different.add(found["mean"].numpy().tobytes())
-        assert len(different) > 60  # of 66, of which two can be alike
+        assert len(different) > 60  # of 66 examples, a few of which can be equal
         pixels, _ = straight.images.load([11], 0, 0)
         torch.testing.assert_close(cached.validation(0)["mean"], moments(kit, pixels)[0], rtol=2**-10, atol=1e-5)
 
@@ -264,13 +266,13 @@ class TestLatents:
         with pytest.warns(UserWarning, match="is skipped") as warned:
             last, first, held_out = straight.load(22, 0), straight.load(0, 0), straight.validation(0)
         assert torch.equal(last["pixels"], first["pixels"])
-        assert torch.equal(held_out["pixels"], first["pixels"])  # there is no other that is held out
+        assert torch.equal(held_out["pixels"], first["pixels"])  # no other image is held out
         assert [*straight.skipped] == ["023.png", "012.png"]
         assert len(warned) == 2
 
 
 def changed(model: Path, to: Path, part: str, **config: Any) -> Path:
-    """A copy of a model with one number of one network changed, or of its config."""
+    """Copy a model and change one number in the weights of one of its networks, or in its config."""
     folder = Path(shutil.copytree(model, to))
     if config:
         file = folder / part / "config.json"
@@ -285,7 +287,7 @@ def changed(model: Path, to: Path, part: str, **config: Any) -> Path:
 
 
 class TestMismatch:
-    """Caches that were not made for this run are refused, each in a sentence that says why and what to do."""
+    """Caches that were not made for this run are refused, in a sentence that says why and what to do."""
 
     def refused(self, kit: Kit, cached: str, model: Path | None = None, **changes: Any) -> str:
         config = UNetConfig(model=model or kit.model, data=kit.caches[cached], out_dir="unused", **changes)
@@ -348,4 +350,4 @@ class TestMismatch:
 
     def test_items_are_as_the_cache_has_them(self, kit: Kit) -> None:
         made, cached = LatentCache(kit.caches["plain"]), kit.latents(kit.caches["plain"])
-        assert torch.equal(cached.load(15, 0)["mean"], made[16]["mean"])  # one before it is held out
+        assert torch.equal(cached.load(15, 0)["mean"], made[16]["mean"])  # one image before it is held out

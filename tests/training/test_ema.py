@@ -1,4 +1,6 @@
-"""The moving average against its recurrence in float64 and against diffusers', and that it resumes to the bit."""
+"""The moving average against its recurrence in float64 and against diffusers' EMA, and that resuming it is
+bit-identical.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,7 @@ def network(dtype: torch.dtype = torch.float32) -> nn.Sequential:
 
 @torch.no_grad()
 def walk(layers: nn.Module, steps: int, seed: int = 0, size: float = 1.0) -> Iterator[None]:
-    """Moves the trainable weights at random, as an optimizer might."""
+    """Move the trainable weights at random, as an optimizer might."""
     generator = torch.Generator().manual_seed(seed)
     for _ in range(steps):
         for p in layers.parameters():
@@ -41,7 +43,7 @@ def test_recurrence(decay: float) -> None:
     ema, expected = EMA(layers, decay), layers[1].weight.detach().double().clone()
     for n, _ in enumerate(walk(layers, 40)):
         ema.update()
-        kept = min(decay, (1 + n) / (10 + n))  # 0.1, 2/11, 0.25, ..., 0.8163
+        kept = min(decay, (1 + n) / (10 + n))  # decays of 0.1, 2/11, 0.25, ..., 0.8163
         expected = kept * expected + (1 - kept) * layers[1].weight.detach().double()
     torch.testing.assert_close(ema.state_dict()["1.weight"].double(), expected, rtol=1e-5, atol=1e-6)
     assert ema.num_updates == 40
@@ -52,7 +54,8 @@ def test_equal_to_diffusers() -> None:
 
     layers = network()
     theirs, ours = EMAModel(layers.parameters(), decay=0.7), EMA(layers, 0.7)
-    # Their first step takes the weights whole, ours a tenth of the initial ones: alike before the weights have moved.
+    # The first step of diffusers copies the weights; ours keeps a tenth of the initial ones. Both agree while the
+    # weights have not moved.
     theirs.step(layers.parameters())
     ours.update()
     for _ in walk(layers, 30):
@@ -81,7 +84,7 @@ def test_is_in_float32_where_the_weights_are_not() -> None:
     before = ema.state_dict()["1.weight"].clone()
     for _ in walk(layers, 1, size=1e-2):
         ema.update()
-    ema.num_updates = 10**6  # late steps of 1e-4 are lost in bfloat16
+    ema.num_updates = 10**6  # late steps of 1e-4 would be lost in bfloat16
     middle = ema.state_dict()["1.weight"].clone()
     ema.update()
     assert middle.dtype == torch.float32
@@ -99,7 +102,7 @@ def test_swapped_gives_the_average_and_brings_the_weights_back_to_the_bit() -> N
         assert torch.equal(layers[1].weight, ema.state_dict()["1.weight"])
         assert torch.equal(layers[0].bias, own[1])
         assert not torch.equal(layers[1].weight, own[2])
-        assert [p.data_ptr() for p in layers.parameters()] == addresses  # what DDP and optimizers hold on to
+        assert [p.data_ptr() for p in layers.parameters()] == addresses  # DDP and optimizers refer to these tensors
     assert all(map(torch.equal, weights(layers), own))
     with pytest.raises(KeyboardInterrupt), ema.swapped():
         raise KeyboardInterrupt
@@ -117,14 +120,15 @@ def test_resumes_to_the_bit(tmp_path: Path) -> None:
     steps = walk(again, 10)
     for _ in range(6):
         next(steps)
-    resumed = EMA(again)  # made, as on resuming, of weights that it then forgets
+    resumed = EMA(again)  # made from weights that loading then replaces, as on resuming
     saved = load_file(tmp_path / "ema.safetensors")
     resumed.load_state_dict(saved)
     assert resumed.num_updates == 6
     for _ in steps:
         resumed.update()
     assert all(torch.equal(value, resumed.state_dict()[name]) for name, value in ema.state_dict().items())
-    assert not torch.equal(saved["1.weight"], resumed.state_dict()["1.weight"])  # it took copies
+    # `update` does not change the loaded tensors, because they were copied.
+    assert not torch.equal(saved["1.weight"], resumed.state_dict()["1.weight"])
 
 
 @pytest.mark.parametrize("other", [nn.Linear(4, 3), nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 5))])

@@ -1,4 +1,4 @@
-"""Fully sharded data parallelism: two processes, each with half of all weights, train as one process does."""
+"""Fully sharded data parallelism: two processes, each with half of every weight, must train as one process does."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def lora(folder: Path, out: str, batch_size: int) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def launched(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One `accelerate launch` of two processes, which train several runs one after another."""
+    """Launch two processes with `accelerate launch`. They train several runs one after another."""
     folder = tmp_path_factory.mktemp("launched")
     fit(folder / "begun", **PLAIN | {"batch_size": 4, "max_steps": 3, "lr_scheduler": "constant"})
     tiny.model(folder / "model")
@@ -126,7 +126,7 @@ def test_autocast_is_that_of_one_process(launched: Path, tmp_path: Path) -> None
 
 
 def test_a_gradient_scaler_finds_its_scale(launched: Path) -> None:
-    """That of fp16: what overflows on one process is skipped by both."""
+    """fp16's gradient scaler: if a step overflows on one process, both must skip it."""
     overflowed = [line["grad_norm"] is None for line in metrics(launched / "scaled") if "loss" in line]
     assert overflowed[0] > overflowed[-1]
     assert last(launched / "scaled", "generator.ema")["num_updates"] == len(overflowed) - sum(overflowed)
@@ -143,7 +143,7 @@ def test_the_result_is_of_the_averaged_weights_and_of_one_process(launched: Path
 
 
 def test_every_process_validates_the_same_networks(launched: Path) -> None:
-    """BatchNorm's statistics, which are not split, among them."""
+    """BatchNorm's statistics, which are not sharded, must be equal too."""
     for name in ("plain", "whole", "nan"):
         (_, zero), (_, one) = rank(launched / name, 0), rank(launched / name, 1)
         assert difference(zero, one) == 0
@@ -190,7 +190,8 @@ def test_a_unet_is_split_by_its_blocks(name: str, launched: Path, tmp_path: Path
         (split.state_dict(), one.state_dict()),
         (last(launched / name, "unet"), last(tmp_path, "unet")),
     ):
-        assert difference(left, right) < (3e-3 if stage.half else 1e-4)  # in half precision, that of AdamW's 3 steps
+        # Half precision allows for the rounding of AdamW's 3 steps.
+        assert difference(left, right) < (3e-3 if stage.half else 1e-4)
     assert ("unet.conv_in.weight" in last(launched / name, "unet")) != stage.settings.frozen
 
 

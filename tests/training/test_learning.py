@@ -1,4 +1,4 @@
-"""That training teaches: what is fine-tuned draws, reconstructs and remembers, and what begins from nothing learns."""
+"""Training teaches: fine-tuned models draw, reconstruct, and remember, and models trained from scratch learn."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from sdkit.training.run_folder import read_metrics
 from tests.helpers import shared_data, tiny
 
 SIDE = 128
-NEW = ("a zork", "a blick", "a frum", "a dwop")  # words that the embedded model has never seen
+NEW = ("a zork", "a blick", "a frum", "a dwop")  # words that the embedded model has not been trained on
 OLD = ("a red apple", "a yellow star", "a blue heart", "a green tree", "a cat", "a pizza")
 OTHERS = (
     *("a red car", "a yellow sun", "a dog", "a house", "a blue fish", "a purple grape"),
@@ -31,7 +31,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 def drawings() -> list[Image.Image]:
-    """A checkerboard, rings, stripes and a cross, 128 x 128."""
+    """Draw a checkerboard, rings, stripes, and a cross, each 128 x 128 pixels."""
     y, x = np.mgrid[0:SIDE, 0:SIDE]
     masks = (
         (x // 16 + y // 16) % 2 == 0,
@@ -52,13 +52,14 @@ def draw(sd: sdkit.StableDiffusion, prompts: tuple[str, ...]) -> Tensor:
 
 
 def nearest(images: Tensor, among: Tensor) -> list[int]:
-    """For each image (N, 3, H, W) the index of the one of `among` that has the least squared difference."""
+    """Return for each image (N, 3, H, W) the index of the image of `among` with the least squared difference."""
     return torch.cdist(images.flatten(1), among.flatten(1)).argmin(1).tolist()
 
 
 def test_lora_learns_new_words_and_keeps_old_ones(tmp_path: Path) -> None:
-    """Four drawings with invented names, beside twelve pictures that the model itself draws (DreamBooth's prior
-    preservation, Ruiz et al. 2022). Each name then draws its own, and other prompts what they drew before."""
+    """Learn invented names for four drawings, with twelve pictures of the model itself as prior preservation
+    (DreamBooth, Ruiz et al. 2022). Each name must then draw its drawing, and other prompts what they drew before.
+    """
     folder = tmp_path / "drawings"
     folder.mkdir()
     sd = sdkit.StableDiffusion.from_pretrained("emoji")
@@ -76,7 +77,7 @@ def test_lora_learns_new_words_and_keeps_old_ones(tmp_path: Path) -> None:
     sdkit.images.grid([*before, *after], columns=len(NEW + OLD)).save(tmp_path / "before-and-after.png")
     known = torch.cat([torch.stack(to_tensors(drawings())), before[len(NEW) :]])
     assert nearest(after, known) == list(range(len(NEW + OLD)))
-    assert nearest(before[: len(NEW)], known) != [0, 1, 2, 3]  # it could not draw them before
+    assert nearest(before[: len(NEW)], known) != [0, 1, 2, 3]  # the model could not draw them before
 
 
 def crops(folder: Path, names: tuple[str, ...], n: int) -> Path:
@@ -90,8 +91,9 @@ def crops(folder: Path, names: tuple[str, ...], n: int) -> Path:
 
 
 def test_a_decoder_tuned_on_textures_gains_on_another(tmp_path: Path) -> None:
-    """The embedded VAE has seen few textures. Its decoder, tuned on grass and gravel, gains 1 dB on bricks (1.5 were
-    measured), and LPIPS falls by 0.05 (0.08), though it is not in the loss."""
+    """The embedded VAE has seen few textures. After its decoder is tuned on grass and gravel, PSNR on bricks must rise
+    by 1 dB (1.5 measured) and LPIPS fall by 0.05 (0.08 measured), although LPIPS is not in the loss.
+    """
     config = VAEConfig(
         data=crops(tmp_path / "train", ("grass", "gravel"), 96), out_dir=tmp_path / "run", size=64,
         validation_data=crops(tmp_path / "held-out", ("brick",), 12), augment=("crop", "flip"), max_steps=80,
@@ -104,8 +106,9 @@ def test_a_decoder_tuned_on_textures_gains_on_another(tmp_path: Path) -> None:
 
 
 def test_a_vae_and_a_unet_learn_from_nothing(tmp_path: Path) -> None:
-    """Discs of four colours: the VAE passes 22 dB, the U-Net a validation loss of 0.35 (v), and what is asked for is
-    drawn in its colour. One thread: the networks are too small for more."""
+    """Train on discs of four colours. The VAE must exceed 22 dB, the U-Net's validation loss (v) fall below 0.35, and a
+    prompt draw its colour. One thread is used, because the networks are too small for more.
+    """
     torch.set_num_threads(1)
     model, data = tiny.model(tmp_path / "model"), tiny.photos(tmp_path / "discs", 256)
     shape = json.loads((model / "vae" / "config.json").read_text()) | {"block_out_channels": [16, 32, 32, 32]}
@@ -129,16 +132,18 @@ def test_a_vae_and_a_unet_learn_from_nothing(tmp_path: Path) -> None:
     assert validation(run, "loss") < 0.35
     sd = sdkit.StableDiffusion.from_pretrained(run / "result", dtype="fp32")
     colours = {"red": (220, 40, 40), "green": (40, 180, 60), "blue": (40, 70, 220), "yellow": (235, 205, 40)}
-    images = sd([f"a {name} disc" for name in colours] * 2, guidance_scale=1, output_type="np")  # of what was learned
+    # Two images of each learned caption.
+    images = sd([f"a {name} disc" for name in colours] * 2, guidance_scale=1, output_type="np")
     sdkit.images.grid(list(images)).save(tmp_path / "discs.png")
-    far = torch.tensor(np.abs(images.astype(np.float32) - 245).sum(3).reshape(8, -1))  # from the background
+    # Distance of each pixel from the background.
+    far = torch.tensor(np.abs(images.astype(np.float32) - 245).sum(3).reshape(8, -1))
     pixels = torch.tensor(images.astype(np.float32).reshape(8, -1, 3))
     drawn = torch.stack([one[at.topk(60).indices].mean(0) for one, at in zip(pixels, far, strict=True)])
     assert nearest(drawn, torch.tensor(list(colours.values())).float()) == [0, 1, 2, 3] * 2
 
 
 def validation(run: Path, key: str) -> float:
-    """What the last validation measured."""
+    """Return a measure of the last validation."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     value: float = [line[f"validation/{key}"] for line in lines if f"validation/{key}" in line][-1]
     return value

@@ -51,33 +51,34 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-# Ended and taken up again
+# Interrupting and resuming
 
 
 @pytest.mark.parametrize(
     "hook",
     [
         "SIGKILL batch 2",  # before anything is saved
-        "SIGKILL generator 6",  # in the middle of a step's micro-batches
-        "SIGKILL discriminator 3",  # between the players' steps
+        "SIGKILL generator 6",  # among the micro-batches of a step
+        "SIGKILL discriminator 3",  # between the steps of the players
         "SIGKILL validate 2",
-        "SIGKILL os.mkdir:.sdkit- 2",  # a checkpoint is begun;
-        "SIGKILL open:state.json 2",  # its tensors are there;
-        "SIGKILL open:manifest.json 2",  # all but its checksums;
-        "SIGKILL os.rename:step- 2",  # it is whole, but for its name;
-        "SIGKILL os.rename:step- 3",  # it is there, and the old one too;
-        "SIGKILL os.remove:.safetensors 3",  # the old one is half removed
+        "SIGKILL os.mkdir:.sdkit- 2",  # a checkpoint has been begun
+        "SIGKILL open:state.json 2",  # its tensors are written
+        "SIGKILL open:manifest.json 2",  # all but its checksums are written
+        "SIGKILL os.rename:step- 2",  # it is complete, but not renamed yet
+        "SIGKILL os.rename:step- 3",  # it is in place beside the old one
+        "SIGKILL os.remove:.safetensors 3",  # the old one is partly removed
         "SIGKILL export 1",
         "SIGKILL validate 1;SIGKILL os.rename:step- 4",
     ],
 )
 def test_a_killed_run_ends_as_one_never_stopped_to_the_bit(hook: str, uninterrupted: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    while hook:  # killed, taken up again, and killed again
+    while hook:  # kill the run, resume it, and kill it again
         first, _, hook = hook.partition(";")
         assert train(out, RUN, first) == -signal.SIGKILL
         assert not (out / "result").exists()
-        if "os.re" in first:  # known defect: the old checkpoint is deleted before the new one is whole
+        # Guards against a common defect: the old checkpoint is deleted before the new one is complete.
+        if "os.re" in first:
             assert newest(out / "checkpoints")
     assert train(out, RUN) == 0
     assert everything(out) == everything(uninterrupted)
@@ -88,14 +89,14 @@ def test_a_killed_run_ends_as_one_never_stopped_to_the_bit(hook: str, uninterrup
 def test_a_signal_ends_the_pass_and_leaves_a_checkpoint(
     number: signal.Signals, uninterrupted: Path, tmp_path: Path
 ) -> None:
-    """Forgotten micro-batches leave no trace: neither gradients, nor random numbers, nor statistics of batches."""
+    """Micro-batches of the interrupted step must leave no trace: no gradients, random numbers, or batch statistics."""
     assert train(tmp_path / "run", RUN, f"{number.name} generator 3") == 128 + number  # in the first half of step 2
     assert newest(tmp_path / "run" / "checkpoints").name == "step-00000001"  # type: ignore[union-attr]
     assert "stopped after step 1, with a checkpoint" in said(tmp_path / "run")
     assert train(tmp_path / "run", RUN, f"{number.name} generator 2") == 128 + number  # in the second half of step 2
     assert newest(tmp_path / "run" / "checkpoints").name == "step-00000002"  # type: ignore[union-attr]
-    assert train(tmp_path / "run", RUN, f"{number.name} batch 3") == 128 + number  # while it is loaded
-    assert train(tmp_path / "run", RUN, f"{number.name} validate 1") == 128 + number  # that of step 4
+    assert train(tmp_path / "run", RUN, f"{number.name} batch 3") == 128 + number  # while it is being loaded
+    assert train(tmp_path / "run", RUN, f"{number.name} validate 1") == 128 + number  # during the validation of step 4
     assert train(tmp_path / "run", RUN) == 0
     assert everything(tmp_path / "run") == everything(uninterrupted)
 
@@ -148,22 +149,23 @@ def test_more_steps_go_on_from_the_end_and_replace_the_result(tmp_path: Path) ->
 
 
 def test_resuming_sees_each_sample_of_each_epoch_once(tmp_path: Path) -> None:
-    """Known defect: resume starts the epoch again."""
+    """Guards against a common defect: resuming starts the epoch again."""
     settings = RUN | {"lr_scheduler": "constant", "lr_warmup_steps": 0, "max_steps": 10}
-    one = fit(tmp_path / "run", **settings | {"max_steps": 4})  # 16 of 20 samples: in the middle of the second epoch
+    one = fit(tmp_path / "run", **settings | {"max_steps": 4})  # 16 of 20 samples, so in the middle of the second epoch
     two = fit(tmp_path / "run", **settings)
-    numbers, items = zip(*sorted(one.samples + two.samples), strict=True)  # threads load them
+    # Sorted, because samples are loaded in several threads.
+    numbers, items = zip(*sorted(one.samples + two.samples), strict=True)
     assert list(numbers) == list(range(40))
     epochs = [items[start : start + 10] for start in range(0, 40, 10)]
     assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
-    assert len(set(epochs)) == 4  # each has an order of its own
+    assert len(set(epochs)) == 4  # each epoch has another order
 
 
-# What a step does
+# One step
 
 
 def test_validation_does_not_touch_training(uninterrupted: Path, tmp_path: Path) -> None:
-    """Also where it draws random numbers: images of runs stay comparable."""
+    """Validation that draws random numbers must not change training, so that runs stay comparable."""
     fit(tmp_path / "run", **RUN | {"validate_every": 1})
     assert files(tmp_path / "run" / "checkpoints") == files(uninterrupted / "checkpoints")
     assert [line["step"] for line in metrics(tmp_path / "run") if "validation/mse" in line] == list(range(10))
@@ -187,7 +189,7 @@ def test_validation_and_result_are_of_the_averaged_weights(tmp_path: Path) -> No
 
 
 def test_only_what_requires_gradients_is_trained_and_saved(tmp_path: Path) -> None:
-    """Known defect: `module.requires_grad = False` freezes nothing."""
+    """Guards against a common defect: `module.requires_grad = False` freezes nothing."""
     untouched = toy.Toy(toy.ToySettings()).generator.state_dict()
     stage = fit(tmp_path / "run", max_steps=3)
     moved = {name for name, value in stage.generator.state_dict().items() if not torch.equal(value, untouched[name])}
@@ -198,7 +200,7 @@ def test_only_what_requires_gradients_is_trained_and_saved(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("name", LR_SCHEDULERS)
 def test_learning_rates_follow_the_schedule_in_each_players_own_optimizer_steps(name: str, tmp_path: Path) -> None:
-    """Known defects: generator and discriminator counted alike; micro-batches counted."""
+    """Guards against common defects: one step count for generator and discriminator, and counting micro-batches."""
     warmup = 0 if name == "constant" else 2
     settings = {"lr_scheduler": name, "lr_warmup_steps": warmup, "max_steps": 8, "discriminator_starts_at": 3}
     fit(tmp_path / "run", gradient_accumulation_steps=2, **settings)
@@ -215,7 +217,9 @@ def test_learning_rates_follow_the_schedule_in_each_players_own_optimizer_steps(
 
 @pytest.mark.parametrize("limit", [None, 1e-3])
 def test_clipping_clips(limit: float | None, tmp_path: Path) -> None:
-    """Known defect: clipping over an exhausted iterator. After one step AdamW's average is 0.1 times the gradient."""
+    """Guards against a common defect: clipping an exhausted iterator. AdamW's average after one step is 0.1 times the
+    gradient, from which the clipped norm follows.
+    """
     fit(tmp_path / "run", max_steps=1, max_grad_norm=limit, gradient_accumulation_steps=2)
     for player, prefix in (("generator", ""), ("discriminator", "discriminator/")):
         state = last(tmp_path / "run", f"{player}.optimizer")
@@ -234,7 +238,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(tmp_path: Path) -> N
 
 
 def test_weights_and_averages_are_float32_whatever_the_network_came_in(tmp_path: Path) -> None:
-    """Known defect: weights and averages in half precision, where small steps round to nothing."""
+    """Guards against a common defect: in half precision, small steps of weights and averages round to nothing."""
     before = toy.Toy(toy.ToySettings(half=True)).generator[0].weight.detach().float()
     fit(tmp_path / "run", half=True, max_steps=1, learning_rate=1e-6, mixed_precision="bf16")
     for name in ("generator", "generator.ema", "generator.optimizer"):
@@ -242,11 +246,11 @@ def test_weights_and_averages_are_float32_whatever_the_network_came_in(tmp_path:
             torch.float32
         }
     moved = (last(tmp_path / "run", "generator")["0.weight"] - before).abs()
-    assert float(moved.median()) == pytest.approx(1e-6, rel=0.05)  # AdamW's first step is one learning rate
+    assert float(moved.median()) == pytest.approx(1e-6, rel=0.05)  # AdamW's first step equals the learning rate
 
 
 def test_the_first_player_lets_the_second_ones_gradients_alone(tmp_path: Path) -> None:
-    """The generator's loss goes through the discriminator, whose gradients must be of its own loss only."""
+    """The generator's loss passes through the discriminator, but must not add to the discriminator's gradients."""
     stage = fit(tmp_path / "run", max_steps=1, max_grad_norm=None)
     fresh = toy.Toy(stage.settings)
     batch = fresh.batch(stage.samples)
@@ -260,7 +264,9 @@ def test_the_first_player_lets_the_second_ones_gradients_alone(tmp_path: Path) -
 
 
 def test_a_gradient_scaler_finds_its_scale_and_is_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """That of fp16, here on the CPU, with two players and accumulation: steps that overflow change nothing."""
+    """fp16's gradient scaler, here on the CPU, with two players and accumulation. Steps that overflow must change
+    nothing.
+    """
 
     def scaled(settings: LoopSettings, out_dir: Path) -> Accelerator:
         accelerator = make_accelerator(settings, out_dir)
@@ -293,7 +299,9 @@ def test_a_gradient_scaler_finds_its_scale_and_is_resumed(tmp_path: Path, monkey
 
 @pytest.mark.parametrize("kind", ["nan_samples", "steep_samples"])
 def test_a_step_without_a_finite_loss_is_skipped_counted_and_named(kind: str, tmp_path: Path) -> None:
-    """Sample 5 is in the second half of step 2; nothing of that step stays, in BatchNorm's statistics neither."""
+    """Sample 5 is in the second half of step 2. The whole step must leave no trace, not even in
+    BatchNorm's statistics.
+    """
     settings = RUN | {"max_steps": 2, "discriminator": False, kind: (5,), "lr_warmup_steps": 0, "save_every": 1}
     settings |= {"keep_checkpoints": 2}
     item = samples_of(toy.ToySettings(**settings), 1, 0, 0, 1, 10)[1][1]
@@ -301,7 +309,8 @@ def test_a_step_without_a_finite_loss_is_skipped_counted_and_named(kind: str, tm
         fit(tmp_path / "run", **settings)
     assert f"example-{item}.png" in str(caught[0].message)
     named = str(caught[0].message).count(".png")
-    assert named == (2 if kind == "nan_samples" else 4)  # losses can be told apart by micro-batch, gradients cannot
+    # Losses are checked for each micro-batch, gradients only for the whole step.
+    assert named == (2 if kind == "nan_samples" else 4)
     line = next(line for line in metrics(tmp_path / "run") if line["step"] == 2)
     assert line["skipped"] == 1
     assert line["loss" if kind == "nan_samples" else "grad_norm"] is None
@@ -322,7 +331,7 @@ def test_too_many_bad_steps_in_a_row_end_the_run_with_the_files_names(tmp_path: 
         fit(tmp_path / "run", **settings)
     assert [line["skipped"] for line in metrics(tmp_path / "run") if "skipped" in line] == list(range(1, 11))
     with pytest.raises(TrainingError, match=files_named), pytest.warns(UserWarning, match="is skipped"):
-        fit(tmp_path / "run", **settings)  # which counts on from the checkpoint of step 10
+        fit(tmp_path / "run", **settings)  # continues the count from the checkpoint of step 10
     assert metrics(tmp_path / "run")[-1] | {"step": 13, "skipped": 10} == metrics(tmp_path / "run")[-1]
 
 
@@ -332,12 +341,12 @@ def test_good_steps_between_bad_ones_keep_a_run_going(tmp_path: Path) -> None:
     assert metrics(tmp_path / "run")[-2]["skipped"] == 24
 
 
-# Many processes
+# Several processes
 
 
 @pytest.fixture(scope="module")
 def launched(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One `accelerate launch` of two processes, which train several runs one after another."""
+    """Launch two processes with `accelerate launch`. They train several runs one after another."""
     folder = tmp_path_factory.mktemp("launched")
     plain = {"max_steps": 6, "batch_size": 2, "lr_scheduler": "linear", "validate_every": 3}
     dropout = RUN | {
@@ -351,7 +360,7 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> Path:
         {"out": "whole", "settings": dropout},
         {"out": "parts", "settings": dropout | {"max_steps": 5}},
         {"out": "parts", "settings": dropout},
-        {"out": "nan", "settings": plain | {"nan_samples": [6]}},  # the second process's, in step 2
+        {"out": "nan", "settings": plain | {"nan_samples": [6]}},  # in step 2, on the second process
         {"out": "stopped", "settings": plain, "hooks": {"1": "SIGTERM generator 2"}},
         {"out": "other", "settings": plain},
         {"out": "other", "settings": plain | {"learning_rate": 1.0}},
@@ -359,7 +368,7 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for scenario in scenarios:
         scenario["out"] = str(folder / scenario["out"])
     (folder / "scenarios.json").write_text(json.dumps(scenarios))
-    # With --cpu, Accelerate starts one process, however many it is asked for, unless it is told of MPI.
+    # With --cpu, Accelerate starts one process, whatever number is asked for, unless it is configured for MPI.
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     environment = os.environ | {
@@ -375,7 +384,9 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("split", [{"batch_size": 4}, {"batch_size": 2, "gradient_accumulation_steps": 2}])
 def test_two_processes_train_as_one(split: dict[str, int], launched: Path, tmp_path: Path) -> None:
-    """Known defects: the learning-rate schedule stepped once per process; data not sharded."""
+    """Guards against common defects: a learning-rate schedule stepped once per process, and data that is
+    not sharded.
+    """
     fit(tmp_path / "run", max_steps=6, lr_scheduler="linear", validate_every=3, **split)
     many, one = metrics(launched / "plain"), metrics(tmp_path / "run")
     assert [line.keys() for line in many] == [line.keys() for line in one]
@@ -386,7 +397,7 @@ def test_two_processes_train_as_one(split: dict[str, int], launched: Path, tmp_p
 
 
 def test_gradients_of_both_players_are_reduced(launched: Path) -> None:
-    """Known defect: networks called past DDP, so that the ranks drift apart."""
+    """Guards against a common defect: networks called without DDP's wrapper, so that the ranks drift apart."""
     for name in ("plain", "whole", "nan"):
         (_, zero), (_, one) = rank(launched / name, 0), rank(launched / name, 1)
         assert {key.split("/")[0] for key in zero} == {"generator", "discriminator"}
@@ -394,7 +405,9 @@ def test_gradients_of_both_players_are_reduced(launched: Path) -> None:
 
 
 def test_processes_share_the_data_and_validation_and_one_writes(launched: Path) -> None:
-    """Known defects: no sharding; validation on the first process only; every process writes the result."""
+    """Guards against common defects: no sharding, validation on the first process only, and every process writing the
+    result.
+    """
     (zero, _), (one, _) = rank(launched / "plain", 0), rank(launched / "plain", 1)
     assert sorted(n for n, _ in zero["samples"] + one["samples"]) == list(range(24))
     assert zero["calls"]["validate"] == one["calls"]["validate"] == 3
@@ -403,7 +416,7 @@ def test_processes_share_the_data_and_validation_and_one_writes(launched: Path) 
 
 
 def test_every_process_resumes_with_its_own_random_numbers(launched: Path) -> None:
-    """Known defects: only the first process's are saved; all processes are seeded alike."""
+    """Guards against common defects: saving only the first process's random state, and one seed for all processes."""
     (weights, result, lines), whole = everything(launched / "parts"), everything(launched / "whole")
     assert (weights, result) == whole[:2]
     assert [line for line in lines if "loss" in line] == [line for line in whole[2] if "loss" in line]
@@ -428,7 +441,7 @@ def test_an_error_of_the_first_process_ends_all_alike(launched: Path) -> None:
 
 
 def test_a_run_goes_on_with_another_number_of_processes(launched: Path, tmp_path: Path) -> None:
-    """As long as an optimizer step takes as many samples."""
+    """The number of processes may change on resume if the samples in an optimizer step stay as many."""
     plain = {"max_steps": 6, "lr_scheduler": "linear", "validate_every": 3}
     fit(launched / "stopped", batch_size=4, **plain)
     fit(tmp_path / "whole", batch_size=4, **plain)
@@ -456,7 +469,8 @@ def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(TrainingError, match=r"cannot train in .*/file/run: not a directory; name a folder"):
         fit(tmp_path / "file" / "run")
-    denied = "(permission denied|operation not permitted|read-only file system)"  # to nobody, to root, in a container
+    # The reason differs for an ordinary user, for root, and in a container.
+    denied = "(permission denied|operation not permitted|read-only file system)"
     with pytest.raises(TrainingError, match=f"cannot train in /sys/sdkit-run: {denied}; name a folder that can be"):
         fit(Path("/sys/sdkit-run"))
 
@@ -538,7 +552,7 @@ def test_an_error_in_a_loading_thread_ends_the_run_with_it(tmp_path: Path) -> No
 
 
 def test_training_in_another_thread_leaves_signals_alone(tmp_path: Path) -> None:
-    """As notebooks and servers do."""
+    """Notebooks and servers train in other threads, in which signal handlers cannot be set."""
     before = signal.getsignal(signal.SIGINT)
     thread = threading.Thread(target=fit, args=(tmp_path / "run",), kwargs={"max_steps": 2})
     thread.start()
@@ -569,7 +583,7 @@ def test_the_bar_shows_loss_rate_and_time_left(tmp_path: Path, monkeypatch: pyte
 
 
 def test_settings_may_be_numpy_s(tmp_path: Path) -> None:
-    """And are the same run as with Python's numbers."""
+    """NumPy's numbers are accepted, and make the same run as Python's."""
     import numpy as np
 
     fit(tmp_path / "run", batch_size=np.int64(2), seed=np.int64(3), max_steps=1)

@@ -28,13 +28,13 @@ def line(step: int, **values: float | None) -> dict[str, Any]:
 
 
 def reddish(path: Path) -> int:
-    """The number of pixels in the colour of skipped steps."""
+    """Count the pixels in the colour of skipped steps."""
     r, g, b = np.asarray(Image.open(path).convert("RGB")).astype(int).transpose(2, 0, 1)
     return int(((r - g > 120) & (r - b > 120)).sum())
 
 
 def green(path: Path) -> int:
-    """The number of pixels in the colour of validation."""
+    """Count the pixels in the colour of validation."""
     r, g, b = np.asarray(Image.open(path).convert("RGB")).astype(int).transpose(2, 0, 1)
     return int(((g - r > 50) & (g - b > 30)).sum())
 
@@ -97,9 +97,10 @@ def test_smoothing_keeps_lines_does_not_lag_and_takes_noise_away() -> None:
     x = np.linspace(0, 1, 600)
     noise = np.random.default_rng(0).normal(size=600)
     np.testing.assert_allclose(smoothed(np.full(600, 3.0)), 3.0, rtol=1e-12)
-    inner = slice(40, -40)  # a window that ends at the curve's end is not symmetric
+    inner = slice(40, -40)  # without the ends, where the window is not symmetric
     np.testing.assert_allclose(smoothed(x)[inner], x[inner], atol=1e-12)
-    expected = 1 / math.sqrt(2 * math.sqrt(math.pi) * 600 / 60)  # of white noise under a Gaussian window
+    # Standard deviation of white noise under a Gaussian window.
+    expected = 1 / math.sqrt(2 * math.sqrt(math.pi) * 600 / 60)
     assert smoothed(noise)[inner].std() == pytest.approx(expected, rel=0.25)
 
 
@@ -110,7 +111,7 @@ def test_smoothing_leaves_out_what_is_not_a_number() -> None:
     assert np.isnan(smoothed(np.full(3, np.nan))).all()
 
 
-BIGGEST = 10**400  # JSON has no largest number, floats have
+BIGGEST = 10**400  # JSON allows integers that no float can hold
 
 
 @pytest.mark.parametrize(
@@ -158,7 +159,7 @@ def test_lines_without_end_and_brackets_without_end_count_for_nothing(tmp_path: 
 
 
 def test_metrics_are_read_a_line_at_a_time(tmp_path: Path) -> None:
-    """A file larger than memory can be resumed from."""
+    """A file larger than memory must not prevent a run from resuming."""
     folder = run(tmp_path / "run", [{"step": step, "loss": 1.0} for step in range(200_000)])
     tracemalloc.start()
     assert sum(1 for _ in metrics_in(folder / "metrics.jsonl")) == 200_000

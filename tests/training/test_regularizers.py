@@ -1,4 +1,4 @@
-"""The three ways to keep latents in order (none, KL, a codebook): each against diffusers, and trained from nothing."""
+"""The three regularizers of latents (none, KL, a codebook), each compared with diffusers and trained from scratch."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from sdkit.training.stages.vae import VAEStage
 from tests.helpers import tiny
 from tests.helpers.sentences import one_sentence
 
-BLOCKS = 3  # the factor is 4
+BLOCKS = 3  # the VAE's factor is 4
 SHAPE: dict[str, Any] = {
     "block_out_channels": [16] * BLOCKS,
     "down_block_types": ["DownEncoderBlock2D"] * BLOCKS,
@@ -53,7 +53,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def vqmodel() -> VQModel:
-    """With codes spread like its latents, so that many are chosen."""
+    """Make a VQModel with codes spread like its latents, so that many codes are used."""
     torch.manual_seed(0)
     network = VQModel(**{key: value for key, value in config_of("vq").items() if key[0] != "_"}, scaling_factor=0.5)
     network.quantize.embedding.weight.data.normal_(0, 0.3)
@@ -65,7 +65,7 @@ def pixels(n: int = 2) -> torch.Tensor:
 
 
 def run_config(shape: str, photos: Path, folder: Path, **changes: Any) -> VAEConfig:
-    """From nothing, without LPIPS."""
+    """Return settings that train from scratch, without LPIPS."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "shape.json").write_text(json.dumps(config_of(shape)))
     settings = {
@@ -77,7 +77,9 @@ def run_config(shape: str, photos: Path, folder: Path, **changes: Any) -> VAECon
 
 class TestAgainstDiffusers:
     def test_latents_are_those_before_the_codebook(self, vqmodel: VQModel) -> None:
-        """And images those after it, as in latent diffusion's VQ-regularised models."""
+        """`encode` gives latents before the codebook, and images are decoded after it, as in latent diffusion's
+        VQ-regularised models.
+        """
         vae, x = sdkit.VAE(vqmodel), pixels()
         with torch.no_grad():
             raw = vqmodel.encode(x).latents
@@ -100,7 +102,9 @@ class TestAgainstDiffusers:
         assert len(numbers.unique()) > 5
 
     def test_codebook_loss(self) -> None:
-        """Diffusers' quantizer with `legacy=False` has the paper's; its default weighs the two terms the other way."""
+        """diffusers' quantizer with `legacy=False` has the paper's loss. Its default swaps the weights of the two
+        terms.
+        """
         torch.manual_seed(3)
         quantizer = VectorQuantizer(CODES, 4, beta=0.25, legacy=False)
         quantizer.embedding.weight.data.normal_()
@@ -116,7 +120,7 @@ class TestAgainstDiffusers:
     def test_gradient_of_the_stage(
         self, vqmodel: VQModel, photos: Path, tmp_path: Path, changes: dict[str, bool]
     ) -> None:
-        """Of every weight: that of VQModel's own forward pass, with the paper's quantizer in it."""
+        """Every weight's gradient must equal that of VQModel's own forward pass with the paper's quantizer."""
         of_model = {name: value for name, value in changes.items() if name == "lookup_from_codebook"}
         saved = copy.deepcopy(vqmodel)
         saved.register_to_config(**of_model)
@@ -153,7 +157,7 @@ class TestCodebookUse:
 class TestTraining:
     @pytest.mark.parametrize("regularizer", ["none", "kl", "vq"])
     def test_from_nothing(self, regularizer: str, photos: Path, tmp_path: Path) -> None:
-        """The result loads in sdkit and in diffusers, and gives back what it was trained on."""
+        """The result must load in sdkit and in diffusers, and reconstruct the training images."""
         steps = 150
         run = train_vae(run_config(regularizer, photos, tmp_path, max_steps=steps, validate_every=steps))
         before, after = (line for line in read_metrics(run / "metrics.jsonl") if "validation/psnr" in line)
@@ -164,18 +168,20 @@ class TestTraining:
         with Image.open(photos / "000.png") as image:
             first, second = vae.encode(image, seed=0), vae.encode(image, seed=1)
         assert bool((first - second).abs().max() > 1e-4) == (regularizer == "kl")
-        assert 0.3 < float(vae.encode(sorted(photos.glob("*.png")), sample=False).std()) < 3  # scaled
+        # Near 1, because the result's scale was measured.
+        assert 0.3 < float(vae.encode(sorted(photos.glob("*.png")), sample=False).std()) < 3
         assert ("validation/perplexity" in after) == (regularizer == "vq")
         if regularizer == "vq":
             assert 1 / CODES <= after["validation/codebook_use"] <= 1
             assert 1 <= after["validation/perplexity"] <= CODES
 
     def test_without_noise_the_posterior_is_a_point(self, photos: Path, tmp_path: Path) -> None:
-        """From the first step on: reconstructions are of means."""
+        """From the first step on, the log-variance must be so low that images are reconstructed from means."""
         stage = VAEStage(run_config("none", photos, tmp_path))
         _, logvar = stage.vae.moments(pixels())
         assert float(logvar.max()) == -30
-        optimizer = torch.optim.AdamW(stage.vae.parameters(), lr=1e-2, weight_decay=0.1)  # which lifts what is negative
+        # Weight decay would raise a negative bias.
+        optimizer = torch.optim.AdamW(stage.vae.parameters(), lr=1e-2, weight_decay=0.1)
         for _ in range(3):
             stage.loss({"vae": stage.vae}, stage.batch([(0, 1)]), 0)[0].backward()
             optimizer.step()

@@ -1,4 +1,4 @@
-"""Whole runs of the real stages: killed anywhere and taken up again, and in two processes as in one."""
+"""Complete runs of the real stages: killed at any point and resumed, and in two processes compared with one."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from sdkit.training.stages.unet import UNetStage
 from tests.helpers import runs as helper
 from tests.helpers import tiny
 
-# 23 images, of which one is broken and one held out: epochs of 22, of which a step takes 4.
+# Of 23 images one is broken and one is held out. Epochs have 22 samples, and a step takes 4.
 RUN: dict[str, Any] = {
     "max_steps": 8,
     "batch_size": 2,
@@ -48,7 +48,7 @@ BROKEN = "005.png"
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model with dropout, images, a cache of them, and weights for LPIPS (random ones, which serve as well here)."""
+    """Make a model, a copy of it with dropout, images, a cache of them, and random weights for LPIPS."""
     folder = tmp_path_factory.mktemp("made")
     tiny.model(folder / "model")
     tiny.photos(folder / "photos", 23)
@@ -58,7 +58,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "photos" / BROKEN).write_bytes((folder / "photos" / BROKEN).read_bytes()[:60])
     weights = folder / "model" / "vae" / "diffusion_pytorch_model.safetensors"
     tensors = load_file(weights)
-    tensors["decoder.conv_out.weight"] *= 10  # pictures, not flat ones, of which normalisation makes much of rounding
+    # Raise the contrast: with flat pictures, normalisation would amplify rounding errors.
+    tensors["decoder.conv_out.weight"] *= 10
     save_file(tensors, weights, {"format": "pt"})
     shutil.copytree(folder / "model", folder / "dropout")
     for part, entry in (("unet", "dropout"), ("text_encoder", "attention_dropout")):
@@ -80,7 +81,9 @@ def run(made: Path) -> Iterator[helper.Runs]:
 
 
 def settings(made: Path, kind: str, out: Path, **changes: Any) -> tuple[str, dict[str, Any]]:
-    """Stage and settings of a kind of run: "vae", "unet" or "lora", the latter with " from a cache" or without."""
+    """Return stage and settings of a kind of run: "vae", "unet", or "lora". The last two can be followed by " from a
+    cache".
+    """
     own: dict[str, Any] = {
         "vae": {"disc_weight": 0.5, "disc_start": 3, "train_encoder": True, "lpips_weight": 0.0},
         "unet": {"caption_dropout": 0.3, "snr_gamma": 5.0, "noise_offset": 0.1, "validation_prompts": ("a red disc",)},
@@ -92,7 +95,7 @@ def settings(made: Path, kind: str, out: Path, **changes: Any) -> tuple[str, dic
 
 
 def metrics(out: Path) -> list[dict[str, Any]]:
-    """All but how long it took."""
+    """Read the metrics of a run without its times."""
     return [
         {k: v for k, v in line.items() if not k.endswith("seconds")} for line in read_metrics(out / "metrics.jsonl")
     ]
@@ -103,8 +106,9 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def everything(out: Path) -> dict[str, Any]:
-    """Last weights, averages, optimizer states and random numbers; result; pictures; what was skipped; metrics: to the
-    bit."""
+    """Read all that two bit-identical runs share: checkpoints (weights, averages, optimizer states, random numbers),
+    result, pictures, metrics, and skipped files.
+    """
     found: dict[str, Any] = {name: files(out / name) for name in ("checkpoints", "result", "samples")}
     skipped = out / "skipped.json"
     return found | {"metrics": metrics(out), "skipped": skipped.exists() and json.loads(skipped.read_text())}
@@ -121,24 +125,24 @@ def uninterrupted(made: Path, run: helper.Runs) -> Callable[[str], dict[str, Any
     return train
 
 
-# Ended and taken up again
+# Interrupting and resuming
 
-# Where it is killed, and the step of the newest checkpoint that is then there; 0 is none.
+# Points at which a run is killed, and the step of the newest checkpoint at that time; 0 if there is none.
 POINTS = {
-    "os.rename:config.json 1": 0,  # before anything is there
+    "os.rename:config.json 1": 0,  # before anything is written
     "batch 3": 0,  # while examples are loaded
-    "loss 6": 2,  # in the middle of a step's micro-batches
+    "loss 6": 2,  # among the micro-batches of a step
     "discriminator_loss 3": 4,
-    "update 3": 2,  # between the optimizer's step and the average's
+    "update 3": 2,  # between the optimizer's step and the average's update
     "validate 2": 4,
-    "os.rename:samples 2": 4,  # a picture is written, but for its name
-    "os.mkdir:checkpoints/.sdkit- 2": 2,  # a checkpoint is begun;
-    "half 8": 2,  # one of its files is half written;
-    "os.rename:checkpoints/step- 2": 2,  # it is whole, but for its name;
-    "os.rename:checkpoints/step- 3": 4,  # it is there, and the old one too;
-    "os.remove:.safetensors 2": 4,  # the old one is half removed
+    "os.rename:samples 2": 4,  # a picture is written, but not renamed yet
+    "os.mkdir:checkpoints/.sdkit- 2": 2,  # a checkpoint has been begun
+    "half 8": 2,  # one of its files is half written
+    "os.rename:checkpoints/step- 2": 2,  # it is complete, but not renamed yet
+    "os.rename:checkpoints/step- 3": 4,  # it is in place beside the old one
+    "os.remove:.safetensors 2": 4,  # the old one is partly removed
     "export 1": 8,
-    "os.rename:result 1": 8,  # the result is whole, but for its name
+    "os.rename:result 1": 8,  # the result is complete, but not renamed yet
 }
 CACHE = " from a cache"
 KILLS = [
@@ -146,14 +150,14 @@ KILLS = [
 ]
 for i, point in enumerate(point for point in POINTS if "discriminator" not in point):
     KILLS += [("unet" + CACHE * (i % 2), point), ("lora" + CACHE * (1 - i % 2), point)]
-KILLS.remove(("lora", "os.rename:samples 2"))  # which has no prompts to draw
+KILLS.remove(("lora", "os.rename:samples 2"))  # this run has no prompts to draw
 
 
 @pytest.mark.parametrize(("kind", "point"), KILLS)
 def test_a_killed_run_ends_as_one_never_stopped_to_the_bit(
     kind: str, point: str, made: Path, run: helper.Runs, uninterrupted: Any, tmp_path: Path
 ) -> None:
-    """Known defects: resume raises, or starts the epoch again; a checkpoint that is not whole is taken for one."""
+    """Guards against common defects: resuming raises, starts the epoch again, or uses a partial checkpoint."""
     stage, config = settings(made, kind, tmp_path / "run")
     assert run(stage, config, f"SIGKILL {point}") == -signal.SIGKILL
     last = newest(tmp_path / "run" / "checkpoints")
@@ -167,7 +171,9 @@ def test_a_killed_run_ends_as_one_never_stopped_to_the_bit(
 
 
 def test_what_the_runs_above_go_through(made: Path, uninterrupted: Any) -> None:
-    """So that they would see it go wrong: each network, and dropout, moves; what is broken is skipped."""
+    """The runs above must exercise what they test: each network moves, dropout is active, and the broken image is
+    skipped.
+    """
     names = {"vae": {"vae", "discriminator"}, "unet": {"unet"}, "lora": {"unet"}}
     for kind in ("vae", "unet", "unet from a cache", "lora", "lora from a cache"):
         found = uninterrupted(kind)
@@ -241,12 +247,12 @@ def test_two_runs_in_one_folder_at_once_are_refused(made: Path, run: helper.Runs
     assert run(stage, config) == 0  # a killed process holds no lock
 
 
-# Many processes
+# Several processes
 
 
 @pytest.fixture(scope="module")
 def launched(made: Path) -> Path:
-    """One `accelerate launch` of two processes, which train several runs one after another."""
+    """Launch two processes with `accelerate launch`. They train several runs one after another."""
     folder = made / "launched"
     wanted = [together(made, kind, folder / kind) for kind in TOGETHER]
     for out, steps in (("whole", STEPS), ("parts", 3), ("parts", STEPS)):
@@ -260,7 +266,7 @@ def launched(made: Path) -> Path:
     folder.mkdir()
     scenarios = [{"stage": stage, "settings": config} for stage, config in wanted]
     (folder / "scenarios.json").write_text(json.dumps(scenarios, default=str))
-    # With --cpu, Accelerate starts one process, however many it is asked for, unless it is told of MPI.
+    # With --cpu, Accelerate starts one process, whatever number is asked for, unless it is configured for MPI.
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     command = [*launch, helper.__file__, str(folder / "scenarios.json")]
@@ -271,8 +277,8 @@ def launched(made: Path) -> Path:
 
 STEPS, DISC_START = 6, 4
 TOGETHER: dict[str, dict[str, Any]] = {
-    # The discriminator starts late: as long as both sides of the hinge loss are within their margins its gradients
-    # nearly cancel, and AdamW makes whole steps of the rounding that is left.
+    # The discriminator starts late. While both sides of the hinge loss are within their margins, its gradients nearly
+    # cancel, and AdamW turns the remaining rounding errors into full steps.
     "vae": {"disc_start": DISC_START, "lpips_weight": 0.1, "learning_rate": 3e-5},
     "unet": {},
     "lora from a cache": {},
@@ -280,7 +286,7 @@ TOGETHER: dict[str, dict[str, Any]] = {
 
 
 def together(made: Path, kind: str, out: Path, **changes: Any) -> tuple[str, dict[str, Any]]:
-    """Without dropout, of which each process has its own."""
+    """Return stage and settings without dropout, because dropout differs between processes."""
     own = {"model": made / "model", "max_steps": STEPS, "validate_every": 2, "gradient_accumulation_steps": 1}
     own |= {"lr_scheduler": "linear", "keep_checkpoints": STEPS} | TOGETHER[kind] | changes
     return settings(made, kind, out, **own | ({"lpips": made / "lpips.safetensors"} if kind == "vae" else {}))
@@ -300,11 +306,12 @@ def difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> 
 def test_two_processes_train_as_one(
     kind: str, split: dict[str, int], made: Path, run: helper.Runs, launched: Path, tmp_path: Path
 ) -> None:
-    """Losses, validation and weights to 1e-5. Known defects: data not sharded; the same noise on each process; the
-    learning-rate schedule stepped once per process; networks called past DDP; validation on one process.
+    """Losses, validation, and weights must agree to 1e-5. Guards against common defects: data that is not sharded, the
+    same noise on each process, a learning-rate schedule stepped once per process, networks called without DDP's
+    wrapper, and validation on one process.
 
-    With accumulation VQGAN's adaptive weight is each micro-batch's own, and so the VAE is compared up to where the
-    discriminator begins.
+    With accumulation, VQGAN's adaptive weight differs between micro-batches. The VAE is therefore compared up to the
+    step at which the discriminator starts.
     """
     stage, config = together(made, kind, tmp_path / "run", **split)
     assert run(stage, config) == 0
@@ -329,7 +336,9 @@ def test_two_processes_train_as_one(
 
 @pytest.mark.parametrize("kind", TOGETHER)
 def test_every_process_has_the_same_networks(kind: str, launched: Path) -> None:
-    """Known defect: encode and decode called on the unwrapped model, so that the ranks drift apart."""
+    """Guards against a common defect: encode and decode called on the unwrapped model, so that the ranks
+    drift apart.
+    """
     zero, one = (load_file(launched / kind / f"rank-{rank}.safetensors") for rank in (0, 1))
     assert {name.split("/")[0] for name in zero} == ({"vae", "discriminator"} if kind == "vae" else {"unet"})
     assert difference(zero, one) == 0
@@ -337,7 +346,7 @@ def test_every_process_has_the_same_networks(kind: str, launched: Path) -> None:
 
 @pytest.mark.parametrize("kind", TOGETHER)
 def test_processes_share_the_data_and_one_writes(kind: str, launched: Path) -> None:
-    """Known defects: data not sharded; every process writes the same output file."""
+    """Guards against common defects: data that is not sharded, and every process writing the same file."""
     zero, one = (json.loads((launched / kind / f"rank-{rank}.json").read_text()) for rank in (0, 1))
     numbers = sorted(n for n, _ in zero["samples"] + one["samples"])
     assert numbers == list(range(4 * STEPS))
@@ -348,7 +357,7 @@ def test_processes_share_the_data_and_one_writes(kind: str, launched: Path) -> N
 
 
 def test_two_processes_go_on_as_if_never_stopped(launched: Path) -> None:
-    """Known defect: only the first process's random numbers are saved."""
+    """Guards against a common defect: only the first process's random state is saved."""
     parts, whole = everything(launched / "parts"), everything(launched / "whole")
     assert parts["checkpoints"] == whole["checkpoints"]
     assert parts["result"] == whole["result"]
@@ -357,11 +366,11 @@ def test_two_processes_go_on_as_if_never_stopped(launched: Path) -> None:
     ]
 
 
-# Two of the known defects
+# Two more defects that are common elsewhere
 
 
 def test_nothing_frozen_is_computed_twice(made: Path, tmp_path: Path) -> None:
-    """Known defect: VAE and text encoder run at every step."""
+    """Guards against a common defect: the frozen VAE and text encoder run at every step."""
     _, config = settings(made, "unet from a cache", tmp_path / "run", validation_prompts=(), batch_size=4)
     stage = UNetStage(helper.config_of("unet", config))
     called: list[str] = []
@@ -369,13 +378,14 @@ def test_nothing_frozen_is_computed_twice(made: Path, tmp_path: Path) -> None:
         network.register_forward_hook(lambda *_, name=name: called.append(name))
     fit(stage, stage.config, tmp_path / "run")
     captions = {path.read_text() for path in (made / "photos").glob("*.txt")}
-    # And the empty one; each twice, for beside a caption of more chunks it is longer. In 64 samples and 3 validations.
+    # The empty caption counts too. Each is encoded up to twice, because it is padded to two chunks beside a longer one.
+    # The run has 64 samples and 3 validations.
     assert len(captions) < called.count("text") <= 2 * (len(captions) + 1) == 12
     assert "vae" not in called
 
 
 def test_a_cached_latent_is_drawn_anew_each_time(made: Path, tmp_path: Path) -> None:
-    """Known defect: one sample of the posterior is cached in its place."""
+    """Guards against a common defect: the cache holds one sample of the posterior in place of its moments."""
     _, config = settings(made, "unet from a cache", tmp_path / "run")
     stage = UNetStage(helper.config_of("unet", config))
     batch = stage.batch([(n, 3) for n in range(200)])  # one example, in many steps

@@ -1,4 +1,4 @@
-"""The noise schedule that a run trains with, and the one that it exports."""
+"""The noise schedule that a run trains with, and the scheduler that it exports."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:The configuration file of this:F
 
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a model and photos."""
+    """Make a folder with a model and photos."""
     folder = tmp_path_factory.mktemp("scheduler")
     tiny.model(folder / "model")
     tiny.photos(folder / "photos", 4)
@@ -50,7 +50,9 @@ def test_latents_are_neither_clipped_in_training_nor_by_what_is_exported(
 
 @pytest.mark.parametrize("name", ["LCMScheduler", "EulerDiscreteScheduler", "PNDMScheduler", "HeunDiscreteScheduler"])
 def test_another_scheduler_has_the_table_and_the_spacing_of_the_model(parts: Path, tmp_path: Path, name: str) -> None:
-    """x0-prediction is exported as DDIM's, whose defaults are others than those of the model's scheduler."""
+    """x0-prediction is exported as DDIM, which has other defaults than the model's scheduler. They must not change the
+    table or the spacing.
+    """
     before = sdkit.NoiseSchedule.from_config({"_class_name": name}, latents=True)
     stage = stage_of(parts, tmp_path / "run", {"_class_name": name}, prediction_type="sample")
     stage.export(tmp_path / "result")

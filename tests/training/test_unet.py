@@ -1,5 +1,6 @@
-"""The U-Net stage against diffusers' networks and schedulers: the loss and what it moves, from a cache and from images;
-what validation says; and that what is saved draws the same there and here."""
+"""The U-Net stage against diffusers' networks and schedulers: the loss and its gradients, from a cache and from images,
+validation, and saved models, which must draw the same in diffusers as in sdkit.
+"""
 
 from __future__ import annotations
 
@@ -38,8 +39,8 @@ pytest.importorskip("datasets")
 pytest.importorskip("peft")
 
 INDEX = Path(sdkit.__file__).parent / "assets" / "emoji" / "model_index.json"
-LONG = "red apple blue cat " * 12  # 48 tokens: 2 chunks
-BATCH = [(n, n) for n in range(8)]  # the second has the long caption
+LONG = "red apple blue cat " * 12  # 48 tokens, which take 2 chunks
+BATCH = [(n, n) for n in range(8)]  # the second sample has the long caption
 PROMPTS = ["a red disc", "a blue disc"]
 
 
@@ -50,7 +51,7 @@ class Kit:
     caches: Mapping[str, Path]
 
     def config(self, out: Path, model: str = "epsilon", data: str = "plain", **changes: Any) -> UNetConfig:
-        """Three steps of four samples from the cache of this name, or straight from the photos."""
+        """Return settings of three steps of four samples, from the cache of this name or straight from the photos."""
         source = self.photos if data == "photos" else self.caches[data]
         settings: dict[str, Any] = {"batch_size": 4, "max_steps": 3, "learning_rate": 1e-3, "ema_decay": 0.0}
         return UNetConfig(**{"model": self.models[model], "data": source, "out_dir": out} | settings | changes)
@@ -63,7 +64,7 @@ class Kit:
 def kit(tmp_path_factory: pytest.TempPathFactory) -> Kit:
     folder = tmp_path_factory.mktemp("unet")
     models = {kind: tiny.model(folder / kind, kind) for kind in ("epsilon", "v_prediction")}
-    for model in models.values():  # diffusers asks for one
+    for model in models.values():  # diffusers requires this file
         shutil.copy(INDEX, model)
     photos = tiny.photos(folder / "photos", 24)
     (photos / "001.txt").write_text(LONG)
@@ -83,7 +84,7 @@ def one_thread() -> Any:
 
 
 def lines(out: Path, validation: bool = False) -> list[dict[str, float]]:
-    """Of metrics.jsonl, by step: those of training, or those of validation."""
+    """Read the lines of metrics.jsonl that are of training, or those of validation."""
     return [line for line in read_metrics(out / "metrics.jsonl") if ("validation/loss" in line) == validation]
 
 
@@ -97,7 +98,9 @@ def weights(folder: Path) -> dict[str, Tensor]:
 
 
 def backward(stage: UNetStage, batch: dict[str, Any]) -> dict[str, Tensor | None]:
-    """The gradients of every parameter of the stage after one backward pass, as the loop prepares and calls it."""
+    """Return the gradient of every parameter of the stage after one backward pass through the loop's own
+    preparation.
+    """
     accelerator = make_accelerator(stage.config, Path("unused"))
     prepared = PreparedPlayer(stage.players[0], stage.config, accelerator)
     loss, _ = stage.loss({"unet": prepared.network}, batch, 0)
@@ -107,7 +110,7 @@ def backward(stage: UNetStage, batch: dict[str, Any]) -> dict[str, Tensor | None
 
 
 class Theirs:
-    """diffusers' networks and scheduler, from a folder; each sample goes through them alone."""
+    """diffusers' networks and scheduler, loaded from a folder. Each sample is passed through them alone."""
 
     def __init__(self, model: Path, **scheduler: Any) -> None:
         self.vae: Any = AutoencoderKL.from_pretrained(model / "vae").eval()
@@ -116,7 +119,7 @@ class Theirs:
         self.scheduler: Any = DDPMScheduler.from_pretrained(model / "scheduler", **scheduler)
 
     def loss(self, batch: Mapping[str, Any], ids: list[Tensor], gamma: float | None) -> tuple[Tensor, Tensor]:
-        """With min-SNR's weights and without, of a batch's images and noise."""
+        """Return the loss with min-SNR's weights and without them, for a batch's images and noise."""
         weighted, plain = [], []
         kind = self.scheduler.config.prediction_type
         for i, caption in enumerate(ids):
@@ -137,7 +140,9 @@ class Theirs:
         return torch.stack(weighted).mean(), torch.stack(plain).mean()
 
     def weight(self, snr: float, gamma: float, kind: str) -> float:
-        """Hang et al. 2023, section 3.4, with snr + 1 for snr inside the minimum at zero terminal SNR."""
+        """Return min-SNR's weight, Hang et al. 2023, section 3.4. With zero terminal SNR, the minimum takes snr + 1 in
+        place of snr.
+        """
         if kind == "epsilon":
             return min(snr, gamma) / snr
         low = min(snr + 1 if self.scheduler.config.rescale_betas_zero_snr else snr, gamma)
@@ -145,7 +150,7 @@ class Theirs:
 
 
 def captions(stage: UNetStage, samples: list[tuple[int, int]], dropped: set[int] = frozenset()) -> list[Tensor]:
-    """Token ids (k, 32) of each sample's file."""
+    """Return the token ids (k, 32) of the caption file of each sample."""
     texts = [Path(stage.config.data) / name for name in stage.names(samples)]
     return [
         stage.text.tokenize("" if n in dropped else file.with_suffix(".txt").read_text())[0][0]
@@ -174,7 +179,7 @@ class TestLoss:
         ids=str,
     )
     def test_is_that_of_diffusers_networks_and_scheduler(self, kit: Kit, data: str, changes: dict[str, Any]) -> None:
-        """To 1e-5; with the first and the last timestep among them, and captions of one chunk and of two."""
+        """To 1e-5, with the first and the last timestep among the samples, and captions of one chunk and of two."""
         stage = kit.stage(data=data, caption_dropout=0.0, **changes)
         batch = stage.batch(BATCH)
         batch["t"][:2] = [0, 999]
@@ -189,7 +194,7 @@ class TestLoss:
         assert [len(one) for one in ids] == [1, 2, 1, 1, 1, 1, 1, 1]
         with torch.no_grad():
             weighted, plain = theirs.loss(batch, ids, changes.get("snr_gamma"))
-        tolerance = 1e-3 if data == "embedded" else 1e-5  # which are stored in float16
+        tolerance = 1e-3 if data == "embedded" else 1e-5  # embeddings are stored in float16
         assert float(loss) == pytest.approx(float(weighted), rel=tolerance)
         assert parts.keys() == ({"mse"} if "snr_gamma" in changes else set())
         if parts:
@@ -198,7 +203,9 @@ class TestLoss:
 
     @pytest.mark.parametrize("kind", ["v", "x0"])
     def test_zero_terminal_snr(self, kit: Kit, tmp_path: Path, kind: str) -> None:
-        """The schedule is diffusers' (1e-6), its noisiest step counts in min-SNR's loss, and what is saved says so."""
+        """The schedule must equal diffusers' to 1e-6, the noisiest step must have weight 1 in min-SNR's loss, and the
+        exported scheduler must state zero terminal SNR.
+        """
         changes = {"prediction_type": kind, "zero_snr": True, "snr_gamma": 5.0}
         config = kit.config(tmp_path, max_steps=1, **changes)
         stage = UNetStage(config)
@@ -209,7 +216,7 @@ class TestLoss:
         batch["t"] = [999]
         with torch.no_grad():
             loss, parts = stage.loss({"unet": stage.denoiser}, batch, 0)
-        assert float(loss) == pytest.approx(float(parts["mse"]), rel=1e-6)  # weight 1
+        assert float(loss) == pytest.approx(float(parts["mse"]), rel=1e-6)  # a weight of 1
         fit(stage, config, tmp_path)
         saved = json.loads((tmp_path / "result" / "scheduler" / "scheduler_config.json").read_text())
         expected = {"v": "v_prediction", "x0": "sample"}[kind]
@@ -224,8 +231,9 @@ class TestLoss:
             kit.stage(zero_snr=True)
 
     def test_a_scheduler_that_cannot_is_replaced_in_what_is_saved(self, kit: Kit, tmp_path: Path) -> None:
-        """SD 1.x comes with PNDM, which knows neither x0 nor zero terminal SNR; where it says nothing, DDIM would clip
-        latents, and end beyond the first timestep."""
+        """SD 1.x ships PNDM, which supports neither x0-prediction nor zero terminal SNR, so DDIM is exported. For
+        fields that PNDM's config lacks, DDIM's defaults would clip latents and end beyond the first timestep.
+        """
         model = Path(shutil.copytree(kit.models["epsilon"], tmp_path / "model"))
         file = model / "scheduler" / "scheduler_config.json"
         fields = json.loads(file.read_text())
@@ -271,7 +279,9 @@ class TestNoise:
         assert [row[0] for row in found] != [row[0] for row in others]
 
     def test_timesteps_are_uniform_noise_is_normal_and_captions_are_dropped_as_often_as_asked(self, kit: Kit) -> None:
-        """Of 2,000 samples: chi-square of t in 20 bins below its 99.9 % quantile, dropped 10 % within 3 deviations."""
+        """Of 2,000 samples, the chi-square of t in 20 bins must be below its 99.9 % quantile, and the rate of dropped
+        captions within 3 standard deviations of 10 %.
+        """
         stage = kit.stage()
         batch = stage.batch([(n, n % stage.size) for n in range(2000)])
         observed = np.bincount(np.array(batch["t"]) // 50, minlength=20)
@@ -285,17 +295,18 @@ class TestNoise:
         assert sum(dropped) == pytest.approx(200, abs=3 * (2000 * 0.1 * 0.9) ** 0.5)
 
     def captions(self, batch: dict[str, Any]) -> list[bytes]:
-        """Each sample's token ids, without what fills them up."""
+        """Return each sample's token ids without padding."""
         lengths = [int(n) for n in batch["mask"].sum(1)]
         return [ids.flatten()[:n].numpy().tobytes() for ids, n in zip(batch["ids"], lengths, strict=True)]
 
     def test_a_dropped_caption_is_the_empty_prompt(self, kit: Kit) -> None:
-        """In what the network is given, for frozen and trained text encoders and stored embeddings (float16's
-        rounding)."""
+        """The network's input must equal the empty prompt's, for frozen and trained text encoders, and for stored
+        embeddings up to float16's rounding.
+        """
         for data in ("plain", "embedded", "photos"):
             stage = kit.stage(data=data, caption_dropout=1.0)
             empty = stage.text.encode("")[0]
-            cond = stage._cond(batch := stage.batch(BATCH))
+            cond = stage.encoder.captions(batch := stage.batch(BATCH))
             assert batch["mask"] is None
             torch.testing.assert_close(cond, empty.expand(8, -1, -1), atol=1e-3 if data == "embedded" else 1e-6, rtol=0)
         ids = kit.stage(caption_dropout=1.0, train_text_encoder=True).batch(BATCH)["ids"]
@@ -304,13 +315,15 @@ class TestNoise:
         assert torch.equal(kept, stage.text.tokenize("a blue disc")[0].expand(50, -1, -1))
 
     def test_offset(self, kit: Kit) -> None:
-        """One number for each sample and channel, of deviation 0.1, beside the noise that would be there without it."""
+        """The offset adds one number of deviation 0.1 to each channel of each sample, and leaves the other noise as it
+        was.
+        """
         n = 500
         samples = [(i, i % 20) for i in range(n)]
         plain, offset = (kit.stage(noise_offset=size).batch(samples) for size in (0.0, 0.1))
         assert torch.equal(plain["posterior_eps"], offset["posterior_eps"])
         assert plain["t"] == offset["t"]
-        added = (offset["eps"] - plain["eps"]).double()  # (n, 4, 4, 4)
+        added = (offset["eps"] - plain["eps"]).double()  # shape (n, 4, 4, 4)
         assert (added - added.mean((2, 3), keepdim=True)).abs().max() < 1e-6
         numbers = added.mean((2, 3))
         assert float(numbers.std()) == pytest.approx(0.1, abs=4 * 0.1 / (2 * 4 * n) ** 0.5)
@@ -321,7 +334,7 @@ class TestNoise:
         torch.testing.assert_close(numbers[:5].float(), 0.1 * draws, atol=1e-6, rtol=0)
 
     def offset_of(self, kit: Kit, n: int) -> Tensor:
-        """Read off a run with an offset so large that there is nothing else."""
+        """Read an offset off a run with an offset so large that the other noise does not matter."""
         eps: Tensor = kit.stage(noise_offset=1e6).batch([(n, 0)])["eps"][0]
         return eps.mean((1, 2)) / 1e6
 
@@ -329,7 +342,7 @@ class TestNoise:
 class TestGradients:
     @pytest.mark.parametrize("train_text_encoder", [False, True], ids=["U-Net", "text encoder too"])
     def test_reach_every_weight_and_are_those_of_diffusers_networks(self, kit: Kit, train_text_encoder: bool) -> None:
-        """To 1e-3 of the length of each; none in what is frozen."""
+        """Each gradient must agree to 1e-3 of its length. Frozen weights must have none."""
         stage = kit.stage(caption_dropout=0.0, snr_gamma=5.0, train_text_encoder=train_text_encoder)
         batch = stage.batch(BATCH[:4])
         found = backward(stage, batch)
@@ -344,7 +357,7 @@ class TestGradients:
                 continue
             assert gradient is not None, name
             assert gradient.isfinite().all(), name
-            if "k_proj.bias" in name:  # of which a softmax takes no notice
+            if "k_proj.bias" in name:  # a softmax does not depend on this bias
                 assert gradient.abs().max() < 1e-6
                 continue
             assert gradient.any(), name
@@ -357,7 +370,7 @@ class TestGradients:
         for on in (False, True):
             stage = kit.stage(lora_rank=lora_rank, train_text_encoder=True, gradient_checkpointing=on)
             for name, p in stage.denoiser.named_parameters():
-                if "lora_B" in name:  # else A has none
+                if "lora_B" in name:  # while B is 0, A has no gradient
                     nn.init.normal_(p, std=0.1, generator=torch.Generator().manual_seed(0))
             sizes: dict[int, int] = {}
 
@@ -375,7 +388,7 @@ class TestGradients:
 
 
 def moved(kit: Kit, result: Path, part: str) -> set[str]:
-    """Names of the weights of one part that are not what they were, to the bit."""
+    """Return the names of the weights of one part that have changed."""
     before, after = weights(kit.models["epsilon"] / part), weights(result / part)
     assert before.keys() == after.keys()
     return {name for name in before if not torch.equal(before[name], after[name])}
@@ -433,7 +446,7 @@ class TestWhatMoves:
 class TestCaptionsOfSeveralLengths:
     @pytest.mark.parametrize("data", ["plain", "embedded", "photos", "along"])
     def test_each_sample_is_the_same_alone_and_in_a_batch(self, kit: Kit, data: str) -> None:
-        """To 1e-5: what fills up the shorter ones has no part in it, which without the mask it would have."""
+        """To 1e-5: the padding of shorter captions must have no influence. Without the mask it would have one."""
         changes: dict[str, Any] = {"train_text_encoder": True} if data == "along" else {"data": data}
         stage = kit.stage(caption_dropout=0.0, **changes)
         with torch.no_grad():
@@ -449,25 +462,27 @@ class TestCaptionsOfSeveralLengths:
                 assert ((unmasked[i] - alone[0]).abs().max() < 1e-5) == (i == 1)
 
     def test_remembered_embeddings_are_the_same_to_the_bit(self, kit: Kit) -> None:
-        """Also to those of a run that was taken up again and remembers none yet, or others."""
+        """Bit-identical also to those of a resumed run, which starts with an empty cache or one of other captions."""
         stage, fresh = kit.stage(), kit.stage()
-        first = stage._cond(batch := stage.batch(BATCH))
-        assert len(stage._embeddings) == len({*batch["keys"]}) == 5
-        assert torch.equal(stage._cond(batch), first)
-        fresh._cond(fresh.batch(BATCH[3:5]))
-        assert torch.equal(fresh._cond(batch), first)
+        first = stage.encoder.captions(batch := stage.batch(BATCH))
+        assert len(stage.encoder.embeddings) == len({*batch["keys"]}) == 5
+        assert torch.equal(stage.encoder.captions(batch), first)
+        fresh.encoder.captions(fresh.batch(BATCH[3:5]))
+        assert torch.equal(fresh.encoder.captions(batch), first)
 
     def test_not_more_are_remembered_than_there_is_room_for(self, kit: Kit, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("sdkit.training.stages.unet.REMEMBERED", 2)
+        monkeypatch.setattr("sdkit.training.stages.encoding.MOST_EMBEDDINGS", 2)
         stage = kit.stage()
-        first = stage._cond(batch := stage.batch(BATCH))
-        assert len(stage._embeddings) <= 2
-        assert torch.equal(stage._cond(batch), first)
+        first = stage.encoder.captions(batch := stage.batch(BATCH))
+        assert len(stage.encoder.embeddings) <= 2
+        assert torch.equal(stage.encoder.captions(batch), first)
 
 
 class TestSources:
     def test_cache_and_images_give_the_same_losses(self, kit: Kit, tmp_path: Path) -> None:
-        """Five steps, to 1e-4, with a cache of moments, of embeddings too, and straight from the images."""
+        """Five steps must agree to 1e-4 between a cache of moments, one of embeddings too, and the
+        images themselves.
+        """
         found = []
         for data in ("photos", "plain", "embedded"):
             train_unet(kit.config(tmp_path / data, data=data, max_steps=5))
@@ -478,7 +493,7 @@ class TestSources:
         assert checks[0] == pytest.approx(checks[1], abs=1e-4)
 
     def test_a_cache_with_augmentations(self, kit: Kit, tmp_path: Path) -> None:
-        """An epoch has each augmentation of each image once; a step's loss is that of these moments."""
+        """An epoch has each augmentation of each image once, and the loss of a step is that of these moments."""
         made = cache(
             kit.models["epsilon"], kit.photos, tmp_path / "cache", flip=True, augmentations=2, dtype="fp32",
             device="cpu",
@@ -487,11 +502,11 @@ class TestSources:
             model=kit.models["epsilon"], data=made, out_dir=tmp_path / "run", batch_size=23, max_steps=2
         )
         stage = UNetStage(config)
-        assert stage.size == 46  # of 23 images; one is held out
+        assert stage.size == 46  # 23 images with two augmentations; one further image is held out
         fit(stage, config, tmp_path / "run")
         assert len(losses(tmp_path / "run")) == 2
         straight = kit.stage(data="photos", augment=("flip",))
-        stage = UNetStage(config)  # which has not moved
+        stage = UNetStage(config)  # a new stage, with untrained weights
         for item in range(46):
             index, augmentation = divmod(item, 2)
             a = stage.batch([(item, item)])
@@ -505,7 +520,7 @@ class TestSources:
 
     def test_broken_images_are_skipped_and_named(self, kit: Kit, tmp_path: Path) -> None:
         photos = Path(shutil.copytree(kit.photos, tmp_path / "photos"))
-        for name in ("003.png", "012.png"):  # the second would be held out
+        for name in ("003.png", "012.png"):  # the second one would be held out
             (photos / name).write_bytes((photos / name).read_bytes()[:60])
         config = {"batch_size": 12, "max_steps": 2}
         with pytest.warns(UserWarning, match=r"^0(03|12)\.png is skipped: .*0(03|12)\.png") as warned:
@@ -522,7 +537,9 @@ class TestSources:
 
 class TestValidation:
     def test_is_the_same_number_whatever_the_run(self, kit: Kit, tmp_path: Path) -> None:
-        """Before the first step, to the bit; and it is the plain loss at eight timesteps by diffusers' networks."""
+        """Before the first step, the number must be bit-identical between runs, and equal the plain loss at eight
+        timesteps by diffusers' networks.
+        """
         runs: list[dict[str, Any]] = [
             {}, {"seed": 7}, {"batch_size": 1}, {"noise_offset": 0.2, "caption_dropout": 0.5, "snr_gamma": 5.0},
             {"ema_decay": 0.9, "gradient_accumulation_steps": 2}, {"lora_rank": 2},
@@ -545,7 +562,7 @@ class TestValidation:
         assert float(held_out) == pytest.approx(found[0][0], rel=1e-5)
         assert float(batch["eps"].std()) == pytest.approx(1, abs=0.2)
 
-    @pytest.mark.parametrize("passes", [1, 4])  # in the loss; in the first image
+    @pytest.mark.parametrize("passes", [1, 4])  # within the loss; within the first image
     def test_a_signal_waits_for_one_pass(self, passes: int, kit: Kit, monkeypatch: pytest.MonkeyPatch) -> None:
         stage, done = kit.stage(validation_prompts=("a disc", "a cat")), 0
         forward = stage.unet.network.forward
@@ -563,7 +580,7 @@ class TestValidation:
         assert done == passes
 
     def test_images_of_prompts(self, kit: Kit, tmp_path: Path) -> None:
-        """The same pixels for the same weights, and those that the public pipeline draws."""
+        """The same weights must give the same pixels, which the public pipeline draws too."""
         shared = {"max_steps": 1, "validation_prompts": tuple(PROMPTS)}
         for i, changes in enumerate([{}, {"seed": 7, "batch_size": 1}]):
             train_unet(kit.config(tmp_path / str(i), model="v_prediction", **shared | changes))
@@ -580,7 +597,7 @@ class TestValidation:
 
 
 def drawn_by_diffusers(model: Path, steps: int, kind: str, lora: Path | None = None) -> Any:
-    """What diffusers' pipeline makes of the prompts, from the noise of seeds 0 and 1."""
+    """Draw the prompts with diffusers' pipeline from the noise of seeds 0 and 1."""
     from diffusers import StableDiffusionPipeline
 
     pipe = StableDiffusionPipeline.from_pretrained(model)
@@ -596,7 +613,9 @@ def drawn_by_diffusers(model: Path, steps: int, kind: str, lora: Path | None = N
 class TestResult:
     @pytest.mark.parametrize("kind", ["epsilon", "v at zero SNR", "sample"])
     def test_draws_the_same_in_diffusers(self, kit: Kit, tmp_path: Path, kind: str) -> None:
-        """Latents to 1e-4; ten steps divide a thousand, see test_pipeline."""
+        """Latents must agree to 1e-4. Ten steps divide 1,000, where diffusers' timesteps equal ours; see
+        test_pipeline.
+        """
         changes = {
             "v at zero SNR": {"prediction_type": "v", "zero_snr": True},
             "sample": {"prediction_type": "x0"},
@@ -658,7 +677,7 @@ class TestFromNothing:
 
 
 def test_bf16_keeps_weights_in_float32_and_the_losses(kit: Kit, tmp_path: Path) -> None:
-    """To 2 %, of five steps straight from images, text encoder and all."""
+    """Losses of five steps straight from images, with a trained text encoder, must agree to 2 %."""
     found = []
     for precision in ("no", "bf16"):
         config = kit.config(
@@ -676,7 +695,7 @@ def test_bf16_keeps_weights_in_float32_and_the_losses(kit: Kit, tmp_path: Path) 
                 assert kinds <= {torch.float32, torch.int64}, file
         found.append(losses(tmp_path / precision))
     assert found[1] == pytest.approx(found[0], rel=0.02)
-    assert found[1] != pytest.approx(found[0], rel=1e-6)  # it was in another precision
+    assert found[1] != pytest.approx(found[0], rel=1e-6)  # it did run in another precision
 
 
 SETTINGS = {"data": "photos", "seed": 1, "max_steps": 10, "augment": ("crop", "flip"), "noise_offset": 0.05}
@@ -687,7 +706,9 @@ GOLDEN = {
 
 
 class TestGolden:
-    """Ten steps in float32 on one thread, to 1e-3: what changes these numbers changes what is learnt."""
+    """Golden losses of ten steps in float32 on one thread, to 1e-3. A change in these numbers is a change in what is
+    learned.
+    """
 
     def test_whole(self, kit: Kit, tmp_path: Path) -> None:
         train_unet(kit.config(tmp_path, snr_gamma=5.0, **SETTINGS))
@@ -702,7 +723,7 @@ class TestGolden:
 
 @pytest.mark.parametrize("change", [{"zero_snr": True, "prediction_type": "v"}, {"prediction_type": "v"}])
 def test_a_lora_cannot_change_the_schedule(kit: Kit, tmp_path: Path, change: dict[str, Any]) -> None:
-    """Its file has no place for one: whoever loads it would sample by the model's own."""
+    """A LoRA file cannot hold a schedule. Whoever loads it would sample with the model's own."""
     with pytest.raises(ArgumentError, match=r"the model's own noise schedule, which prediction_type would change\.$"):
         kit.stage(lora_rank=2, **change)
 
@@ -714,5 +735,5 @@ def test_data_that_has_grown_is_another_run_and_data_that_has_moved_is_not(kit: 
     photos = photos.rename(tmp_path / "moved")
     train_unet(replace(config, data=f"{photos}/", max_steps=2))
     (photos / "more.png").write_bytes((photos / "000.png").read_bytes())
-    with pytest.raises(TrainingError, match=r"holds another run: its data was other"):
+    with pytest.raises(TrainingError, match=r"holds another run: its data was different"):
         train_unet(replace(config, data=photos, max_steps=3))

@@ -1,5 +1,6 @@
-"""The VAE stage against diffusers' network and losses written out by hand: what moves which weights, what is logged,
-measured on held-out images and saved."""
+"""The VAE stage against diffusers' network and losses written out by hand: which loss moves which weights, what is
+logged, what is measured on held-out images, and what is saved.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +31,7 @@ from sdkit.training.run_folder import read_metrics
 from sdkit.training.stages.vae import VAEStage
 from tests.helpers import shared_data, tiny
 
-VALUES = 3 * tiny.SIZE**2  # of an image
+VALUES = 3 * tiny.SIZE**2  # values of an image
 LATENT = (4, tiny.SIZE // 8, tiny.SIZE // 8)
 
 
@@ -41,7 +42,7 @@ class Kit:
     lpips: Path
 
     def config(self, out: Path, **changes: Any) -> VAEConfig:
-        """Three steps on the tiny model, without LPIPS."""
+        """Return settings of three steps on the tiny model, without LPIPS."""
         settings: dict[str, Any] = {"batch_size": 2, "max_steps": 3, "learning_rate": 1e-3, "lpips_weight": 0.0}
         return VAEConfig(**{"model": self.model, "data": self.photos, "out_dir": out} | settings | changes)
 
@@ -65,13 +66,13 @@ def no_weights_of_lpips_but_those_named(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def pixels(*files: Path) -> Tensor:
-    """(B, 3, H, W) in [-1, 1]."""
+    """Read images as (B, 3, H, W) in [-1, 1]."""
     arrays = [np.asarray(Image.open(file), np.float32) / 127.5 - 1 for file in files]
     return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
 
 
 def lines(out: Path, validation: bool = False) -> list[dict[str, float]]:
-    """Of metrics.jsonl, by step: those of training, or those of validation without their prefix."""
+    """Read the lines of metrics.jsonl that are of training, or those of validation without their prefix."""
     prefix = "validation/"
     found = [line for line in read_metrics(out / "metrics.jsonl") if ("loss" in line) != validation]
     return [{key.removeprefix(prefix): value for key, value in line.items()} for line in found]
@@ -91,18 +92,20 @@ def in_encoder(name: str) -> bool:
 
 
 def passed(network: Any, x: Tensor, eps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """diffusers' own network: reconstruction of a sample of the posterior, its mean and log-variance."""
+    """Pass images through diffusers' own network: the reconstruction from a posterior sample, the mean, and the
+    log-variance.
+    """
     mean, logvar = network.quant_conv(network.encoder(x)).chunk(2, dim=1)
     return network.decode(mean + (logvar / 2).exp() * eps).sample, mean, logvar
 
 
 def kl_of(mean: Tensor, logvar: Tensor) -> Tensor:
-    """Of one image, in nats, summed over its latents; the mean over images."""
+    """KL divergence of an image in nats, summed over its latents; the mean over images."""
     return 0.5 * (mean**2 + logvar.exp() - 1 - logvar).sum() / len(mean)
 
 
 class Turns:
-    """The players of a stage as the loop has them, on one batch."""
+    """The players of a stage, prepared as in the loop, on one batch."""
 
     def __init__(self, stage: VAEStage) -> None:
         self.stage, self.accelerator = stage, make_accelerator(stage.config, Path(stage.config.out_dir))
@@ -111,7 +114,7 @@ class Turns:
         self.batch = stage.batch([(0, 3), (1, 5)])
 
     def gradients(self, turn: int = 0, step: int = 0) -> dict[str, dict[str, Tensor | None]]:
-        """Of every network of the stage after one backward pass of one player's loss."""
+        """Return the gradients of every network of the stage after one backward pass of one player's loss."""
         t = self.prepared[turn]
         with only_gradients_of(t, self.prepared, self.accelerator):
             loss, _ = t.player.loss(self.networks, self.batch, step)
@@ -128,7 +131,7 @@ class Turns:
 
 
 def assert_near(found: Tensor, expected: Tensor, tolerance: float, name: str = "") -> None:
-    """Their difference is at most `tolerance` of the length of what is expected."""
+    """Check that the difference is at most `tolerance` times the length of `expected`."""
     assert found.isfinite().all(), name
     assert (found - expected).norm() <= tolerance * expected.norm() + 1e-7, name
 
@@ -143,11 +146,12 @@ TERMS: dict[str, dict[str, Any]] = {
 
 
 class TestGradients:
-    """What each term of the loss pulls, in both players' turns: gradients without the term are taken from those with
-    it, and the rest equals the gradient of the term written out by hand (to 1e-3 of its length)."""
+    """Gradient of each loss term, in the steps of both players. The gradients with a term less those without it must
+    equal the term's gradient written out by hand (to 1e-3 of its length).
+    """
 
     def by_hand(self, stage: VAEStage, batch: dict[str, Tensor], term: str) -> dict[str, Tensor]:
-        """The weighted gradient of one term alone, by parameter of the VAE."""
+        """Return the weighted gradient of one term alone, by parameter of the VAE."""
         network: Any = copy.deepcopy(stage.vae.network).requires_grad_(True)
         for p in network.parameters():
             p.grad = None
@@ -179,7 +183,7 @@ class TestGradients:
         turns = Turns(VAEStage(kit.config(tmp_path, **changes)))
         found = turns.gradients()
         base = {} if term in ("l1", "l2") else Turns(VAEStage(kit.config(tmp_path, **without))).gradients()["vae"]
-        if term == "kl" and not train_encoder:  # nothing that trains has a part in it
+        if term == "kl" and not train_encoder:  # no trainable weight affects it
             assert all(base[k] is None if g is None else torch.equal(g, base[k]) for k, g in found["vae"].items())
             return
         expected = self.by_hand(turns.stage, turns.batch, term)
@@ -188,7 +192,7 @@ class TestGradients:
                 assert gradient is None, name
                 continue
             gradient = gradient - base.get(name, 0)
-            if "to_k.bias" in name:  # of which a softmax takes no notice
+            if "to_k.bias" in name:  # a softmax does not depend on this bias
                 assert gradient.abs().max() < 1e-6, name
             elif term == "kl" and not in_encoder(name):
                 assert not gradient.any(), name
@@ -203,7 +207,7 @@ class TestGradients:
     def test_in_the_discriminators_turn(self, kit: Kit, tmp_path: Path, train_encoder: bool) -> None:
         changes = {"train_encoder": train_encoder, "lpips": kit.lpips, "lpips_weight": 0.1, "disc_weight": 0.5}
         turns = Turns(VAEStage(kit.config(tmp_path, **changes)))
-        turns.gradients(0)  # leaves its reconstruction in the batch
+        turns.gradients(0)  # puts its reconstruction into the batch
         found = turns.gradients(1)
         for part in ("vae", "lpips", "start"):
             assert all(gradient is None for gradient in found.get(part, {}).values()), part
@@ -214,7 +218,7 @@ class TestGradients:
         for name, p in twin.named_parameters():
             gradient = found["discriminator"][name]
             assert gradient is not None, name
-            # the last bias moves both sides alike, which inside both margins cancels
+            # The last bias moves real and fake outputs alike. Within both margins of the hinge loss this cancels.
             assert p.grad.any() or name == "layers.11.bias", name
             assert_near(gradient, p.grad, 1e-3, name)
 
@@ -248,8 +252,10 @@ class TestGradients:
 class TestLoss:
     @pytest.mark.parametrize("whole", [False, True], ids=["decoder", "everything"])
     def test_logged_is_what_latent_diffusion_has_it(self, kit: Kit, tmp_path: Path, whole: bool) -> None:
-        """Each step's line against the checkpoint before it, in diffusers' network, with the loss as Rombach et al.
-        2022 and VQGAN have it: summed over an image's values, KL over its latents. Ours is that over 3 H W. To 1e-4."""
+        """Compare the log of each step with the checkpoint before it, by diffusers' network and the loss of Rombach et
+        al. 2022 and VQGAN, to 1e-4. Theirs is summed over an image's values, and KL over its latents; ours is theirs
+        divided by 3 H W.
+        """
         changes: dict[str, Any] = {"lpips_weight": 0.1, "lpips": kit.lpips, "save_every": 1, "keep_checkpoints": 9}
         if whole:
             changes |= {"reconstruction": "l1", "train_encoder": True, "kl_weight": 2.5, "disc_weight": 0.5}
@@ -292,7 +298,7 @@ class TestLoss:
                 assert line[key] == pytest.approx(value, rel=1e-4, abs=1e-6), (step, key)
 
     def test_latent_diffusions_kl_weight_is_small_beside_the_rest(self, kit: Kit, tmp_path: Path) -> None:
-        """The default, 1e-6 beside a sum over pixels: in a mean over them a hundred nats weigh 3e-8."""
+        """The default of 1e-6 goes with a sum over pixels. In a mean over pixels a hundred nats weigh only 3e-8."""
         settings = {"train_encoder": True, "save_every": 1}
         stage = VAEStage(kit.config(tmp_path, **settings))
         turns = Turns(stage)
@@ -302,7 +308,7 @@ class TestLoss:
 
 
 def test_discriminator_starts_when_it_should(kit: Kit, tmp_path: Path) -> None:
-    """Before disc_start it is in no loss and does not move; its learning rate counts its own steps."""
+    """Before disc_start the discriminator is in no loss and does not move. Its learning rate counts its own steps."""
     config = kit.config(
         tmp_path, max_steps=7, disc_weight=0.5, disc_start=3, lr_scheduler="linear", lr_warmup_steps=2, save_every=1,
         keep_checkpoints=9, learning_rate=1e-2,
@@ -318,11 +324,11 @@ def test_discriminator_starts_when_it_should(kit: Kit, tmp_path: Path) -> None:
         assert plays or line["loss"] == pytest.approx(line["l2"], rel=1e-6)
     for step in (1, 2, 3):
         assert all(torch.equal(saved(tmp_path, step, "discriminator")[name], first[name]) for name in first)
-    moved = saved(tmp_path, 5, "discriminator")  # the first of its steps has a rate of 0, by the warm-up
+    moved = saved(tmp_path, 5, "discriminator")  # its first step has a learning rate of 0 because of the warm-up
     assert not any(torch.equal(moved[name], first[name]) for name in first if name != "layers.11.bias")
     rates = [line["lr"] for line in logged]
-    assert rates == pytest.approx([0, 0.005, 0.01, 0.008, 0.006, 0.004, 0.002])  # of 7 steps, 2 of warm-up
-    assert [line["discriminator/lr"] for line in logged[3:]] == pytest.approx([0, 0.005, 0.01, 0.005])  # of 4
+    assert rates == pytest.approx([0, 0.005, 0.01, 0.008, 0.006, 0.004, 0.002])  # 7 steps with 2 of warm-up
+    assert [line["discriminator/lr"] for line in logged[3:]] == pytest.approx([0, 0.005, 0.01, 0.005])  # 4 steps
 
 
 class TestWhatIsLeftAlone:
@@ -331,7 +337,7 @@ class TestWhatIsLeftAlone:
         before, after = weights(kit.model / "vae"), weights(tmp_path / "result")
         assert before.keys() == after.keys()
         for name in before:
-            # a softmax takes no notice of the key's bias, which AdamW moves by rounding errors alone
+            # A softmax does not depend on the key's bias, so AdamW moves that by rounding errors only.
             assert torch.equal(after[name], before[name]) == in_encoder(name) or "to_k.bias" in name, name
         old, new = (sdkit.VAE.from_pretrained(f, dtype="fp32", device="cpu") for f in (kit.model, tmp_path / "result"))
         assert new.identity == old.identity
@@ -353,7 +359,7 @@ class TestValidation:
         return y
 
     def outside(self, model: Path, files: list[Path]) -> dict[str, float]:
-        """The same numbers through the public VAE, and through diffusers' posterior."""
+        """Measure the same numbers through the public VAE and diffusers' posterior."""
         x = pixels(*files)
         y = self.reconstructed(model, files)
         folder = model / "vae" if (model / "vae").is_dir() else model
@@ -368,7 +374,7 @@ class TestValidation:
         }  # fmt: skip
 
     def test_equals_what_the_public_vae_says_of_the_held_out_images(self, kit: Kit, tmp_path: Path) -> None:
-        """Of two of 40 images, to 1e-4, before and after; psnr in dB."""
+        """Measure two of 40 images before and after training. Numbers must agree to 1e-4; PSNR is in dB."""
         train_vae(kit.config(tmp_path, train_encoder=True, learning_rate=1e-5, lpips=kit.lpips, validate_every=2))
         files = [kit.photos / "010.png", kit.photos / "030.png"]
         found = lines(tmp_path, validation=True)
@@ -381,12 +387,12 @@ class TestValidation:
                 assert line[key] == pytest.approx(value, rel=1e-4), key
             assert line.keys() == expected.keys() | {"step", "seconds", "latent_drift"}
         for step in (0, 2, 3):
-            with Image.open(tmp_path / "samples" / f"step-{step:08}.png") as sheet:  # of two pairs
+            with Image.open(tmp_path / "samples" / f"step-{step:08}.png") as sheet:  # two pairs of images
                 assert min(sheet.size) > 2 * tiny.SIZE
         assert found[0]["psnr"] != found[-1]["psnr"]
 
     def test_statistics_are_those_of_samples(self, kit: Kit, tmp_path: Path) -> None:
-        """Mean and deviation of 4,000 draws of the posterior of each image, through the public VAE: to 1 %."""
+        """To 1 %: mean and deviation of 4,000 draws from the posterior of each image, through the public VAE."""
         train_vae(kit.config(tmp_path, max_steps=1))
         line = lines(tmp_path, validation=True)[0]
         vae = sdkit.VAE.from_pretrained(kit.model, dtype="fp32", device="cpu")
@@ -410,10 +416,11 @@ class TestValidation:
             for name, x in zip(stage.names(samples), batch, strict=True):
                 seen.setdefault(name, []).append(x)
         assert seen.keys() == {f"{i:03}.png" for i in range(40)} - {"010.png", "030.png"}
-        assert {torch.equal(first, second) for first, second in seen.values()} == {True, False}  # flipped anew
+        # Flips differ between the epochs.
+        assert {torch.equal(first, second) for first, second in seen.values()} == {True, False}
 
     def test_images_of_ones_own(self, kit: Kit, tmp_path: Path) -> None:
-        """All of the data train, and of the other folder the first 64 validate."""
+        """With a validation folder, all of the data are trained on, and the first 64 images of that folder validate."""
         own = tiny.photos(tmp_path / "own", 66)
         config = kit.config(tmp_path / "run", max_steps=1, validation_data=own)
         stage = VAEStage(config)
@@ -426,7 +433,9 @@ class TestValidation:
             assert found[key] == pytest.approx(expected[key], rel=1e-4), key
 
     def test_drift(self, kit: Kit, tmp_path: Path) -> None:
-        """0 at first, then growing, to what the result's latents of the held-out images say; warned of above 0.1."""
+        """Drift starts at 0, grows to that of the result's latents of the held-out images, and gives a warning above
+        0.1.
+        """
         settings = {"train_encoder": True, "max_steps": 6, "validate_every": 2, "ema_decay": 0.0}
         with pytest.warns(UserWarning, match="latents have moved") as warned:
             train_vae(kit.config(tmp_path, learning_rate=3e-4, **settings))
@@ -470,7 +479,7 @@ class TestFromNothing:
         assert scale == pytest.approx(validated[-1]["recommended_scale"], rel=1e-6)
         vae = sdkit.VAE.from_pretrained(tmp_path / "result", dtype="fp32", device="cpu")
         z = vae.encode([kit.photos / f"{i:03}.png" for i in range(40)], seed=0)
-        assert float(z.std()) == pytest.approx(1, abs=0.1)  # two images have said so for all
+        assert float(z.std()) == pytest.approx(1, abs=0.1)  # statistics of two images hold for all
         before, after = weights(kit.model / "vae"), weights(tmp_path / "result")
         assert not any(torch.equal(after[name], before[name]) for name in before if "norm" not in name)
 
@@ -521,7 +530,7 @@ class TestResult:
 def test_a_broken_image_is_left_out_and_named(kit: Kit, tmp_path: Path) -> None:
     data = tiny.photos(tmp_path / "photos", 24)
     (data / "003.png").write_bytes(b"no image")
-    (data / "012.png").write_bytes((data / "012.png").read_bytes()[:60])  # the one that is held out
+    (data / "012.png").write_bytes((data / "012.png").read_bytes()[:60])  # this image is held out
     with pytest.warns(UserWarning, match=r"^0(03|12)\.png is skipped: .*") as warned:
         train_vae(kit.config(tmp_path / "run", data=data, batch_size=12, max_steps=4))
     assert sorted(str(one.message)[:7] for one in warned) == ["003.png", "012.png"]
@@ -533,7 +542,7 @@ def test_a_broken_image_is_left_out_and_named(kit: Kit, tmp_path: Path) -> None:
 
 class TestPrecision:
     def test_bf16_keeps_weights_in_float32_and_the_losses(self, kit: Kit, tmp_path: Path) -> None:
-        """To 2 %, of five steps with every term."""
+        """Losses of five steps with every term must agree to 2 %."""
         settings = {
             "max_steps": 5, "train_encoder": True, "lpips_weight": 0.1, "lpips": kit.lpips, "disc_weight": 0.2,
             "learning_rate": 1e-4,
@@ -552,11 +561,13 @@ class TestPrecision:
                     assert kinds == {torch.float32}, file
             losses.append([line["loss"] for line in lines(tmp_path / precision)])
         assert losses[1] == pytest.approx(losses[0], rel=0.02)
-        assert losses[1] != pytest.approx(losses[0], rel=1e-6)  # it was in another precision
+        assert losses[1] != pytest.approx(losses[0], rel=1e-6)  # it did run in another precision
         assert lines(tmp_path / "bf16", validation=True)[0]["latent_drift"] == 0
 
     def test_lpips_in_bf16_teaches_the_decoder_the_same(self, kit: Kit, tmp_path: Path, chelsea: Image.Image) -> None:
-        """Real weights, the embedded model's VAE, a cat: cosine of the gradients of the decoder's weights."""
+        """Cosine between the gradients of the decoder's weights in bf16 and float32, with real LPIPS weights, the
+        embedded model's VAE, and a photo of a cat.
+        """
         weights = shared_data.lpips_weights()
         config = kit.config(tmp_path, model="emoji", lpips=weights, lpips_weight=1.0, mixed_precision="bf16")
         stage = VAEStage(config)
@@ -584,7 +595,9 @@ GOLDEN = {
 
 
 class TestGolden:
-    """Ten steps in float32 on one thread, to 1e-3: what changes these numbers changes what is learnt."""
+    """Golden losses of ten steps in float32 on one thread, to 1e-3. A change in these numbers is a change in what is
+    learned.
+    """
 
     def losses(self, kit: Kit, out: Path, **changes: Any) -> list[dict[str, float]]:
         threads = torch.get_num_threads()

@@ -1,1 +1,1 @@
-"""The latent cache: posteriors and token ids of a data set, computed once."""
+"""Latent cache: the posterior moments and token ids of a data set, computed once before training."""

@@ -1,4 +1,4 @@
-"""What a latent cache is made of and with: manifest.json, beside its shards."""
+"""Manifest of a latent cache: manifest.json beside the shards, with the cache's settings and the files' checksums."""
 
 from __future__ import annotations
 
@@ -12,51 +12,59 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, TypeVar
 
+from sdkit.atomic import atomic_write
 from sdkit.errors import CacheError
-from sdkit.files import atomic_write, reason
 from sdkit.loading.fingerprint import weights_fingerprint
-from sdkit.messages import clean
+from sdkit.messages import clean, reason
 from sdkit.networks.text_encoder import TextEncoder
 from sdkit.strict_json import read_object, require
 
-NAME = "manifest.json"
+MANIFEST_FILE = "manifest.json"
 FORMAT = "sdkit.cache"
 FORMAT_VERSION = 2
-"""Since version 2 the manifest has a checksum of itself."""
+"""Version of the format. Since version 2, the manifest holds a checksum of itself."""
 LARGEST = 2**29
-"""Bytes of the largest manifest that is read: one that names two million skipped images."""
+"""Bytes of the largest manifest that is read. It could name two million skipped images."""
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """All that the content of a cache depends on."""
+    """All settings that the content of a cache depends on.
+
+    Attributes:
+        vae: fingerprint of the VAE; see `VAE.identity`.
+        scale: scale of the VAE's latents. The stored moments are not scaled.
+        shift: shift of the VAE's latents.
+        factor: pixels per latent along each axis.
+        text: fingerprint of the text encoder; see `text_identity`.
+        tokenizer: fingerprint of the tokenizer; see `tokenizer_identity`.
+        embeddings: whether the text encoder's last hidden states are stored.
+        size: (height, width) of the images in pixels.
+        crop: see `Transform`.
+        flip: see `Transform`.
+        augmentations: number of augmentations of each image.
+        seed: seed of the augmentations.
+        dtype: dtype that the VAE computed in.
+        data: fingerprint of the data; see `Examples.identity`.
+        shard_size: examples in a shard; those that cannot be used count.
+    """
 
     vae: str
-    """`VAE.identity`."""
     scale: float
     shift: float
     factor: int
     text: str
-    """`text_identity`."""
     tokenizer: str
-    """`tokenizer_identity`."""
     embeddings: bool
-    """Whether the text encoder's last hidden states are stored."""
     size: tuple[int, int]
-    """(height, width) of the images in pixels."""
     crop: str
     flip: bool
     augmentations: int
-    """Of each image."""
     seed: int
-    """Of the augmentations."""
     dtype: str
-    """What the VAE computed in."""
     data: str
-    """`Examples.identity`."""
     shard_size: int
-    """Examples of a shard, broken ones among them."""
 
 
 WORDS = {
@@ -65,11 +73,19 @@ WORDS = {
     "tokenizer": "the tokenizer",
     "data": "the data (names, captions, file sizes)",
 }
+"""Setting -> its name in messages, where that differs."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shard:
-    """One file of a cache."""
+    """A file of a cache.
+
+    Attributes:
+        file: name of the file.
+        items: number of items in it; see `Manifest`.
+        bytes: size of the file.
+        sha256: checksum of the file.
+    """
 
     file: str
     items: int
@@ -79,7 +95,7 @@ class Shard:
 
 @dataclass(frozen=True, kw_only=True)
 class Skipped:
-    """An image that could not be used."""
+    """An image that could not be used, and the reason."""
 
     name: str
     reason: str
@@ -87,25 +103,33 @@ class Skipped:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """The whole of manifest.json."""
+    """The content of manifest.json.
+
+    Attributes:
+        settings: settings that the cache depends on.
+        sdkit: version of sdkit that made the cache.
+        model: name of the model (and VAE), for people.
+        source: path or id of the data set, for people.
+        complete: whether the cache is finished. The fields below are only filled then.
+        examples: images in the data set.
+        images: images in the cache.
+        items: length of the cache: `images` times `augmentations`.
+        skipped: images that could not be used.
+        shards: the files with the items, in order.
+        empty: the file with the token ids (and embeddings) of the empty prompt; it holds no items.
+    """
 
     settings: Settings
     sdkit: str
-    """Version that made it."""
     model: str
-    """What VAE and text encoder were loaded from, and `source` what the images were: for people."""
     source: str
     complete: bool = False
     examples: int = 0
-    """Images with captions that the data held."""
     images: int = 0
-    """Those of them that are in the cache."""
     items: int = 0
-    """`images` times `augmentations`: the length of the cache."""
     skipped: tuple[Skipped, ...] = ()
     shards: tuple[Shard, ...] = ()
     empty: Shard | None = None
-    """The file of the empty prompt's token ids (and embeddings), without items."""
 
     @property
     def files(self) -> tuple[Shard, ...]:
@@ -114,20 +138,20 @@ class Manifest:
 
     @property
     def identity(self) -> str:
-        """SHA-256 over the checksums of all files; 16 hexadecimal digits."""
+        """Fingerprint of the cache: SHA-256 over the checksums of all files; 16 hex digits."""
         return hashlib.sha256("".join(one.sha256 for one in self.files).encode()).hexdigest()[:16]
 
     def write(self, folder: Path) -> None:
-        """Write it as `folder`/manifest.json, whole or not at all."""
+        """Write `folder`/manifest.json, atomically."""
         content = {"format": FORMAT, "format_version": FORMAT_VERSION} | asdict(self)
         text = json.dumps(content | {"checksum": _checksum(content)}, indent=1, ensure_ascii=False) + "\n"
-        with atomic_write(folder / NAME) as temporary:
+        with atomic_write(folder / MANIFEST_FILE) as temporary:
             temporary.write_text(text, encoding="utf-8")
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
-        """The manifest of a cache, complete or not. Raises `CacheError` where there is none, or a damaged one."""
-        path = folder / NAME
+        """Read the manifest of a cache, complete or not. Raises `CacheError` if it is missing or damaged."""
+        path = folder / MANIFEST_FILE
         try:
             content = read_object(path, LARGEST)
             if content.get("format") != FORMAT:
@@ -149,7 +173,11 @@ def _checksum(content: Mapping[str, Any]) -> str:
 
 
 def _parsed(content: dict[str, Any]) -> Manifest:
-    """Raises `ValueError`, a predicate, where something is missing, of another type, or contradicts something else."""
+    """Build a manifest from its JSON.
+
+    Raises:
+        ValueError: if a field is missing, has another type, or contradicts another. The message is a predicate.
+    """
     if content["format_version"] > 1:
         require(content, {"checksum": str})
         if content.pop("checksum") != _checksum(content):
@@ -169,10 +197,11 @@ def _parsed(content: dict[str, Any]) -> Manifest:
 
 
 KINDS: dict[str, Any] = {"str": str, "int": int, "float": float, "bool": bool}
-"""Annotation -> type, for the fields that JSON holds as they are. The others are checked before."""
+"""Annotation -> type, for fields of plain JSON types. Other fields are checked before `_built`."""
 
 
 def _built(cls: type[T], given: Any) -> T:
+    """Build a dataclass from a JSON object. Raises `ValueError` if a field is missing, unknown, or of another type."""
     if not isinstance(given, dict):
         raise ValueError(f"holds something else in place of a {cls.__name__.lower()}")
     known = {field.name: field for field in fields(cls)}  # type: ignore[arg-type]
@@ -184,11 +213,12 @@ def _built(cls: type[T], given: Any) -> T:
 
 
 def skipped_from(given: list[Any]) -> tuple[Skipped, ...]:
-    """The skipped images that JSON holds. Raises `ValueError` for anything else."""
+    """Build the skipped images from JSON. Raises `ValueError` for anything else."""
     return tuple(_built(Skipped, one) for one in given)
 
 
 def _check(manifest: Manifest) -> None:
+    """Raise `ValueError` if values are impossible or contradict one another."""
     made = manifest.settings
     finite = math.isfinite(made.scale) and math.isfinite(made.shift)
     if not finite or made.scale <= 0 or min(made.factor, made.augmentations, made.shard_size) < 1:
@@ -209,7 +239,7 @@ def _check(manifest: Manifest) -> None:
 
 
 def difference(made: Settings, wanted: dict[str, Any]) -> str | None:
-    """The first of the settings that is not as wanted, in words."""
+    """Describe the first setting that differs from `wanted`; None if all are equal."""
     for name, want in wanted.items():
         have = getattr(made, name)
         if have != want:
@@ -224,12 +254,12 @@ def _shown(value: Any) -> str:
 
 
 def text_identity(text: TextEncoder) -> str:
-    """Fingerprint of a text encoder's weights, as `VAE.identity` is one of a VAE's."""
+    """Return the fingerprint of a text encoder's weights."""
     return weights_fingerprint(text.network)
 
 
 def tokenizer_identity(text: TextEncoder) -> str:
-    """SHA-256 over the vocabulary and the special tokens; 16 hexadecimal digits."""
+    """Return the fingerprint of a tokenizer: SHA-256 over vocabulary and special tokens; 16 hex digits."""
     tokenizer = text.tokenizer
     special = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, text.length]
     return hashlib.sha256(json.dumps([special, sorted(tokenizer.get_vocab().items())]).encode()).hexdigest()[:16]

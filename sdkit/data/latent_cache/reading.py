@@ -1,4 +1,4 @@
-"""Reading a latent cache: random access to moments, token ids and embeddings, none of it read before it is wanted."""
+"""Reading a latent cache: random access to moments, token ids, and embeddings in memory-mapped shards."""
 
 from __future__ import annotations
 
@@ -19,30 +19,51 @@ from sdkit.errors import CacheError
 from sdkit.files import expanded, sha256, status
 
 AGAIN = "run the same sdkit cache command again, which makes what is missing"
+"""Remedy in messages."""
 
 
 class Prompt(TypedDict):
-    """A caption as the text encoder takes it, in k chunks."""
+    """A caption in k chunks of tokens.
 
-    ids: Tensor  # (k, 77), int64
-    embeddings: Tensor | None  # (77 k, D), float32
+    Attributes:
+        ids: token ids (k, 77), int64.
+        embeddings: last hidden states of the text encoder (77 k, D), float32; None if the cache has none.
+    """
+
+    ids: Tensor
+    embeddings: Tensor | None
 
 
 class Item(Prompt):
-    """One augmentation of one image."""
+    """One augmentation of one image, and its caption.
 
-    mean: Tensor  # (4, H/8, W/8), float32, raw: not scaled
-    logvar: Tensor  # the same
+    Attributes:
+        mean: mean of the posterior (4, H/8, W/8), float32, not scaled.
+        logvar: log-variance of the posterior (4, H/8, W/8), float32, not scaled.
+        name: name of the example.
+        index: index of the example in its data set.
+        augmentation: number of the augmentation, from 0.
+    """
+
+    mean: Tensor
+    logvar: Tensor
     name: str
-    index: int  # of the example in its data set
+    index: int
     augmentation: int
 
 
 class LatentCache:
-    """The posterior moments and token ids that `sdkit.data.cache` wrote: `cache[i]` of `len(cache)` items.
+    """A sequence of items with the posterior moments and token ids that `sdkit.data.cache` wrote.
 
-    Item i is augmentation i % a of the (i // a)-th usable image, in the data's own order. Shards are memory-mapped:
-    what is not asked for is not read. Raises `CacheError` where there is no whole cache.
+    With a augmentations of each image, item i is augmentation i % a of the (i // a)-th usable image, in the order of
+    the data. Shards are memory-mapped, so that only the items that are used are read.
+
+    Attributes:
+        path: folder of the cache.
+        manifest: the content of its manifest.json.
+
+    Raises:
+        CacheError: if there is no cache, or it is not finished or damaged.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -57,10 +78,10 @@ class LatentCache:
             )
         self._ends = list(accumulate(shard.items for shard in self.manifest.shards))
         self._opened: dict[str, ShardFile] = {}
-        self._lengths: dict[str, int] = {}  # of the axes that depend on the networks, once a shard was opened
+        self._lengths: dict[str, int] = {}  # axes whose lengths depend on the networks; known once a shard is open
 
     def __reduce__(self) -> tuple[type[LatentCache], tuple[Path]]:
-        return LatentCache, (self.path,)  # mapped files do not travel to other processes
+        return LatentCache, (self.path,)  # mapped files cannot be pickled; another process opens them again
 
     def __len__(self) -> int:
         return self.manifest.items
@@ -91,8 +112,8 @@ class LatentCache:
 
     @property
     def empty(self) -> Prompt:
-        """The empty prompt, in one chunk: what dropped captions become."""
-        assert self.manifest.empty  # of every complete manifest
+        """The empty prompt, in one chunk. It replaces captions that are dropped."""
+        assert self.manifest.empty  # every complete manifest has it
         with _raised_as_cache_error(self.path / self.manifest.empty.file):
             return _prompt(self._shard(self.manifest.empty), 0)
 
@@ -107,11 +128,18 @@ class LatentCache:
         text: str | None = None,
         transform: Transform | None = None,
     ) -> None:
-        """Raise `CacheError` where the cache was not made for what a run is to train; None is not compared.
+        """Raise `CacheError` if the cache was made with other networks or settings than a run has.
 
-        vae, scale, shift, factor: of the `VAE`: its `identity`, and so on.
-        tokenizer, text: see `sdkit.data.latent_cache.manifest`; `text` matters to a cache with embeddings only.
-        transform: as the run would do it.
+        Arguments that are None are not compared.
+
+        Args:
+            vae: fingerprint of the run's VAE; see `VAE.identity`.
+            scale: scale of that VAE.
+            shift: shift of that VAE.
+            factor: pixels per latent of that VAE.
+            tokenizer: fingerprint of the run's tokenizer; see `tokenizer_identity`.
+            text: fingerprint of the run's text encoder; see `text_identity`. Ignored if the cache has no embeddings.
+            transform: the run's resizing and cropping.
         """
         made = self.manifest.settings
         wanted: dict[str, Any] = {
@@ -127,7 +155,7 @@ class LatentCache:
             )
 
     def verify(self) -> None:
-        """Read the whole cache. Raises `CacheError`, naming the files whose checksums are wrong."""
+        """Read the whole cache. Raises `CacheError` with the names of files whose checksums are wrong."""
         if damaged := damaged_files(self.path, self.manifest):
             raise CacheError(
                 f"{', '.join(damaged)} of the cache {self.path} "
@@ -152,7 +180,7 @@ def _prompt(shard: ShardFile, row: int) -> Prompt:
 
 @contextlib.contextmanager
 def _raised_as_cache_error(path: Path) -> Iterator[None]:
-    """Raise `CacheError` for what is wrong with the file of a cache."""
+    """Raise errors of reading the file of a cache as `CacheError`."""
     try:
         yield
     except OSError as error:
@@ -162,7 +190,7 @@ def _raised_as_cache_error(path: Path) -> Iterator[None]:
 
 
 def missing_files(folder: Path, manifest: Manifest) -> list[Shard]:
-    """Files of the manifest that are missing, or not of their size. Raises `CacheError` where that cannot be known."""
+    """Return the files that are missing or have another size. Raises `CacheError` if one cannot be examined."""
 
     def whole(one: Shard) -> bool:
         try:
@@ -176,8 +204,7 @@ def missing_files(folder: Path, manifest: Manifest) -> list[Shard]:
 
 
 def damaged_files(folder: Path, manifest: Manifest) -> list[str]:
-    """Names of the manifest's files that are missing, or whose checksums are wrong. Raises `CacheError` for one that
-    cannot be read."""
+    """Return the names of files that are missing or have a wrong checksum. Raises `CacheError` if one is unreadable."""
     missing = missing_files(folder, manifest)
 
     def whole(one: Shard) -> bool:

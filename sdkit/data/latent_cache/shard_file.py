@@ -1,15 +1,16 @@
-"""The shards of a latent cache, as files: saved, opened, and checked.
+"""Files of the shards of a latent cache: saved, opened, and checked.
 
-A shard is a safetensors file of N images in A augmentations:
+A shard is a safetensors file of N images with A augmentations each:
 
     mean, logvar          (N, A, C, H/8, W/8) float16   raw moments of the posterior
-    index                 (N,) int64                    of the example in its data set, ascending
+    index                 (N,) int64                    index of the example in its data set, ascending
     ids, ids_ends         (K, 77) int32, (N,) int64     token ids; image n's chunks end at ids_ends[n]
-    embeddings            (K, 77, D) float16            last hidden states of the text encoder, where asked for
-    names, names_ends     (bytes,) uint8, (N,) int64    UTF-8
+    embeddings            (K, 77, D) float16            last hidden states of the text encoder, optional
+    names, names_ends     (bytes,) uint8, (N,) int64    UTF-8; image n's name ends at names_ends[n]
 
-Its one metadata key holds JSON: what made it, and which images it lacks because they could not be used. The file of the
-empty prompt holds ids, ids_ends, and embeddings alone. The `ValueError`s of this module are predicates.
+Its only metadata key holds JSON: a checksum of the cache's settings, and the images that could not be used. The file of
+the empty prompt holds only ids, ids_ends, and embeddings. The message of each `ValueError` of this module is a
+predicate; the caller puts the file's name before it.
 """
 
 from __future__ import annotations
@@ -25,13 +26,15 @@ from typing import Any
 import safetensors.torch
 from torch import Tensor
 
+from sdkit.atomic import atomic_write
 from sdkit.data.latent_cache.manifest import Settings, Skipped, skipped_from
 from sdkit.errors import CacheError
-from sdkit.files import atomic_write, reason
+from sdkit.messages import reason
 from sdkit.strict_json import parse_object, require
 from sdkit.tensor_files import open_mapped
 
-HEADER = "sdkit"  # the only key of a shard's metadata: safetensors would write several in any order
+HEADER = "sdkit"
+"""The only key of a shard's metadata. Safetensors writes several keys in random order, which changes the checksum."""
 LAYOUT = {
     "mean": ("F16", "NACHW"),
     "logvar": ("F16", "NACHW"),
@@ -42,12 +45,13 @@ LAYOUT = {
     "ids_ends": ("I64", "N"),
     "embeddings": ("F16", "KLD"),
 }
-"""Each tensor's type and axes; an axis has the same length in all tensors."""
+"""Tensor -> its type and axes. An axis has the same length in all tensors."""
 PROMPT = ("ids", "ids_ends", "embeddings")
+"""Tensors in the file of the empty prompt."""
 
 
 def shard_file(number: int) -> str:
-    """Name of the shard with this number."""
+    """Return the file name of a shard."""
     return f"shard-{number:05}.safetensors"
 
 
@@ -56,7 +60,7 @@ def _digest(settings: Settings) -> str:
 
 
 def save(path: Path, tensors: dict[str, Tensor], skipped: Sequence[Skipped], settings: Settings) -> None:
-    """Write a shard, whole or not at all; its header names what was skipped, and what made it."""
+    """Write a shard, atomically. Its header names the skipped images, and identifies the settings."""
     header = json.dumps({"settings": _digest(settings), "skipped": [asdict(one) for one in skipped]})
     encoded = safetensors.torch.save({name: x.contiguous() for name, x in tensors.items()}, {HEADER: header})
     with atomic_write(path) as temporary:
@@ -64,18 +68,29 @@ def save(path: Path, tensors: dict[str, Tensor], skipped: Sequence[Skipped], set
 
 
 def unreadable(path: Path, error: OSError) -> CacheError:
-    """The error for a file of a cache that may be whole, but that the system does not let us read."""
+    """Make the error for a file that the system cannot read, though it may be undamaged."""
     return CacheError(f"cannot read {path}: {reason(error)}; check the disk and its permissions.")
 
 
 class ShardFile:
-    """A shard that was opened: mapped into memory, so that what is not asked for is not read.
+    """An opened shard, mapped into memory, so that only the entries that are used are read.
 
-    Its layout is checked here, its numbers when they are read. Raises `OSError` where it cannot be read, and, here and
-    below, `ValueError` where it is damaged, or was made with other settings.
+    The layout is checked at once, and the numbers when they are read.
 
-    lengths: of axes in `LAYOUT` that are known: C, L, and D depend on the networks.
-    Attributes: `images`, how many it holds; `skipped`, the others; `lengths`, of all its axes.
+    Args:
+        path: the file.
+        settings: settings of the cache.
+        lengths: known lengths of axes in `LAYOUT`. C, L, and D depend on the networks.
+        prompt_only: whether the file is that of the empty prompt.
+
+    Attributes:
+        images: number of images in it.
+        skipped: images that could not be used.
+        lengths: lengths of all its axes.
+
+    Raises:
+        OSError: if the file cannot be read.
+        ValueError: if it is damaged or was made with other settings; methods raise it for damaged numbers.
     """
 
     def __init__(
@@ -98,7 +113,7 @@ class ShardFile:
         self.images = 0 if prompt_only else self.lengths["N"]
 
     def _checked(self, name: str, file: Any) -> Any:
-        if name not in file.keys():  # noqa: SIM118 - it is no dict
+        if name not in file.keys():  # noqa: SIM118 - not a dict, so `in` does not work
             raise ValueError(f"lacks the tensor {name!r}")
         dtype, axes = LAYOUT[name]
         part = file.get_slice(name)
@@ -111,15 +126,15 @@ class ShardFile:
         return part
 
     def has(self, name: str) -> bool:
-        """Whether the tensor is there; embeddings may not be."""
+        """Tell whether the shard has this tensor; embeddings are optional."""
         return name in self._tensors
 
     def get(self, name: str, *at: int) -> Tensor:
-        """A copy of one entry of a tensor: the rest of it is not touched."""
+        """Return a copy of one entry of a tensor. The rest is not read."""
         return self._sound(name, self._tensors[name][at])
 
     def ragged(self, name: str, row: int, ends: str | None = None) -> Tensor:
-        """A copy of the entries of a tensor that belong to `row`, of which each row has its own number."""
+        """Return a copy of the entries of `row` in a tensor whose rows differ in length."""
         limits = self._tensors[f"{ends or name}_ends"]
         start, end = int(limits[row - 1]) if row else 0, int(limits[row])
         if not 0 <= start <= end <= self._tensors[name].get_shape()[0] or (start == end and name != "names"):
@@ -127,23 +142,28 @@ class ShardFile:
         return self._sound(name, self._tensors[name][start:end])
 
     def name(self, row: int) -> str:
-        """Name of an image."""
+        """Return the name of the image in `row`."""
         try:
             return bytes(self.ragged("names", row).tolist()).decode()
         except UnicodeDecodeError as error:
             raise ValueError(f"is damaged: the name of row {row} is not UTF-8") from error
 
     def _sound(self, name: str, part: Tensor) -> Tensor:
+        """Return a copy in memory. Raises `ValueError` if it holds NaN, infinity, or negative integers."""
         copy = part.clone()
         if not copy.isfinite().all() if copy.is_floating_point() else bool((copy < 0).any()):
             raise ValueError(f"is damaged: {name!r} holds impossible numbers")
         return copy
 
     def check(self, vocabulary: int, first: int = 0) -> None:
-        """Read all of it.
+        """Read the whole shard.
 
-        Raises `ValueError` where its numbers contradict one another, or cannot be of a shard whose first example is
-        number `first`, or of a text encoder with so many tokens in its vocabulary.
+        Args:
+            vocabulary: number of tokens in the text encoder's vocabulary.
+            first: index of the shard's first example in the data set.
+
+        Raises:
+            ValueError: if numbers are impossible or contradict one another.
         """
         for name, part in self._tensors.items():
             whole = self._sound(name, part[:])
@@ -163,5 +183,5 @@ class ShardFile:
 
     @property
     def examples(self) -> int:
-        """Number of the data set's examples that it stands for."""
+        """Number of examples that the shard covers, including those that could not be used."""
         return self.images + len(self.skipped)

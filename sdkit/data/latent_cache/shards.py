@@ -1,4 +1,4 @@
-"""Making the shards of a latent cache: their tensors, out of images and captions."""
+"""Encoding of images and captions into the tensors of a latent cache's shards."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sdkit.data.examples import Example
+from sdkit.data.example import Example
 from sdkit.data.latent_cache.manifest import Settings, Skipped
 from sdkit.data.latent_cache.shard_file import ShardFile, unreadable
 from sdkit.data.transform import Transform, draw
@@ -24,14 +24,23 @@ from sdkit.prefetch import ahead
 
 @dataclass(frozen=True)
 class _Loaded:
+    """An example after reading its image.
+
+    Attributes:
+        index: index of the example in its data set.
+        example: the example, without its encoded image.
+        pixels: (3, H, W) for each augmentation; empty if the image cannot be used.
+        reason: the reason, if the image cannot be used.
+    """
+
     index: int
     example: Example
-    pixels: list[Tensor]  # (3, H, W), one for each augmentation; none where the image cannot be used
+    pixels: list[Tensor]
     reason: str = ""
 
 
 class ShardEncoder:
-    """Makes the tensors of a shard."""
+    """Encodes examples into the tensors of a shard."""
 
     def __init__(
         self, vae: VAE, text: TextEncoder, transform: Transform, settings: Settings, pool: ThreadPoolExecutor,
@@ -44,9 +53,16 @@ class ShardEncoder:
         self.images_at_once = -(-fitting // settings.augmentations)
 
     def made(self, path: Path, first: int = 0, count: int | None = None, *, prompt_only: bool = False) -> bool:
-        """Whether `path` is a whole shard already, of `count` examples from number `first` on; None: of any count.
+        """Tell whether `path` already holds an undamaged shard of this cache. Reads the whole file.
 
-        Reads all of it. Raises `CacheError` where it cannot be read.
+        Args:
+            path: file of the shard.
+            first: index of its first example.
+            count: number of its examples; None accepts any number.
+            prompt_only: whether it is the file of the empty prompt.
+
+        Raises:
+            CacheError: if the file cannot be read.
         """
         lengths = {"C": self.vae.channels, "L": self.text.length}
         lengths |= {"D": self.text.width} if self.settings.embeddings else {}
@@ -62,11 +78,11 @@ class ShardEncoder:
         return count is None or shard.examples == count
 
     def shard(self, rows: Iterable[tuple[int, Example]]) -> tuple[dict[str, Tensor], list[Skipped]]:
-        """Tensors of the examples that can be used, and the others."""
+        """Return the tensors of the examples that can be used, and the names of the skipped ones."""
         height, width = (side // self.vae.factor for side in self.settings.size)
         shape = (0, self.settings.augmentations, self.vae.channels, height, width)
         moments = [torch.empty(2, *shape, dtype=torch.float16)]
-        kept: list[_Loaded] = []
+        encoded: list[_Loaded] = []
         skipped: list[_Loaded] = []
         loaded = iter(ahead(self.pool, self._load, rows, 2 * self.images_at_once))
         while batch := list(islice(loaded, self.images_at_once)):
@@ -75,14 +91,14 @@ class ShardEncoder:
             if usable:
                 both, finite = self._moments([x for one in usable for x in one.pixels], shape[1:])
                 moments.append(both[:, finite])
-                kept += [replace(one, pixels=[]) for one, good in zip(usable, finite, strict=True) if good]
+                encoded += [replace(one, pixels=[]) for one, good in zip(usable, finite, strict=True) if good]
                 reason = "the VAE gives numbers that are not finite for it."
                 skipped += [replace(one, reason=reason) for one, good in zip(usable, finite, strict=True) if not good]
         mean, logvar = torch.cat(moments, dim=1)
-        names, name_ends = _packed([one.example.name for one in kept])
+        names, name_ends = _packed([one.example.name for one in encoded])
         tensors = {"mean": mean, "logvar": logvar, "names": names, "names_ends": name_ends}
-        tensors["index"] = torch.tensor([one.index for one in kept], dtype=torch.int64)
-        tensors |= self.prompts([one.example.caption for one in kept])
+        tensors["index"] = torch.tensor([one.index for one in encoded], dtype=torch.int64)
+        tensors |= self.prompts([one.example.caption for one in encoded])
         skipped.sort(key=lambda one: one.index)
         reasons = [Skipped(name=encodable(one.example.name), reason=encodable(one.reason)) for one in skipped]
         return tensors, reasons
@@ -98,13 +114,13 @@ class ShardEncoder:
             return _Loaded(index, replace(example, data=None), [], str(error))
 
     def _moments(self, pixels: list[Tensor], shape: tuple[int, ...]) -> tuple[Tensor, list[bool]]:
-        """Mean and logvar (2, n, a, 4, H/8, W/8), float16, of n images, and whether those of each are finite."""
+        """Return mean and logvar (2, n, a, 4, H/8, W/8), float16, of n images, and whether each image's are finite."""
         means, logvars = self.vae.moments(pixels, batch_size=self.batch_size)
         both = torch.stack([means, logvars]).half().unflatten(1, (-1, shape[0]))
         return both, both.isfinite().all(dim=0).flatten(1).all(dim=1).tolist()
 
     def prompts(self, captions: list[str]) -> dict[str, Tensor]:
-        """Token ids (K, 77), int32, of the chunks of all captions; where each caption's end; their embeddings."""
+        """Return the token ids (K, 77) of all captions' chunks, where each caption ends, and any embeddings."""
         rows = [self.text.tokenize(caption)[0][0] for caption in captions]  # (k, 77) each
         ids = torch.cat([torch.empty(0, self.text.length, dtype=torch.int64), *rows])
         ends = torch.tensor([len(row) for row in rows], dtype=torch.int64).cumsum(0)
@@ -118,7 +134,7 @@ class ShardEncoder:
 
 
 def _packed(names: list[str]) -> tuple[Tensor, Tensor]:
-    """Names as UTF-8 in one tensor, and where each ends."""
+    """Return the names as UTF-8 bytes in one tensor, and where each name ends."""
     encoded = [encodable(name).encode() for name in names]
     ends = torch.tensor([len(one) for one in encoded], dtype=torch.int64).cumsum(0)
     return torch.tensor(list(b"".join(encoded)), dtype=torch.uint8), ends

@@ -1,8 +1,8 @@
-"""Writing a latent cache: every image through the VAE once, every caption through the tokenizer.
+"""Writing a latent cache: each image is encoded by the VAE once, and each caption by the tokenizer.
 
-Its content depends on `Settings` alone: not on how many processes made it, nor on how often it was interrupted (to the
-bit on one kind of device, with as many threads a process; else to rounding). A shard holds `shard_size` successive
-examples; process r of n makes every n-th from the r-th. A shard that is there is whole.
+The content depends only on `Settings`, not on the number of processes or on interruptions. It is bit-identical on the
+same kind of device with the same number of threads per process, and otherwise equal up to rounding. A shard holds
+`shard_size` successive examples; process r of n makes shards r, r + n, r + 2n, and so on. Each is written atomically.
 """
 
 from __future__ import annotations
@@ -24,24 +24,38 @@ import torch
 
 from sdkit import __version__
 from sdkit.arguments import whole_number
-from sdkit.data.examples import Example, Examples, Stream, open_examples, warn_of_captions
-from sdkit.data.latent_cache import manifest as manifests
-from sdkit.data.latent_cache.manifest import Manifest, Settings, Shard, Skipped, difference
+from sdkit.atomic import TEMPORARY, remove_leftovers
+from sdkit.data.example import Example
+from sdkit.data.examples import Examples, Stream, warn_of_captions
+from sdkit.data.latent_cache.manifest import (
+    MANIFEST_FILE,
+    Manifest,
+    Settings,
+    Shard,
+    Skipped,
+    difference,
+    text_identity,
+    tokenizer_identity,
+)
 from sdkit.data.latent_cache.reading import damaged_files
 from sdkit.data.latent_cache.shard_file import ShardFile, save, shard_file
 from sdkit.data.latent_cache.shards import ShardEncoder
+from sdkit.data.sources import open_examples
 from sdkit.data.transform import Transform, sides
 from sdkit.engines.device import resolve_device, resolve_dtype
 from sdkit.errors import ArgumentError, CacheError, DataError, SdkitError
-from sdkit.files import TEMPORARY, check_name, encodable, expanded, reason, remove_leftovers, sha256
+from sdkit.files import check_name, encodable, expanded, sha256
 from sdkit.loading.place import SourceName
 from sdkit.loading.source import Source
+from sdkit.messages import reason
 from sdkit.networks.autoencoder import VAE
 from sdkit.networks.text_encoder import TextEncoder
 from sdkit.progress import progress
 
 EMPTY = "empty-prompt.safetensors"
+"""Name of the file of the empty prompt."""
 LOCK = ".lock"
+"""Name of the file that is locked while a cache is being made."""
 
 
 def cache(
@@ -68,26 +82,44 @@ def cache(
     shard_size: int = 1024,
     vae: SourceName | None = None,
 ) -> Path:
-    """Encode images and captions once, for training: into the folder `out`, which `LatentCache` reads.
+    """Encode images and captions once before training, into a folder that `LatentCache` reads.
 
-    What is stored is the posterior's mean and log-variance (float16), raw, so that training draws a new sample each
-    time, and the captions' token ids. An image that cannot be read is skipped and named in manifest.json. The same call
-    again goes on where an earlier one was stopped, and makes damaged files anew; under `accelerate launch` the
-    processes share the work.
+    The cache stores the posterior's mean and log-variance (float16, not scaled), so that training draws a new sample
+    each time, and the captions' token ids. An image that cannot be read is skipped, and named in manifest.json. The
+    same call resumes an interrupted cache, and makes damaged files again. Under `accelerate launch`, the processes
+    share the work.
 
-    size:          (height, width) in pixels, or one number; None takes the model's own.
-    crop, flip:    see `Transform`. augmentations: of each image, where there is chance in them.
-    embeddings:    store the text encoder's last hidden states too (float16), those of the empty prompt included.
-    split, image_column, caption_column, streaming, class_folders, default_caption: see `open_examples`.
-    batch_size:    images that go through the VAE in one pass; None fits it to their size.
-    workers:       threads that read and resize images.
-    dtype, device: what the VAE computes in and on; bfloat16 is faster, but its rounding (0.3 % of a latent) would stay
-                   in the cache. Under `accelerate launch`, device "auto" is the process's own.
-    seed:          of the crops and flips.
-    shard_size:    images of one file, which is also what an interruption can lose.
-    vae:           a VAE in place of the model's own; see `StableDiffusion.from_pretrained`.
+    Args:
+        model: model that gives the VAE, the text encoder, and the tokenizer.
+        data: path or id of the data set; see `open_examples`.
+        out: folder of the cache.
+        size: (height, width) in pixels, or one number for a square. None takes the model's own size.
+        crop, flip: see `Transform`.
+        augmentations: random crops and flips of each image. More than 1 needs a random crop or `flip`.
+        embeddings: also store the text encoder's last hidden states (float16), of the empty prompt too.
+        split, image_column, caption_column, streaming, class_folders, default_caption: see `open_examples`.
+        batch_size: images that go through the VAE at once. None chooses by their size.
+        workers: threads that read and resize images.
+        dtype: dtype that the VAE computes in. bfloat16 is faster, but its rounding (0.3 % of a latent) stays in the
+            cache.
+        device: device that the VAE runs on. Under `accelerate launch`, "auto" is the process's own device.
+        seed: seed of the crops and flips.
+        shard_size: images per file. An interruption loses at most one unfinished file per process.
+        vae: a VAE to use instead of the model's own; see `StableDiffusion.from_pretrained`.
 
-    Raises `CacheError` where `out` holds something else, `DataError` where no image can be used.
+    Returns:
+        The folder of the cache.
+
+    Raises:
+        ArgumentError: if an argument is impossible, or does not apply to the data.
+        CacheError: if `out` holds something else, or another process is making the cache.
+        DataError: if there is no such data set, or no image in it can be used.
+
+    Example:
+        >>> from sdkit import data
+        >>> folder = data.cache("emoji", "photos", "cache", size=64, default_caption="a photo")
+        >>> len(data.LatentCache(folder))
+        3
     """
     whole_number("augmentations", augmentations, 1)
     whole_number("seed", seed, 0, 2**63 - 1)
@@ -109,13 +141,13 @@ def cache(
     )  # fmt: skip
     warn_of_captions(examples)
     autoencoder = VAE.from_source(beside, dtype=resolve_dtype(dtype, place), device=place)
-    # In float32: its fingerprint does not depend on the dtype then, and beside the VAE it costs little.
+    # In float32, the fingerprint of the text encoder does not depend on `dtype`. The cost is small beside the VAE's.
     text = TextEncoder.from_source(opened, dtype=torch.float32, device=place if embeddings else torch.device("cpu"))
-    del opened, beside  # they hold the tensors of a checkpoint that is a pickle
+    del opened, beside  # frees the tensors that a pickled checkpoint holds in memory
     autoencoder.check_size(transform.size)
     settings = Settings(
         vae=autoencoder.identity, scale=autoencoder.scale, shift=autoencoder.shift, factor=autoencoder.factor,
-        text=manifests.text_identity(text), tokenizer=manifests.tokenizer_identity(text), embeddings=embeddings,
+        text=text_identity(text), tokenizer=tokenizer_identity(text), embeddings=embeddings,
         size=transform.size, crop=crop, flip=flip, augmentations=augmentations, seed=seed,
         dtype=str(autoencoder.dtype).removeprefix("torch."), data=examples.identity, shard_size=shard_size,
     )  # fmt: skip
@@ -127,24 +159,16 @@ def cache(
                 return folder
             if processes.is_main_process:
                 held.enter_context(_alone_in(folder))
-                damaged = _damaged(folder, manifest)  # again: another call may just have made it
+                damaged = _damaged(folder, manifest)  # again, under the lock: another call may just have finished it
                 if damaged == []:
                     return folder
-                for file in damaged or ():  # they are made anew
+                for file in damaged or ():  # the loop below makes them again
                     _delete(folder / file)
-                manifest.write(folder)  # an unfinished one, so that what was begun is known for what it is
+                manifest.write(folder)  # marked as unfinished, so that a later call recognises and resumes it
         pool = held.enter_context(ThreadPoolExecutor(workers))
         encoder = ShardEncoder(autoencoder, text, transform, settings, pool, batch_size)
         shards = _Shards(examples, shard_size)
-        for number, count, rows in shards:
-            path = folder / shard_file(number)
-            if number % processes.num_processes != processes.process_index:
-                continue
-            if not encoder.made(path, number * shard_size, count):
-                shown = progress(rows, description=f"shard {number + 1}") if processes.is_main_process else rows
-                save(path, *encoder.shard(shown), settings)
-        if processes.is_main_process and not encoder.made(folder / EMPTY, prompt_only=True):
-            save(folder / EMPTY, encoder.prompts([""]), [], settings)
+        _write_shards(folder, encoder, shards, processes)
         processes.wait_for_everyone()
         if processes.is_main_process:
             _finish(folder, manifest, shards.total)
@@ -152,8 +176,21 @@ def cache(
     return folder
 
 
+def _write_shards(folder: Path, encoder: ShardEncoder, shards: _Shards, processes: Any) -> None:
+    """Write this process's shards that are missing; the main process also writes the file of the empty prompt."""
+    for number, size, rows in shards:
+        path = folder / shard_file(number)
+        if number % processes.num_processes != processes.process_index:
+            continue
+        if not encoder.made(path, number * shards.size, size):
+            shown = progress(rows, description=f"shard {number + 1}") if processes.is_main_process else rows
+            save(path, *encoder.shard(shown), encoder.settings)
+    if processes.is_main_process and not encoder.made(folder / EMPTY, prompt_only=True):
+        save(folder / EMPTY, encoder.prompts([""]), [], encoder.settings)
+
+
 def own_size(model: Source, vae: Source) -> tuple[int, int]:
-    """Return the size that the model's U-Net was trained at, in pixels of the VAE in `vae`, which may be `model`."""
+    """Return the (height, width) that the model's U-Net was trained at, in pixels of `vae`, which may be `model`."""
     parts = _configs(model)
     if vae is not model:
         parts["vae"] = _configs(vae).get("vae", parts.get("vae", {}))
@@ -165,7 +202,7 @@ def own_size(model: Source, vae: Source) -> tuple[int, int]:
 
 
 def _configs(source: Source) -> dict[str, dict[str, Any]]:
-    """The config of each part of a source."""
+    """Return the config of each part of a source."""
     return {component.part: component.config for component in source.describe().components}
 
 
@@ -181,8 +218,11 @@ def _folder(out: str | os.PathLike[str]) -> Path:
 
 
 def _processes() -> Any:
-    """Accelerate's `PartialState` of the processes of one `accelerate launch`. One process alone gets its like: the
-    state itself would settle the device of every `Accelerator` made later."""
+    """Return Accelerate's `PartialState` of the processes of an `accelerate launch`.
+
+    A single process gets a stand-in with the same attributes: a real `PartialState` would fix the device of every
+    `Accelerator` that is made later.
+    """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return SimpleNamespace(
             process_index=0, num_processes=1, is_main_process=True, device=resolve_device("auto"),
@@ -191,20 +231,25 @@ def _processes() -> Any:
     from accelerate import PartialState
     from accelerate.utils import parse_flag_from_env
 
-    # Resuming, one may have all the work that is left, and the others must not give up waiting.
+    # On resume, one process may have all the remaining work, and the others must not time out.
     return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=timedelta(days=7))
 
 
 def _damaged(folder: Path, manifest: Manifest, main: bool = True) -> list[str] | None:
-    """Files of the cache, if it is there already, that are missing or damaged, so far as the main process tells; None
-    where it is not finished. Raises `CacheError` where `folder` holds another cache, or something else."""
+    """Return the names of the cache's damaged files; None if the cache is not finished.
+
+    Only the main process reads the files. The others return an empty list for a finished cache.
+
+    Raises:
+        CacheError: if `folder` holds another cache or something else.
+    """
     try:
         inside = [path.name for path in folder.iterdir()] if folder.is_dir() else []
     except OSError as error:
         raise CacheError(f"cannot read {folder}: {reason(error)}.") from error
     if folder.exists() and not folder.is_dir():
         raise CacheError(f"{folder} is a file; name a folder for the cache.")
-    if manifests.NAME in inside:
+    if MANIFEST_FILE in inside:
         made = Manifest.read(folder)
         if found := difference(made.settings, asdict(manifest.settings)):
             raise CacheError(
@@ -220,7 +265,7 @@ def _damaged(folder: Path, manifest: Manifest, main: bool = True) -> list[str] |
 
 @contextlib.contextmanager
 def _alone_in(folder: Path) -> Iterator[None]:
-    """No other call makes this cache meanwhile, and what killed ones left is gone."""
+    """Hold the lock of a cache, and remove what killed processes left. Raises `CacheError` if the lock is taken."""
     lock = filelock.FileLock(folder / LOCK, timeout=0)
     try:
         lock.acquire()
@@ -244,10 +289,15 @@ def _delete(path: Path) -> None:
 
 
 class _Shards:
-    """Iterate over the shards as (number, count of examples, numbered examples).
+    """Iterable over the shards as (number, count of examples, examples with their indices).
 
-    The examples of a shard are read only when they are iterated over. A stream is always read, and its counts are not
-    known before (None). `total`: the number of examples, of a stream those read so far.
+    The examples of a shard are read only when they are iterated over. A stream is read in any case, and the counts of
+    its shards are None, since they are not known in advance.
+
+    Attributes:
+        examples: the examples of all shards.
+        size: examples per shard.
+        total: number of examples; of a stream, the number that was read so far.
     """
 
     def __init__(self, examples: Examples | Stream, size: int) -> None:
@@ -279,13 +329,13 @@ class _Shards:
 
 
 def _finish(folder: Path, manifest: Manifest, total: int) -> None:
-    """Write the complete manifest of a cache of `total` examples."""
+    """Check the shards of a cache of `total` examples, and write its complete manifest."""
     shard_size = manifest.settings.shard_size
     entries: list[Shard] = []
     skipped: list[Skipped] = []
     for number, start in enumerate(range(0, total, shard_size)):
         entry, shard = _entry(folder, shard_file(number), manifest.settings)
-        if shard.examples != min(shard_size, total - start):  # of a stream it is only now that this is known
+        if shard.examples != min(shard_size, total - start):  # the length of a stream was not known before
             _delete(folder / entry.file)
             raise CacheError(f"{folder / entry.file} lacked images and is deleted; run the same command again.")
         entries.append(entry)

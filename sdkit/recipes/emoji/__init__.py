@@ -1,4 +1,4 @@
-"""The embedded model: a small Stable Diffusion that draws emoji on plain backgrounds, trained from nothing on CPUs.
+"""The embedded model: a small Stable Diffusion that draws emoji on plain backgrounds, trained from scratch on CPUs.
 
-`python -m sdkit.recipes.emoji --help` says how. What the model is: sdkit/assets/emoji/README.md.
+`python -m sdkit.recipes.emoji --help` explains the steps. sdkit/assets/emoji/README.md describes the model.
 """

@@ -1,4 +1,4 @@
-"""The pictures, their names and the backgrounds: what a caption says, and what the image of it is."""
+"""The pictures, their names, and the backgrounds: captions, and the images that they describe."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from pathlib import Path
 from PIL import Image
 
 from sdkit.errors import DataError
-from sdkit.files import reason
+from sdkit.messages import reason
 
 TABLE = Path(__file__).parent / "pictures.tsv"
-SIZE = 128  # of an image, pixels
-SIDE = 112  # of the picture on it
+SIZE = 128  # pixels on a side of an image
+SIDE = 112  # pixels on a side of the picture on it
 
 BACKGROUNDS = {
     "white": (255, 255, 255),
@@ -31,38 +31,42 @@ BACKGROUNDS = {
     "pink": (245, 150, 190),
     "brown": (130, 85, 50),
 }
-"""Colours that captions name, sRGB. White is the one that a caption need not name."""
+"""sRGB colours that captions name. A caption without a background means white."""
 
 AN = r"(?!ewe|one|ufo|unicorn)[aeiou]|hour|x-ray"
-"""How a name begins that "an" stands before."""
+"""Pattern of the beginning of names that take "an"."""
 SINGULAR = {
     "abacus", "bus", "cactus", "hibiscus", "hippopotamus", "lotus", "minibus", "octopus", "rhinoceros", "trolleybus",
     "tyrannosaurus",
 }  # fmt: skip
-"""Words in -s that are one thing."""
+"""Singular words that end in -s."""
 
 
 @dataclass(frozen=True)
 class Picture:
-    """One emoji that captions can name, as pictures.tsv has it."""
+    """One emoji that captions can name: a row of pictures.tsv.
+
+    Attributes:
+        file: Name of its file in the npm package, without .webp: its code points.
+        name: Its name.
+        other_name: A second, shorter name, or "".
+        held_out: Background on which no training image shows it.
+    """
 
     file: str
-    """Its file in the npm package, without .webp: the code points."""
     name: str
     other_name: str
-    """A second, shorter name, or nothing."""
     held_out: str
-    """The background that no training image shows it on."""
 
     @property
     def names(self) -> list[str]:
-        """One name or two."""
+        """One or two names."""
         return [self.name, *([self.other_name] if self.other_name else [])]
 
 
 @cache
 def pictures() -> tuple[Picture, ...]:
-    """All that the model learns by name, in the order of the table."""
+    """Return all pictures that the model learns by name, in the order of the table."""
     rows = csv.reader(TABLE.read_text(encoding="utf-8").splitlines(), delimiter="\t")
     next(rows)
     return tuple(Picture(*row) for row in rows)
@@ -70,12 +74,12 @@ def pictures() -> tuple[Picture, ...]:
 
 @cache
 def held_out() -> dict[str, str]:
-    """File -> the background that it is not seen on in training."""
-    return {one.file: one.held_out for one in pictures()}
+    """Return the held-out background of each picture, by its file."""
+    return {picture.file: picture.held_out for picture in pictures()}
 
 
 def with_article(name: str) -> str:
-    """ "an apple", but "grapes" as it is."""
+    """Return a name with its article: "an apple", but "grapes" unchanged."""
     head = re.split(r" (?:with|holding|showing|over|and) ", name)[0]  # "face" of "face with horns"
     if head.endswith("s") and not head.endswith("ss") and head.split()[-1] not in SINGULAR:
         return name
@@ -83,16 +87,27 @@ def with_article(name: str) -> str:
 
 
 def caption(name: str, background: str, article: bool = True) -> str:
-    """For example "a red apple on a blue background"."""
+    """Return a caption, such as "a red apple on a blue background"."""
     return f"{with_article(name) if article else name} on {with_article(background)} background"
 
 
 def used(folder: Path) -> list[str]:
-    """Files, without .webp, of the npm package's folder: what the VAE learns from, and images are looked up among. All
-    but flags of countries and regions, keycaps and skin tones. Raises `DataError` where there are none."""
+    """Return the emoji from which the VAE learns, and among which generated images are looked up.
+
+    Flags of countries and regions, keycaps, and skin tones are left out.
+
+    Args:
+        folder: assets/ of the unpacked npm package.
+
+    Returns:
+        Names of files without .webp.
+
+    Raises:
+        DataError: The folder is not that of the package.
+    """
     try:
         stems = sorted(path.stem for path in folder.glob("*.webp") if _is_used(path.stem))
-    except ValueError:  # a name that is no numbers
+    except ValueError:  # a file's name is not made of code points
         stems = []
     if not stems:
         raise DataError(f"{folder} is not assets/ of the unpacked npm package: .webp files with numbers for names.")
@@ -100,13 +115,22 @@ def used(folder: Path) -> list[str]:
 
 
 def _is_used(stem: str) -> bool:
+    """Return whether a file's code points are none of skin tones, flags' letters, keycaps, and flags' tags."""
     points = [int(point, 16) for part in stem.split("-") for point in part.split("_") if point]
     tones, letters, keycap, tags = range(0x1F3FB, 0x1F400), range(0x1F1E6, 0x1F200), [0x20E3], range(0xE0000, 0xE0100)
-    return not any(point in some for point in points for some in (tones, letters, keycap, tags))
+    return not any(point in left_out for point in points for left_out in (tones, letters, keycap, tags))
 
 
 def read(folder: Path, file: str) -> Image.Image:
-    """A picture of the npm package's folder of .webp files, RGBA, 256 x 256. Raises `DataError` where there is none."""
+    """Return a picture of the npm package: RGBA, 256 x 256.
+
+    Args:
+        folder: assets/ of the unpacked npm package.
+        file: Name of the file without .webp.
+
+    Raises:
+        DataError: There is no such picture, or it is damaged.
+    """
     path = folder / f"{file}.webp"
     try:
         with Image.open(path) as image:
@@ -123,10 +147,17 @@ def composed(
     side: int = SIDE,
     corner: tuple[int, int] | None = None,
 ) -> Image.Image:
-    """The picture, `side` pixels wide, on a plain background of `size` x `size`: with its upper left at `corner`
-    (x, y), else in the middle."""
+    """Return an image (RGB) of a picture on a plain background.
+
+    Args:
+        picture: The picture, RGBA.
+        colour: Colour of the background, sRGB.
+        size: Pixels on a side of the image.
+        side: Pixels on a side of the picture.
+        corner: Upper left corner (x, y) of the picture, which may lie outside; None centres the picture.
+    """
     canvas = Image.new("RGBA", (size, size), (*colour, 255))
-    # Pillow resizes RGBA with its colours weighted by alpha, so no dark rim comes in.
+    # Pillow weights colours by alpha when it resizes RGBA, so the picture gets no dark rim.
     layer = Image.new("RGBA", (size, size))
     layer.paste(picture.resize((side, side), Image.Resampling.LANCZOS), corner or ((size - side) // 2,) * 2)
     return Image.alpha_composite(canvas, layer).convert("RGB")

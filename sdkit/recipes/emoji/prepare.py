@@ -1,5 +1,7 @@
-"""From the unpacked npm package and a folder of photographs to data sets: tiles for the VAE, captioned images for the
-U-Net, and the compositions held out of both."""
+"""Make the data sets from the unpacked npm package and a folder of photographs.
+
+There are tiles for the VAE, captioned images for the U-Net, and images that are held out of both.
+"""
 
 from __future__ import annotations
 
@@ -37,11 +39,20 @@ from sdkit.training.checkpoint import whole_folder
 
 
 class Tiles(NamedTuple):
-    """Training images of the VAE."""
+    """A set of training images of the VAE.
 
-    size: int  # pixels a side
+    The shares of photographs and captioned images are from 0 to 1. All other tiles show any picture at any place.
+
+    Attributes:
+        size: Pixels on a side.
+        number: Number of tiles.
+        photographs: Share of tiles cut from photographs.
+        captioned: Share of tiles cut from captioned images.
+    """
+
+    size: int
     number: int
-    photographs: float  # share of them, and of captioned images; the others are any picture anywhere
+    photographs: float
     captioned: float
 
 
@@ -50,24 +61,30 @@ TILES = {
     "fine_tiles": Tiles(SIZE, 12_000, 0.1, 0.8),
     "details": Tiles(64, 24_000, 0.1, 0.8),
 }
-AS_CAPTIONED = 0.7  # share of the pictures on large tiles that have the size and place of the captioned images
-FLAT = 20  # of 255: photographs' tiles of a smaller standard deviation are drawn again
-PHOTO_HEIGHT = 1600  # pixels, to which larger photographs are reduced before tiles are cut
+AS_CAPTIONED = 0.7  # share of pictures on large tiles that have the size and place of those on captioned images
+FLAT = 20  # of 255; a photograph's tile with a smaller standard deviation is drawn again
+PHOTO_HEIGHT = 1600  # pixels; larger photographs are reduced to this before tiles are cut
 
-MADE_OF = ".made-of"  # beside the images: a digest of what they were made of
-AHEAD = 64  # images that are begun before they are wanted
+MADE_OF = ".made-of"  # file beside the images with a digest of their raw material
+AHEAD = 64  # images that threads make ahead of time
 
 Captioned = tuple[str, Image.Image, str]  # file name, image, caption
 
 
 def prepare(drawn: Path, photographs: Path, out: Path) -> None:
-    """Write out/tiles, out/fine_tiles, out/details, out/captioned and out/held_out, image folders with a
-    metadata.jsonl each.
+    """Write the data sets: out/tiles, out/fine_tiles, out/details, out/captioned, and out/held_out.
 
-    One that an earlier call has made, in the same way of files of the same names and sizes, is left as it is.
+    Each is a folder of images with a metadata.jsonl. A data set that an earlier call made in the same way, from files
+    with the same names and sizes, is left unchanged.
 
-    drawn        assets/ of the unpacked npm package
-    photographs  a folder with those that photos.txt names, at any depth
+    Args:
+        drawn: assets/ of the unpacked npm package.
+        photographs: Folder with the photographs that photos.txt names, at any depth.
+        out: Folder to write.
+
+    Raises:
+        DataError: Raw material is missing or damaged, or `out` holds folders of something else.
+        TrainingError: A folder cannot be written.
     """
     stems, photos = used(drawn), _photos(photographs)
     sets: list[tuple[str, Callable[..., list[Captioned]], int]] = [
@@ -78,11 +95,11 @@ def prepare(drawn: Path, photographs: Path, out: Path) -> None:
     files = [*photos, *(drawn / f"{stem}.webp" for stem in stems)]
     material = [(file.name, file.stat().st_size) for file in files]
     texts = [_texts(number) for number in range(len(pictures()))]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow works outside Python's lock
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # threads help, because Pillow releases Python's lock
         for name, make, n in sets:
-            ways = (TILES.get(name), n, AS_CAPTIONED, FLAT, PHOTO_HEIGHT, SIZE, SIDE, BACKGROUNDS)
-            all_of_it = f"{name} {ways} {pictures()} {texts} {material}"
-            digest, folder = hashlib.sha256(all_of_it.encode()).hexdigest(), out / name
+            parameters = (TILES.get(name), n, AS_CAPTIONED, FLAT, PHOTO_HEIGHT, SIZE, SIDE, BACKGROUNDS)
+            made_of = f"{name} {parameters} {pictures()} {texts} {material}"
+            digest, folder = hashlib.sha256(made_of.encode()).hexdigest(), out / name
             if (folder / MADE_OF).is_file() and (folder / MADE_OF).read_text() == digest:
                 continue
             if folder.exists() and not (folder / MADE_OF).is_file():
@@ -90,15 +107,15 @@ def prepare(drawn: Path, photographs: Path, out: Path) -> None:
             with whole_folder(folder) as unfinished:
                 made = ahead(pool, partial(_written, make, unfinished), range(n), AHEAD)
                 try:
-                    lines = [line for some in progress(made, n, name) for line in some]
-                except SdkitError as error:  # of what is read; `whole_folder` explains what cannot be written
+                    lines = [line for lines_of_one in progress(made, n, name) for line in lines_of_one]
+                except SdkitError as error:  # without its cause, which `whole_folder` would take for a failed write
                     raise error from None
                 (unfinished / "metadata.jsonl").write_text("".join(lines), encoding="utf-8")
                 (unfinished / MADE_OF).write_text(digest)
 
 
 def _written(make: Callable[[int], list[Captioned]], folder: Path, number: int) -> list[str]:
-    """The lines of metadata.jsonl of the images of one number, which are written into the folder."""
+    """Write the images of one number into the folder, and return their lines of metadata.jsonl."""
     lines = []
     for name, image, text in make(number):
         image.save(folder / name, compress_level=1)
@@ -107,40 +124,41 @@ def _written(make: Callable[[int], list[Captioned]], folder: Path, number: int) 
 
 
 def _captioned(drawn: Path, number: int) -> list[Captioned]:
-    """A picture on all backgrounds but the one held out."""
-    one = pictures()[number]
-    image = read(drawn, one.file)
-    made = []
+    """Return a picture on all backgrounds except the one held out."""
+    picture = pictures()[number]
+    image = read(drawn, picture.file)
+    captioned = []
     for background, texts in _texts(number).items():
         composition = composed(image, BACKGROUNDS[background])
-        made += [(f"{one.file}-{background}-{n}.png", composition, text) for n, text in enumerate(texts)]
-    return made
+        captioned += [(f"{picture.file}-{background}-{n}.png", composition, text) for n, text in enumerate(texts)]
+    return captioned
 
 
 def _texts(number: int) -> dict[str, list[str]]:
-    """A picture's captions on each background but the one held out; on white also such as do not name it."""
-    one = pictures()[number]
+    """Return a picture's captions by background, except the one held out. On white some do not name the background."""
+    picture = pictures()[number]
     texts = {}
     for k, background in enumerate(BACKGROUNDS):
-        if background == one.held_out:
+        if background == picture.held_out:
             continue
-        name = one.names[(number + k) % 4 == 3 and len(one.names) > 1]
+        # A quarter of the captions have the other name, and half of them have articles.
+        takes_other_name = (number + k) % 4 == 3 and picture.other_name
+        name = picture.other_name if takes_other_name else picture.name
         texts[background] = [caption(name, background, article=(number + k) % 2 == 0)]
         if background == "white":
-            texts[background] += [one.name, *map(with_article, one.names)]
+            texts[background] += [picture.name, *map(with_article, picture.names)]
     return texts
 
 
 def _held_out(drawn: Path, number: int) -> list[Captioned]:
-    """A picture on the background that is held out."""
-    one = pictures()[number]
-    image = composed(read(drawn, one.file), BACKGROUNDS[one.held_out])
-    return [(f"{one.file}-{one.held_out}.png", image, caption(one.name, one.held_out))]
+    """Return a picture on its held-out background."""
+    picture = pictures()[number]
+    image = composed(read(drawn, picture.file), BACKGROUNDS[picture.held_out])
+    return [(f"{picture.file}-{picture.held_out}.png", image, caption(picture.name, picture.held_out))]
 
 
 def _tile(name: str, drawn: Path, stems: Sequence[str], photos: Sequence[Path], number: int) -> list[Captioned]:
-    """A square of a photograph or of a captioned image, or any picture of random size and place on a random
-    background."""
+    """Return a tile: a square of a photograph, a square of a captioned image, or any picture at a random place."""
     rng = Random(f"{name} {number}")
     tiles, size = TILES[name], TILES[name].size
     kind = rng.random()
@@ -156,6 +174,7 @@ def _tile(name: str, drawn: Path, stems: Sequence[str], photos: Sequence[Path], 
 
 
 def _photo_tile(size: int, photos: Sequence[Path], rng: Random) -> Image.Image:
+    """Return a random square of a random photograph that is not plain, resized to the tile's size."""
     for _ in range(1000):
         photo = _photo(rng.choice(photos))
         side = int(math.exp(rng.uniform(math.log(2 * size), math.log(0.9 * min(photo.size)))))
@@ -167,6 +186,7 @@ def _photo_tile(size: int, photos: Sequence[Path], rng: Random) -> Image.Image:
 
 
 def _drawn_tile(size: int, drawn: Path, stems: Sequence[str], rng: Random) -> Image.Image:
+    """Return a random picture on a random background, mostly at a random size and place."""
     stem = rng.choice(stems)
     named = _trained_on(stem)
     any_colour = (rng.randrange(256), rng.randrange(256), rng.randrange(256))
@@ -174,18 +194,19 @@ def _drawn_tile(size: int, drawn: Path, stems: Sequence[str], rng: Random) -> Im
     if size == SIZE and rng.random() < AS_CAPTIONED:
         return composed(read(drawn, stem), colour)
     side = rng.randrange(SIZE * 3 // 8, SIZE * 9 // 8)
-    reach = min(side, size * 2 // 3)  # of the picture that is on the tile, at least
+    reach = min(side, size * 2 // 3)  # at least this much of the picture, in each direction, is on the tile
     corner = (rng.randint(reach - side, size - reach), rng.randint(reach - side, size - reach))
     return composed(read(drawn, stem), colour, size=size, side=side, corner=corner)
 
 
 def _trained_on(stem: str) -> list[tuple[int, int, int]]:
-    """The colours of the backgrounds of a picture that are not held out."""
+    """Return the colours of a picture's backgrounds, except the one held out."""
     return [colour for name, colour in BACKGROUNDS.items() if name != held_out().get(stem)]
 
 
 @lru_cache(maxsize=64)
 def _photo(path: Path) -> Image.Image:
+    """Return a photograph, reduced if it is large."""
     photo = image_io.read(path)
     if 0.9 * min(photo.size) < 2 * SIZE:
         raise DataError(f"{path} is too small, {photo.width} x {photo.height}; is it the one that photos.txt names?")
@@ -194,10 +215,10 @@ def _photo(path: Path) -> Image.Image:
 
 
 def _photos(folder: Path) -> list[Path]:
-    """The files that photos.txt names, below a folder."""
+    """Return the files below a folder that photos.txt names. Raises DataError if any is missing."""
     wanted = (Path(__file__).parent / "photos.txt").read_text(encoding="utf-8").split()
-    there = sorted(path for path in folder.rglob("*.jpg") if path.is_file())
-    found = {end: next((path for path in there if path.as_posix().endswith(f"/{end}")), None) for end in wanted}
+    files = sorted(path for path in folder.rglob("*.jpg") if path.is_file())
+    found = {end: next((path for path in files if path.as_posix().endswith(f"/{end}")), None) for end in wanted}
     missing = [end for end, path in found.items() if path is None]
     if missing:
         raise DataError(

@@ -1,4 +1,4 @@
-"""Models side by side: measured, and written down as numbers, a table, curves and contact sheets."""
+"""Evaluate models side by side, and write numbers, a table, curves, and contact sheets."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from PIL import Image
 
 from sdkit import images as image_io
 from sdkit.arguments import whole_number
+from sdkit.atomic import atomic_write
 from sdkit.cli.jobs import check_files
 from sdkit.data.transform import Transform
 from sdkit.errors import ArgumentError, DataError
-from sdkit.files import atomic_write
 from sdkit.networks.autoencoder import VAE
 from sdkit.networks.lpips import LPIPS
 from sdkit.pipelines.generation import anywhere
@@ -28,10 +28,10 @@ from sdkit.recipes.emoji.evaluation import SCALE, STEPS, Gallery, Prompt
 from sdkit.recipes.emoji.pictures import BACKGROUNDS, composed, read
 
 SCALES, STEP_COUNTS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 5.0, 7.5, 10.0), (5, 10, 20, 30, 50)
-PHOTO = 256  # pixels a side
-COMPOSITIONS = 256  # of those held out, that the VAE is judged by
-SHOWN, COLUMNS = 48, 8  # images on a contact sheet
-PHOTOS = ("astronaut", "chelsea", "coffee", "rocket")  # of skimage.data, and none of them in training
+PHOTO = 256  # pixels on a side of the photographs
+COMPOSITIONS = 256  # held-out images on which the VAE is measured
+SHOWN, COLUMNS = 48, 8  # images on a contact sheet, and in a row of it
+PHOTOS = ("astronaut", "chelsea", "coffee", "rocket")  # names in skimage.data; training uses none of them
 
 Row = dict[str, Any]
 Asked = Sequence[Prompt]
@@ -40,12 +40,23 @@ Asked = Sequence[Prompt]
 def evaluate(
     models: Sequence[str | os.PathLike[str]], drawn: Path, out: Path, *, prompts: int = 320, sweeps: bool = True
 ) -> str:
-    """Measure each model and write, into the folder `out`, evaluation.json, table.md and for each model a contact
-    sheet, its VAE's sheet and its curves; returns the table, of these models and those measured before.
+    """Measure models, and write the results.
 
-    drawn    assets/ of the unpacked npm package
-    prompts  of either kind that each model draws: pairs trained on, and pairs held out
-    sweeps   whether it draws them at other guidance scales and numbers of steps, too
+    The folder gets evaluation.json, table.md, and for each model a contact sheet of its images, one of its VAE's
+    reconstructions, and its curves.
+
+    Args:
+        models: Sources of the models.
+        drawn: assets/ of the unpacked npm package.
+        out: Folder of the results. Results of earlier calls are kept in it.
+        prompts: Number of prompts from training, and of held-out prompts.
+        sweeps: Whether to measure at other guidance scales and numbers of steps, too.
+
+    Returns:
+        The table, in Markdown, of these models and of those measured before.
+
+    Raises:
+        SdkitError: A model, a picture, or a library is missing, or two models would share their files' names.
     """
     whole_number("prompts", prompts, 1)
     check_files(out)
@@ -54,21 +65,22 @@ def evaluate(
     known = names | {source: _slug(source) for source in rows}
     if len(names) < len(models) or len({*known.values()}) < len(known):
         raise ArgumentError(
-            f"two of the models are called alike ({', '.join(known)}), as their pictures would be; give each an --out."
+            f"two of the models ({', '.join(known)}) would write files of the same name; give each its own --out."
         )
     if sweeps:
         _canvas()
     lpips = LPIPS.from_pretrained()
     gallery = Gallery(drawn, lpips, out / "gallery")
     asked = measure.prompts(prompts), measure.prompts_held_out(prompts)
-    if missing := {prompt.picture.file for some in asked for prompt in some} - {*gallery.names}:
+    if missing := {prompt.picture.file for of_one_kind in asked for prompt in of_one_kind} - {*gallery.names}:
         raise DataError(f"{drawn} lacks {len(missing)} pictures, {min(missing)}.webp first; is it of another version?")
-    photographs, loaded = photos(), [StableDiffusion.from_pretrained(source) for source in names]  # if they are there
+    # Load everything first, so that a missing model is reported before the first one has been measured for hours.
+    photographs, loaded = photos(), [StableDiffusion.from_pretrained(source) for source in names]
     for model, (source, name) in zip(loaded, names.items(), strict=True):
         vae = VAE.from_pretrained(source, dtype="fp32")
         row, drawn_images = _row(model, vae, gallery, photographs, *asked)
         if (before := rows.get(source, {})).get("generated") == row["generated"]:
-            row = before | row  # the model is as it was, and so is what was swept
+            row = before | row  # the model has not changed, so earlier sweeps stay valid
         else:
             (out / f"{name}-curves.png").unlink(missing_ok=True)
         rows[source] = row
@@ -83,12 +95,12 @@ def evaluate(
 
 
 def _slug(source: str) -> str:
-    """What a model's pictures are called by."""
+    """Return the part of file names that stands for a model."""
     return re.sub(r"[^\w.]+", "-", source)[-100:].strip("-.")
 
 
 def _save_rows(out: Path, rows: Mapping[str, Row]) -> str:
-    """Writes evaluation.json and table.md; returns the latter."""
+    """Write evaluation.json and table.md, and return the table."""
     with atomic_write(out / "evaluation.json") as temporary:
         temporary.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
     table = _table(rows)
@@ -98,6 +110,7 @@ def _save_rows(out: Path, rows: Mapping[str, Row]) -> str:
 
 
 def _earlier(path: Path) -> dict[str, Row]:
+    """Return the rows of earlier calls. Raises DataError if the file is damaged."""
     try:
         rows: dict[str, Row] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         if not all(isinstance(group, dict) for row in rows.values() for group in row.values()):
@@ -110,14 +123,17 @@ def _earlier(path: Path) -> dict[str, Row]:
 def _row(
     model: StableDiffusion, vae: VAE, gallery: Gallery, photographs: Sequence[Image.Image], seen: Asked, held_out: Asked
 ) -> tuple[Row, list[Image.Image]]:
-    """And the images of the prompts that were trained on. The VAE is measured in float32, as training validates it."""
+    """Return the measures of a model, and its images for the prompts from training.
+
+    The VAE is given in float32, the precision in which training validates it.
+    """
     compositions = [_composed(gallery.drawn, prompt) for prompt in measure.prompts_held_out(COMPOSITIONS)]
-    through = vae.reconstruct([_composed(gallery.drawn, prompt) for prompt in seen])
+    reconstructed = vae.reconstruct([_composed(gallery.drawn, prompt) for prompt in seen])
     drawn = measure.generated(model, seen, SCALE, STEPS)
     return {
         "vae, held-out compositions": measure.vae_quality(vae, compositions, gallery.lpips),
         "vae, held-out photos": measure.vae_quality(vae, photographs, gallery.lpips),
-        "through the VAE": measure.fidelity(gallery, seen, through),
+        "through the VAE": measure.fidelity(gallery, seen, reconstructed),
         "generated": measure.fidelity(gallery, seen, drawn),
         "generated, held-out pairs": measure.fidelity(
             gallery, held_out, measure.generated(model, held_out, SCALE, STEPS)
@@ -126,63 +142,73 @@ def _row(
 
 
 def _sweeps(model: StableDiffusion, gallery: Gallery, row: Row, seen: Asked, held_out: Asked) -> Row:
-    """Retrieval of pairs that were trained on, and backgrounds of those that were not; `row` has them at (SCALE,
-    STEPS)."""
-    both: dict[tuple[float, int], tuple[measure.Measured, measure.Measured]] = {
+    """Return the fidelity at other guidance scales and numbers of steps, with the backgrounds of held-out pairs.
+
+    `row` has the measures at (SCALE, STEPS), which are not computed again.
+    """
+    measured: dict[tuple[float, int], tuple[measure.Measured, measure.Measured]] = {
         (SCALE, STEPS): (row["generated"], row["generated, held-out pairs"])
     }
-    for at in (*((scale, STEPS) for scale in SCALES), *((SCALE, steps) for steps in STEP_COUNTS)):
-        if at not in both:
-            one, two = (
-                measure.fidelity(gallery, asked, measure.generated(model, asked, *at)) for asked in (seen, held_out)
+    for point in (*((scale, STEPS) for scale in SCALES), *((SCALE, steps) for steps in STEP_COUNTS)):
+        if point not in measured:
+            of_seen, of_held_out = (
+                measure.fidelity(gallery, asked, measure.generated(model, asked, *point)) for asked in (seen, held_out)
             )
-            both[at] = one, two
-    found = {at: one | {"background, held-out pairs": two["background"]} for at, (one, two) in both.items()}
+            measured[point] = of_seen, of_held_out
+    merged = {
+        point: of_seen | {"background, held-out pairs": of_held_out["background"]}
+        for point, (of_seen, of_held_out) in measured.items()
+    }
     return {
-        "scales": {scale: found[scale, STEPS] for scale in SCALES},
-        "steps": {steps: found[SCALE, steps] for steps in STEP_COUNTS},
+        "scales": {scale: merged[scale, STEPS] for scale in SCALES},
+        "steps": {steps: merged[SCALE, steps] for steps in STEP_COUNTS},
     }
 
 
 def photos() -> list[Image.Image]:
-    """Photographs of scikit-image, 256 x 256: the shorter side resized to that, and the middle cut out."""
+    """Return photographs of scikit-image, resized and cropped at the centre to 256 x 256."""
     try:
         from skimage import data
     except ImportError as error:
         raise DataError("the photographs that judge the VAE are scikit-image's: pip install scikit-image.") from error
-    cut, unused = Transform(size=(PHOTO, PHOTO)), torch.Generator()  # in the middle, by no chance
-    pixels = [cut(Image.fromarray(getattr(data, name)()), unused) for name in PHOTOS]
+    crop, unused_generator = Transform(size=(PHOTO, PHOTO)), torch.Generator()  # a crop at the centre draws nothing
+    pixels = [crop(Image.fromarray(getattr(data, name)()), unused_generator) for name in PHOTOS]
     return image_io.to_pil(torch.stack(pixels))
 
 
 def _composed(drawn: Path, prompt: Prompt) -> Image.Image:
+    """Return the real image of a prompt."""
     return composed(read(drawn, prompt.picture.file), BACKGROUNDS[prompt.background])
 
 
 def _save_sheet(path: Path, images: Sequence[Image.Image], asked: Asked) -> None:
-    chosen = sorted(Random(0).sample(range(len(images)), min(SHOWN, len(images))))  # not in step with the backgrounds
+    """Save a contact sheet of some of the images with their prompts."""
+    # A random choice, because every n-th prompt could have the same background.
+    chosen = sorted(Random(0).sample(range(len(images)), min(SHOWN, len(images))))
     texts = [asked[i].text for i in chosen]
     image_io.save(image_io.grid([images[i] for i in chosen], COLUMNS, padding=6, captions=texts), path)
 
 
 def _save_vae_sheet(path: Path, vae: VAE, originals: Sequence[Image.Image]) -> None:
+    """Save a contact sheet of images and their reconstructions."""
     both = [*originals, *vae.reconstruct(list(originals))]
     labels = ("original", "through the VAE")
     image_io.save(image_io.grid(both, len(originals), padding=6, row_labels=labels), path)
 
 
 def _table(rows: Mapping[str, Row]) -> str:
-    """Markdown, a line for each number and a column for each model."""
+    """Return a Markdown table with a line for each measure and a column for each model."""
     lines = [f"| | {' | '.join(rows)} |", f"|---|{'---|' * len(rows)}"]
     lines += [f"| {label} | {' | '.join(cells)} |" for label, cells in _lines(rows)]
     return "\n".join(lines) + "\n"
 
 
 def _lines(rows: Mapping[str, Row]) -> Iterator[tuple[str, list[str]]]:
+    """Yield the label and the cells of each line. A model without this measure has "-"."""
     units = {"psnr": "{:.2f} dB", "ssim": "{:.3f}", "lpips": "{:.4f}"}
-    measures: dict[str, dict[str, None]] = {}  # of any of the models, in their order
+    measures: dict[str, dict[str, None]] = {}  # names by group, as an ordered set, of all models
     for row in rows.values():
-        for group in (one for one in row if one not in ("scales", "steps")):
+        for group in (name for name in row if name not in ("scales", "steps")):
             measures.setdefault(group, {}).update(dict.fromkeys(row[group]))
     for group, names in measures.items():
         for name in names:
@@ -192,7 +218,7 @@ def _lines(rows: Mapping[str, Row]) -> Iterator[tuple[str, list[str]]]:
 
 
 def _canvas() -> Any:
-    """An empty matplotlib figure."""
+    """Return an empty matplotlib figure. Raises ArgumentError if matplotlib is not installed."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -204,7 +230,7 @@ def _canvas() -> Any:
 
 
 def _save_curves(path: Path, row: Row) -> None:
-    """Fidelity against guidance scale and against steps."""
+    """Draw fidelity against the guidance scale and against the number of steps."""
     figure = _canvas()
     panels = (("scales", "guidance scale", f"{STEPS} steps"), ("steps", "DDIM steps", f"guidance scale {SCALE:g}"))
     for place, (key, label, title) in enumerate(panels, start=1):

@@ -1,4 +1,4 @@
-"""The files beside this one: shapes of the networks and settings of the runs."""
+"""Read the recipe's files: shapes of the networks, and settings of the runs."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ FILES = {"scheduler": "scheduler_config.json"}
 
 
 def shape_file(part: str) -> Path:
-    """The config of a part of the pipeline, in shapes/."""
+    """Return the config file, in shapes/, of a part of the pipeline."""
     return HERE / "shapes" / part / FILES.get(part, "config.json")
 
 
 def shape(part: str) -> dict[str, Any]:
-    """What it holds."""
+    """Return the config of a part of the pipeline."""
     return _read(shape_file(part))
 
 
 def settings(run: str) -> dict[str, Any]:
-    """What runs/RUN.json says of a training run; its model, data and folder are the recipe's to name."""
+    """Return the settings of a training run, from runs/. Its model, data, and folder are added by the recipe."""
     return _read(HERE / "runs" / f"{run}.json")
 
 

@@ -1,5 +1,7 @@
-"""What the U-Net's training begins with, beside the VAE: a tokenizer of the captions' own, an untrained text encoder
-and the noise schedule, in diffusers layout."""
+"""Make the pipeline from which the U-Net's training starts.
+
+Beside the trained VAE it has a tokenizer learned from the captions, an untrained text encoder, and the noise schedule.
+"""
 
 from __future__ import annotations
 
@@ -11,20 +13,26 @@ from typing import Any
 
 import torch
 
-from sdkit.loading.tensors import quiet
+from sdkit.messages import no_warnings, quiet
 from sdkit.recipes.emoji.settings import shape
 from sdkit.training.checkpoint import whole_folder
 
 VOCABULARY = 2048
-LENGTH = 32  # tokens, with start and end
+LENGTH = 32  # longest caption in tokens, start and end included
 START, END = "<|startoftext|>", "<|endoftext|>"
 
 
 def make_start(vae: Path, captions: Iterable[str], out: Path) -> None:
-    """A pipeline without a U-Net in the folder `out`, around a VAE in diffusers layout."""
+    """Write a pipeline without a U-Net, in diffusers layout.
+
+    Args:
+        vae: Folder of the VAE in diffusers layout.
+        captions: Captions from which the tokenizer learns.
+        out: Folder to write.
+    """
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    with quiet(), whole_folder(out) as folder:
+    with quiet("diffusers", "transformers"), no_warnings(), whole_folder(out) as folder:
         shutil.copytree(vae, folder / "vae")
         _tokenizer(captions).save_pretrained(folder / "tokenizer")
         with torch.random.fork_rng(devices=[]):
@@ -44,15 +52,17 @@ def make_start(vae: Path, captions: Iterable[str], out: Path) -> None:
 
 
 def _tokenizer(captions: Iterable[str]) -> Any:
-    """CLIP's kind of byte-pair encoding (Radford et al. 2021) with merges learned from the captions. All bytes are in
-    its vocabulary, within and at the end of words, so that any text can be encoded."""
+    """Return a tokenizer with CLIP's byte-pair encoding (Radford et al. 2021) and merges learned from the captions.
+
+    The vocabulary has every byte, both inside and at the end of a word, so that any text can be encoded.
+    """
     from tokenizers import pre_tokenizers, trainers
     from transformers import CLIPTokenizer
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     symbols = [START, END, *alphabet, *(f"{byte}</w>" for byte in alphabet)]
     learner = CLIPTokenizer().backend_tokenizer
-    # All symbols as "special" ones: they have numbers then, by which ties between merges are broken the same each time.
+    # As "special" tokens all symbols have fixed ids. The trainer breaks ties by id, so its merges are reproducible.
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY, special_tokens=symbols, end_of_word_suffix="</w>", show_progress=False
     )

@@ -1,1 +1,1 @@
-"""The stages: what the loop can train."""
+"""Stages: the kinds of training that the loop can run."""

@@ -1,34 +1,85 @@
-"""Examples for a denoiser: posteriors and captions from a latent cache, or images."""
+"""Providers of examples for a denoiser: images, or posteriors from a latent cache, each with its caption."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import fields
 from os import PathLike
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sdkit.data.examples import Examples, warn_of_captions
 from sdkit.data.latent_cache import manifest
 from sdkit.data.latent_cache.reading import Item, LatentCache, Prompt
+from sdkit.data.sources import open_examples
 from sdkit.data.transform import Transform
+from sdkit.errors import ArgumentError
 from sdkit.networks.autoencoder import VAE
 from sdkit.networks.text_encoder import TextEncoder
 from sdkit.processes import is_main_process
-from sdkit.training.stages.images import TrainingImages, split
+from sdkit.training.settings import UNetConfig
+from sdkit.training.stages.images import TrainingImages, is_cache, split, training_transform
 
 Row = dict[str, Tensor]
-"""The tensors of one example: its caption as `ids` (k, 77), and `embeddings` (77k, D) where a cache holds them; its
-image as unscaled `mean` and `logvar` (4, h, w), or as `pixels` (3, H, W)."""
+"""The tensors of one example.
 
+The caption is `ids` (k, 77), and also `embeddings` (77k, D) if a cache holds them. The image is `pixels` (3, H, W), or
+the posterior's `mean` and `logvar` (4, h, w), without the VAE's scale.
+"""
 
 VERIFIED = 8 * 2**30
-"""Largest cache, in bytes, whose checksums are verified before training; `sdkit cache` verifies any."""
+"""Largest cache, in bytes, to verify by its checksums before training. `sdkit cache` verifies caches of any size."""
+
+
+class DenoisingExamples(Protocol):
+    """Interface of the providers of examples.
+
+    Attributes:
+        scale: Scale of the latents.
+        shift: Shift of the latents.
+        shape: Height and width of the latents.
+        train: Indices of the training examples.
+        held_out: Indices of the held-out examples.
+        empty: The empty caption, as in `Row`.
+        identity: Fingerprint of the data.
+        skipped: Reasons by name of the images that cannot be used, as far as is known.
+    """
+
+    scale: float
+    shift: float
+    shape: tuple[int, int]
+    train: npt.NDArray[np.int64]
+    held_out: list[int]
+    empty: Row
+    identity: str
+    skipped: dict[str, str]
+
+    def load(self, item: int, epoch: int) -> Row:
+        """Return training example `item`, augmented for `epoch`."""
+
+    def validation(self, i: int) -> Row:
+        """Return held-out example i."""
+
+    def name(self, item: int) -> str:
+        """Return the name of training example `item`, for messages."""
 
 
 class CachedLatents:
-    """Examples from a latent cache, which must have been made with the same networks."""
+    """Examples from a latent cache. For the attributes see `DenoisingExamples`.
+
+    Args:
+        data: The cache. It must have been made with the same networks.
+        vae: The VAE of the run.
+        text: The text encoder of the run.
+        size: Size of the images in pixels; None takes that of the cache.
+        augment: Augmentations that the cache must have been made with; it may have more.
+        trains_text: Whether the text encoder is trained. The embeddings of the cache are then ignored.
+    """
 
     def __init__(
         self,
@@ -42,10 +93,10 @@ class CachedLatents:
     ) -> None:
         self.cache = LatentCache(data)
         made = self.cache.manifest.settings
-        # A size or augmentation that the run does not ask for is taken from the cache.
-        wanted: Any = size or made.size
+        # The run accepts the size and augmentations of the cache unless it asks for others.
+        wanted_size: Any = size or made.size
         transform = Transform(
-            size=wanted, crop="random" if "crop" in augment else made.crop, flip="flip" in augment or made.flip
+            size=wanted_size, crop="random" if "crop" in augment else made.crop, flip="flip" in augment or made.flip
         )
         self.cache.check_model(
             vae=vae.identity, scale=vae.scale, shift=vae.shift, factor=vae.factor,
@@ -61,11 +112,11 @@ class CachedLatents:
         self.held_out = [image * copies for image in held_out]
         self.empty = self._caption(self.cache.empty)
         self.identity = self.cache.manifest.identity
-        if is_main_process() and sum(one.bytes for one in self.cache.manifest.files) <= VERIFIED:
+        if is_main_process() and sum(file.bytes for file in self.cache.manifest.files) <= VERIFIED:
             self.cache.verify()
-        self.skipped = {one.name: one.reason for one in self.cache.manifest.skipped}
+        self.skipped = {image.name: image.reason for image in self.cache.manifest.skipped}
 
-    def load(self, item: int, epoch: int) -> Row:  # noqa: ARG002 - augmentations are examples of their own
+    def load(self, item: int, epoch: int) -> Row:  # noqa: ARG002 - a cache's augmentations are examples of their own
         """Return training example `item`."""
         return self._example(int(self.train[item]))
 
@@ -81,13 +132,23 @@ class CachedLatents:
         item = self.cache[index]
         return {"mean": item["mean"], "logvar": item["logvar"], **self._caption(item)}
 
-    def _caption(self, of: Item | Prompt) -> Row:
-        embeddings = of["embeddings"] if self._embedded else None
-        return {"ids": of["ids"]} | ({} if embeddings is None else {"embeddings": embeddings})
+    def _caption(self, entry: Item | Prompt) -> Row:
+        embeddings = entry["embeddings"] if self._embedded else None
+        return {"ids": entry["ids"]} | ({} if embeddings is None else {"embeddings": embeddings})
 
 
 class ImageLatents:
-    """Examples from images. The VAE encodes them in each step; each epoch has new crops and flips."""
+    """Examples from images. For the attributes see `DenoisingExamples`.
+
+    The stage encodes the images at each step, and each epoch has new crops and flips.
+
+    Args:
+        examples: Images with captions.
+        transform: The transform of training images.
+        vae: The VAE of the run.
+        text: The text encoder of the run.
+        seed: Random seed of the augmentations.
+    """
 
     def __init__(self, examples: Examples, transform: Transform, vae: VAE, text: TextEncoder, *, seed: int = 0) -> None:
         warn_of_captions(examples)
@@ -119,3 +180,49 @@ class ImageLatents:
     def _ids(self, caption: str) -> Tensor:
         ids: Tensor = self._text.tokenize(caption)[0][0]
         return ids
+
+
+def open_latents(config: UNetConfig, vae: VAE, text: TextEncoder, own_size: tuple[int, int]) -> DenoisingExamples:
+    """Open `config.data`, which is a latent cache or images.
+
+    Args:
+        config: Settings of the run.
+        vae: The VAE of the run.
+        text: The text encoder of the run.
+        own_size: Height and width that the model was made for, the default size of images.
+
+    Raises:
+        SdkitError: The data cannot be opened, or do not fit the settings or the networks.
+    """
+    if is_cache(config.data):
+        defaults = {field.name: field.default for field in fields(config)}
+        if given := [name for name, value in config.opened_with().items() if value != defaults[name]]:
+            raise ArgumentError(f"{given[0]}= has no meaning for a latent cache; give it to sdkit cache instead.")
+        trains_text = config.train_text_encoder
+        return CachedLatents(config.data, vae, text, size=config.size, augment=config.augment, trains_text=trains_text)
+    size: Any = config.size or own_size
+    vae.check_size(size)
+    examples = open_examples(config.data, **config.opened_with())
+    return ImageLatents(examples, training_transform(size, config.augment), vae, text, seed=config.seed)
+
+
+def collated(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return a batch of rows.
+
+    Args:
+        rows: Examples as in `Row`, with any other tensors or values beside.
+
+    Returns:
+        Tensors stacked along a new first axis, and other values as lists. Captions are padded to the longest, and
+        `mask` (B, 77k) is False at the padding; it is None if all captions are equally long. `keys` holds the padded
+        token ids of each caption as bytes.
+    """
+    lengths = [row["ids"].numel() for row in rows]
+    batch: dict[str, Any] = {key: [row[key] for row in rows] for key in rows[0]}
+    for key in {"ids", "embeddings"} & batch.keys():
+        longest = max(len(value) for value in batch[key])
+        batch[key] = [F.pad(value, (0, 0, 0, longest - len(value))) for value in batch[key]]
+    stacked = {key: torch.stack(values) for key, values in batch.items() if isinstance(values[0], Tensor)}
+    keys = [ids.numpy().tobytes() for ids in batch["ids"]]
+    mask = None if len({*lengths}) == 1 else torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    return batch | stacked | {"keys": keys, "mask": mask}

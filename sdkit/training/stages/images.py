@@ -17,12 +17,14 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
-from sdkit.data.examples import Example, Examples
+from sdkit.atomic import atomic_write
+from sdkit.data.example import Example
+from sdkit.data.examples import Examples
 from sdkit.data.latent_cache import manifest
 from sdkit.data.latent_cache.shard_file import shard_file
 from sdkit.data.transform import Transform, draw
 from sdkit.errors import DataError, ImageError
-from sdkit.files import atomic_write, encodable, expanded
+from sdkit.files import encodable, expanded
 from sdkit.loading.fingerprint import weights_fingerprint
 from sdkit.strict_json import read_object
 
@@ -49,7 +51,7 @@ def is_cache(data: str | os.PathLike[str]) -> bool:
     """Return whether `data` is a folder with a latent cache, complete or not."""
     folder = expanded(data)
     try:
-        return read_object(folder / manifest.NAME, manifest.LARGEST).get("format") == manifest.FORMAT
+        return read_object(folder / manifest.MANIFEST_FILE, manifest.LARGEST).get("format") == manifest.FORMAT
     except (OSError, ValueError):
         return os.path.isfile(folder / shard_file(0))  # noqa: PTH113 - pathlib's raises for overlong names
 

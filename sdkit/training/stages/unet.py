@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import fields, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from accelerate import PartialState
 from PIL import Image
 from torch import Tensor, nn
 
 from sdkit import images as image_io
-from sdkit.data.examples import open_examples
 from sdkit.diffusion.conditioning import Conditioning
 from sdkit.diffusion.losses import diffusion_loss
 from sdkit.diffusion.schedule import NoiseSchedule, completed
@@ -27,8 +25,8 @@ from sdkit.loading.configs import GUIDANCE
 from sdkit.loading.lora_file import FILENAME, save_lora
 from sdkit.loading.new_network import new_network
 from sdkit.loading.source import USUAL_GUIDANCE, Source
-from sdkit.loading.tensors import quiet
-from sdkit.networks.autoencoder import VAE, latents_of
+from sdkit.messages import no_warnings, quiet
+from sdkit.networks.autoencoder import VAE
 from sdkit.networks.denoiser import UNet
 from sdkit.networks.lora import TARGETS, add_lora, lora_tensors
 from sdkit.networks.text_encoder import TextEncoder
@@ -40,36 +38,62 @@ from sdkit.training.settings import UNetConfig
 from sdkit.training.signals import raise_if_stopped
 from sdkit.training.stage import Player, Samples
 from sdkit.training.stages.denoising import DenoisingObjective
-from sdkit.training.stages.examples import CachedLatents, ImageLatents
-from sdkit.training.stages.images import identity_of, is_cache, report_skipped, training_transform
+from sdkit.training.stages.encoding import BatchEncoder
+from sdkit.training.stages.examples import collated, open_latents
+from sdkit.training.stages.images import identity_of, report_skipped
 
-VALIDATION_STEPS = 25  # of the images of fixed prompts
-REMEMBERED = 4096  # captions whose embeddings are kept in memory, each 0.24 MB for SD 1.x; a cache has room for all
+VALIDATION_STEPS = 25  # sampling steps of the images of validation prompts
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def train_unet(config: UNetConfig) -> Path:
-    """Fine-tune a U-Net, whole or by LoRA, or train one from scratch, and return the run folder.
+    """Fine-tune a U-Net (the whole network or a LoRA), or train one from scratch. An existing run is resumed.
 
-    result/ is a whole pipeline as diffusers has it, or pytorch_lora_weights.safetensors. `config.data` is a latent
-    cache, from which the VAE has nothing to do, or images. An existing run is resumed.
-    Raises SdkitError in one sentence for what the user can put right, and TrainingStopped after SIGTERM or Ctrl-C, once
-    a checkpoint is written.
+    Args:
+        config: Settings of the run. `config.data` is images, or a latent cache, which leaves the VAE idle.
+
+    Returns:
+        The run folder. Its result/ is a pipeline in diffusers layout, or a LoRA in
+        pytorch_lora_weights.safetensors.
+
+    Raises:
+        SdkitError: The settings, the model, or the data are at fault.
+        TrainingStopped: SIGTERM, SIGHUP, or Ctrl-C arrived; a checkpoint has been written.
+
+    Example:
+        >>> from sdkit.training import UNetConfig, train_unet
+        >>> settings = UNetConfig(data="photos", default_caption="a photo", out_dir="runs/lora", lora_rank=4,
+        ...                       size=64, max_steps=2)
+        >>> run = train_unet(settings)
+        >>> sorted(path.name for path in (run / "result").iterdir())
+        ['pytorch_lora_weights.safetensors', 'training.json']
     """
     return fit(UNetStage(config), config, Path(config.out_dir))
 
 
 class Denoiser(nn.Module):
-    """U-Net and, where it is trained along, text encoder: one network to call, so that processes reduce the gradients
-    of both."""
+    """The U-Net, and the text encoder if it is in training, as one network.
+
+    Processes exchange gradients when a network is called, so the two must be called as one.
+
+    Args:
+        unet: The U-Net.
+        text: The text encoder in training, or None.
+    """
 
     def __init__(self, unet: UNet, text: TextEncoder | None) -> None:
         super().__init__()
         self.unet, self.text = unet, text
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
-        """The U-Net's output; `cond.text` is embeddings (B, 77k, D), or token ids (B, k, 77) if the text encoder is
-        trained."""
+        """Return the U-Net's output, shaped like `x_t`.
+
+        Args:
+            x_t: Noised latents (B, 4, h, w).
+            t: Timesteps (B,).
+            cond: Captions. Its `text` is embeddings (B, 77k, D), or token ids (B, k, 77) if the text encoder is in
+                training.
+        """
         if self.text is not None and cond.text is not None:
             ids = cond.text
             embeddings = self.text(ids.flatten(0, 1)).unflatten(0, ids.shape[:2]).flatten(1, 2)
@@ -79,15 +103,22 @@ class Denoiser(nn.Module):
 
 
 class UNetStage:
-    """What `sdkit.training.loop.fit` trains."""
+    """The stage of a U-Net: one player, with a frozen VAE and a text encoder beside it.
+
+    Args:
+        config: Settings of the run.
+
+    Raises:
+        SdkitError: The settings, the model, or the data are at fault.
+    """
 
     def __init__(self, config: UNetConfig) -> None:
         self.config = config
         model = Source.open(config.model)
-        beside = model if config.vae is None else Source.open(config.vae)
-        self.vae = VAE(beside.autoencoder()).eval().requires_grad_(False)
+        vae_source = model if config.vae is None else Source.open(config.vae)
+        self.vae = VAE(vae_source.autoencoder()).eval().requires_grad_(False)
         self.text = TextEncoder(*model.text_encoder()).eval().requires_grad_(False)
-        # An unused copy, for the export: using a tokenizer changes what it saves.
+        # The export needs an unused copy, because tokenizing changes what a tokenizer saves.
         self.tokenizer = copy.deepcopy(self.text.tokenizer)
         self.scheduler = _scheduler(model, config)
         self.schedule = NoiseSchedule.from_config(self.scheduler, latents=True)
@@ -103,18 +134,23 @@ class UNetStage:
             self._make_networks(model)
         side = self.unet.sample_size * self.vae.factor
         self.latents = open_latents(config, self.vae, self.text, (side, side))
+        self.encoder = BatchEncoder(
+            self.vae, self.text, scale=self.latents.scale, shift=self.latents.shift,
+            trains_text=config.train_text_encoder,
+            half=config.mixed_precision == "bf16",  # not for fp16, in which this VAE can overflow
+        )  # fmt: skip
         networks = identity_of(self.vae.network, self.text.network, self.unet.network, schedule=self.scheduler)
         self.identity = {"data": self.latents.identity, "model": networks, "vae": self.vae.identity}
         self.size = len(self.latents.train)
         rate, ema = config.learning_rate, config.ema_decay > 0
         self.players = [Player("unet", self.denoiser, self.loss, learning_rate=rate, ema=ema)]
-        self._embeddings: dict[bytes, Tensor] = {}
 
     def _make_networks(self, model: Source) -> None:
+        """Load or make the U-Net, and mark the parameters to train. Raises ArgumentError if it cannot be trained."""
         config = self.config
         network = model.denoiser() if config.init is None else new_network(config.init, "unet")
         self.unet = UNet(network)
-        StableDiffusion(self.vae, self.text, self.unet, self.schedule)  # says so where they do not belong together
+        StableDiffusion(self.vae, self.text, self.unet, self.schedule)  # raises if the parts do not fit each other
         if network.config.out_channels != network.config.in_channels:
             raise ArgumentError(
                 "a U-Net that learned its variance cannot be trained; give one that predicts one thing."
@@ -126,47 +162,41 @@ class UNetStage:
             )
         network.set_attn_processor(PlainWhereSmall())
         trained = [network, *([self.text.network] if config.train_text_encoder else [])]
-        for one in trained:
+        for part in trained:
             if config.lora_rank is None:
-                one.requires_grad_(True)
-            elif config.lora_rank > (widest := _widest(one)):
+                part.requires_grad_(True)
+            elif config.lora_rank > (widest := _widest(part)):
                 raise ArgumentError(
                     f"lora_rank {config.lora_rank} is above the width of this model's attention, {widest}, where LoRA "
                     "saves nothing; give a smaller one."
                 )
             else:
-                for p in one.parameters():  # frozen weights may be in half precision, since autocast casts them anyway
+                for p in part.parameters():  # frozen weights can be in half precision, since autocast casts them anyway
                     p.data = p.data.to(HALF.get(config.mixed_precision, torch.float32))
-                add_lora(one, config.lora_rank)
+                add_lora(part, config.lora_rank)
             if config.gradient_checkpointing:
-                names = ("enable_gradient_checkpointing", "activation_checkpointing_enable")  # diffusers, transformers
-                getattr(one, next((name for name in names if hasattr(one, name)), "gradient_checkpointing_enable"))()
+                enable_gradient_checkpointing(part)
         self.denoiser = Denoiser(self.unet, self.text if config.train_text_encoder else None)
 
     def batch(self, samples: Samples) -> dict[str, Any]:
-        """Return posterior or pixels, caption, timestep, and noise of samples (n, item).
+        """Return posterior or pixels, caption, timestep, and noise of samples (n, item), as `collated` does.
 
-        Noise depends only on n and the seed.
+        All that is random depends only on n and the seed.
         """
         rows = []
         for n, item in samples:
-            example = self.latents.load(item, n // self.size)
-            source = noise_of(self.config.seed, n)
-            dropped = float(torch.rand((), generator=source)) < self.config.caption_dropout
-            t = self.objective.timestep(source)
-            rows.append(
-                {
-                    **example,
-                    **(self.latents.empty if dropped else {}),
-                    **self.objective.noise(self._shape, source),
-                    "t": t,
-                }
-            )
+            row: dict[str, Any] = {**self.latents.load(item, n // self.size)}
+            generator = noise_of(self.config.seed, n)
+            if float(torch.rand((), generator=generator)) < self.config.caption_dropout:
+                row |= self.latents.empty
+            row["t"] = self.objective.timestep(generator)
+            row |= self.objective.noise(self._shape, generator)
+            rows.append(row)
         return collated(rows)
 
     @property
     def _shape(self) -> tuple[int, int, int]:
-        """(4, h, w) of the latents of one example."""
+        """Shape (4, h, w) of the latents of one example."""
         height, width = self.latents.shape
         return (self.vae.channels, height, width)
 
@@ -177,50 +207,25 @@ class UNetStage:
     def loss(
         self, networks: Mapping[str, nn.Module], batch: dict[str, Any], step: int
     ) -> tuple[Tensor, Mapping[str, float | Tensor]]:
-        """The weighted denoising loss, and beside it `mse`, the same without weights, where there are some."""
+        """Return the denoising loss, and its parts to log; see `DenoisingObjective.loss`."""
         output, target = self._denoised(networks["unet"], batch)
         return self.objective.loss(output, target, batch["t"])
 
     def _denoised(self, network: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-        """Return the network's output for noised latents, and its target."""
+        """Return the network's output for noised latents, and its target, both (B, 4, h, w)."""
         t, eps = torch.tensor(batch["t"]), batch["eps"]
-        if "pixels" in batch:
-            half = self.config.mixed_precision == "bf16"  # in float16 this VAE can overflow
-            with torch.no_grad(), torch.autocast(eps.device.type, torch.bfloat16, enabled=half):
-                mean, logvar = self.vae.to(eps.device).posterior(batch["pixels"])
-        else:
-            mean, logvar = batch["mean"], batch["logvar"]
-        z = latents_of(mean, logvar, batch["posterior_eps"], self.latents.scale, self.latents.shift)
-        x_t, target = self.objective.noised(z, eps, t)
-        return network(x_t, t.to(eps.device), Conditioning(self._cond(batch), batch["mask"])), target
-
-    def _cond(self, batch: Mapping[str, Any]) -> Tensor:
-        """Token ids for a text encoder in training, embeddings of a frozen one."""
-        if self.config.train_text_encoder:
-            ids: Tensor = batch["ids"]
-            return ids
-        if "embeddings" in batch:
-            embeddings: Tensor = batch["embeddings"]
-            return embeddings
-        return torch.stack([self._embedding(ids, key) for ids, key in zip(batch["ids"], batch["keys"], strict=True)])
-
-    @torch.no_grad()
-    def _embedding(self, ids: Tensor, key: bytes) -> Tensor:
-        """Return embeddings (77k, D) of one caption's ids (k, 77). Captions are encoded one at a time: a resumed run
-        starts with an empty cache and must get bit-identical embeddings."""
-        if key in self._embeddings:
-            return self._embeddings[key].to(ids.device)
-        embedding: Tensor = self.text.to(ids.device)(ids).flatten(0, 1)
-        if len(self._embeddings) < REMEMBERED:
-            self._embeddings[key] = embedding.cpu()
-        return embedding
+        x_t, target = self.objective.noised(self.encoder.latents(batch), eps, t)
+        return network(x_t, t.to(eps.device), self.encoder.conditioning(batch)), target
 
     def validate(self, step: int) -> dict[str, float]:
-        """The loss, without weights, over a fixed grid of images, noises and timesteps, and images of fixed prompts."""
+        """Return the loss, without weights, on a fixed grid of held-out images, noises, and timesteps.
+
+        Images of the validation prompts are saved beside, in samples/.
+        """
         losses = split_over_processes(len(self.latents.held_out), self._validation_loss)
         report_skipped(self.latents.skipped, Path(self.config.out_dir) / "skipped.json")
         if self.config.validation_prompts:
-            self._show(step)
+            self._save_samples(step)
         return {"loss": math.fsum(losses) / len(losses)}
 
     def _validation_loss(self, i: int) -> float:
@@ -231,21 +236,22 @@ class UNetStage:
         batch = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in collated(rows).items()}
         return float(diffusion_loss(*self._denoised(self.denoiser, batch)))
 
-    def _show(self, step: int) -> None:
+    def _save_samples(self, step: int) -> None:
+        """Save a sheet with an image of each validation prompt."""
         prompts = self.config.validation_prompts
         images = [
             Image.fromarray(pixels)
-            for pixels in split_over_processes(len(prompts), lambda i: np.asarray(self._drawn(prompts[i], i)))
+            for pixels in split_over_processes(len(prompts), lambda i: np.asarray(self._generate(prompts[i], i)))
         ]
-        self.vae.cpu()
+        self.vae.cpu()  # frozen networks need GPU memory only while they work
         if not self.config.train_text_encoder:
             self.text.cpu()
         if PartialState().is_main_process:
             sheet = image_io.grid(images, captions=prompts, padding=8)
             image_io.save(sheet, self.config.samples / f"step-{step:08d}.png")
 
-    def _drawn(self, prompt: str, seed: int) -> Image.Image:
-        """An image of the networks as they are, in the run's precision; decoded in float32."""
+    def _generate(self, prompt: str, seed: int) -> Image.Image:
+        """Return an image of `prompt`, generated in the run's precision and decoded in float32."""
         device, half = self.unet.device, HALF.get(self.config.mixed_precision)
         height, width = (side * self.vae.factor for side in self.latents.shape)
         sd = StableDiffusion(self.vae.to(device), self.text.to(device), self.unet, self.schedule)
@@ -254,17 +260,17 @@ class UNetStage:
                 prompt, seed=seed, height=height, width=width, num_inference_steps=VALIDATION_STEPS,
                 guidance_scale=self.guidance_scale, output_type="latent", callback=lambda _: raise_if_stopped(),
             )  # fmt: skip
-        # What is no number any more is shown all the same: a run that went wrong is ended by the loop, which says why.
+        # Draw NaN as grey instead of raising here: the loop ends a run that has diverged, and says why.
         pixels = self.vae.decode(z.nan_to_num(0, 0, 0), output_type="pt")
         return image_io.to_pil(pixels.nan_to_num(0))[0]
 
     def export(self, folder: Path) -> None:
-        """LoRA's weights, or the whole pipeline in diffusers layout."""
+        """Write the LoRA, or the pipeline in diffusers layout, into an empty folder."""
         text = self.text if self.config.train_text_encoder else None
         if self.config.lora_rank is not None:
             save_lora(lora_tensors(self.unet.network, text and text.network), folder / FILENAME)
             return
-        with quiet():
+        with quiet("diffusers", "transformers"), no_warnings():
             import diffusers
 
             scheduler = getattr(diffusers, self.scheduler.get("_class_name") or "DDIMScheduler")
@@ -278,38 +284,15 @@ class UNetStage:
             pipeline.save_pretrained(folder)
 
 
-def open_latents(
-    config: UNetConfig, vae: VAE, text: TextEncoder, own_size: tuple[int, int]
-) -> CachedLatents | ImageLatents:
-    """Open `config.data`: a latent cache, or images, by default of the model's `own_size`."""
-    if is_cache(config.data):
-        defaults = {field.name: field.default for field in fields(config)}
-        if given := [name for name, value in config.opened_with().items() if value != defaults[name]]:
-            raise ArgumentError(f"{given[0]}= has no meaning for a latent cache; give it to sdkit cache instead.")
-        trains_text = config.train_text_encoder
-        return CachedLatents(config.data, vae, text, size=config.size, augment=config.augment, trains_text=trains_text)
-    size: Any = config.size or own_size
-    vae.check_size(size)
-    examples = open_examples(config.data, **config.opened_with())
-    return ImageLatents(examples, training_transform(size, config.augment), vae, text, seed=config.seed)
-
-
-def collated(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """A batch of rows. Captions of fewer chunks of tokens than the longest are filled up, and `mask` (B, 77k) says
-    which tokens count; it is None where all captions are of one length."""
-    lengths = [row["ids"].numel() for row in rows]
-    batch: dict[str, Any] = {key: [row[key] for row in rows] for key in rows[0]}
-    for key in {"ids", "embeddings"} & batch.keys():
-        most = max(len(value) for value in batch[key])
-        batch[key] = [F.pad(value, (0, 0, 0, most - len(value))) for value in batch[key]]
-    stacked = {key: torch.stack(values) for key, values in batch.items() if isinstance(values[0], Tensor)}
-    keys = [ids.numpy().tobytes() for ids in batch["ids"]]
-    mask = None if len({*lengths}) == 1 else torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
-    return batch | stacked | {"keys": keys, "mask": mask}
+def enable_gradient_checkpointing(network: nn.Module) -> None:
+    """Enable gradient checkpointing in a network of diffusers or transformers."""
+    # diffusers' name, that of recent versions of transformers, and that of the others.
+    names = ("enable_gradient_checkpointing", "activation_checkpointing_enable", "gradient_checkpointing_enable")
+    getattr(network, next(name for name in names if hasattr(network, name)))()
 
 
 def _widest(network: nn.Module) -> int:
-    """Return the highest rank that a layer with LoRA can have."""
+    """Return the highest useful rank of a LoRA on this network: the smaller side of its widest layer."""
     layers = (layer for name, layer in network.named_modules() if name.endswith(TARGETS))
     return max(min(layer.weight.shape) for layer in layers if isinstance(layer, nn.Linear))
 
@@ -326,9 +309,10 @@ def _scheduler(model: Source, config: UNetConfig) -> dict[str, Any]:
         scheduler["prediction_type"] = config.prediction_type
     if config.zero_snr is not None:
         scheduler["rescale_betas_zero_snr"] = config.zero_snr
-    if config.zero_snr:  # steps must begin with the last timestep
+    if config.zero_snr:  # sampling must start at the last timestep, which is pure noise (Lin et al. 2023)
         scheduler["timestep_spacing"] = "trailing"
-    if config.zero_snr or config.prediction_type == "sample":  # SD 1.x ships PNDM, which supports neither
-        # Keys that are left out mean other things to another scheduler. Latents are never clipped.
+    if config.zero_snr or config.prediction_type == "sample":
+        # SD 1.x ships PNDM, which supports neither zero terminal SNR nor x0-prediction; export DDIM instead. Missing
+        # keys are filled in first, because their defaults differ between schedulers. Latents are never clipped.
         scheduler = completed(scheduler) | {"_class_name": "DDIMScheduler", "clip_sample": False}
     return scheduler

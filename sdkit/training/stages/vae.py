@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from sdkit import images as image_io
-from sdkit.data.examples import open_examples
+from sdkit.data.sources import open_examples
 from sdkit.data.transform import Transform
 from sdkit.diffusion.losses import adaptive_weight, hinge_discriminator, hinge_generator, kl, l1, l2, vq
 from sdkit.errors import ArgumentError, DataError
@@ -57,18 +57,26 @@ TOLERATED_DRIFT = 0.1  # of the latents' standard deviation, before a warning
 def train_vae(config: VAEConfig) -> Path:
     """Fine-tune a VAE, or train one from scratch. An existing run is resumed.
 
-    By default only the decoder is trained: latents keep their meaning, and U-Nets and caches stay valid. With
-    `train_encoder`, validation reports how far latents have moved from the starting VAE's.
+    By default only the decoder is trained: latents keep their meaning, so U-Nets and caches made for this VAE stay
+    valid. With `train_encoder`, validation measures how far latents have moved from those of the starting VAE.
 
     Args:
-        config: The settings.
+        config: Settings of the run. The default `lpips_weight` needs weights of LPIPS; see `VAEConfig`.
 
     Returns:
         The run folder. Its result/ is the VAE in diffusers layout.
 
     Raises:
-        SdkitError: Something that the user can correct.
-        TrainingStopped: The process received SIGTERM or Ctrl-C; a checkpoint is written.
+        SdkitError: The settings, the model, or the data are at fault.
+        TrainingStopped: SIGTERM, SIGHUP, or Ctrl-C arrived; a checkpoint has been written.
+
+    Example:
+        >>> import sdkit
+        >>> from sdkit.training import VAEConfig, train_vae
+        >>> run = train_vae(VAEConfig(data="photos", out_dir="runs/vae", size=64, max_steps=2, lpips_weight=0))
+        >>> vae = sdkit.VAE.from_pretrained(run / "result")
+        >>> vae.factor, vae.channels
+        (8, 4)
     """
     return fit(VAEStage(config), config, Path(config.out_dir))
 

@@ -1,0 +1,80 @@
+"""One image with its caption, which is read only when it is loaded."""
+
+from __future__ import annotations
+
+import io
+import re
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import Any, cast
+
+from PIL import Image
+
+from sdkit import images
+from sdkit.errors import ImageError
+from sdkit.files import open_regular
+from sdkit.messages import clean, first_line
+from sdkit.stops import stop_in
+
+ON_THE_HUB = re.compile(r"(?:(?:zip|tar|gzip)://[^:]*::)?hf://")
+"""Matches the beginning of an image's address in a stream from the Hub."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example:
+    """An image, not yet read, and its caption.
+
+    Attributes:
+        name: the image's path in its folder, its member's name in its shard, or its row; unique within a data set.
+        caption: "" where the image has none.
+        path: the file that holds the encoded image, or an address on the Hub.
+        data: the encoded image, where it does not lie in a file.
+        offset: first byte of the encoded image in the file `path`; None where it is the whole file.
+        size: number of bytes from `offset` on; None where it is the whole file.
+    """
+
+    name: str
+    caption: str
+    path: str | None = field(default=None, repr=False)
+    data: bytes | None = field(default=None, repr=False)
+    offset: int | None = field(default=None, repr=False)
+    size: int | None = field(default=None, repr=False)
+
+    def load(self) -> Image.Image:
+        """Read the image as `sdkit.images.read` does: 8-bit RGB, upright, opaque. Raises `ImageError`."""
+        if self.data is not None:
+            return _read(self.data, self.name)
+        if self.path is None:
+            raise ImageError(f"{self.name} holds no image; take it out of the data.")
+        if self.offset is None and "://" not in self.path:
+            return images.read(self.path)
+        try:
+            with self._open(self.path) as file:
+                file.seek(self.offset or 0)
+                data = file.read(-1 if self.size is None else self.size)
+        except ImageError:
+            raise
+        except Exception as error:  # file systems on the web raise nearly anything
+            raise stop_in(error) or ImageError(f"cannot read {clean(self.name)}: {first_line(error)}.") from error
+        return _read(data, self.name)
+
+    def _open(self, path: str) -> Any:
+        """Open a local file or a file on the Hub. No other address is opened: data could name any server."""
+        if self.offset is not None:
+            return open_regular(path)
+        if not ON_THE_HUB.match(path):
+            raise ImageError(
+                f"{clean(self.name)} lies at {clean(path)!r}, which is neither a file here nor on the Hub; store the "
+                "images themselves."
+            )
+        if import_module("huggingface_hub.constants").HF_HUB_OFFLINE:
+            raise ImageError(f"{clean(self.name)} lies on the Hub, and HF_HUB_OFFLINE forbids to fetch it.")
+        return import_module("fsspec").open(path, "rb")
+
+
+def _read(data: bytes, name: str) -> Image.Image:
+    class Named(io.BytesIO):  # `images.read` names its file in errors by str()
+        def __str__(self) -> str:
+            return name
+
+    return images.read(cast(Any, Named(data)))

@@ -1,0 +1,77 @@
+"""The frozen networks of a stage that denoises: they turn batches into latents and embeddings of captions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sdkit.diffusion.conditioning import Conditioning
+from sdkit.networks.autoencoder import VAE, latents_of
+from sdkit.networks.text_encoder import TextEncoder
+
+MOST_EMBEDDINGS = 4096  # captions to remember in memory, each 0.24 MB for SD 1.x; a latent cache has room for all
+
+
+class BatchEncoder:
+    """Turns batches of examples (see `collated`) into what a denoiser is trained on.
+
+    Args:
+        vae: The VAE, which is frozen.
+        text: The text encoder.
+        scale: Scale of the latents.
+        shift: Shift of the latents.
+        trains_text: Whether the text encoder is in training. Captions then stay token ids, for the network in training
+            to encode.
+        half: Whether images are encoded in bfloat16.
+
+    Attributes:
+        embeddings: Embeddings on the CPU by token ids, of captions encoded before.
+    """
+
+    def __init__(
+        self, vae: VAE, text: TextEncoder, *, scale: float, shift: float, trains_text: bool = False, half: bool = False
+    ) -> None:
+        self.vae, self.text = vae, text
+        self.scale, self.shift, self.trains_text, self.half = scale, shift, trains_text, half
+        self.embeddings: dict[bytes, Tensor] = {}
+
+    def latents(self, batch: Mapping[str, Any]) -> Tensor:
+        """Return scaled latents (B, 4, h, w), sampled from the posteriors with the batch's own noise."""
+        if "pixels" in batch:
+            pixels: Tensor = batch["pixels"]
+            with torch.no_grad(), torch.autocast(pixels.device.type, torch.bfloat16, enabled=self.half):
+                mean, logvar = self.vae.to(pixels.device).posterior(pixels)
+        else:
+            mean, logvar = batch["mean"], batch["logvar"]
+        return latents_of(mean, logvar, batch["posterior_eps"], self.scale, self.shift)
+
+    def conditioning(self, batch: Mapping[str, Any]) -> Conditioning:
+        """Return the condition of the denoiser: the captions, and their mask."""
+        return Conditioning(self.captions(batch), batch["mask"])
+
+    def captions(self, batch: Mapping[str, Any]) -> Tensor:
+        """Return embeddings (B, 77k, D), or token ids (B, k, 77) if the text encoder is in training."""
+        if self.trains_text:
+            ids: Tensor = batch["ids"]
+            return ids
+        if "embeddings" in batch:
+            embeddings: Tensor = batch["embeddings"]
+            return embeddings
+        return torch.stack([self._embedding(ids, key) for ids, key in zip(batch["ids"], batch["keys"], strict=True)])
+
+    @torch.no_grad()
+    def _embedding(self, ids: Tensor, key: bytes) -> Tensor:
+        """Return the embeddings (77k, D) of one caption, given its token ids (k, 77) as a tensor and as bytes.
+
+        Captions are encoded one at a time: a resumed run starts with an empty cache and must get bit-identical
+        embeddings.
+        """
+        if key in self.embeddings:
+            return self.embeddings[key].to(ids.device)
+        embedding: Tensor = self.text.to(ids.device)(ids).flatten(0, 1)
+        if len(self.embeddings) < MOST_EMBEDDINGS:
+            self.embeddings[key] = embedding.cpu()
+        return embedding
