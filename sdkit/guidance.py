@@ -12,11 +12,13 @@ from sdkit.diffusion.guidance import (
     guided,
     rescale,
 )
+from sdkit.diffusion.schedule import Predict
 
 __all__ = [
     "APG",
     "Conditioning",
     "Model",
+    "Predict",
     "apg",
     "cfg",
     "classifier",

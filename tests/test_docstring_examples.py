@@ -1,4 +1,6 @@
-"""Examples in the docstrings of public names run as they stand, on the embedded model and a reader's own photos."""
+"""Examples in the docstrings of public names must run as they stand, on the embedded model and photos of the reader's
+own.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,7 @@ MAIN = (
 
 
 def public_names(face: ModuleType) -> Iterator[tuple[str, object]]:
-    """Each class, method, and function that a module of public names exports, by its name under `sdkit`."""
+    """Yield each class, method, and function that `face` exports, with its name under `sdkit`."""
     prefix = face.__name__.removeprefix("sdkit").removeprefix(".")
     for name in getattr(face, "__all__", vars(face)):
         value = getattr(face, name)
@@ -57,7 +59,7 @@ def photos(
     chelsea: Image.Image,
     coffee: Image.Image,
 ) -> None:
-    """A working folder that holds `photo.jpg`, and the folder `photos` of three."""
+    """Make a working folder with `photo.jpg` and a folder `photos` of three images."""
     (tmp_path / "photos").mkdir()
     for name, image in (("astronaut", astronaut), ("chelsea", chelsea), ("coffee", coffee)):
         image.resize((image.width // 4, image.height // 4)).save(tmp_path / "photos" / f"{name}.jpg")

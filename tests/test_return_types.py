@@ -1,4 +1,6 @@
-"""Return types follow `output_type`: a type checker's view, which mypy checks in this file, equals what comes back."""
+"""Return types depend on `output_type`. The types that mypy infers in this file must equal those of the returned
+values.
+"""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ from sdkit.diffusion.schedule import SCHEDULERS
 from sdkit.files import sha256
 from sdkit.loading.single_file import ASSETS
 from sdkit.pipelines.generation import Generation
-from tests.helpers import original_layout
+from tests.helpers import original_layout, tiny
 from tests.helpers.color_profiles import P3, matrix_profile
 
 GUIDE = Path(__file__).parents[1] / "notebooks" / "what_loads.md"
@@ -56,40 +56,11 @@ class Kit:
     @cached_property
     def folder(self) -> Path:
         """Return the model as a folder in diffusers layout."""
-        from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
-        from transformers import CLIPTextConfig, CLIPTextModel
-
-        torch.manual_seed(0)
         here = self.root / "base"
-        vae = AutoencoderKL(
-            block_out_channels=(8,) * 4,
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-            layers_per_block=2,
-            norm_num_groups=4,
-            latent_channels=4,
-        )
-        unet = UNet2DConditionModel(
-            block_out_channels=(8, 16, 16, 16),
-            norm_num_groups=4,
-            attention_head_dim=4,
-            cross_attention_dim=16,
-            sample_size=8,
-        )
-        text = CLIPTextModel(
-            CLIPTextConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
-        )
-        vae.save_pretrained(here / "vae")
-        unet.save_pretrained(here / "unet")
-        text.save_pretrained(here / "text_encoder")
-        DDIMScheduler(
-            beta_start=0.00085,
-            beta_end=0.012,
-            beta_schedule="scaled_linear",
-            clip_sample=False,
-            set_alpha_to_one=False,
-            steps_offset=1,
-        ).save_pretrained(here / "scheduler")
+        unet = {"block_out_channels": (8, 16, 16, 16), "sample_size": 8}
+        networks = tiny.networks((8, 8, 8, 8), vae={"layers_per_block": 2}, unet=unet)
+        networks.save(here)
+        tiny.scheduler().save_pretrained(here / "scheduler")
         shutil.copytree(ASSETS / "clip_tokenizer", here / "tokenizer")
         shutil.copy(ASSETS / "sd1" / "tokenizer" / "tokenizer_config.json", here / "tokenizer")
         (here / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline"}))

@@ -1,1 +1,1 @@
-"""How a network is executed: device, dtype, attention."""
+"""How a network is executed: device, dtype, attention, and torch.compile."""

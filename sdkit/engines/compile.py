@@ -9,7 +9,7 @@ from torch import nn
 
 
 def compile_modules(*modules: nn.Module) -> None:
-    """Compile modules in place. The first call with each shape of input takes a minute or so, later ones less time."""
+    """Compile modules in place. The first call with each shape of input compiles, which is slow."""
     for module in modules:
         module.compile()
 

@@ -1,4 +1,4 @@
-"""Device and dtype of a network: what `"auto"` means on this machine."""
+"""Device and dtype of a network, and the meaning of "auto" on this machine."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ DTYPES = {
 
 
 def resolve_place(dtype: str | torch.dtype, device: str | torch.device) -> tuple[torch.dtype, torch.device]:
-    """Return the dtype and the device that a network computes in and on: see `resolve_dtype` and `resolve_device`."""
+    """Return dtype and device of a network, with "auto" resolved by `resolve_dtype` and `resolve_device`."""
     resolved = resolve_device(device)
     return resolve_dtype(dtype, resolved), resolved
 
 
 def resolve_device(device: str | torch.device = "auto") -> torch.device:
-    """Return a device: `"auto"` is a CUDA GPU, else Apple's, else the CPU; others are checked by computing on them."""
+    """Return a device. "auto" is a CUDA GPU, else Apple's, else the CPU. Raise ArgumentError if it cannot be used."""
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     present = [name for name, there in available.items() if there]
     if device == "auto":
         return torch.device(present[0])
     try:
         resolved = torch.device(device)
-        torch.ones(1, device=resolved).item()  # "meta" can allocate, but holds nothing
+        torch.ones(1, device=resolved).item()  # compute: the device "meta" allocates, but holds no values
     except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
         choices = " or ".join(map(repr, present))
         raise ArgumentError(f"device {device!r} cannot be used on this machine; use 'auto', {choices}.") from error
@@ -38,7 +38,7 @@ def resolve_device(device: str | torch.device = "auto") -> torch.device:
 
 
 def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
-    """Return a dtype: `"auto"` is bfloat16 where the hardware multiplies it (AVX512-BF16 or AMX), else float32."""
+    """Return a dtype. "auto" is bfloat16 if the hardware multiplies it (on CPUs: AVX512-BF16 or AMX), else float32."""
     if dtype == "auto":
         return torch.bfloat16 if has_native_bf16(device) else torch.float32
     resolved = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
@@ -57,5 +57,6 @@ def has_native_bf16(device: torch.device) -> bool:
 
 
 def memory_format(dtype: torch.dtype) -> torch.memory_format:
-    """Return channels_last in half precision, twice as fast; in float32 diffusers' own layout, to be bit-identical."""
+    """Return the memory layout: channels_last in half precision, which is twice as fast; contiguous in float32, to be
+    bit-identical to diffusers."""
     return torch.contiguous_format if dtype == torch.float32 else torch.channels_last

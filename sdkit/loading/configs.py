@@ -1,4 +1,4 @@
-"""The configs of networks and schedules: JSON files whose values are checked before a library sees them."""
+"""Configs of networks and schedules: JSON files. Their values are checked before a library sees them."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from sdkit.messages import clean
 from sdkit.strict_json import read_object
 
 LEVELS = 32
-"""Entries of the longest list in a config."""
+"""Most entries of a list in a config."""
 LAYERS = 1000
-"""Layers of the deepest network that is built."""
+"""Most layers of a network that is built."""
 
 
 def _number(value: Any, low: float = -1e12, high: float = 1e12) -> bool:
@@ -70,7 +70,7 @@ NESTED_COUNTS: Check = (
 )
 
 GUIDANCE = "_guidance_scale"
-"""Key of model_index.json for the guidance scale that suits the model best; diffusers ignores it."""
+"""Key in model_index.json of the guidance scale that suits the model best; diffusers ignores it."""
 
 VALUES: dict[str, dict[str, Check]] = {
     "vae": {
@@ -139,15 +139,15 @@ VALUES: dict[str, dict[str, Check]] = {
     },
     "index": {GUIDANCE: ("a number from 0 to 100", lambda x: _number(x, 0, 100))},
 }
-"""Checks of values, by part and key: how a message puts what is right, and the check. Those that size a network, and
-those that the package itself computes with; what is wrong with others the libraries say."""
+"""Checks by part and key: the words for a valid value in a message, and the check. Listed are values that size a
+network and values that sdkit itself computes with. The libraries check the others."""
 
 UNBOUNDED = ("lambda_min_clipped",)
-"""Keys that diffusers itself writes as -Infinity: those of DPM-Solver's configs. They are not read here."""
+"""Keys that diffusers itself writes as -Infinity, in configs of DPM-Solver. sdkit does not read them."""
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`. Raises SourceError where the file is missing or is something else."""
+    """Return the JSON object in `path`. Raise SourceError if the file is missing or holds something else."""
     check_regular(path)
     try:
         return read_object(path)
@@ -158,10 +158,15 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_config(path: Path, part: str) -> dict[str, Any]:
-    """The config of `part` ("vae", "unet", "text", "scheduler"; "index", model_index.json) in `path`.
+    """Read and check a config.
 
-    Raises SourceError for a value of another type or range than `VALUES` says, for NaN and infinity anywhere but in
-    `UNBOUNDED`, and for more layers than any network has.
+    Args:
+        path: The file.
+        part: "vae", "unet", "text", "scheduler", or "index" (model_index.json).
+
+    Raises:
+        SourceError: A value has a type or range that `VALUES` excludes; a number is NaN or infinite, except for
+            `UNBOUNDED`; or the network would have more than 1,000 layers.
     """
     config = read_json(path)
     nested = [config[key] for key in ("text_config", "text_config_dict") if isinstance(config.get(key), dict)]
@@ -178,9 +183,9 @@ def read_config(path: Path, part: str) -> dict[str, Any]:
 
 
 def _all_finite(value: Any) -> bool:
-    """Whether no number in a value of JSON is NaN or infinite."""
+    """Return whether no number in a JSON value is NaN or infinite."""
     left = [value]
-    while left:  # JSON may be nested deeper than calls may be
+    while left:  # no recursion: JSON may be nested deeper than Python's stack
         one = left.pop()
         if isinstance(one, (dict, list)):
             left += one.values() if isinstance(one, dict) else one
@@ -190,8 +195,13 @@ def _all_finite(value: Any) -> bool:
 
 
 def layers_of(config: dict[str, Any], part: str) -> int:
-    """An upper bound of the layers in the network of a config, whose values are checked. Each takes time and memory to
-    build, even without weights."""
+    """Return an upper bound of the number of layers of a network. Each takes time and memory to build, even without
+    weights.
+
+    Args:
+        config: A config with checked values.
+        part: As in `read_config`.
+    """
     sizes = {key: config[key] for key in VALUES.get(part, {}) if key in config}
     levels = max(len(sizes.get(key) or ()) for key in ("block_out_channels", "down_block_types", "up_block_types"))
     within = _most(sizes.get("transformer_layers_per_block", 1))
@@ -201,5 +211,5 @@ def layers_of(config: dict[str, Any], part: str) -> int:
 
 
 def _most(value: Any) -> int:
-    """The largest number in a number or in nested lists; 0 for null."""
+    """Return the largest number in nested lists, or the number itself; 0 for null."""
     return max(map(_most, value), default=0) if isinstance(value, (list, tuple)) else int(value or 0)

@@ -1,4 +1,4 @@
-"""A model in diffusers layout: a pipeline's folder or one component's own, on disk or on the Hub (and in its cache)."""
+"""A model in diffusers layout: the folder of a pipeline or of one component, on disk or on the Hub."""
 
 from __future__ import annotations
 
@@ -21,31 +21,40 @@ from sdkit.messages import clean
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
 
-# Names in an `Attention` of diffusers before 0.18, and of the parts beside the text encoder in a CLIP model.
+# Names of attention layers in diffusers before 0.18 -> today's.
 NEW_ATTENTION = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
 OLD_ATTENTION = re.compile(r"\.(?:query|key|value|proj_attn)\.(?=(?:weight|bias)$)")
+# Prefixes of the other parts of a CLIP model.
 BESIDE_TEXT = ("vision_model.", "visual_projection.", "text_projection.", "logit_scale")
 VARIANT = re.compile(r"[\w-]+")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """One part of a model: where diffusers keeps it, and what of its config matters to people."""
+    """One part of a model.
+
+    Attributes:
+        name: "vae", "unet", "text", or "scheduler".
+        folder: Its subfolder in a pipeline's folder.
+        classes: The class that the config names -> the class that loads it. Empty for the schedule, which is read as
+            data.
+        telling: A field of the config -> the class that has it, for configs that name none. The first match counts.
+        config: The file name of the config.
+        weights: File names of the weights, the preferred one first.
+        shown: Values of the config that descriptions show -> their defaults in diffusers.
+    """
 
     name: str
     folder: str
     classes: dict[str, str] = field(default_factory=dict)
-    """The class named in the config -> the class that loads it. Empty for the schedule, which is read as data."""
     telling: dict[str, str] = field(default_factory=dict)
-    """A field of the config -> the class it is of, for configs that name none; the most telling first."""
     config: str = "config.json"
     weights: tuple[str, ...] = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
     shown: dict[str, Any] = field(default_factory=dict)
-    """Values of the config to show -> their defaults in diffusers."""
 
     @property
     def files(self) -> list[str]:
-        """Every small file that the part may need, in a pipeline's repository or in its own."""
+        """The small files that the part may need, in a pipeline's repository or in its own."""
         names = [self.config, f"{self.folder}/{self.config}"]
         if self is TEXT:
             names += [f"{folder}{name}" for folder in ("", "tokenizer/") for name in tokenizer.FILES]
@@ -88,7 +97,7 @@ PARTS = (VAE, UNET, TEXT, SCHEDULER)
 
 
 def locate(place: Place, part: Part) -> Path:
-    """The folder with the part's config: a pipeline's subfolder or the place itself. Checks the class in the config."""
+    """Return the folder with the part's config: a subfolder or the root. Raise SourceError for another class."""
     root = place.root(part.files)
     for folder in (root / part.folder, root):
         if is_file(folder / part.config):
@@ -102,14 +111,14 @@ def locate(place: Place, part: Part) -> Path:
 
 
 def class_name(config: dict[str, Any]) -> str:
-    """The class that a diffusers or transformers config was written for."""
+    """Return the class that a config of diffusers or transformers names."""
     architectures = config.get("architectures")
     names = [config.get("_class_name"), *(architectures if isinstance(architectures, list) else [])]
     return clean(next((name for name in names if name and isinstance(name, str)), "unknown network"))
 
 
 def class_of(config: dict[str, Any], part: Part) -> str:
-    """The class that a config was written for; where it names none, the one of `part` that its fields tell of."""
+    """Return the class that a config names; if it names none, the class of `part` that has its fields."""
     if config.get("_class_name") is None and config.get("architectures") is None:
         clip = config.get("model_type") in (None, "clip", "clip_text_model")
         return next((name for key, name in part.telling.items() if key in config and clip), "unknown network")
@@ -123,9 +132,18 @@ def _wrong(place: Place, name: str, part: Part) -> SourceError:
 
 
 def load_network(place: Place, part: Part, dtype: torch.dtype, variant: str | None) -> Any:
-    """The network of `part`, in eval mode on the CPU.
+    """Load the network of `part`, in eval mode, on the CPU.
 
-    diffusers and transformers make it of its config alone. They open no file: what is loaded is what was checked.
+    diffusers and transformers build it from its config. They open no file: what is loaded is what was checked.
+
+    Args:
+        place: The source.
+        part: The part.
+        dtype: The dtype to convert the weights to.
+        variant: The variant of the weights, such as "fp16".
+
+    Raises:
+        SourceError: The part is missing, damaged, or of another class.
     """
     folder = locate(place, part)
     config = read_config(folder / part.config, part.name)
@@ -147,7 +165,7 @@ def load_network(place: Place, part: Part, dtype: torch.dtype, variant: str | No
 
 
 def _named(part: Part, weights: TensorFile, network: Any) -> dict[str, torch.Tensor]:
-    """The tensors under the network's own names. What else a whole CLIP model has is left out."""
+    """Return the tensors under the network's own names, without the other parts of a whole CLIP model."""
     expected = network.state_dict().keys()
     names = {key: key for key in weights.shapes}
     if part is TEXT:
@@ -166,7 +184,7 @@ def _open(path: Path) -> TensorFile:
 
 
 def open_weights(place: Place, part: Part, folder: Path) -> TensorFile | None:
-    """The weights of `part` that `folder` holds, without those of a variant; None where the Hub has (more of) them."""
+    """Open the weights of `part` in `folder`, not a variant. Return None if they are not all downloaded."""
     path = _there(folder, _weights_names(part, None))
     if path and path.suffix == ".json" and place.kind == "hub" and not _complete(path):
         return None
@@ -174,7 +192,7 @@ def open_weights(place: Place, part: Part, folder: Path) -> TensorFile | None:
 
 
 def _weights_names(part: Part, variant: str | None) -> list[str]:
-    """File names of the weights, the best first: safetensors rather than a pickle, one file rather than shards."""
+    """Return possible file names of the weights: safetensors before pickles, one file before shards."""
     return [
         candidate
         for name in part.weights
@@ -191,9 +209,9 @@ def _complete(index: Path) -> bool:
 
 
 def _find_weights(place: Place, part: Part, folder: Path, variant: str | None) -> Path:
-    """The part's file of weights, or the index of its shards; downloaded if need be, and no other with it.
+    """Return the part's file of weights, or the index of its shards. Only these are downloaded.
 
-    A part without the variant, in a model of which others have it, is loaded from its plain file, as diffusers does.
+    If a part lacks a variant that other parts have, its plain file is loaded, as in diffusers.
     """
     if variant is not None and not VARIANT.fullmatch(variant):
         raise ArgumentError(f"variant {clean(repr(variant))} is not one word such as 'fp16'; correct it.")
@@ -212,7 +230,7 @@ def _find_weights(place: Place, part: Part, folder: Path, variant: str | None) -
 
 
 def _fetched(place: Place, folder: Path, inside: str, names: list[str]) -> Path | None:
-    """The first of the files of weights that the part has, with its shards if it is their index."""
+    """Return the first of the files that the part has. From the Hub it is fetched, with the shards of an index."""
     found = _there(folder, names)
     if place.kind != "hub":
         return found
@@ -227,7 +245,7 @@ def _fetched(place: Place, folder: Path, inside: str, names: list[str]) -> Path 
 
 
 def _variants(names: list[str], part: Part, inside: str) -> list[str]:
-    """The variants that a part has weights of, told by its files' names."""
+    """Return the variants of a part's weights, by the names of its files."""
     found = set()
     for weights in part.weights:
         stem, suffix = map(re.escape, weights.split("."))
@@ -237,7 +255,7 @@ def _variants(names: list[str], part: Part, inside: str) -> list[str]:
 
 
 def _listed(place: Place, root: Path) -> list[str]:
-    """The files of a place: of a Hub id those on the Hub, or where it cannot be reached those in the cache."""
+    """Return the names of a place's files. If the Hub cannot be reached, these are the files in the cache."""
     if place.kind == "hub" and (names := hub.list_files(place.name, place.revision)) is not None:
         return names
     folders = [root, *(root / part.folder for part in PARTS)]
@@ -245,7 +263,7 @@ def _listed(place: Place, root: Path) -> list[str]:
 
 
 def load_place_tokenizer(place: Place) -> CLIPTokenizer:
-    """The tokenizer that belongs to the text encoder of `place`: in the same folder, or in ../tokenizer."""
+    """Load the tokenizer of the text encoder of `place`, from the same folder or from ../tokenizer."""
     folder = locate(place, TEXT)
     for candidate in (folder, folder.parent / "tokenizer"):
         if tokenizer.has_vocabulary(candidate):

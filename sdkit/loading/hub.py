@@ -26,7 +26,7 @@ def list_files(repository: str, revision: str | None) -> list[str] | None:
 
     try:
         found = HfApi().repo_info(repository, revision=revision, timeout=TIMEOUT)
-    except Exception as error:  # any library below may raise its own
+    except Exception as error:  # huggingface_hub passes on the errors of several HTTP libraries
         if stop := stop_in(error):
             raise stop from error
         return None
@@ -60,12 +60,12 @@ def fetch(repository: str, revision: str | None, files: list[str]) -> Path:
             f"{at} is not in the cache, and the Hub cannot be reached; load it once with a connection, or correct the "
             "path if a folder is meant, for there is none of that name."
         ) from error
-    except Exception as error:  # any library below may raise its own
+    except Exception as error:  # huggingface_hub passes on the errors of several HTTP libraries
         raise stop_in(error) or SourceError(_problem(repository, revision, error)) from error
 
 
 def _problem(repository: str, revision: str | None, error: Exception) -> str:
-    """The sentence for an error of huggingface_hub."""
+    """Return the sentence for an error of huggingface_hub."""
     from huggingface_hub import errors
 
     label = clean(repr(repository))

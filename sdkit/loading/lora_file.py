@@ -43,24 +43,25 @@ FILENAME = "pytorch_lora_weights.safetensors"
 PEFT_FILENAME = "adapter_model.safetensors"
 PICKLES = ("pytorch_lora_weights.bin", "adapter_model.bin")
 PEFT_CONFIG = "adapter_config.json"
-"""Beside peft's own files: the alphas, which diffusers keeps in the file's metadata and kohya among the tensors."""
+"""The file beside peft's own that states the alphas. diffusers keeps them in the metadata, kohya among the tensors."""
 PEFT_PREFIX = "base_model.model."
-"""Begins the names in peft's own files; the layer's name in its network follows."""
+"""Prefix of the names in peft's own files. The layer's name in its network follows."""
 LAYOUTS = ("diffusers", "kohya")
+
 KEY = re.compile(
     r"(?P<part>unet\.|lora_unet_|(?=(?:down|mid|up)_block)|text_encoder\.|lora_te1?_)"
     r"(?P<module>.+?)"
     r"(?:[._]lora(?:_linear_layer)?[._](?P<role>down|up|A|B)\.weight|\.alpha)"
 )
-"""A tensor's name in any of the layouts; old files of diffusers have the U-Net's without a prefix."""
+"""A tensor's name in any of the layouts. In old files of diffusers the U-Net's names have no prefix."""
 BUNDLED = "bundle_emb."
-"""Begins the names of embeddings that some trainers put into the file of a LoRA."""
+"""Prefix of the names of embeddings, which some trainers put into the file of a LoRA."""
 KOHYA = ("lora_down.weight", "lora_up.weight", "alpha")
 ROLES = {"A": "down", "down": "down", "B": "up", "up": "up", None: "alpha"}
-# What attention processors were called before peft, underscores in place of dots -> the layer itself.
+# Names of attention layers from before peft (with underscores for dots) -> today's names.
 OLD_NAMES = ((r"_processor_", "_"), (r"(attn\d_to_out)$", r"\1_0"), (r"self_attn_to_(\w+)$", r"self_attn_\1_proj"))
 
-# Pieces of names that only others have, the most telling first.
+# Pieces of names that only other kinds of files have. The first match decides.
 FOREIGN = (
     (("string_to_param", "emb_params", "clip_g"), "a textual inversion embedding"),
     (("hada_w",), "a LoHa"),
@@ -79,57 +80,73 @@ WHOLE = {torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8}
 """Some files state alpha as a whole number."""
 LARGEST_ALPHA = 1e12
 MOST_PATTERNS = 1000
-"""Layers whose alpha a config may state one by one; SD 1.x has fewer than 400."""
+"""Most layers for which a config may state an alpha; SD 1.x has fewer than 400."""
 PATTERN = re.compile(r"\^?(?:\.\*|\\\.|[\w.-])+\$?")
-"""A layer's name, or the end of one, in which `.*` stands for anything: the regular expressions that peft's configs
-hold."""
+"""A layer's name, or the end of one, in which `.*` stands for anything: the form of the regular expressions in peft's
+configs."""
 OTHER_BASE = ("pissa", "olora", "corda", "loftq")
-"""Ways to begin a LoRA (peft's `init_lora_weights`) that change the weights it is added to."""
+"""Initialisations (peft's `init_lora_weights`) that change the weights a LoRA is added to."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Factors:
-    """What is added to one layer's weight: alpha / r * up @ down."""
+    """The update of one layer's weight: alpha / r * up @ down.
+
+    Attributes:
+        down: A: (r, inputs), of a convolution (r, inputs, k, k).
+        up: B: (outputs, r), of a convolution (outputs, r, 1, 1).
+        alpha: The numerator of the update's factor.
+    """
 
     down: Tensor
-    """A: (r, inputs), of a convolution (r, inputs, k, k)."""
     up: Tensor
-    """B: (outputs, r), of a convolution (outputs, r, 1, 1)."""
     alpha: float
 
     def delta(self, weight: Tensor) -> Tensor:
-        """The whole update in the shape of `weight` and on its device, float32."""
+        """Return the update, float32, in the shape of `weight` and on its device."""
         up, down = (x.to(weight.device, torch.float32).flatten(1) for x in (self.up, self.down))
         return self.alpha / len(down) * (up @ down).reshape(weight.shape)
 
     def merged(self, weight: Tensor, scale: float) -> Tensor:
-        """`weight` plus `scale` times the update, computed in float32, in the weight's dtype."""
+        """Return `weight` plus `scale` times the update, computed in float32, in the weight's dtype."""
         return (weight.float() + scale * self.delta(weight)).to(weight.dtype)
 
     def overflows(self, weight: Tensor, scale: float) -> bool:
-        """Whether `merged` would not be finite. It is computed for that only where bounds do not settle it."""
+        """Return whether `merged` would not be finite. It is computed only if bounds leave the question open."""
         up, down = (float(x.float().abs().max()) for x in (self.up, self.down))
         low, high = (float(x) for x in torch.aminmax(weight))
         factor = abs(scale * self.alpha / len(self.down))
-        bound = max(-low, high) + max(1.0, factor) * len(self.down) * up * down  # 1: the product is made before it
+        bound = max(-low, high) + max(1.0, factor) * len(self.down) * up * down  # 1: up @ down must be finite, too
         return not bound <= torch.finfo(weight.dtype).max and not bool(self.merged(weight, scale).isfinite().all())
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoRA:
-    """A LoRA as read: for each network the layers that it changes, by name with underscores in place of dots (kohya's
-    way, which cannot be undone without the network)."""
+    """A LoRA that was read: the layers that it changes in each network.
+
+    Layers are named with underscores for dots, as kohya does; the dots cannot be restored without the network.
+
+    Attributes:
+        label: The file as messages name it.
+        unet: Layer -> its update, in the U-Net.
+        text_encoder: Layer -> its update, in the text encoder.
+    """
 
     label: str
-    """The file as messages name it."""
     unet: dict[str, Factors]
     text_encoder: dict[str, Factors]
 
 
 def save_lora(tensors: dict[str, Tensor], path: str | Path, layout: str = "diffusers") -> None:
-    """Write what `lora_tensors` gives, in any precision, to one .safetensors file, whole or not at all.
+    """Write trained tensors to one .safetensors file, atomically.
 
-    layout: "diffusers", for `load_lora` and diffusers' `load_lora_weights`; or "kohya", for these, A1111 and others.
+    Args:
+        tensors: The tensors that `sdkit.networks.lora.lora_tensors` returns, in any precision.
+        path: The file, ending in .safetensors.
+        layout: "diffusers", for sdkit and diffusers' `load_lora_weights`; or "kohya", for these, A1111, and others.
+
+    Raises:
+        ArgumentError: The name or the layout cannot be used.
     """
     one_of("layout", layout, LAYOUTS)
     _check_name(path)
@@ -143,7 +160,15 @@ def save_lora(tensors: dict[str, Tensor], path: str | Path, layout: str = "diffu
 
 
 def convert_lora(source: str | os.PathLike[str], path: str | Path) -> None:
-    """Write a LoRA, in any layout that `read_lora` reads, to one .safetensors file in kohya's."""
+    """Write a LoRA in any layout that `read_lora` reads to one .safetensors file in kohya's.
+
+    Args:
+        source: As in `read_lora`.
+        path: The file, ending in .safetensors.
+
+    Raises:
+        SourceError: As in `read_lora`.
+    """
     _check_name(path)
     _write(_kohya(read_lora(source)), path)
 
@@ -169,21 +194,26 @@ def _kohya(lora: LoRA) -> dict[str, Tensor]:
 
 
 def _alpha_tensor(alpha: float, dtype: torch.dtype) -> Tensor:
-    """Alpha as a tensor; in float32 where the dtype of the factors would round it, be it to infinity."""
+    """Return alpha as a tensor, in float32 if the dtype of the factors would round it or overflow."""
     tensor = torch.tensor(alpha, dtype=dtype)
     return tensor if float(tensor) == alpha else torch.tensor(alpha, dtype=torch.float32)
 
 
 def read_lora(source: str | os.PathLike[str], *, filename: str | None = None, revision: str | None = None) -> LoRA:
-    """Read a LoRA for Stable Diffusion 1.x / 2.x, in a layout of diffusers (of any age), kohya's, or peft's own.
+    """Read a LoRA of Stable Diffusion 1.x / 2.x in a layout of diffusers (of any age), kohya's, or peft's own.
 
-    source:   a file; a folder; or a Hub id.
-    filename: in a folder or Hub repository; None is the first that is there of pytorch_lora_weights.safetensors,
-              adapter_model.safetensors, a folder's only .safetensors, and the same as .bin.
-    revision: a branch, tag or commit, for a Hub id.
+    A bundled embedding is ignored, with a warning.
 
-    An embedding bundled with it is not used, with a warning. Raises SourceError for what is missing, damaged, or of
-    another kind: LoHa, LoKr, DoRA, Stable Diffusion XL, a textual inversion embedding.
+    Args:
+        source: A file, a folder, or a Hub id.
+        filename: The file in a folder or Hub repository. None takes the first that exists of
+            pytorch_lora_weights.safetensors, adapter_model.safetensors, the folder's only .safetensors file, and the
+            same as .bin.
+        revision: A branch, tag, or commit of a Hub repository.
+
+    Raises:
+        SourceError: The file is missing, damaged, or of another kind: LoHa, LoKr, DoRA, Stable Diffusion XL, a textual
+            inversion embedding.
     """
     file = open_tensors(_locate(source, filename, revision))
     names = [name for name in file.shapes if not name.startswith(BUNDLED)]
@@ -210,10 +240,10 @@ def read_lora(source: str | os.PathLike[str], *, filename: str | None = None, re
 
 
 def _group(names: Iterable[str], label: str) -> dict[tuple[str, str], dict[str, str]]:
-    """(part, module) -> role -> name, of the names of tensors. SourceError where they are no LoRA's."""
+    """Group the names of a LoRA's tensors: (part, module) -> role -> name. Raise SourceError for other names."""
     groups: dict[tuple[str, str], dict[str, str]] = {}
     names = list(names)
-    alone = len(names) == 1 and "." not in names[0]  # diffusers' embeddings have the token as their only name
+    alone = len(names) == 1 and "." not in names[0]  # in diffusers' embeddings the only name is the token
     found = (kind for pieces, kind in FOREIGN if any(piece in name for name in names for piece in pieces))
     if kind := next(found, "a textual inversion embedding" if alone else None):
         raise SourceError(f"{label} looks like {kind}; give a plain LoRA of Stable Diffusion 1.x or 2.x.")
@@ -235,7 +265,7 @@ def _group(names: Iterable[str], label: str) -> dict[tuple[str, str], dict[str, 
 
 
 def _unwrapped(name: str) -> str:
-    """A name of peft's own layout in diffusers' newest, which adds the network; other names as they are."""
+    """Rename from peft's own layout to diffusers' newest, which names the network, too. Keep other names."""
     if not name.startswith(PEFT_PREFIX):
         return name
     layer = name.removeprefix(PEFT_PREFIX)
@@ -243,14 +273,14 @@ def _unwrapped(name: str) -> str:
 
 
 def _read(file: TensorFile, names: Iterable[str]) -> dict[str, Tensor]:
-    """The named tensors, plain, contiguous, and finite."""
+    """Return the named tensors, contiguous. Raise SourceError if one is not of floating-point numbers or not finite."""
     tensors = file.read(names)
     for name, tensor in tensors.items():
         if tensor.dtype not in (FLOATS | WHOLE if name.endswith(".alpha") else FLOATS):
             kind = str(tensor.dtype).removeprefix("torch.")
             raise SourceError(f"{file.label} holds {clean(name)} as {kind} numbers, not as floats; give another file.")
     if file.tensors is not None:
-        # Views, which may share memory: safetensors writes neither.
+        # Copy a pickle's tensors: they may be views or share memory, and safetensors writes neither.
         tensors = {name: x.detach().clone(memory_format=torch.contiguous_format) for name, x in tensors.items()}
     if broken := next((name for name, tensor in tensors.items() if not is_finite(tensor)), None):
         raise not_finite(file.label, broken)
@@ -259,18 +289,22 @@ def _read(file: TensorFile, names: Iterable[str]) -> dict[str, Tensor]:
 
 @dataclass(frozen=True, kw_only=True)
 class _Alphas:
-    """The alphas of one network's layers, as peft's `LoraConfig` states them."""
+    """The alphas of one network's layers, as peft's `LoraConfig` states them.
+
+    Attributes:
+        usual: The alpha of layers that match no pattern; None is each layer's rank.
+        patterns: Pairs of names (with `*` for anything) and the alpha of the layers they match. The first match counts.
+        rslora: Whether the update is divided by the root of the rank (rank-stabilised LoRA,
+            https://arxiv.org/abs/2312.03732).
+    """
 
     usual: float | None
-    """None is each layer's rank."""
     patterns: tuple[tuple[tuple[str, ...], float], ...]
-    """(names, which may hold `*`; alpha of what they match); the first one that matches counts."""
     rslora: bool
-    """Rank-stabilised: the update is divided by the root of the rank (https://arxiv.org/abs/2312.03732)."""
 
     @classmethod
     def read(cls, config: Mapping[str, Any]) -> _Alphas:
-        """Raises `ValueError` for values of other types. A pattern is never run as a regular expression."""
+        """Read them from a config. Raise ValueError for wrong types. No pattern is run as a regular expression."""
         patterns, rslora = config.get("alpha_pattern") or {}, config.get("use_rslora") or False
         if not isinstance(patterns, dict) or len(patterns) > MOST_PATTERNS or not isinstance(rslora, bool):
             raise ValueError("has an alpha_pattern or use_rslora of another type or size")
@@ -279,15 +313,17 @@ class _Alphas:
         return cls(usual=usual, patterns=found, rslora=rslora)
 
     def of(self, module: str, rank: int) -> float:
-        """The alpha of a layer whose update is alpha / rank * B A."""
+        """Return the alpha of a layer with the update alpha / rank * B A."""
         own = (alpha for globs, alpha in self.patterns if any(fnmatchcase(module, glob) for glob in globs))
         alpha = next(own, rank if self.usual is None else self.usual)
         return alpha * math.sqrt(rank) if self.rslora else alpha
 
 
 def _globs(pattern: str) -> tuple[str, ...]:
-    """Shell patterns for one of peft's: the whole name of a layer or, but for one that begins with ^, what follows a
-    dot in it."""
+    """Translate one of peft's patterns to shell patterns.
+
+    A pattern that begins with ^ matches a layer's whole name. Others match the whole name, or what follows a dot in it.
+    """
     if PATTERN.fullmatch(pattern) is None:
         raise ValueError(f"has the alpha_pattern {clean(pattern)!r}, which is no name of a layer")
     glob = pattern.removeprefix("^").removesuffix("$").replace("\\.", ".").replace(".*", "*")
@@ -303,7 +339,7 @@ def _number(alpha: Any) -> float:
 
 
 def _stated_alphas(file: TensorFile, names: Iterable[str]) -> dict[str, _Alphas]:
-    """The alphas of both networks: those of peft's adapter_config.json, or of the metadata of diffusers' newer
+    """Return the alphas of both networks, from peft's adapter_config.json or from the metadata of diffusers' newer
     files."""
     if any(name.startswith(PEFT_PREFIX) for name in names):
         return dict.fromkeys(("unet", "text_encoder"), _peft_alphas(file.path.parent / PEFT_CONFIG, file.label))
@@ -341,7 +377,7 @@ def _peft_alphas(path: Path, label: str) -> _Alphas:
 
 
 def plain_name(module: str) -> str:
-    """A module's name as the networks and all layouts have it in common."""
+    """Return a module's name in the form that the networks and all layouts share."""
     name = module.replace(".", "_").removeprefix("text_model_")
     for old, new in OLD_NAMES:
         name = re.sub(old, new, name)
@@ -370,7 +406,8 @@ def _locate(source: str | os.PathLike[str], filename: str | None, revision: str 
 
 
 def _fetched(place: Place, filename: str | None) -> Path:
-    """The file of a Hub repository, fetched; of the usual ones the first that is there, and no other with it."""
+    """Fetch the file of a Hub repository: `filename`, or the first of the usual names that exists. No other is
+    downloaded."""
     for wanted in [filename] if filename else [FILENAME, PEFT_FILENAME, *PICKLES]:
         if is_file(file := place.root([wanted]) / wanted):
             if wanted.startswith("adapter_model."):

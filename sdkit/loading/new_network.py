@@ -1,4 +1,4 @@
-"""Networks that are trained from nothing."""
+"""Networks to train from scratch."""
 
 from __future__ import annotations
 
@@ -16,10 +16,14 @@ TRAINABLE = {"vae": ("AutoencoderKL", "VQModel"), "unet": ("UNet2DConditionModel
 
 
 def new_network(config: str | os.PathLike[str], part: str) -> Any:
-    """A network of the `part` ("vae" or "unet") in the shape that `config` gives, with weights drawn anew from torch's
-    global generator; in training mode, on the CPU.
+    """Return a network with random weights, in training mode, on the CPU.
 
-    config: a config.json of diffusers, or a folder with one, itself or in a subfolder of the part's name.
+    Args:
+        config: A config.json of diffusers; or a folder with one, in itself or in a subfolder named `part`.
+        part: "vae" or "unet".
+
+    Raises:
+        SourceError: There is no config, or it is damaged, of another class, or of too large a network.
     """
     path = expanded(config)
     candidates = (path, path / "config.json", path / part / "config.json")

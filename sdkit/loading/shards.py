@@ -1,4 +1,4 @@
-"""Weights in several files: an index (`*.index.json`) says which tensor lies in which of the shards beside it."""
+"""Sharded weights: an index (`*.index.json`) says which of the files beside it holds which tensor."""
 
 from __future__ import annotations
 
@@ -16,17 +16,22 @@ from sdkit.loading.tensors import TensorFile, open_tensors
 from sdkit.messages import clean
 
 SHARD = re.compile(r"\w[\w.-]*\.(?:safetensors|bin)")
-"""The name of a file beside the index: neither a path, nor a pattern."""
+"""The name of a shard: no path and no pattern, only a file beside the index."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shards(TensorFile):
-    """The tensors of several files, as though they were in one; `path` is the index."""
+    """The tensors of several files as one.
+
+    Attributes:
+        path: The index.
+        files: The shards.
+    """
 
     files: tuple[TensorFile, ...]
 
     def read(self, keys: Iterable[str]) -> dict[str, torch.Tensor]:
-        """The named tensors, as stored."""
+        """Return the named tensors, as stored."""
         wanted = [*keys]
         found: dict[str, torch.Tensor] = {}
         for file in self.files:
@@ -35,14 +40,14 @@ class Shards(TensorFile):
 
 
 def index_names(weights: str, variant: str | None) -> list[str]:
-    """Names of the index for the file name `weights`; a variant's has had two forms, the newer first."""
+    """Return possible names of the index for a file name. For a variant there are two forms, the newer first."""
     if variant:
         return [f"{weights}.index.{variant}.json", f"{weights}.{variant}.index.json"]
     return [f"{weights}.index.json"]
 
 
 def read_index(path: Path) -> dict[str, set[str]]:
-    """Shard -> the names of its tensors. Raises SourceError for an index that names anything but files beside it."""
+    """Return shard -> the names of its tensors. Raise SourceError if the index names anything but files beside it."""
     placed = read_json(path).get("weight_map")
     if not isinstance(placed, dict) or not placed:
         raise SourceError(f"{clean(path)!r} has no weight_map, as an index of shards has; download it again.")
@@ -58,7 +63,7 @@ def read_index(path: Path) -> dict[str, set[str]]:
 
 
 def open_shards(index: Path) -> Shards:
-    """Open every shard that `index` names. Raises SourceError for one whose tensors are not those that it lists."""
+    """Open every shard that `index` names. Raise SourceError if a shard holds other tensors than the index lists."""
     files = []
     for name, keys in read_index(index).items():
         file = open_tensors(index.parent / name)

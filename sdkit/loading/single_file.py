@@ -1,6 +1,6 @@
-"""A file of weights in the original (CompVis, A1111, civitai) layout, made into networks with no network connection.
+"""Single files of weights in the original layout (CompVis, A1111, civitai), loaded without a connection.
 
-diffusers' converters rename the tensors; which public config they are poured into is read off their shapes.
+diffusers' converters rename the tensors. Their shapes tell which of the public configs fits.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ Tensors = dict[str, torch.Tensor]
 
 ASSETS = Path(__file__).parent.parent / "assets"
 SMALL_LAYERS = 100
-"""Layers that a config may ask for whatever the file has: the sentence then names the tensors that are missing."""
+"""A config may always ask for so many layers, whatever the file holds: the error then names the missing tensors."""
 LARGEST = 10_000_000_000
-"""Parameters of the largest network that is built from scratch."""
+"""Most parameters of a network that is trained from scratch."""
 NOUNS = {"vae": "a VAE", "unet": "a U-Net", "text": "a CLIP text encoder", "scheduler": "a noise schedule"}
 
-# How the names of each part begin in a checkpoint; a VAE alone has its names without a prefix.
+# Prefixes of the names of each part in a checkpoint. In the file of a VAE alone, names have no prefix.
 PREFIXES = {
     "vae": ("first_stage_model.", "vae.", ""),
     "unet": ("model.diffusion_model.",),
@@ -40,7 +40,7 @@ OPEN_CLIP = "cond_stage_model.model."
 GUIDANCE_INPUT = "model.diffusion_model.time_embed.cond_proj.weight"
 FIRST_CONV = "model.diffusion_model.input_blocks.0.0.weight"
 
-# Pieces of names that only other models have, the most telling first.
+# Pieces of names that only other models have. The first match decides.
 FOREIGN = (
     ("conditioner.embedders.", "Stable Diffusion XL"),
     ("joint_blocks.", "Stable Diffusion 3"),
@@ -48,14 +48,14 @@ FOREIGN = (
     ("control_model.", "a ControlNet"),
     ("label_emb.", "a class-conditioned model such as SD 2.1 unCLIP"),
 )
-# Pieces of names of what is added to a model. A whole checkpoint may carry some along, which decide nothing there.
+# Pieces of names of additions to a model. They tell nothing about a whole checkpoint, which may contain some.
 ADDITIONS = (
     ("lora_", "a LoRA"),
     (".lora", "a LoRA"),
     (EMBEDDING, "a textual inversion embedding"),
     ("emb_params", "a textual inversion embedding"),
 )
-# How names begin in a whole checkpoint that no network needs: copies and tables of training, markers, and additions.
+# Prefixes of names in a checkpoint that no network needs: copies and tables from training, markers, and additions.
 PASSED_OVER = (
     "model_ema.",
     "embedding_manager.",
@@ -82,14 +82,14 @@ PASSED_OVER = (
     "state_dict",
     "global_step",
 )
-# Ends of the names of a text encoder's tensors that SD's does not use.
+# Suffixes of the names of tensors that SD's text encoder does not use.
 UNUSED_TEXT = ("position_ids", "logit_scale", "text_projection", "text_projection.weight", "attn_mask")
 UNUSED_TOWERS = (
     f"{OPEN_CLIP}visual.",
     "cond_stage_model.transformer.vision_model.",
     "cond_stage_model.transformer.visual_projection.",
 )
-# Attention of VAEs as diffusers has called its layers -> as the original layout does.
+# Names of a VAE's attention layers in diffusers, today and before 0.18 -> in the original layout.
 VAE_ATTENTION = {
     "group_norm": "norm",
     **dict.fromkeys(("to_q", "query"), "q"),
@@ -98,7 +98,7 @@ VAE_ATTENTION = {
     **dict.fromkeys(("to_out.0", "proj_attn"), "proj_out"),
 }
 RENAMED = re.compile(rf"(\.mid\.attn_1\.)({'|'.join(map(re.escape, VAE_ATTENTION))})(\.weight|\.bias)$")
-# The names of diffusers' and transformers' own layout, which say too little without the config.json beside them.
+# Names in diffusers' and transformers' own layout, which cannot be loaded without the config.json beside them.
 DIFFUSERS_NAMES = ("down_blocks.", "text_model.encoder.", "encoder.layers.", "decoder.layers.")
 WIDTHS = {768: "sd1", 1024: "sd2", 1280: "the refiner of Stable Diffusion XL", 2048: "Stable Diffusion XL"}
 # The parameters of transformers' CLIPTextConfig.
@@ -123,7 +123,7 @@ INPUTS = {5: "a depth model", 7: "an upscaler", 8: "InstructPix2Pix", 9: "an inp
 
 
 def keys_of(file: TensorFile, part: str) -> list[str]:
-    """The names of the tensors of `part` ("vae", "unet", "text"); an empty list where it is not in the file."""
+    """Return the names of the tensors of `part` ("vae", "unet", "text"); an empty list if the file lacks the part."""
     for prefix in PREFIXES[part]:
         begins = tuple(prefix + module for module in VAE_MODULES) if part == "vae" else (prefix,)
         if keys := [key for key in file.shapes if key.startswith(begins)]:
@@ -132,7 +132,7 @@ def keys_of(file: TensorFile, part: str) -> list[str]:
 
 
 def require(file: TensorFile, part: str) -> list[str]:
-    """The names of the tensors of `part`, or a SourceError that says what the file holds instead."""
+    """Return the names of the tensors of `part`. Raise SourceError, saying what the file holds instead."""
     if keys := keys_of(file, part):
         return keys
     held = " and ".join(NOUNS[other] for other in PREFIXES if keys_of(file, other))
@@ -142,7 +142,7 @@ def require(file: TensorFile, part: str) -> list[str]:
 
 
 def check_kind(file: TensorFile) -> None:
-    """Raises SourceError for names that belong to other models, saying which, or to none that sdkit knows."""
+    """Raise SourceError for a file of another model, saying which, or of no model that sdkit knows."""
     parts = {key for part in PREFIXES for key in keys_of(file, part)}
     for name, looks_like in FOREIGN if parts else (*FOREIGN, *ADDITIONS):
         if any(name in key for key in file.shapes):
@@ -166,9 +166,10 @@ def check_kind(file: TensorFile) -> None:
 
 
 def family_of(file: TensorFile) -> str:
-    """The public config that fits: "sd1", "sd2", or "sd2-v" where the file says so.
+    """Return the public config that fits a file: "sd1", "sd2", or "sd2-v" if the file states v-prediction.
 
-    Raises SourceError where the sizes are of neither family, naming what the file looks like.
+    Raises:
+        SourceError: The sizes belong to neither family. The sentence says what the file looks like.
     """
     latents = next((_inputs(file, key) for key in keys_of(file, "vae") if key.endswith("decoder.conv_in.weight")), 4)
     if latents != 4:
@@ -188,7 +189,7 @@ def family_of(file: TensorFile) -> str:
 
 
 def _inputs(file: TensorFile, key: str) -> int:
-    """How many channels the layer takes whose weight is `key`."""
+    """Return the number of input channels of the layer with the weight `key`."""
     shape = file.shapes[key]
     if len(shape) < 2:
         raise SourceError(f"{file.label} is damaged, for its {clean(key)} is no matrix; download it again.")
@@ -196,19 +197,20 @@ def _inputs(file: TensorFile, key: str) -> int:
 
 
 def marked_prediction(file: TensorFile) -> str | None:
-    """The prediction type that the file states by its metadata or by marker keys; None where it says nothing."""
+    """Return the prediction type that the file states in its metadata or by marker keys; None if it states none."""
     stated = PREDICTIONS.get(file.metadata.get("modelspec.prediction_type", ""))
     return stated or ("v_prediction" if "v_pred" in file.shapes else None)
 
 
 @torch.inference_mode()
 def probe_prediction(unet: Any) -> str:
-    """ "epsilon" or "v_prediction", told by what a U-Net of SD 2.x answers to pure noise at the last timestep.
+    """Return the prediction type of a U-Net of SD 2.x, "epsilon" or "v_prediction", by a run of the network.
 
-    There x_t is nearly eps: an eps model returns nearly its input, a v model nearly -x0, which is unlike it.
+    It is given pure noise at the last timestep. There x_t is nearly eps: an eps model returns nearly its input, a v
+    model nearly -x0, which is uncorrelated with it.
     """
     channels, width = unet.config.in_channels, unet.config.cross_attention_dim
-    # 8 x 8 latents are enough to tell, and quick in float16 on a CPU too, where 32 x 32 take a minute.
+    # 8 x 8 latents are enough, and fast even in float16 on a CPU, where 32 x 32 take a minute.
     x_t = torch.randn((1, channels, 8, 8), generator=torch.Generator().manual_seed(0))
     cond = torch.zeros((1, 77, width), dtype=unet.dtype)
     output = unet(x_t.to(unet.dtype), 999, cond).sample.float()[:, :channels]
@@ -217,7 +219,17 @@ def probe_prediction(unet: Any) -> str:
 
 
 def load_network(file: TensorFile, part: str, configs: Path, dtype: torch.dtype) -> Any:
-    """The network `part` of the file, built from `configs` (a folder in diffusers layout), in eval mode."""
+    """Load the network `part` of a file, in eval mode, on the CPU.
+
+    Args:
+        file: The open file.
+        part: "vae", "unet", or "text".
+        configs: A folder of configs in diffusers layout.
+        dtype: The dtype to convert the weights to.
+
+    Raises:
+        SourceError: The part is missing, or the weights are damaged or do not fit the config.
+    """
     keys = require(file, part)
     path = configs / ("text_encoder" if part == "text" else part) / "config.json"
     against = f"the public config {configs.name!r}" if configs.parent == ASSETS else f"the config in {str(configs)!r}"
@@ -246,12 +258,18 @@ def build(
     label: str,
     problem: str,
 ) -> Any:
-    """The network `part` in the shape of `config`, in eval mode, filled with what `weights` gives for it.
+    """Build a network from its config and fill it with weights; it is in eval mode.
 
-    file, keys: where the weights come from, and the names of their tensors there.
-    path:    of the config.
-    label:   names the network where a library fails.
-    problem: begins the sentence for weights that do not fit.
+    Args:
+        part: "vae", "unet", or "text".
+        config: The config.
+        weights: Returns the tensors under the names of the empty network it is called with.
+        dtype: The dtype to convert the weights to.
+        file: The file that holds the weights.
+        keys: The names of the tensors in that file.
+        path: The file of the config.
+        label: The network's name in the error of a library.
+        problem: The beginning of the sentence for weights that do not fit.
     """
     check_dtypes(file, keys)
     network = blueprint(part, config, path, len(keys), label)
@@ -262,9 +280,9 @@ def build(
 
 
 def blueprint(part: str, config: dict[str, Any], path: Path, most: int, label: str) -> Any:
-    """The network `part` in the shape of its config, on the meta device: without weights, but with its buffers.
+    """Build a network from its config on the meta device: without weights, but with its buffers.
 
-    Raises SourceError where the config, read from `path`, asks for more layers than `most`, the number of tensors.
+    Raises SourceError if the config asks for many more layers than `most`, the number of tensors.
     """
     from accelerate import init_empty_weights
 
@@ -275,8 +293,8 @@ def blueprint(part: str, config: dict[str, Any], path: Path, most: int, label: s
 
 
 def check_size(part: str, config: dict[str, Any], path: Path) -> None:
-    """Raises SourceError for a config, read from `path`, of a network larger than any that could be trained: building
-    it would fill the memory."""
+    """Raise SourceError if the config in `path` is of a network too large to train: building it would fill the
+    memory."""
     with guarded(f"{NOUNS[part]} in {str(path.parent)!r}"), torch.device("meta"):
         network = empty(part, config)
     count = sum(tensor.numel() for tensor in network.state_dict().values())
@@ -285,15 +303,15 @@ def check_size(part: str, config: dict[str, Any], path: Path) -> None:
 
 
 def empty(part: str, config: dict[str, Any]) -> Any:
-    """The network `part` in the shape of its config, its weights not yet those of anything.
+    """Build a network from its config; its weights are random, or empty on the meta device.
 
-    Of a stranger's config the libraries see their networks' own parameters alone: other keys may name code, kernels, or
-    files to be fetched (`auto_map`, `attn_implementation`, `quantization_config`).
+    The libraries see only the parameters of their networks. Other keys of an untrusted config may name code, kernels,
+    or files to be fetched (`auto_map`, `attn_implementation`, `quantization_config`).
     """
     if part == "text":
         from transformers import CLIPTextConfig, CLIPTextModel
 
-        sizes = config.get("text_config", config)  # of a whole CLIP model
+        sizes = config.get("text_config", config)  # the text part of a whole CLIP model
         return CLIPTextModel(CLIPTextConfig(**{key: sizes[key] for key in TEXT_FIELDS if key in sizes}))
     network = _class(part, config.get("_class_name"))
     known = {"_class_name", *VALUES[part], *inspect.signature(network.__init__).parameters}
@@ -311,7 +329,7 @@ def _class(part: str, name: Any) -> Any:
 
 
 def _converted(part: str, tensors: Tensors, network: Any) -> Tensors:
-    """The tensors under the network's own names; those that have no place in it under the names that they had."""
+    """Return the tensors under the network's own names. Tensors that it has no place for keep their names."""
     from diffusers.loaders import single_file_utils as converters
 
     if part == "text":
@@ -323,7 +341,7 @@ def _converted(part: str, tensors: Tensors, network: Any) -> Tensors:
         named = dict(converters.convert_ldm_unet_checkpoint(tensors, network.config))
         if GUIDANCE_INPUT in tensors and network.time_embedding.cond_proj is not None:  # a latent consistency model
             named["time_embedding.cond_proj.weight"] = tensors[GUIDANCE_INPUT]
-    # The converters drop what they have no rule for. What they keep, be it reshaped, is where it was in memory.
+    # The converters drop tensors that they have no rule for. Those that they keep, even reshaped, keep their memory.
     kept = {tensor.data_ptr() for tensor in named.values() if tensor.numel()}
     return named | {key: tensor for key, tensor in tensors.items() if tensor.data_ptr() not in kept}
 
@@ -333,7 +351,8 @@ def _original_name(match: re.Match[str]) -> str:
 
 
 def _converted_text(tensors: Tensors, network: Any) -> Tensors:
-    """As `_converted`. What SD does not use is left out: buffers, the projection, and of SD 2.x the last layer."""
+    """Return a text encoder's tensors as `_converted` does, without what SD does not use: buffers, the projection, and
+    the last layer of SD 2.x."""
     from diffusers.loaders import single_file_utils as converters
 
     last = f"{OPEN_CLIP}transformer.resblocks.{network.config.num_hidden_layers}."
@@ -353,7 +372,7 @@ def _converted_text(tensors: Tensors, network: Any) -> Tensors:
 
 
 def _fill(network: Any, weights: Tensors, dtype: torch.dtype, problem: str) -> None:
-    """Puts `weights` into an empty network, each of them and no other; SourceError(`problem`: which) otherwise."""
+    """Fill an empty network with `weights`. Raise SourceError if they are not exactly the network's own."""
     check_fit(_shapes(weights), _shapes(network.state_dict()), problem)
     network.load_state_dict({key: tensor.to(dtype, copy=True) for key, tensor in weights.items()}, assign=True)
 

@@ -1,7 +1,7 @@
-"""Model sources: the embedded name, a Hub id, a diffusers folder, or a single file. One resolver for them all.
+"""Model sources: the embedded model, a Hub id, a diffusers folder, or a single file, behind one class.
 
-A path that exists wins over a Hub id. Nothing here runs code that came with a model: configs are JSON, weights are
-safetensors or weights-only pickles, and the classes they become are a fixed few.
+No code that comes with a model is run: configs are JSON, weights are safetensors or weights-only pickles, and the
+classes that are built from them are a fixed few.
 """
 
 from __future__ import annotations
@@ -34,37 +34,52 @@ USUAL_GUIDANCE = 7.5
 
 @dataclass(frozen=True, kw_only=True)
 class Component:
-    """One part of a source. What cannot be known without downloading the weights is None."""
+    """Description of one part of a source. A value is None if it cannot be known without downloading the weights.
+
+    Attributes:
+        part: "vae", "unet", "text", or "scheduler".
+        class_name: The class that its config names.
+        parameters: Number of parameters.
+        dtype: The dtype that most parameters are stored in, such as "float16".
+        bytes: Size of the weights.
+        config: The values that matter: latent channels, scaling factor, cross-attention width, prediction type, ...
+    """
 
     part: str
-    """"vae", "unet", "text" or "scheduler"."""
     class_name: str
     parameters: int | None = None
     dtype: str | None = None
-    """The dtype that most parameters are stored in: "float32", "float16", ..."""
     bytes: int | None = None
     config: dict[str, Any]
-    """The values that matter: latent channels, scaling factor, cross-attention width, prediction type, ..."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Description:
-    """Description of a source and its parts, made without loading them."""
+    """Description of a source and its parts, made without loading them.
+
+    Attributes:
+        source: The source as the user gave it.
+        kind: "embedded", "hub", "folder", or "file".
+        path: The folder or the file; for a Hub id, its snapshot in the cache.
+        family: For a file: the public config that fits it ("sd1", "sd2", "sd2-v"), or the folder given as config.
+        components: Its parts.
+    """
 
     source: str
     kind: str
-    """"embedded", "hub", "folder" or "file"."""
     path: Path
-    """The folder or the file; of a Hub id, its snapshot in the cache."""
     family: str | None
-    """For a file: the public config that fits it ("sd1", "sd2", "sd2-v"), or the folder given as config."""
     components: tuple[Component, ...]
 
 
 class Source:
-    """A model source that is found and open, from which its parts are loaded.
+    """An open model source, from which its parts are loaded.
 
-    Raises SourceError, as its methods do, for anything that is missing, damaged or of another kind.
+    All its methods raise SourceError for anything that is missing, damaged, or of another kind.
+
+    Attributes:
+        name: The source as the user gave it.
+        place: Where it is.
     """
 
     def __init__(self, place: Place, backend: _Folder | _File, prediction_type: str | None) -> None:
@@ -83,15 +98,16 @@ class Source:
         config: SourceName | None = None,
         prediction_type: str | None = None,
     ) -> Source:
-        """Find a source and open it; of a file, its names and shapes are read here, once for all its parts.
+        """Find a source and open it. The header of a file is read here, once for all its parts.
 
         Args:
-            name: What `sdkit.StableDiffusion.from_pretrained` takes, or one part's own folder, file or Hub repository.
-            revision: A branch, tag or commit of a Hub repository.
-            variant: Of the weights in a folder or Hub repository, such as "fp16".
-            config: A folder of configs for a file; it may be a Hub id, too.
-            prediction_type: Of the noise schedule, in place of the one that the source has; "eps", "v" and "x0" are
-                short for diffusers' words.
+            name: Anything that `sdkit.StableDiffusion.from_pretrained` takes; or one part's own folder, file, or Hub
+                repository.
+            revision: A branch, tag, or commit of a Hub repository.
+            variant: The variant of the weights in a folder or Hub repository, such as "fp16".
+            config: A folder or Hub id with the configs for a single file, in place of the public ones.
+            prediction_type: The noise schedule's prediction type, in place of the source's own: diffusers' names, or
+                "eps", "v", and "x0" for short.
         """
         if prediction_type is not None:
             prediction_type = PREDICTIONS[one_of("prediction_type", prediction_type, PREDICTIONS)]
@@ -100,11 +116,11 @@ class Source:
         return cls(place, backend, prediction_type)
 
     def autoencoder(self, dtype: torch.dtype = torch.float32) -> AutoencoderKL | AutoencoderTiny | VQModel:
-        """The VAE, in eval mode on the CPU, its weights as `dtype` whatever they are stored in."""
+        """Load the VAE's network, in eval mode, on the CPU, converted to `dtype`."""
         return cast("AutoencoderKL | AutoencoderTiny | VQModel", self._backend.network(VAE, dtype))
 
     def denoiser(self, dtype: torch.dtype = torch.float32) -> UNet2DConditionModel:
-        """The U-Net, likewise."""
+        """Load the U-Net's network, in eval mode, on the CPU, converted to `dtype`."""
         unet = cast("UNet2DConditionModel", self._backend.network(UNET, dtype))
         label, settings = self.place.label, cast("Any", unet.config)
         if settings.addition_embed_type or settings.class_embed_type or settings.num_class_embeds:
@@ -117,9 +133,9 @@ class Source:
         return unet
 
     def text_encoder(self, dtype: torch.dtype = torch.float32) -> tuple[CLIPTextModel, CLIPTokenizer]:
-        """The text encoder, likewise, and its tokenizer.
+        """Load the text encoder's network, in eval mode, on the CPU, converted to `dtype`; and its tokenizer.
 
-        Of a text encoder's own folder, the tokenizer is looked for in it and in ../tokenizer.
+        If the source is a text encoder's own folder, the tokenizer is in it or in ../tokenizer.
         """
         text = self._backend.network(TEXT, dtype)
         words = self._backend.tokenizer()
@@ -138,16 +154,15 @@ class Source:
         return cast("CLIPTextModel", text), words
 
     def scheduler_config(self) -> dict[str, Any]:
-        """The noise schedule as diffusers writes it in scheduler_config.json.
+        """Return the noise schedule as diffusers writes it in scheduler_config.json.
 
-        The prediction type of a file is, the first that is known: the one that it was opened with, its metadata, its
-        marker keys (`v_pred`, beside `ztsnr` for zero terminal SNR), the config's, and for SD 2.x what a run of its
-        U-Net tells.
+        The prediction type of a file is the first that is known of these: the one it was opened with; its metadata; its
+        marker keys (`v_pred`, and `ztsnr` for zero terminal SNR); the config; and for SD 2.x, a run of its U-Net.
         """
         return self._backend.scheduler_config(self._prediction_type)
 
     def schedule(self) -> NoiseSchedule:
-        """The noise schedule of a model of latents.
+        """Return the noise schedule, as a model of latents has it.
 
         Nothing is clipped, and `steps_offset` is 1, whatever the config says: see `NoiseSchedule.from_config` with
         `latents`.
@@ -156,13 +171,12 @@ class Source:
 
     @property
     def guidance_scale(self) -> float:
-        """The guidance scale that the model is best drawn at: what its model_index.json says, or Stable Diffusion's
-        7.5."""
+        """The guidance scale that suits the model best: the one in its model_index.json, or Stable Diffusion's 7.5."""
         index = self._backend.index()
         return float(read_config(index, "index").get(GUIDANCE, USUAL_GUIDANCE)) if is_file(index) else USUAL_GUIDANCE
 
     def describe(self) -> Description:
-        """Describe the source from its configs and headers alone. No weights of a Hub id are downloaded."""
+        """Describe the source by its configs and headers alone. No weights are downloaded from the Hub."""
         path, family, components = self._backend.description()
         return Description(
             source=self.name,
@@ -202,7 +216,7 @@ class _Folder:
 
 
 class _File:
-    """A file in the original layout, with the folder of configs for it."""
+    """A file in the original layout, and the folder of configs for it."""
 
     def __init__(self, place: Place, config: SourceName | None) -> None:
         self.place = place
@@ -213,7 +227,7 @@ class _File:
 
     @cached_property
     def configs(self) -> Path:
-        """The folder of configs: the user's own, or the public ones that the tensors' shapes ask for."""
+        """The folder of configs: the user's own, or the public ones that fit the shapes of the tensors."""
         if self.config is None:
             return ASSETS / single_file.family_of(self.file)
         own = resolve(self.config)
@@ -244,7 +258,7 @@ class _File:
         return schedule
 
     def index(self) -> Path:
-        return self.place.path / "model_index.json"  # a path that cannot be: a file has no index
+        return self.place.path / "model_index.json"  # does not exist: a file has no index
 
     def description(self) -> tuple[Path, str | None, tuple[Component, ...]]:
         family = self.configs.name if self.config is None else str(self.config)
@@ -252,13 +266,14 @@ class _File:
 
     @property
     def unstated(self) -> bool:
-        """Whether neither the file nor the user's own config says which prediction type it is: SD 2.x has both."""
+        """Whether neither the file nor a config of the user states the prediction type. SD 2.x models have either."""
         return self.configs == ASSETS / "sd2" and not single_file.marked_prediction(self.file)
 
     def probed(self, unet: Any = None) -> str:
-        """The prediction type of an SD 2.x file that does not state it, from its U-Net (loaded for that unless given).
+        """Return the prediction type of an SD 2.x file that does not state it, by a run of its U-Net.
 
-        It takes seconds, and a pipeline asks for U-Net and schedule: it is found out once.
+        This takes seconds, and both the U-Net and the schedule need it: the result is cached. The U-Net is loaded for
+        it unless given.
         """
         if self._probed is None:
             unet = unet or single_file.load_network(self.file, "unet", ASSETS / "sd2", torch.float32)

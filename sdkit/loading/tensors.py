@@ -1,4 +1,4 @@
-"""Files of weights, opened without executing anything; each damage is an error of one sentence."""
+"""Files of weights. Opening one executes no code, and any damage raises a SourceError of one sentence."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from sdkit.messages import clean, first_line, no_warnings, quiet
 from sdkit.stops import stop_in
 
 loading = threading.RLock()
-"""Held by the thread that makes a network, while torch is patched for it, or adds layers to one."""
+"""Held by a thread while it builds a network or adds layers to one: the libraries patch torch for that time."""
 
 SUFFIXES = (".safetensors", ".ckpt", ".bin", ".pt", ".pth")
 DTYPES = {
@@ -39,31 +39,38 @@ DTYPES = {
     "F8_E5M2": "float8_e5m2",
 }
 BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1, "float8_e5m2": 1}
-"""Bytes of a number in each dtype that weights may have."""
+"""Dtypes that weights may have -> bytes of one number."""
 INDICES = ("position_ids", "num_batches_tracked")
 EMBEDDING = "string_to_param"
 MOST_AXES = 8
-"""Axes of a tensor of weights; no layer has more than five, and torch computes with no more than 64."""
+"""Most axes of a tensor of weights. No layer has more than five; torch computes with at most 64."""
 REMEDIES = {
     LFS: "fetch them with `git lfs pull`",
     PAGE: "the site may want a log-in: download the file itself with a browser",
     JSON: "give the folder that it is in, or the file of weights beside it",
 }
-"""Kind of a file that holds no weights -> the remedy in the sentence."""
+"""Kind of a file that holds no weights -> what its error tells the user to do."""
 SPARE = 2**28
-"""Bytes by which tensors of a pickle may always be larger than their file: views may repeat their storage."""
+"""Bytes that a pickle's tensors may be larger than twice their file: views may repeat their storage."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TensorFile:
-    """A file of named tensors: what its header says, and the tensors themselves on demand."""
+    """A file of named tensors. Its header is read when it is opened, its tensors on demand.
+
+    Attributes:
+        path: The file.
+        shapes: Name -> shape.
+        dtypes: Name -> dtype, such as "float16".
+        metadata: The metadata of a safetensors file.
+        tensors: The tensors of a pickle, which are read all at once; None for a safetensors file.
+    """
 
     path: Path
     shapes: dict[str, tuple[int, ...]]
     dtypes: dict[str, str]
     metadata: dict[str, str]
     tensors: dict[str, torch.Tensor] | None = None
-    """A pickle's, which come all at once; those of a safetensors file are read when they are wanted."""
 
     @property
     def label(self) -> str:
@@ -71,14 +78,14 @@ class TensorFile:
         return repr(str(self.path))
 
     def read(self, keys: Iterable[str]) -> dict[str, torch.Tensor]:
-        """The named tensors, as stored."""
+        """Return the named tensors, as stored."""
         if self.tensors is not None:
             return {key: self.tensors[key] for key in keys}
         with safe_open(self.path, framework="pt") as file:
             return {key: file.get_tensor(key) for key in keys}
 
     def summary(self, keys: Iterable[str]) -> tuple[int, str | None, int]:
-        """How many numbers the named tensors hold, the dtype of most of them, and their size in bytes."""
+        """Return the number of parameters in the named tensors, the most common dtype, and their size in bytes."""
         count: Counter[str] = Counter()
         for key in keys:
             if not key.endswith("position_ids"):  # a buffer that older files carry along
@@ -88,10 +95,12 @@ class TensorFile:
 
 
 def open_tensors(path: Path) -> TensorFile:
-    """Read the header of a safetensors file, or a pickle through torch's weights-only loader. The first bytes decide
-    which of the two it is, not the name.
+    """Open a file of weights: the header of a safetensors file, or a pickle through torch's weights-only loader.
 
-    Raises SourceError for a file that is damaged, empty, of another kind, or a pickle that holds more than tensors.
+    The first bytes decide which of the two it is, not the name.
+
+    Raises:
+        SourceError: The file is damaged, empty, of another kind, or a pickle that holds more than tensors.
     """
     name = repr(clean(path))
     beginning, suffix = _beginning(path), path.suffix.lower()
@@ -120,12 +129,12 @@ def open_tensors(path: Path) -> TensorFile:
             f"{name} is a damaged pickle, or one that holds more than tensors and so could run code; "
             "sdkit executes none: use the model's .safetensors file."
         ) from error
-    except Exception as error:  # whatever damage makes torch or safetensors raise
+    except Exception as error:  # damage may make torch or safetensors raise anything
         raise stop_in(error) or _damaged(name, ".safetensors" if safe else ".ckpt", error) from error
 
 
 def _is_torchs(archive: Path) -> bool:
-    """Whether a zip archive holds FOLDER/data.pkl, as torch writes it, or is cut short, which torch reports."""
+    """Return whether a zip archive holds FOLDER/data.pkl, as torch writes it, or is truncated (torch then says so)."""
     try:
         with zipfile.ZipFile(archive) as opened:
             return any(name.endswith("/data.pkl") for name in opened.namelist())
@@ -149,10 +158,10 @@ def _open_safetensors(path: Path) -> TensorFile:
 
 
 def _open_pickle(path: Path) -> TensorFile:
-    misnamed = path.suffix == ".safetensors"  # torch would take the name for the content
+    misnamed = path.suffix == ".safetensors"  # torch would judge the content by the name
     with warnings.catch_warnings(), open_regular(path) as file:
         warnings.simplefilter("ignore")
-        # Only torch's zip format can be mapped into memory, by its name; other files are read whole.
+        # Only torch's zip format can be mapped into memory, and only by its path; other files are read as a whole.
         mapped = zipfile.is_zipfile(path) and not misnamed
         content = torch.load(path if mapped else file, map_location="cpu", weights_only=True, mmap=mapped)
     tensors = _named_tensors(content, repr(clean(path)), path.stat().st_size)
@@ -166,11 +175,11 @@ def _open_pickle(path: Path) -> TensorFile:
 
 
 def _named_tensors(content: Any, name: str, size: int) -> dict[str, torch.Tensor]:
-    """The tensors of a pickle's dict, or of the one dict of tensors inside that dict; the file has `size` bytes."""
+    """Return the tensors in a pickle's dict, or in the only dict of tensors inside it. The file has `size` bytes."""
     outer = content if isinstance(content, dict) else {}
     inside = {str(key): _tensors_of(value) for key, value in outer.items() if isinstance(value, dict)}
     inside = {key: tensors for key, tensors in inside.items() if tensors}
-    if EMBEDDING in inside:  # A1111's textual inversion: its tensors are named as such
+    if EMBEDDING in inside:  # A1111's textual inversion; the name marks it for `check_kind`
         tensors = {f"{EMBEDDING}.{key}": tensor for key, tensor in inside[EMBEDDING].items()}
     elif "state_dict" in inside:
         tensors = inside["state_dict"]
@@ -197,8 +206,7 @@ def _tensors_of(content: dict[Any, Any]) -> dict[str, torch.Tensor]:
 
 
 def check_dtypes(file: TensorFile, keys: Iterable[str]) -> None:
-    """Raises SourceError for weights that are stored as anything but floating-point numbers. Buffers of positions may
-    be whole numbers."""
+    """Raise SourceError if weights are not floating-point numbers. Buffers of positions may be whole numbers."""
     for key in keys:
         dtype = file.dtypes[key]
         if dtype not in BYTES and not key.endswith(INDICES):
@@ -209,7 +217,7 @@ def check_dtypes(file: TensorFile, keys: Iterable[str]) -> None:
 
 
 def check_finite(network: nn.Module, file: TensorFile, keys: Iterable[str]) -> None:
-    """Raises SourceError where a weight of `network`, made of the tensors `keys` of `file`, is not finite."""
+    """Raise SourceError if a weight of `network`, loaded from the tensors `keys` of `file`, is not finite."""
     if all(is_finite(tensor) for tensor in network.state_dict().values()):
         return
     for key in keys:
@@ -221,22 +229,22 @@ def check_finite(network: nn.Module, file: TensorFile, keys: Iterable[str]) -> N
 
 
 def is_finite(tensor: torch.Tensor) -> bool:
-    """Whether a tensor holds neither NaN nor infinity; whole numbers never do."""
+    """Return whether a tensor holds neither NaN nor infinity; whole numbers never do."""
     if not tensor.is_floating_point() or not tensor.numel():
         return True
     wide = tensor.detach() if tensor.element_size() > 1 else tensor.detach().float()  # float8 has no minimum
-    # Both ends of a tensor are NaN where one of its values is; no other exact test comes near in speed.
+    # If any value is NaN, minimum and maximum are NaN. No other exact test is nearly as fast.
     return all(bool(end.isfinite()) for end in torch.aminmax(wide))
 
 
 def not_finite(label: str, key: str) -> SourceError:
-    """The error for a tensor with NaN or infinity in it."""
+    """Return the error for a tensor that holds NaN or infinity."""
     return SourceError(f"{label} is damaged: its {clean(key)} is not finite; download it again.")
 
 
 def status_or_none(path: Path) -> os.stat_result | None:
-    """The status of a file or folder, None where there is none. Raises SourceError where that cannot be known, as in a
-    folder that this user may not enter."""
+    """Return the status of a file or folder, None if it does not exist. Raise SourceError if that cannot be known, as
+    in a folder without permission."""
     try:
         return status(path)
     except (FileNotFoundError, NotADirectoryError):
@@ -246,13 +254,13 @@ def status_or_none(path: Path) -> os.stat_result | None:
 
 
 def is_file(path: Path) -> bool:
-    """Whether `path` is a regular file: no folder, pipe or device. Raises SourceError where that cannot be known."""
+    """Return whether `path` is a regular file: no folder, pipe, or device. Raise SourceError if that is unknown."""
     found = status_or_none(path)
     return found is not None and stat.S_ISREG(found.st_mode)
 
 
 def check_regular(path: Path) -> None:
-    """Raises SourceError where `path` is not a regular file, or is missing."""
+    """Raise SourceError if `path` does not exist or is no regular file."""
     if not is_file(path):
         problem = "is not a regular file" if status_or_none(path) else "does not exist"
         raise SourceError(f"{str(path)!r} {problem}; give a source that has it.")
@@ -268,14 +276,22 @@ def _beginning(path: Path) -> bytes:
 
 
 def unreadable(path: Path, error: OSError) -> SourceError:
-    """The error for a file that the system does not let us read."""
+    """Return the error for a file that the system refuses to read."""
     reason = error.strerror or first_line(error)
     return SourceError(f"{clean(path)!r} cannot be read ({reason}); check the path and its permissions.")
 
 
 def check_fit(found: Mapping[str, Sequence[int]], wanted: Mapping[str, Sequence[int]], problem: str) -> None:
-    """Raises SourceError(`problem`) where the shapes of weights are not those wanted: for a tensor that is missing, of
-    another shape, or has no place in the network."""
+    """Check that weights have the names and shapes of a network.
+
+    Args:
+        found: Name -> shape, in the file.
+        wanted: Name -> shape, in the network.
+        problem: The beginning of the error's sentence.
+
+    Raises:
+        SourceError: A tensor is missing, has another shape, or does not belong to the network.
+    """
     for key in sorted(found.keys() & wanted.keys()):
         if tuple(found[key]) != tuple(wanted[key]):
             raise SourceError(f"{problem}: {clean(key)} is {_by(found[key])} instead of {_by(wanted[key])}.")
@@ -294,17 +310,17 @@ def _by(shape: Iterable[int]) -> str:
 def guarded(label: str) -> Iterator[None]:
     """Silence diffusers and transformers during a load, and raise their errors as a SourceError of one sentence.
 
-    One thread at a time is inside: to load, the libraries patch torch for the whole process.
+    Only one thread at a time enters: during a load the libraries patch torch for the whole process.
     """
     try:
         with loading, quiet("diffusers", "transformers"), no_warnings(), _same_default_dtype():
             yield
     except (SdkitError, MemoryError):
         raise
-    except Exception as error:  # whatever a damaged file makes a library raise
+    except Exception as error:  # damage may make a library raise anything
         raise stop_in(error) or SourceError(f"{label} cannot be loaded: {first_line(error)}.") from error
     except BaseException as error:
-        if type(error).__name__ != "PanicException":  # of Rust (pyo3), which is no Exception
+        if type(error).__name__ != "PanicException":  # a panic in Rust (pyo3) is no Exception
             raise
         raise SourceError(f"{label} cannot be loaded: {first_line(error)}.") from error
 

@@ -1,4 +1,4 @@
-"""CLIP's tokenizer. Its files are read and checked here; transformers gets copies of them, and sees no other file."""
+"""CLIP's tokenizer. Its files are read and checked here; transformers sees only copies of them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ VOCABULARY_FILES = ("vocab.json", "merges.txt", "tokenizer.json")
 SETTINGS_FILES = ("tokenizer_config.json", "special_tokens_map.json")
 ADDED = "added_tokens.json"
 FILES = (*VOCABULARY_FILES, *SETTINGS_FILES, ADDED)
-"""Every small file that transformers makes a CLIP tokenizer of."""
+"""Every small file that transformers reads a CLIP tokenizer from."""
 
 SETTINGS = (
     "additional_special_tokens",
@@ -36,23 +36,24 @@ SETTINGS = (
     "clean_up_tokenization_spaces",
     "split_special_tokens",
 )
-"""Settings that are passed on to transformers, beside every `..._token`. Others name code or files to be loaded."""
+"""Settings that are passed on to transformers, together with every `..._token`. Others may name code or files to load.
+"""
 
 LARGEST_ID = 10_000_000
 TRIAL = "a photo of a cat, 1234! \N{CAT FACE}" + "".join(map(chr, range(0x20, 0x2000)))
-"""A text of many scripts, tokenized once: damage shows when the tokenizer is loaded, not at the first prompt."""
+"""A text in many scripts, tokenized once on loading: a damaged tokenizer then fails there, not at the first prompt."""
 
 
 def has_vocabulary(folder: Path) -> bool:
-    """Whether `folder` holds a tokenizer with a vocabulary of its own."""
+    """Return whether `folder` holds a tokenizer with a vocabulary of its own."""
     return any(is_file(folder / name) for name in VOCABULARY_FILES)
 
 
 def load_tokenizer(folder: Path) -> CLIPTokenizer:
-    """The tokenizer in `folder`; one that is only a tokenizer_config.json gets the embedded CLIP vocabulary.
+    """Load the tokenizer in `folder`. If it has only a tokenizer_config.json, the vocabulary is the embedded CLIP one.
 
-    Raises SourceError for a file that is damaged, for special tokens that are missing, and for tokens without an id of
-    their own.
+    Raises:
+        SourceError: A file is damaged, a special token is missing, or two tokens share an id.
     """
     from transformers import CLIPTokenizer
 
@@ -70,7 +71,7 @@ def load_tokenizer(folder: Path) -> CLIPTokenizer:
             shutil.copyfile(path, Path(copies, path.name))
         tokenizer: CLIPTokenizer = CLIPTokenizer.from_pretrained(copies, local_files_only=True)
     tokenizer.name_or_path = str(folder)
-    for key in ("name_or_path", "vocab_file", "merges_file", "tokenizer_file"):  # the copies are gone
+    for key in ("name_or_path", "vocab_file", "merges_file", "tokenizer_file"):  # paths of the deleted copies
         tokenizer.init_kwargs.pop(key, None)
     _check(tokenizer, label, added)
     with guarded(label):
@@ -79,10 +80,10 @@ def load_tokenizer(folder: Path) -> CLIPTokenizer:
 
 
 def _settings(path: Path) -> dict[str, Any]:
-    """The settings in `path` that are plain values."""
+    """Return the settings in `path` that are plain values."""
     found = {key: value for key, value in read_json(path).items() if key in SETTINGS or key.endswith("_token")}
     if found.get("model_max_length", 0) is None:
-        del found["model_max_length"]  # as where it is not there at all
+        del found["model_max_length"]  # null means the default
     if type(length := found.get("model_max_length", 77)) not in (int, float):
         raise SourceError(f"{clean(path)!r} has model_max_length {clean(repr(length))}, not a number; correct it.")
     return found
@@ -101,7 +102,7 @@ def _check_vocabulary(path: Path) -> None:
 
 
 def _ids(path: Path, ids: dict[str, Any]) -> dict[str, int]:
-    """Token -> id, as in `path`. Raises SourceError for what is no id, and for one that two tokens have."""
+    """Return `ids` of `path`. Raise SourceError for a value that is no id, and for an id that two tokens share."""
     for token, number in ids.items():
         if type(number) is not int or not 0 <= number < LARGEST_ID:
             found = clean(repr(number))

@@ -126,8 +126,10 @@ class VAE(Wrapper):
     """An autoencoder: any image in, scaled latents out, and back.
 
     The network is diffusers' (`AutoencoderKL`, `AutoencoderTiny`, or `VQModel`); the process around it is here:
-    reading, padding, batches, tiles, sampling, and scaling. Results are on the CPU. Several threads may share one for
-    inference, but not in float16: images that overflow there are computed again in float32.
+    reading, padding, batches, tiles, sampling, and scaling. Results are on the CPU.
+
+    Several threads may use one at once for inference, except in float16: there the weights are converted to float32 for
+    a moment when an image overflows.
 
     Args:
         network: The network.

@@ -31,7 +31,7 @@ class PixelIdentity(nn.Module):
 
 
 class Kind:
-    """What the kinds have in common. Each one is a view of its network, without weights of its own.
+    """Base class of the kinds. A kind is a view of a network; it has no weights of its own.
 
     Attributes:
         network: The network, a module of diffusers or a `PixelIdentity`.
@@ -170,13 +170,13 @@ class VQ(Tiny):
 
 
 class Pixels(Kind):
-    """A `PixelIdentity`."""
+    """A `PixelIdentity`: latents are pixels."""
 
     scale, shift, channels, factor = 1.0, 0.0, 3, 1
 
     @property
     def encoder_parts(self) -> list[nn.Module]:
-        """No modules."""
+        """An empty list: there is nothing to train."""
         return []
 
     def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -193,7 +193,10 @@ KINDS = {"VQModel": VQ, "AutoencoderTiny": Tiny, "PixelIdentity": Pixels}
 
 
 def kind_of(network: Any) -> Kind | None:
-    """Return the kind of an autoencoder network; None for a network that is no autoencoder."""
+    """Return the kind of an autoencoder network; None if the network is no autoencoder.
+
+    Classes of diffusers that are not listed in `KINDS` count as `KL` if their config has a scaling factor.
+    """
     kind = KINDS.get(type(network).__name__, KL)
     return kind(network) if kind is Pixels or "scaling_factor" in network.config else None
 

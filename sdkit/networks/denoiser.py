@@ -63,7 +63,7 @@ class UNet(Wrapper):
         config: str | PathLike[str] | None = None,
         compile: bool = False,
     ) -> UNet:
-        """Load a U-Net; parameters as in `sdkit.VAE.from_pretrained`."""
+        """Load a U-Net. Arguments and errors are those of `sdkit.VAE.from_pretrained`."""
         dtype, device = resolve_place(dtype, device)
         opened = Source.open(source, revision=revision, variant=variant, config=config)
         return cls.from_source(opened, dtype=dtype, device=device, compile=compile)
@@ -97,7 +97,7 @@ class UNet(Wrapper):
         *,
         guidance_scale: float | Tensor | None = None,
     ) -> Tensor:
-        """The model's output in its own parameterisation: eps, v, or x0, as it was trained.
+        """Return the model's output in its own parameterisation: eps, v, or x0, as it was trained.
 
         Args:
             x_t: (B, 4, h, w). `cond.concat` is appended to its channels.

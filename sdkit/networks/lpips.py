@@ -25,7 +25,7 @@ BLOCKS = (
     (256, 256, 256),
     (512, 512, 512),
     (512, 512, 512),
-)  # channels of VGG-16's convolutions, pooled between
+)  # channels of VGG-16's convolutions; a pooling lies between blocks
 SUPERFLUOUS = ("lins.", "scaling_layer.")  # in the package's state dict: a second copy of the heads, and constants
 SMALLEST = 16  # pixels; four poolings leave one of them
 

@@ -65,7 +65,7 @@ class TextEncoder(Wrapper):
         variant: str | None = None,
         config: str | PathLike[str] | None = None,
     ) -> TextEncoder:
-        """Load a text encoder and its tokenizer; parameters as in `sdkit.VAE.from_pretrained`."""
+        """Load a text encoder and its tokenizer. Arguments and errors are those of `sdkit.VAE.from_pretrained`."""
         dtype, device = resolve_place(dtype, device)
         opened = Source.open(source, revision=revision, variant=variant, config=config)
         return cls.from_source(opened, dtype=dtype, device=device)

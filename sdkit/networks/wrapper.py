@@ -57,14 +57,15 @@ class Wrapper(nn.Module):
         super().__init__()
         self.network = network
         self.name = name
-        weight = next(network.parameters(), torch.empty(0))  # an identity has none
+        weight = next(network.parameters(), torch.empty(0))  # a pixel identity has no weights
         self.device, self.dtype = weight.device, weight.dtype
         self._trial = False
 
     def _apply(self: W, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> W:
         nn.Module._apply(self, fn, recurse)
-        # `fn` moves and converts each weight. It does the same to a probe, so that a network without weights moves too.
-        probe = fn(torch.zeros(1, device=self.device, dtype=self.dtype))
+        # `fn` moves and converts each weight. A network without weights is where `fn` puts a probe.
+        weight = next(self.network.parameters(), None)
+        probe = fn(torch.zeros(1, device=self.device, dtype=self.dtype)) if weight is None else weight
         self.device, self.dtype = probe.device, probe.dtype
         return self
 

@@ -118,7 +118,7 @@ def test_version_and_help(run: Callable[..., Ran]) -> None:
 
 
 def parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
-    """Yield a parser and those of its commands, and of theirs."""
+    """Yield the parser and, recursively, the parsers of its commands."""
     yield parser
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
@@ -137,7 +137,7 @@ def test_the_choices_in_the_help_are_all_there_are() -> None:
         (options["sampler"], SAMPLERS),
         (options["spacing"], SPACINGS),
         (options["prediction_type"], set(PREDICTIONS.values())),
-        (options["dtype"], {"auto", *DTYPES} - {"float32", "bfloat16", "float16"}),  # names in PNGs, for the same
+        (options["dtype"], {"auto", *DTYPES} - {"float32", "bfloat16", "float16"}),  # PNGs may also hold these aliases
         (crop, CROPS),
     ):
         assert set(str(option.metavar).strip("{}").split(",")) == set(known)
@@ -145,7 +145,7 @@ def test_the_choices_in_the_help_are_all_there_are() -> None:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_each_example_in_a_help_is_understood(command: str) -> None:
-    """By the command it is an example of."""
+    """The parser of each command must accept its own examples."""
     examples = re.findall(r"^  (\S.*)", str(COMMANDS[command].epilog), flags=re.MULTILINE)
     assert examples
     for example in examples:

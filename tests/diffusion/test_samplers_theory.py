@@ -119,8 +119,8 @@ def marginal(a: float) -> tuple[float, float]:
 
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_mean_is_exact_and_variance_converges_at_the_methods_order(name: str) -> None:
-    """From q(x_t) at one end of the dense schedule to q(x_t) at the other. The order is 2 for DPM-Solver++ (2M), and 1
-    for the others, including ancestral sampling.
+    """Sampling starts from q(x_t) at one end of the dense schedule and must reach q(x_t) at the other. DPM-Solver++
+    (2M) converges with order 2, and the other samplers, including ancestral sampling, with order 1.
     """
     schedule = dense()
     begin, end = (marginal(float(schedule.alphas_cumprod[t])) for t in (-1, 0))
@@ -137,8 +137,8 @@ def test_mean_is_exact_and_variance_converges_at_the_methods_order(name: str) ->
 @pytest.mark.parametrize("name", SAMPLERS)
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
 def test_mean_and_variance_of_the_data_are_reached_on_stable_diffusions_schedule(name: str, kind: Any) -> None:
-    """All the way from q(x_T) to x0. Most of the remaining error is in the last step, which goes to an infinite
-    log-SNR.
+    """Sampling runs all the way from q(x_T) to x0. Most of the remaining error is in the last step, which goes to an
+    infinite log-SNR.
     """
     schedule = NoiseSchedule.scaled_linear(prediction_type=kind)
     errors = []

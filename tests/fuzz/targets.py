@@ -20,10 +20,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import CLIPTextConfig, CLIPTextModel
 
 import sdkit
 from sdkit import images
@@ -37,7 +35,7 @@ from sdkit.pipelines.generation import Generation
 from sdkit.training.loop import fit
 from sdkit.training.plot import plot
 from tests.fuzz.mutators import in_order
-from tests.helpers import original_layout
+from tests.helpers import original_layout, tiny
 from tests.helpers.loaders import describe, load_schedule
 from tests.helpers.toy import Toy, ToySettings
 
@@ -105,34 +103,20 @@ def valid(target: Target) -> Path:
 
 
 def make_model(folder: Path) -> None:
-    torch.manual_seed(0)
-    blocks = 2  # the VAE's factor is 2
-    vae = AutoencoderKL(
-        block_out_channels=(8,) * blocks, down_block_types=("DownEncoderBlock2D",) * blocks,
-        up_block_types=("UpDecoderBlock2D",) * blocks, layers_per_block=1, latent_channels=4, norm_num_groups=4,
-        sample_size=SIDE, scaling_factor=0.5,
-    )  # fmt: skip
-    unet = UNet2DConditionModel(
-        sample_size=SIDE // 2, block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4, cross_attention_dim=8,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        attention_head_dim=4,
-    )  # fmt: skip
-    text = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=TOKENS + 1, hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
-            max_position_embeddings=16, bos_token_id=0, eos_token_id=1, pad_token_id=1, dtype="float32",
-        )
+    made = tiny.networks(
+        (8, 8),
+        vae={"sample_size": SIDE, "scaling_factor": 0.5},
+        unet={"sample_size": SIDE // 2, **tiny.TWO_LEVELS},
+        text={
+            "vocab_size": TOKENS + 1, "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1,
+            "max_position_embeddings": 16, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1, "dtype": "float32",
+        },
     )  # fmt: skip
     torch.nn.init.normal_(
-        next(p for n, p in text.named_parameters() if "final_layer_norm.bias" in n)
+        next(p for n, p in made.text.named_parameters() if "final_layer_norm.bias" in n)
     )  # otherwise the mean of each embedding is 0
-    scheduler = DDIMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False,
-        steps_offset=1,
-    )  # fmt: skip
-    for part, name in ((vae, "vae"), (unet, "unet"), (text, "text_encoder")):
-        part.save_pretrained(folder / name)
-    scheduler.save_pretrained(folder / "scheduler")
+    made.save(folder)
+    tiny.scheduler().save_pretrained(folder / "scheduler")
     make_tokenizer(folder / "tokenizer", fast=True)
     index = {"_class_name": "StableDiffusionPipeline", "_guidance_scale": 3.0, "vae": ["diffusers", "AutoencoderKL"]}
     (folder / "model_index.json").write_text(json.dumps(index))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -12,38 +14,77 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from tests.helpers.loaders import load_text
 
+Config = dict[str, Any]
 SIZE = 32  # pixels; latents are (4, 4, 4)
+
+
+TWO_LEVELS: dict[str, Any] = {
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    "layers_per_block": 1,
+}
+"""Settings of a U-Net with two levels, in place of Stable Diffusion's four"""
+
+
+class Networks(NamedTuple):
+    """Networks that fit together."""
+
+    vae: AutoencoderKL
+    unet: UNet2DConditionModel
+    text: CLIPTextModel
+
+    def save(self, folder: Path) -> None:
+        """Write the networks into a folder in diffusers layout."""
+        for part, name in ((self.vae, "vae"), (self.unet, "unet"), (self.text, "text_encoder")):
+            part.save_pretrained(folder / name)
+
+
+def networks(
+    channels: Sequence[int], *, vae: Config | None = None, unet: Config | None = None, text: Config | None = None
+) -> Networks:
+    """Build a VAE, a U-Net, and a text encoder with few channels and random, seeded weights.
+
+    Args:
+        channels: Channels of the VAE, one number for each level, and of the U-Net, unless `unet` has its own.
+        vae: Further settings of the VAE.
+        unet: Further settings of the U-Net. The default is Stable Diffusion's topology.
+        text: Further settings of the text encoder. Its width is the width of the U-Net's condition.
+    """
+    torch.manual_seed(0)
+    common: Config = {"block_out_channels": tuple(channels), "norm_num_groups": 4}
+    blocks: Config = {
+        "down_block_types": ("DownEncoderBlock2D",) * len(channels),
+        "up_block_types": ("UpDecoderBlock2D",) * len(channels),
+    }
+    vae_network = AutoencoderKL(**common | blocks | (vae or {}))
+    heads = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text_network = CLIPTextModel(CLIPTextConfig(**heads | (text or {})))
+    attention = {"cross_attention_dim": text_network.config.hidden_size, "attention_head_dim": 4}
+    return Networks(vae_network, UNet2DConditionModel(**common | attention | (unet or {})), text_network)
+
+
+def scheduler(**changes: Any) -> DDIMScheduler:
+    """Build diffusers' DDIM scheduler with Stable Diffusion's settings, and these changes."""
+    return DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False,
+        steps_offset=1, **changes,
+    )  # fmt: skip
 
 
 def model(folder: Path, prediction_type: str = "epsilon") -> Path:
     """Write a model of 0.5 M parameters in diffusers layout. Its tokenizer is the embedded model's (32 tokens)."""
-    torch.manual_seed(0)
-    blocks = 4  # the VAE's factor is 8
-    vae = AutoencoderKL(
-        block_out_channels=(16,) * blocks, down_block_types=("DownEncoderBlock2D",) * blocks,
-        up_block_types=("UpDecoderBlock2D",) * blocks, layers_per_block=1, latent_channels=4, norm_num_groups=4,
-        sample_size=SIZE, scaling_factor=0.5,
-    )  # fmt: skip
     _, tokenizer = load_text("emoji")
-    text = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-            max_position_embeddings=32, bos_token_id=0, eos_token_id=1, pad_token_id=1, dtype="float32",
-        )
-    )  # fmt: skip
-    unet = UNet2DConditionModel(
-        sample_size=SIZE // 8, block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=4,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=16, attention_head_dim=4,
-    )  # fmt: skip
-    scheduler = DDIMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False,
-        steps_offset=1, prediction_type=prediction_type,
-    )  # fmt: skip
-    for part, name in ((vae, "vae"), (unet, "unet"), (text, "text_encoder")):
-        part.save_pretrained(folder / name)
+    networks(
+        (16, 16, 16, 16),
+        vae={"sample_size": SIZE, "scaling_factor": 0.5},
+        unet={"sample_size": SIZE // 8, "block_out_channels": (16, 32), **TWO_LEVELS},
+        text={
+            "vocab_size": len(tokenizer), "max_position_embeddings": 32, "bos_token_id": 0, "eos_token_id": 1,
+            "pad_token_id": 1, "dtype": "float32",
+        },
+    ).save(folder)  # fmt: skip
     tokenizer.save_pretrained(folder / "tokenizer")
-    scheduler.save_pretrained(folder / "scheduler")
+    scheduler(prediction_type=prediction_type).save_pretrained(folder / "scheduler")
     return folder
 
 

@@ -32,6 +32,7 @@ from sdkit.loading.place import resolve
 from sdkit.loading.single_file import ASSETS, probe_prediction
 from sdkit.loading.tokenizer import load_tokenizer
 from tests.helpers import original_layout
+from tests.helpers import tiny as tiny_model
 from tests.helpers.loaders import describe, load_guidance_scale, load_scheduler_config, load_text, load_unet, load_vae
 
 LOADERS: dict[str, Callable[..., Any]] = {
@@ -56,41 +57,21 @@ class Tiny:
 
 
 def make_tiny(root: Path, family: str) -> Tiny:
-    torch.manual_seed(0)
     second = family == "sd2"
-    vae = AutoencoderKL(
-        block_out_channels=(8, 16, 16, 16),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        layers_per_block=2,
-        norm_num_groups=4,
-        latent_channels=4,
+    networks = tiny_model.networks(
+        (8, 16, 16, 16),
+        vae={"layers_per_block": 2},
+        unet={"sample_size": 8}
+        | ({"attention_head_dim": (2, 4, 4, 4), "use_linear_projection": True} if second else {}),
+        text={"hidden_act": "gelu" if second else "quick_gelu"},
     )
-    unet = UNet2DConditionModel(
-        block_out_channels=(8, 16, 16, 16),
-        norm_num_groups=4,
-        attention_head_dim=(2, 4, 4, 4) if second else 4,
-        cross_attention_dim=16,
-        use_linear_projection=second,
-        sample_size=8,
-    )
-    text = CLIPTextModel(
-        CLIPTextConfig(
-            hidden_size=16,
-            intermediate_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            hidden_act="gelu" if second else "quick_gelu",
-        )
-    )
+    vae, unet, text = networks
     for network in (vae, unet, text):
         # Biases and norms too: in a fresh network they are equal, and the test would not notice if they were mixed up.
         for parameter in network.parameters():
             torch.nn.init.normal_(parameter, std=0.2)
     here = root / family
-    vae.save_pretrained(here / "vae")
-    unet.save_pretrained(here / "unet")
-    text.save_pretrained(here / "text_encoder")
+    networks.save(here)
     copytree(ASSETS / "clip_tokenizer", here / "tokenizer")
     copy(ASSETS / family / "tokenizer" / "tokenizer_config.json", here / "tokenizer")
     copytree(ASSETS / family / "scheduler", here / "scheduler")

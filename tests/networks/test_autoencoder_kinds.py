@@ -1,4 +1,4 @@
-"""The pixel identity: an autoencoder that changes nothing, wherever an autoencoder is taken."""
+"""The pixel identity: an autoencoder that changes nothing and can replace any other autoencoder."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class TestPixelIdentity:
         assert identity.to("meta").device == torch.device("meta")
 
     def test_a_denoising_objective_works_on_pixels(self, identity: sdkit.VAE) -> None:
-        """Posterior, noise, target, and loss, as for latents: an exact prediction has loss 0."""
+        """Posterior, noise, target, and loss must work as for latents, and an exact prediction must have loss 0."""
         objective = DenoisingObjective(sdkit.NoiseSchedule.scaled_linear())
         mean, logvar = identity.moments([rgb(8, 8)])
         noise = objective.noise((identity.channels, 8, 8), torch.Generator().manual_seed(0))

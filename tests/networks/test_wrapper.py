@@ -123,7 +123,7 @@ class TestNumbersThatAreNotFinite:
 
 
 class TestDeviceAndDtype:
-    """Attributes of the wrapper, which stay true when it is moved or converted."""
+    """A wrapper's device and dtype must follow its weights when it is moved or converted."""
 
     @pytest.mark.parametrize("part", ["vae", "unet", "text"])
     def test_they_follow_the_weights(self, sd: sdkit.StableDiffusion, part: str) -> None:

@@ -179,7 +179,9 @@ class TestLoss:
         ids=str,
     )
     def test_is_that_of_diffusers_networks_and_scheduler(self, kit: Kit, data: str, changes: dict[str, Any]) -> None:
-        """To 1e-5, with the first and the last timestep among the samples, and captions of one chunk and of two."""
+        """The loss must agree to 1e-5. The samples include the first and last timestep, and captions of one and two
+        chunks.
+        """
         stage = kit.stage(data=data, caption_dropout=0.0, **changes)
         batch = stage.batch(BATCH)
         batch["t"][:2] = [0, 999]
@@ -279,7 +281,7 @@ class TestNoise:
         assert [row[0] for row in found] != [row[0] for row in others]
 
     def test_timesteps_are_uniform_noise_is_normal_and_captions_are_dropped_as_often_as_asked(self, kit: Kit) -> None:
-        """Of 2,000 samples, the chi-square of t in 20 bins must be below its 99.9 % quantile, and the rate of dropped
+        """The chi-square of 2,000 timesteps in 20 bins must be below its 99.9 % quantile, and the rate of dropped
         captions within 3 standard deviations of 10 %.
         """
         stage = kit.stage()
@@ -446,7 +448,7 @@ class TestWhatMoves:
 class TestCaptionsOfSeveralLengths:
     @pytest.mark.parametrize("data", ["plain", "embedded", "photos", "along"])
     def test_each_sample_is_the_same_alone_and_in_a_batch(self, kit: Kit, data: str) -> None:
-        """To 1e-5: the padding of shorter captions must have no influence. Without the mask it would have one."""
+        """Padding of shorter captions must have no influence beyond 1e-5. Without the mask it would have one."""
         changes: dict[str, Any] = {"train_text_encoder": True} if data == "along" else {"data": data}
         stage = kit.stage(caption_dropout=0.0, **changes)
         with torch.no_grad():

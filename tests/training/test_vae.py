@@ -392,7 +392,7 @@ class TestValidation:
         assert found[0]["psnr"] != found[-1]["psnr"]
 
     def test_statistics_are_those_of_samples(self, kit: Kit, tmp_path: Path) -> None:
-        """To 1 %: mean and deviation of 4,000 draws from the posterior of each image, through the public VAE."""
+        """The statistics must equal, to 1 %, those of 4,000 posterior draws of each image through the public VAE."""
         train_vae(kit.config(tmp_path, max_steps=1))
         line = lines(tmp_path, validation=True)[0]
         vae = sdkit.VAE.from_pretrained(kit.model, dtype="fp32", device="cpu")

@@ -1,4 +1,4 @@
-"""Images of a data set for the stages: training and held-out examples, and their pixels."""
+"""Training and held-out images of a data set, as the stages read them."""
 
 from __future__ import annotations
 
@@ -28,15 +28,18 @@ from sdkit.files import encodable, expanded
 from sdkit.loading.fingerprint import weights_fingerprint
 from sdkit.strict_json import read_object
 
-MOST_HELD_OUT, OF = 16, 20  # one image of 20, and not more than 16
-TRIES = 100  # images that cannot be used, one after another
+MOST_HELD_OUT, OF = 16, 20  # one image of 20 is held out, and not more than 16 in all
+TRIES = 100  # unusable images in a row before the run ends with an error
 
 
 def split(n: int) -> tuple[npt.NDArray[np.int64], list[int]]:
-    """Return the indices of the training images and of the validation images, of n images in all.
+    """Split n images into training and validation images.
 
-    Validation images are spread evenly and held out. With fewer than 20 images none is held out: validation images
-    are trained on as well.
+    Validation images are spread evenly, and held out. With fewer than 20 images none is held out: the validation images
+    are trained on, too.
+
+    Returns:
+        Indices of the training images, and indices of the validation images.
     """
     count = min(MOST_HELD_OUT, n // OF) or min(MOST_HELD_OUT, n)
     validation = [(2 * i + 1) * n // (2 * count) for i in range(count)]
@@ -54,25 +57,44 @@ def is_cache(data: str | os.PathLike[str]) -> bool:
 
 
 def identity_of(*networks: nn.Module, schedule: Any = None) -> str:
-    """Return a fingerprint of the weights and the noise schedule."""
+    """Return a fingerprint of the networks' weights and of the noise schedule's config."""
     parts = [weights_fingerprint(network) for network in networks]
     return hashlib.sha256(json.dumps([parts, schedule], sort_keys=True).encode()).hexdigest()[:16]
 
 
 def training_transform(size: tuple[int, int], augment: Collection[str]) -> Transform:
-    """The transform of the training images: `augment` may name "crop" (a random one) and "flip"."""
+    """Return the transform of training images. `augment` may name "crop" (at random places) and "flip"."""
     return Transform(size=size, crop="random" if "crop" in augment else "center", flip="flip" in augment)
 
 
 class TrainingImages:
-    """The images of a data set as pixels. One that cannot be used is replaced by the next, and remembered."""
+    """The images of a data set as pixels. An unusable image is replaced by the next one, and recorded.
+
+    Attributes:
+        examples: The data set.
+        transform: Applied to each image.
+        seed: Seed of the augmentations.
+        skipped: Name of each unusable image -> the reason.
+    """
 
     def __init__(self, examples: Examples, transform: Transform, seed: int) -> None:
         self.examples, self.transform, self.seed = examples, transform, seed
-        self.skipped: dict[str, str] = {}  # by name, why
+        self.skipped: dict[str, str] = {}
 
     def load(self, indices: Sequence[int] | npt.NDArray[np.int64], i: int, augmentation: int) -> tuple[Tensor, Example]:
-        """Pixels (3, H, W) and example of indices[i], or of the first one after it that can be used."""
+        """Load the image indices[i], or the first usable one after it.
+
+        Args:
+            indices: Indices of examples.
+            i: Position in `indices`.
+            augmentation: Number of the augmentation of this image; in training, the epoch.
+
+        Returns:
+            Pixels (3, H, W) in [-1, 1], and the example.
+
+        Raises:
+            DataError: 100 images in a row, or all, are unusable.
+        """
         tried: dict[int, str] = {}
         for j in range(min(TRIES, len(indices))):
             index = int(indices[(i + j) % len(indices)])
@@ -88,22 +110,21 @@ class TrainingImages:
         )
 
     def load_held_out(self, held_out: Sequence[int], i: int) -> tuple[Tensor, Example]:
-        """Pixels and example of held_out[i], or of the next one of them that can be used; of any image where none of
-        them can."""
+        """Load held_out[i], or the next usable one of them; any image if none of them is usable."""
         return self.load(np.concatenate([held_out[i:], held_out[:i], np.arange(len(self.examples))]), 0, 0)
 
     def _skip(self, name: str, reason: str) -> None:
-        if self.skipped.setdefault(name, reason) is reason:  # several threads may find it at once
+        if self.skipped.setdefault(name, reason) is reason:  # several threads may skip it at once
             warnings.warn(f"{name} is skipped: {reason}", stacklevel=3)
 
 
 def report_skipped(skipped: dict[str, str], path: Path) -> None:
-    """Write to `path` which images were skipped by any process and why, also in earlier parts of the run. To be called
-    on every process."""
+    """Write to `path` which images any process skipped, and why, including earlier parts of the run. Every process must
+    call it."""
     everywhere = dict(gather_object(list(skipped.items())))
     if everywhere and PartialState().is_main_process:
         before: dict[str, str] = {}
-        with contextlib.suppress(OSError, ValueError):  # there is none, or it is damaged
+        with contextlib.suppress(OSError, ValueError):  # missing or damaged
             before = {name: why for name, why in read_object(path).items() if isinstance(why, str)}
         everywhere = {encodable(name): encodable(why) for name, why in everywhere.items()}
         if before | everywhere != before:

@@ -1,4 +1,4 @@
-"""Fine-tuning the VAE: pixels -> `VAE.forward` -> reconstruction, LPIPS, KL and adversarial loss."""
+"""Training of the VAE: pixels -> `VAE.forward` -> reconstruction, LPIPS, KL or codebook, and adversarial loss."""
 
 from __future__ import annotations
 
@@ -49,8 +49,9 @@ from sdkit.training.stages.images import (
 )
 
 GAN_BETAS = (0.5, 0.9)  # of AdamW, as in VQGAN
-MOST_VALIDATED, SHOWN = 64, 8  # images
-TOLERATED_DRIFT = 0.1
+MOST_VALIDATED = 64  # images of `validation_data`
+SHOWN = 8  # images in the picture of each validation
+TOLERATED_DRIFT = 0.1  # of the latents' standard deviation, before a warning
 
 
 def train_vae(config: VAEConfig) -> Path:
@@ -81,69 +82,28 @@ def train_vae(config: VAEConfig) -> Path:
 
 
 class Measured(NamedTuple):
-    """Measurements of one held-out image."""
+    """Measurements of one held-out image.
+
+    Attributes:
+        numbers: Metrics and moments by name.
+        pair: The image and its reconstruction, for the first images.
+        codes: Code indices of a `VQModel`.
+    """
 
     numbers: dict[str, float]
     pair: tuple[Image.Image, Image.Image] | None
-    """of the first ones, it and its reconstruction"""
     codes: Tensor | None
-    """code indices of a VQModel"""
 
 
 class VAEStage:
-    """What `sdkit.training.loop.fit` trains: a VAE, and the discriminator that it plays against."""
+    """The stage of `train_vae`: a VAE and, for the adversarial loss, a discriminator."""
 
     def __init__(self, config: VAEConfig) -> None:
         self.config = config
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.seed)
-            network = (
-                Source.open(config.model).autoencoder() if config.init is None else new_network(config.init, "vae")
-            )
-            self.discriminator = Discriminator() if config.disc_weight else None
-        label = os.fspath(config.model if config.init is None else config.init)
-        kind = _trainable_kind(network, config.regularizer, label)
-        if config.regularizer == "none":
-            kind.remove_noise()
-        self.vae = VAE(network, name=str(config.model))
         self.trains_encoder = config.train_encoder or config.init is not None
-        if not self.trains_encoder:
-            for part in kind.encoder_parts:
-                part.requires_grad_(False)
-        if config.gradient_checkpointing:
-            network._supports_gradient_checkpointing = True  # the parts of a VQModel do, but it does not say so
-            network.enable_gradient_checkpointing()
-        # Beside the network, not in it: its encoder as it was, which the one in training is compared with.
-        tuned = config.train_encoder and config.init is None
-        self.start = VAE(copy.deepcopy(network)).eval().requires_grad_(False) if tuned else None
-        if self.start:
-            self.start.network.decoder = nn.Identity()
-        self.lpips = LPIPS.from_pretrained(config.lpips) if config.lpips_weight or config.lpips else None
-        self.training_lpips = self.lpips
-        if self.lpips and config.lpips_weight and config.mixed_precision == "bf16":
-            # channels_last: a step of the embedded model's VAE takes 0.45 s on two cores, not 0.52
-            self.training_lpips = copy.deepcopy(self.lpips).bfloat16().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        size = self._size()
-        for data in (config.data, config.validation_data):
-            if data is not None and is_cache(data):
-                raise DataError(
-                    f"{os.fspath(data)!r} is a latent cache, and a VAE learns from images; give those it was made of."
-                )
-        examples = held_out = open_examples(config.data, **config.opened_with())
-        self.train, self.held_out = split(len(examples))
-        if config.validation_data is not None:
-            held_out = open_examples(config.validation_data)
-            self.train, self.held_out = np.arange(len(examples)), [*range(min(MOST_VALIDATED, len(held_out)))]
-        self.images = TrainingImages(examples, training_transform(size, config.augment), config.seed)
-        self.validation = TrainingImages(held_out, Transform(size=size), seed=0)
-        self.identity = {"data": examples.identity, "model": identity_of(network)}
-        self.identity["validation"] = (
-            held_out.identity if config.validation_data is not None else "held out of the data"
-        )
-        if self.lpips and config.lpips_weight:
-            self.identity["lpips"] = identity_of(self.lpips)
-        if held_out is examples:
-            self.validation.skipped = self.images.skipped
+        self._make_networks()
+        self._load_lpips()
+        self._open_data(self._size())
         self.size = len(self.train)
         self.players = [
             Player("vae", self.vae, self.loss, learning_rate=config.learning_rate, ema=config.ema_decay > 0)
@@ -156,6 +116,65 @@ class VAEStage:
                 )
             )  # fmt: skip
 
+    def _make_networks(self) -> None:
+        """Load the VAE or make a new one, freeze what is not trained, and make the discriminator."""
+        config = self.config
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            network = (
+                Source.open(config.model).autoencoder() if config.init is None else new_network(config.init, "vae")
+            )
+            self.discriminator = Discriminator() if config.disc_weight else None
+        label = os.fspath(config.model if config.init is None else config.init)
+        kind = _trainable_kind(network, config.regularizer, label)
+        if config.regularizer == "none":
+            kind.remove_noise()
+        self.vae = VAE(network, name=str(config.model))
+        if not self.trains_encoder:
+            for part in kind.encoder_parts:
+                part.requires_grad_(False)
+        if config.gradient_checkpointing:
+            network._supports_gradient_checkpointing = True  # a VQModel does not declare that its parts support it
+            network.enable_gradient_checkpointing()
+        # A frozen copy of the starting encoder, to measure how far latents move.
+        fine_tuned = config.train_encoder and config.init is None
+        self.start = VAE(copy.deepcopy(network)).eval().requires_grad_(False) if fine_tuned else None
+        if self.start:
+            self.start.network.decoder = nn.Identity()
+
+    def _load_lpips(self) -> None:
+        """Load LPIPS for validation, and a copy in the precision of training."""
+        config = self.config
+        self.lpips = LPIPS.from_pretrained(config.lpips) if config.lpips_weight or config.lpips else None
+        self.training_lpips = self.lpips
+        if self.lpips and config.lpips_weight and config.mixed_precision == "bf16":
+            # With channels_last a step of the embedded model's VAE takes 0.45 s on two cores, without 0.52 s.
+            self.training_lpips = copy.deepcopy(self.lpips).bfloat16().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def _open_data(self, size: tuple[int, int]) -> None:
+        """Open training and held-out images of `size` (height, width), and take the fingerprints of a run."""
+        config = self.config
+        for data in (config.data, config.validation_data):
+            if data is not None and is_cache(data):
+                raise DataError(
+                    f"{os.fspath(data)!r} is a latent cache, and a VAE learns from images; give those it was made of."
+                )
+        examples = held_out = open_examples(config.data, **config.opened_with())
+        self.train, self.held_out = split(len(examples))
+        if config.validation_data is not None:
+            held_out = open_examples(config.validation_data)
+            self.train, self.held_out = np.arange(len(examples)), [*range(min(MOST_VALIDATED, len(held_out)))]
+        self.images = TrainingImages(examples, training_transform(size, config.augment), config.seed)
+        self.validation = TrainingImages(held_out, Transform(size=size), seed=0)
+        if held_out is examples:
+            self.validation.skipped = self.images.skipped
+        self.identity = {"data": examples.identity, "model": identity_of(self.vae.network)}
+        self.identity["validation"] = (
+            held_out.identity if config.validation_data is not None else "held out of the data"
+        )
+        if self.lpips and config.lpips_weight:
+            self.identity["lpips"] = identity_of(self.lpips)
+
     def _size(self) -> tuple[int, int]:
         own: Any = self.vae.network.config.sample_size
         size: Any = self.config.size or ((own, own) if isinstance(own, int) else tuple(own))
@@ -167,7 +186,7 @@ class VAEStage:
         return size  # type: ignore[no-any-return]
 
     def batch(self, samples: Samples) -> dict[str, Any]:
-        """Pixels (B, 3, H, W) and the noise of the posterior (B, 4, H/8, W/8) of samples (n, item)."""
+        """Return pixels (B, 3, H, W) and the posterior's noise (B, 4, H/8, W/8) of samples (n, item)."""
         pixels = [self.images.load(self.train, item, n // self.size)[0] for n, item in samples]
         height, width = (side // self.vae.factor for side in self.images.transform.size)
         eps = [
@@ -176,14 +195,25 @@ class VAEStage:
         return {"pixels": torch.stack(pixels), "eps": torch.stack(eps)}
 
     def names(self, samples: Samples) -> list[str]:
-        """Names of the examples of samples (n, item)."""
+        """Return the names of the examples of samples (n, item)."""
         return [self.images.examples[int(self.train[item])].name for _, item in samples]
 
     def loss(
         self, networks: Mapping[str, nn.Module], batch: dict[str, Any], step: int
     ) -> tuple[Tensor, Mapping[str, float | Tensor]]:
-        """Reconstruction, LPIPS and KL or codebook loss, as in latent diffusion (Rombach et al. 2022, appendix G), and
-        the adversarial loss with VQGAN's adaptive weight (Esser et al. 2021, eq. 7)."""
+        """Compute the VAE's loss.
+
+        It adds up reconstruction, LPIPS, and KL or codebook loss, as in latent diffusion (Rombach et al. 2022, appendix
+        G), and the adversarial loss with VQGAN's adaptive weight (Esser et al. 2021, eq. 7).
+
+        Args:
+            networks: "vae" and "discriminator", wrapped by Accelerate.
+            batch: As `batch` returns it. The reconstruction is added to it, for the discriminator.
+            step: The optimizer step. The discriminator plays from `disc_start` on.
+
+        Returns:
+            The loss, and its parts by name.
+        """
         config, x = self.config, batch["pixels"]
         y, mean, logvar, codes = networks["vae"](x, batch["eps"] if config.regularizer == "kl" else None)
         loss = (l1 if config.reconstruction == "l1" else l2)(y, x)
@@ -204,9 +234,9 @@ class VAEStage:
         if self.discriminator and step >= config.disc_start:
             batch["reconstruction"] = y.detach()
             adversarial = hinge_generator(networks["discriminator"](y))
-            vae: Any = getattr(networks["vae"], "module", networks["vae"])  # which DDP's wrapper has
+            vae: Any = getattr(networks["vae"], "module", networks["vae"])  # unwrap DDP
             last = vae.network.decoder.conv_out.weight
-            n = x[0].numel()  # of sums over an image's values: the gradients of their means underflow in float16
+            n = x[0].numel()  # sums over an image's values, because the gradients of means underflow in float16
             average = partial(reduce, reduction="mean")
             weight = adaptive_weight(reconstruction * n, adversarial * n, last, average)
             loss = loss + config.disc_weight * weight * adversarial
@@ -216,18 +246,18 @@ class VAEStage:
     def discriminator_loss(
         self, networks: Mapping[str, nn.Module], batch: dict[str, Any], step: int
     ) -> tuple[Tensor, Mapping[str, float | Tensor]]:
-        """The hinge loss on what the VAE's turn has just reconstructed."""
+        """Compute the discriminator's hinge loss on the batch and its reconstruction by the VAE's turn before."""
         both = torch.cat([batch["pixels"], batch["reconstruction"]])
         real, fake = networks["discriminator"](both).float().chunk(2)
         return hinge_discriminator(real, fake), {"real": real.mean(), "fake": fake.mean()}
 
     def validate(self, step: int) -> dict[str, float]:
-        """PSNR (dB), SSIM and LPIPS of held-out images through the posterior's mean, and a picture of some of them;
-        mean and standard deviation of their latents, the scale that would make the latter 1, and how much of a codebook
-        they use.
+        """Measure held-out images, reconstructed through the posterior's mean, and save a picture of some of them.
 
-        Where the encoder trains, `latent_drift` is how far latents have moved from the starting VAE's: the root mean
-        square, in the standard deviation that those have.
+        Returns:
+            PSNR (dB), SSIM, and LPIPS; mean and standard deviation of the latents, and the scale that would make the
+            latter 1; how much of a codebook is in use. If the encoder trains, also `latent_drift`: the root mean square
+            distance of latents from the starting VAE's, in units of their standard deviation.
         """
         found = split_over_processes(len(self.held_out), self._measured)
         report_skipped(self.images.skipped | self.validation.skipped, Path(self.config.out_dir) / "skipped.json")
@@ -275,7 +305,8 @@ class VAEStage:
         image_io.save(sheet, self.config.samples / f"step-{step:08d}.png")
 
     def export(self, folder: Path) -> None:
-        """The VAE in diffusers layout. One trained from scratch gets the scale that its latents ask for."""
+        """Save the VAE in diffusers layout. One that was trained from scratch gets the scale that makes the standard
+        deviation of its latents 1."""
         if self.config.init is not None:
             average = _average([self._measured(i).numbers for i in range(len(self.held_out))])
             self.vae.network.register_to_config(scaling_factor=1 / _deviation(average, ""))
@@ -301,10 +332,10 @@ def _average(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 
 def _moments(mean: Tensor, logvar: Tensor, prefix: str) -> dict[str, float]:
-    """First and second moment of samples of the posterior."""
+    """Return first and second moment of samples of the posterior."""
     return {f"{prefix}mean": float(mean.mean()), f"{prefix}square": float((mean.square() + logvar.exp()).mean())}
 
 
 def _deviation(moments: Mapping[str, float], prefix: str) -> float:
-    """Standard deviation, of moments averaged over images."""
+    """Return the standard deviation of latents, from moments averaged over images."""
     return math.sqrt(max(moments[f"{prefix}square"] - moments[f"{prefix}mean"] ** 2, 1e-12))
