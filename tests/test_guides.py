@@ -143,7 +143,7 @@ def test_guides_have_all_commands() -> None:
         assert {words[0] for words in commands(GUIDES[name])} <= set(OTHERS), name
 
 
-BENCHMARKS = sorted({*re.findall(r"`python (benchmarks/\S+\.py)`", " ".join(GUIDES.values()))})
+BENCHMARKS = sorted({*re.findall(r"`python\s+(benchmarks/\S+\.py)`", " ".join(GUIDES.values()))})
 SMALL = {
     "benchmarks/inference.py": ["--repeats", "1", "--steps", "2", "--parts", "emoji", "cold"],
     "benchmarks/training.py": ["--turns", "1", "--width", "0.1", "--size", "64", "--images", "2"],

@@ -344,7 +344,15 @@ def _add_what_to_draw(add: Add, unset: dict[str, Any]) -> None:
     again = "Draw an image that sdkit made again; options given here override its own"
     add("--from", dest="from_image", metavar="IMAGE.png", help=again)
     add("--negative-prompt", metavar="TEXT", help="Description of what to avoid", **unset)
-    add("--count", type=int, default=1, metavar="N", help="Images per prompt (default: 1)")
+    add(
+        "--num-images-per-prompt",
+        "--count",
+        dest="count",
+        type=int,
+        default=1,
+        metavar="N",
+        help="Images per prompt (default: 1)",
+    )
     add(
         "--seed",
         type=int,
@@ -358,7 +366,7 @@ def _add_what_to_draw(add: Add, unset: dict[str, Any]) -> None:
 
 def _add_how_to_draw(add: Add, unset: dict[str, Any]) -> None:
     steps = "Sampling steps: more take longer (default: 30)"
-    add("--steps", dest="num_inference_steps", type=int, metavar="N", help=steps, **unset)
+    add("--num-inference-steps", "--steps", dest="num_inference_steps", type=int, metavar="N", help=steps, **unset)
     add("--sampler", metavar=choices(SAMPLERS), help="Sampler (default: ddim)", **unset)
     add(
         "--eta",
@@ -370,11 +378,20 @@ def _add_how_to_draw(add: Add, unset: dict[str, Any]) -> None:
     spacing = "Spacing of the timesteps (default: the model's own)"
     add("--spacing", metavar=choices(SPACINGS), help=spacing, **unset)
     scale = "Guidance scale: higher follows the prompt more closely; 1 is no guidance (default: the model's own)"
-    add("--scale", dest="guidance_scale", type=float, metavar="S", help=scale, **unset)
+    add("--guidance-scale", "--scale", dest="guidance_scale", type=float, metavar="S", help=scale, **unset)
     rescale = "Guidance rescale, from 0 (off) to 1, against overexposure (default: 0)"
-    add("--rescale", dest="guidance_rescale", type=float, metavar="PHI", help=rescale, **unset)
+    add("--guidance-rescale", "--rescale", dest="guidance_rescale", type=float, metavar="PHI", help=rescale, **unset)
     interval = "Guide only at noise levels sigma from LO to HI (default: all)"
-    add("--interval", dest="guidance_interval", nargs=2, type=float, metavar=("LO", "HI"), help=interval, **unset)
+    add(
+        "--guidance-interval",
+        "--interval",
+        dest="guidance_interval",
+        nargs=2,
+        type=float,
+        metavar=("LO", "HI"),
+        help=interval,
+        **unset,
+    )
     clip_skip = "Last layers of the text encoder to skip (default: 0)"
     add("--clip-skip", type=int, metavar="N", help=clip_skip, **unset)
     weighting = "Read weights in prompts, such as (word:1.3), as A1111 does (default: no)"
