@@ -1,4 +1,5 @@
-# `make demo` is all that a new clone needs. Variables: PYTHON=python3.12, PYTEST_ARGS="-k vae", DEMO=folder.
+# `make demo` is all that a new clone needs. Variables: PYTHON=python3.12, PYTEST_ARGS="-k vae", DEMO=folder,
+# GPU_ARGS="--wheels FOLDER".
 PYTHON ?= python3
 DEMO ?= demo
 PYTEST_ARGS ?= -n auto
@@ -9,11 +10,12 @@ STAMP := $(VENV)/.installed
 UNFINISHED := $(VENV)/.unfinished
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format clean
+.PHONY: help setup demo test gpu lint format clean
 
 help:
 	@echo "make demo    draw images from prompts, and take photos through the VAE, into $(DEMO)/"
 	@echo "make test    run the tests; PYTEST_ARGS='-m slow' passes options to pytest"
+	@echo "make gpu     prove and measure everything on a GPU, into gpu-results/, in eight minutes"
 	@echo "make lint    run ruff, mypy, and import-linter"
 	@echo "make format  let ruff fix and format the code"
 	@echo "make setup   set up $(VENV), which the commands above do by themselves"
@@ -39,6 +41,10 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# A machine with a GPU may have its own PyTorch, which must not be replaced: .venv is used only if it is there.
+gpu:
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) benchmarks/gpu.py $(GPU_ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

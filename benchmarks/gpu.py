@@ -6,8 +6,8 @@
 Each step has a time limit of its own and runs in a worker process, which is started again if a step hangs or crashes.
 Results are written after every step: results.json, and results.md for people. So whatever ran before the time is up, or
 before the machine is gone, is kept. Steps that could not run are listed with the reason. Nothing is downloaded. A bare
-machine needs CUDA PyTorch, and diffusers, transformers, accelerate, and peft, which `pip install --no-index
---find-links FOLDER` installs from a folder of wheels.
+machine needs CUDA PyTorch. What it lacks of diffusers, transformers, accelerate, peft, and what they need, may be
+brought as wheels: `--wheels FOLDER` unpacks them for this run.
 
 Exit code: 0 if every check that could run passed, 1 if one failed, 2 if there is no GPU.
 """
@@ -44,7 +44,25 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda:0", help="device (default: %(default)s); cpu is for tests")
     parser.add_argument("--tiny", action="store_true", help="measure tiny networks: for tests, and as a rehearsal")
     parser.add_argument("--list", action="store_true", help="print the names of the steps, and exit")
+    parser.add_argument("--wheels", type=Path, metavar="FOLDER", help="wheels of libraries that this machine lacks")
     args = parser.parse_args(arguments)
+    with tempfile.TemporaryDirectory() as site:
+        if args.wheels:
+            use_wheels(args.wheels, site)
+        return start(args)
+
+
+def use_wheels(folder: Path, site: str) -> None:
+    """Install wheels into the folder `site`, and let this process and its children import from it."""
+    wheels = sorted(map(str, folder.glob("*.whl")))
+    options = ["--quiet", "--no-index", "--no-deps", "--no-compile", "--target", site]
+    subprocess.run([sys.executable, "-m", "pip", "install", *options, *wheels], check=True)
+    sys.path.insert(0, site)
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (site, os.environ.get("PYTHONPATH", ""))))
+
+
+def start(args: argparse.Namespace) -> int:
+    """List the steps or run them. Returns the exit code."""
     if args.list:
         print(*(f"{kind} {name}" for kind, name in _steps(None)), sep="\n")
         return 0

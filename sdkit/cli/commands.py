@@ -28,6 +28,7 @@ from sdkit.cli.options import (
     config_option,
     epilog,
     model_options,
+    offload_option,
     place_options,
     vae_option,
 )
@@ -237,7 +238,7 @@ def _load_sd(args: argparse.Namespace, generation: Generation) -> StableDiffusio
     sd = StableDiffusion.from_pretrained(
         generation.model, dtype=generation.dtype, device=args.device, revision=generation.revision,
         variant=generation.variant, config=generation.config, prediction_type=generation.prediction_type,
-        vae=generation.vae, compile=args.compile,
+        vae=generation.vae, compile=args.compile, offload=args.offload,
     )  # fmt: skip
     for lora, scale in loras:
         merge_lora(lora, sd.unet.network, sd.text.network, scale)
@@ -335,6 +336,7 @@ def _add_generate(commands: Commands) -> None:
     add = parser.add_argument_group("speed and memory").add_argument
     batch_size_option(add)
     place_options(add, **unset)
+    offload_option(add)
 
 
 def _add_what_to_draw(add: Add, unset: dict[str, Any]) -> None:

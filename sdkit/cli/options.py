@@ -99,6 +99,11 @@ def place_options(add: Add, **default: Any) -> None:
     add("--compile", action="store_true", help="Run the networks through torch.compile")
 
 
+def offload_option(add: Add) -> None:
+    """Add the option that keeps networks in the CPU's memory."""
+    add("--offload", action="store_true", help="Keep each network on the GPU only while it works: the least GPU memory")
+
+
 def device_option(add: Add) -> None:
     """Add the option that says where the networks compute."""
     device = "auto (a GPU if there is one), cpu, cuda, cuda:1 ... (default: auto)"

@@ -7,6 +7,7 @@ these conditions, `denoise` samples latents z with it, and `decode` turns z into
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from os import PathLike
@@ -21,6 +22,7 @@ from sdkit.diffusion.guidance import APG, Model, guided
 from sdkit.diffusion.samplers import Step, sampler_by_name
 from sdkit.diffusion.schedule import NoiseSchedule
 from sdkit.engines.device import resolve_place
+from sdkit.engines.offload import on_device
 from sdkit.errors import ArgumentError, SdkitError
 from sdkit.files import expanded
 from sdkit.images import OUTPUT_TYPES
@@ -32,6 +34,7 @@ from sdkit.networks.autoencoder import VAE
 from sdkit.networks.denoiser import UNet
 from sdkit.networks.lora import merge_lora
 from sdkit.networks.text_encoder import TextEncoder
+from sdkit.networks.wrapper import Wrapper
 from sdkit.pipelines.steps import check_side, decode, denoise, embed, start
 
 if TYPE_CHECKING:
@@ -62,11 +65,12 @@ class StableDiffusion:
         name: The source that the model was loaded from, or "".
         guidance_scale: Guidance scale of a call that gives none: `_guidance_scale` of the model's model_index.json,
             or 7.5.
+        offload_to: Device on which each network is only while it works, or None: all networks stay where they are.
     """
 
     def __init__(
         self, vae: VAE, text: TextEncoder, unet: UNet, schedule: NoiseSchedule, *, name: str = "",
-        guidance_scale: float = USUAL_GUIDANCE,
+        guidance_scale: float = USUAL_GUIDANCE, offload_to: torch.device | None = None,
     ) -> None:  # fmt: skip
         if unet.width != text.width:
             raise ArgumentError(
@@ -84,6 +88,7 @@ class StableDiffusion:
         self.schedule = schedule
         self.name = name
         self.guidance_scale = guidance_scale
+        self.offload_to = offload_to
 
     @classmethod
     def from_pretrained(
@@ -98,6 +103,7 @@ class StableDiffusion:
         prediction_type: str | None = None,
         vae: str | PathLike[str] | None = None,
         compile: bool = False,
+        offload: bool = False,
     ) -> StableDiffusion:
         """Load a whole model.
 
@@ -114,6 +120,8 @@ class StableDiffusion:
             vae: Source of a VAE that replaces the model's own. A VAE's own folder, file, or Hub repository serves too.
                 `revision` and `variant` do not apply to it.
             compile: Run the U-Net and the VAE through torch.compile.
+            offload: Keep the networks in the CPU's memory, and each one on `device` only while it works. It needs the
+                least GPU memory: that of the U-Net and of one image's activations.
 
         Raises:
             SourceError: The source is missing, unreadable, of another kind, or cannot be downloaded.
@@ -124,13 +132,16 @@ class StableDiffusion:
         beside = opened
         if vae is not None:
             beside = Source.open(vae, config=config if is_file(expanded(vae)) else None)  # a folder has its own configs
+        home = "cpu" if offload else device
         return cls(
-            VAE.from_source(beside, dtype=dtype, device=device, compile=compile),
-            TextEncoder.from_source(opened, dtype=dtype, device=device),
-            UNet.from_source(opened, dtype=dtype, device=device, compile=compile),
+            # Each is set up for `device` before it goes home: layout, attention, and compilation depend on the device.
+            VAE.from_source(beside, dtype=dtype, device=device, compile=compile).to(home),
+            TextEncoder.from_source(opened, dtype=dtype, device=device).to(home),
+            UNet.from_source(opened, dtype=dtype, device=device, compile=compile).to(home),
             opened.schedule(),
             name=opened.name,
             guidance_scale=opened.guidance_scale,
+            offload_to=device if offload else None,
         )
 
     def load_lora(
@@ -277,21 +288,28 @@ class StableDiffusion:
         z = torch.empty_like(x_T)
         with torch.no_grad():
             for batch in self._batches(prompts, negatives, scale, weighting, x_T, batch_size):
-                cond, uncond = self._embedded(batch, clip_skip, weighting, finite=output_type != "latent")
-                predict = guided(model, self.schedule, cond, uncond, scale, **guidance)
-                z[batch.images] = denoise(
-                    predict,
-                    x_T[batch.images].to(self.unet.device),
-                    self.schedule,
-                    timesteps,
-                    sampler=loop,
-                    generators=[generators[i] for i in batch.images],
-                    callback=callback,
-                ).cpu()
+                with self._working(self.text):
+                    cond, uncond = self._embedded(batch, clip_skip, weighting, finite=output_type != "latent")
+                with self._working(self.unet):
+                    predict = guided(model, self.schedule, cond, uncond, scale, **guidance)
+                    z[batch.images] = denoise(
+                        predict,
+                        x_T[batch.images].to(self.unet.device),
+                        self.schedule,
+                        timesteps,
+                        sampler=loop,
+                        generators=[generators[i] for i in batch.images],
+                        callback=callback,
+                    ).cpu()
         if output_type == "latent":
             return z
         self._check_latents(z)
-        return decode(self.vae, z, size, output_type=output_type, batch_size=batch_size)
+        with self._working(self.vae):
+            return decode(self.vae, z, size, output_type=output_type, batch_size=batch_size)
+
+    def _working(self, network: Wrapper) -> AbstractContextManager[None]:
+        """Return a context in which a network of this pipeline is on the device that it computes on."""
+        return nullcontext() if self.offload_to is None else on_device(network, self.offload_to)
 
     def _model(
         self, guidance_scale: float | None, negatives: list[str], guidance: dict[str, Any]
@@ -399,9 +417,10 @@ class StableDiffusion:
         self, batch: _Batch, clip_skip: int, weighting: bool, *, finite: bool
     ) -> tuple[Conditioning, Conditioning | None]:
         """Embed a batch's prompts and negative prompts. With `finite`, raise SdkitError if they are not finite."""
+        device = self.unet.device if self.offload_to is None else self.offload_to
         conditions = [
-            # Moved to the U-Net's device once, not in every step.
-            embed(self.text, texts, clip_skip=clip_skip, weighting=weighting, chunks=batch.chunks).to(self.unet.device)
+            # Moved to the device of the U-Net once, not in every step.
+            embed(self.text, texts, clip_skip=clip_skip, weighting=weighting, chunks=batch.chunks).to(device)
             for texts in (batch.prompts, batch.negatives)
             if texts is not None
         ]
