@@ -14,11 +14,11 @@ from contextlib import ExitStack, contextmanager
 from importlib import import_module
 
 LONGEST_QUOTE = 300
-"""Letters of a foreign text that are quoted."""
+"""Largest number of characters quoted from a foreign text."""
 LONGEST_MESSAGE = 1000
-"""Letters of a whole message."""
+"""Largest number of characters in a whole message."""
 LISTED = 3
-"""Number of names that a message gives of many."""
+"""Largest number of names that a message lists; the others are only counted."""
 DOWNLOADERS = ("datasets", "huggingface_hub")
 """Libraries that keep their progress bars on a terminal when quiet: a download may take hours."""
 

@@ -245,7 +245,7 @@ def _fetched(place: Place, folder: Path, inside: str, names: list[str]) -> Path 
 
 
 def _variants(names: list[str], part: Part, inside: str) -> list[str]:
-    """Return the variants of a part's weights, by the names of its files."""
+    """Return the variants of a part's weights, such as "fp16", that occur in `names`."""
     found = set()
     for weights in part.weights:
         stem, suffix = map(re.escape, weights.split("."))

@@ -45,7 +45,7 @@ class Place:
         return clean(repr(self.name))
 
     def root(self, files: list[str]) -> Path:
-        """Return the folder that has those of `files` that exist. A Hub repository's are fetched."""
+        """Return the source's folder. For a Hub repository, first download those of `files` that it has."""
         return hub.fetch(self.name, self.revision, files) if self.kind == "hub" else self.path
 
 
