@@ -23,7 +23,7 @@ from sdkit.messages import clean
 SPACINGS = ("leading", "trailing", "linspace")
 VARIANCE_TYPES = ("fixed_small", "fixed_large", "learned_range")
 LONGEST_CHAIN = 1_000_000
-"""Most timesteps that a config may state; models have 1,000. A larger table could exhaust memory."""
+"""Largest number of timesteps that a config may state; models have 1,000. A larger table could exhaust memory."""
 BOUNDS = {
     "beta_start": (0, 1),
     "beta_end": (0, 1),

@@ -155,7 +155,7 @@ def _file_key(key: str) -> str:
 
 
 def _plain(key: str) -> str:
-    """Return the name in the file for a name of the package `lpips`."""
+    """Rename a key of the package `lpips` to the layout of `from_pretrained`. Keep other names."""
     key = re.sub(r"^net\.slice\d\.(\d+\.\w+)$", r"features.\1", key)
     return re.sub(r"^(lin\d)\.model\.1\.weight$", r"\1.weight", key)
 
