@@ -84,7 +84,7 @@ def quiet(*libraries: str) -> Iterator[None]:
 
 @contextmanager
 def _quiet(library: str) -> Iterator[None]:
-    log = import_module(f"{library}.utils.logging")  # also configures the logger, so that nothing resets its level
+    log = import_module(f"{library}.utils.logging")  # configures the logger now, so that it resets no level later
     bars_enabled, enable_bars, disable_bars = _bars(library)
     with _switching:
         _users[library] = _users.get(library, 0) + 1

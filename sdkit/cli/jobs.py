@@ -508,7 +508,7 @@ def _targets(paths: Iterable[str | Path], suffixes: Collection[str], out: str | 
 
 
 def _is_in(path: Path, folder: Path) -> bool:
-    """Return whether `path` lies in `folder`, be they relative or absolute; links are not followed."""
+    """Return whether `path` lies in `folder`. Either may be relative; links are not followed."""
     return Path(os.path.abspath(folder)) in Path(os.path.abspath(path)).parents  # noqa: PTH100 - not `resolve`d
 
 

@@ -30,7 +30,7 @@ BOUNDS = {
     "trained_betas": (0, 1),
     "clip_sample_range": (1e-12, 1e12),
 }
-"""Smallest and largest value of each number in a scheduler's config; of a list, for each of its numbers."""
+"""Smallest and largest allowed value of a field in a scheduler's config. In a list, they bound each number."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,7 +146,7 @@ class NoiseSchedule:
 
     @classmethod
     def from_betas(cls, betas: Tensor | list[float], **fields: Any) -> NoiseSchedule:
-        """Make a schedule from betas, (T,) numbers in [0, 1]; `fields` are those of the class."""
+        """Make a schedule from betas, (T,) numbers in [0, 1]. `fields` sets other fields of the class."""
         return cls(betas=torch.as_tensor(betas, dtype=torch.float64), **fields)
 
     @classmethod

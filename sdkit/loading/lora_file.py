@@ -265,7 +265,7 @@ def _group(names: Iterable[str], label: str) -> dict[tuple[str, str], dict[str, 
 
 
 def _unwrapped(name: str) -> str:
-    """Rename from peft's own layout to diffusers' newest, which names the network, too. Keep other names."""
+    """Rename from peft's own layout to diffusers' newest, with the network's name in front. Keep other names."""
     if not name.startswith(PEFT_PREFIX):
         return name
     layer = name.removeprefix(PEFT_PREFIX)

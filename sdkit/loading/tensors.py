@@ -229,7 +229,7 @@ def check_finite(network: nn.Module, file: TensorFile, keys: Iterable[str]) -> N
 
 
 def is_finite(tensor: torch.Tensor) -> bool:
-    """Return whether a tensor holds neither NaN nor infinity; whole numbers never do."""
+    """Return whether a tensor is free of NaN and infinity. Integer tensors always are."""
     if not tensor.is_floating_point() or not tensor.numel():
         return True
     wide = tensor.detach() if tensor.element_size() > 1 else tensor.detach().float()  # float8 has no minimum

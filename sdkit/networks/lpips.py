@@ -127,8 +127,8 @@ class LPIPS(nn.Module):
         return torch.cat(vectors, dim=1)
 
     def _maps(self, x: Tensor) -> list[Tensor]:
-        """Return the activations after each block of VGG, scaled to unit length at each place, times the root of the
-        block's head."""
+        """Return the activations after each block of VGG, normalized at each position, times the square root of the
+        weights of the block's head."""
         if x.ndim != 4 or x.shape[1] != 3 or min(x.shape[2:]) < SMALLEST:
             raise ImageError(
                 f"LPIPS needs images (B, 3, H, W) of at least {SMALLEST} x {SMALLEST} pixels, not {tuple(x.shape)}."

@@ -139,7 +139,7 @@ class _Loop:
         settings: Settings of the loop.
         accelerator: Accelerate's view of devices and processes.
         run: The run folder.
-        stop: Notes of stop signals.
+        stop: Context that notes stop signals.
         checkpoint: The checkpoint to resume from; None starts from step 0.
     """
 
