@@ -14,11 +14,11 @@ from contextlib import ExitStack, contextmanager
 from importlib import import_module
 
 LONGEST_QUOTE = 300
-"""Letters of a foreign text that are quoted."""
+"""Largest number of characters quoted from a foreign text."""
 LONGEST_MESSAGE = 1000
-"""Letters of a whole message."""
+"""Largest number of characters in a whole message."""
 LISTED = 3
-"""Number of names that a message gives of many."""
+"""Largest number of names that a message lists; the others are only counted."""
 DOWNLOADERS = ("datasets", "huggingface_hub")
 """Libraries that keep their progress bars on a terminal when quiet: a download may take hours."""
 
@@ -84,7 +84,7 @@ def quiet(*libraries: str) -> Iterator[None]:
 
 @contextmanager
 def _quiet(library: str) -> Iterator[None]:
-    log = import_module(f"{library}.utils.logging")  # also configures the logger, so that nothing resets its level
+    log = import_module(f"{library}.utils.logging")  # configures the logger now, so that it resets no level later
     bars_enabled, enable_bars, disable_bars = _bars(library)
     with _switching:
         _users[library] = _users.get(library, 0) + 1

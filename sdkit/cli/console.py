@@ -107,7 +107,7 @@ def _output_error(error: OSError) -> OSError | SdkitError:
 
 
 def mute_stdout() -> None:
-    """Discard what stdout still holds: otherwise Python prints an error when it exits and cannot write it."""
+    """Discard what is left in stdout's buffer. Otherwise Python would try to write it at exit, and print an error."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

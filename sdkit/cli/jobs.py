@@ -95,12 +95,12 @@ class Reconstruction:
 
 
 def check_files(out: str | Path, *, batch_size: int | None = None, tile: int | None = None, seed: int = 0) -> None:
-    """Raise `SdkitError` for arguments that the jobs below refuse whatever the model, before a model is loaded.
+    """Raise `SdkitError` for arguments that the jobs below would refuse with any model, so that none is loaded in vain.
 
     Args:
         out: The output folder, which must be writable.
         batch_size: Images per batch; None takes as many as fit.
-        tile: Side of tiles in pixels; the VAE may need larger ones than are refused here.
+        tile: Side of tiles in pixels. Refused here only if it is too small for every VAE; a VAE may need more.
         seed: Seed of the first file.
     """
     whole_number("seed", seed, 0, 2**62)  # the seeds of later files are larger, and must stay below 2**63
@@ -508,7 +508,7 @@ def _targets(paths: Iterable[str | Path], suffixes: Collection[str], out: str | 
 
 
 def _is_in(path: Path, folder: Path) -> bool:
-    """Return whether `path` lies in `folder`, be they relative or absolute; links are not followed."""
+    """Return whether `path` lies in `folder`. Either may be relative; links are not followed."""
     return Path(os.path.abspath(folder)) in Path(os.path.abspath(path)).parents  # noqa: PTH100 - not `resolve`d
 
 

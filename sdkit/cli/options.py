@@ -11,8 +11,9 @@ Add: TypeAlias = Callable[..., object]
 Commands: TypeAlias = "argparse._SubParsersAction[Any]"
 Command: TypeAlias = Callable[[argparse.Namespace], int]
 
-# Choices are shown, but not checked, by the parser: the function that uses a value refuses it, in one sentence. The
-# constants that such a function reads (SAMPLERS, DTYPES, ...) would load PyTorch; a test compares them with these.
+# The parser shows these choices but does not check them: the function that uses a value refuses a wrong one, in one
+# sentence. They repeat that function's own constants (SAMPLERS, DTYPES, ...), because importing those would import
+# PyTorch. A test compares the two.
 SAMPLERS = ("ddim", "ddpm", "dpm++2m")
 SPACINGS = ("leading", "trailing", "linspace")
 CROPS = ("center", "random")

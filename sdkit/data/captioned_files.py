@@ -108,7 +108,7 @@ class _Places:
 
     def __call__(self, path: Path) -> Path:
         if path.parent not in self.folders:
-            self.folders[path.parent] = Path(os.path.realpath(path.parent))  # pathlib's raises for a loop of links
+            self.folders[path.parent] = Path(os.path.realpath(path.parent))  # `Path.resolve` raises for a loop of links
         return self.folders[path.parent] / path.name
 
 
@@ -197,7 +197,7 @@ class _Beside:
         return [image.parent / name for name in found]
 
     def warn(self) -> None:
-        """Warn of caption files that are ignored because the image has another."""
+        """Warn of caption files that are ignored because their image has another caption file."""
         if self.passed_over:
             verb = "are" if len(self.passed_over) > 1 else "is"
             warnings.warn(

@@ -33,7 +33,7 @@ from sdkit.progress import progress
 SD_SIZE = 512
 """Side of Stable Diffusion 1.x's images in pixels."""
 NEAR_BITS = 4
-"""Most bits, of 64, in which the perceptual hashes of near duplicates differ."""
+"""Largest number of bits, of 64, in which the perceptual hashes of near duplicates differ."""
 NEAR_LEVELS = 12.0
 """Largest mean difference, in levels of 255, between the 8 x 8 thumbnails of near duplicates."""
 SHOWN = 5

@@ -1,4 +1,4 @@
-"""One image with its caption, which is read only when it is loaded."""
+"""One image and its caption. The image is read only when it is needed."""
 
 from __future__ import annotations
 

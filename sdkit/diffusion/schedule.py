@@ -25,14 +25,14 @@ from sdkit.messages import clean
 SPACINGS = ("leading", "trailing", "linspace")
 VARIANCE_TYPES = ("fixed_small", "fixed_large", "learned_range")
 LONGEST_CHAIN = 1_000_000
-"""Most timesteps that a config may state; models have 1,000. A larger table could exhaust memory."""
+"""Largest number of timesteps that a config may state; models have 1,000. A larger table could exhaust memory."""
 BOUNDS = {
     "beta_start": (0, 1),
     "beta_end": (0, 1),
     "trained_betas": (0, 1),
     "clip_sample_range": (1e-12, 1e12),
 }
-"""Smallest and largest value of each number in a scheduler's config; of a list, for each of its numbers."""
+"""Smallest and largest allowed value of a field in a scheduler's config. In a list, they bound each number."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,7 +148,7 @@ class NoiseSchedule:
 
     @classmethod
     def from_betas(cls, betas: Tensor | list[float], **fields: Any) -> NoiseSchedule:
-        """Make a schedule from betas, (T,) numbers in [0, 1]; `fields` are those of the class."""
+        """Make a schedule from betas, (T,) numbers in [0, 1]. `fields` sets other fields of the class."""
         return cls(betas=torch.as_tensor(betas, dtype=torch.float64), **fields)
 
     @classmethod

@@ -77,7 +77,10 @@ def grid(
 
 
 class _Pen:
-    """Writes labels in a size for cells of `width` pixels, in black or white, whichever has more contrast."""
+    """Writes labels in black or white, whichever contrasts more with the background.
+
+    The size of the font suits cells of `width` pixels.
+    """
 
     def __init__(self, width: int, background: str) -> None:
         self.size = max(round(1.2 * math.sqrt(width)), 11)  # pixels

@@ -14,9 +14,9 @@ from sdkit.messages import clean
 from sdkit.strict_json import read_object
 
 LEVELS = 32
-"""Most entries of a list in a config."""
+"""Largest number of entries of a list in a config."""
 LAYERS = 1000
-"""Most layers of a network that is built."""
+"""Largest number of layers of a network that is built."""
 
 
 def _number(value: Any, low: float = -1e12, high: float = 1e12) -> bool:

@@ -97,7 +97,10 @@ PARTS = (VAE, UNET, TEXT, SCHEDULER)
 
 
 def locate(place: Place, part: Part) -> Path:
-    """Return the folder with the part's config: a subfolder or the root. Raise SourceError for another class."""
+    """Return the folder with the part's config: a subfolder or the root.
+
+    Raises SourceError if there is no config, or if it names a class that does not fit the part.
+    """
     root = place.root(part.files)
     for folder in (root / part.folder, root):
         if is_file(folder / part.config):
@@ -230,7 +233,7 @@ def _find_weights(place: Place, part: Part, folder: Path, variant: str | None) -
 
 
 def _fetched(place: Place, folder: Path, inside: str, names: list[str]) -> Path | None:
-    """Return the first of the files that the part has. From the Hub it is fetched, with the shards of an index."""
+    """Return the path of the first of `names` that exists. From the Hub, fetch it; with an index, its shards too."""
     found = _there(folder, names)
     if place.kind != "hub":
         return found
@@ -245,7 +248,7 @@ def _fetched(place: Place, folder: Path, inside: str, names: list[str]) -> Path 
 
 
 def _variants(names: list[str], part: Part, inside: str) -> list[str]:
-    """Return the variants of a part's weights, by the names of its files."""
+    """Return the variants of a part's weights, such as "fp16", that occur in `names`."""
     found = set()
     for weights in part.weights:
         stem, suffix = map(re.escape, weights.split("."))

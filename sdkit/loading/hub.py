@@ -16,7 +16,7 @@ TIMEOUT = 10  # seconds to wait for a list of files
 
 
 def is_hub_id(source: str | os.PathLike[str]) -> bool:
-    """Return whether `source` has the form of a Hub id (org/name). Path objects and names of weight files have not."""
+    """Return whether `source` is a string of the form of a Hub id (org/name), and not the name of a weight file."""
     return isinstance(source, str) and HUB_ID.fullmatch(source) is not None and not source.endswith(SUFFIXES)
 
 

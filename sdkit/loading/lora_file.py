@@ -80,7 +80,7 @@ WHOLE = {torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8}
 """Some files state alpha as a whole number."""
 LARGEST_ALPHA = 1e12
 MOST_PATTERNS = 1000
-"""Most layers for which a config may state an alpha; SD 1.x has fewer than 400."""
+"""Largest number of layers for which a config may state an alpha; SD 1.x has fewer than 400."""
 PATTERN = re.compile(r"\^?(?:\.\*|\\\.|[\w.-])+\$?")
 """A layer's name, or the end of one, in which `.*` stands for anything: the form of the regular expressions in peft's
 configs."""
@@ -265,7 +265,7 @@ def _group(names: Iterable[str], label: str) -> dict[tuple[str, str], dict[str, 
 
 
 def _unwrapped(name: str) -> str:
-    """Rename from peft's own layout to diffusers' newest, which names the network, too. Keep other names."""
+    """Rename from peft's own layout to diffusers' newest, with the network's name in front. Keep other names."""
     if not name.startswith(PEFT_PREFIX):
         return name
     layer = name.removeprefix(PEFT_PREFIX)

@@ -1,6 +1,6 @@
-"""Where a model is: a source's name told apart as the embedded model, a Hub id, a folder, or a file. Nothing is opened.
+"""Locate a model source: decide whether its name is the embedded model, a Hub id, a folder, or a file.
 
-A path that exists wins over a Hub id.
+Nothing is opened. A path that exists wins over a Hub id.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Place:
         return clean(repr(self.name))
 
     def root(self, files: list[str]) -> Path:
-        """Return the folder that has those of `files` that exist. A Hub repository's are fetched."""
+        """Return the source's folder. For a Hub repository, first download those of `files` that it has."""
         return hub.fetch(self.name, self.revision, files) if self.kind == "hub" else self.path
 
 
@@ -70,9 +70,9 @@ def resolve(
 
 
 def path_or_fetched(source: SourceName, filename: str, revision: str | None, hint: str = "") -> Path:
-    """Return the path that `source` names, existing or not; for a Hub id, the path of its `filename`, fetched.
+    """Return `source` as a path, whether it exists or not. For a Hub id, fetch `filename` and return its path.
 
-    Raises SourceError, with the `hint`, for a repository without that file.
+    Raises SourceError, with `filename` and `hint` in the message, if the repository lacks that file.
     """
     path = expanded(source)
     if not hub.is_hub_id(source) or status_or_none(path):

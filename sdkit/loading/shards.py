@@ -40,7 +40,10 @@ class Shards(TensorFile):
 
 
 def index_names(weights: str, variant: str | None) -> list[str]:
-    """Return possible names of the index for a file name. For a variant there are two forms, the newer first."""
+    """Return the possible names of the index of a sharded `weights` file.
+
+    A variant's index has two possible names, the newer form first.
+    """
     if variant:
         return [f"{weights}.index.{variant}.json", f"{weights}.{variant}.index.json"]
     return [f"{weights}.index.json"]

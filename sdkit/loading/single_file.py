@@ -24,9 +24,10 @@ Tensors = dict[str, torch.Tensor]
 
 ASSETS = Path(__file__).parent.parent / "assets"
 SMALL_LAYERS = 100
-"""A config may always ask for so many layers, whatever the file holds: the error then names the missing tensors."""
+"""A config of up to this many layers is built even if the file holds fewer tensors: the error then names the missing
+ones."""
 LARGEST = 10_000_000_000
-"""Most parameters of a network that is trained from scratch."""
+"""Largest number of parameters of a network that is trained from scratch."""
 NOUNS = {"vae": "a VAE", "unet": "a U-Net", "text": "a CLIP text encoder", "scheduler": "a noise schedule"}
 
 # Prefixes of the names of each part in a checkpoint. In the file of a VAE alone, names have no prefix.

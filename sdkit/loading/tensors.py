@@ -43,7 +43,7 @@ BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn
 INDICES = ("position_ids", "num_batches_tracked")
 EMBEDDING = "string_to_param"
 MOST_AXES = 8
-"""Most axes of a tensor of weights. No layer has more than five; torch computes with at most 64."""
+"""Largest number of axes of a weight tensor. No layer has more than five; torch computes with at most 64."""
 REMEDIES = {
     LFS: "fetch them with `git lfs pull`",
     PAGE: "the site may want a log-in: download the file itself with a browser",
@@ -229,7 +229,7 @@ def check_finite(network: nn.Module, file: TensorFile, keys: Iterable[str]) -> N
 
 
 def is_finite(tensor: torch.Tensor) -> bool:
-    """Return whether a tensor holds neither NaN nor infinity; whole numbers never do."""
+    """Return whether a tensor is free of NaN and infinity. Integer tensors always are."""
     if not tensor.is_floating_point() or not tensor.numel():
         return True
     wide = tensor.detach() if tensor.element_size() > 1 else tensor.detach().float()  # float8 has no minimum

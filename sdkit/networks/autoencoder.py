@@ -119,7 +119,7 @@ class Autoencoder(Protocol):
         """Return images; see `VAE.decode`."""
 
     def check_size(self, size: tuple[int, int]) -> None:
-        """Raise ArgumentError if a (height, width) in pixels does not divide by `factor`."""
+        """Raise ArgumentError if a height or width in pixels is not a multiple of `factor`."""
 
 
 class VAE(Wrapper):

@@ -211,7 +211,7 @@ def _sides(area: int, height: int, width: int) -> tuple[int, int]:
 
 
 def _one(value: Any) -> int:
-    """Return a number that configs may repeat for each side or block."""
+    """Return a config's number, or the first one if the config repeats it for each side or block."""
     return int(value[0] if isinstance(value, (list, tuple)) else value)
 
 

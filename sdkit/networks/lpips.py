@@ -127,8 +127,8 @@ class LPIPS(nn.Module):
         return torch.cat(vectors, dim=1)
 
     def _maps(self, x: Tensor) -> list[Tensor]:
-        """Return the activations after each block of VGG, scaled to unit length at each place, times the root of the
-        block's head."""
+        """Return the activations after each block of VGG, normalized at each position, times the square root of the
+        weights of the block's head."""
         if x.ndim != 4 or x.shape[1] != 3 or min(x.shape[2:]) < SMALLEST:
             raise ImageError(
                 f"LPIPS needs images (B, 3, H, W) of at least {SMALLEST} x {SMALLEST} pixels, not {tuple(x.shape)}."
@@ -155,7 +155,7 @@ def _file_key(key: str) -> str:
 
 
 def _plain(key: str) -> str:
-    """Return the name in the file for a name of the package `lpips`."""
+    """Rename a key of the package `lpips` to the layout of `from_pretrained`. Keep other names."""
     key = re.sub(r"^net\.slice\d\.(\d+\.\w+)$", r"features.\1", key)
     return re.sub(r"^(lin\d)\.model\.1\.weight$", r"\1.weight", key)
 

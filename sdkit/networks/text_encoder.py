@@ -89,7 +89,7 @@ class TextEncoder(Wrapper):
             weighting: Read `(word:1.3)`, `(word)` (1.1), and `[word]` (1 / 1.1) as A1111 does, and weight the
                 embeddings of those tokens. `\\(` is a plain bracket, and BREAK begins a new chunk. False reads a prompt
                 as plain words.
-            chunks: The smallest k, to match the length of longer prompts.
+            chunks: Smallest k to return, so that the embeddings are as long as those of longer prompts.
 
         Returns:
             (B, 77k, D) float32: k chunks of at most 75 tokens each, as many as the longest prompt needs.

@@ -1,4 +1,4 @@
-"""Large images through a network in overlapping tiles, blended so that no seam shows."""
+"""Run a network on large images in overlapping tiles, blended so that no seam shows."""
 
 from __future__ import annotations
 

@@ -63,7 +63,7 @@ class Wrapper(nn.Module):
 
     def _apply(self: W, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> W:
         nn.Module._apply(self, fn, recurse)
-        # `fn` moves and converts each weight. A network without weights is where `fn` puts a probe.
+        # `fn` moves and converts weights. Without weights, a probe shows which device and dtype it moves them to.
         weight = next(self.network.parameters(), None)
         probe = fn(torch.zeros(1, device=self.device, dtype=self.dtype)) if weight is None else weight
         self.device, self.dtype = probe.device, probe.dtype

@@ -1,7 +1,7 @@
-"""Text to image with `StableDiffusion`, over the four functions in `sdkit.pipelines.steps`.
+"""Text to image with `StableDiffusion`, which calls the four functions in `sdkit.pipelines.steps`.
 
-`embed` turns prompts into cond and uncond, and `start` seeds into x_T. `guided` makes a predictor of the U-Net and
-these conditions, `denoise` samples latents z with it, and `decode` turns z into images.
+`embed` turns prompts into cond and uncond, and `start` turns seeds into x_T. `sdkit.guidance.guided` makes a predictor
+from the U-Net and these conditions, `denoise` samples latents z with it, and `decode` turns z into images.
 """
 
 from __future__ import annotations

@@ -334,7 +334,7 @@ def _check_optimizer(prepared: PreparedPlayer, state: Mapping[str, Any], steps: 
     """
     optimizer, parameters = prepared.optimizer, dict(_named(prepared))
     optimizer_class = type(getattr(optimizer, "optimizer", optimizer))  # Accelerate's wrapper has the real one inside
-    expected: dict[Kind, dict[str, Kind]] = {}  # by kind of parameter, because each is found out by a real step
+    expected: dict[Kind, dict[str, Kind]] = {}  # by kind of parameter, because each needs a trial step
     entries_of: dict[str, dict[str, Any]] = {}
     for key, value in state.items():
         name, _, entry = key.rpartition("/")

@@ -165,7 +165,7 @@ def sharded_as(tensor: Tensor, other: Tensor) -> Tensor:
 @torch.no_grad()
 def sharded_copy(network: nn.Module, accelerator: Accelerator) -> nn.Module:
     """Return a copy of `network` for Accelerate to shard, with the main process's weights on every process."""
-    # This only wraps `forward` in autocast: the network's own, which validation calls, and through it the copy's.
+    # This only wraps the network's `forward` in autocast. Validation calls it, and the copy below gets it too.
     accelerator.prepare_model(network, device_placement=False, evaluation_mode=True)
     copy = deepcopy(network).to(accelerator.device)
     for p in copy.parameters():

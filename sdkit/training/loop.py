@@ -139,7 +139,7 @@ class _Loop:
         settings: Settings of the loop.
         accelerator: Accelerate's view of devices and processes.
         run: The run folder.
-        stop: Notes of stop signals.
+        stop: Context that notes stop signals.
         checkpoint: The checkpoint to resume from; None starts from step 0.
     """
 
@@ -192,7 +192,7 @@ class _Loop:
         rng = rng_state(self.accelerator.device) if len(loaded) > 1 else None
 
         metrics: dict[str, float] = {"step": self.step + 1}
-        bad: list[set[int]] = []  # for each player without an update, the micro-batches of this process to blame
+        bad: list[set[int]] = []  # for each player whose update was skipped, the bad micro-batches of this process
         for prepared in self.players:
             if self.step < prepared.player.starts_at:
                 continue
@@ -312,7 +312,7 @@ class _Loop:
     def _gradients_are_good(self, grad_norm: float) -> bool:
         """Return whether the gradients are finite, or overflowed only because float16's scale is still too high.
 
-        At a scale below 1 the gradients overflow by themselves, and are bad.
+        Gradients that overflow at a scale below 1 would overflow without a scale too, and are bad.
         """
         scaler = self.accelerator.scaler
         return math.isfinite(grad_norm) or (scaler is not None and scaler.get_scale() >= 1)

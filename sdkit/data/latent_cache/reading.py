@@ -190,7 +190,10 @@ def _raised_as_cache_error(path: Path) -> Iterator[None]:
 
 
 def missing_files(folder: Path, manifest: Manifest) -> list[Shard]:
-    """Return the files that are missing or have another size. Raises `CacheError` if one cannot be examined."""
+    """Return the files that are missing, or whose size differs from the manifest's.
+
+    Raises `CacheError` if one cannot be examined.
+    """
 
     def whole(one: Shard) -> bool:
         try:

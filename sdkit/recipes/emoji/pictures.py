@@ -1,4 +1,4 @@
-"""The pictures, their names, and the backgrounds: captions, and the images that they describe."""
+"""Captions such as "a red apple on a blue background", and the images that they describe."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def pictures() -> tuple[Picture, ...]:
 
 @cache
 def held_out() -> dict[str, str]:
-    """Return the held-out background of each picture, by its file."""
+    """Return a dict from the file of each picture to its held-out background."""
     return {picture.file: picture.held_out for picture in pictures()}
 
 

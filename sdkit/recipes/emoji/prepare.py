@@ -61,7 +61,7 @@ TILES = {
     "fine_tiles": Tiles(SIZE, 12_000, 0.1, 0.8),
     "details": Tiles(64, 24_000, 0.1, 0.8),
 }
-AS_CAPTIONED = 0.7  # share of pictures on large tiles that have the size and place of those on captioned images
+AS_CAPTIONED = 0.7  # share of the SIZE x SIZE tiles with a drawn picture that are laid out like captioned images
 FLAT = 20  # of 255; a photograph's tile with a smaller standard deviation is drawn again
 PHOTO_HEIGHT = 1600  # pixels; larger photographs are reduced to this before tiles are cut
 
@@ -108,7 +108,7 @@ def prepare(drawn: Path, photographs: Path, out: Path) -> None:
                 made = ahead(pool, partial(_written, make, unfinished), range(n), AHEAD)
                 try:
                     lines = [line for lines_of_one in progress(made, n, name) for line in lines_of_one]
-                except SdkitError as error:  # without its cause, which `whole_folder` would take for a failed write
+                except SdkitError as error:  # drops its cause, which `whole_folder` would take for a failed write
                     raise error from None
                 (unfinished / "metadata.jsonl").write_text("".join(lines), encoding="utf-8")
                 (unfinished / MADE_OF).write_text(digest)

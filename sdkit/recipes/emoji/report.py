@@ -166,7 +166,7 @@ def _sweeps(model: StableDiffusion, gallery: Gallery, row: Row, seen: Asked, hel
 
 
 def photos() -> list[Image.Image]:
-    """Return photographs of scikit-image, resized and cropped at the centre to 256 x 256."""
+    """Return the sample photographs that come with scikit-image, resized and cropped at the centre to 256 x 256."""
     try:
         from skimage import data
     except ImportError as error:

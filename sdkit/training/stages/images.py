@@ -28,7 +28,7 @@ from sdkit.files import encodable, expanded
 from sdkit.loading.fingerprint import weights_fingerprint
 from sdkit.strict_json import read_object
 
-MOST_HELD_OUT, OF = 16, 20  # one image of 20 is held out, and not more than 16 in all
+MOST_HELD_OUT, OF = 16, 20  # one image in 20 is held out, but at most 16 in all
 TRIES = 100  # unusable images in a row before the run ends with an error
 
 

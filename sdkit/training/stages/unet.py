@@ -286,7 +286,7 @@ class UNetStage:
 
 def enable_gradient_checkpointing(network: nn.Module) -> None:
     """Enable gradient checkpointing in a network of diffusers or transformers."""
-    # diffusers' name, that of recent versions of transformers, and that of the others.
+    # The method's name in diffusers, in recent versions of transformers, and in older ones.
     names = ("enable_gradient_checkpointing", "activation_checkpointing_enable", "gradient_checkpointing_enable")
     getattr(network, next(name for name in names if hasattr(network, name)))()
 
