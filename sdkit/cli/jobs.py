@@ -2,7 +2,7 @@
 
 Inputs are processed in batches, and each output is written atomically as soon as it is finished: a folder of any size
 fits in memory, and an interrupted job keeps its finished files. An input that cannot be used is reported, and the job
-goes on with the others. An error of the job itself (an argument, the output folder) raises `SdkitError`.
+goes on with the others. An error of the job itself (an argument, the output folder) raises SdkitError.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ class Reconstruction:
 
 
 def check_files(out: str | Path, *, batch_size: int | None = None, tile: int | None = None, seed: int = 0) -> None:
-    """Raise `SdkitError` for arguments that the jobs below would refuse with any model, so that none is loaded in vain.
+    """Raise SdkitError for arguments that the jobs below would refuse with any model, so that none is loaded in vain.
 
     Args:
         out: The output folder, which must be writable.
