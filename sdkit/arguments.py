@@ -91,12 +91,12 @@ def noise_levels(name: str, value: Any) -> tuple[float, float]:
 
 def strings(name: str, value: Any) -> list[str]:
     """Check that `value` is a string or a list of at least one string; return a list."""
-    items = [value] if isinstance(value, str) else list(value) if isinstance(value, (list, tuple)) else []
-    if not items or not all(isinstance(item, str) for item in items):
+    items = [value] if isinstance(value, str) else value
+    if not isinstance(items, (list, tuple)) or not items or not all(isinstance(item, str) for item in items):
         raise ArgumentError(f"{name} must be a string or a list of at least one string.")
     if any("\ud800" <= letter <= "\udfff" for item in items for letter in item):
         raise ArgumentError(f"{name} is not valid Unicode text; give it in UTF-8.")
-    return items
+    return list(items)
 
 
 def seeded(seed: int | Sequence[int], n: int) -> list[torch.Generator]:

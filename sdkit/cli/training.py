@@ -400,6 +400,8 @@ class _Field:
         if self.default is None:  # the user of a command line leaves the option out
             doc = re.sub(r"(^|[.:] )None\b", r"\1The default", doc)
             doc = re.sub(r"\bNone\b", "the default", doc)
+        else:
+            doc = re.sub(r"\bNone\b", '"none"', doc)
         words = {"True": "yes", "False": "no", "": "empty"}
         unsaid = self.default in (MISSING, None, ())
         default = "" if unsaid else f" (default: {words.get(str(self.default), self.default)})"

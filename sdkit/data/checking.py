@@ -195,8 +195,9 @@ def check(
     """
     whole_number("workers", workers, 1)
     opened = Source.open(model) if model else None
-    own = own_size(opened, opened) if opened and size is None else sides(SD_SIZE if size is None else size)
-    transform = Transform(size=own)
+    if size is None:
+        size = own_size(opened, opened) if opened else SD_SIZE
+    transform = Transform(size=sides(size))
     examples = open_examples(
         data, split=split, image_column=image_column, caption_column=caption_column, streaming=streaming,
         class_folders=class_folders, default_caption=default_caption,

@@ -24,6 +24,11 @@ TINY = 1e-30
 """Smallest divisor, against division by zero."""
 
 
+def check_scale(scale: float) -> float:
+    """Return a guidance scale. Raise ArgumentError unless it is a number from -1e6 to 1e6."""
+    return number("the guidance scale", scale, -1e6, 1e6)
+
+
 def cfg(uncond: Tensor, cond: Tensor, scale: float) -> Tensor:
     """Return uncond + scale * (cond - uncond): classifier-free guidance (Ho & Salimans 2022,
     https://arxiv.org/abs/2207.12598, eq. 6 with scale = 1 + w).
@@ -146,7 +151,7 @@ def guided(
     """
     for condition in (cond, *([] if uncond is None else [uncond])):
         check_condition(condition)
-    scale = number("the guidance scale", scale, -1e6, 1e6)
+    scale = check_scale(scale)
     phi = number("the guidance rescale (phi)", phi, 0, 1)
     if interval is not None:
         interval = noise_levels("the guidance interval", interval)
@@ -200,7 +205,7 @@ def classifier(
     Raises:
         ArgumentError: `scale` is not a number from -1e6 to 1e6.
     """
-    scale = number("the guidance scale", scale, -1e6, 1e6)
+    scale = check_scale(scale)
 
     def guided_by_classifier(x_t: Tensor, t: int) -> Prediction:
         unguided = predict(x_t, t)

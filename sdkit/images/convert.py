@@ -77,7 +77,8 @@ def _from_array(array: npt.NDArray[Any]) -> list[Image.Image]:
             f"an array of {array.dtype} has no certain range; give uint8 in [0, 255], "
             "or a float tensor (B, 3, H, W) in [-1, 1]."
         )
-    batch = array[None, ..., None] if array.ndim == 2 else array[None] if array.ndim == 3 else array
+    batch = array[..., None] if array.ndim == 2 else array
+    batch = batch[None] if batch.ndim == 3 else batch
     if batch.ndim != 4 or batch.shape[-1] not in (1, 3, 4) or 0 in batch.shape:
         raise ImageError(f"an array of shape {array.shape} is no image; give (H, W), (H, W, 1|3|4), (B, H, W, 1|3|4).")
     return [to_rgb(Image.fromarray(one[..., 0] if one.shape[-1] == 1 else one)) for one in batch]

@@ -82,7 +82,9 @@ def _from_levels(image: Image.Image) -> Image.Image:
     """Convert an image of mode "F", "I", or "I;16" to mode "L"."""
     low, high = np.array([(levels.min(), levels.max()) for _, levels in _blocks(image)]).T
     least, most = float(low.min()), float(high.max())
-    peak = 65535 if image.mode != "F" else 255 if most > 1 else 1
+    peak = 65535
+    if image.mode == "F":
+        peak = 255 if most > 1 else 1
     if not (least >= 0 and most <= peak):  # NaN fails every comparison
         raise ImageError(
             f"an image of mode {image.mode} has values from {least:g} to {most:g}; scale it to [0, {peak}] first."

@@ -31,8 +31,11 @@ def new_network(config: str | os.PathLike[str], part: str) -> Any:
         raise SourceError(
             f"there is no config at {str(path)!r}; give a config.json of diffusers, or a folder with one."
         )
-    if (name := class_name(fields := read_config(file, part))) not in (wanted := TRAINABLE[part]):
-        raise SourceError(f"{str(file)!r} is the config of {name}, not of {' or '.join(wanted)}; give another.")
+    fields = read_config(file, part)
+    name = class_name(fields)
+    if name not in TRAINABLE[part]:
+        wanted = " or ".join(TRAINABLE[part])
+        raise SourceError(f"{str(file)!r} is the config of {name}, not of {wanted}; give another.")
     check_size(part, fields, file)
     with guarded(f"the config {str(file)!r}"):
         return empty(part, fields)

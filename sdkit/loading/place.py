@@ -1,6 +1,6 @@
 """Locate a model source: decide whether its name is the embedded model, a Hub id, a folder, or a file.
 
-Nothing is opened. A path that exists wins over a Hub id.
+No file of a model is opened. A path that exists wins over a Hub id.
 """
 
 from __future__ import annotations
@@ -69,10 +69,10 @@ def resolve(
     return Place(name=name, kind="embedded", path=ASSETS / name) if place.kind == "embedded" else place
 
 
-def path_or_fetched(source: SourceName, filename: str, revision: str | None, hint: str = "") -> Path:
+def path_or_fetched(source: SourceName, filename: str, revision: str | None) -> Path:
     """Return `source` as a path, whether it exists or not. For a Hub id, fetch `filename` and return its path.
 
-    Raises SourceError, with `filename` and `hint` in the message, if the repository lacks that file.
+    Raise SourceError if the repository lacks that file.
     """
     path = expanded(source)
     if not hub.is_hub_id(source) or status_or_none(path):
@@ -80,7 +80,7 @@ def path_or_fetched(source: SourceName, filename: str, revision: str | None, hin
     place = Place(name=str(source), kind="hub", path=path, revision=revision)
     if is_file(file := place.root([filename]) / filename):
         return file
-    raise absent(place, filename + hint)
+    raise absent(place, filename)
 
 
 def absent(place: Place, what: str) -> SourceError:

@@ -6,7 +6,6 @@ import os
 import pickle
 import stat
 import threading
-import warnings
 import zipfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -159,8 +158,7 @@ def _open_safetensors(path: Path) -> TensorFile:
 
 def _open_pickle(path: Path) -> TensorFile:
     misnamed = path.suffix == ".safetensors"  # torch would judge the content by the name
-    with warnings.catch_warnings(), open_regular(path) as file:
-        warnings.simplefilter("ignore")
+    with no_warnings(), open_regular(path) as file:
         # Only torch's zip format can be mapped into memory, and only by its path; other files are read as a whole.
         mapped = zipfile.is_zipfile(path) and not misnamed
         content = torch.load(path if mapped else file, map_location="cpu", weights_only=True, mmap=mapped)

@@ -11,6 +11,7 @@ from typing import Any
 
 from sdkit import __version__, images, strict_json
 from sdkit.arguments import PREDICTIONS, noise_levels, number, one_of, strings, whole_number
+from sdkit.diffusion.guidance import check_scale
 from sdkit.diffusion.samplers import sampler_by_name
 from sdkit.diffusion.schedule import SPACINGS
 from sdkit.errors import ArgumentError, ImageError
@@ -95,7 +96,8 @@ class Generation:
         whole_number("num_inference_steps", self.num_inference_steps, 1)  # the model's schedule checks the upper bound
         sampler_by_name(self.sampler, eta=self.eta)
         one_of("spacing", self.spacing or SPACINGS[0], SPACINGS)
-        number("the guidance scale", 0 if self.guidance_scale is None else self.guidance_scale, -1e6, 1e6)
+        if self.guidance_scale is not None:
+            check_scale(self.guidance_scale)
         number("the guidance rescale (phi)", self.guidance_rescale, 0, 1)
         if self.guidance_interval is not None:
             noise_levels("the guidance interval", self.guidance_interval)

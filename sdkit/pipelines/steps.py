@@ -3,7 +3,7 @@
 `StableDiffusion` calls them. Taken apart, with `guided` between them, they are:
 
     cond, uncond = embed(sd.text, ["a red apple", ""]).chunk(2)
-    x_T = start([torch.Generator().manual_seed(0)], (4, 16, 16))
+    x_T = start([torch.Generator().manual_seed(0)], (4, 16, 16)).to(sd.unet.device)
     predict = guided(sd.unet, sd.schedule, cond, uncond, scale=1.5)
     z = denoise(predict, x_T, sd.schedule, sd.schedule.timesteps(30))
     images = decode(sd.vae, z, (128, 128))

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sdkit.arguments import number, one_of, seeded, strings, whole_number
 from sdkit.diffusion.conditioning import Conditioning
-from sdkit.diffusion.guidance import APG, Model, guided
+from sdkit.diffusion.guidance import APG, Model, check_scale, guided
 from sdkit.diffusion.samplers import Step, sampler_by_name
 from sdkit.diffusion.schedule import NoiseSchedule
 from sdkit.engines.device import resolve_place
@@ -322,7 +322,7 @@ class StableDiffusion:
             return unet, scale
         self._check_guided(negatives, guidance)
         # A distilled U-Net guides itself in one pass. Scale 1 turns off the second pass.
-        return partial(unet, guidance_scale=number("the guidance scale", scale, -1e6, 1e6)), 1.0
+        return partial(unet, guidance_scale=check_scale(scale)), 1.0
 
     def _check_embeddings(self, conditions: list[Conditioning], weighting: bool) -> None:
         """Raise SdkitError, with the cause, if the text encoder gave numbers that are not finite."""

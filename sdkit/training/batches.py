@@ -10,6 +10,7 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from sdkit.data.transform import draw
@@ -48,7 +49,7 @@ def noise_of(seed: int, n: int) -> torch.Generator:
 
 
 @lru_cache(maxsize=2)  # a batch can reach from one epoch into the next
-def _permutation(seed: int, epoch: int, size: int) -> Any:
+def _permutation(seed: int, epoch: int, size: int) -> npt.NDArray[np.int64]:
     return np.random.default_rng((seed, epoch)).permutation(size)
 
 

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 MANIFEST = "manifest.json"
 STATE = "state.json"
 NAME = re.compile(r"step-\d{8}")
-NOT_A_FILE = (errno.EISDIR, errno.ENOTDIR, errno.EINVAL, errno.EFBIG)  # reading something that is no regular file
+NOT_A_FILE = (errno.EISDIR, errno.ENOTDIR, errno.EINVAL, errno.EFBIG)  # no regular file, or too large a one
 Tensors = Mapping[str, Tensor]
 Kind = tuple[torch.Size, torch.dtype] | type  # shape and dtype of a tensor, or the type of a number
 
@@ -212,7 +212,7 @@ def _damage(folder: Path) -> str:
     """Return a description of a checkpoint's damage, or "". Raises OSError if a file cannot be read."""
     name = MANIFEST
     try:
-        for name, checksum in {**_sums(folder)}.items():
+        for name, checksum in _sums(folder).items():
             if sha256(folder / name) != checksum:
                 return f"the checksum of {name} is wrong"
         name = STATE

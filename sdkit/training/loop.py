@@ -186,8 +186,8 @@ class _Loop:
             loaded.append(next(batches_ahead))
         batches = [send_to_device(batch, self.accelerator.device, non_blocking=True) for _, batch in loaded]
 
-        # A step that is discarded or skipped must leave no trace in buffers and random numbers. With a single
-        # micro-batch the random numbers need no copy: such a step can stop only before it draws any.
+        # A discarded step must leave no trace in buffers and random numbers; a skipped one must leave none in buffers.
+        # With a single micro-batch the random numbers need no copy: such a step can stop only before it draws any.
         buffers = [(b, b.clone()) for network in self.networks.values() for b in network.buffers()]
         rng = rng_state(self.accelerator.device) if len(loaded) > 1 else None
 

@@ -138,7 +138,9 @@ def _rows(curves: Mapping[str, Curve]) -> list[list[Panel]]:
 def _draw(axes: Axes, title: str, curves: Mapping[str, Curve]) -> None:
     """Draw one panel. Curves of validation are drawn as points, learning rates as they are, others also smoothed."""
     for color, (key, (steps, values)) in zip(COLORS * len(curves), curves.items(), strict=False):
-        label = "smoothed" if len(curves) == 1 else _label(key.split("/")[0]) if "/" in key else "network"
+        label = _label(key.split("/")[0]) if "/" in key else "network"
+        if len(curves) == 1:
+            label = "smoothed"
         if key.startswith(VALIDATION):
             axes.plot(steps, values, "o-", color=GREEN, linewidth=1.5, markersize=3.5)
         elif title == RATE:

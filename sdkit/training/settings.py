@@ -17,7 +17,7 @@ LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "cosine
 AUGMENTATIONS = ("crop", "flip")
 RECONSTRUCTIONS = ("l1", "l2")
 REGULARIZERS = ("none", "kl", "vq")
-LPIPS = "SDKIT_LPIPS"  # environment variable that names the weights of LPIPS
+LPIPS_VARIABLE = "SDKIT_LPIPS"  # environment variable that names the weights of LPIPS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,8 +216,8 @@ class VAEConfig(StageSettings):
         super().__post_init__()
         from sdkit.arguments import flag, number, one_of, path_or_name, whole_number
 
-        if self.lpips is None and os.environ.get(LPIPS):
-            self._keep("lpips", os.environ[LPIPS])  # saved with the settings, because the run depends on it
+        if self.lpips is None and os.environ.get(LPIPS_VARIABLE):
+            self._keep("lpips", os.environ[LPIPS_VARIABLE])  # saved with the settings, because the run depends on it
         for name in ("lpips", "validation_data"):
             if (value := getattr(self, name)) is not None:
                 path_or_name(name, value)

@@ -250,7 +250,9 @@ def difference(made: Settings, wanted: dict[str, Any]) -> str | None:
 def _shown(value: Any) -> str:
     if isinstance(value, tuple):
         return " x ".join(map(str, value))
-    return str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def text_identity(text: TextEncoder) -> str:

@@ -17,7 +17,7 @@ from sdkit.data.latent_cache.shard_file import ShardFile, unreadable
 from sdkit.data.transform import Transform, draw
 from sdkit.errors import ImageError
 from sdkit.files import encodable
-from sdkit.networks.autoencoder import PIXELS_AT_ONCE, VAE
+from sdkit.networks.autoencoder import PIXELS_AT_ONCE, Autoencoder
 from sdkit.networks.text_encoder import CHUNKS_AT_ONCE, TextEncoder
 from sdkit.prefetch import ahead
 
@@ -43,7 +43,7 @@ class ShardEncoder:
     """Encodes examples into the tensors of a shard."""
 
     def __init__(
-        self, vae: VAE, text: TextEncoder, transform: Transform, settings: Settings, pool: ThreadPoolExecutor,
+        self, vae: Autoencoder, text: TextEncoder, transform: Transform, settings: Settings, pool: ThreadPoolExecutor,
         batch_size: int | None,
     ) -> None:  # fmt: skip
         self.vae, self.text, self.transform, self.settings, self.pool = vae, text, transform, settings, pool

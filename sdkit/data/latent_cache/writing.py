@@ -154,17 +154,8 @@ def cache(
     named = str(model) if vae is None else f"{model} with the VAE {vae}"
     manifest = Manifest(settings=settings, sdkit=__version__, model=encodable(named), source=encodable(os.fspath(data)))
     with contextlib.ExitStack() as held:
-        with processes.main_process_first():
-            if _damaged(folder, manifest, processes.is_main_process) == []:
-                return folder
-            if processes.is_main_process:
-                held.enter_context(_alone_in(folder))
-                damaged = _damaged(folder, manifest)  # again, under the lock: another call may just have finished it
-                if damaged == []:
-                    return folder
-                for file in damaged or ():  # the loop below makes them again
-                    _delete(folder / file)
-                manifest.write(folder)  # marked as unfinished, so that a later call recognises and resumes it
+        if not _begin(folder, manifest, processes, held):
+            return folder
         pool = held.enter_context(ThreadPoolExecutor(workers))
         encoder = ShardEncoder(autoencoder, text, transform, settings, pool, batch_size)
         shards = _Shards(examples, shard_size)
@@ -174,6 +165,26 @@ def cache(
             _finish(folder, manifest, shards.total)
         processes.wait_for_everyone()
     return folder
+
+
+def _begin(folder: Path, manifest: Manifest, processes: Any, held: contextlib.ExitStack) -> bool:
+    """Prepare the folder for writing shards. Return False if none is needed: its cache is complete and undamaged.
+
+    The main process locks the folder until `held` is closed, deletes damaged files, and marks the cache as unfinished,
+    so that a later call recognises and resumes it. The other processes wait for that.
+    """
+    with processes.main_process_first():
+        if _damaged(folder, manifest, processes.is_main_process) == []:
+            return False
+        if processes.is_main_process:
+            held.enter_context(_alone_in(folder))
+            damaged = _damaged(folder, manifest)  # again, under the lock: another call may just have finished it
+            if damaged == []:
+                return False
+            for file in damaged or ():  # `_write_shards` makes them again
+                _delete(folder / file)
+            manifest.write(folder)
+    return True
 
 
 def _write_shards(folder: Path, encoder: ShardEncoder, shards: _Shards, processes: Any) -> None:

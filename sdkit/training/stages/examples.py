@@ -19,7 +19,7 @@ from sdkit.data.latent_cache.reading import Item, LatentCache, Prompt
 from sdkit.data.sources import open_examples
 from sdkit.data.transform import Transform
 from sdkit.errors import ArgumentError
-from sdkit.networks.autoencoder import VAE
+from sdkit.networks.autoencoder import Autoencoder
 from sdkit.networks.text_encoder import TextEncoder
 from sdkit.processes import is_main_process
 from sdkit.training.settings import UNetConfig
@@ -84,7 +84,7 @@ class CachedLatents:
     def __init__(
         self,
         data: str | PathLike[str],
-        vae: VAE,
+        vae: Autoencoder,
         text: TextEncoder,
         *,
         size: int | tuple[int, int] | None = None,
@@ -150,7 +150,9 @@ class ImageLatents:
         seed: Random seed of the augmentations.
     """
 
-    def __init__(self, examples: Examples, transform: Transform, vae: VAE, text: TextEncoder, *, seed: int = 0) -> None:
+    def __init__(
+        self, examples: Examples, transform: Transform, vae: Autoencoder, text: TextEncoder, *, seed: int = 0
+    ) -> None:
         warn_of_captions(examples)
         size = transform.size
         self.images = TrainingImages(examples, transform, seed)
@@ -182,7 +184,9 @@ class ImageLatents:
         return ids
 
 
-def open_latents(config: UNetConfig, vae: VAE, text: TextEncoder, own_size: tuple[int, int]) -> DenoisingExamples:
+def open_latents(
+    config: UNetConfig, vae: Autoencoder, text: TextEncoder, own_size: tuple[int, int]
+) -> DenoisingExamples:
     """Open `config.data`, which is a latent cache or images.
 
     Args:
