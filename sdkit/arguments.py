@@ -65,7 +65,7 @@ def flag(name: str, value: Any) -> bool:
 
 
 def possible_name(name: str | os.PathLike[str]) -> bool:
-    """Return whether this is a legal file name on this system: encodable, and without NUL."""
+    """Tell whether a file can have this name on this system: it can be encoded, and holds no NUL."""
     try:
         return b"\0" not in os.fsencode(name)
     except UnicodeEncodeError:

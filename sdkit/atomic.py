@@ -69,7 +69,7 @@ def atomic_write(path: str | Path, *, overwrite: bool = True) -> Iterator[Path]:
 
 
 def _claim(temporary: Path, target: Path) -> None:
-    """Rename without overwriting: raise `FileExistsError` if `target` exists. Of two processes, only one succeeds."""
+    """Rename without overwriting. Raises `FileExistsError` if `target` exists; of two processes, one succeeds."""
     try:
         os.link(temporary, target)
     except FileExistsError:
