@@ -32,7 +32,7 @@ class Conditioning:
         mask: (B, L) attention mask, True for tokens to attend to; None attends to all.
         concat: (B, C', h, w), appended to the channels of x_t. For inpainting: the mask and the latents of the masked
             image.
-        residuals: A ControlNet's outputs (B, c, h', w'): a tuple for the skip connections, one for the middle block.
+        residuals: A ControlNet's outputs (B, c, h', w'): a tuple for the skip connections, a tensor for the mid block.
         label: (B,) class labels.
         added: diffusers' `added_cond_kwargs`, such as SDXL's `text_embeds` (B, D) and `time_ids` (B, 6).
     """
