@@ -25,7 +25,7 @@ OWNER = re.compile(r"\.sdkit-(?:([0-9a-f]{8})-(\d+)-)?[0-9a-f]{16}(?:\..*)?", re
 """Pattern of a temporary file's name. The groups are the writer's host and process; older versions wrote neither."""
 DAY = 24 * 60 * 60
 LONGEST_SUFFIX = 64
-"""Longest suffix, in bytes, that a temporary name keeps. No file format has a longer one."""
+"""Longest suffix, in bytes, that a temporary name keeps. No format that sdkit writes has a longer one."""
 
 
 @contextlib.contextmanager

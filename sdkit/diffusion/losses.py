@@ -118,8 +118,8 @@ def min_snr_weight(snr: Tensor, gamma: float | None, prediction_type: str, *, ke
         prediction_type: "epsilon", "v_prediction", or "sample" (x0).
         keep_noisiest: For v and x0, use snr + 1 in place of snr inside the minimum. Min-SNR gives the noisiest steps
             of v and x0 almost no weight, and none at zero terminal SNR, although these steps decide an image's
-            colours. The weight of a v loss is then min(1, gamma / (snr + 1)), which is 1 for the noisiest steps, as the
-            weight of an eps loss always is. Ignored for eps.
+            colours. The weight of a v loss is then min(1, gamma / (snr + 1)), which is 1 for the noisiest steps, as is
+            the weight of an eps loss. Ignored for eps.
 
     Returns:
         Weights (B,).

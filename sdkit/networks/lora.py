@@ -35,7 +35,7 @@ def add_lora(network: nn.Module, rank: int) -> None:
     except ImportError as error:
         raise ArgumentError("LoRA training needs peft; install 'sdkit[train]'.") from error
     config = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(TARGETS), init_lora_weights="gaussian")
-    with loading:  # while a thread loads a network, new layers of all threads get no memory
+    with loading:  # while any thread loads a network, torch allocates no memory for new layers
         inject_adapter_in_model(config, network)  # also freezes all other weights
     for parameter in network.parameters():
         if parameter.requires_grad:

@@ -190,7 +190,7 @@ def warn_of_unread_syntax(prompt: str) -> None:
     """Warn of each kind of A1111's syntax in `prompt` that sdkit reads as plain text."""
     for meaning, pattern in _NOT_READ.items():
         if found := pattern.search(prompt):
-            # stacklevel=1: Python shows a warning once for each line; callers would be several lines.
+            # stacklevel=1 names this line, where Python shows a warning once. Prompts are read from several lines.
             warnings.warn(
                 f"{clean(found[0])!r} in the prompt is read as plain text; in A1111 it {meaning}.", stacklevel=1
             )
@@ -228,7 +228,7 @@ class _Brackets:
     """The brackets of one kind, round or square, in a prompt that is cut into pieces. They may nest.
 
     Attributes:
-        factor: Weight of a bracket that states none.
+        factor: Weight of a bracket without a number.
         starts: First piece inside each bracket, in the order of their opening.
         ends: First piece after each bracket.
         factors: Weight of each bracket.
