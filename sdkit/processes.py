@@ -6,5 +6,5 @@ import os
 
 
 def is_main_process() -> bool:
-    """Tell whether this is the main process of an `accelerate launch`, or the only process."""
+    """Return whether this is the main process of an `accelerate launch`, or the only process."""
     return os.environ.get("RANK", "0") == "0" or os.environ.get("WORLD_SIZE", "1") == "1"
