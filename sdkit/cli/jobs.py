@@ -1,8 +1,8 @@
-"""Jobs on files: the work of the command line, as functions that Python can call too.
+"""Jobs on files: the work behind the commands, as functions that Python code can call, too.
 
-Inputs are processed in batches, and each output is written atomically as soon as it is finished: a folder of any size
-fits in memory, and an interrupted job keeps its finished files. An input that cannot be used is reported, and the job
-goes on with the others. An error of the job itself (an argument, the output folder) raises `SdkitError`.
+Inputs are processed in batches, and each output is written atomically as soon as it is finished. A folder may therefore
+be of any size, and an interrupted job keeps its finished files. An input that cannot be used is reported and skipped. A
+wrong argument, or an output folder that cannot be written, raises `SdkitError`.
 """
 
 from __future__ import annotations
@@ -39,19 +39,19 @@ from sdkit.pipelines.generation import Generation
 from sdkit.pipelines.text_to_image import StableDiffusion
 from sdkit.progress import progress
 
-PROMPTS = 64 * 2**20  # bytes of the largest file of prompts
+PROMPTS = 64 * 2**20  # largest size, in bytes, of a file of prompts
 PATIENCE = 5  # seconds to wait for the first byte from a named pipe
-PIXELS_HELD = 2048 * 2048  # pixels to read before they are processed as a batch: about 50 MB in float32
+PIXELS_HELD = 2048 * 2048  # a batch has at least this many pixels: about 50 MB in float32
 
 T = TypeVar("T")
 Result = TypeVar("Result")
-Sized = TypeVar("Sized", Image.Image, latents.Latent)  # an input, which has a width and a height
+Sized = TypeVar("Sized", Image.Image, latents.Latent)  # a loaded input; both types have a width and a height
 Batch: TypeAlias = list[tuple[Path, Sized]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Report(Generic[T]):
-    """Results of a job, which grow while it runs.
+    """Results of a job, added while it runs.
 
     Attributes:
         done: One result for each finished output.
@@ -69,7 +69,7 @@ class Report(Generic[T]):
         self.on_done(result)
 
     def fail(self, source: Path, error: SdkitError) -> None:
-        """Add an input that cannot be used, with the error's sentence, in which the input is named."""
+        """Add an input that cannot be used, with the error's message, which begins with the path if it lacks it."""
         self.failed.append((source, str(error) if str(source) in str(error) else f"{source}: {error}"))
 
 
@@ -82,7 +82,7 @@ class Reconstruction:
         path: A PNG of the original beside its reconstruction.
         height: Height of the image in pixels.
         width: Width of the image in pixels.
-        psnr: Peak signal-to-noise ratio in dB; infinite if the two are equal.
+        psnr: Peak signal-to-noise ratio in dB; infinite if the reconstruction equals the image.
         ssim: Structural similarity, at most 1; None for an image that is smaller than the window of 11 x 11 pixels.
     """
 
@@ -95,7 +95,7 @@ class Reconstruction:
 
 
 def check_files(out: str | Path, *, batch_size: int | None = None, tile: int | None = None, seed: int = 0) -> None:
-    """Raise `SdkitError` for arguments that the jobs below would refuse with any model, so that none is loaded in vain.
+    """Raise `SdkitError` for arguments that the jobs below reject whatever the model, before one is loaded.
 
     Args:
         out: The output folder, which must be writable.
@@ -254,7 +254,7 @@ def reconstruct_files(
 
 
 def mean_scores(done: Sequence[Reconstruction]) -> tuple[float | None, float | None]:
-    """Return the mean PSNR and the mean SSIM of the images that have one; None for a mean of no images."""
+    """Return the mean PSNR, and the mean SSIM of the images that have one. A mean over no images is None."""
     psnrs = [one.psnr for one in done]
     ssims = [one.ssim for one in done if one.ssim is not None]
     return fmean(psnrs) if psnrs else None, fmean(ssims) if ssims else None
@@ -264,7 +264,7 @@ def read_prompts(path: str | Path) -> list[str]:
     """Read prompts from a UTF-8 file, one per line; empty lines, and lines that begin with #, are skipped.
 
     Args:
-        path: A file, a pipe to which something is written within seconds, or "-" for the standard input.
+        path: A file, a named pipe to which another process writes within 5 seconds, or "-" for standard input.
 
     Raises:
         ArgumentError: The file cannot be read, is not UTF-8, is too large, or holds no prompt.
@@ -291,24 +291,24 @@ def _read_prompts(path: str | Path) -> bytes:
     if not stat.S_ISFIFO(status(path).st_mode):
         with Path(path).open("rb") as file:
             return file.read(PROMPTS + 1)
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # does not wait for the pipe's other end to be opened
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # opens the pipe at once, even without a writer
     with os.fdopen(descriptor, "rb") as pipe:
         select.select([pipe], [], [], PATIENCE)
         os.set_blocking(descriptor, True)
-        return pipe.read(PROMPTS + 1)  # returns b"" at once if the other end is not open
+        return pipe.read(PROMPTS + 1)  # returns b"" at once if the pipe has no writer
 
 
 def check_generation(
     prompts: Sequence[str], out: str | Path, generation: Generation, *, count: int = 1, batch_size: int | None = None
 ) -> int:
-    """Return the number of images that `generate_files` makes of these, before a model is loaded.
+    """Check the arguments of `generate_files` before a model is loaded, and return the number of images.
 
     Args:
         prompts: At least one prompt.
         out: A folder, or a .png for a single image.
-        generation: How to draw the images.
+        generation: Settings of the images.
         count: Images per prompt.
-        batch_size: Images drawn together; None takes as many as fit.
+        batch_size: Images generated together; None takes as many as fit.
 
     Raises:
         SdkitError: An argument is wrong whatever the model, or `out` cannot be written.
