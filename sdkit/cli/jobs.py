@@ -69,7 +69,7 @@ class Report(Generic[T]):
         self.on_done(result)
 
     def fail(self, source: Path, error: SdkitError) -> None:
-        """Add an input that cannot be used, with the error's message, which begins with the path if it lacks it."""
+        """Add an input that cannot be used, with the error's message. A path that the message lacks is put in front."""
         self.failed.append((source, str(error) if str(source) in str(error) else f"{source}: {error}"))
 
 
@@ -334,18 +334,18 @@ def generate_files(
     batch_size: int | None = None,
     report: Report[Path] | None = None,
 ) -> list[Path]:
-    """Generate `count` images of each prompt, as PNGs that hold their `Generation`.
+    """Generate `count` images of each prompt, as PNGs with their `Generation` in the metadata.
 
     Args:
         sd: The model.
         prompts: At least one prompt.
-        out: A folder, or a .png for a single image. Files in a folder are numbered on from those that are there, and
-            none is overwritten, even if several runs share the folder.
-        generation: How to draw the images; None takes the defaults. Its prompt is ignored. Image i of all images has
-            its seed + i.
+        out: A folder, or a .png for a single image. In a folder, numbers continue after the highest one there, and no
+            file is overwritten, even if several runs share the folder.
+        generation: Settings of the images; None takes the defaults. Its prompt is ignored. Image i, counted over all
+            prompts, has the seed `generation.seed` + i.
         count: Images per prompt.
-        grid: Whether to write one more picture, of all images with labels.
-        batch_size: Images drawn together; None takes as many as fit.
+        grid: Whether to write also a grid of all images, with labels.
+        batch_size: Images generated together; None takes as many as fit.
         report: The report to add to; None makes a new one.
 
     Returns:
@@ -359,9 +359,9 @@ def generate_files(
     side = sd.unet.sample_size * sd.vae.factor
     at_once = batch_size or sd.images_at_once(generation.height or side, generation.width or side)
     wanted = ((prompt, generation.seed + r * count + c) for r, prompt in enumerate(prompts) for c in range(count))
-    batches = iter(lambda: list(itertools.islice(wanted, at_once)), [])  # ends with the first empty batch
+    batches = iter(lambda: list(itertools.islice(wanted, at_once)), [])  # stops at the first empty batch
     numbers = _numbers(Path(out))
-    labelled: dict[str, Image.Image] = {}  # for the grid
+    labelled: dict[str, Image.Image] = {}  # label -> image, for the grid
     for batch in progress(batches, total=-(-n // at_once), description="generate"):
         for (prompt, seed), image in zip(batch, _generate(sd, batch, generation), strict=True):
             whole = replace(
@@ -381,7 +381,7 @@ def generate_files(
 
 
 def _generate(sd: StableDiffusion, batch: Sequence[tuple[str, int]], generation: Generation) -> list[Image.Image]:
-    """Draw one image for each (prompt, seed)."""
+    """Generate one image for each (prompt, seed)."""
     prompts, seeds = zip(*batch, strict=True)
     drawn: list[Image.Image] = sd(
         prompts, generation.negative_prompt, generation.height, generation.width, generation.num_inference_steps,
@@ -411,11 +411,12 @@ def demo_files(
     Args:
         sd: The model.
         out: Output folder.
-        photos: Images to encode and decode. By default those of scikit-image, or the generated images if it is not
-            installed.
+        photos: Images to encode and decode. By default three photos of scikit-image, or the generated images if
+            scikit-image is not installed.
 
     Returns:
-        The path of the grid, a name for the photos, and the report of their reconstructions.
+        The path of the grid, a description of the photos ("photos of scikit-image"), and the report of their
+        reconstructions.
     """
     folder = Path(out)
     _check_writable(folder)
@@ -425,7 +426,7 @@ def demo_files(
         return folder / "generated.png", "photos given", reconstruct_files(sd.vae, photos, folder)
     kind, pictures = "generated images", dict(zip(map(_slug, DEMO_PROMPTS), made, strict=True))
     with contextlib.suppress(ImportError):
-        from skimage import data  # installed by the extra `dev`
+        from skimage import data  # scikit-image comes with the extra `dev`
 
         pictures = {name: Image.fromarray(getattr(data, name)()) for name in DEMO_PHOTOS}
         kind = "photos of scikit-image"
@@ -443,7 +444,7 @@ def _is_image_name(out: Path) -> bool:
 def _save(
     image: Image.Image, out: Path, stem: str, numbers: Iterable[int], text: Mapping[str, str] | None = None
 ) -> Path:
-    """Write a PNG to `out`, or into that folder under the first of `numbers` that is free, and return its path."""
+    """Write a PNG to the file `out`, or under the first free number into the folder `out`, and return its path."""
     if _is_image_name(out):
         images.save(image, out, text)
         return out
@@ -467,7 +468,7 @@ def _numbers(folder: Path) -> Iterator[int]:
 
 
 def _slug(prompt: str) -> str:
-    """Return the first letters and digits of a prompt as a part of a file name: at most 40, or 160 bytes."""
+    """Return a prompt as a slug for file names: at most 40 letters, digits, and hyphens, or 160 bytes."""
     slug = re.sub(r"[\W_]+", "-", encodable(prompt).lower())[:40].strip("-") or "image"
     return os.fsdecode(slug.encode())  # the name on disk is UTF-8 whatever the locale
 
@@ -483,10 +484,10 @@ def _check_writable(path: Path, *, is_file: bool = False) -> None:
 
 
 def _targets(paths: Iterable[str | Path], suffixes: Collection[str], out: str | Path, ending: str) -> dict[Path, Path]:
-    """Return the output path of each input: its path below the folder that was given, moved to `out`, with `ending`.
+    """Return the output path of each input: its path relative to the given folder, placed in `out`, with `ending`.
 
-    Inputs that differ only in their suffix keep it in the output's name, and no output overwrites an input. If `out`
-    lies inside an input folder, the outputs of an earlier run in it are not taken as inputs.
+    Inputs whose names differ only in the suffix keep it in the output's name. No output overwrites an input. If `out`
+    lies inside an input folder, the files in `out` are taken for outputs of an earlier run, and skipped.
     """
     names, folder = list(paths), Path(out)
     unreadable = images.UNREADABLE if ".png" in suffixes else ()
@@ -527,8 +528,8 @@ def _process(
         sources: The inputs.
         load: Reads an input.
         run: Returns one result for each input of a batch.
-        write: Writes a result, and returns what the report says of it.
-        batch_size: The least number of inputs in a batch.
+        write: Writes a result, and returns its entry for the report.
+        batch_size: Smallest number of inputs in a batch, except the last one; None is 1.
         report: The report to add to; None makes a new one.
         name: Name of the job, for its progress bar.
     """
@@ -542,8 +543,10 @@ def _process(
 def _results(
     run: Callable[[Batch[Sized]], Sequence[Result]], batch: Batch[Sized], report: Report[Any]
 ) -> Iterator[tuple[Path, Sized, Result]]:
-    """Yield each input with its result. If `run` refuses a batch, its inputs are tried one by one, so that only those
-    that are at fault fail."""
+    """Yield each input with its result.
+
+    If `run` raises an SdkitError for a batch, its inputs are run one by one, so that only the faulty ones fail.
+    """
     try:
         results = run(batch)
     except SdkitError as error:
@@ -560,7 +563,7 @@ def _results(
 def _batches(
     sources: Collection[Path], load: Callable[[Path], Sized], batch_size: int | None, report: Report[Any], name: str
 ) -> Iterator[Batch[Sized]]:
-    """Yield the inputs that can be loaded, in batches of `PIXELS_HELD` pixels or more; the report gets the others."""
+    """Load the inputs, and yield batches of at least `PIXELS_HELD` pixels. Failed inputs are added to the report."""
     batch: Batch[Sized] = []
     pixels = 0
     for source in progress(sources, total=len(sources), description=name):
