@@ -397,7 +397,7 @@ class _Field:
     def _help(self) -> str:
         """Return the help of the option: the field's description, and its default.
 
-        A default of None is described in the description itself, where its name becomes "the default".
+        If the default is None, the description explains it; its word None becomes "the default".
         """
         doc = self.doc.removesuffix(".").replace("`", "")
         if self.default is None:  # on the command line, an option that is left out stands for None
