@@ -1,9 +1,9 @@
 """Checkpoints of safetensors and JSON, written atomically, from which a run resumes bit-identically.
 
 A checkpoint is a folder with the SHA-256 of each of its files. It is written under a temporary name, and renamed when
-it is complete. Nothing in it can execute code when it is loaded. Names, shapes, and types are compared before anything
-is restored, because an optimizer's kernels trust the shapes: a state smaller than its parameter would be read out of
-bounds.
+it is complete. Nothing in it can execute code when it is loaded. Names, shapes, and types are compared with those in
+training before anything is restored, because an optimizer's kernels trust the shapes: a state smaller than its
+parameter would be read out of bounds.
 """
 
 from __future__ import annotations
@@ -41,17 +41,17 @@ if TYPE_CHECKING:
 MANIFEST = "manifest.json"
 STATE = "state.json"
 NAME = re.compile(r"step-\d{8}")
-NOT_A_FILE = (errno.EISDIR, errno.ENOTDIR, errno.EINVAL, errno.EFBIG)  # reading something that is no regular file
+NOT_A_FILE = (errno.EISDIR, errno.ENOTDIR, errno.EINVAL, errno.EFBIG)  # errors of reading what is no regular file
 Tensors = Mapping[str, Tensor]
 Kind = tuple[torch.Size, torch.dtype] | type  # shape and dtype of a tensor, or the type of a number
 
 
 @contextlib.contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """Yield a temporary folder beside `path` for the body to fill, and rename it to `path` when the body ends well.
+    """Yield a temporary folder beside `path` for the body to fill, and rename it to `path` if the body succeeds.
 
-    The write is atomic, even across a power cut: `path` is absent, the old folder, or the complete new one. If the body
-    raises, the temporary folder is removed.
+    Even after a power cut, `path` is the old folder, the complete new one, or missing, but never incomplete. If the
+    body raises, the temporary folder is removed.
 
     Raises:
         TrainingError: The folder cannot be written, for example because the disk is full.
@@ -65,11 +65,11 @@ def whole_folder(path: Path) -> Iterator[Path]:
                 inside.chmod(temporary.stat().st_mode & 0o666)
             sync(inside)
         sync(temporary)
-        old = path.rename(beside(path)) if path.exists() else None  # a folder cannot be renamed onto another
+        old = path.rename(beside(path)) if path.exists() else None  # a rename cannot replace a folder that has files
         temporary.rename(path)
         sync(path.parent)
         if old:
-            shutil.rmtree(old, ignore_errors=True)  # `remove_leftovers` removes at the next start what this cannot
+            shutil.rmtree(old, ignore_errors=True)  # `remove_leftovers` removes any rest at the next start
     except (OSError, SafetensorError, SdkitError) as error:
         # An SdkitError from the body would name the temporary folder, which is gone by now; its cause is reported.
         cause = error.__cause__ if isinstance(error, SdkitError) else error
@@ -89,7 +89,7 @@ class Checkpoint:
     Attributes:
         step: Number of optimizer steps.
         tensors: Tensors by file (without .safetensors), then by name.
-        state: Values of the JSON file.
+        state: Content of state.json.
     """
 
     step: int
@@ -133,7 +133,7 @@ def load(folder: Path) -> Checkpoint:
     """Read a checkpoint that `newest` has returned.
 
     Raises:
-        TrainingError: A file cannot be read, or holds no tensors in spite of its right checksum.
+        TrainingError: A file cannot be read, or is not a safetensors file although its checksum is right.
     """
     try:
         state = read_state(folder)
@@ -147,7 +147,7 @@ def load(folder: Path) -> Checkpoint:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """Return the values of a checkpoint's JSON file.
+    """Return the content of a checkpoint's state.json.
 
     Raises:
         ValueError: The file is not one that `save` writes.
@@ -161,7 +161,7 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 def _sums(folder: Path) -> dict[str, str]:
-    """Return the checksums by file name. Raises ValueError and OSError, as `read_state` does."""
+    """Return a checkpoint's checksums by file name. Raises ValueError and OSError, as `read_state` does."""
     fields = read_object(folder / MANIFEST)
     require(fields, {"sha256": dict})
     sums: dict[str, str] = fields["sha256"]
@@ -189,7 +189,8 @@ def newest(root: Path) -> Path | None:
     A damaged checkpoint is skipped with a warning.
 
     Raises:
-        TrainingError: All checkpoints are damaged, or one cannot be read (permissions, for example), which may pass.
+        TrainingError: All checkpoints are damaged, or one cannot be read, for example for lack of permission. As it
+            may be undamaged, it is not skipped.
     """
     found = checkpoints(root)
     for folder in found:
