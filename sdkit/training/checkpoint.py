@@ -232,13 +232,13 @@ def _damage(folder: Path) -> str:
 def snapshot(
     players: Sequence[PreparedPlayer], accelerator: Accelerator, step: int, skipped: Sequence[int]
 ) -> Checkpoint:
-    """Return everything that the next step depends on. Call this on every process.
+    """Return a checkpoint of everything that the next step depends on. Call this on every process.
 
     Args:
         players: The players. Their tensors are not copied.
         accelerator: The Accelerator that prepared them.
         step: Number of optimizer steps made.
-        skipped: Number of skipped steps in all, and of the last steps in a row.
+        skipped: Number of skipped steps in total, and number of skipped steps in a row up to this one.
     """
     rng = gather_object([rng_state(accelerator.device)])
     tensors: dict[str, Tensors] = {"rng": {f"{i}/{name}": v for i, own in enumerate(rng) for name, v in own.items()}}
@@ -251,7 +251,7 @@ def snapshot(
         state_tensors = {key: v for key, v in state.items() if isinstance(v, Tensor)}
         # 8-bit AdamW shares its lookup tables between parameters, and safetensors refuses to write shared memory.
         tensors[f"{name}.optimizer"] = {key: v.clone() if "/qmap" in key else v for key, v in state_tensors.items()}
-        # Some optimizers keep plain numbers too: 8-bit AdamW keeps its step so.
+        # Some optimizers keep plain numbers too, such as the step of 8-bit AdamW.
         numbers[name] = {key: v for key, v in state.items() if not isinstance(v, Tensor)}
         if prepared.ema:
             tensors[f"{name}.ema"] = prepared.ema.state_dict()
@@ -279,7 +279,7 @@ def restore(players: Sequence[PreparedPlayer], accelerator: Accelerator, checkpo
         accelerator.scaler.load_state_dict(checkpoint.state["scaler"])
     prefix = f"{accelerator.process_index}/"
     rng = {key.removeprefix(prefix): v for key, v in checkpoint.tensors["rng"].items() if key.startswith(prefix)}
-    if rng:  # with more processes than before, the new ones keep the generators that they were seeded with
+    if rng:  # a process that the saved run did not have keeps its freshly seeded generators
         set_rng_state(rng, accelerator.device)
 
 
@@ -322,7 +322,7 @@ def _kinds(values: Mapping[str, Any]) -> dict[str, Kind]:
 
 
 def _plausible_numbers(values: Any) -> dict[str, bool] | None:
-    """Return by name whether each value is a number that a gradient scaler can hold, or None if there are no names."""
+    """Return, by name, whether each value is a number in a gradient scaler's range; None if `values` is no mapping."""
     if not isinstance(values, Mapping):
         return None
     return {name: type(value) in (int, float) and 0 <= value < 1e38 for name, value in values.items()}
@@ -334,8 +334,8 @@ def _check_optimizer(prepared: PreparedPlayer, state: Mapping[str, Any], steps: 
     A parameter has no state before its first gradient. After it, the state has all entries of this kind of optimizer.
     """
     optimizer, parameters = prepared.optimizer, dict(_named(prepared))
-    optimizer_class = type(getattr(optimizer, "optimizer", optimizer))  # Accelerate's wrapper has the real one inside
-    expected: dict[Kind, dict[str, Kind]] = {}  # by kind of parameter, because each needs a trial step
+    optimizer_class = type(getattr(optimizer, "optimizer", optimizer))  # without Accelerate's wrapper
+    expected: dict[Kind, dict[str, Kind]] = {}  # cached by kind of parameter: each kind costs a trial step
     entries_of: dict[str, dict[str, Any]] = {}
     for key, value in state.items():
         name, _, entry = key.rpartition("/")
@@ -373,19 +373,19 @@ def _files(players: Sequence[PreparedPlayer]) -> set[str]:
 
 
 def _gathered(tensors: Tensors, accelerator: Accelerator) -> Tensors:
-    """Gather sharded tensors to the CPU of the main process. The other processes get none, but have to call this."""
+    """Gather sharded tensors to the main process's CPU. Other processes get an empty dict, but must call this, too."""
     full = ((name, full_tensor(value)) for name, value in tensors.items())
     return {name: value.cpu() for name, value in full if accelerator.is_main_process}
 
 
 def _named(prepared: PreparedPlayer) -> list[tuple[str, nn.Parameter]]:
-    """Return the trainable parameters with their names."""
+    """Return the trainable parameters as pairs (name, parameter)."""
     return [(name, p) for name, p in prepared.player.network.named_parameters() if p.requires_grad]
 
 
 def _network_tensors(network: nn.Module) -> dict[str, Tensor]:
     """Return the tensors that training changes in a network: trainable parameters and buffers."""
-    state = network.state_dict()  # it leaves out buffers that are not persistent, and so does a checkpoint
+    state = network.state_dict()  # without non-persistent buffers, which a checkpoint leaves out, too
     names = [n for n, p in network.named_parameters() if p.requires_grad] + [n for n, _ in network.named_buffers()]
     return {name: state[name] for name in names if name in state}
 
@@ -397,10 +397,10 @@ def _restore_network(network: nn.Module, tensors: Tensors) -> None:
 
 
 def _restore_optimizer(prepared: PreparedPlayer, state: Mapping[str, Any]) -> None:
-    """Restore the optimizer's state. Its learning rate and other settings stay as they are."""
+    """Restore the optimizer's state, but keep its current learning rate and other settings."""
     parameters = dict(_named(prepared))
     indices = {p: i for i, p in enumerate(p for group in prepared.optimizer.param_groups for p in group["params"])}
-    by_index: dict[int, dict[str, Any]] = {}  # PyTorch's optimizers index parameters; checkpoints name them
+    by_index: dict[int, dict[str, Any]] = {}  # optimizers identify parameters by index, checkpoints by name
     for key, value in state.items():
         name, entry = key.rsplit("/", 1)
         p = parameters[name]
