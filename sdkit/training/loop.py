@@ -140,7 +140,7 @@ class _Loop:
         settings: Settings of the loop.
         accelerator: Accelerate's view of devices and processes.
         run: The run folder.
-        stop: Context that notes stop signals.
+        stop: Context that records stop signals.
         checkpoint: The checkpoint to resume from; None starts from step 0.
     """
 
