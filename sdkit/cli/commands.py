@@ -205,7 +205,7 @@ def demo(args: argparse.Namespace) -> int:
 
 
 def _checked(args: argparse.Namespace, suffixes: Collection[str], seed: int = 0) -> dict[str, Any]:
-    """Check the options of a job on files before its model is loaded or downloaded, and return them as arguments."""
+    """Check the options of a job on files before its model is loaded, and return them as keyword arguments."""
     from sdkit.cli.jobs import check_files
 
     find_files(args.paths, suffixes)

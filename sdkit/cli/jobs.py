@@ -126,10 +126,10 @@ def encode_files(
     Args:
         vae: The autoencoder.
         paths: Images, or folders that are searched for images.
-        out: Output folder, in which sub-folders of the inputs are kept.
+        out: Output folder. Sub-folders of the input folders are recreated in it.
         sample: Whether to draw from the posterior; False takes its mean.
-        seed: Random seed. The i-th file is drawn with `seed` + i, even if files before it cannot be read.
-        batch_size: Images that go through the network together; None takes as many as fit.
+        seed: Random seed. File i, counted from 0, is sampled with `seed` + i, even if files before it cannot be read.
+        batch_size: Images per batch; None takes as many as fit.
         tile: Side, in pixels, of the tiles that large images are cut into, as in `VAE.encode`.
         report: The report to add to; None makes a new one.
 
@@ -176,9 +176,9 @@ def decode_files(
     Args:
         vae: The autoencoder.
         paths: Latent files, or folders that are searched for them.
-        out: Output folder, in which sub-folders of the inputs are kept.
+        out: Output folder. Sub-folders of the input folders are recreated in it.
         force: Whether to decode latents of another VAE too, if their shape fits.
-        batch_size: Latents that go through the network together; None takes as many as fit.
+        batch_size: Latents per batch; None takes as many as fit.
         tile: Side, in pixels, of the tiles that large images are cut into, as in `VAE.decode`.
         report: The report to add to; None makes a new one.
 
@@ -225,8 +225,8 @@ def reconstruct_files(
     Args:
         vae: The autoencoder.
         paths: Images, or folders that are searched for images.
-        out: Output folder, in which sub-folders of the inputs are kept.
-        batch_size: Images that go through the network together; None takes as many as fit.
+        out: Output folder. Sub-folders of the input folders are recreated in it.
+        batch_size: Images per batch; None takes as many as fit.
         tile: Side, in pixels, of the tiles that large images are cut into, as in `VAE.reconstruct`.
         report: The report to add to; None makes a new one.
 
@@ -444,7 +444,7 @@ def _is_image_name(out: Path) -> bool:
 def _save(
     image: Image.Image, out: Path, stem: str, numbers: Iterable[int], text: Mapping[str, str] | None = None
 ) -> Path:
-    """Write a PNG to the file `out`, or under the first free number into the folder `out`, and return its path."""
+    """Write a PNG to the file `out`, or into the folder `out` under the first free number. Return its path."""
     if _is_image_name(out):
         images.save(image, out, text)
         return out
@@ -468,7 +468,7 @@ def _numbers(folder: Path) -> Iterator[int]:
 
 
 def _slug(prompt: str) -> str:
-    """Return a prompt as a slug for file names: at most 40 letters, digits, and hyphens, or 160 bytes."""
+    """Return a prompt as a slug for file names: at most 40 letters, digits, and hyphens (160 bytes)."""
     slug = re.sub(r"[\W_]+", "-", encodable(prompt).lower())[:40].strip("-") or "image"
     return os.fsdecode(slug.encode())  # the name on disk is UTF-8 whatever the locale
 
@@ -501,7 +501,7 @@ def _targets(paths: Iterable[str | Path], suffixes: Collection[str], out: str | 
     targets = {}
     for source, path in below.items():
         stem = path.with_name(path.stem if shared[str(path.with_suffix("")).casefold()] == 1 else path.name)
-        name = utf8_name(str(stem))  # safetensors opens no file whose name is not UTF-8
+        name = utf8_name(str(stem))  # safetensors cannot open a file whose name is not UTF-8
         tries = (folder / f"{name}{f'-{n}' if n else ''}{ending}" for n in itertools.count())
         targets[source] = next(target for target in tries if os.path.realpath(target).casefold() not in taken)
         taken.add(os.path.realpath(targets[source]).casefold())
@@ -563,7 +563,10 @@ def _results(
 def _batches(
     sources: Collection[Path], load: Callable[[Path], Sized], batch_size: int | None, report: Report[Any], name: str
 ) -> Iterator[Batch[Sized]]:
-    """Load the inputs, and yield batches of at least `PIXELS_HELD` pixels. Failed inputs are added to the report."""
+    """Load the inputs, and yield them in batches. Inputs that cannot be loaded are added to the report.
+
+    Each batch except the last has at least `PIXELS_HELD` pixels and `batch_size` inputs.
+    """
     batch: Batch[Sized] = []
     pixels = 0
     for source in progress(sources, total=len(sources), description=name):

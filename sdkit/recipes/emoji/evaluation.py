@@ -105,7 +105,7 @@ class Gallery:
         Args:
             background: Name of the background's colour.
             images: The images.
-            names: File of the emoji that each image should show.
+            names: For each image, the name of the file of the emoji that it should show.
         """
         if not images:
             return []

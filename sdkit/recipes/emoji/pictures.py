@@ -34,7 +34,7 @@ BACKGROUNDS = {
 """sRGB colours that captions name. A caption without a background means white."""
 
 AN = r"(?!ewe|one|ufo|unicorn)[aeiou]|hour|x-ray"
-"""Pattern of the beginning of names that take "an"."""
+"""Pattern that matches the beginning of names that take "an"."""
 SINGULAR = {
     "abacus", "bus", "cactus", "hibiscus", "hippopotamus", "lotus", "minibus", "octopus", "rhinoceros", "trolleybus",
     "tyrannosaurus",
@@ -66,7 +66,7 @@ class Picture:
 
 @cache
 def pictures() -> tuple[Picture, ...]:
-    """Return all pictures that the model learns by name, in the order of the table."""
+    """Return all pictures that captions can name, in the order of pictures.tsv."""
     rows = csv.reader(TABLE.read_text(encoding="utf-8").splitlines(), delimiter="\t")
     next(rows)
     return tuple(Picture(*row) for row in rows)

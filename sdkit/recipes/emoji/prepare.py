@@ -62,7 +62,7 @@ TILES = {
     "details": Tiles(64, 24_000, 0.1, 0.8),
 }
 AS_CAPTIONED = 0.7  # share of `_drawn_tile`'s SIZE x SIZE tiles that are laid out like captioned images
-FLAT = 20  # standard deviation, of 255, up to which a photograph's tile counts as plain and is rejected
+FLAT = 20  # largest standard deviation, of values from 0 to 255, at which a photograph's tile counts as plain
 PHOTO_HEIGHT = 1600  # pixels; larger photographs are reduced to this before tiles are cut
 
 MADE_OF = ".made-of"  # file beside the images with a digest of their raw material and settings

@@ -80,7 +80,7 @@ def evaluate(
         vae = VAE.from_pretrained(source, dtype="fp32")
         row, drawn_images = _row(model, vae, gallery, photographs, *asked)
         if (before := rows.get(source, {})).get("generated") == row["generated"]:
-            row = before | row  # the model has not changed, so earlier sweeps stay valid
+            row = before | row  # equal results: the model is unchanged, and its earlier sweeps stay valid
         else:
             (out / f"{name}-curves.png").unlink(missing_ok=True)
         rows[source] = row

@@ -1,4 +1,4 @@
-"""The recipe's steps after `prepare`, in order. Trainings and the latent cache are resumed if they were interrupted."""
+"""The recipe's steps from `vae` to `export`, in order. Interrupted trainings, or latent caches, are resumed."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def _existing(folder: Path, hint: str) -> Path:
 
 
 def _replaceable(folder: Path) -> Path:
-    """Return `folder` if it is missing or holds only a model, and may be replaced. Raises SourceError otherwise."""
+    """Return `folder` if it may be replaced: if it is missing, or holds only a model. Raises SourceError otherwise."""
     parts = {"model_index.json", "scheduler", "text_encoder", "tokenizer", "unet", "vae"}
     if folder.exists() and not (folder.is_dir() and {path.name for path in folder.iterdir()} <= parts):
         raise SourceError(
