@@ -69,7 +69,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
         temporary.rename(path)
         sync(path.parent)
         if old:
-            shutil.rmtree(old, ignore_errors=True)  # `remove_leftovers` removes any rest at the next start
+            shutil.rmtree(old, ignore_errors=True)  # what is left is removed at the next start of the run
     except (OSError, SafetensorError, SdkitError) as error:
         # An SdkitError from the body would name the temporary folder, which is gone by now; its cause is reported.
         cause = error.__cause__ if isinstance(error, SdkitError) else error
@@ -238,7 +238,7 @@ def snapshot(
         players: The players. Their tensors are not copied.
         accelerator: The Accelerator that prepared them.
         step: Number of optimizer steps made.
-        skipped: Number of skipped steps in total, and number of skipped steps in a row up to this one.
+        skipped: Number of skipped steps in total, and since the last step that was not skipped.
     """
     rng = gather_object([rng_state(accelerator.device)])
     tensors: dict[str, Tensors] = {"rng": {f"{i}/{name}": v for i, own in enumerate(rng) for name, v in own.items()}}

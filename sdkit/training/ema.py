@@ -21,7 +21,7 @@ class EMA:
     new weights. d is small at first, so that the initial weights are soon forgotten. Buffers are not averaged.
 
     Args:
-        network: The network. Parameters that require gradients now are averaged, on the device where they are now.
+        network: The network. Parameters that require gradients at this moment are averaged, on their present device.
         decay: Largest factor of the old average in an update, from 0 to 1.
 
     Attributes:

@@ -138,7 +138,7 @@ class _Loop:
     Attributes:
         stage: Networks, losses, and data.
         settings: Settings of the loop.
-        accelerator: Accelerate's view of devices and processes.
+        accelerator: The run's Accelerator.
         run: The run folder.
         stop: Context that records stop signals.
         checkpoint: The checkpoint to resume from; None starts from step 0.
@@ -253,7 +253,7 @@ class _Loop:
         norm = self._clip_gradients(prepared)
         *means, grad_norm, stopping = self._reduce(rows, norm)
 
-        # Update the weights, unless the loss or a gradient is not finite on any process.
+        # Update the weights, unless the loss or a gradient is NaN or infinite on some process.
         bad_micro_batches = None
         if self._gradients_are_good(grad_norm) and math.isfinite(means[0]):
             self._take_step(prepared, grad_norm)
@@ -274,7 +274,7 @@ class _Loop:
     def _accumulate_gradients(
         self, prepared: PreparedPlayer, batches: Sequence[dict[str, Any]], *, may_stop: bool
     ) -> tuple[list[str], list[Tensor]]:
-        """Add up the gradients of all micro-batches.
+        """Make the forward and backward passes of all micro-batches, and accumulate the gradients of their mean loss.
 
         Returns:
             The names of the loss and its parts, and a row of their values for each micro-batch.

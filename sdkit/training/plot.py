@@ -109,7 +109,7 @@ def _drawable(value: float | None) -> float:
 
 
 def _label(text: str) -> str:
-    """Return a name with "$" escaped, with which a formula begins in matplotlib."""
+    """Return a name with "$" escaped, because "$" begins a formula in matplotlib."""
     return clean(text).replace("$", r"\$")
 
 

@@ -28,7 +28,7 @@ class PreparedPlayer:
     Args:
         player: The player. Its trainable parameters become float32 in place.
         settings: Settings of the loop.
-        accelerator: Accelerate's view of devices and processes.
+        accelerator: The run's Accelerator.
 
     Attributes:
         player: The player, with the network in training: the stage's own, or the sharded copy.
@@ -126,7 +126,7 @@ def lr_factor_of(player: Player, settings: LoopSettings) -> Callable[[int], floa
 
     # diffusers builds a schedule only for an optimizer. Only the schedule's function of the step is used here.
     placeholder = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=player.learning_rate)
-    steps = max(1, settings.max_steps - player.starts_at)  # a player that starts after the end makes no step
+    steps = max(1, settings.max_steps - player.starts_at)  # a player may start after the last step
     try:
         schedule = get_scheduler(
             settings.lr_scheduler, placeholder, num_warmup_steps=settings.lr_warmup_steps, num_training_steps=steps

@@ -196,7 +196,7 @@ class RunFolder:
             {key: value for key, value in {**each["settings"], **each}.items() if key not in ignored}
             for each in (old or config, config)
         )
-        if not old or not (checkpoints(self.checkpoints) or self.result.exists()):  # there is nothing to overwrite
+        if not old or not (checkpoints(self.checkpoints) or self.result.exists()):  # a new run: nothing to overwrite
             return hashlib.sha256(json.dumps(now, sort_keys=True).encode()).hexdigest()[:16]
         for name in sorted(now.keys() & was.keys(), key=lambda name: (name != "stage", name)):
             if was[name] != now[name]:

@@ -22,10 +22,9 @@ class Player:
 
     `loss(networks, batch, step)` returns the loss, a mean over the batch, and its parts to log. `networks` holds the
     networks of all players by name, as prepared for several processes. A loss may only call them
-    (`networks["unet"](...)`), because the hooks that reduce gradients run on that call. With FSDP,
-    `networks` are sharded copies: the stage's own networks have the trained weights only during `validate` and
-    `export`. All players get the same batch object in an optimizer step, so a player can store values in it for the
-    players after it.
+    (`networks["unet"](...)`), because the hooks that reduce gradients run on that call. With FSDP, they are sharded
+    copies: the stage's own networks have the trained weights only during `validate` and `export`. In an optimizer step
+    all players get the same batch object, so that a player can store values in it for the players after it.
 
     Attributes:
         name: Name of the player in metrics, checkpoints, and `networks`.

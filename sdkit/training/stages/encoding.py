@@ -12,7 +12,7 @@ from sdkit.diffusion.conditioning import Conditioning
 from sdkit.networks.autoencoder import VAE, latents_of
 from sdkit.networks.text_encoder import TextEncoder
 
-MOST_EMBEDDINGS = 4096  # captions kept in memory, each 0.24 MB for SD 1.x; a latent cache can store all
+MOST_EMBEDDINGS = 4096  # captions with embeddings in memory, 0.24 MB each for SD 1.x; a latent cache can store all
 
 
 class BatchEncoder:
@@ -23,8 +23,8 @@ class BatchEncoder:
         text: The text encoder.
         scale: Scale of the latents.
         shift: Shift of the latents.
-        trains_text: Whether the text encoder is in training. Captions then stay token ids, which that text encoder
-            encodes in its forward pass.
+        trains_text: Whether the text encoder is in training. Captions then stay token ids, and the network in
+            training encodes them.
         half: Whether images are encoded in bfloat16.
 
     Attributes:

@@ -57,7 +57,7 @@ def train_unet(config: UNetConfig) -> Path:
         pytorch_lora_weights.safetensors.
 
     Raises:
-        SdkitError: The settings, the model, or the data are at fault.
+        SdkitError: The settings, the model, or the data cannot be used.
         TrainingStopped: SIGTERM, SIGHUP, or Ctrl-C arrived; a checkpoint has been written.
 
     Example:
@@ -109,7 +109,7 @@ class UNetStage:
         config: Settings of the run.
 
     Raises:
-        SdkitError: The settings, the model, or the data are at fault.
+        SdkitError: The settings, the model, or the data cannot be used.
     """
 
     def __init__(self, config: UNetConfig) -> None:

@@ -67,7 +67,7 @@ def train_vae(config: VAEConfig) -> Path:
         The run folder. Its result/ is the VAE in diffusers layout.
 
     Raises:
-        SdkitError: The settings, the model, or the data are at fault.
+        SdkitError: The settings, the model, or the data cannot be used.
         TrainingStopped: SIGTERM, SIGHUP, or Ctrl-C arrived; a checkpoint has been written.
 
     Example:
@@ -144,7 +144,7 @@ class VAEStage:
             self.start.network.decoder = nn.Identity()
 
     def _load_lpips(self) -> None:
-        """Load LPIPS for validation, and a copy in the precision of training."""
+        """Load LPIPS for validation and for the loss. With bf16, the loss uses a copy in bfloat16."""
         config = self.config
         self.lpips = LPIPS.from_pretrained(config.lpips) if config.lpips_weight or config.lpips else None
         self.training_lpips = self.lpips
