@@ -154,7 +154,7 @@ def full_tensor(tensor: Tensor) -> Tensor:
 def sharded_as(tensor: Tensor, other: Tensor) -> Tensor:
     """Return `tensor` sharded like `other`, or unchanged if `other` is not sharded.
 
-    Call this on every process. The values to shard are those of the main process.
+    Call this on every process. The main process's values are used.
     """
     if not _is_sharded_tensor(other):
         return tensor

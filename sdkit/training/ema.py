@@ -44,7 +44,7 @@ class EMA:
 
     @contextmanager
     def swapped(self) -> Iterator[None]:
-        """Give the network the averaged weights inside the context. Its own are restored bit-identically afterwards."""
+        """Give the network the averaged weights inside the context. Its own weights return bit-identical afterwards."""
         own = {name: p.detach().clone() for name, p in self._parameters.items()}
         self._write(self._average)
         try:
