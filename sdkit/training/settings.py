@@ -1,4 +1,7 @@
-"""Settings of each stage: everything that a run depends on, saved in its config.json. They build nothing."""
+"""Settings of each stage: everything that a run depends on, saved in its config.json.
+
+Importing this module does not load PyTorch.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from sdkit.errors import ArgumentError
 from sdkit.fields import with_inherited_fields
 from sdkit.files import expanded
 
-# Names in diffusers.optimization.get_scheduler, except piecewise_constant, which needs rules in their own syntax.
+# Names in diffusers.optimization.get_scheduler, except piecewise_constant, which needs rules in a syntax of its own.
 LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
 
 AUGMENTATIONS = ("crop", "flip")
@@ -88,7 +91,7 @@ class LoopSettings:
         self._keep("report_to", tuple(strings("report_to", self.report_to)) if self.report_to else ())
 
     def _keep(self, name: str, value: object) -> None:
-        """Set a field to the value that its check returned, such as a Python number for one of NumPy, for JSON."""
+        """Replace a field by its checked value, such as a NumPy number by a Python number, which JSON can store."""
         object.__setattr__(self, name, value)
 
 
@@ -127,7 +130,7 @@ class StageSettings(LoopSettings):
     augment: tuple[str, ...] = ()
     gradient_checkpointing: bool = False
 
-    # "init" is a path. The fingerprint of the model tells whether its contents changed.
+    # "init" is a path. The fingerprint of the model changes with the contents of the file.
     may_change = LoopSettings.may_change | {"init"}
 
     def __post_init__(self) -> None:
@@ -171,7 +174,7 @@ class StageSettings(LoopSettings):
 
     @property
     def samples(self) -> Path:
-        """Folder of the images that show progress."""
+        """Folder of the images that validation saves."""
         return Path(self.out_dir) / "samples"
 
 
@@ -210,7 +213,7 @@ class VAEConfig(StageSettings):
     disc_start: int = 0
     validation_data: str | os.PathLike[str] | None = None
 
-    may_change = StageSettings.may_change | {"lpips", "validation_data"}  # paths, covered by fingerprints as well
+    may_change = StageSettings.may_change | {"lpips", "validation_data"}  # paths; fingerprints cover the contents
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -235,7 +238,7 @@ class VAEConfig(StageSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class UNetConfig(StageSettings):
-    """Settings of `train_unet`. `data` may also be a latent cache, which spares the work of the frozen networks.
+    """Settings of `train_unet`. `data` may also be a latent cache, in which the images are already encoded.
 
     Attributes:
         vae: VAE to use in place of the model's own: a folder, a Hub id, or a single file. The U-Net is trained
@@ -270,7 +273,7 @@ class UNetConfig(StageSettings):
     caption_dropout: float = 0.1
     validation_prompts: tuple[str, ...] = ()
 
-    may_change = StageSettings.may_change | {"vae"}  # a path, covered by a fingerprint as well
+    may_change = StageSettings.may_change | {"vae"}  # a path; a fingerprint covers the contents
 
     def __post_init__(self) -> None:
         super().__post_init__()
