@@ -113,7 +113,7 @@ class Stream(Iterable[Example]):
         self, dataset: Any, image: str, caption: str | None, source: str, files: Sequence[Path] = (), *,
         default_caption: str = "", folder: Path | None = None,
     ) -> None:  # fmt: skip
-        """Wrap a stream with these columns of images and captions. Paths in it are relative to `folder`."""
+        """Wrap a stream whose images and captions are in these columns. Relative paths are resolved in `folder`."""
         self.dataset, self.source, self.files = dataset, source, files
         self._columns = Columns(source, image, caption, default_caption, folder)
 
@@ -133,10 +133,10 @@ class Stream(Iterable[Example]):
 
     @property
     def identity(self) -> str:
-        """Fingerprint of the data: SHA-256 over source, split, columns, and the names and sizes of local files; 16 hex
-        digits.
+        """Fingerprint of the data: SHA-256 over source, split, columns, default caption, and the names and sizes of
+        local files; 16 hex digits.
 
-        The files' contents are not known before they are read.
+        It does not cover the contents of the files, which are unknown before the stream is read.
         """
         sizes = [(file.name, _file_size(str(file))) for file in self.files]
         names = (self.source, self.dataset.split, self._columns.image, self._columns.caption, *chain(*sizes))
@@ -153,9 +153,9 @@ def _file_size(path: str) -> int | None:
 
 
 def warn_of_captions(examples: Examples | Stream) -> None:
-    """Warn, in the main process, if no example has a caption, or if captions come from unusual files.
+    """Warn, in the main process, if no example has a caption, or if captions come from other files than .txt.
 
-    A model that is trained without captions learns no words.
+    A model that is trained without captions does not learn to follow prompts.
     """
     if not is_main_process():
         return
