@@ -1,11 +1,11 @@
 """Latent files: the scaled latents of one image, and what is needed to decode them.
 
-A latent file is a safetensors file that any safetensors reader opens. It holds one tensor, `z` (C, h, w), in the dtype
-that it was computed in, and these metadata, all strings:
+A latent file is a safetensors file that any safetensors reader opens. It holds one tensor, `z` (C, h, w), in a
+floating-point dtype (`sdkit encode` writes float32), and these metadata, all strings:
 
     format          "sdkit.latent"
     format_version  "1"
-    height, width   size of the image in pixels: it is the upper left part of the h * factor x w * factor decoded pixels
+    height, width   size of the image in pixels: the upper left part of the h * factor x w * factor decoded pixels
     factor          pixels per latent along each axis (8 in Stable Diffusion): h = ceil(height / factor), w likewise
     vae             fingerprint of the VAE's encoder side: equal fingerprints mean the same latent space
     vae_name        path or name that the VAE was loaded from
