@@ -22,14 +22,14 @@ BLOCK = 512
 KNOWN = READABLE | UNREADABLE | {*BESIDE}
 """Suffixes of images and caption files. Other members are ignored."""
 LONGEST_HEADER = 2**20
-"""Bytes of the largest header that is read: the name and attributes of one member."""
+"""Largest size in bytes of a header, which holds the name and attributes of one member."""
 
 
 def tar_rows(shards: Iterable[Path], root: Path, caption_column: str | None) -> tuple[list[dict[str, Any]], list[str]]:
     """List the images in webdataset shards with their captions.
 
-    The caption of KEY.jpg is KEY.txt, KEY.caption, or a field of KEY.json. A file whose name differs only in the last
-    suffix is preferred. Otherwise a file whose name is equal up to the first dot is taken, as webdataset groups files.
+    The caption of a.b.jpg is the first of these that is not empty: a.b.txt, a.b.caption, or a field of a.b.json; then
+    a.b.jpg.txt and so on; then a.txt and so on, since webdataset groups files by their names up to the first dot.
 
     Args:
         shards: the tar files.
