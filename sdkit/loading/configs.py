@@ -185,7 +185,7 @@ def read_config(path: Path, part: str) -> dict[str, Any]:
 def _all_finite(value: Any) -> bool:
     """Return whether all numbers in a JSON value, however deeply nested, are finite."""
     left = [value]
-    while left:  # no recursion: JSON may be nested deeper than Python's stack
+    while left:  # no recursion: JSON may be nested more deeply than Python can recurse
         one = left.pop()
         if isinstance(one, (dict, list)):
             left += one.values() if isinstance(one, dict) else one
@@ -195,8 +195,9 @@ def _all_finite(value: Any) -> bool:
 
 
 def layers_of(config: dict[str, Any], part: str) -> int:
-    """Return an upper bound of the number of layers of a network. Each takes time and memory to build, even without
-    weights.
+    """Return an upper bound on the number of layers of a network.
+
+    Each layer takes time and memory to build, even without weights, so configs that ask for too many are refused.
 
     Args:
         config: A config with checked values.
