@@ -43,9 +43,9 @@ FILENAME = "pytorch_lora_weights.safetensors"
 PEFT_FILENAME = "adapter_model.safetensors"
 PICKLES = ("pytorch_lora_weights.bin", "adapter_model.bin")
 PEFT_CONFIG = "adapter_config.json"
-"""The file beside peft's own that states the alphas. diffusers keeps them in the metadata, kohya among the tensors."""
+"""The config beside a LoRA in peft's layout. It states the alphas; diffusers has them in metadata, kohya as tensors."""
 PEFT_PREFIX = "base_model.model."
-"""Prefix of the names in peft's own files. The layer's name in its network follows."""
+"""Prefix of tensor names in peft's layout. The layer's name in its network follows."""
 LAYOUTS = ("diffusers", "kohya")
 
 KEY = re.compile(
@@ -53,15 +53,15 @@ KEY = re.compile(
     r"(?P<module>.+?)"
     r"(?:[._]lora(?:_linear_layer)?[._](?P<role>down|up|A|B)\.weight|\.alpha)"
 )
-"""A tensor's name in any of the layouts. In old files of diffusers the U-Net's names have no prefix."""
+"""Matches a tensor's name in any layout, once `_unwrapped`. Old files of diffusers give the U-Net's names no prefix."""
 BUNDLED = "bundle_emb."
-"""Prefix of the names of embeddings, which some trainers put into the file of a LoRA."""
+"""Prefix of the tensors of textual inversion embeddings, which some trainers bundle in a LoRA file."""
 KOHYA = ("lora_down.weight", "lora_up.weight", "alpha")
 ROLES = {"A": "down", "down": "down", "B": "up", "up": "up", None: "alpha"}
-# Names of attention layers from before peft (with underscores for dots) -> today's names.
+# Old names of attention layers, from before diffusers used peft (with underscores for dots) -> today's names.
 OLD_NAMES = ((r"_processor_", "_"), (r"(attn\d_to_out)$", r"\1_0"), (r"self_attn_to_(\w+)$", r"self_attn_\1_proj"))
 
-# Pieces of names that only other kinds of files have. The first match decides.
+# Substrings of tensor names that only another kind of file has, and that kind. The first match decides.
 FOREIGN = (
     (("string_to_param", "emb_params", "clip_g"), "a textual inversion embedding"),
     (("hada_w",), "a LoHa"),
@@ -77,15 +77,15 @@ FOREIGN = (
 
 FLOATS = {getattr(torch, name) for name in BYTES}
 WHOLE = {torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8}
-"""Some files state alpha as a whole number."""
+"""Integer dtypes, in which some files store alpha."""
 LARGEST_ALPHA = 1e12
 MOST_PATTERNS = 1000
-"""Largest number of layers for which a config may state an alpha; SD 1.x has fewer than 400."""
+"""Largest number of patterns in an `alpha_pattern`; SD 1.x has fewer than 400 layers."""
 PATTERN = re.compile(r"\^?(?:\.\*|\\\.|[\w.-])+\$?")
-"""A layer's name, or the end of one, in which `.*` stands for anything: the form of the regular expressions in peft's
-configs."""
+"""Matches the regular expressions of peft's `alpha_pattern` that are supported: a layer's name, or the end of one, in
+which `.*` stands for anything."""
 OTHER_BASE = ("pissa", "olora", "corda", "loftq")
-"""Initialisations (peft's `init_lora_weights`) that change the weights a LoRA is added to."""
+"""Initialisations (peft's `init_lora_weights`) that also change the base weights, so the LoRA alone is not enough."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,9 +93,9 @@ class Factors:
     """The update of one layer's weight: alpha / r * up @ down.
 
     Attributes:
-        down: A: (r, inputs), of a convolution (r, inputs, k, k).
-        up: B: (outputs, r), of a convolution (outputs, r, 1, 1).
-        alpha: The numerator of the update's factor.
+        down: The matrix A, (r, inputs); for a convolution, (r, inputs, k, k).
+        up: The matrix B, (outputs, r); for a convolution, (outputs, r, 1, 1).
+        alpha: The numerator of the scaling factor alpha / r.
     """
 
     down: Tensor
@@ -112,17 +112,17 @@ class Factors:
         return (weight.float() + scale * self.delta(weight)).to(weight.dtype)
 
     def overflows(self, weight: Tensor, scale: float) -> bool:
-        """Return whether `merged` would not be finite. It is computed only if bounds leave the question open."""
+        """Return whether `merged` would overflow. It is computed only if an upper bound does not exclude that."""
         up, down = (float(x.float().abs().max()) for x in (self.up, self.down))
         low, high = (float(x) for x in torch.aminmax(weight))
         factor = abs(scale * self.alpha / len(self.down))
-        bound = max(-low, high) + max(1.0, factor) * len(self.down) * up * down  # 1: up @ down must be finite, too
+        bound = max(-low, high) + max(1.0, factor) * len(self.down) * up * down  # 1: up @ down itself must not overflow
         return not bound <= torch.finfo(weight.dtype).max and not bool(self.merged(weight, scale).isfinite().all())
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoRA:
-    """A LoRA that was read: the layers that it changes in each network.
+    """A LoRA that was read from a file: its updates of layers of the U-Net and the text encoder.
 
     Layers are named with underscores for dots, as kohya does; the dots cannot be restored without the network.
 
@@ -138,7 +138,7 @@ class LoRA:
 
 
 def save_lora(tensors: dict[str, Tensor], path: str | Path, layout: str = "diffusers") -> None:
-    """Write trained tensors to one .safetensors file, atomically.
+    """Write the tensors of a trained LoRA to one .safetensors file, atomically.
 
     Args:
         tensors: The tensors that `sdkit.networks.lora.lora_tensors` returns, in any precision.
