@@ -160,7 +160,7 @@ def save_lora(tensors: dict[str, Tensor], path: str | Path, layout: str = "diffu
 
 
 def convert_lora(source: str | os.PathLike[str], path: str | Path) -> None:
-    """Write a LoRA in any layout that `read_lora` reads to one .safetensors file in kohya's.
+    """Convert a LoRA in any layout that `read_lora` reads to one .safetensors file in kohya's layout.
 
     Args:
         source: As in `read_lora`.
@@ -200,15 +200,15 @@ def _alpha_tensor(alpha: float, dtype: torch.dtype) -> Tensor:
 
 
 def read_lora(source: str | os.PathLike[str], *, filename: str | None = None, revision: str | None = None) -> LoRA:
-    """Read a LoRA of Stable Diffusion 1.x / 2.x in a layout of diffusers (of any age), kohya's, or peft's own.
+    """Read a LoRA of Stable Diffusion 1.x / 2.x in the layout of diffusers (new or old), kohya, or peft.
 
-    A bundled embedding is ignored, with a warning.
+    Textual inversion embeddings in the file are ignored, with a warning.
 
     Args:
         source: A file, a folder, or a Hub id.
         filename: The file in a folder or Hub repository. None takes the first that exists of
-            pytorch_lora_weights.safetensors, adapter_model.safetensors, the folder's only .safetensors file, and the
-            same as .bin.
+            pytorch_lora_weights.safetensors, adapter_model.safetensors, the only .safetensors file (in a local folder),
+            and the corresponding .bin files.
         revision: A branch, tag, or commit of a Hub repository.
 
     Raises:
@@ -243,7 +243,7 @@ def _group(names: Iterable[str], label: str) -> dict[tuple[str, str], dict[str, 
     """Group the names of a LoRA's tensors: (part, module) -> role -> name. Raise SourceError for other names."""
     groups: dict[tuple[str, str], dict[str, str]] = {}
     names = list(names)
-    alone = len(names) == 1 and "." not in names[0]  # in diffusers' embeddings the only name is the token
+    alone = len(names) == 1 and "." not in names[0]  # a textual inversion embedding of diffusers: the name is its token
     found = (kind for pieces, kind in FOREIGN if any(piece in name for name in names for piece in pieces))
     if kind := next(found, "a textual inversion embedding" if alone else None):
         raise SourceError(f"{label} looks like {kind}; give a plain LoRA of Stable Diffusion 1.x or 2.x.")
@@ -265,7 +265,7 @@ def _group(names: Iterable[str], label: str) -> dict[tuple[str, str], dict[str, 
 
 
 def _unwrapped(name: str) -> str:
-    """Rename from peft's own layout to diffusers' newest, with the network's name in front. Keep other names."""
+    """Rename a tensor from peft's layout to diffusers' newest: "unet." or "text_encoder." first. Keep other names."""
     if not name.startswith(PEFT_PREFIX):
         return name
     layer = name.removeprefix(PEFT_PREFIX)
@@ -294,7 +294,7 @@ class _Alphas:
     Attributes:
         usual: The alpha of layers that match no pattern; None is each layer's rank.
         patterns: Pairs of names (with `*` for anything) and the alpha of the layers they match. The first match counts.
-        rslora: Whether the update is divided by the root of the rank (rank-stabilised LoRA,
+        rslora: Whether alpha is divided by the square root of the rank, not by the rank (rank-stabilised LoRA,
             https://arxiv.org/abs/2312.03732).
     """
 
@@ -304,7 +304,7 @@ class _Alphas:
 
     @classmethod
     def read(cls, config: Mapping[str, Any]) -> _Alphas:
-        """Read them from a config. Raise ValueError for wrong types. No pattern is run as a regular expression."""
+        """Read the alphas from a config. Raise ValueError for wrong types. No pattern is run as a regex."""
         patterns, rslora = config.get("alpha_pattern") or {}, config.get("use_rslora") or False
         if not isinstance(patterns, dict) or len(patterns) > MOST_PATTERNS or not isinstance(rslora, bool):
             raise ValueError("has an alpha_pattern or use_rslora of another type or size")
@@ -313,7 +313,7 @@ class _Alphas:
         return cls(usual=usual, patterns=found, rslora=rslora)
 
     def of(self, module: str, rank: int) -> float:
-        """Return the alpha of a layer with the update alpha / rank * B A."""
+        """Return the alpha of a layer, adjusted for `rslora` so that the update is alpha / rank * B A in any case."""
         own = (alpha for globs, alpha in self.patterns if any(fnmatchcase(module, glob) for glob in globs))
         alpha = next(own, rank if self.usual is None else self.usual)
         return alpha * math.sqrt(rank) if self.rslora else alpha
@@ -322,7 +322,7 @@ class _Alphas:
 def _globs(pattern: str) -> tuple[str, ...]:
     """Translate one of peft's patterns to shell patterns.
 
-    A pattern that begins with ^ matches a layer's whole name. Others match the whole name, or what follows a dot in it.
+    A pattern that begins with ^ matches a layer's whole name. Others match the whole name, or its end after any dot.
     """
     if PATTERN.fullmatch(pattern) is None:
         raise ValueError(f"has the alpha_pattern {clean(pattern)!r}, which is no name of a layer")
@@ -363,7 +363,7 @@ def _peft_alphas(path: Path, label: str) -> _Alphas:
         return _Alphas(usual=None, patterns=(), rslora=False)
     try:
         config = read_object(path)
-        alphas = _Alphas.read({"lora_alpha": 8, **config})  # peft's default
+        alphas = _Alphas.read({"lora_alpha": 8, **config})  # 8 is peft's default
     except ValueError as error:
         raise SourceError(f"{clean(path)!r} {error}; download it again.") from error
     except OSError as error:
@@ -377,7 +377,7 @@ def _peft_alphas(path: Path, label: str) -> _Alphas:
 
 
 def plain_name(module: str) -> str:
-    """Return a module's name in the form that the networks and all layouts share."""
+    """Normalize a module's name: underscores for dots, no text_model_, and today's names of attention layers."""
     name = module.replace(".", "_").removeprefix("text_model_")
     for old, new in OLD_NAMES:
         name = re.sub(old, new, name)
@@ -406,8 +406,8 @@ def _locate(source: str | os.PathLike[str], filename: str | None, revision: str 
 
 
 def _fetched(place: Place, filename: str | None) -> Path:
-    """Fetch the file of a Hub repository: `filename`, or the first of the usual names that exists. No other is
-    downloaded."""
+    """Download a LoRA from a Hub repository, and return its path: `filename`, or the first of the usual names that
+    exists. For a file in peft's layout, download its config, too."""
     for wanted in [filename] if filename else [FILENAME, PEFT_FILENAME, *PICKLES]:
         if is_file(file := place.root([wanted]) / wanted):
             if wanted.startswith("adapter_model."):
