@@ -21,7 +21,7 @@ SHARD = re.compile(r"\w[\w.-]*\.(?:safetensors|bin)")
 
 @dataclass(frozen=True, kw_only=True)
 class Shards(TensorFile):
-    """The tensors of several files as one.
+    """Sharded weights, read like a single file.
 
     Attributes:
         path: The index.
