@@ -354,8 +354,8 @@ def _original_name(match: re.Match[str]) -> str:
 
 
 def _converted_text(tensors: Tensors, network: Any) -> Tensors:
-    """Return a text encoder's tensors as `_converted` does, without what SD does not use: buffers, the projection, and
-    the last layer of SD 2.x."""
+    """Rename a text encoder's tensors as `_converted` does. Leave out those that SD does not use: buffers, projections,
+    an image encoder, and the last layer of SD 2.x."""
     from diffusers.loaders import single_file_utils as converters
 
     last = f"{OPEN_CLIP}transformer.resblocks.{network.config.num_hidden_layers}."
