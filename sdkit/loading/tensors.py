@@ -330,7 +330,7 @@ def guarded(label: str) -> Iterator[None]:
 
 @contextmanager
 def _same_default_dtype() -> Iterator[None]:
-    """Restore torch's default dtype, which a load that fails may leave changed."""
+    """Restore torch's default dtype, which a failed load may leave changed."""
     dtype = torch.get_default_dtype()
     try:
         yield

@@ -65,7 +65,7 @@ class StableDiffusion:
         name: The source that the model was loaded from, or "".
         guidance_scale: Guidance scale of a call that gives none: `_guidance_scale` of the model's model_index.json,
             or 7.5.
-        offload_to: Device on which each network is only while it works, or None: all networks stay where they are.
+        offload_to: Device to which each network is moved while it computes; None leaves all networks where they are.
     """
 
     def __init__(
@@ -115,13 +115,15 @@ class StableDiffusion:
             device: "cpu", "cuda", "cuda:1", and so on, or "auto": a GPU where there is one.
             revision: Branch, tag, or commit of a Hub repository.
             variant: Variant of a repository's weight files, such as "fp16".
-            config: Folder of configs, for a single file of another architecture than SD 1.x and 2.x.
-            prediction_type: "epsilon" or "v_prediction", for a single file of SD 2.x that is not recognised.
+            config: Folder or Hub id with the configs for a single file that the public configs of SD 1.x and 2.x do not
+                fit.
+            prediction_type: "epsilon", "v_prediction", or "sample", in place of what the source states; see
+                `Source.scheduler_config`.
             vae: Source of a VAE that replaces the model's own. A VAE's own folder, file, or Hub repository serves too.
                 `revision` and `variant` do not apply to it.
             compile: Run the U-Net and the VAE through torch.compile.
-            offload: Keep the networks in the CPU's memory, and each one on `device` only while it works. It needs the
-                least GPU memory: that of the U-Net and of one image's activations.
+            offload: Keep the networks in the CPU's memory, and move each one to `device` only while it computes. GPU
+                memory then holds one network at a time, and its activations.
 
         Raises:
             SourceError: The source is missing, unreadable, of another kind, or cannot be downloaded.
@@ -131,10 +133,11 @@ class StableDiffusion:
         opened = Source.open(source, revision=revision, variant=variant, config=config, prediction_type=prediction_type)
         beside = opened
         if vae is not None:
-            beside = Source.open(vae, config=config if is_file(expanded(vae)) else None)  # a folder has its own configs
+            beside = Source.open(vae, config=config if is_file(expanded(vae)) else None)  # a folder brings its configs
         home = "cpu" if offload else device
         return cls(
-            # Each is set up for `device` before it goes home: layout, attention, and compilation depend on the device.
+            # Set up each network on `device`, then move it to `home`: memory layout, attention, and compilation depend
+            # on the device that it computes on.
             VAE.from_source(beside, dtype=dtype, device=device, compile=compile).to(home),
             TextEncoder.from_source(opened, dtype=dtype, device=device).to(home),
             UNet.from_source(opened, dtype=dtype, device=device, compile=compile).to(home),
