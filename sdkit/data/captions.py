@@ -17,7 +17,7 @@ CAPTION_KEYS = ("text", "caption", "captions", "prompt", "txt", "json")
 LONGEST = 2**20
 """Largest size in bytes of a caption file, and of a line in metadata.jsonl."""
 BESIDE = (".txt", ".caption", ".json")
-"""Suffixes of caption files beside an image; an earlier one wins."""
+"""Suffixes of caption files beside an image, in order of preference."""
 
 
 def caption_of(value: Any, key: str | None = None) -> str:

@@ -51,9 +51,8 @@ def open_examples(
 
     In a folder, the caption of a.png is the first of these that is not empty: its line in a metadata.jsonl, .csv, or
     .parquet (`file_name`, and `text` or `caption`) in its folder or above; a.txt; a.caption; a.png.txt; a.png.caption;
-    a.json; a.png.json. With `caption_column`, both .json files come before a.txt. A name that no file has exactly may
-    differ from a file's in case, Unicode normalization, or / and \\. Links to folders are followed, but no folder is
-    read twice.
+    a.json; a.png.json. With `caption_column`, both .json files come before a.txt. If no file has exactly the expected
+    name, case, Unicode normalization, and / or \\ may differ. Links to folders are followed; no folder is read twice.
 
     In tar shards, the caption of KEY.png is KEY.txt, KEY.caption, or KEY.json, in this order. With `caption_column`,
     only .json files, and files with a suffix of that name, are read.

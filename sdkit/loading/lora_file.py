@@ -53,7 +53,7 @@ KEY = re.compile(
     r"(?P<module>.+?)"
     r"(?:[._]lora(?:_linear_layer)?[._](?P<role>down|up|A|B)\.weight|\.alpha)"
 )
-"""Matches a tensor's name in any layout, once `_unwrapped`. Old files of diffusers give the U-Net's names no prefix."""
+"""Matches a tensor's name in any layout, after `_unwrapped`. In old files of diffusers, U-Net names have no prefix."""
 BUNDLED = "bundle_emb."
 """Prefix of the tensors of textual inversion embeddings, which some trainers bundle in a LoRA file."""
 KOHYA = ("lora_down.weight", "lora_up.weight", "alpha")

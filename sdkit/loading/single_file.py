@@ -57,7 +57,7 @@ ADDITIONS = (
     (EMBEDDING, "a textual inversion embedding"),
     ("emb_params", "a textual inversion embedding"),
 )
-# Prefixes of names in a checkpoint that no network needs: copies and tables from training, markers, and additions.
+# Prefixes of tensors in a checkpoint that no network loads: EMA copies, training tables, markers, and additions.
 PASSED_OVER = (
     "model_ema.",
     "embedding_manager.",

@@ -97,7 +97,7 @@ class TensorFile:
 def open_tensors(path: Path) -> TensorFile:
     """Open a file of weights: the header of a safetensors file, or a pickle through torch's weights-only loader.
 
-    The first bytes decide which of the two it is, not the name.
+    The first bytes decide which of the two it is; only if they do not tell, the suffix does.
 
     Raises:
         SourceError: The file is damaged, empty, of another kind, or a pickle that holds more than tensors.
@@ -182,7 +182,7 @@ def _named_tensors(content: Any, name: str, size: int) -> dict[str, torch.Tensor
     outer = content if isinstance(content, dict) else {}
     inside = {str(key): _tensors_of(value) for key, value in outer.items() if isinstance(value, dict)}
     inside = {key: tensors for key, tensors in inside.items() if tensors}
-    if EMBEDDING in inside:  # A1111's textual inversion; the name marks it for `check_kind`
+    if EMBEDDING in inside:  # A1111's textual inversion: the prefix lets `check_kind` recognise it
         tensors = {f"{EMBEDDING}.{key}": tensor for key, tensor in inside[EMBEDDING].items()}
     elif "state_dict" in inside:
         tensors = inside["state_dict"]

@@ -84,7 +84,7 @@ class Generation:
 
     @property
     def loras(self) -> list[tuple[str, float]]:
-        """Pairs of each LoRA's source and scale."""
+        """The source and the scale of each LoRA."""
         return list(zip(self.lora, self.lora_scale or [1.0] * len(self.lora), strict=True))
 
     def check(self) -> None:

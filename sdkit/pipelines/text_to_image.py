@@ -133,7 +133,7 @@ class StableDiffusion:
         opened = Source.open(source, revision=revision, variant=variant, config=config, prediction_type=prediction_type)
         beside = opened
         if vae is not None:
-            beside = Source.open(vae, config=config if is_file(expanded(vae)) else None)  # a folder brings its configs
+            beside = Source.open(vae, config=config if is_file(expanded(vae)) else None)  # a folder has its own configs
         home = "cpu" if offload else device
         return cls(
             # Set up each network on `device`, then move it to `home`: memory layout, attention, and compilation depend
@@ -420,10 +420,10 @@ class StableDiffusion:
     def _embedded(
         self, batch: _Batch, clip_skip: int, weighting: bool, *, finite: bool
     ) -> tuple[Conditioning, Conditioning | None]:
-        """Embed a batch's prompts and negative prompts. With `finite`, raise SdkitError for non-finite embeddings."""
+        """Embed a batch's prompts and negative prompts. With `finite`, raise SdkitError if they are not finite."""
         device = self.unet.device if self.offload_to is None else self.offload_to
         conditions = [
-            # Move embeddings to the U-Net's device once, not in every step.
+            # Moved to the device of the U-Net once, not in every step.
             embed(self.text, texts, clip_skip=clip_skip, weighting=weighting, chunks=batch.chunks).to(device)
             for texts in (batch.prompts, batch.negatives)
             if texts is not None

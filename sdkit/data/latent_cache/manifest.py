@@ -133,7 +133,7 @@ class Manifest:
 
     @property
     def files(self) -> tuple[Shard, ...]:
-        """All files beside the manifest."""
+        """All files of the cache except the manifest."""
         return (*self.shards, *([self.empty] if self.empty else []))
 
     @property

@@ -164,7 +164,7 @@ def cache(
                     return folder
                 for file in damaged or ():  # `_write_shards` makes them again
                     _delete(folder / file)
-                manifest.write(folder)  # not complete yet, so that a later call resumes the cache
+                manifest.write(folder)  # marks an unfinished cache, which a later call resumes
         pool = held.enter_context(ThreadPoolExecutor(workers))
         encoder = ShardEncoder(autoencoder, text, transform, settings, pool, batch_size)
         shards = _Shards(examples, shard_size)
