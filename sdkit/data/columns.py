@@ -1,4 +1,4 @@
-"""The columns of a data set that hold images and captions: chosen, and read into examples."""
+"""The image and caption columns of a data set: chosen by name and type, and read into examples."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ IMAGE_COLUMNS = ("image", "jpg", "png", "jpeg", "webp", "img")
 
 @dataclass(frozen=True)
 class Columns:
-    """The columns that turn a row of a data set into an example.
+    """The image and caption columns of a data set, which make an `Example` of each row.
 
     Attributes:
         source: path or id of the data set, for messages.
@@ -61,7 +61,7 @@ class Columns:
             ) from error
 
     def _whole(self, path: str | None) -> str | None:
-        """Return the path of the image in `folder` if that file exists, or `path` unchanged."""
+        """Return `folder`/`path` if that file exists, else `path` unchanged."""
         inside = str(self.folder / path) if self.folder and path and "://" not in path else None
         return inside if inside and os.path.isfile(inside) else path  # noqa: PTH113 - pathlib's raises for long names
 
@@ -94,7 +94,7 @@ def choose_columns(
     if image is None or image not in holding:
         problem = "has no column of images" if image is None else f"has no images in its column {clean(image)!r}"
         raise DataError(f"{clean(source)} {problem}; its columns: {columns}.")
-    # Images and sounds are no captions. Reading such a column would decode it, and open any address in it.
+    # Images and audio are no captions. Reading such a column would decode it, and open any URL in it.
     decoded = [name for name, feature in features.items() if _is_decoded(feature)]
     if caption_column == image or caption_column in decoded:
         raise DataError(

@@ -17,7 +17,7 @@ from sdkit.messages import clean, first_line
 from sdkit.stops import stop_in
 
 ON_THE_HUB = re.compile(r"(?:(?:zip|tar|gzip)://[^:]*::)?hf://")
-"""Matches the beginning of an image's address in a stream from the Hub."""
+"""Matches the beginning of the URL of an image on the Hub: hf://, or zip://a.png::hf:// in an archive."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,12 +54,12 @@ class Example:
                 data = file.read(-1 if self.size is None else self.size)
         except ImageError:
             raise
-        except Exception as error:  # file systems on the web raise nearly anything
+        except Exception as error:  # fsspec's remote file systems raise nearly anything
             raise stop_in(error) or ImageError(f"cannot read {clean(self.name)}: {first_line(error)}.") from error
         return _read(data, self.name)
 
     def _open(self, path: str) -> Any:
-        """Open a local file or a file on the Hub. No other address is opened: data could name any server."""
+        """Open a local shard or a file on the Hub. Other URLs are refused, since a data set could name any server."""
         if self.offset is not None:
             return open_regular(path)
         if not ON_THE_HUB.match(path):
@@ -73,7 +73,7 @@ class Example:
 
 
 def _read(data: bytes, name: str) -> Image.Image:
-    class Named(io.BytesIO):  # `images.read` names its file in errors by str()
+    class Named(io.BytesIO):  # errors of `images.read` name the file by str(file)
         def __str__(self) -> str:
             return name
 

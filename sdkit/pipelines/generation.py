@@ -23,7 +23,7 @@ EARLIER_NAMES = {
     "rescale": "guidance_rescale",
     "interval": "guidance_interval",
 }
-"""Keys in PNGs of earlier versions, and the fields that they became."""
+"""Key in PNGs that earlier versions wrote -> the field of `Generation` that it is today."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +84,7 @@ class Generation:
 
     @property
     def loras(self) -> list[tuple[str, float]]:
-        """Pairs of each LoRA's source and scale."""
+        """The source and the scale of each LoRA."""
         return list(zip(self.lora, self.lora_scale or [1.0] * len(self.lora), strict=True))
 
     def check(self) -> None:
@@ -128,7 +128,7 @@ class Generation:
 
     @classmethod
     def read(cls, path: str | Path) -> Generation:
-        """Read the settings from a PNG's text, of this version or an earlier one.
+        """Read the settings from the text chunks of a PNG, written by this version or an earlier one.
 
         Raises:
             ImageError: The PNG holds no settings, or its text is damaged.

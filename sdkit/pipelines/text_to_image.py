@@ -65,7 +65,7 @@ class StableDiffusion:
         name: The source that the model was loaded from, or "".
         guidance_scale: Guidance scale of a call that gives none: `_guidance_scale` of the model's model_index.json,
             or 7.5.
-        offload_to: Device on which each network is only while it works, or None: all networks stay where they are.
+        offload_to: Device to which each network is moved while it computes; None leaves all networks where they are.
     """
 
     def __init__(
@@ -115,13 +115,15 @@ class StableDiffusion:
             device: "cpu", "cuda", "cuda:1", and so on, or "auto": a GPU where there is one.
             revision: Branch, tag, or commit of a Hub repository.
             variant: Variant of a repository's weight files, such as "fp16".
-            config: Folder of configs, for a single file of another architecture than SD 1.x and 2.x.
-            prediction_type: "epsilon" or "v_prediction", for a single file of SD 2.x that is not recognised.
+            config: Folder or Hub id with the configs for a single file that the public configs of SD 1.x and 2.x do not
+                fit.
+            prediction_type: "epsilon", "v_prediction", or "sample", in place of what the source states; see
+                `Source.scheduler_config`.
             vae: Source of a VAE that replaces the model's own. A VAE's own folder, file, or Hub repository serves too.
                 `revision` and `variant` do not apply to it.
             compile: Run the U-Net and the VAE through torch.compile.
-            offload: Keep the networks in the CPU's memory, and each one on `device` only while it works. It needs the
-                least GPU memory: that of the U-Net and of one image's activations.
+            offload: Keep the networks in the CPU's memory, and move each one to `device` only while it computes. GPU
+                memory then holds one network at a time, and its activations.
 
         Raises:
             SourceError: The source is missing, unreadable, of another kind, or cannot be downloaded.
@@ -134,7 +136,8 @@ class StableDiffusion:
             beside = Source.open(vae, config=config if is_file(expanded(vae)) else None)  # a folder has its own configs
         home = "cpu" if offload else device
         return cls(
-            # Each is set up for `device` before it goes home: layout, attention, and compilation depend on the device.
+            # Set up each network on `device`, then move it to `home`: memory layout, attention, and compilation depend
+            # on the device that it computes on.
             VAE.from_source(beside, dtype=dtype, device=device, compile=compile).to(home),
             TextEncoder.from_source(opened, dtype=dtype, device=device).to(home),
             UNet.from_source(opened, dtype=dtype, device=device, compile=compile).to(home),
@@ -159,9 +162,10 @@ class StableDiffusion:
         with dtype "fp32" to keep them.
 
         Args:
-            source: A file, a folder, or a Hub id, in the layout of diffusers or kohya (A1111, civitai).
+            source: A file, a folder, or a Hub id, in the layout of diffusers, kohya (A1111, civitai), or peft.
             scale: Factor of the LoRA's update.
-            filename: Name of the file in a folder or Hub repository; None is pytorch_lora_weights.safetensors.
+            filename: Name of the file in a folder or Hub repository. None tries the usual names, of which
+                pytorch_lora_weights.safetensors comes first.
             revision: Branch, tag, or commit of a Hub repository.
 
         Raises:
@@ -258,10 +262,10 @@ class StableDiffusion:
 
         Returns:
             N images: a list of PIL images for "pil"; uint8 (N, H, W, 3) for "np"; float32 (N, 3, H, W) in [-1, 1] for
-            "pt". For "latent" the scaled latents (N, 4, h, w), float32, even where they are not finite.
+            "pt"; scaled latents (N, 4, h, w), float32, for "latent", which are not checked for NaN or infinity.
 
         Raises:
-            ArgumentError: An argument is out of range, or does not go with another or with this model.
+            ArgumentError: An argument is out of range, contradicts another one, or does not apply to this model.
             SdkitError: The text encoder or the U-Net gives numbers that are not finite.
 
         Examples:
@@ -308,20 +312,20 @@ class StableDiffusion:
             return decode(self.vae, z, size, output_type=output_type, batch_size=batch_size)
 
     def _working(self, network: Wrapper) -> AbstractContextManager[None]:
-        """Return a context in which a network of this pipeline is on the device that it computes on."""
+        """Return a context that keeps a network on `offload_to` while it computes; a no-op without offloading."""
         return nullcontext() if self.offload_to is None else on_device(network, self.offload_to)
 
     def _model(
         self, guidance_scale: float | None, negatives: list[str], guidance: dict[str, Any]
     ) -> tuple[Model, float]:
-        """Return the U-Net as `guided` calls it, and the guidance scale."""
+        """Return the model and the guidance scale to pass to `guided`."""
         scale = self.guidance_scale if guidance_scale is None else guidance_scale
         # Inference mode for the U-Net alone, so that a callback can use the tensors of a `Step` with autograd.
         unet: Any = torch.inference_mode()(self.unet)
         if not self.unet.guided:
             return unet, scale
         self._check_guided(negatives, guidance)
-        # A distilled U-Net guides itself in one pass. Scale 1 turns off the second pass.
+        # A guidance-distilled U-Net takes the scale as an input. Scale 1 keeps `guided` from adding a second pass.
         return partial(unet, guidance_scale=number("the guidance scale", scale, -1e6, 1e6)), 1.0
 
     def _check_embeddings(self, conditions: list[Conditioning], weighting: bool) -> None:
@@ -339,7 +343,7 @@ class StableDiffusion:
 
     @staticmethod
     def _check_guided(negatives: list[str], guidance: dict[str, Any]) -> None:
-        """Raise ArgumentError for options of guidance, since a distilled U-Net only takes the scale, as an input."""
+        """Raise ArgumentError for guidance options other than the scale, which a distilled U-Net does not support."""
         used = {"negative_prompt": any(negatives), "guidance_interval": guidance["interval"] is not None,
                 "guidance_rescale": bool(guidance["phi"]), "apg": guidance["projected"] is not None}  # fmt: skip
         if option := next((option for option, given in used.items() if given), None):
@@ -368,7 +372,7 @@ class StableDiffusion:
         return [text for text in prompts for _ in range(copies)], [text for text in negatives for _ in range(copies)]
 
     def _size(self, height: int | None, width: int | None, latents: Tensor | None) -> tuple[int, int]:
-        """Return the height and width of the images in pixels: as given, else those of `latents` or of the model."""
+        """Return the images' height and width in pixels: the given ones, else those of `latents`, else the model's."""
         factor, side = self.vae.factor, self.unet.sample_size
         if latents is not None:
             if not isinstance(latents, Tensor) or latents.ndim != 4:
@@ -434,10 +438,10 @@ class _Batch:
     """Images that are denoised together.
 
     Attributes:
-        images: Their indices among all images.
-        prompts: The prompt of each.
-        negatives: The negative prompt of each, or None without guidance.
-        chunks: Number of chunks of tokens of each prompt.
+        images: Indices of these images among all images.
+        prompts: The prompt of each image.
+        negatives: The negative prompt of each image; None without guidance.
+        chunks: Number of chunks of tokens that every prompt is padded to.
     """
 
     images: list[int]
@@ -447,7 +451,7 @@ class _Batch:
 
 
 def _remedy(part: UNet | TextEncoder) -> str:
-    """Return the end of a sentence that says how to get finite numbers from a network."""
+    """Return the end of an error message: why a network gives numbers that are not finite, and what to do."""
     broken = next((name for name, weight in part.network.named_parameters() if not weight.isfinite().all()), None)
     if broken is not None:
         return f"its weight {clean(broken)} is not: load the model anew, from a file that is whole"
