@@ -1,4 +1,4 @@
-"""Checks of arguments: each returns the value, or raises `ArgumentError` with a sentence that names the argument."""
+"""Checks of arguments: each returns the value, or raises ArgumentError with a sentence that names the argument."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def flag(name: str, value: Any) -> bool:
 
 
 def possible_name(name: str | os.PathLike[str]) -> bool:
-    """Tell whether a file can have this name on this system: it can be encoded, and holds no NUL."""
+    """Return whether a file can have this name on this system: it can be encoded, and holds no NUL."""
     try:
         return b"\0" not in os.fsencode(name)
     except UnicodeEncodeError:

@@ -36,12 +36,12 @@ def atomic_write(path: str | Path, *, overwrite: bool = True) -> Iterator[Path]:
     included), the temporary file is removed and `path` stays as it was. Missing parent folders are made.
 
     Args:
-        path: the file to write. If it is a link, the file that it points to is replaced.
-        overwrite: replace an existing file.
+        path: The file to write. If it is a link, the file that it points to is replaced.
+        overwrite: Replace an existing file.
 
     Raises:
-        FileExistsError: if `overwrite` is false and `path` exists, even if another process made it just now.
-        SdkitError: for every other `OSError`, of this function or of the body.
+        FileExistsError: `overwrite` is false and `path` exists, even if another process made it just now.
+        SdkitError: Any other `OSError` occurred, in this function or in the body.
     """
     temporary = None
     try:
@@ -69,7 +69,7 @@ def atomic_write(path: str | Path, *, overwrite: bool = True) -> Iterator[Path]:
 
 
 def _claim(temporary: Path, target: Path) -> None:
-    """Rename without overwriting. Raises `FileExistsError` if `target` exists; of two processes, one succeeds."""
+    """Rename without overwriting. Raises FileExistsError if `target` exists; of two processes, one succeeds."""
     try:
         os.link(temporary, target)
     except FileExistsError:

@@ -18,7 +18,7 @@ class NoFilesFoundError(SdkitError):
     """There is no file of the wanted kind.
 
     Attributes:
-        others: other files that were found instead, as part of a sentence: " (but 2 .heic files)"; "" if none.
+        others: Other files that were found instead, as part of a sentence: " (but 2 .heic files)"; "" if none.
     """
 
     def __init__(self, message: str, others: str) -> None:
@@ -34,16 +34,16 @@ def find_files(paths: Iterable[str | Path], suffixes: Collection[str], unreadabl
     dangling link, a pipe, a folder without permission) are returned too, so that opening them reports the problem.
 
     Args:
-        paths: files and folders.
-        suffixes: wanted suffixes, in lower case.
-        unreadable: suffixes of files that are left out with one warning.
+        paths: Files and folders.
+        suffixes: Wanted suffixes, in lower case.
+        unreadable: Suffixes of files that are left out with one warning.
 
     Returns:
         The files without repetition: in the order of `paths`, and sorted within each folder.
 
     Raises:
-        NoFilesFoundError: if nothing is found.
-        SdkitError: if a path does not exist, cannot be read, or is neither a file nor a folder.
+        NoFilesFoundError: Nothing is found.
+        SdkitError: A path does not exist, cannot be read, or is neither a file nor a folder.
     """
     names = list(paths)
     if not all(str(name) for name in names):

@@ -14,7 +14,7 @@ def status(path: str | Path) -> os.stat_result:
     """Return the status of a file or folder; links are followed.
 
     Raises:
-        OSError: if there is none, or if no file can have the name (it holds NUL).
+        OSError: There is none, or no file can have the name (it holds NUL).
     """
     try:
         return Path(path).stat()
@@ -23,7 +23,7 @@ def status(path: str | Path) -> os.stat_result:
 
 
 def check_name(path: str | Path) -> None:
-    """Raise `OSError` if no file can have this name. The file need not exist."""
+    """Raise OSError if no file can have this name. The file need not exist."""
     try:
         os.lstat(path)
     except ValueError as error:
@@ -37,7 +37,7 @@ def open_regular(path: str | Path) -> BinaryIO:
     """Open a file to read its bytes.
 
     Raises:
-        OSError: if it cannot be read, or is a folder, a pipe, or a device; reading a pipe might never end.
+        OSError: It cannot be read, or is a folder, a pipe, or a device; reading a pipe might never end.
     """
     mode = status(path).st_mode
     if stat.S_ISDIR(mode):
@@ -49,7 +49,7 @@ def open_regular(path: str | Path) -> BinaryIO:
 
 
 def read_regular(path: str | Path, largest: int) -> bytes:
-    """Return all bytes of a regular file. Raises `OSError`, also if there are more than `largest` bytes."""
+    """Return all bytes of a regular file. Raises OSError, also if there are more than `largest` bytes."""
     with open_regular(path) as file:
         data = file.read(largest + 1)
     if len(data) > largest:
@@ -58,7 +58,7 @@ def read_regular(path: str | Path, largest: int) -> bytes:
 
 
 def sha256(path: Path) -> str:
-    """Return the SHA-256 checksum of a regular file, in hexadecimal. Raises `OSError`."""
+    """Return the SHA-256 checksum of a regular file, in hexadecimal. Raises OSError."""
     digest = hashlib.sha256()
     with open_regular(path) as file:
         while block := file.read(1 << 20):
@@ -67,7 +67,7 @@ def sha256(path: Path) -> str:
 
 
 def resolved(path: str | Path) -> Path:
-    """Return `path` with all links followed. Raises `OSError`, also for a name that no file can have."""
+    """Return `path` with all links followed. Raises OSError, also for a name that no file can have."""
     try:
         return Path(os.path.realpath(path))
     except ValueError as error:

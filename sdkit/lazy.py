@@ -11,8 +11,8 @@ def attributes(package: str, homes: Mapping[str, str]) -> Callable[[str], object
     """Make the `__getattr__` of a package.
 
     Args:
-        package: name of the package.
-        homes: name in the package -> the module that defines it, or the module that it is.
+        package: Name of the package.
+        homes: Name in the package -> the module that defines it, or the module that it is.
     """
 
     def get(name: str) -> object:

@@ -18,7 +18,7 @@ LARGEST = 64 * 2**20
 
 
 def parse(data: bytes | str) -> Any:
-    """Return the value of a JSON text; NaN and Infinity are allowed. Raises `ValueError` for anything else."""
+    """Return the value of a JSON text; NaN and Infinity are allowed. Raises ValueError for anything else."""
     try:
         return json.loads(data)
     except RecursionError as error:
@@ -28,7 +28,7 @@ def parse(data: bytes | str) -> Any:
 
 
 def parse_object(data: bytes | str) -> dict[str, Any]:
-    """Return the object in a JSON text. Raises `ValueError` for anything else."""
+    """Return the object in a JSON text. Raises ValueError for anything else."""
     found = parse(data)
     if not isinstance(found, dict):
         raise ValueError("holds no JSON object")
@@ -39,14 +39,14 @@ def read_object(path: Path, largest: int = LARGEST) -> dict[str, Any]:
     """Return the object in a JSON file.
 
     Raises:
-        ValueError: if the file holds anything else.
-        OSError: if it cannot be read, is not a regular file, or is larger than `largest` bytes.
+        ValueError: The file holds anything else.
+        OSError: It cannot be read, is not a regular file, or is larger than `largest` bytes.
     """
     return parse_object(read_regular(path, largest))
 
 
 def require(fields: Mapping[str, Any], kinds: Mapping[str, type | tuple[type, ...]]) -> None:
-    """Raise `ValueError` if a field named in `kinds` is missing or has another type.
+    """Raise ValueError if a field named in `kinds` is missing or has another type.
 
     An int is accepted as a float. A bool is not accepted as a number.
     """

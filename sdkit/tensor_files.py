@@ -41,8 +41,8 @@ def read(path: Path, largest: int) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return the tensors and the metadata of a safetensors file, whatever its suffix.
 
     Raises:
-        ValueError: if the file is damaged or of another kind.
-        OSError: if it cannot be read, is not a regular file, or is larger than `largest` bytes.
+        ValueError: The file is damaged or of another kind.
+        OSError: It cannot be read, is not a regular file, or is larger than `largest` bytes.
     """
     data = read_regular(path, largest)
     try:

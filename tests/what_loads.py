@@ -48,7 +48,7 @@ class Kit:
     """A small Stable Diffusion 1.x with random weights, from which the cases are made.
 
     Attributes:
-        root: folder for its files.
+        root: Folder for its files.
     """
 
     root: Path
@@ -159,9 +159,9 @@ class Case:
     """One row of the guide.
 
     Attributes:
-        what: its first column.
-        make: makes the files in a folder, and returns what `read` takes.
-        read: reads them with sdkit; a string that it returns is shown in the guide.
+        what: Its first column.
+        make: Makes the files in a folder, and returns what `read` takes.
+        read: Reads them with sdkit; a string that it returns is shown in the guide.
     """
 
     what: str
@@ -174,9 +174,9 @@ class Group:
     """One section of the guide: the cases that are read in the same way.
 
     Attributes:
-        title: heading of the section.
-        read: reads what a case has made.
-        cases: rows, in order.
+        title: Heading of the section.
+        read: Reads what a case has made.
+        cases: Rows, in order.
     """
 
     title: str

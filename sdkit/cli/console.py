@@ -215,7 +215,7 @@ def exit_code_of(work: Callable[[], int]) -> int:
 
 
 def _check_folder() -> None:
-    """Raise `SdkitError` if the working folder was deleted. Libraries would fail later, each in its own way."""
+    """Raise SdkitError if the working folder was deleted. Libraries would fail later, each in its own way."""
     try:
         os.getcwd()  # noqa: PTH109 - pathlib's is the same
     except OSError as error:

@@ -9,7 +9,7 @@ from sdkit.errors import ArgumentError
 
 
 class Parser(argparse.ArgumentParser):
-    """An `ArgumentParser` that raises `ArgumentError` instead of exiting.
+    """An `ArgumentParser` that raises ArgumentError instead of exiting.
 
     An option that is given twice is an error, and so is `--x --no-x`, unless the option's action is "append".
     Descriptions and epilogs keep their line breaks.
@@ -37,5 +37,5 @@ class Parser(argparse.ArgumentParser):
         return super()._get_values(action, arg_strings)
 
     def error(self, message: str) -> NoReturn:
-        """Raise `ArgumentError`."""
+        """Raise ArgumentError."""
         raise ArgumentError(f"{message}; see {self.prog} --help.")

@@ -33,10 +33,10 @@ def folder_rows(
     """List the images in a folder with their captions, which are found as `open_examples` describes.
 
     Args:
-        files: the image files below `root`.
-        root: the folder.
-        caption_column: key of the caption in metadata and .json files; None tries the usual keys.
-        class_folders: repeat each image in a folder named like "10_zork dog" ten times, and give it the caption
+        files: The image files below `root`.
+        root: The folder.
+        caption_column: Key of the caption in metadata and .json files; None tries the usual keys.
+        class_folders: Repeat each image in a folder named like "10_zork dog" ten times, and give it the caption
             "zork dog" if it has no other.
 
     Returns:
@@ -45,7 +45,7 @@ def folder_rows(
         were read from.
 
     Raises:
-        DataError: if captions cannot be read or are ambiguous, or no caption has the key `caption_column`.
+        DataError: Captions cannot be read or are ambiguous, or no caption has the key `caption_column`.
     """
     listed = {str(Path(folder)): names for folder, names in walk(root)}
     place = _Places()

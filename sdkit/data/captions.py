@@ -24,15 +24,15 @@ def caption_of(value: Any, key: str | None = None) -> str:
     """Return the caption in a value of a caption column.
 
     Args:
-        value: text, bytes, a number, a list (its first item counts), or fields by name (see `key`). None, booleans, and
+        value: Text, bytes, a number, a list (its first item counts), or fields by name (see `key`). None, booleans, and
             numbers that are not finite (pandas writes missing values so) are no caption.
-        key: the field that holds the caption. None tries `CAPTION_KEYS`.
+        key: The field that holds the caption. None tries `CAPTION_KEYS`.
 
     Returns:
         The caption without leading and trailing whitespace; "" if there is none.
 
     Raises:
-        ValueError: if the text was decoded wrongly: it holds NUL characters, or bytes that are not UTF-8.
+        ValueError: The text was decoded wrongly: it holds NUL characters, or bytes that are not UTF-8.
     """
     keys = CAPTION_KEYS if key is None else (key,)
     while isinstance(value, (Mapping, list, tuple)):
@@ -53,9 +53,9 @@ class Texts:
     """Reads caption files, and collects those that cannot be read, so that one error can name them all.
 
     Attributes:
-        key: field of .json files that holds the caption; None tries `CAPTION_KEYS`.
-        keys: names of all fields seen in .json files.
-        bad: names of the files that cannot be read.
+        key: Field of .json files that holds the caption; None tries `CAPTION_KEYS`.
+        keys: Names of all fields seen in .json files.
+        bad: Names of the files that cannot be read.
     """
 
     def __init__(self, key: str | None = None) -> None:
@@ -87,7 +87,7 @@ class Texts:
             return ""
 
     def check(self) -> None:
-        """Raise `DataError` if any file could not be read."""
+        """Raise DataError if any file could not be read."""
         if self.bad:
             raise DataError(
                 f"the caption in {listed(self.bad)} cannot be read; save it as UTF-8 text "

@@ -59,12 +59,12 @@ class Finding:
     """One kind of problem, and the files that have it.
 
     Attributes:
-        kind: a key of `FINDINGS`.
-        what: the problem, in words.
-        consequence: how training treats it.
-        names: names of the images or files that have it.
-        groups: names of duplicates, in groups; other problems have `names`.
-        reasons: name -> the particular reason, if reasons differ.
+        kind: A key of `FINDINGS`.
+        what: The problem, in words.
+        consequence: How training treats it.
+        names: Names of the images or files that have it.
+        groups: Names of duplicates, in groups; other problems have `names`.
+        reasons: Name -> the particular reason, if reasons differ.
     """
 
     kind: str
@@ -85,9 +85,9 @@ class Shape:
     """A size that images have.
 
     Attributes:
-        width: in pixels.
-        height: in pixels.
-        count: number of images of this size.
+        width: In pixels.
+        height: In pixels.
+        count: Number of images of this size.
     """
 
     width: int
@@ -100,12 +100,12 @@ class CheckReport:
     """Report of `check`: `asdict` gives it as JSON, `str` as text for people.
 
     Attributes:
-        source: path or id of the data set.
+        source: Path or id of the data set.
         size: (height, width) of the crop that training would take.
-        examples: number of images.
-        usable: number of images that training would not skip.
-        findings: the problems found.
-        shapes: sizes of the readable images, the most frequent first.
+        examples: Number of images.
+        usable: Number of images that training would not skip.
+        findings: The problems found.
+        shapes: Sizes of the readable images, the most frequent first.
     """
 
     source: str
@@ -149,13 +149,13 @@ class _Look:
     """Facts about an image, without its pixels.
 
     Attributes:
-        name: name of the example.
-        caption: its caption.
+        name: Name of the example.
+        caption: Its caption.
         size: (width, height) in pixels.
         pixels: SHA-256 over size and pixels.
-        hash: perceptual hash.
+        hash: Perceptual hash.
         thumbnail: 8 x 8 RGB pixels.
-        error: message, if the image cannot be read.
+        error: Message, if the image cannot be read.
     """
 
     name: str
@@ -183,15 +183,15 @@ def check(
     """Read a data set, and report its problems: unreadable or small images, missing or long captions, duplicates.
 
     Args:
-        data: path or id of the data set; see `open_examples`.
-        model: model that gives the image size and the tokenizer. None takes Stable Diffusion 1.x's: 512 pixels, 77
+        data: Path or id of the data set; see `open_examples`.
+        model: Model that gives the image size and the tokenizer. None takes Stable Diffusion 1.x's: 512 pixels, 77
             tokens.
         size: (height, width) of the crop in pixels, or one number for a square. None takes the model's own size.
-        split, image_column, caption_column, streaming, class_folders, default_caption: see `open_examples`.
-        workers: threads that read images.
+        split, image_column, caption_column, streaming, class_folders, default_caption: See `open_examples`.
+        workers: Threads that read images.
 
     Raises:
-        DataError: if there is no such data set, or no image in it.
+        DataError: There is no such data set, or no image in it.
     """
     whole_number("workers", workers, 1)
     opened = Source.open(model) if model else None

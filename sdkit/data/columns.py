@@ -25,11 +25,11 @@ class Columns:
     """The image and caption columns of a data set, which make an `Example` of each row.
 
     Attributes:
-        source: path or id of the data set, for messages.
-        image: name of the column of images.
-        caption: name of the column of captions, if there is one.
-        default_caption: caption of images that have none.
-        folder: folder that relative paths are relative to; None where all paths are absolute.
+        source: Path or id of the data set, for messages.
+        image: Name of the column of images.
+        caption: Name of the column of captions, if there is one.
+        default_caption: Caption of images that have none.
+        folder: Folder that relative paths are relative to; None where all paths are absolute.
     """
 
     source: str
@@ -51,7 +51,7 @@ class Columns:
         )
 
     def caption_of(self, value: Any, i: int) -> str:
-        """Return the caption in row `i`. Raises `DataError` where it is not UTF-8 text."""
+        """Return the caption in row `i`. Raises DataError where it is not UTF-8 text."""
         try:
             return caption_of(value) or self.default_caption
         except ValueError as error:
@@ -77,13 +77,13 @@ def choose_columns(
     """Choose the column of images, and the column of captions if there is one.
 
     Args:
-        features: the data set's columns and their types.
-        source: path or id of the data set, for messages.
-        image_column: name given by the user; None takes the likeliest column that holds images.
-        caption_column: name given by the user; None takes the first of `CAPTION_KEYS` that is a column.
+        features: The data set's columns and their types.
+        source: Path or id of the data set, for messages.
+        image_column: Name given by the user; None takes the likeliest column that holds images.
+        caption_column: Name given by the user; None takes the first of `CAPTION_KEYS` that is a column.
 
     Raises:
-        DataError: if a given column is missing or holds something else, or if no column holds images.
+        DataError: A given column is missing or holds something else, or no column holds images.
     """
     columns = clean(", ".join(features))
     for option, column in (("image_column", image_column), ("caption_column", caption_column)):
@@ -106,13 +106,13 @@ def choose_columns(
 
 
 def _holds_images(feature: Any) -> bool:
-    """Tell whether a column holds encoded images: the type Image, bytes, or a structure with a field `bytes`."""
+    """Return whether a column holds encoded images: the type Image, bytes, or a structure with a field `bytes`."""
     encoded = feature.get("bytes") if isinstance(feature, dict) else feature
     is_image = isinstance(feature, datasets_library().Image)
     return is_image or getattr(encoded, "dtype", "") in ("binary", "large_binary")
 
 
 def _is_decoded(feature: Any) -> bool:
-    """Tell whether the library would open a column's content: an image or a sound, whose path may be an address."""
+    """Return whether the library would open a column's content: an image or a sound, whose path may be an address."""
     parts = feature.values() if isinstance(feature, dict) else [getattr(feature, "feature", None)]
     return hasattr(feature, "decode_example") or any(_is_decoded(part) for part in parts if part is not None)

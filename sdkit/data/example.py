@@ -25,12 +25,12 @@ class Example:
     """An image, not yet read, and its caption.
 
     Attributes:
-        name: the image's path in its folder, its member's name in its shard, or its row; unique within a data set.
+        name: The image's path in its folder, its member's name in its shard, or its row; unique within a data set.
         caption: "" where the image has none.
-        path: the file that holds the encoded image, or an address on the Hub.
-        data: the encoded image, where it does not lie in a file.
-        offset: first byte of the encoded image in the file `path`; None where it is the whole file.
-        size: number of bytes from `offset` on; None where it is the whole file.
+        path: The file that holds the encoded image, or an address on the Hub.
+        data: The encoded image, where it does not lie in a file.
+        offset: First byte of the encoded image in the file `path`; None where it is the whole file.
+        size: Number of bytes from `offset` on; None where it is the whole file.
     """
 
     name: str
@@ -41,7 +41,7 @@ class Example:
     size: int | None = field(default=None, repr=False)
 
     def load(self) -> Image.Image:
-        """Read the image as `sdkit.images.read` does: 8-bit RGB, upright, opaque. Raises `ImageError`."""
+        """Read the image as `sdkit.images.read` does: 8-bit RGB, upright, opaque. Raises ImageError."""
         if self.data is not None:
             return _read(self.data, self.name)
         if self.path is None:

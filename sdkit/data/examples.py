@@ -25,10 +25,10 @@ class Examples:
     """The examples of a data set, in an order that never changes.
 
     Attributes:
-        dataset: the `datasets.Dataset` behind it; its column of images is not decoded.
-        source: path or id of the data set.
-        unread: files that may hold captions but are not read, where no image has a caption.
-        unusual: suffixes other than .txt of the files that captions were read from.
+        dataset: The `datasets.Dataset` behind it; its column of images is not decoded.
+        source: Path or id of the data set.
+        unread: Files that may hold captions but are not read, where no image has a caption.
+        unusual: Suffixes other than .txt of the files that captions were read from.
     """
 
     def __init__(
@@ -100,10 +100,10 @@ class Stream(Iterable[Example]):
     """The examples of a data set that is read sequentially and never held in memory. It has no length and no index.
 
     Attributes:
-        dataset: the `datasets.IterableDataset` behind it; its column of images is not decoded.
-        source: path or id of the data set.
-        files: the local files that are streamed; empty for a data set on the Hub.
-        unread, unusual: as in `Examples`; always empty.
+        dataset: The `datasets.IterableDataset` behind it; its column of images is not decoded.
+        source: Path or id of the data set.
+        files: The local files that are streamed; empty for a data set on the Hub.
+        unread, unusual: As in `Examples`; always empty.
     """
 
     unread: Sequence[str] = ()

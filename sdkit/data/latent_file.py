@@ -58,20 +58,20 @@ class Latent:
     """Scaled latents of one image, and where they come from.
 
     Attributes:
-        z: latents (C, h, w), of a dtype in `DTYPES`.
-        height: height of the image in pixels.
-        width: width of the image in pixels.
-        vae: fingerprint of the VAE's encoder side.
-        vae_name: path or name that the VAE was loaded from.
-        scale: raw latents are z / scale + shift.
-        sdkit: version of sdkit that made the latents.
-        dtype: dtype that the VAE computed in.
-        shift: see `scale`.
-        factor: pixels per latent along each axis.
-        source: name of the image file, if there was one.
+        z: Latents (C, h, w), of a dtype in `DTYPES`.
+        height: Height of the image in pixels.
+        width: Width of the image in pixels.
+        vae: Fingerprint of the VAE's encoder side.
+        vae_name: Path or name that the VAE was loaded from.
+        scale: Raw latents are z / scale + shift.
+        sdkit: Version of sdkit that made the latents.
+        dtype: Dtype that the VAE computed in.
+        shift: See `scale`.
+        factor: Pixels per latent along each axis.
+        source: Name of the image file, if there was one.
 
     Raises:
-        LatentError: if the fields contradict one another, or z is not finite.
+        LatentError: The fields contradict one another, or z is not finite.
     """
 
     z: Tensor
@@ -107,7 +107,7 @@ class Latent:
 
 
 def save(latent: Latent, path: str | Path) -> None:
-    """Write a latent file, atomically. Raises `SdkitError` if it cannot be written."""
+    """Write a latent file, atomically. Raises SdkitError if it cannot be written."""
     metadata = {name: encodable(str(getattr(latent, name))) for name in PARSERS}
     metadata |= {"format": FORMAT, "format_version": str(FORMAT_VERSION)}
     if latent.source is not None:
@@ -118,7 +118,7 @@ def save(latent: Latent, path: str | Path) -> None:
 
 
 def load(path: str | Path) -> Latent:
-    """Read a latent file; `z` is on the CPU. Raises `LatentError` if it is damaged, of another kind, or newer."""
+    """Read a latent file; `z` is on the CPU. Raises LatentError if it is damaged, of another kind, or newer."""
     try:
         tensors, metadata = tensor_files.read(Path(path), LARGEST)
     except OSError as error:
@@ -143,14 +143,14 @@ def load(path: str | Path) -> Latent:
 def check_vae(
     latent: Latent, identity: str, force: bool = False, *, scale: float | None = None, shift: float | None = None
 ) -> None:
-    """Raise `LatentError` if another VAE made the latent.
+    """Raise LatentError if another VAE made the latent.
 
     Args:
-        latent: the latent to check.
-        identity: fingerprint of the VAE; see `VAE.identity`.
-        force: check nothing.
-        scale: scale of the VAE. The fingerprint covers it, so if only the scale differs, the file is damaged.
-        shift: shift of the VAE, covered in the same way.
+        latent: The latent to check.
+        identity: Fingerprint of the VAE; see `VAE.identity`.
+        force: Check nothing.
+        scale: Scale of the VAE. The fingerprint covers it, so if only the scale differs, the file is damaged.
+        shift: Shift of the VAE, covered in the same way.
     """
     if force:
         return

@@ -27,9 +27,9 @@ class Row:
     """The line of one image in a metadata file.
 
     Attributes:
-        where: the file and the line, for messages.
-        folder: folder of the metadata file.
-        file_name: the image's path as written in the line: relative to `folder`, or absolute.
+        where: The file and the line, for messages.
+        folder: Folder of the metadata file.
+        file_name: The image's path as written in the line: relative to `folder`, or absolute.
         caption: "" if the line has none.
     """
 
@@ -46,14 +46,14 @@ def read_metadata(folders: Mapping[str, Sequence[str]], caption_column: str | No
     from that key, with a warning.
 
     Args:
-        folders: path of a folder -> names of its files.
-        caption_column: key of the caption; None tries `CAPTION_KEYS`.
+        folders: Path of a folder -> names of its files.
+        caption_column: Key of the caption; None tries `CAPTION_KEYS`.
 
     Returns:
         The rows of all files, and all keys in them except `file_name`.
 
     Raises:
-        DataError: if a file or a line cannot be read, or names no possible file.
+        DataError: A file or a line cannot be read, or names no possible file.
     """
     rows: list[Row] = []
     keys: dict[str, bool] = {}  # key -> whether any row has text in it
@@ -109,7 +109,7 @@ def _files(folders: Mapping[str, Sequence[str]]) -> Iterator[Path]:
 
 
 def _checked(name: Any, where: str) -> str:
-    """Check the name of an image in metadata. Raises `DataError` if no file can have it."""
+    """Check the name of an image in metadata. Raises DataError if no file can have it."""
     if not isinstance(name, str) or not name:
         raise DataError(f'{where}: there is no file name; write {{"file_name": "a.jpg", "text": "what it shows"}}.')
     if not possible_name(name) or name.replace("\\", "/").rpartition("/")[2] in ("", ".", ".."):
@@ -118,7 +118,7 @@ def _checked(name: Any, where: str) -> str:
 
 
 def _lines(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield (number, fields) of each line. Raises `DataError` if the file is damaged or not what its suffix says."""
+    """Yield (number, fields) of each line. Raises DataError if the file is damaged or not what its suffix says."""
     read = {".jsonl": _json_lines, ".csv": _csv_lines, ".parquet": _parquet_rows}[file.suffix]
     try:
         with open_regular(file) as opened:

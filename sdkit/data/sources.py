@@ -58,21 +58,21 @@ def open_examples(
     only .json files, and files with a suffix of that name, are read.
 
     Args:
-        data: a folder of images, at any depth; webdataset shards (.tar); parquet files; a folder of either; or the id
+        data: A folder of images, at any depth; webdataset shards (.tar); parquet files; a folder of either; or the id
             of a data set on the Hub ("org/name", or "org/name:config").
-        split: split of a data set on the Hub. Ignored for local files, which are one split.
-        image_column: column of images in parquet files and Hub data sets. None finds it.
-        caption_column: column of captions there, or the key in metadata and .json files. None finds `text`, `caption`,
+        split: Split of a data set on the Hub. Ignored for local files, which are one split.
+        image_column: Column of images in parquet files and Hub data sets. None finds it.
+        caption_column: Column of captions there, or the key in metadata and .json files. None finds `text`, `caption`,
             or the like.
-        streaming: read parquet files or a Hub data set on the fly instead of copying them to disk first. The result is
+        streaming: Read parquet files or a Hub data set on the fly instead of copying them to disk first. The result is
             a `Stream`. Ignored for folders and shards, which are never copied.
-        class_folders: read names of folders as sd-scripts does. Each image in "10_zork dog" counts ten times (and may
+        class_folders: Read names of folders as sd-scripts does. Each image in "10_zork dog" counts ten times (and may
             be both trained on and held out), and has the caption "zork dog" if it has no other.
-        default_caption: caption of all images that have none.
+        default_caption: Caption of all images that have none.
 
     Raises:
-        ArgumentError: if an option does not apply to this kind of source.
-        DataError: if there is no such data set, or no image in it.
+        ArgumentError: An option does not apply to this kind of source.
+        DataError: There is no such data set, or no image in it.
     """
     if not isinstance(data, (str, os.PathLike)) or not os.fspath(data):
         raise ArgumentError(f"data must be the path of a data set or its id on the Hub, not {data!r}.")
@@ -108,7 +108,7 @@ def open_examples(
 
 
 def check_source(data: str | os.PathLike[str]) -> None:
-    """Raise `DataError` if `data` is neither an existing path nor formed like an id on the Hub. Opens nothing."""
+    """Raise DataError if `data` is neither an existing path nor formed like an id on the Hub. Opens nothing."""
     source = os.fspath(data)
     parts = source.partition(":")[0].split("/")
     hub = len(parts) == 2 and all(parts) and parts[0][0] not in ".~" and "://" not in source

@@ -32,15 +32,15 @@ def tar_rows(shards: Iterable[Path], root: Path, caption_column: str | None) -> 
     a.b.jpg.txt and so on; then a.txt and so on, since webdataset groups files by their names up to the first dot.
 
     Args:
-        shards: the tar files.
-        root: folder that names in the rows are relative to.
-        caption_column: field of .json files with the caption, or the suffix without its dot; None tries the usual ones.
+        shards: The tar files.
+        root: Folder that names in the rows are relative to.
+        caption_column: Field of .json files with the caption, or the suffix without its dot; None tries the usual ones.
 
     Returns:
         A row for each image, in the order of the shards, and the names of images in formats that cannot be read.
 
     Raises:
-        DataError: if a shard or a caption cannot be read, or no caption has the key `caption_column`.
+        DataError: A shard or a caption cannot be read, or no caption has the key `caption_column`.
     """
     rows: list[dict[str, Any]] = []
     passed_over: list[str] = []
@@ -97,10 +97,10 @@ class _Member:
     """A file in a shard.
 
     Attributes:
-        name: path in the shard.
-        offset: its first byte in the shard.
-        size: number of bytes.
-        data: its content if it may hold a caption.
+        name: Path in the shard.
+        offset: Its first byte in the shard.
+        size: Number of bytes.
+        data: Its content if it may hold a caption.
     """
 
     name: str
@@ -135,7 +135,7 @@ class _Headers:
 
 
 def _members(shard: Path) -> Iterator[_Member]:
-    """Yield images, and caption files with their content. Raises `DataError` if the shard is damaged."""
+    """Yield images, and caption files with their content. Raises DataError if the shard is damaged."""
     try:
         with open_regular(shard) as file:
             length = os.fstat(file.fileno()).st_size
@@ -155,7 +155,7 @@ def _members(shard: Path) -> Iterator[_Member]:
 
 
 def _listed(shard: Path, file: BinaryIO, length: int) -> Iterator[_Member]:
-    """Yield the known members of an opened shard of `length` bytes. Raises `ReadError` if it is damaged."""
+    """Yield the known members of an opened shard of `length` bytes. Raises ReadError if it is damaged."""
     headers: Any = _Headers(file)
     end = 0
     with tarfile.open(fileobj=headers, mode="r:") as archive:

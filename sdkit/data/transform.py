@@ -27,7 +27,7 @@ class Transform:
     Attributes:
         size: (height, width) of the crop in pixels; one number means a square.
         crop: "center", or "random": anywhere, with equal probability.
-        flip: mirror left and right with probability 1/2.
+        flip: Mirror left and right with probability 1/2.
     """
 
     size: tuple[int, int]
@@ -48,21 +48,21 @@ class Transform:
         return max(self.size[0] / height, self.size[1] / width)
 
     def too_small(self, width: int, height: int) -> bool:
-        """Tell whether an image of this size would be enlarged more than `MAX_ENLARGEMENT` times."""
+        """Return whether an image of this size would be enlarged more than `MAX_ENLARGEMENT` times."""
         return self.enlargement(width, height) > MAX_ENLARGEMENT
 
     def __call__(self, image: Image.Image, generator: torch.Generator) -> Tensor:
         """Transform an image.
 
         Args:
-            image: an RGB image.
-            generator: three numbers are drawn from it, whatever the settings: top, left, and flip.
+            image: An RGB image.
+            generator: Three numbers are drawn from it, whatever the settings: top, left, and flip.
 
         Returns:
             Pixels (3, height, width), float32 in [-1, 1].
 
         Raises:
-            ImageError: if the image is too small.
+            ImageError: The image is too small.
         """
         (height, width), factor = self.size, self.enlargement(*image.size)
         if self.too_small(*image.size):
@@ -85,7 +85,7 @@ class Transform:
 
 
 def sides(size: int | Sequence[int]) -> tuple[int, int]:
-    """Return (height, width) of a size given as one number or as two. Raises `ArgumentError` for other values."""
+    """Return (height, width) of a size given as one number or as two. Raises ArgumentError for other values."""
     pair: Any = list(size) if isinstance(size, (list, tuple)) else [size, size]
     if len(pair) != 2:
         raise ArgumentError(f"size must be one number of pixels, or (height, width), not {size!r}.")
@@ -100,9 +100,9 @@ def draw(seed: int, index: int, augmentation: int) -> torch.Generator:
     by training on image files, and for any number of processes.
 
     Args:
-        seed: seed of the cache or run.
-        index: index of the image in its data set.
-        augmentation: number of the augmentation.
+        seed: Seed of the cache or run.
+        index: Index of the image in its data set.
+        augmentation: Number of the augmentation.
     """
     state = np.random.SeedSequence([seed, index, augmentation]).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(state[0] >> np.uint64(1)))

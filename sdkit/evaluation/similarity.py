@@ -21,14 +21,14 @@ def psnr(a: Images, b: Images) -> Tensor:
     """Peak signal-to-noise ratio: 10 log10(255^2 / MSE), over pixels and channels.
 
     Args:
-        a: images.
-        b: as many images, of the same sizes.
+        a: Images.
+        b: As many images, of the same sizes.
 
     Returns:
         Decibels (B,), infinite for equal images; float64, or float32 on Apple's GPU.
 
     Raises:
-        ImageError: if the numbers or sizes of the images differ.
+        ImageError: The numbers or sizes of the images differ.
     """
     return torch.cat([10 * torch.log10(255**2 / (x - y).square().mean(dim=(1, 2, 3))) for x, y in _pairs(a, b)])
 
@@ -42,14 +42,14 @@ def ssim(a: Images, b: Images) -> Tensor:
     use_sample_covariance=False)` of levels in [0, 255].
 
     Args:
-        a: images of at least 11 x 11 pixels.
-        b: as many images, of the same sizes.
+        a: Images of at least 11 x 11 pixels.
+        b: As many images, of the same sizes.
 
     Returns:
         Similarities (B,), at most 1; float64, or float32 on Apple's GPU.
 
     Raises:
-        ImageError: if the numbers or sizes of the images differ, or an image is smaller than the window.
+        ImageError: The numbers or sizes of the images differ, or an image is smaller than the window.
     """
     # One image at a time: the ten float64 maps of a whole batch do not fit the CPU's cache, and take 4 times as long.
     return torch.cat([_ssim(x[None], y[None]) for xs, ys in _pairs(a, b) for x, y in zip(xs, ys, strict=True)])

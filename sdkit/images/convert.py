@@ -40,11 +40,11 @@ def to_tensors(images: Images) -> list[Tensor]:
     """Convert anything that holds images to float32 tensors (3, H, W) in [-1, 1], one per image.
 
     Args:
-        images: a PIL image, array, tensor, path, or a list of these; sizes may differ. Paths are read, and transparency
+        images: A PIL image, array, tensor, path, or a list of these; sizes may differ. Paths are read, and transparency
             is laid over white. Tensors keep their device and their gradient, and may exceed [-1, 1] by 1e-2.
 
     Raises:
-        ImageError: if something is no image, or has another range of values.
+        ImageError: Something is no image, or has another range of values.
     """
     return [_to_tensor(image) if isinstance(image, Image.Image) else image for image in flat(images)]
 
@@ -108,13 +108,13 @@ def to_uint8(x: Tensor) -> npt.NDArray[np.uint8]:
     arithmetic here is float32; in bfloat16 it would change levels.
 
     Args:
-        x: float tensor (B, 3, H, W) or (3, H, W) in [-1, 1].
+        x: Float tensor (B, 3, H, W) or (3, H, W) in [-1, 1].
 
     Returns:
         uint8 array (B, H, W, 3).
 
     Raises:
-        ImageError: if the tensor has another shape or dtype, or holds NaN.
+        ImageError: The tensor has another shape or dtype, or holds NaN.
     """
     if not x.is_floating_point() or x.ndim not in (3, 4) or x.shape[-3] != 3:
         raise ImageError(f"a tensor {tuple(x.shape)} of {x.dtype} is no image; give float (B, 3, H, W) in [-1, 1].")
@@ -138,7 +138,7 @@ def from_tensors(images: Sequence[Tensor], output_type: str) -> Any:
         "np" and "pt" are lists of (H, W, 3) and (3, H, W).
 
     Raises:
-        ArgumentError: for another `output_type`.
+        ArgumentError: `output_type` is unknown.
     """
     one_of("output_type", output_type, OUTPUT_TYPES)
     same_size = len({image.shape for image in images}) == 1

@@ -28,16 +28,16 @@ def grid(
     Long labels are wrapped, and then cut off with an ellipsis.
 
     Args:
-        images: images of any sizes.
-        columns: cells in a row. None: the number of column labels, or else about as many columns as rows.
-        padding: pixels between cells, and around the whole grid if it has labels.
-        background: colour behind images and labels: a name or a form like "#ff8800".
-        captions: one label for each image, below it.
-        row_labels: one label for each row, to its left.
-        column_labels: one label for each column, above it.
+        images: Images of any sizes.
+        columns: Cells in a row. None: the number of column labels, or else about as many columns as rows.
+        padding: Pixels between cells, and around the whole grid if it has labels.
+        background: Colour behind images and labels: a name or a form like "#ff8800".
+        captions: One label for each image, below it.
+        row_labels: One label for each row, to its left.
+        column_labels: One label for each column, above it.
 
     Raises:
-        ArgumentError: if the number of labels, the columns, the padding, or the colour is impossible.
+        ArgumentError: The number of labels, the columns, the padding, or the colour is impossible.
     """
     pictures = [image if isinstance(image, Image.Image) else to_pil(image)[0] for image in flat(images)]
     columns = columns if columns is not None else len(column_labels) or math.ceil(math.sqrt(len(pictures)))

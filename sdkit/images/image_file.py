@@ -57,12 +57,12 @@ def read(path: str | Path | BinaryIO, background: str = "white") -> Image.Image:
     """Read an image file as 8-bit RGB, upright, and opaque (see `to_rgb`).
 
     Args:
-        path: an image file, or an opened one; of an animation, the first frame is read.
-        background: colour behind transparent pixels: a name or a form like "#ff8800".
+        path: An image file, or an opened one; of an animation, the first frame is read.
+        background: Colour behind transparent pixels: a name or a form like "#ff8800".
 
     Raises:
-        ImageError: if the file is missing, damaged, or no image; the message names it.
-        ArgumentError: if `background` is no colour.
+        ImageError: The file is missing, damaged, or no image; the message names it.
+        ArgumentError: `background` is no colour.
     """
     with _opened(path) as image:
         return to_rgb(image, background)
@@ -128,16 +128,16 @@ def save(
     """Write an image as RGB, atomically.
 
     Args:
-        image: the image, of any mode; see `to_rgb`.
-        path: the file; its suffix is the format: .png, .jpg, .jpeg, or .webp.
-        text: text chunks of a PNG, with keys of 1 to 79 Latin letters. Ignored for other formats.
-        overwrite: replace an existing file.
+        image: The image, of any mode; see `to_rgb`.
+        path: The file; its suffix is the format: .png, .jpg, .jpeg, or .webp.
+        text: Text chunks of a PNG, with keys of 1 to 79 Latin letters. Ignored for other formats.
+        overwrite: Replace an existing file.
 
     Raises:
-        ArgumentError: if the suffix is another.
-        ImageError: if the format cannot hold an image of this size.
-        FileExistsError: if `overwrite` is false and the file exists.
-        SdkitError: if the file cannot be written.
+        ArgumentError: The suffix is unknown.
+        ImageError: The format cannot hold an image of this size.
+        FileExistsError: `overwrite` is false and the file exists.
+        SdkitError: The file cannot be written.
     """
     suffix = Path(path).suffix.lower()
     if suffix not in FORMATS:
@@ -160,7 +160,7 @@ def save(
 
 
 def read_text(path: str | Path) -> dict[str, str]:
-    """Return the text chunks of a PNG; empty for other formats. Raises `ImageError` if the image is damaged."""
+    """Return the text chunks of a PNG; empty for other formats. Raises ImageError if the image is damaged."""
     with _opened(path) as image:
         image.load()
         return {key: str(value) for key, value in image.text.items()} if isinstance(image, PngImageFile) else {}

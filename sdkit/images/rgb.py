@@ -33,12 +33,12 @@ def to_rgb(image: Image.Image, background: str = "white") -> Image.Image:
     if no value is above 1, and otherwise from [0, 255]. A profile that cannot be read is ignored with a warning.
 
     Args:
-        image: the image, of any mode.
-        background: colour behind transparent pixels: a name or a form like "#ff8800".
+        image: The image, of any mode.
+        background: Colour behind transparent pixels: a name or a form like "#ff8800".
 
     Raises:
-        ImageError: if the image is empty, damaged, or has values outside its range.
-        ArgumentError: if `background` is no colour.
+        ImageError: The image is empty, damaged, or has values outside its range.
+        ArgumentError: `background` is no colour.
     """
     depth = _stored_as(image)
     try:
@@ -157,7 +157,7 @@ def _transform(profile: bytes, mode: str) -> Any:
 
 
 def _is_srgb(transform: Any, space: str) -> bool:
-    """Tell whether a transform to sRGB changes no colour by more than `SAME` levels."""
+    """Return whether a transform to sRGB changes no colour by more than `SAME` levels."""
     if space == "CMYK":
         return False
     steps = np.arange(0, 256, 17, dtype=np.uint8)  # 16 levels per channel
@@ -168,7 +168,7 @@ def _is_srgb(transform: Any, space: str) -> bool:
 
 
 def rgb_of(color: str) -> tuple[int, int, int]:
-    """Return red, green, and blue in [0, 255] of a colour's name or hex code. Raises `ArgumentError` for others."""
+    """Return red, green, and blue in [0, 255] of a colour's name or hex code. Raises ArgumentError for others."""
     try:
         red, green, blue = ImageColor.getrgb(color)[:3]
     except ValueError as error:

@@ -33,21 +33,21 @@ class Settings:
     """All settings that the content of a cache depends on.
 
     Attributes:
-        vae: fingerprint of the VAE; see `VAE.identity`.
-        scale: scale of the VAE's latents. The stored moments are not scaled.
-        shift: shift of the VAE's latents.
-        factor: pixels per latent along each axis.
-        text: fingerprint of the text encoder; see `text_identity`.
-        tokenizer: fingerprint of the tokenizer; see `tokenizer_identity`.
-        embeddings: whether the text encoder's last hidden states are stored.
+        vae: Fingerprint of the VAE; see `VAE.identity`.
+        scale: Scale of the VAE's latents. The stored moments are not scaled.
+        shift: Shift of the VAE's latents.
+        factor: Pixels per latent along each axis.
+        text: Fingerprint of the text encoder; see `text_identity`.
+        tokenizer: Fingerprint of the tokenizer; see `tokenizer_identity`.
+        embeddings: Whether the text encoder's last hidden states are stored.
         size: (height, width) of the images in pixels.
-        crop: see `Transform`.
-        flip: see `Transform`.
-        augmentations: number of augmentations of each image.
-        seed: seed of the augmentations.
-        dtype: dtype that the VAE computed in.
-        data: fingerprint of the data; see `Examples.identity`.
-        shard_size: examples in a shard; those that cannot be used count.
+        crop: See `Transform`.
+        flip: See `Transform`.
+        augmentations: Number of augmentations of each image.
+        seed: Seed of the augmentations.
+        dtype: Dtype that the VAE computed in.
+        data: Fingerprint of the data; see `Examples.identity`.
+        shard_size: Examples in a shard; those that cannot be used count.
     """
 
     vae: str
@@ -81,10 +81,10 @@ class Shard:
     """A file of a cache, as the manifest lists it.
 
     Attributes:
-        file: name of the file.
-        items: number of items in it; see `Manifest`.
-        bytes: size of the file.
-        sha256: checksum of the file.
+        file: Name of the file.
+        items: Number of items in it; see `Manifest`.
+        bytes: Size of the file.
+        sha256: Checksum of the file.
     """
 
     file: str
@@ -106,17 +106,17 @@ class Manifest:
     """The content of manifest.json.
 
     Attributes:
-        settings: settings that the cache depends on.
-        sdkit: version of sdkit that made the cache.
-        model: name of the model (and VAE), for people.
-        source: path or id of the data set, for people.
-        complete: whether the cache is finished. The fields below are only filled then.
-        examples: images in the data set.
-        images: images in the cache.
-        items: length of the cache: `images` times `augmentations`.
-        skipped: images that could not be used.
-        shards: the files with the items, in order.
-        empty: the file with the token ids (and embeddings) of the empty prompt; it holds no items.
+        settings: Settings that the cache depends on.
+        sdkit: Version of sdkit that made the cache.
+        model: Name of the model (and VAE), for people.
+        source: Path or id of the data set, for people.
+        complete: Whether the cache is finished. The fields below are only filled then.
+        examples: Images in the data set.
+        images: Images in the cache.
+        items: Length of the cache: `images` times `augmentations`.
+        skipped: Images that could not be used.
+        shards: The files with the items, in order.
+        empty: The file with the token ids (and embeddings) of the empty prompt; it holds no items.
     """
 
     settings: Settings
@@ -150,7 +150,7 @@ class Manifest:
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
-        """Read the manifest of a cache, complete or not. Raises `CacheError` if it is missing or damaged."""
+        """Read the manifest of a cache, complete or not. Raises CacheError if it is missing or damaged."""
         path = folder / MANIFEST_FILE
         try:
             content = read_object(path, LARGEST)
@@ -176,7 +176,7 @@ def _parsed(content: dict[str, Any]) -> Manifest:
     """Build a manifest from its JSON.
 
     Raises:
-        ValueError: if a field is missing, has another type, or contradicts another. The message is a predicate.
+        ValueError: A field is missing, has another type, or contradicts another. The message is a predicate.
     """
     if content["format_version"] > 1:
         require(content, {"checksum": str})
@@ -201,7 +201,7 @@ KINDS: dict[str, Any] = {"str": str, "int": int, "float": float, "bool": bool}
 
 
 def _built(cls: type[T], given: Any) -> T:
-    """Build a dataclass from a JSON object. Raises `ValueError` if a field is missing, unknown, or of another type."""
+    """Build a dataclass from a JSON object. Raises ValueError if a field is missing, unknown, or of another type."""
     if not isinstance(given, dict):
         raise ValueError(f"holds something else in place of a {cls.__name__.lower()}")
     known = {field.name: field for field in fields(cls)}  # type: ignore[arg-type]
@@ -213,12 +213,12 @@ def _built(cls: type[T], given: Any) -> T:
 
 
 def skipped_from(given: list[Any]) -> tuple[Skipped, ...]:
-    """Build the skipped images from JSON. Raises `ValueError` for anything else."""
+    """Build the skipped images from JSON. Raises ValueError for anything else."""
     return tuple(_built(Skipped, one) for one in given)
 
 
 def _check(manifest: Manifest) -> None:
-    """Raise `ValueError` if values are impossible or contradict one another."""
+    """Raise ValueError if values are impossible or contradict one another."""
     made = manifest.settings
     finite = math.isfinite(made.scale) and math.isfinite(made.shift)
     if not finite or made.scale <= 0 or min(made.factor, made.augmentations, made.shard_size) < 1:

@@ -26,8 +26,8 @@ class Prompt(TypedDict):
     """The token ids of a caption, in k chunks, and its embeddings.
 
     Attributes:
-        ids: token ids (k, 77), int64.
-        embeddings: last hidden states of the text encoder (77 k, D), float32; None if the cache has none.
+        ids: Token ids (k, 77), int64.
+        embeddings: Last hidden states of the text encoder (77 k, D), float32; None if the cache has none.
     """
 
     ids: Tensor
@@ -38,11 +38,11 @@ class Item(Prompt):
     """One augmentation of one image, and its caption.
 
     Attributes:
-        mean: mean of the posterior (4, H/8, W/8), float32, not scaled.
-        logvar: log-variance of the posterior (4, H/8, W/8), float32, not scaled.
-        name: name of the example.
-        index: index of the example in its data set.
-        augmentation: number of the augmentation, from 0.
+        mean: Mean of the posterior (4, H/8, W/8), float32, not scaled.
+        logvar: Log-variance of the posterior (4, H/8, W/8), float32, not scaled.
+        name: Name of the example.
+        index: Index of the example in its data set.
+        augmentation: Number of the augmentation, from 0.
     """
 
     mean: Tensor
@@ -59,11 +59,11 @@ class LatentCache:
     order of the data set. Shards are memory-mapped, so only the items that are accessed are read from disk.
 
     Attributes:
-        path: folder of the cache.
-        manifest: the content of its manifest.json.
+        path: Folder of the cache.
+        manifest: The content of its manifest.json.
 
     Raises:
-        CacheError: if there is no cache, or it is not finished or damaged.
+        CacheError: There is no cache, or it is not finished or damaged.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -128,18 +128,18 @@ class LatentCache:
         text: str | None = None,
         transform: Transform | None = None,
     ) -> None:
-        """Raise `CacheError` if the cache was made with other networks or settings than a run has.
+        """Raise CacheError if the cache was made with other networks or settings than a run has.
 
         Arguments that are None are not compared.
 
         Args:
-            vae: fingerprint of the run's VAE; see `VAE.identity`.
-            scale: scale of that VAE.
-            shift: shift of that VAE.
-            factor: pixels per latent of that VAE.
-            tokenizer: fingerprint of the run's tokenizer; see `tokenizer_identity`.
-            text: fingerprint of the run's text encoder; see `text_identity`. Ignored if the cache has no embeddings.
-            transform: the run's resizing and cropping.
+            vae: Fingerprint of the run's VAE; see `VAE.identity`.
+            scale: Scale of that VAE.
+            shift: Shift of that VAE.
+            factor: Pixels per latent of that VAE.
+            tokenizer: Fingerprint of the run's tokenizer; see `tokenizer_identity`.
+            text: Fingerprint of the run's text encoder; see `text_identity`. Ignored if the cache has no embeddings.
+            transform: The run's resizing and cropping.
         """
         made = self.manifest.settings
         wanted: dict[str, Any] = {
@@ -155,7 +155,7 @@ class LatentCache:
             )
 
     def verify(self) -> None:
-        """Read the whole cache. Raises `CacheError` with the names of files whose checksums are wrong."""
+        """Read the whole cache. Raises CacheError with the names of files whose checksums are wrong."""
         if damaged := damaged_files(self.path, self.manifest):
             raise CacheError(
                 f"{', '.join(damaged)} of the cache {self.path} "
@@ -192,7 +192,7 @@ def _raised_as_cache_error(path: Path) -> Iterator[None]:
 def missing_files(folder: Path, manifest: Manifest) -> list[Shard]:
     """Return the files of a cache that are missing, or have another size than the manifest states.
 
-    Raises `CacheError` if one cannot be examined.
+    Raises CacheError if one cannot be examined.
     """
 
     def whole(one: Shard) -> bool:
@@ -207,7 +207,7 @@ def missing_files(folder: Path, manifest: Manifest) -> list[Shard]:
 
 
 def damaged_files(folder: Path, manifest: Manifest) -> list[str]:
-    """Return the names of files that are missing or have a wrong checksum. Raises `CacheError` if one is unreadable."""
+    """Return the names of files that are missing or have a wrong checksum. Raises CacheError if one is unreadable."""
     missing = missing_files(folder, manifest)
 
     def whole(one: Shard) -> bool:

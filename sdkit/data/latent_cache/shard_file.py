@@ -78,19 +78,19 @@ class ShardFile:
     Opening a shard checks dtypes and shapes; each method checks the numbers that it reads.
 
     Args:
-        path: the file.
-        settings: settings of the cache.
-        lengths: known lengths of axes in `LAYOUT`. C, L, and D depend on the networks.
-        prompt_only: whether the file is that of the empty prompt.
+        path: The file.
+        settings: Settings of the cache.
+        lengths: Known lengths of axes in `LAYOUT`. C, L, and D depend on the networks.
+        prompt_only: Whether the file is that of the empty prompt.
 
     Attributes:
-        images: number of images in it.
-        skipped: images that could not be used.
-        lengths: lengths of all its axes.
+        images: Number of images in it.
+        skipped: Images that could not be used.
+        lengths: Lengths of all its axes.
 
     Raises:
-        OSError: if the file cannot be read.
-        ValueError: if it is damaged or was made with other settings; methods raise it for damaged numbers.
+        OSError: The file cannot be read.
+        ValueError: It is damaged or was made with other settings; methods raise it for damaged numbers.
     """
 
     def __init__(
@@ -126,7 +126,7 @@ class ShardFile:
         return part
 
     def has(self, name: str) -> bool:
-        """Tell whether the shard has this tensor; embeddings are optional."""
+        """Return whether the shard has this tensor; embeddings are optional."""
         return name in self._tensors
 
     def get(self, name: str, *at: int) -> Tensor:
@@ -152,7 +152,7 @@ class ShardFile:
             raise ValueError(f"is damaged: the name of row {row} is not UTF-8") from error
 
     def _sound(self, name: str, part: Tensor) -> Tensor:
-        """Return a copy in memory. Raises `ValueError` if it holds NaN, infinity, or negative integers."""
+        """Return a copy in memory. Raises ValueError if it holds NaN, infinity, or negative integers."""
         copy = part.clone()
         if not copy.isfinite().all() if copy.is_floating_point() else bool((copy < 0).any()):
             raise ValueError(f"is damaged: {name!r} holds impossible numbers")
@@ -162,11 +162,11 @@ class ShardFile:
         """Read the whole shard, and check its numbers.
 
         Args:
-            vocabulary: number of tokens in the text encoder's vocabulary.
-            first: index of the shard's first example in the data set.
+            vocabulary: Number of tokens in the text encoder's vocabulary.
+            first: Index of the shard's first example in the data set.
 
         Raises:
-            ValueError: if numbers are impossible or contradict one another.
+            ValueError: Numbers are impossible or contradict one another.
         """
         for name, part in self._tensors.items():
             whole = self._sound(name, part[:])

@@ -27,10 +27,10 @@ class _Loaded:
     """An example after its image was loaded and transformed, or could not be.
 
     Attributes:
-        index: index of the example in its data set.
-        example: the example, without its encoded image.
+        index: Index of the example in its data set.
+        example: The example, without its encoded image.
         pixels: (3, H, W) for each augmentation; empty if the image cannot be used.
-        reason: the reason, if the image cannot be used.
+        reason: The reason, if the image cannot be used.
     """
 
     index: int
@@ -53,16 +53,16 @@ class ShardEncoder:
         self.images_at_once = -(-fitting // settings.augmentations)
 
     def made(self, path: Path, first: int = 0, count: int | None = None, *, prompt_only: bool = False) -> bool:
-        """Tell whether `path` already holds an undamaged shard of this cache. Reads the whole file.
+        """Return whether `path` already holds an undamaged shard of this cache. Reads the whole file.
 
         Args:
-            path: file of the shard.
-            first: index of its first example.
-            count: number of its examples; None accepts any number.
-            prompt_only: whether it is the file of the empty prompt.
+            path: File of the shard.
+            first: Index of its first example.
+            count: Number of its examples; None accepts any number.
+            prompt_only: Whether it is the file of the empty prompt.
 
         Raises:
-            CacheError: if the file cannot be read.
+            CacheError: The file cannot be read.
         """
         lengths = {"C": self.vae.channels, "L": self.text.length}
         lengths |= {"D": self.text.width} if self.settings.embeddings else {}

@@ -90,30 +90,30 @@ def cache(
     `accelerate launch`, the processes share the work.
 
     Args:
-        model: model that gives the VAE, the text encoder, and the tokenizer.
-        data: path or id of the data set; see `open_examples`.
-        out: folder of the cache.
+        model: Model that gives the VAE, the text encoder, and the tokenizer.
+        data: Path or id of the data set; see `open_examples`.
+        out: Folder of the cache.
         size: (height, width) in pixels, or one number for a square. None takes the model's own size.
-        crop, flip: see `Transform`.
-        augmentations: random crops and flips of each image. More than 1 needs a random crop or `flip`.
-        embeddings: also store the text encoder's last hidden states (float16), of the empty prompt too.
-        split, image_column, caption_column, streaming, class_folders, default_caption: see `open_examples`.
-        batch_size: images that go through the VAE at once. None chooses by their size.
-        workers: threads that read and resize images.
-        dtype: dtype that the VAE computes in. bfloat16 is faster, but its rounding (0.3 % of a latent) stays in the
+        crop, flip: See `Transform`.
+        augmentations: Random crops and flips of each image. More than 1 needs a random crop or `flip`.
+        embeddings: Also store the text encoder's last hidden states (float16), of the empty prompt too.
+        split, image_column, caption_column, streaming, class_folders, default_caption: See `open_examples`.
+        batch_size: Images that go through the VAE at once. None chooses by their size.
+        workers: Threads that read and resize images.
+        dtype: Dtype that the VAE computes in. bfloat16 is faster, but its rounding (0.3 % of a latent) stays in the
             cache.
-        device: device that the VAE runs on. Under `accelerate launch`, "auto" is the process's own device.
-        seed: seed of the crops and flips.
-        shard_size: images per file. An interruption loses at most one unfinished file per process.
-        vae: a VAE to use instead of the model's own; see `StableDiffusion.from_pretrained`.
+        device: Device that the VAE runs on. Under `accelerate launch`, "auto" is the process's own device.
+        seed: Seed of the crops and flips.
+        shard_size: Images per file. An interruption loses at most one unfinished file per process.
+        vae: A VAE to use instead of the model's own; see `StableDiffusion.from_pretrained`.
 
     Returns:
         The folder of the cache.
 
     Raises:
-        ArgumentError: if an argument is impossible, or does not apply to the data.
-        CacheError: if `out` holds something else, or another process is making the cache.
-        DataError: if there is no such data set, or no image in it can be used.
+        ArgumentError: An argument is impossible, or does not apply to the data.
+        CacheError: `out` holds something else, or another process is making the cache.
+        DataError: There is no such data set, or no image in it can be used.
 
     Example:
         >>> from sdkit import data
@@ -243,7 +243,7 @@ def _damaged(folder: Path, manifest: Manifest, main: bool = True) -> list[str] |
     Only the main process (`main`) reads the files. Other processes get an empty list for a finished cache.
 
     Raises:
-        CacheError: if `folder` holds another cache or something else.
+        CacheError: `folder` holds another cache or something else.
     """
     try:
         inside = [path.name for path in folder.iterdir()] if folder.is_dir() else []
@@ -267,7 +267,7 @@ def _damaged(folder: Path, manifest: Manifest, main: bool = True) -> list[str] |
 
 @contextlib.contextmanager
 def _alone_in(folder: Path) -> Iterator[None]:
-    """Hold the lock of a cache, and remove what killed processes left. Raises `CacheError` if the lock is taken."""
+    """Hold the lock of a cache, and remove what killed processes left. Raises CacheError if the lock is taken."""
     lock = filelock.FileLock(folder / LOCK, timeout=0)
     try:
         lock.acquire()
@@ -297,9 +297,9 @@ class _Shards:
     since they are not known in advance.
 
     Attributes:
-        examples: the examples of all shards.
-        size: examples per shard.
-        total: number of examples; of a stream, the number that was read so far.
+        examples: The examples of all shards.
+        size: Examples per shard.
+        total: Number of examples; of a stream, the number that was read so far.
     """
 
     def __init__(self, examples: Examples | Stream, size: int) -> None:
