@@ -51,7 +51,7 @@ class Columns:
         )
 
     def caption_of(self, value: Any, i: int) -> str:
-        """Return the caption in row `i`. Raises DataError where it is not UTF-8 text."""
+        """Return the caption in a cell of row `i`, or else the default. Raises DataError if it is not UTF-8 text."""
         try:
             return caption_of(value) or self.default_caption
         except ValueError as error:
@@ -113,6 +113,6 @@ def _holds_images(feature: Any) -> bool:
 
 
 def _is_decoded(feature: Any) -> bool:
-    """Return whether the library would open a column's content: an image or a sound, whose path may be an address."""
+    """Return whether `datasets` would decode a column on reading: images or audio, whose paths may be URLs."""
     parts = feature.values() if isinstance(feature, dict) else [getattr(feature, "feature", None)]
     return hasattr(feature, "decode_example") or any(_is_decoded(part) for part in parts if part is not None)

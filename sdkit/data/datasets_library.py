@@ -14,7 +14,7 @@ from sdkit.stops import stop_in
 
 
 def datasets_library() -> Any:
-    """Import the library, which takes over a second. Raises DataError where it is not installed."""
+    """Import the library, which takes over a second. Raises DataError if it is not installed."""
     try:
         return import_module("datasets")
     except ImportError as error:

@@ -25,12 +25,13 @@ class Example:
     """An image, not yet read, and its caption.
 
     Attributes:
-        name: The image's path in its folder, its member's name in its shard, or its row; unique within a data set.
+        name: The path of the image below the data set's folder, the path of its shard and its path therein, or its row;
+            unique within a data set.
         caption: "" where the image has none.
-        path: The file that holds the encoded image, or an address on the Hub.
-        data: The encoded image, where it does not lie in a file.
-        offset: First byte of the encoded image in the file `path`; None where it is the whole file.
-        size: Number of bytes from `offset` on; None where it is the whole file.
+        path: The file that holds the encoded image, or its URL on the Hub.
+        data: The encoded image, if it is held in memory.
+        offset: First byte of the encoded image in the file `path`, a tar shard; None if the image is the whole file.
+        size: Number of bytes from `offset` on; None if the image is the whole file.
     """
 
     name: str

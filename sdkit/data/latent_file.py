@@ -118,7 +118,7 @@ def save(latent: Latent, path: str | Path) -> None:
 
 
 def load(path: str | Path) -> Latent:
-    """Read a latent file; `z` is on the CPU. Raises LatentError if it is damaged, of another kind, or newer."""
+    """Read a latent file; `z` is on the CPU. Raises LatentError if it is damaged, of another kind, or too new."""
     try:
         tensors, metadata = tensor_files.read(Path(path), LARGEST)
     except OSError as error:

@@ -155,7 +155,7 @@ def _members(shard: Path) -> Iterator[_Member]:
 
 
 def _listed(shard: Path, file: BinaryIO, length: int) -> Iterator[_Member]:
-    """Yield the known members of an opened shard of `length` bytes. Raises ReadError if it is damaged."""
+    """Yield the members with a suffix in `KNOWN` of a shard of `length` bytes. Raises ReadError if it is damaged."""
     headers: Any = _Headers(file)
     end = 0
     with tarfile.open(fileobj=headers, mode="r:") as archive:

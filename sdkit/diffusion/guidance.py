@@ -189,7 +189,7 @@ def classifier(
 
     Args:
         predict: The predictor to guide, usually of an unconditional model.
-        log_prob: Log_prob(x_t, t) -> (B,), the log-probability of each image's wanted class, differentiable in the
+        log_prob: log_prob(x_t, t) -> (B,), the log-probability of each image's wanted class, differentiable in the
             noisy x_t (B, C, h, w).
         schedule: The noise schedule of both models.
         scale: 1 is Bayes' rule; larger values favour images of which the classifier is certain.

@@ -128,7 +128,7 @@ class LatentCache:
         text: str | None = None,
         transform: Transform | None = None,
     ) -> None:
-        """Raise CacheError if the cache was made with other networks or settings than a run has.
+        """Raise CacheError if the cache was made with other networks or settings than those of a run.
 
         Arguments that are None are not compared.
 
@@ -192,7 +192,7 @@ def _raised_as_cache_error(path: Path) -> Iterator[None]:
 def missing_files(folder: Path, manifest: Manifest) -> list[Shard]:
     """Return the files of a cache that are missing, or have another size than the manifest states.
 
-    Raises CacheError if one cannot be examined.
+    Raises CacheError if the size of a file cannot be read.
     """
 
     def whole(one: Shard) -> bool:

@@ -152,7 +152,7 @@ class ShardFile:
             raise ValueError(f"is damaged: the name of row {row} is not UTF-8") from error
 
     def _sound(self, name: str, part: Tensor) -> Tensor:
-        """Return a copy in memory. Raises ValueError if it holds NaN, infinity, or negative integers."""
+        """Copy a part of the tensor `name` into memory. Raises ValueError for NaN, infinity, or negative integers."""
         copy = part.clone()
         if not copy.isfinite().all() if copy.is_floating_point() else bool((copy < 0).any()):
             raise ValueError(f"is damaged: {name!r} holds impossible numbers")

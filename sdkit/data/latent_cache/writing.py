@@ -267,7 +267,7 @@ def _damaged(folder: Path, manifest: Manifest, main: bool = True) -> list[str] |
 
 @contextlib.contextmanager
 def _alone_in(folder: Path) -> Iterator[None]:
-    """Hold the lock of a cache, and remove what killed processes left. Raises CacheError if the lock is taken."""
+    """Hold the lock of a cache, and remove temporary files of killed processes. Raises CacheError if it is taken."""
     lock = filelock.FileLock(folder / LOCK, timeout=0)
     try:
         lock.acquire()
