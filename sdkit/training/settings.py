@@ -237,8 +237,8 @@ class VAEConfig(StageSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class UNetConfig(StageSettings):
-    """Settings of `train_unet`. `data` may also be a latent cache, in which the images are already encoded.
+class DenoisingSettings(StageSettings):
+    """Settings that all stages share which train a network to denoise latents of captioned images.
 
     Attributes:
         vae: VAE to use in place of the model's own: a folder, a Hub id, or a single file. The U-Net is trained
@@ -246,8 +246,6 @@ class UNetConfig(StageSettings):
         caption_column: Column of the captions in parquet files and data sets of the Hub, or key in
             metadata; None detects it.
         default_caption: Caption of images without one.
-        lora_rank: Rank of the LoRA on the attention's projections; None trains the whole network.
-        train_text_encoder: Train the text encoder together with the U-Net.
         prediction_type: What the network learns to predict: epsilon, v_prediction or sample (x0); None is
             the model's own.
         zero_snr: Shift the noise schedule so that its last step is pure noise (Lin et al. 2023); None keeps
@@ -264,8 +262,6 @@ class UNetConfig(StageSettings):
     vae: str | os.PathLike[str] | None = None
     caption_column: str | None = None
     default_caption: str = ""
-    lora_rank: int | None = None
-    train_text_encoder: bool = False
     prediction_type: str | None = None
     zero_snr: bool | None = None
     snr_gamma: float | None = None
@@ -277,17 +273,12 @@ class UNetConfig(StageSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        from sdkit.arguments import PREDICTIONS, flag, number, one_of, path_or_name, strings, whole_number
+        from sdkit.arguments import PREDICTIONS, flag, number, one_of, path_or_name, strings
 
         if self.vae is not None:
             path_or_name("vae", self.vae)
-        flag("train_text_encoder", self.train_text_encoder)
         if self.zero_snr is not None:
             flag("zero_snr", self.zero_snr)
-        if self.lora_rank is not None:
-            self._keep("lora_rank", whole_number("lora_rank", self.lora_rank, 1))
-            if self.init is not None:
-                raise ArgumentError("a network made from init= has nothing for LoRA to add to; leave one of them out.")
         if self.prediction_type is not None:
             kind = PREDICTIONS[one_of("prediction_type", self.prediction_type, PREDICTIONS)]
             self._keep("prediction_type", kind)
@@ -302,3 +293,26 @@ class UNetConfig(StageSettings):
     def opened_with(self) -> dict[str, Any]:
         """Return the keyword arguments with which `open_examples` opens `data`."""
         return super().opened_with() | {"caption_column": self.caption_column, "default_caption": self.default_caption}
+
+
+@dataclass(frozen=True, kw_only=True)
+class UNetConfig(DenoisingSettings):
+    """Settings of `train_unet`. `data` may also be a latent cache, which spares the work of the frozen networks.
+
+    Attributes:
+        lora_rank: Rank of the LoRA on the attention's projections; None trains the whole network.
+        train_text_encoder: Train the text encoder together with the U-Net.
+    """
+
+    lora_rank: int | None = None
+    train_text_encoder: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        from sdkit.arguments import flag, whole_number
+
+        flag("train_text_encoder", self.train_text_encoder)
+        if self.lora_rank is not None:
+            self._keep("lora_rank", whole_number("lora_rank", self.lora_rank, 1))
+            if self.init is not None:
+                raise ArgumentError("a network made from init= has nothing for LoRA to add to; leave one of them out.")
