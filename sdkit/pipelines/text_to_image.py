@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from os import PathLike
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, overload
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict, overload
 
 import torch
 from torch import Tensor
@@ -41,9 +41,22 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
     from PIL import Image
+    from typing_extensions import Unpack
 
 LATENTS_AT_ONCE = 4 * 64 * 64
 """Latent positions that are denoised together by default: four images of 512 x 512, or 64 of 128 x 128."""
+
+
+class Options(TypedDict, total=False):
+    """The keyword options of `StableDiffusion.__call__`, for type checkers."""
+
+    spacing: str | None
+    guidance_rescale: float
+    guidance_interval: tuple[float, float] | None
+    apg: APG | None
+    clip_skip: int
+    weighting: bool
+    batch_size: int | None
 
 
 class StableDiffusion:
@@ -177,10 +190,8 @@ class StableDiffusion:
         height: int | None = None, width: int | None = None, num_inference_steps: int = 30,
         guidance_scale: float | None = None, sampler: str = "ddim", eta: float = 0.0, seed: int | Sequence[int] = 0,
         num_images_per_prompt: int = 1, latents: Tensor | None = None,
-        output_type: Literal["pil"] = "pil", callback: Callable[[Step], object] | None = None, *,
-        spacing: str | None = None, guidance_rescale: float = 0.0,
-        guidance_interval: tuple[float, float] | None = None, apg: APG | None = None, clip_skip: int = 0,
-        weighting: bool = False, batch_size: int | None = None,
+        output_type: Literal["pil"] = "pil", callback: Callable[[Step], object] | None = None,
+        **options: Unpack[Options],
     ) -> list[Image.Image]: ...  # fmt: skip
     @overload
     def __call__(
@@ -189,9 +200,7 @@ class StableDiffusion:
         guidance_scale: float | None = None, sampler: str = "ddim", eta: float = 0.0, seed: int | Sequence[int] = 0,
         num_images_per_prompt: int = 1, latents: Tensor | None = None, *,
         output_type: Literal["np"], callback: Callable[[Step], object] | None = None,
-        spacing: str | None = None, guidance_rescale: float = 0.0,
-        guidance_interval: tuple[float, float] | None = None, apg: APG | None = None, clip_skip: int = 0,
-        weighting: bool = False, batch_size: int | None = None,
+        **options: Unpack[Options],
     ) -> npt.NDArray[np.uint8]: ...  # fmt: skip
     @overload
     def __call__(
@@ -200,9 +209,7 @@ class StableDiffusion:
         guidance_scale: float | None = None, sampler: str = "ddim", eta: float = 0.0, seed: int | Sequence[int] = 0,
         num_images_per_prompt: int = 1, latents: Tensor | None = None, *,
         output_type: Literal["pt", "latent"], callback: Callable[[Step], object] | None = None,
-        spacing: str | None = None, guidance_rescale: float = 0.0,
-        guidance_interval: tuple[float, float] | None = None, apg: APG | None = None, clip_skip: int = 0,
-        weighting: bool = False, batch_size: int | None = None,
+        **options: Unpack[Options],
     ) -> Tensor: ...  # fmt: skip
     def __call__(
         self,
