@@ -90,11 +90,12 @@ class StableDiffusion:
                 f"this U-Net attends to embeddings of width {unet.width}, this text encoder makes {text.width}: "
                 "they belong to different models."
             )
-        if unet.channels != vae.channels:
-            raise ArgumentError(
-                f"this U-Net takes {unet.channels} channels, this VAE's latents have {vae.channels}: "
-                "they do not make one text-to-image model."
-            )
+        for verb, channels in (("takes", unet.input_channels), ("gives", unet.channels)):
+            if channels != vae.channels:
+                raise ArgumentError(
+                    f"this U-Net {verb} {channels} channels, this VAE's latents have {vae.channels}: "
+                    "they do not make one text-to-image model."
+                )
         self.vae = vae
         self.text = text
         self.unet = unet
