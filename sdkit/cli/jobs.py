@@ -383,12 +383,7 @@ def generate_files(
 def _generate(sd: StableDiffusion, batch: Sequence[tuple[str, int]], generation: Generation) -> list[Image.Image]:
     """Generate one image for each (prompt, seed)."""
     prompts, seeds = zip(*batch, strict=True)
-    drawn: list[Image.Image] = sd(
-        prompts, generation.negative_prompt, generation.height, generation.width, generation.num_inference_steps,
-        generation.guidance_scale, generation.sampler, generation.eta, seeds, spacing=generation.spacing,
-        guidance_rescale=generation.guidance_rescale, guidance_interval=generation.guidance_interval,
-        clip_skip=generation.clip_skip, weighting=generation.weighting, batch_size=len(batch),
-    )  # fmt: skip
+    drawn: list[Image.Image] = sd(prompts, seed=seeds, batch_size=len(batch), **generation.options())
     return drawn
 
 

@@ -125,7 +125,7 @@ class Source:
         label, settings = self.place.label, cast("Any", unet.config)
         if settings.addition_embed_type or settings.class_embed_type or settings.num_class_embeds:
             raise SourceError(f"{label} holds a U-Net of Stable Diffusion XL or of another kind; give SD 1.x or 2.x.")
-        if settings.in_channels > settings.out_channels:
+        if settings.in_channels > latent_channels(settings):  # it takes more than noised latents
             name = single_file.INPUTS.get(settings.in_channels, "another kind of model")
             raise SourceError(
                 f"{label} looks like {name} ({settings.in_channels} input channels); give a text-to-image model."
@@ -186,6 +186,12 @@ class Source:
             family=family,
             components=components,
         )
+
+
+def latent_channels(unet: Any) -> int:
+    """Return the channels of the latents that a U-Net denoises, by its config. With twice as many outputs as inputs,
+    the second half is a learned variance."""
+    return int(unet.in_channels if unet.out_channels == 2 * unet.in_channels else unet.out_channels)
 
 
 class _Folder:

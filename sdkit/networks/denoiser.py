@@ -16,7 +16,7 @@ from sdkit.engines.attention import quicken_attention
 from sdkit.engines.compile import compile_modules, eager, is_compiling
 from sdkit.engines.device import memory_format, resolve_place
 from sdkit.errors import ArgumentError
-from sdkit.loading.source import Source
+from sdkit.loading.source import Source, latent_channels
 from sdkit.networks.wrapper import Wrapper, blames_network
 
 if TYPE_CHECKING:
@@ -32,7 +32,8 @@ class UNet(Wrapper):
     Attributes:
         network: The network.
         name: The source that it came from.
-        channels: Channels of its input (4).
+        channels: Channels of the latents that it denoises (4).
+        input_channels: Channels of its input: those of the latents, and those of `Conditioning.concat`.
         width: D, the width of the text embeddings it attends to.
         sample_size: Side of the latents it was trained on.
         guided: Whether it takes the guidance scale as an input and needs no second pass, as latent consistency models
@@ -45,7 +46,7 @@ class UNet(Wrapper):
         """Wrap a network; `from_pretrained` loads one."""
         super().__init__(network)
         config: Any = network.config
-        self.channels = int(config.in_channels)
+        self.channels, self.input_channels = latent_channels(config), int(config.in_channels)
         self.width = _one(config.cross_attention_dim)
         self.sample_size = _one(config.sample_size or 64)
         self.guided = config.time_cond_proj_dim is not None
@@ -85,7 +86,7 @@ class UNet(Wrapper):
     def try_out(self) -> None:
         """Denoise small latents of zeros."""
         side = 2 ** len(self.network.config.block_out_channels)
-        x_t = torch.zeros(1, self.channels, side, side, device=self.device, dtype=self.dtype)
+        x_t = torch.zeros(1, self.input_channels, side, side, device=self.device, dtype=self.dtype)
         self.network(x_t, 1, x_t.new_zeros(1, 4, self.width), return_dict=False)
 
     @blames_network

@@ -6,12 +6,12 @@ from the U-Net and these conditions, `denoise` samples latents z with it, and `d
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from os import PathLike
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict, overload
 
 import torch
 from torch import Tensor
@@ -19,8 +19,8 @@ from torch import Tensor
 from sdkit.arguments import number, one_of, seeded, strings, whole_number
 from sdkit.diffusion.conditioning import Conditioning
 from sdkit.diffusion.guidance import APG, Model, guided
-from sdkit.diffusion.samplers import Step, sampler_by_name
-from sdkit.diffusion.schedule import NoiseSchedule
+from sdkit.diffusion.samplers import Generators, Sampler, Step, Timesteps, sampler_by_name
+from sdkit.diffusion.schedule import NoiseSchedule, Predict
 from sdkit.engines.device import resolve_place
 from sdkit.engines.offload import on_device
 from sdkit.errors import ArgumentError, SdkitError
@@ -41,9 +41,22 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
     from PIL import Image
+    from typing_extensions import Unpack
 
 LATENTS_AT_ONCE = 4 * 64 * 64
 """Latent positions that are denoised together by default: four images of 512 x 512, or 64 of 128 x 128."""
+
+
+class Options(TypedDict, total=False):
+    """The keyword options of `StableDiffusion.__call__`, for type checkers."""
+
+    spacing: str | None
+    guidance_rescale: float
+    guidance_interval: tuple[float, float] | None
+    apg: APG | None
+    clip_skip: int
+    weighting: bool
+    batch_size: int | None
 
 
 class StableDiffusion:
@@ -77,11 +90,12 @@ class StableDiffusion:
                 f"this U-Net attends to embeddings of width {unet.width}, this text encoder makes {text.width}: "
                 "they belong to different models."
             )
-        if unet.channels != vae.channels:
-            raise ArgumentError(
-                f"this U-Net takes {unet.channels} channels, this VAE's latents have {vae.channels}: "
-                "they do not make one text-to-image model."
-            )
+        for verb, channels in (("takes", unet.input_channels), ("gives", unet.channels)):
+            if channels != vae.channels:
+                raise ArgumentError(
+                    f"this U-Net {verb} {channels} channels, this VAE's latents have {vae.channels}: "
+                    "they do not make one text-to-image model."
+                )
         self.vae = vae
         self.text = text
         self.unet = unet
@@ -181,10 +195,8 @@ class StableDiffusion:
         height: int | None = None, width: int | None = None, num_inference_steps: int = 30,
         guidance_scale: float | None = None, sampler: str = "ddim", eta: float = 0.0, seed: int | Sequence[int] = 0,
         num_images_per_prompt: int = 1, latents: Tensor | None = None,
-        output_type: Literal["pil"] = "pil", callback: Callable[[Step], object] | None = None, *,
-        spacing: str | None = None, guidance_rescale: float = 0.0,
-        guidance_interval: tuple[float, float] | None = None, apg: APG | None = None, clip_skip: int = 0,
-        weighting: bool = False, batch_size: int | None = None,
+        output_type: Literal["pil"] = "pil", callback: Callable[[Step], object] | None = None,
+        **options: Unpack[Options],
     ) -> list[Image.Image]: ...  # fmt: skip
     @overload
     def __call__(
@@ -193,9 +205,7 @@ class StableDiffusion:
         guidance_scale: float | None = None, sampler: str = "ddim", eta: float = 0.0, seed: int | Sequence[int] = 0,
         num_images_per_prompt: int = 1, latents: Tensor | None = None, *,
         output_type: Literal["np"], callback: Callable[[Step], object] | None = None,
-        spacing: str | None = None, guidance_rescale: float = 0.0,
-        guidance_interval: tuple[float, float] | None = None, apg: APG | None = None, clip_skip: int = 0,
-        weighting: bool = False, batch_size: int | None = None,
+        **options: Unpack[Options],
     ) -> npt.NDArray[np.uint8]: ...  # fmt: skip
     @overload
     def __call__(
@@ -204,9 +214,7 @@ class StableDiffusion:
         guidance_scale: float | None = None, sampler: str = "ddim", eta: float = 0.0, seed: int | Sequence[int] = 0,
         num_images_per_prompt: int = 1, latents: Tensor | None = None, *,
         output_type: Literal["pt", "latent"], callback: Callable[[Step], object] | None = None,
-        spacing: str | None = None, guidance_rescale: float = 0.0,
-        guidance_interval: tuple[float, float] | None = None, apg: APG | None = None, clip_skip: int = 0,
-        weighting: bool = False, batch_size: int | None = None,
+        **options: Unpack[Options],
     ) -> Tensor: ...  # fmt: skip
     def __call__(
         self,
@@ -279,37 +287,85 @@ class StableDiffusion:
             >>> sd(["a cat", "a dog"], num_images_per_prompt=2, num_inference_steps=2, output_type="np").shape
             (4, 128, 128, 3)
         """
+        plan = self._plan(
+            prompt, negative_prompt, height, width, num_inference_steps, guidance_scale, sampler, eta, seed,
+            num_images_per_prompt, latents, output_type, callback, spacing, guidance_rescale, guidance_interval, apg,
+            clip_skip, weighting, batch_size,
+        )  # fmt: skip
+        x_T = start(plan.generators, plan.shape, latents)
+        z = self._sampled(x_T, plan.timesteps, plan)
+        if output_type == "latent":
+            return z
+        self._check_latents(z)
+        with self._working(self.vae):
+            return decode(self.vae, z, plan.size, output_type=output_type, batch_size=batch_size)
+
+    def _plan(
+        self, prompt: str | Sequence[str], negative_prompt: str | Sequence[str] | None, height: int | None,
+        width: int | None, num_inference_steps: int, guidance_scale: float | None, sampler: str, eta: float,
+        seed: int | Sequence[int], num_images_per_prompt: int, latents: Tensor | None, output_type: str,
+        callback: Callable[[Step], object] | None, spacing: str | None, guidance_rescale: float,
+        guidance_interval: tuple[float, float] | None, apg: APG | None, clip_skip: int, weighting: bool,
+        batch_size: int | None,
+    ) -> Plan:  # fmt: skip
+        """Check the arguments of a call, and return what they ask for. Arguments and errors are those of `__call__`."""
         one_of("output_type", output_type, (*OUTPUT_TYPES, "latent"))
         loop = sampler_by_name(sampler, eta=eta)
         timesteps = self.schedule.timesteps(num_inference_steps, spacing)
         prompts, negatives = self._prompts(prompt, negative_prompt, num_images_per_prompt)
         size = self._size(height, width, latents)
+        shape = self._latent_shape(*size)
         generators = seeded(seed, len(prompts))
         guidance: dict[str, Any] = {"interval": guidance_interval, "phi": guidance_rescale, "projected": apg}
         model, scale = self._model(guidance_scale, negatives, guidance)
+        return Plan(
+            size=size,
+            shape=shape,
+            timesteps=timesteps,
+            generators=generators,
+            batches=list(self._batches(prompts, negatives, scale, weighting, shape, batch_size)),
+            sampler=loop,
+            model=model,
+            guidance={"scale": scale, **guidance},
+            clip_skip=clip_skip,
+            weighting=weighting,
+            finite=output_type != "latent",
+            callback=callback,
+        )
 
-        x_T = start(generators, self._latent_shape(*size), latents)
+    def _sampled(self, x_T: Tensor, timesteps: Timesteps, plan: Plan, predictor: Predictor | None = None) -> Tensor:
+        """Embed the prompts of a plan, and denoise its images, batch by batch.
+
+        Args:
+            x_T: (N, C, h, w), where sampling starts, on the CPU.
+            timesteps: Pairs (t, t_prev), the first of them at the noise level of `x_T`.
+            plan: All that is drawn.
+            predictor: Makes the predictor of a batch; None is `guided` with the plan's model and guidance.
+
+        Returns:
+            Latents (N, C, h, w), float32, on the CPU.
+        """
         z = torch.empty_like(x_T)
         with torch.no_grad():
-            for batch in self._batches(prompts, negatives, scale, weighting, x_T, batch_size):
+            for batch in plan.batches:
                 with self._working(self.text):
-                    cond, uncond = self._embedded(batch, clip_skip, weighting, finite=output_type != "latent")
+                    cond, uncond = self._embedded(batch, plan)
                 with self._working(self.unet):
-                    predict = guided(model, self.schedule, cond, uncond, scale, **guidance)
+                    predict = (predictor or self._guided(plan))(batch, cond, uncond)
                     z[batch.images] = denoise(
                         predict,
                         x_T[batch.images].to(self.unet.device),
                         self.schedule,
                         timesteps,
-                        sampler=loop,
-                        generators=[generators[i] for i in batch.images],
-                        callback=callback,
+                        sampler=plan.sampler,
+                        generators=[plan.generators[i] for i in batch.images],
+                        callback=plan.callback,
                     ).cpu()
-        if output_type == "latent":
-            return z
-        self._check_latents(z)
-        with self._working(self.vae):
-            return decode(self.vae, z, size, output_type=output_type, batch_size=batch_size)
+        return z
+
+    def _guided(self, plan: Plan) -> Predictor:
+        """Return the function that makes a batch's predictor with the plan's model and guidance."""
+        return lambda _, cond, uncond: guided(plan.model, self.schedule, cond, uncond, **plan.guidance)
 
     def _working(self, network: Wrapper) -> AbstractContextManager[None]:
         """Return a context that keeps a network on `offload_to` while it computes; a no-op without offloading."""
@@ -392,9 +448,9 @@ class StableDiffusion:
         negatives: list[str],
         scale: float,
         weighting: bool,
-        x_T: Tensor,
+        shape: tuple[int, int, int],
         batch_size: int | None,
-    ) -> Iterator[_Batch]:
+    ) -> Iterator[Batch]:
         """Group images into batches.
 
         Images in a batch have prompts with the same number of chunks, since padding a prompt changes its image.
@@ -406,35 +462,34 @@ class StableDiffusion:
         for i, (prompt, negative) in enumerate(zip(prompts, negatives, strict=True)):
             chunks = lengths[prompt] if scale == 1 else max(lengths[prompt], lengths[negative])
             groups.setdefault(chunks, []).append(i)
-        fitting = self.images_at_once(x_T.shape[2] * self.vae.factor, x_T.shape[3] * self.vae.factor)
+        fitting = self.images_at_once(shape[1] * self.vae.factor, shape[2] * self.vae.factor)
         n = fitting if batch_size is None else whole_number("batch_size", batch_size, 1)
         for chunks, group in sorted(groups.items()):
             for indices in (group[i : i + n] for i in range(0, len(group), n)):
-                yield _Batch(
+                yield Batch(
                     images=indices,
                     prompts=[prompts[i] for i in indices],
                     negatives=None if scale == 1 else [negatives[i] for i in indices],
                     chunks=chunks,
                 )
 
-    def _embedded(
-        self, batch: _Batch, clip_skip: int, weighting: bool, *, finite: bool
-    ) -> tuple[Conditioning, Conditioning | None]:
-        """Embed a batch's prompts and negative prompts. With `finite`, raise SdkitError if they are not finite."""
+    def _embedded(self, batch: Batch, plan: Plan) -> tuple[Conditioning, Conditioning | None]:
+        """Embed a batch's prompts and negative prompts. Where they must be finite, raise SdkitError if they are not."""
+        options: dict[str, Any] = {"clip_skip": plan.clip_skip, "weighting": plan.weighting}
         device = self.unet.device if self.offload_to is None else self.offload_to
         conditions = [
             # Moved to the device of the U-Net once, not in every step.
-            embed(self.text, texts, clip_skip=clip_skip, weighting=weighting, chunks=batch.chunks).to(device)
+            embed(self.text, texts, chunks=batch.chunks, **options).to(device)
             for texts in (batch.prompts, batch.negatives)
             if texts is not None
         ]
-        if finite:
-            self._check_embeddings(conditions, weighting)
+        if plan.finite:
+            self._check_embeddings(conditions, plan.weighting)
         return conditions[0], conditions[1] if len(conditions) > 1 else None
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Batch:
+class Batch:
     """Images that are denoised together.
 
     Attributes:
@@ -448,6 +503,43 @@ class _Batch:
     prompts: list[str]
     negatives: list[str] | None
     chunks: int
+
+
+Predictor: TypeAlias = Callable[[Batch, Conditioning, Conditioning | None], Predict]
+"""predictor(batch, cond, uncond): makes the predictor of a batch from its conditions."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """All that a call draws: its arguments, checked, and with the model's own values for those that were not given.
+
+    Attributes:
+        size: Height and width of the images in pixels.
+        shape: (C, h, w), the shape of one image's latents.
+        timesteps: Pairs (t, t_prev), from most noise to least.
+        generators: One CPU generator for each of N images.
+        batches: All N images, grouped into batches.
+        sampler: The sampling loop.
+        model: The U-Net as `guided` calls it.
+        guidance: The keywords of `guided`, the scale among them.
+        clip_skip: Number of the text encoder's last layers to skip.
+        weighting: Whether to read `(word:1.3)` as A1111 does.
+        finite: Whether embeddings must be finite.
+        callback: Called with each `Step` of each batch.
+    """
+
+    size: tuple[int, int]
+    shape: tuple[int, int, int]
+    timesteps: Timesteps
+    generators: Generators
+    batches: Sequence[Batch]
+    sampler: Sampler
+    model: Model
+    guidance: Mapping[str, Any]
+    clip_skip: int
+    weighting: bool
+    finite: bool
+    callback: Callable[[Step], object] | None
 
 
 def _remedy(part: UNet | TextEncoder) -> str:
