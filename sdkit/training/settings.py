@@ -238,7 +238,7 @@ class VAEConfig(StageSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class DenoisingSettings(StageSettings):
-    """Settings that all stages share which train a network to denoise latents of captioned images.
+    """Settings shared by all stages that train a network to denoise latents of captioned images.
 
     Attributes:
         vae: VAE to use in place of the model's own: a folder, a Hub id, or a single file. The U-Net is trained
