@@ -1,4 +1,4 @@
-"""sdkit: encode and decode images, draw images of prompts, and fine-tune, with Stable Diffusion 1.x and 2.x.
+"""sdkit: encode and decode images, generate images from prompts, and fine-tune Stable Diffusion 1.x and 2.x.
 
     images = vae.decode(vae.encode("photo.jpg"))                # vae = sdkit.VAE.from_pretrained("emoji")
     images = sd("a red apple on a blue background", seed=1)     # sd = sdkit.StableDiffusion.from_pretrained("emoji")
@@ -75,7 +75,7 @@ _HOMES = {
     "VAE": "sdkit.networks.autoencoder",
 }
 
-if not TYPE_CHECKING:  # type checkers use the imports above, which let them report misspelt names
+if not TYPE_CHECKING:  # a type checker that sees a `__getattr__` accepts any name, misspelt ones too
     __getattr__ = attributes(__name__, _HOMES)
 
 

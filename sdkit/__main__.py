@@ -1,4 +1,4 @@
-"""`python -m sdkit`."""
+"""Entry point of `python -m sdkit`."""
 
 import sys
 

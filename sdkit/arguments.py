@@ -15,7 +15,7 @@ from sdkit.errors import ArgumentError
 from sdkit.messages import clean
 
 LONGEST_SIDE = 16384
-"""Pixels of the longest side that an image may have; memory runs out well before."""
+"""Largest height or width of an image, in pixels. Memory runs out well before."""
 PREDICTIONS = {
     "eps": "epsilon",
     "epsilon": "epsilon",
@@ -24,7 +24,7 @@ PREDICTIONS = {
     "x0": "sample",
     "sample": "sample",
 }
-"""Names that users give to a model's prediction -> diffusers' names."""
+"""Accepted name of a model's parameterisation -> diffusers' name."""
 
 
 def one_of(name: str, value: Any, choices: Collection[str]) -> str:
@@ -58,7 +58,7 @@ def number(name: str, value: Any, low: float = -math.inf, high: float = math.inf
 
 
 def flag(name: str, value: Any) -> bool:
-    """Check that `value` is True or False. Other types are refused: the string "no" would be true."""
+    """Check that `value` is True or False. Other types raise: the string "no", for example, is truthy."""
     if not isinstance(value, bool):
         raise ArgumentError(f"{name} must be True or False, not {value!r}.")
     return value
@@ -73,7 +73,7 @@ def possible_name(name: str | os.PathLike[str]) -> bool:
 
 
 def path_or_name(name: str, value: Any) -> str:
-    """Check that `value` is a path or a name, not empty, and possible on this system; return it as a string."""
+    """Check that `value` is a non-empty path or name, legal on this system; return it as a string."""
     if not isinstance(value, (str, os.PathLike)) or not os.fspath(value):
         raise ArgumentError(f"{name} must be a path or a name, not {value!r}.")
     if not possible_name(value):

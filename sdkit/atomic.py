@@ -22,10 +22,10 @@ from sdkit.messages import reason
 TEMPORARY = ".sdkit-"
 """Prefix of the names of files being written; `find_files` skips hidden files."""
 OWNER = re.compile(r"\.sdkit-(?:([0-9a-f]{8})-(\d+)-)?[0-9a-f]{16}(?:\..*)?", re.DOTALL)
-"""Matches a whole temporary name. Its groups are the writing host and process; older versions wrote neither."""
+"""Pattern of a temporary file's name. The groups are the writer's host and process; older versions wrote neither."""
 DAY = 24 * 60 * 60
 LONGEST_SUFFIX = 64
-"""Bytes of a suffix that a temporary name keeps; longer ones name no format."""
+"""Longest suffix, in bytes, that a temporary name keeps. No format that sdkit writes has a longer one."""
 
 
 @contextlib.contextmanager
@@ -45,15 +45,15 @@ def atomic_write(path: str | Path, *, overwrite: bool = True) -> Iterator[Path]:
     """
     temporary = None
     try:
-        target = resolved(path)  # or else the link itself would be replaced
+        target = resolved(path)  # follow links: the rename must not replace a link itself
         if not overwrite and os.path.lexists(path):
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
         if target.exists() and not target.is_file():
             raise SdkitError(f"cannot write {path}: it is {'a folder' if target.is_dir() else 'not a regular file'}.")
-        with contextlib.suppress(FileExistsError):  # if the parent is a file, the write below says so
+        with contextlib.suppress(FileExistsError):  # the parent exists; if it is a file, the write below raises
             target.parent.mkdir(parents=True)
         remove_abandoned(target.parent)
-        temporary = beside(target, target.suffix)  # writers such as Pillow choose the format by the suffix
+        temporary = beside(target, target.suffix)  # keep the suffix: some writers choose the format by it
         yield temporary
         sync(temporary)
         (Path.replace if overwrite else _claim)(temporary, target)
@@ -84,14 +84,14 @@ def _claim(temporary: Path, target: Path) -> None:
 
 
 def beside(path: Path, suffix: str = "") -> Path:
-    """Return an unused temporary name beside `path`, which also names this host and process."""
+    """Return an unused temporary path in the folder of `path`. Its name includes this host and process."""
     ending = suffix if len(os.fsencode(suffix)) <= LONGEST_SUFFIX else ""
     return path.parent / f"{TEMPORARY}{_host()}-{os.getpid()}-{secrets.token_hex(8)}{ending}"
 
 
 @functools.cache
 def _host() -> str:
-    """Return eight hex digits that identify where process numbers are valid: a host, or a container on it."""
+    """Return eight hex digits that identify this PID namespace: the host, or the container on it."""
     try:
         processes = os.readlink("/proc/self/ns/pid")  # noqa: PTH115 - returns no path, but "pid:[4026531836]"
     except OSError:
@@ -100,7 +100,7 @@ def _host() -> str:
 
 
 def sync(path: Path) -> None:
-    """Flush a file, or a folder's list of names, to disk (fsync), so that it survives a power cut."""
+    """Flush a file, or a folder's directory entries, to disk (fsync), so that it survives a power cut."""
     try:
         descriptor = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
         try:

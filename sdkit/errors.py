@@ -8,8 +8,8 @@ from sdkit.messages import shortened
 class SdkitError(Exception):
     """Base class of every error that sdkit raises on purpose.
 
-    The command line prints the message without a traceback, and exits with code 2. A message of over 1,000 letters,
-    which quotes a very long name or value, loses its middle.
+    The command line prints the message without a traceback, and exits with code 2. The middle of a message
+    of over 1,000 characters is cut out, since such a message quotes a very long name or value.
     """
 
     def __init__(self, message: str = "") -> None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 BEGINNING = 512
-"""Number of first bytes that `kind_of` needs."""
+"""Number of leading bytes that `kind_of` needs."""
 LONGEST_HEADER = 100_000_000
-"""Bytes of the largest header that the safetensors library reads."""
+"""Size of the largest header that the safetensors library reads, in bytes."""
 SAFETENSORS, PICKLE, ZIP = "a safetensors file", "a pickle", "a zip archive"
 LFS, PAGE, JSON = "a Git LFS pointer", "a web page (HTML)", "JSON text"
 PNG, JPEG, GIF, WEBP, AVIF = "a PNG image", "a JPEG image", "a GIF image", "a WebP image or another RIFF file", "AVIF"
@@ -38,11 +38,11 @@ TEXTS = (
     (b"[", JSON),
 )
 BRANDS = {b"heic": "HEIC", b"heix": "HEIC", b"hevc": "HEIC", b"mif1": "HEIF", b"msf1": "HEIF", b"avif": AVIF}
-"""Brand in an ISO media file -> its kind."""
+"""Brand of an ISO media file (bytes 8 to 11) -> the kind of file."""
 
 
 def kind_of(beginning: bytes) -> str | None:
-    """Return the kind of a file from its first bytes, worded to fit into a sentence; None if they do not tell."""
+    """Return the kind of a file from its first bytes, worded to fit into a sentence; None if it is unknown."""
     # A safetensors file begins with 8 bytes for the header's length. The header is a JSON object.
     if beginning[8:9] == b"{" and int.from_bytes(beginning[:8], "little") <= LONGEST_HEADER:
         return SAFETENSORS
@@ -50,8 +50,8 @@ def kind_of(beginning: bytes) -> str | None:
         return kind
     if beginning[4:8] == b"ftyp":
         return BRANDS.get(beginning[8:12], "a video")
-    # A pickle begins with an opcode and its protocol. If a 0 follows, which is no opcode, the bytes are the header's
-    # length in a safetensors file.
+    # A pickle begins with the opcode PROTO (0x80), its version, and another opcode. There is no opcode 0: with a 0 in
+    # third place, these bytes are the header's length in a safetensors file.
     if beginning[:1] == b"\x80" and beginning[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05") and any(beginning[2:3]):
         return PICKLE
     text = beginning.removeprefix(b"\xef\xbb\xbf").lstrip().lower()

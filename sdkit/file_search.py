@@ -29,9 +29,9 @@ class NoFilesFoundError(SdkitError):
 def find_files(paths: Iterable[str | Path], suffixes: Collection[str], unreadable: Collection[str] = ()) -> list[Path]:
     """Find the given files, and all files under the given folders that have one of the suffixes.
 
-    Files that are given by name are returned whatever their suffix. Hidden files and folders are skipped. A link to a
-    folder is followed unless the folder is reached otherwise. Entries that cannot be read (a dangling link, a pipe, a
-    folder without permission) are returned too, so that opening them reports the problem.
+    Files that are given by name are returned whatever their suffix. Hidden files and folders are skipped. Links to
+    folders are followed; a folder that is reached more than once is searched once. Entries that cannot be read (a
+    dangling link, a pipe, a folder without permission) are returned too, so that opening them reports the problem.
 
     Args:
         paths: Files and folders.
@@ -66,7 +66,7 @@ def find_files(paths: Iterable[str | Path], suffixes: Collection[str], unreadabl
 
 
 def _expand(path: Path, suffixes: Collection[str]) -> tuple[list[Path], list[str]]:
-    """Return the file itself, or a folder's files with one of these suffixes; and the folder's other files."""
+    """Return `path` itself or, for a folder, its files with one of the suffixes; and the folder's other files."""
     try:
         mode = status(path).st_mode
         if not stat.S_ISDIR(mode):
@@ -117,7 +117,7 @@ def _suffix(name: str) -> str:
 
 
 def _counted(files: Sequence[str]) -> str:
-    """Count files by suffix, the most frequent first: "3 .heic files and 1 .txt file"."""
+    """Count files by suffix, and list the three most frequent: "3 .heic files and 1 .txt file"."""
     counts = sorted(Counter(map(_suffix, files)).items(), key=lambda item: (-item[1], item[0]))[:3]
     kinds = [f"{count} {clean(suffix)} file{'s' if count > 1 else ''}" for suffix, count in counts if suffix]
     return " and ".join(kinds) or f"{len(files)} other file{'s' if len(files) > 1 else ''}"

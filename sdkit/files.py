@@ -1,4 +1,4 @@
-"""Files: names that a system can have, and regular files opened, read up to a limit, or hashed."""
+"""Helpers for files: check names; open, hash, and read regular files, up to a maximum size."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def open_regular(path: str | Path) -> BinaryIO:
     """
     mode = status(path).st_mode
     if stat.S_ISDIR(mode):
-        os.scandir(path).close()  # a missing permission is reported first
+        os.scandir(path).close()  # raises PermissionError first if the folder cannot be read
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     if not stat.S_ISREG(mode):
         raise OSError(errno.EINVAL, "it is not a regular file", str(path))
@@ -81,15 +81,15 @@ def _impossible(path: str | Path) -> OSError:
 def expanded(path: str | os.PathLike[str]) -> Path:
     """Replace a leading ~ by the home folder.
 
-    A ~name without such a user is left as it is; `Path.expanduser` raises there.
+    If ~name stands for no user, the path is left unchanged; `Path.expanduser` would raise.
     """
     return Path(os.path.expanduser(path))  # noqa: PTH111
 
 
 def encodable(text: str) -> str:
-    """Replace what UTF-8 cannot encode by "?".
+    """Replace lone surrogates, which UTF-8 cannot encode, by "?".
 
-    These are lone surrogates, by which Python represents undecodable bytes of file names.
+    Python represents undecodable bytes of file names by lone surrogates.
     """
     return text.encode(errors="replace").decode()
 
@@ -97,6 +97,6 @@ def encodable(text: str) -> str:
 def utf8_name(name: str) -> str:
     """Return a file name that is UTF-8 on disk whatever the system's encoding, with U+FFFD for undecodable bytes.
 
-    Other systems then show the name as it is meant, and the safetensors library, which encodes as UTF-8, can open it.
+    Other systems then display the name correctly, and the safetensors library, which encodes as UTF-8, can open it.
     """
     return os.fsdecode(os.fsencode(name).decode(errors="replace").encode())

@@ -1,6 +1,6 @@
-"""Messages: foreign text made safe to quote, and other libraries' messages silenced.
+"""Messages: make foreign text safe to quote, and silence other libraries.
 
-Foreign text is what sdkit did not write: file names, values from files, other libraries' errors.
+Foreign text is text that sdkit did not write: file names, values from files, other libraries' errors.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ LONGEST_MESSAGE = 1000
 LISTED = 3
 """Largest number of names that a message lists; the others are only counted."""
 DOWNLOADERS = ("datasets", "huggingface_hub")
-"""Libraries that keep their progress bars on a terminal when quiet: a download may take hours."""
+"""Libraries whose progress bars `quiet` keeps on a terminal: a download may take hours."""
 
 _switching = threading.Lock()
 _users: dict[str, int] = {}
-"""Number of `quiet` blocks that are open, by library."""
+"""Library -> number of its open `quiet` blocks."""
 _settings: dict[str, tuple[int, bool]] = {}
-"""Log level before the first of these blocks, and whether it disabled progress bars, by library."""
+"""Library -> its log level before the first open `quiet` block, and whether that block disabled its progress bars."""
 
 
 def printable(text: str) -> str:
@@ -49,7 +49,7 @@ def listed(names: Sequence[object]) -> str:
 def first_line(error: BaseException) -> str:
     """Return the first line of a library's message, without the punctuation at its end."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    begun = lines[0].endswith(":") and lines[1:]  # "...:" only announces what the next line says
+    begun = lines[0].endswith(":") and lines[1:]  # a line that ends in ":" only announces the next one
     return clean(" ".join(lines[:2] if begun else lines[:1]).rstrip(".:"))
 
 
@@ -73,8 +73,8 @@ def reason(error: Exception) -> str:
 def quiet(*libraries: str) -> Iterator[None]:
     """Silence the logs and progress bars of "diffusers", "transformers", "huggingface_hub", or "datasets".
 
-    The settings belong to the whole process. When several threads are inside, the first to enter silences a library,
-    and the last to leave restores it.
+    The settings belong to the whole process. If several threads have open `quiet` blocks, the first to
+    enter silences a library, and the last to leave restores it.
     """
     with ExitStack() as stack:
         for library in libraries:
@@ -84,7 +84,7 @@ def quiet(*libraries: str) -> Iterator[None]:
 
 @contextmanager
 def _quiet(library: str) -> Iterator[None]:
-    log = import_module(f"{library}.utils.logging")  # configures the logger now, so that it resets no level later
+    log = import_module(f"{library}.utils.logging")  # configures the logger; done later, that would reset the level
     bars_enabled, enable_bars, disable_bars = _bars(library)
     with _switching:
         _users[library] = _users.get(library, 0) + 1
@@ -117,7 +117,7 @@ def _bars(library: str) -> tuple[Callable[[], bool], Callable[[], None], Callabl
 
 @contextmanager
 def no_warnings() -> Iterator[None]:
-    """Ignore all warnings. Their filters belong to the whole process."""
+    """Ignore all warnings while the context is open, in every thread: Python's warning filters are global."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

@@ -1,4 +1,4 @@
-"""Measures of images: public names of `sdkit.evaluation`."""
+"""Metrics: public names of `sdkit.evaluation`."""
 
 from __future__ import annotations
 

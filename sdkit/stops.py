@@ -19,8 +19,8 @@ STOPS = (Stopped, KeyboardInterrupt, SystemExit)
 def stop_in(error: BaseException) -> BaseException | None:
     """Return the stop (a signal, Ctrl-C, `sys.exit`) that `error` is or was caused by; None if there is none.
 
-    Python 3.11 wraps whatever a `__set_name__` raises in a RuntimeError, and ctypes, regex, and others do the same. If
-    a signal arrives there, it would otherwise be reported as a damaged file.
+    Other code may wrap a stop in an error of its own: Python 3.11 does in `__set_name__`, and ctypes and regex do, too.
+    Without this search, such a stop would be reported as a damaged file.
     """
     seen: dict[int, BaseException] = {}
     waiting: list[BaseException | None] = [error]

@@ -14,7 +14,7 @@ from sdkit.files import read_regular
 from sdkit.messages import first_line
 
 LARGEST = 64 * 2**20
-"""Bytes of the largest JSON file that is read. The files of models, caches, and runs are far smaller."""
+"""Size of the largest JSON file that is read, in bytes. Those of models, caches, and runs are far smaller."""
 
 
 def parse(data: bytes | str) -> Any:

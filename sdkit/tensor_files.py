@@ -1,4 +1,4 @@
-"""Safetensors files: equal content is written as equal bytes, and each damage raises when read.
+"""Safetensors files: equal content gives bit-identical files, and reading a damaged file raises.
 
 The message of each `ValueError` is a predicate ("is not a whole safetensors file ..."); the caller puts the file's
 name before it.
@@ -26,7 +26,7 @@ METADATA = "__metadata__"
 def encoded(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
     """Return the bytes of a safetensors file with sorted metadata.
 
-    The safetensors library writes metadata in another order each time, so equal content would give other checksums.
+    The safetensors library writes metadata in random order, so files of equal content would differ in their checksums.
     """
     data = safetensors.torch.save({name: x.detach().cpu().contiguous() for name, x in tensors.items()}, dict(metadata))
     end = 8 + int.from_bytes(data[:8], "little")

@@ -22,6 +22,8 @@ def test_call(sd: sdkit.StableDiffusion) -> None:
     array = sd("a cat", num_inference_steps=1, height=32, width=32, output_type="np")
     assert_type(array, npt.NDArray[np.uint8])
     assert array.dtype == np.uint8
+    options = sd("a cat", num_inference_steps=1, height=32, width=32, spacing="leading", batch_size=1)
+    assert_type(options, list[Image.Image])
     pixels = sd("a cat", num_inference_steps=1, height=32, width=32, output_type="pt")
     assert_type(pixels, Tensor)
     assert pixels.shape == (1, 3, 32, 32)

@@ -1,8 +1,9 @@
-"""The command line: one function per command, which reads its options, calls the work, and prints the result.
+"""The command line: one function per command, which reads the options, does the work, and prints the result.
 
-Results go to stdout, progress and errors to stderr. Exit codes: 0 for success; 1 if some inputs failed and the others
-are done; 2 for a user's error, reported in one sentence (some errors have a code of their own); 130 after Ctrl-C, 143
-after SIGTERM, 129 after SIGHUP. Each command imports the heavy libraries that it needs, so that --help is quick.
+Results go to stdout, progress and errors to stderr. Exit codes: 0 for success; 1 if some inputs failed and the rest
+succeeded; 2 for an error that a user can fix, reported in one sentence; 130 after Ctrl-C, 143 after SIGTERM, 129 after
+SIGHUP, also if training stopped with a checkpoint; 141 if the reader of stdout closed the pipe. Heavy libraries are
+imported inside the commands, so that --help is fast.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code.
 
     Args:
-        argv: The command and its options; None takes the process's own arguments.
+        argv: The command and its options; None takes those of the process, `sys.argv[1:]`.
     """
     return exit_code_of(lambda: _run(argv))
 
@@ -57,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(argv: Sequence[str] | None) -> int:
     try:
         code: int = 0
-        with contextlib.suppress(SystemExit):  # argparse raises it after --help and --version
+        with contextlib.suppress(SystemExit):  # argparse raises SystemExit after --help and --version
             args = _parser().parse_args(argv)
             code = args.command(args)
         flush()
@@ -69,9 +70,9 @@ def _run(argv: Sequence[str] | None) -> int:
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    """Return whether memory ran out, in Python, on a GPU, or on the CPU.
+    """Return whether Python or PyTorch ran out of memory.
 
-    For a GPU, torch raises an OutOfMemoryError. For the CPU it raises a RuntimeError that only its message tells apart.
+    On a GPU, PyTorch raises OutOfMemoryError. On a CPU, it raises a RuntimeError that only its message identifies.
     """
     cpu = any(words in str(error) for words in ("can't allocate memory", "not enough memory"))
     return cpu or isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
@@ -79,7 +80,7 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 @contextlib.contextmanager
 def _failures_printed(report: Report[Any]) -> Iterator[None]:
-    """Print the inputs that failed when the job ends, even if an error or Ctrl-C ends it."""
+    """Print the failed inputs at the end of the block, even if an error or Ctrl-C ends it."""
     try:
         yield
     finally:
@@ -102,7 +103,7 @@ def generate(args: argparse.Namespace) -> int:
     _check_guidance(given, generation)
     sizes = {"count": args.count, "batch_size": args.batch_size}
     prompts = prompts or [generation.prompt]
-    check_generation(prompts, args.out, generation, **sizes)  # before a model is loaded, or even downloaded
+    check_generation(prompts, args.out, generation, **sizes)  # before a model is loaded or downloaded
     _check_place(generation.dtype, args.device)
     report = Report[Path](on_done=say_path)
     generate_files(_load_sd(args, generation), prompts, args.out, generation, grid=args.grid, report=report, **sizes)
@@ -110,7 +111,7 @@ def generate(args: argparse.Namespace) -> int:
 
 
 def _check_guidance(given: dict[str, Any], generation: Generation) -> None:
-    """Raise ArgumentError for an option of guidance where guidance is off, and the option would be ignored."""
+    """Raise ArgumentError if an option of guidance is given at scale 1, where guidance is off and would ignore it."""
     options = {"negative_prompt": "negative-prompt", "guidance_rescale": "rescale", "guidance_interval": "interval"}
     unused = [option for name, option in options.items() if given.get(name)]
     if unused and generation.guidance_scale == 1:
@@ -204,7 +205,7 @@ def demo(args: argparse.Namespace) -> int:
 
 
 def _checked(args: argparse.Namespace, suffixes: Collection[str], seed: int = 0) -> dict[str, Any]:
-    """Return the options of a job on files, checked before a model is loaded, or even downloaded."""
+    """Check the options of a job on files before its model is loaded, and return them as keyword arguments."""
     from sdkit.cli.jobs import check_files
 
     find_files(args.paths, suffixes)
@@ -234,7 +235,8 @@ def _load_sd(args: argparse.Namespace, generation: Generation) -> StableDiffusio
     from sdkit.networks.lora import merge_lora
     from sdkit.pipelines.text_to_image import StableDiffusion
 
-    loras = [(read_lora(source), scale) for source, scale in generation.loras]  # small, so that errors come early
+    # LoRAs are small: read them before the model, so that a bad one is reported early.
+    loras = [(read_lora(source), scale) for source, scale in generation.loras]
     sd = StableDiffusion.from_pretrained(
         generation.model, dtype=generation.dtype, device=args.device, revision=generation.revision,
         variant=generation.variant, config=generation.config, prediction_type=generation.prediction_type,
@@ -262,7 +264,7 @@ def _number(value: float | None, digits: int) -> str:
 
 
 def _scores_as_dict(model: str, report: Report[Reconstruction]) -> dict[str, Any]:
-    """Return a report for JSON, which has no infinity: the PSNR of equal images becomes null."""
+    """Return a report as a dict for JSON. JSON has no infinity, so the PSNR of identical images becomes null."""
     from dataclasses import asdict
 
     from sdkit.cli.jobs import mean_scores
@@ -304,8 +306,8 @@ EXAMPLES = (
 def _add_generate(commands: Commands) -> None:
     """Add `generate`.
 
-    An option of a `Generation` is stored under its field's name, and only if it is given, so that it overrides the
-    value in the PNG of --from.
+    Options that set a field of `Generation` are stored under the field's name. They have no default: only options that
+    are given override the settings in the PNG of --from.
     """
     parser = add_command(
         commands,
@@ -445,7 +447,7 @@ def _add_reconstruct(commands: Commands) -> None:
 
 
 def _add_files(parser: argparse.ArgumentParser, metavar: str, about: str, out: str) -> Add:
-    """Add the inputs of a job and its output folder, and return what adds options to their group."""
+    """Add the input paths and the output folder of a job. Return the `add_argument` of their group."""
     add = parser.add_argument_group("input and output").add_argument
     add("paths", nargs="+", metavar=metavar, help=about)
     add("--out", "-o", default=out, metavar="FOLDER", help="Output folder (default: %(default)s)")
@@ -453,7 +455,7 @@ def _add_files(parser: argparse.ArgumentParser, metavar: str, about: str, out: s
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
-    """Add the options of a job's model, and of its speed and memory."""
+    """Add the options that choose the model, and those for speed and memory."""
     model_options(parser.add_argument_group("model").add_argument)
     add = parser.add_argument_group("speed and memory").add_argument
     batch_size_option(add)

@@ -21,14 +21,14 @@ from sdkit.processes import is_main_process
 from sdkit.stops import Stopped, stop_in
 
 PATIENCE = 10
-"""Seconds that a launcher has to notice that one process has ended, and to end the others."""
+"""Seconds that the launcher is given to notice that one process has ended, and to end the rest."""
 
 REMINDER = 0.5
-"""Seconds after which a stop that a library swallowed is raised again."""
+"""Interval in seconds at which a stop that a library swallowed is raised again."""
 
 
 def prepare_streams() -> None:
-    """Make stdout and stderr accept any file name, and replace a stream that the process was started without."""
+    """Make stdout and stderr accept any file name. Discard the output to a stream that the process lacks."""
     if sys.stdout is None:
         sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 - open until the process ends
     if sys.stderr is None:
@@ -39,9 +39,10 @@ def prepare_streams() -> None:
 
 
 def outlives_main_process() -> bool:
-    """Return whether this process of a launched run, which is not the main one, has to report its error itself.
+    """Wait, and return whether this process, which is not the main one, must report its error itself.
 
-    Wait first: an error that all processes meet is reported by the main one, after which the launcher ends the others.
+    If all processes fail with the same error, the main process reports it, and the launcher ends the rest during the
+    wait. A process that is still running after the wait has failed alone. Ctrl-C ends the wait without a report.
     """
     try:
         time.sleep(PATIENCE)
@@ -51,8 +52,8 @@ def outlives_main_process() -> bool:
 
 
 def complain(sentence: str) -> None:
-    """Print a sentence on stderr in one line, whatever characters are in the names that it quotes."""
-    with contextlib.suppress(OSError):  # stderr may be closed, and there is nowhere else to report it
+    """Print a sentence as one line on stderr. Control characters, such as those in file names, become "?"."""
+    with contextlib.suppress(OSError):  # stderr may be closed, and then the error can be reported nowhere
         sys.stderr.write(f"sdkit: {printable(sentence)}\n")
 
 
@@ -60,7 +61,8 @@ def say(text: str) -> None:
     """Print a line on stdout at once, above a progress bar if there is one.
 
     Raises:
-        SdkitError: The line cannot be written, as on a full disk.
+        BrokenPipeError: The reader of stdout, such as `head`, has closed the pipe.
+        SdkitError: The line cannot be written for another reason, such as a full disk.
     """
     from tqdm import tqdm
 
@@ -73,7 +75,7 @@ def say(text: str) -> None:
 
 
 def say_path(path: Path) -> None:
-    """Print a path: unchanged for other programs, without control characters for a terminal."""
+    """Print a path: unchanged to a file or pipe, with control characters replaced by "?" on a terminal."""
     say(printable(str(path)) if sys.stdout.isatty() else str(path))
 
 
@@ -91,7 +93,7 @@ def say_json(value: Any) -> None:
 
 
 def flush() -> None:
-    """Write out the buffer of stdout. Raises as `say` does."""
+    """Flush stdout. Raises the same errors as `say`."""
     try:
         sys.stdout.flush()
     except OSError as error:
@@ -99,7 +101,7 @@ def flush() -> None:
 
 
 def _output_error(error: OSError) -> OSError | SdkitError:
-    """Return the error to raise when stdout cannot be written: a broken pipe itself, or a sentence."""
+    """Return the error to raise after a failed write to stdout: BrokenPipeError, or SdkitError for any other cause."""
     if isinstance(error, BrokenPipeError):
         return error
     mute_stdout()
@@ -112,10 +114,11 @@ def mute_stdout() -> None:
 
 
 class _Stops:
-    """Signal handlers that raise `Stopped` or KeyboardInterrupt, and raise it again if a library swallowed it.
+    """Signal handlers that raise a stop (`Stopped` or KeyboardInterrupt), again and again if a library swallows it.
 
-    A stop is lost if it is raised inside a `__del__` or a bare `except`. While it propagates, `finally` blocks and
-    context managers clean up: one more signal is ignored then, and the next one ends the process at once.
+    A stop is swallowed if it is raised inside a `__del__`, or in a `try` block with a bare `except`. While a stop
+    propagates, `finally` blocks and context managers clean up. During this cleanup the next signal is ignored, and the
+    one after it ends the process at once.
     """
 
     def __init__(self) -> None:
@@ -135,7 +138,7 @@ class _Stops:
         self.remind()
 
     def remind(self, *_: object) -> None:
-        """Raise the stop that a signal asked for, unless it propagates already. This also handles the timer."""
+        """Raise the stop that a signal asked for, unless it is propagating already. Also the handler of the timer."""
         if self._number and not self._propagates():
             raise KeyboardInterrupt if self._number == signal.SIGINT else Stopped(self._number)
 
@@ -150,8 +153,8 @@ class _Stops:
 def signals_raised() -> Iterator[None]:
     """Make SIGTERM and SIGHUP raise `Stopped`, so that temporary files are removed as after Ctrl-C; see `_Stops`.
 
-    A no-op outside of the main thread, where Python allows no handlers. Signals that would not end the process are left
-    alone: after nohup, SIGHUP stays ignored.
+    A no-op outside of the main thread, where Python allows no handlers. Only default handlers are replaced: SIGHUP
+    stays ignored after nohup.
     """
     stops, before, default = _Stops(), dict[int, Any](), (signal.SIG_DFL, signal.default_int_handler)
     names = ("SIGTERM", "SIGHUP", "SIGINT") if threading.current_thread() is threading.main_thread() else ()
@@ -175,13 +178,16 @@ def signals_raised() -> Iterator[None]:
 
 
 def exit_code_of(work: Callable[[], int]) -> int:
-    """Do the work of a whole process, and return its exit code.
+    """Run the whole work of a process, and return the exit code.
+
+    Stop signals, and errors that a user or the system causes, are reported in one line. Unexpected errors propagate. If
+    SDKIT_DEBUG is set, all errors propagate except a closed pipe on stdout.
 
     Args:
-        work: The work, which returns an exit code.
+        work: Does the work, and returns an exit code.
 
     Returns:
-        What `work` returns; or, after an error or a signal, a number above 0, once the cause is printed in one line.
+        The exit code of `work`; after an error or a signal, a number above 0.
     """
     prepare_streams()
     try:
@@ -196,7 +202,7 @@ def exit_code_of(work: Callable[[], int]) -> int:
             code, sentence = 128 + stop.number, f"{stop}; the files that were finished are whole."
         elif isinstance(stop, KeyboardInterrupt):
             code, sentence = 130, "stopped; the files that were finished are whole."
-        elif isinstance(error, BrokenPipeError):  # the reader of our output, such as `head`, has closed it
+        elif isinstance(error, BrokenPipeError):  # the reader of stdout, such as `head`, has closed the pipe
             mute_stdout()
             return 141
         elif isinstance(error, (SdkitError, OSError, UnicodeEncodeError)) and not os.environ.get("SDKIT_DEBUG"):
@@ -217,7 +223,7 @@ def _check_folder() -> None:
 
 
 def _sentence(error: Exception) -> str:
-    """Return the message of an error, or a sentence for an error of the system, such as too many open files."""
+    """Return an error's message. An error of the system, such as too many open files, is put into a sentence."""
     if isinstance(error, UnicodeEncodeError):
         return f"{clean(repr(error.object))} cannot be written in the {error.encoding} of this locale; use UTF-8."
     if isinstance(error, OSError):
@@ -227,6 +233,6 @@ def _sentence(error: Exception) -> str:
 
 
 def _warn(message: Warning | str, _category: type[Warning], filename: str, *_: Any, **__: Any) -> None:
-    """Print a warning of sdkit in one line. Those of other libraries are for programmers, and are dropped."""
+    """Print a warning of sdkit in one line. Drop warnings of other libraries, which are meant for programmers."""
     if Path(filename).is_relative_to(Path(__file__).parents[1]):
         complain(str(message))

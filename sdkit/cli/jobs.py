@@ -1,8 +1,8 @@
-"""Jobs on files: the work of the command line, as functions that Python can call too.
+"""Jobs on files: the work behind the commands, as functions that Python code can call, too.
 
-Inputs are processed in batches, and each output is written atomically as soon as it is finished: a folder of any size
-fits in memory, and an interrupted job keeps its finished files. An input that cannot be used is reported, and the job
-goes on with the others. An error of the job itself (an argument, the output folder) raises SdkitError.
+Inputs are processed in batches, and each output is written atomically as soon as it is finished. A folder may therefore
+be of any size, and an interrupted job keeps its finished files. An input that cannot be used is reported and skipped. A
+wrong argument, or an output folder that cannot be written, raises `SdkitError`.
 """
 
 from __future__ import annotations
@@ -39,19 +39,19 @@ from sdkit.pipelines.generation import Generation
 from sdkit.pipelines.text_to_image import StableDiffusion
 from sdkit.progress import progress
 
-PROMPTS = 64 * 2**20  # bytes of the largest file of prompts
+PROMPTS = 64 * 2**20  # largest size, in bytes, of a file of prompts
 PATIENCE = 5  # seconds to wait for the first byte from a named pipe
-PIXELS_HELD = 2048 * 2048  # pixels to read before they are processed as a batch: about 50 MB in float32
+PIXELS_HELD = 2048 * 2048  # a batch has at least this many pixels: about 50 MB in float32
 
 T = TypeVar("T")
 Result = TypeVar("Result")
-Sized = TypeVar("Sized", Image.Image, latents.Latent)  # an input, which has a width and a height
+Sized = TypeVar("Sized", Image.Image, latents.Latent)  # a loaded input; both types have a width and a height
 Batch: TypeAlias = list[tuple[Path, Sized]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Report(Generic[T]):
-    """Results of a job, which grow while it runs.
+    """Results of a job, added while it runs.
 
     Attributes:
         done: One result for each finished output.
@@ -69,7 +69,7 @@ class Report(Generic[T]):
         self.on_done(result)
 
     def fail(self, source: Path, error: SdkitError) -> None:
-        """Add an input that cannot be used, with the error's sentence, in which the input is named."""
+        """Add an input that cannot be used, with the error's message. A path that the message lacks is put in front."""
         self.failed.append((source, str(error) if str(source) in str(error) else f"{source}: {error}"))
 
 
@@ -82,7 +82,7 @@ class Reconstruction:
         path: A PNG of the original beside its reconstruction.
         height: Height of the image in pixels.
         width: Width of the image in pixels.
-        psnr: Peak signal-to-noise ratio in dB; infinite if the two are equal.
+        psnr: Peak signal-to-noise ratio in dB; infinite if the reconstruction equals the image.
         ssim: Structural similarity, at most 1; None for an image that is smaller than the window of 11 x 11 pixels.
     """
 
@@ -95,7 +95,7 @@ class Reconstruction:
 
 
 def check_files(out: str | Path, *, batch_size: int | None = None, tile: int | None = None, seed: int = 0) -> None:
-    """Raise SdkitError for arguments that the jobs below would refuse with any model, so that none is loaded in vain.
+    """Raise `SdkitError` for arguments that the jobs below reject whatever the model, before one is loaded.
 
     Args:
         out: The output folder, which must be writable.
@@ -126,10 +126,10 @@ def encode_files(
     Args:
         vae: The autoencoder.
         paths: Images, or folders that are searched for images.
-        out: Output folder, in which sub-folders of the inputs are kept.
+        out: Output folder. Sub-folders of the input folders are recreated in it.
         sample: Whether to draw from the posterior; False takes its mean.
-        seed: Random seed. The i-th file is drawn with `seed` + i, even if files before it cannot be read.
-        batch_size: Images that go through the network together; None takes as many as fit.
+        seed: Random seed. File i, counted from 0, is sampled with `seed` + i, even if files before it cannot be read.
+        batch_size: Images per batch; None takes as many as fit.
         tile: Side, in pixels, of the tiles that large images are cut into, as in `VAE.encode`.
         report: The report to add to; None makes a new one.
 
@@ -176,9 +176,9 @@ def decode_files(
     Args:
         vae: The autoencoder.
         paths: Latent files, or folders that are searched for them.
-        out: Output folder, in which sub-folders of the inputs are kept.
+        out: Output folder. Sub-folders of the input folders are recreated in it.
         force: Whether to decode latents of another VAE too, if their shape fits.
-        batch_size: Latents that go through the network together; None takes as many as fit.
+        batch_size: Latents per batch; None takes as many as fit.
         tile: Side, in pixels, of the tiles that large images are cut into, as in `VAE.decode`.
         report: The report to add to; None makes a new one.
 
@@ -225,8 +225,8 @@ def reconstruct_files(
     Args:
         vae: The autoencoder.
         paths: Images, or folders that are searched for images.
-        out: Output folder, in which sub-folders of the inputs are kept.
-        batch_size: Images that go through the network together; None takes as many as fit.
+        out: Output folder. Sub-folders of the input folders are recreated in it.
+        batch_size: Images per batch; None takes as many as fit.
         tile: Side, in pixels, of the tiles that large images are cut into, as in `VAE.reconstruct`.
         report: The report to add to; None makes a new one.
 
@@ -254,7 +254,7 @@ def reconstruct_files(
 
 
 def mean_scores(done: Sequence[Reconstruction]) -> tuple[float | None, float | None]:
-    """Return the mean PSNR and the mean SSIM of the images that have one; None for a mean of no images."""
+    """Return the mean PSNR, and the mean SSIM of the images that have one. A mean over no images is None."""
     psnrs = [one.psnr for one in done]
     ssims = [one.ssim for one in done if one.ssim is not None]
     return fmean(psnrs) if psnrs else None, fmean(ssims) if ssims else None
@@ -264,7 +264,7 @@ def read_prompts(path: str | Path) -> list[str]:
     """Read prompts from a UTF-8 file, one per line; empty lines, and lines that begin with #, are skipped.
 
     Args:
-        path: A file, a pipe to which something is written within seconds, or "-" for the standard input.
+        path: A file, a named pipe to which another process writes within 5 seconds, or "-" for standard input.
 
     Raises:
         ArgumentError: The file cannot be read, is not UTF-8, is too large, or holds no prompt.
@@ -291,24 +291,24 @@ def _read_prompts(path: str | Path) -> bytes:
     if not stat.S_ISFIFO(status(path).st_mode):
         with Path(path).open("rb") as file:
             return file.read(PROMPTS + 1)
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # does not wait for the pipe's other end to be opened
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # opens the pipe at once, even without a writer
     with os.fdopen(descriptor, "rb") as pipe:
         select.select([pipe], [], [], PATIENCE)
         os.set_blocking(descriptor, True)
-        return pipe.read(PROMPTS + 1)  # returns b"" at once if the other end is not open
+        return pipe.read(PROMPTS + 1)  # returns b"" at once if the pipe has no writer
 
 
 def check_generation(
     prompts: Sequence[str], out: str | Path, generation: Generation, *, count: int = 1, batch_size: int | None = None
 ) -> int:
-    """Return the number of images that `generate_files` makes of these, before a model is loaded.
+    """Check the arguments of `generate_files` before a model is loaded, and return the number of images.
 
     Args:
         prompts: At least one prompt.
         out: A folder, or a .png for a single image.
-        generation: How to draw the images.
+        generation: Settings of the images.
         count: Images per prompt.
-        batch_size: Images drawn together; None takes as many as fit.
+        batch_size: Images generated together; None takes as many as fit.
 
     Raises:
         SdkitError: An argument is wrong whatever the model, or `out` cannot be written.
@@ -334,18 +334,18 @@ def generate_files(
     batch_size: int | None = None,
     report: Report[Path] | None = None,
 ) -> list[Path]:
-    """Generate `count` images of each prompt, as PNGs that hold their `Generation`.
+    """Generate `count` images of each prompt, as PNGs with their `Generation` in the metadata.
 
     Args:
         sd: The model.
         prompts: At least one prompt.
-        out: A folder, or a .png for a single image. Files in a folder are numbered on from those that are there, and
-            none is overwritten, even if several runs share the folder.
-        generation: How to draw the images; None takes the defaults. Its prompt is ignored. Image i of all images has
-            its seed + i.
+        out: A folder, or a .png for a single image. In a folder, numbers continue after the highest one there, and no
+            file is overwritten, even if several runs share the folder.
+        generation: Settings of the images; None takes the defaults. Its prompt is ignored. Image i, counted over all
+            prompts, has the seed `generation.seed` + i.
         count: Images per prompt.
-        grid: Whether to write one more picture, of all images with labels.
-        batch_size: Images drawn together; None takes as many as fit.
+        grid: Whether to write also a grid of all images, with labels.
+        batch_size: Images generated together; None takes as many as fit.
         report: The report to add to; None makes a new one.
 
     Returns:
@@ -359,9 +359,9 @@ def generate_files(
     side = sd.unet.sample_size * sd.vae.factor
     at_once = batch_size or sd.images_at_once(generation.height or side, generation.width or side)
     wanted = ((prompt, generation.seed + r * count + c) for r, prompt in enumerate(prompts) for c in range(count))
-    batches = iter(lambda: list(itertools.islice(wanted, at_once)), [])  # ends with the first empty batch
+    batches = iter(lambda: list(itertools.islice(wanted, at_once)), [])  # stops at the first empty batch
     numbers = _numbers(Path(out))
-    labelled: dict[str, Image.Image] = {}  # for the grid
+    labelled: dict[str, Image.Image] = {}  # label -> image, for the grid
     for batch in progress(batches, total=-(-n // at_once), description="generate"):
         for (prompt, seed), image in zip(batch, _generate(sd, batch, generation), strict=True):
             whole = replace(
@@ -381,14 +381,9 @@ def generate_files(
 
 
 def _generate(sd: StableDiffusion, batch: Sequence[tuple[str, int]], generation: Generation) -> list[Image.Image]:
-    """Draw one image for each (prompt, seed)."""
+    """Generate one image for each (prompt, seed)."""
     prompts, seeds = zip(*batch, strict=True)
-    drawn: list[Image.Image] = sd(
-        prompts, generation.negative_prompt, generation.height, generation.width, generation.num_inference_steps,
-        generation.guidance_scale, generation.sampler, generation.eta, seeds, spacing=generation.spacing,
-        guidance_rescale=generation.guidance_rescale, guidance_interval=generation.guidance_interval,
-        clip_skip=generation.clip_skip, weighting=generation.weighting, batch_size=len(batch),
-    )  # fmt: skip
+    drawn: list[Image.Image] = sd(prompts, seed=seeds, batch_size=len(batch), **generation.options())
     return drawn
 
 
@@ -411,11 +406,12 @@ def demo_files(
     Args:
         sd: The model.
         out: Output folder.
-        photos: Images to encode and decode. By default those of scikit-image, or the generated images if it is not
-            installed.
+        photos: Images to encode and decode. By default three photos of scikit-image, or the generated images if
+            scikit-image is not installed.
 
     Returns:
-        The path of the grid, a name for the photos, and the report of their reconstructions.
+        The path of the grid, a description of the photos ("photos of scikit-image"), and the report of their
+        reconstructions.
     """
     folder = Path(out)
     _check_writable(folder)
@@ -425,7 +421,7 @@ def demo_files(
         return folder / "generated.png", "photos given", reconstruct_files(sd.vae, photos, folder)
     kind, pictures = "generated images", dict(zip(map(_slug, DEMO_PROMPTS), made, strict=True))
     with contextlib.suppress(ImportError):
-        from skimage import data  # installed by the extra `dev`
+        from skimage import data  # scikit-image comes with the extra `dev`
 
         pictures = {name: Image.fromarray(getattr(data, name)()) for name in DEMO_PHOTOS}
         kind = "photos of scikit-image"
@@ -443,7 +439,7 @@ def _is_image_name(out: Path) -> bool:
 def _save(
     image: Image.Image, out: Path, stem: str, numbers: Iterable[int], text: Mapping[str, str] | None = None
 ) -> Path:
-    """Write a PNG to `out`, or into that folder under the first of `numbers` that is free, and return its path."""
+    """Write a PNG to the file `out`, or into the folder `out` under the first free number. Return its path."""
     if _is_image_name(out):
         images.save(image, out, text)
         return out
@@ -467,7 +463,7 @@ def _numbers(folder: Path) -> Iterator[int]:
 
 
 def _slug(prompt: str) -> str:
-    """Return the first letters and digits of a prompt as a part of a file name: at most 40, or 160 bytes."""
+    """Return a prompt as a slug for file names: at most 40 letters, digits, and hyphens (160 bytes)."""
     slug = re.sub(r"[\W_]+", "-", encodable(prompt).lower())[:40].strip("-") or "image"
     return os.fsdecode(slug.encode())  # the name on disk is UTF-8 whatever the locale
 
@@ -483,10 +479,10 @@ def _check_writable(path: Path, *, is_file: bool = False) -> None:
 
 
 def _targets(paths: Iterable[str | Path], suffixes: Collection[str], out: str | Path, ending: str) -> dict[Path, Path]:
-    """Return the output path of each input: its path below the folder that was given, moved to `out`, with `ending`.
+    """Return the output path of each input: its path relative to the given folder, placed in `out`, with `ending`.
 
-    Inputs that differ only in their suffix keep it in the output's name, and no output overwrites an input. If `out`
-    lies inside an input folder, the outputs of an earlier run in it are not taken as inputs.
+    Inputs whose names differ only in the suffix keep it in the output's name. No output overwrites an input. If `out`
+    lies inside an input folder, the files in `out` are taken for outputs of an earlier run, and skipped.
     """
     names, folder = list(paths), Path(out)
     unreadable = images.UNREADABLE if ".png" in suffixes else ()
@@ -500,7 +496,7 @@ def _targets(paths: Iterable[str | Path], suffixes: Collection[str], out: str | 
     targets = {}
     for source, path in below.items():
         stem = path.with_name(path.stem if shared[str(path.with_suffix("")).casefold()] == 1 else path.name)
-        name = utf8_name(str(stem))  # safetensors opens no file whose name is not UTF-8
+        name = utf8_name(str(stem))  # safetensors cannot open a file whose name is not UTF-8
         tries = (folder / f"{name}{f'-{n}' if n else ''}{ending}" for n in itertools.count())
         targets[source] = next(target for target in tries if os.path.realpath(target).casefold() not in taken)
         taken.add(os.path.realpath(targets[source]).casefold())
@@ -527,8 +523,8 @@ def _process(
         sources: The inputs.
         load: Reads an input.
         run: Returns one result for each input of a batch.
-        write: Writes a result, and returns what the report says of it.
-        batch_size: The least number of inputs in a batch.
+        write: Writes a result, and returns its entry for the report.
+        batch_size: Smallest number of inputs in a batch, except the last one; None is 1.
         report: The report to add to; None makes a new one.
         name: Name of the job, for its progress bar.
     """
@@ -542,8 +538,10 @@ def _process(
 def _results(
     run: Callable[[Batch[Sized]], Sequence[Result]], batch: Batch[Sized], report: Report[Any]
 ) -> Iterator[tuple[Path, Sized, Result]]:
-    """Yield each input with its result. If `run` refuses a batch, its inputs are tried one by one, so that only those
-    that are at fault fail."""
+    """Yield each input with its result.
+
+    If `run` raises an SdkitError for a batch, its inputs are run one by one, so that only the faulty ones fail.
+    """
     try:
         results = run(batch)
     except SdkitError as error:
@@ -560,7 +558,10 @@ def _results(
 def _batches(
     sources: Collection[Path], load: Callable[[Path], Sized], batch_size: int | None, report: Report[Any], name: str
 ) -> Iterator[Batch[Sized]]:
-    """Yield the inputs that can be loaded, in batches of `PIXELS_HELD` pixels or more; the report gets the others."""
+    """Load the inputs, and yield them in batches. Inputs that cannot be loaded are added to the report.
+
+    Each batch except the last has at least `PIXELS_HELD` pixels and `batch_size` inputs.
+    """
     batch: Batch[Sized] = []
     pixels = 0
     for source in progress(sources, total=len(sources), description=name):

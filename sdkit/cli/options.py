@@ -20,7 +20,7 @@ CROPS = ("center", "random")
 DTYPES = ("auto", "fp32", "bf16", "fp16")
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 
-LONGEST_CHOICES = 40  # columns; longer lists of choices are left to the option's help
+LONGEST_CHOICES = 40  # columns; a wider list is shown as NAME, and the option's help names the choices
 
 
 def choices(names: Sequence[str]) -> str:
@@ -48,7 +48,7 @@ def add_command(commands: Commands, run: Command, *, usage: str, examples: Seque
 
 
 def add_command_group(commands: Commands, name: str, description: str, examples: Sequence[str]) -> Commands:
-    """Add a command that has commands of its own, and return those."""
+    """Add a command with subcommands, and return the object to add them to."""
     child = _add_parser(commands, name, description, examples)
     inside: Commands = child.add_subparsers(required=True, metavar="COMMAND", title="commands")
     return inside
@@ -77,23 +77,23 @@ def model_options(add: Add, **default: Any) -> None:
 
 
 def vae_option(add: Add, **default: Any) -> None:
-    """Add the option that names another VAE."""
+    """Add --vae, which replaces the model's own VAE."""
     sources = "Use this VAE instead of the model's own: a Hub id, a folder, or a single file"
     add("--vae", metavar="SOURCE", help=sources, **default)
 
 
 def config_option(add: Add, **default: Any) -> None:
-    """Add the option that names the configs of a single file."""
+    """Add --config, the folder of configs for a checkpoint in a single file."""
     add("--config", metavar="FOLDER", help="Folder of configs for a single file of an unusual shape", **default)
 
 
 def batch_size_option(add: Add) -> None:
-    """Add the option of the images that go through the networks together."""
+    """Add --batch-size."""
     add("--batch-size", type=int, metavar="N", help="Images per batch (default: as many as usually fit in memory)")
 
 
 def place_options(add: Add, **default: Any) -> None:
-    """Add the options that say where, and in which precision, the networks compute."""
+    """Add --dtype, --device, and --compile: how and where the networks run."""
     dtype = "Precision of the weights; auto is bf16 where the hardware supports it, else fp32 (default: auto)"
     add("--dtype", metavar=choices(DTYPES), help=dtype, **default)
     device_option(add)
@@ -101,11 +101,11 @@ def place_options(add: Add, **default: Any) -> None:
 
 
 def offload_option(add: Add) -> None:
-    """Add the option that keeps networks in the CPU's memory."""
+    """Add --offload, which keeps each network in CPU memory except while it runs."""
     add("--offload", action="store_true", help="Keep each network on the GPU only while it works: the least GPU memory")
 
 
 def device_option(add: Add) -> None:
-    """Add the option that says where the networks compute."""
+    """Add --device, on which the networks run."""
     device = "auto (a GPU if there is one), cpu, cuda, cuda:1 ... (default: auto)"
     add("--device", default="auto", metavar="DEVICE", help=device)

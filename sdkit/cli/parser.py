@@ -12,7 +12,7 @@ class Parser(argparse.ArgumentParser):
     """An `ArgumentParser` that raises ArgumentError instead of exiting.
 
     An option that is given twice is an error, and so is `--x --no-x`, unless the option's action is "append".
-    Descriptions and epilogs are shown with their own line breaks.
+    Descriptions and epilogs keep their line breaks.
     """
 
     def __init__(self, **options: Any) -> None:

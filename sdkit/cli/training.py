@@ -43,9 +43,9 @@ Settings = TypeVar("Settings", bound="StageSettings")
 
 STAGE_USAGE = "--data PATH --out-dir PATH [OPTION ...]"
 SHORT = {"model": ("-m",), "out_dir": ("-o",)}
-SHOWN = 5  # images that could not be used and are named
+SHOWN = 5  # number of skipped images to name; further ones are only counted
 
-# Choices are shown in the help; the settings refuse others.
+# Choices to show in the help. The settings reject other values.
 CHOICES = {
     "mixed_precision": ("no", "bf16", "fp16"),
     "lr_scheduler": LR_SCHEDULERS,
@@ -55,7 +55,7 @@ CHOICES = {
     "regularizer": REGULARIZERS,
 }
 
-# Fields of the settings, under the titles of their groups in the help. A stage has some of them.
+# Title of a group of options in the help -> its fields. Fields that a stage lacks are left out.
 GROUPS = {
     "required, here or in the --config file": "data out_dir",
     "data": "split image_column caption_column default_caption class_folders size augment",
@@ -127,7 +127,7 @@ def cache(args: argparse.Namespace) -> int:
     folder = cache(args.model, args.data, args.out, size=_size(args.size), **given, **_given_data(args))
     if is_main_process():
         _print_cache(folder, LatentCache(folder).manifest)
-    return 0  # also if images were skipped: scripts go on to train with the others
+    return 0  # even if images were skipped, so that scripts continue to training
 
 
 def _print_cache(folder: Path, made: Manifest) -> None:
@@ -247,7 +247,7 @@ def _size_option(add: Add) -> None:
 
 
 def _size(numbers: list[int] | None) -> Any:
-    """Return the values of --size as functions take them: None, one number, or (height, width)."""
+    """Return the values of --size in the form of the Python API: None, one number, or (height, width)."""
     return numbers[0] if numbers and len(numbers) == 1 else numbers and tuple(numbers)
 
 
@@ -269,7 +269,7 @@ def _data_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _given_data(args: argparse.Namespace) -> dict[str, Any]:
-    """Return the options of `_data_options` as the functions take them."""
+    """Return the values of the options from `_data_options` as keyword arguments."""
     names = ("split", "image_column", "caption_column", "streaming", "class_folders", "default_caption")
     return {name: getattr(args, name) for name in names}
 
@@ -351,7 +351,7 @@ def _from_file(path: Path, stage: str, known: Mapping[str, _Field]) -> dict[str,
 
 @dataclass(frozen=True, kw_only=True)
 class _Field:
-    """A field of a stage's settings, as an option and as a value in JSON.
+    """A field of a stage's settings, which an option or a JSON file can set.
 
     Attributes:
         name: Name of the field.
@@ -359,7 +359,7 @@ class _Field:
         default: Default, or MISSING for a required field.
         kind: Type of a value: bool, int, float, or str.
         is_path: Whether a value may be a path.
-        single: Whether the field takes one value.
+        single: Whether the field takes one value. `size`, for example, takes one value or a tuple.
         several: Whether the field takes a tuple of values.
         optional: Whether the field takes None.
     """
@@ -389,15 +389,18 @@ class _Field:
         add(self.option, *SHORT.get(self.name, ()), type=self._parser(), metavar=self._metavar(), **options)
 
     def _metavar(self) -> str:
-        """Return the word that stands for a value in the help."""
+        """Return the placeholder for a value in the help, such as N or PATH."""
         if self.name in CHOICES:
             return choices(CHOICES[self.name])
         return "PATH" if self.is_path else {int: "N", float: "X"}.get(self.kind, "TEXT")
 
     def _help(self) -> str:
-        """Return the field's description and its default, unless the description says what the default, None, is."""
+        """Return the help of the option: the field's description, and its default.
+
+        If the default is None, the description explains it; its word None becomes "the default".
+        """
         doc = self.doc.removesuffix(".").replace("`", "")
-        if self.default is None:  # the user of a command line leaves the option out
+        if self.default is None:  # on the command line, an option that is left out stands for None
             doc = re.sub(r"(^|[.:] )None\b", r"\1The default", doc)
             doc = re.sub(r"\bNone\b", "the default", doc)
         else:
@@ -408,16 +411,16 @@ class _Field:
         return f"{doc}{default}".replace("%", "%%")
 
     def _parser(self) -> Callable[[str], Any]:
-        """Return the function that reads a value on the command line, where "none" is None."""
+        """Return the function that parses a value on the command line; "none" is None for fields that take it."""
 
         def parse(text: str) -> Any:
             return None if self.optional and text.lower() == "none" else self.kind(text)
 
-        parse.__name__ = self.kind.__name__  # argparse shows it in its error: "invalid int value"
+        parse.__name__ = self.kind.__name__  # argparse quotes this name in its errors: "invalid int value"
         return parse
 
     def value(self, found: Any) -> Any:
-        """Return a value of argparse or JSON as the field holds it. The settings check it."""
+        """Convert a list from argparse or JSON to one value or a tuple. The settings check the value."""
         if isinstance(found, list):
             return found[0] if self.single and len(found) == 1 else tuple(found)
         return found
@@ -428,7 +431,7 @@ def _fields(stage: type) -> dict[str, _Field]:
     hints, docs, found = get_type_hints(stage), field_docs(stage), dict[str, _Field]()
     for field in fields(stage):
         hint = hints[field.name]
-        kinds = [hint] if get_origin(hint) in (None, tuple) else get_args(hint)  # the members of a union
+        kinds = [hint] if get_origin(hint) in (None, tuple) else get_args(hint)  # a union has several types
         plain = [kind for kind in kinds if kind is not NoneType and get_origin(kind) is not tuple]
         items = [get_args(kind)[0] for kind in kinds if get_origin(kind) is tuple]
         found[field.name] = _Field(

@@ -1,4 +1,4 @@
-"""Images with captions: opened from anywhere, checked, brought to one shape, and cached as latents."""
+"""Data sets of captioned images: opened from files or the Hub, checked, resized and cropped, and cached as latents."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from sdkit.lazy import attributes
 
-if TYPE_CHECKING:  # `as` exports a name to type checkers, which cannot work out the __all__ below
+if TYPE_CHECKING:  # `as` re-exports a name for type checkers, which cannot evaluate the computed __all__ below
     from sdkit.data.checking import CheckReport as CheckReport
     from sdkit.data.checking import check as check
     from sdkit.data.example import Example as Example
@@ -18,7 +18,7 @@ if TYPE_CHECKING:  # `as` exports a name to type checkers, which cannot work out
     from sdkit.data.sources import open_examples as open_examples
     from sdkit.data.transform import Transform as Transform
 
-# No module here has the name of a function: importing it would put the module in the function's place.
+# No module of this package may share its name with a function: importing the module would shadow the function.
 _HOMES = {
     "CheckReport": "sdkit.data.checking",
     "Example": "sdkit.data.example",
@@ -33,7 +33,7 @@ _HOMES = {
 }
 __all__ = sorted(_HOMES)
 
-if not TYPE_CHECKING:  # a type checker reads the imports above, and so finds a misspelt name
+if not TYPE_CHECKING:  # with a module `__getattr__`, a type checker would accept misspelt names
     __getattr__ = attributes(__name__, _HOMES)
 
 

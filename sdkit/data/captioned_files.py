@@ -20,9 +20,9 @@ from sdkit.images import READABLE
 from sdkit.messages import clean, listed
 
 NAME, OFFSET, SIZE = "sdkit.name", "sdkit.offset", "sdkit.size"
-"""Columns beside `image` and `caption`. Offset and size locate an image in a tar shard."""
+"""Columns of the data set besides `image` and `caption`. Offset and size, in bytes, locate an image in a tar shard."""
 CLASS_FOLDER = re.compile(r"(\d{1,4})_(.*)")
-"""Matches the name of a folder in the layout of sd-scripts: repeats, and caption."""
+"""Matches a folder name of kohya's sd-scripts, REPEATS_CAPTION, such as "10_zork dog"."""
 TEXT_SUFFIXES = frozenset((*BESIDE, ".jsonl", ".csv", ".tsv", ".xml", ".yaml", ".yml", ".tags", ".cap", ".parquet"))
 """Suffixes of files that may hold captions, including formats that are not read."""
 
@@ -40,15 +40,16 @@ def folder_rows(
             "zork dog" if it has no other.
 
     Returns:
-        A row for each image file, and for each file that metadata names, sorted by path; if no image has a caption,
-        files that may hold captions but are not read; and suffixes other than .txt of the caption files.
+        Three lists: a row for each image file and each file that metadata names, sorted by path; the files that may
+        hold captions, if no image has one, else none; and the suffixes, other than .txt, of the files that captions
+        were read from.
 
     Raises:
         DataError: Captions cannot be read or are ambiguous, or no caption has the key `caption_column`.
     """
     listed = {str(Path(folder)): names for folder, names in walk(root)}
     place = _Places()
-    images = {place(path): path for path in files}  # a file may be given by several spellings of its path
+    images = {place(path): path for path in files}  # several paths may lead to one file, through ".." or links
     stated, keys = read_metadata(listed, caption_column)
     captions = _matched(stated, images, place)
     texts, beside = Texts(caption_column), _Beside(listed)
@@ -86,7 +87,7 @@ def _first(paths: Iterable[Path], texts: Texts) -> tuple[str, str]:
 
 
 def _class(path: Path, root: Path) -> re.Match[str] | None:
-    """Return the match of `CLASS_FOLDER` for the innermost such folder around an image."""
+    """Match `CLASS_FOLDER` against the folders from the image up to `root`, and return the first match."""
     inside = [root.absolute().name, *Path(os.path.relpath(path, root)).parts[:-1]]
     return next((found for part in reversed(inside) if (found := CLASS_FOLDER.fullmatch(part))), None)
 
@@ -101,7 +102,7 @@ def _texts_in(listed: Mapping[str, Sequence[str]]) -> list[str]:
 
 
 class _Places:
-    """Resolves links and ".." in the folder of a path. A link to a file counts as a file of its own."""
+    """Resolves links and ".." in the folder part of a path only: a link to a file counts as a file of its own."""
 
     def __init__(self) -> None:
         self.folders: dict[Path, Path] = {}
@@ -129,15 +130,16 @@ def relative(path: Path, root: Path) -> str:
 
 
 def normalized(name: str) -> str:
-    """Normalize a name: spellings that differ in case, in NFC or NFD, or in / or \\ become equal."""
+    """Normalize a name: names become equal if they differ only in case, Unicode form (NFC or NFD), or / and \\."""
     return unicodedata.normalize("NFC", name.replace("\\", "/")).casefold()
 
 
 def _matched(stated: Iterable[Row], images: dict[Path, Path], place: _Places) -> dict[Path, str]:
-    """Return the captions from metadata by resolved path of their image.
+    """Match the lines of metadata to images, and return resolved path of an image -> its caption.
 
-    If no file has the name in a line, the line belongs to the one file whose normalized name is equal, unless that file
-    has a line of its own. Otherwise the image is missing, and it is added to `images`, so that reading it reports that.
+    If the file that a line names does not exist, the line belongs to the one image that has an equal normalized path
+    and no line of its own. Files that only metadata names are added to `images`, even missing ones: loading those
+    raises an error that names them.
     """
     captions: dict[Path, str] = {}
     missing: list[tuple[Row, Path]] = []
@@ -172,7 +174,7 @@ def _matched(stated: Iterable[Row], images: dict[Path, Path], place: _Places) ->
 
 
 class _Beside:
-    """Caption files beside images: A.txt, A.caption, A.png.txt, A.png.caption, A.json or A.png.json for A.png."""
+    """Finds caption files beside an image A.png: A.txt, A.caption, A.png.txt, A.png.caption, A.json, or A.png.json."""
 
     def __init__(self, listed: Mapping[str, Sequence[str]]) -> None:
         self.listed = listed
@@ -223,7 +225,7 @@ class _Names:
         if base + suffix in self.texts:
             return base + suffix
         found = self.spelt.get(normalized(base + suffix), [])
-        exact = [name for name in found if name[: -len(suffix)] == base]  # only the suffix differs, as in A.TXT
+        exact = [name for name in found if name[: -len(suffix)] == base]  # only the suffix's case differs: A.TXT
         free = exact or [name for name in found if name[: -len(suffix)] not in self.images]
         if len(free) > 1:
             names = " or ".join(map(clean, sorted(free)[:2]))
@@ -235,5 +237,5 @@ def _list(folder: str) -> list[str]:
     try:
         with os.scandir(folder) as entries:
             return [entry.name for entry in entries if not entry.is_dir()]
-    except OSError:  # reading the image in it will report the error
+    except OSError:  # loading the images in this folder will raise the error
         return []

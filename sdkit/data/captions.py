@@ -15,9 +15,9 @@ from sdkit.messages import listed
 CAPTION_KEYS = ("text", "caption", "captions", "prompt", "txt", "json")
 """Keys and columns that may hold a caption, the likeliest first; used if the user names none."""
 LONGEST = 2**20
-"""Bytes of the longest caption file, and of the longest line of metadata."""
+"""Largest size in bytes of a caption file, and of a line in metadata.jsonl."""
 BESIDE = (".txt", ".caption", ".json")
-"""Suffixes of caption files beside an image; an earlier one wins."""
+"""Suffixes of caption files beside an image, in order of preference."""
 
 
 def caption_of(value: Any, key: str | None = None) -> str:
@@ -29,7 +29,7 @@ def caption_of(value: Any, key: str | None = None) -> str:
         key: The field that holds the caption. None tries `CAPTION_KEYS`.
 
     Returns:
-        The caption without space around it; "" if there is none.
+        The caption without leading and trailing whitespace; "" if there is none.
 
     Raises:
         ValueError: The text was decoded wrongly: it holds NUL characters, or bytes that are not UTF-8.
@@ -64,7 +64,7 @@ class Texts:
         self.bad: list[str] = []
 
     def read(self, path: Path) -> str:
-        """Return the caption in a file; "" if it cannot be read."""
+        """Return the caption in a file. If it cannot be read, return "", and add the file to `bad`."""
         try:
             return self.decode(str(path), read_regular(path, LONGEST))
         except OSError:
@@ -72,7 +72,10 @@ class Texts:
             return ""
 
     def decode(self, name: str, data: bytes) -> str:
-        """Return the caption in the bytes of the file `name`: UTF-8 text, or an object if the suffix is .json."""
+        """Decode the content of a caption file: a JSON object if `name` ends in .json, else UTF-8 text.
+
+        Return "" if it is invalid, and add the file to `bad`.
+        """
         try:
             if not name.lower().endswith(".json"):
                 return caption_of(data)

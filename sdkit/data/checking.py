@@ -31,13 +31,13 @@ from sdkit.prefetch import ahead
 from sdkit.progress import progress
 
 SD_SIZE = 512
-"""Side of Stable Diffusion 1.x's images in pixels."""
+"""Height and width, in pixels, of Stable Diffusion 1.x's training images."""
 NEAR_BITS = 4
-"""Largest number of bits, of 64, in which the perceptual hashes of near duplicates differ."""
+"""Near duplicates have 64-bit perceptual hashes that differ in at most this many bits."""
 NEAR_LEVELS = 12.0
-"""Largest mean difference, in levels of 255, between the 8 x 8 thumbnails of near duplicates."""
+"""Near duplicates have 8 x 8 thumbnails whose mean absolute difference is at most this many of 255 levels."""
 SHOWN = 5
-"""Number of names or sizes that a report shows of many."""
+"""Largest number of names, or of sizes, that a report lists."""
 
 FINDINGS = {
     "unreadable": ("cannot be read", "training skips them, and names them in its report"),
@@ -180,7 +180,7 @@ def check(
     default_caption: str = "",
     workers: int = 4,
 ) -> CheckReport:
-    """Read a data set once, and report what training on it would meet.
+    """Read a data set, and report its problems: unreadable or small images, missing or long captions, duplicates.
 
     Args:
         data: Path or id of the data set; see `open_examples`.
@@ -203,7 +203,7 @@ def check(
         class_folders=class_folders, default_caption=default_caption,
     )  # fmt: skip
     distinct: Iterable[Example] = examples
-    if class_folders:  # an image that counts ten times is no duplicate of itself
+    if class_folders:  # the repeats of an image in a class folder are no duplicates
         distinct = {example.name: example for example in examples}.values()
     if opened:
         text, tokenizer = opened.text_encoder()
@@ -241,7 +241,7 @@ def check(
 
 
 def _finding(kind: str, looks: Collection[_Look] = (), groups: Sequence[Sequence[_Look]] = ()) -> Finding:
-    """Make a finding about images, which may be mapped to their reasons, or about groups of images."""
+    """Make a finding about images, given as a list or as image -> reason, or about groups of images."""
     what, consequence = FINDINGS[kind]
     return Finding(
         kind=kind,
@@ -275,15 +275,15 @@ def _look(example: Example) -> _Look:
 
 
 _N = np.arange(32)
-_DCT = np.cos(math.pi / 32 * (_N + 0.5) * np.arange(8)[:, None])  # (8, 32): the lowest frequencies of the DCT-II
+_DCT = np.cos(math.pi / 32 * (_N + 0.5) * np.arange(8)[:, None])  # (8, 32), the 8 lowest frequencies of the DCT-II
 
 
 def perceptual_hash(image: Image.Image) -> int:
     """Return pHash, a hash of 64 bits that is similar for images that look alike.
 
-    The image is made grey, and resized to 32 x 32. Each bit tells whether one of the 8 x 8 lowest frequencies of its
-    DCT lies above their median (Zauner 2010, Implementation and Benchmarking of Perceptual Image Hash Functions,
-    section 3.2.1).
+    The image is converted to greyscale and resized to 32 x 32. Each bit tells whether one of the 8 x 8 DCT coefficients
+    of lowest frequency is above their median (Zauner 2010, Implementation and Benchmarking of Perceptual Image Hash
+    Functions, section 3.2.1).
     """
     grey = np.asarray(image.convert("L").resize((32, 32), Image.Resampling.LANCZOS), dtype=np.float64)
     frequencies = _DCT @ grey @ _DCT.T  # (8, 8)
@@ -300,9 +300,9 @@ def _equal(looks: Sequence[_Look]) -> list[list[_Look]]:
 
 
 def _near(looks: Sequence[_Look]) -> list[list[_Look]]:
-    """Return groups of two or more images that are linked by pairs of near duplicates.
+    """Return groups of near duplicates: the connected components of the graph whose edges are near-duplicate pairs.
 
-    Of images with equal pixels, only the first takes part. Groups are merged by union-find.
+    Only the first of images with equal pixels is a node. Union-find merges the components.
     """
     distinct = list({look.pixels: look for look in reversed(looks)}.values())[::-1]
     parent = list(range(len(distinct)))
@@ -328,9 +328,10 @@ def _near(looks: Sequence[_Look]) -> list[list[_Look]]:
 
 
 def _buckets(hashes: npt.NDArray[np.uint64]) -> Iterable[npt.NDArray[np.int64]]:
-    """Yield indices of hashes that are equal in one of NEAR_BITS + 1 bands of bits, so that few pairs are compared.
+    """Yield groups of indices of hashes, so that only pairs within a group need to be compared.
 
-    Two hashes that differ in at most NEAR_BITS bits are equal in at least one band (the pigeonhole principle).
+    The 64 bits are split into NEAR_BITS + 1 bands, and the hashes in a group are equal in one band. Two hashes that
+    differ in at most NEAR_BITS bits are equal in at least one (the pigeonhole principle).
     """
     edges = np.linspace(0, 64, NEAR_BITS + 2).astype(int)
     for low, high in pairwise(edges):

@@ -1,4 +1,4 @@
-"""The columns of a data set that hold images and captions: chosen, and read into examples."""
+"""The image and caption columns of a data set: chosen by name and type, and read into examples."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ IMAGE_COLUMNS = ("image", "jpg", "png", "jpeg", "webp", "img")
 
 @dataclass(frozen=True)
 class Columns:
-    """The columns that turn a row of a data set into an example.
+    """The image and caption columns of a data set, which make an `Example` of each row.
 
     Attributes:
         source: Path or id of the data set, for messages.
@@ -51,7 +51,7 @@ class Columns:
         )
 
     def caption_of(self, value: Any, i: int) -> str:
-        """Return the caption in row `i`. Raises DataError where it is not UTF-8 text."""
+        """Return the caption in a cell of row `i`, or else the default. Raises DataError if it is not UTF-8 text."""
         try:
             return caption_of(value) or self.default_caption
         except ValueError as error:
@@ -61,7 +61,7 @@ class Columns:
             ) from error
 
     def _whole(self, path: str | None) -> str | None:
-        """Return the path of the image in `folder` if that file exists, or `path` unchanged."""
+        """Return `folder`/`path` if that file exists, else `path` unchanged."""
         inside = str(self.folder / path) if self.folder and path and "://" not in path else None
         return inside if inside and os.path.isfile(inside) else path  # noqa: PTH113 - pathlib's raises for long names
 
@@ -94,7 +94,7 @@ def choose_columns(
     if image is None or image not in holding:
         problem = "has no column of images" if image is None else f"has no images in its column {clean(image)!r}"
         raise DataError(f"{clean(source)} {problem}; its columns: {columns}.")
-    # Images and sounds are no captions. Reading such a column would decode it, and open any address in it.
+    # Images and audio are no captions. Reading such a column would decode it, and open any URL in it.
     decoded = [name for name, feature in features.items() if _is_decoded(feature)]
     if caption_column == image or caption_column in decoded:
         raise DataError(
@@ -113,6 +113,6 @@ def _holds_images(feature: Any) -> bool:
 
 
 def _is_decoded(feature: Any) -> bool:
-    """Return whether the library would open a column's content: an image or a sound, whose path may be an address."""
+    """Return whether `datasets` would decode a column on reading: images or audio, whose paths may be URLs."""
     parts = feature.values() if isinstance(feature, dict) else [getattr(feature, "feature", None)]
     return hasattr(feature, "decode_example") or any(_is_decoded(part) for part in parts if part is not None)

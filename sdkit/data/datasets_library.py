@@ -1,4 +1,4 @@
-"""The `datasets` library: imported only when needed, quiet, and with errors of one sentence."""
+"""The `datasets` library: imported on first use, silenced, and with its errors raised as `DataError`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sdkit.stops import stop_in
 
 
 def datasets_library() -> Any:
-    """Import the library, which takes over a second. Raises DataError where it is not installed."""
+    """Import the library, which takes over a second. Raises DataError if it is not installed."""
     try:
         return import_module("datasets")
     except ImportError as error:
@@ -30,7 +30,7 @@ def load(source: str, streaming: bool, split: str = "train", **options: Any) -> 
 
 @contextlib.contextmanager
 def raised_as_data_error(source: str) -> Iterator[None]:
-    """Raise whatever the library raises as a `DataError` of one sentence."""
+    """Raise any exception of the `datasets` library as a `DataError` of one sentence that names the data set."""
     try:
         yield
     except Exception as error:  # the library's builders raise nearly anything

@@ -17,7 +17,7 @@ from sdkit.messages import clean, first_line
 from sdkit.stops import stop_in
 
 ON_THE_HUB = re.compile(r"(?:(?:zip|tar|gzip)://[^:]*::)?hf://")
-"""Matches the beginning of an image's address in a stream from the Hub."""
+"""Matches the beginning of the URL of an image on the Hub: hf://, or zip://a.png::hf:// in an archive."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,12 +25,13 @@ class Example:
     """An image, not yet read, and its caption.
 
     Attributes:
-        name: The image's path in its folder, its member's name in its shard, or its row; unique within a data set.
+        name: The path of the image below the data set's folder, the path of its shard and its path therein, or its row;
+            unique within a data set.
         caption: "" where the image has none.
-        path: The file that holds the encoded image, or an address on the Hub.
-        data: The encoded image, where it does not lie in a file.
-        offset: First byte of the encoded image in the file `path`; None where it is the whole file.
-        size: Number of bytes from `offset` on; None where it is the whole file.
+        path: The file that holds the encoded image, or its URL on the Hub.
+        data: The encoded image, if it is held in memory.
+        offset: First byte of the encoded image in the file `path`, a tar shard; None if the image is the whole file.
+        size: Number of bytes from `offset` on; None if the image is the whole file.
     """
 
     name: str
@@ -54,12 +55,12 @@ class Example:
                 data = file.read(-1 if self.size is None else self.size)
         except ImageError:
             raise
-        except Exception as error:  # file systems on the web raise nearly anything
+        except Exception as error:  # fsspec's remote file systems raise nearly anything
             raise stop_in(error) or ImageError(f"cannot read {clean(self.name)}: {first_line(error)}.") from error
         return _read(data, self.name)
 
     def _open(self, path: str) -> Any:
-        """Open a local file or a file on the Hub. No other address is opened: data could name any server."""
+        """Open a local shard or a file on the Hub. Other URLs are refused, since a data set could name any server."""
         if self.offset is not None:
             return open_regular(path)
         if not ON_THE_HUB.match(path):
@@ -73,7 +74,7 @@ class Example:
 
 
 def _read(data: bytes, name: str) -> Image.Image:
-    class Named(io.BytesIO):  # `images.read` names its file in errors by str()
+    class Named(io.BytesIO):  # errors of `images.read` name the file by str(file)
         def __str__(self) -> str:
             return name
 

@@ -1,6 +1,6 @@
-"""The examples of a data set: a list with an index, or a stream.
+"""The examples of a data set: `Examples` with random access, or a `Stream`.
 
-Opening lists the images. An image is read only when its example is asked to `load`, so a broken image raises then.
+Opening a data set reads no image. `Example.load` reads one, so a broken image raises only there.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Examples:
         self, dataset: Any, image: str, caption: str | None, source: str, *, default_caption: str = "",
         folder: Path | None = None, unread: Sequence[str] = (), unusual: Sequence[str] = (),
     ) -> None:  # fmt: skip
-        """Wrap a data set with these columns of images and captions. Paths in it are relative to `folder`."""
+        """Wrap a data set whose images and captions are in these columns. Relative paths are resolved in `folder`."""
         self.dataset, self.source, self.unread, self.unusual = dataset, source, unread, unusual
         self._columns = Columns(source, image, caption, default_caption, folder)
 
@@ -82,14 +82,14 @@ class Examples:
         return digest.hexdigest()[:16]
 
     def _sizes(self) -> Iterable[int | None]:
-        """Yield the number of bytes of each encoded image; None where it is missing."""
+        """Return the size in bytes of each encoded image; None if its file is missing or its row holds only a path."""
         if NAME not in self.dataset.column_names:
             return self._field("bytes", "binary_length")
         sizes = zip(self.dataset[SIZE], self._field("path"), strict=True)
         return (_file_size(path) if size is None else size for size, path in sizes)
 
     def _field(self, name: str, function: str | None = None) -> list[Any]:
-        """Return a field of the column of images, or a `pyarrow.compute` function of it, without copying images."""
+        """Return a field of the image column, or the result of a `pyarrow.compute` function on it; copy no image."""
         fields = [chunk.field(name) for chunk in self.dataset.data.column(self._columns.image).chunks]
         if function:
             fields = [getattr(import_module("pyarrow.compute"), function)(chunk) for chunk in fields]
@@ -97,7 +97,7 @@ class Examples:
 
 
 class Stream(Iterable[Example]):
-    """The examples of a data set that is read from start to end and never held in memory: no length, no index.
+    """The examples of a data set that is read sequentially and never held in memory. It has no length and no index.
 
     Attributes:
         dataset: The `datasets.IterableDataset` behind it; its column of images is not decoded.
@@ -113,7 +113,7 @@ class Stream(Iterable[Example]):
         self, dataset: Any, image: str, caption: str | None, source: str, files: Sequence[Path] = (), *,
         default_caption: str = "", folder: Path | None = None,
     ) -> None:  # fmt: skip
-        """Wrap a stream with these columns of images and captions. Paths in it are relative to `folder`."""
+        """Wrap a stream whose images and captions are in these columns. Relative paths are resolved in `folder`."""
         self.dataset, self.source, self.files = dataset, source, files
         self._columns = Columns(source, image, caption, default_caption, folder)
 
@@ -133,10 +133,10 @@ class Stream(Iterable[Example]):
 
     @property
     def identity(self) -> str:
-        """Fingerprint of the data: SHA-256 over source, split, columns, and the names and sizes of local files; 16 hex
-        digits.
+        """Fingerprint of the data: SHA-256 over source, split, columns, default caption, and the names and sizes of
+        local files; 16 hex digits.
 
-        The files' contents are not known before they are read.
+        It does not cover the contents of the files, which are unknown before the stream is read.
         """
         sizes = [(file.name, _file_size(str(file))) for file in self.files]
         names = (self.source, self.dataset.split, self._columns.image, self._columns.caption, *chain(*sizes))
@@ -153,9 +153,9 @@ def _file_size(path: str) -> int | None:
 
 
 def warn_of_captions(examples: Examples | Stream) -> None:
-    """Warn, in the main process, if no example has a caption, or if captions come from unusual files.
+    """Warn, in the main process, if no example has a caption, or if captions come from other files than .txt.
 
-    A model that is trained without captions learns no words.
+    A model that is trained without captions does not learn to follow prompts.
     """
     if not is_main_process():
         return

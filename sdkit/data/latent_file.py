@@ -1,16 +1,16 @@
 """Latent files: the scaled latents of one image, and what is needed to decode them.
 
-A latent file is a safetensors file that any safetensors reader opens. It holds one tensor, `z` (C, h, w), in the dtype
-that it was computed in, and these metadata, all strings:
+A latent file is a safetensors file that any safetensors reader opens. It holds one tensor, `z` (C, h, w), in a
+floating-point dtype (`sdkit encode` writes float32), and these metadata, all strings:
 
     format          "sdkit.latent"
     format_version  "1"
-    height, width   size of the image in pixels: it is the upper left part of the h * factor x w * factor decoded pixels
+    height, width   size of the image in pixels: the upper left part of the h * factor x w * factor decoded pixels
     factor          pixels per latent along each axis (8 in Stable Diffusion): h = ceil(height / factor), w likewise
     vae             fingerprint of the VAE's encoder side: equal fingerprints mean the same latent space
     vae_name        path or name that the VAE was loaded from
-    scale, shift    z = (raw - shift) * scale, where the VAE's own decoder takes raw
-    dtype           dtype that the VAE computed in, such as "bfloat16"; z may be stored in another
+    scale, shift    z = (raw - shift) * scale, where raw are the unscaled latents that the VAE's network decodes
+    dtype           dtype that the VAE computed in, such as "bfloat16"; z may have another dtype
     source          name of the image file, if there was one
     sdkit           version of sdkit that wrote the file
 """
@@ -36,7 +36,7 @@ FORMAT = "sdkit.latent"
 FORMAT_VERSION = 1
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 LARGEST = 2**31
-"""Bytes of the largest latent file that is read."""
+"""Largest size in bytes of a latent file that is read."""
 
 
 def _whole(text: str) -> int:
@@ -118,7 +118,7 @@ def save(latent: Latent, path: str | Path) -> None:
 
 
 def load(path: str | Path) -> Latent:
-    """Read a latent file; `z` is on the CPU. Raises LatentError if it is damaged, of another kind, or newer."""
+    """Read a latent file; `z` is on the CPU. Raises LatentError if it is damaged, of another kind, or too new."""
     try:
         tensors, metadata = tensor_files.read(Path(path), LARGEST)
     except OSError as error:

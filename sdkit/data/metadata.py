@@ -1,4 +1,4 @@
-"""Captions in one metadata file per folder, in the layout of `datasets`: metadata.jsonl, .csv, or .parquet."""
+"""Captions in metadata.jsonl, .csv, or .parquet, one such file per folder, as for the ImageFolder of `datasets`."""
 
 from __future__ import annotations
 
@@ -42,22 +42,22 @@ class Row:
 def read_metadata(folders: Mapping[str, Sequence[str]], caption_column: str | None) -> tuple[list[Row], set[str]]:
     """Read all metadata files in these folders.
 
-    If no line has one of `CAPTION_KEYS`, and only one key has text, that key is taken for the caption's, with a
-    warning.
+    If `caption_column` is None, no line has one of `CAPTION_KEYS`, and only one other key has text, captions are taken
+    from that key, with a warning.
 
     Args:
         folders: Path of a folder -> names of its files.
         caption_column: Key of the caption; None tries `CAPTION_KEYS`.
 
     Returns:
-        The rows of all files, and all keys in them but `file_name`.
+        The rows of all files, and all keys in them except `file_name`.
 
     Raises:
         DataError: A file or a line cannot be read, or names no possible file.
     """
     rows: list[Row] = []
     keys: dict[str, bool] = {}  # key -> whether any row has text in it
-    texts: list[dict[str, Any]] = []  # texts of each row by key, needed if no key is a caption's
+    texts: list[dict[str, Any]] = []  # of each row, the fields that are text; for `_with_only_text`
     for file in _files(folders):
         for number, fields in _lines(file):
             where = f"{clean(file)}, line {number}"
@@ -99,7 +99,7 @@ def _with_only_text(rows: list[Row], texts: list[dict[str, Any]], keys: Mapping[
 
 
 def _files(folders: Mapping[str, Sequence[str]]) -> Iterator[Path]:
-    """Yield one metadata file per folder, and warn of others beside it."""
+    """Yield the metadata file to read in each folder, and warn of others in the same folder, which are ignored."""
     for folder, names in sorted(folders.items()):
         present = [name for name in NAMES if name in names]
         yield from (Path(folder, name) for name in present[:1])
@@ -157,7 +157,7 @@ def _csv_lines(file: BinaryIO, path: Path) -> Iterator[tuple[int, dict[str, Any]
     except csv.Error as error:
         raise DataError(f"{clean(path)}, line {reader.line_num}: this is not CSV ({error}).") from error
     finally:
-        text.detach()  # or else the wrapper would close the file, which is the caller's
+        text.detach()  # otherwise the wrapper would close the file, which the caller closes
 
 
 def _parquet_rows(file: BinaryIO, _: Path) -> Iterator[tuple[int, dict[str, Any]]]:

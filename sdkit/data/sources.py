@@ -51,9 +51,11 @@ def open_examples(
 
     In a folder, the caption of a.png is the first of these that is not empty: its line in a metadata.jsonl, .csv, or
     .parquet (`file_name`, and `text` or `caption`) in its folder or above; a.txt; a.caption; a.png.txt; a.png.caption;
-    a.json; a.png.json. If no file has exactly the name, one that differs only in case, Unicode normalization, or
-    separator is taken. In tar shards, the caption is KEY.txt, .caption, or .json, in this order. With
-    `caption_column`, .json comes before .txt. Links to folders are followed once.
+    a.json; a.png.json. With `caption_column`, both .json files come before a.txt. If no file has exactly the expected
+    name, case, Unicode normalization, and / or \\ may differ. Links to folders are followed; no folder is read twice.
+
+    In tar shards, the caption of KEY.png is KEY.txt, KEY.caption, or KEY.json, in this order. With `caption_column`,
+    only .json files, and files with a suffix of that name, are read.
 
     Args:
         data: A folder of images, at any depth; webdataset shards (.tar); parquet files; a folder of either; or the id
@@ -139,7 +141,7 @@ def _kind_and_files(path: Path) -> tuple[str, list[Path]]:
     if closed := [file for file in files if file.suffix.lower() not in every]:
         raise DataError(f"cannot read {clean(closed[0])}; change its permissions, or take it out of the data.")
     kinds = {kind: [file for file in files if file.suffix.lower() in known] for kind, known in SUFFIXES.items()}
-    if kinds[FOLDER]:  # metadata.parquet describes the images; it is no data set of its own
+    if kinds[FOLDER]:  # a metadata.parquet beside images holds their captions, not a data set
         kinds[PARQUET] = [file for file in kinds[PARQUET] if file.name not in NAMES]
     present = {kind: found for kind, found in kinds.items() if found}
     if len(present) > 1:
@@ -156,7 +158,7 @@ def _warn_passed_over(names: Sequence[str]) -> None:
 
 
 def _table(rows: list[dict[str, Any]]) -> Any:
-    """Return a data set of the `datasets` library that says where each image lies."""
+    """Return a `datasets.Dataset` of the rows, which name the files of images but do not hold their content."""
     datasets = datasets_library()
     features = {"image": datasets.Image(decode=False), "caption": datasets.Value("string")}
     features |= {NAME: datasets.Value("string"), OFFSET: datasets.Value("int64"), SIZE: datasets.Value("int64")}
@@ -173,7 +175,7 @@ def _open_hub(source: str, split: str, streaming: bool, **columns: Any) -> Examp
 def _open_parquet(source: str, files: Sequence[Path], root: Path, streaming: bool, **columns: Any) -> Examples | Stream:
     for file in files:
         _check_regular(file)
-    names = [glob.escape(str(file)) for file in files]  # the library reads names as patterns
+    names = [glob.escape(str(file)) for file in files]  # `datasets` expands glob patterns
     dataset = load(source, streaming, path="parquet", data_files=names, batch_size=100)
     return _in_columns(dataset, source, streaming, files, folder=root.absolute(), **columns)
 
@@ -196,7 +198,7 @@ def _in_columns(
     default_caption: str,
     folder: Path | None = None,
 ) -> Examples | Stream:
-    """Return the examples in the given columns of a data set, or in the likeliest columns where these are None."""
+    """Return the examples in the given columns of a data set. For a column that is None, choose the likeliest."""
     if dataset.features is None:  # some streams know their columns only after a row is read
         with raised_as_data_error(source):
             dataset = dataset._resolve_features()

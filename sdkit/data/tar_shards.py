@@ -22,14 +22,14 @@ BLOCK = 512
 KNOWN = READABLE | UNREADABLE | {*BESIDE}
 """Suffixes of images and caption files. Other members are ignored."""
 LONGEST_HEADER = 2**20
-"""Bytes of the largest header that is read: the name and attributes of one member."""
+"""Largest size in bytes of a header, which holds the name and attributes of one member."""
 
 
 def tar_rows(shards: Iterable[Path], root: Path, caption_column: str | None) -> tuple[list[dict[str, Any]], list[str]]:
     """List the images in webdataset shards with their captions.
 
-    The caption of KEY.jpg is KEY.txt, KEY.caption, or a field of KEY.json. A file whose name differs only in the last
-    suffix is preferred. Otherwise a file whose name is equal up to the first dot is taken, as webdataset groups files.
+    The caption of a.b.jpg is the first of these that is not empty: a.b.txt, a.b.caption, or a field of a.b.json; then
+    a.b.jpg.txt and so on; then a.txt and so on, since webdataset groups files by their names up to the first dot.
 
     Args:
         shards: The tar files.
@@ -37,7 +37,7 @@ def tar_rows(shards: Iterable[Path], root: Path, caption_column: str | None) -> 
         caption_column: Field of .json files with the caption, or the suffix without its dot; None tries the usual ones.
 
     Returns:
-        A row for each image, in the order of the shards, and the names of pictures in formats that cannot be read.
+        A row for each image, in the order of the shards, and the names of images in formats that cannot be read.
 
     Raises:
         DataError: A shard or a caption cannot be read, or no caption has the key `caption_column`.
@@ -47,7 +47,7 @@ def tar_rows(shards: Iterable[Path], root: Path, caption_column: str | None) -> 
     texts = Texts(caption_column)
     for shard in shards:
         name = relative(shard, root)
-        pictures: dict[str, list[_Member]] = defaultdict(list)  # by webdataset's key, in order
+        pictures: dict[str, list[_Member]] = defaultdict(list)  # webdataset's key -> images with it
         captions: list[tuple[PurePosixPath, str]] = []
         for member in _members(shard):
             if member.suffix in READABLE:
@@ -75,7 +75,7 @@ def _key(path: PurePosixPath) -> str:
 
 
 def _captions_of(pictures: Sequence[PurePosixPath], captions: Sequence[tuple[PurePosixPath, str]]) -> dict[str, str]:
-    """Return the caption of each picture by its name in the shard."""
+    """Return an image's path in the shard -> its caption, or "" if it has none."""
     exact: dict[str, dict[str, str]] = defaultdict(dict)  # name without the last suffix -> suffix -> caption
     for path, caption in captions:
         exact[str(path.with_suffix(""))][path.suffix.lower()] = caption
@@ -120,9 +120,9 @@ class _Member:
 
 
 class _Headers:
-    """A tar file for `tarfile`, which reads only headers from it, and no large ones.
+    """Wraps a tar file for `tarfile`, which reads only headers from it, and limits the size of each read.
 
-    A damaged header may make `tarfile` ask for gigabytes, or for a negative number of bytes, which means all.
+    A damaged header may make `tarfile` ask for gigabytes, or for a negative number of bytes: the whole file.
     """
 
     def __init__(self, file: BinaryIO) -> None:
@@ -140,7 +140,7 @@ def _members(shard: Path) -> Iterator[_Member]:
         with open_regular(shard) as file:
             length = os.fstat(file.fileno()).st_size
             file.seek(max(0, length - BLOCK))
-            if file.read().strip(b"\0"):  # tarfile does not notice a shard cut short between two members
+            if file.read().strip(b"\0"):  # tarfile does not notice truncation between two members
                 raise tarfile.ReadError("it is cut short")
             file.seek(0)
             yield from _listed(shard, file, length)
@@ -148,20 +148,20 @@ def _members(shard: Path) -> Iterator[_Member]:
         raise
     except OSError as error:
         raise DataError(f"cannot read {clean(shard)}: {reason(error)}.") from error
-    except Exception as error:  # tarfile raises ten types for damaged headers
+    except Exception as error:  # tarfile raises ten types of exceptions for damaged headers
         raise DataError(
             f"{clean(shard)} is not a whole tar file ({first_line(error)}); fetch it again, or take it out of the data."
         ) from error
 
 
 def _listed(shard: Path, file: BinaryIO, length: int) -> Iterator[_Member]:
-    """Yield the known members of an opened shard of `length` bytes. Raises ReadError if it is damaged."""
+    """Yield the members with a suffix in `KNOWN` of a shard of `length` bytes. Raises ReadError if it is damaged."""
     headers: Any = _Headers(file)
     end = 0
     with tarfile.open(fileobj=headers, mode="r:") as archive:
         remembered: list[tarfile.TarInfo] = archive.members  # type: ignore[attr-defined]
         while member := archive.next():
-            remembered.clear()  # tarfile keeps every member, and a shard may have millions
+            remembered.clear()  # tarfile would keep all members in memory, maybe millions
             if member.size < 0 or member.offset < end or (member.isreg() and member.offset_data > length):
                 raise tarfile.ReadError("a header is damaged")
             end = member.offset_data
@@ -184,5 +184,5 @@ def _listed(shard: Path, file: BinaryIO, length: int) -> Iterator[_Member]:
                 data = file.read(member.size)
             yield _Member(name=member.name, offset=member.offset_data, size=member.size, data=data)
         file.seek(archive.offset)
-        if file.read(BLOCK).strip(b"\0"):  # tarfile stops at a damaged header as if it were the end
+        if file.read(BLOCK).strip(b"\0"):  # tarfile takes a damaged header for the end, which is zeros
             raise tarfile.ReadError("a header is damaged")

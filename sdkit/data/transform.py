@@ -22,7 +22,7 @@ MAX_ENLARGEMENT = 8
 
 @dataclass(frozen=True, kw_only=True)
 class Transform:
-    """Resize an image until the crop just fits (Lanczos, antialiased, aspect ratio unchanged), crop it, and mirror it.
+    """Resizes an image to just cover the crop (Lanczos, antialiased, aspect ratio kept), crops it, and may mirror it.
 
     Attributes:
         size: (height, width) of the crop in pixels; one number means a square.
@@ -94,10 +94,10 @@ def sides(size: int | Sequence[int]) -> tuple[int, int]:
 
 
 def draw(seed: int, index: int, augmentation: int) -> torch.Generator:
-    """Return the generator for one augmentation of one image.
+    """Return the random generator for one augmentation of one image.
 
-    It depends only on the arguments. An image is therefore cropped equally when it is cached and when training reads it
-    from its file, and for any number of processes.
+    It is seeded from the arguments alone. An image is therefore cropped and mirrored in the same way by the cache and
+    by training on image files, and for any number of processes.
 
     Args:
         seed: Seed of the cache or run.

@@ -32,9 +32,9 @@ class Conditioning:
         mask: (B, L) attention mask, True for tokens to attend to; None attends to all.
         concat: (B, C', h, w), appended to the channels of x_t. For inpainting: the mask and the latents of the masked
             image.
-        residuals: A ControlNet's outputs (B, c, h', w'): those for the skip connections, and that for the middle block.
-        label: (B,) class numbers.
-        added: Further embeddings by diffusers' names, such as SDXL's `text_embeds` (B, D) and `time_ids` (B, 6).
+        residuals: A ControlNet's outputs (B, c, h', w'): a tuple for the skip connections, a tensor for the mid block.
+        label: (B,) class labels.
+        added: diffusers' `added_cond_kwargs`, such as SDXL's `text_embeds` (B, D) and `time_ids` (B, 6).
     """
 
     text: Tensor | None = None
@@ -79,11 +79,11 @@ class Conditioning:
         return next((len(part) for part in parts if part is not None), 0)
 
     def repeat(self, n: int) -> Conditioning:
-        """Repeat each image's condition `n` times in a row."""
+        """Return the condition with each image repeated `n` times in a row."""
         return self.map(lambda part: part.repeat_interleave(n, dim=0))
 
     def to(self, device: torch.device | str) -> Conditioning:
-        """Move all tensors to a device."""
+        """Return the condition with all tensors on a device."""
         return self.map(lambda part: part.to(device))
 
 
@@ -107,7 +107,7 @@ def _with_full_mask(cond: Conditioning) -> Conditioning:
 
 
 def _mapped(part: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    """Apply `function` to each tensor of a part, which may be a tree of tuples and dictionaries."""
+    """Apply `function` to each tensor of a part, also in nested tuples and dictionaries; None stays None."""
     if part is None:
         return None
     if isinstance(part, tuple):

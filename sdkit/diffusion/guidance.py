@@ -1,4 +1,4 @@
-"""Guidance: combines predictions with and without the prompt.
+"""Guidance: steer samples by an unconditional prediction or by a classifier's gradient.
 
 `cfg`, `rescale`, and `apg` are functions of tensors. `guided` turns a model into a predictor that samplers take, and
 `classifier` guides a predictor by the gradient of a classifier.
@@ -19,7 +19,7 @@ from sdkit.diffusion.schedule import NoiseSchedule, Predict, Prediction
 from sdkit.errors import ArgumentError
 
 Model = Callable[[Tensor, int, Conditioning], Tensor]
-"""model(x_t, t, cond): a network in its own parameterisation (eps, v, or x0)."""
+"""A model: model(x_t, t, cond) returns eps, v, or x0, whichever the network was trained to predict."""
 TINY = 1e-30
 """Smallest divisor, against division by zero."""
 
@@ -48,7 +48,7 @@ def rescale(guided: Tensor, cond: Tensor, phi: float) -> Tensor:
     Args:
         guided: (B, ...), the output of `cfg`.
         cond: (B, ...), the model's output for the prompt.
-        phi: From 0, no change, to 1, the conditional output's deviation; the paper uses 0.7.
+        phi: Strength: 0 changes nothing, 1 gives the conditional output's standard deviation; the paper uses 0.7.
 
     Returns:
         A tensor (B, ...).
@@ -89,7 +89,7 @@ def apg(
         cond_x0: (B, ...), x0 as predicted for the prompt.
         scale: The guidance scale.
         settings: See `APG`.
-        average: (B, ...), the running average of updates that the last step returned; None in the first step.
+        average: (B, ...), the running average of updates that the previous step returned; None in the first step.
 
     Returns:
         The guided x0, and the running average for the next step.
@@ -124,9 +124,9 @@ def guided(
             over a batch of 2B, [uncond, cond].
         schedule: Turns the model's output into a `Prediction`.
         cond: The condition of B images.
-        uncond: The condition to steer away from, also of B images: of the negative prompts, or of "". It may be None
-            where `scale` is 1.
-        scale: The guidance scale; 1 turns guidance off, so that the model passes over B images only.
+        uncond: The condition to steer away from, for the same B images: the negative prompts', or the empty prompt's.
+            May be None if `scale` is 1.
+        scale: The guidance scale; 1 turns guidance off, and the model gets a batch of B images only.
         interval: Noise levels (low, high] in which to guide, as sigma = sqrt((1 - a) / a) (Kynkäänniemi et al. 2024,
             https://arxiv.org/abs/2404.07724). Elsewhere guidance is off. None guides at every level.
         phi: Strength of `rescale`, in [0, 1].
@@ -190,11 +190,11 @@ def classifier(
     """Return a predictor with classifier guidance: eps - scale * sqrt(1 - a) * grad log p(y | x_t) (Dhariwal & Nichol
     2021, https://arxiv.org/abs/2105.05233, Algorithm 2).
 
-    At zero terminal SNR x_t holds no information about the image, so the first prediction is left unguided.
+    Where the SNR is zero, x_t holds no information about the image, and the prediction is left unguided.
 
     Args:
         predict: The predictor to guide, usually of an unconditional model.
-        log_prob: Log_prob(x_t, t) -> (B,), the log-probability of each image's wanted class, differentiable in the
+        log_prob: log_prob(x_t, t) -> (B,), the log-probability of each image's wanted class, differentiable in the
             noisy x_t (B, C, h, w).
         schedule: The noise schedule of both models.
         scale: 1 is Bayes' rule; larger values favour images of which the classifier is certain.

@@ -1,7 +1,7 @@
-"""Losses of training, and their weights: reconstruction, KL, VQ, adversarial, and denoising.
+"""Training losses and their weights: reconstruction, KL, VQ, adversarial, and denoising.
 
 Each loss is a pure function that returns a scalar tensor. It is computed in float32, whatever the precision of the
-networks, or in float64 for float64 inputs. LPIPS has weights of its own and is in `sdkit.networks.lpips`.
+networks, or in float64 for float64 inputs. LPIPS is a pretrained network; see `sdkit.networks.lpips`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from sdkit.arguments import PREDICTIONS, number, one_of
 from sdkit.errors import ArgumentError
 
 DELTA = 1e-6
-"""Added to the divisor of the adaptive weight."""
+"""Epsilon in the denominator of the adaptive weight."""
 LARGEST = 1e4
 """Upper bound of the adaptive weight."""
 
@@ -36,8 +36,8 @@ def kl(mean: Tensor, logvar: Tensor) -> Tensor:
     https://arxiv.org/abs/1312.6114, appendix B).
 
     The divergence is summed over an image's latents and averaged over images. Latent diffusion's weight of 1e-6
-    (Rombach et al. 2022, appendix G) belongs to a reconstruction loss that is summed over pixels. Beside a mean over
-    pixels, the same weight is 1e-6 / (3 H W).
+    (Rombach et al. 2022, appendix G) assumes a reconstruction loss summed over pixels and channels. For a mean over
+    them, the equivalent weight is 1e-6 / (3 H W).
 
     Args:
         mean: (B, 4, h, w), means of the posteriors.
@@ -109,8 +109,8 @@ def min_snr_weight(snr: Tensor, gamma: float | None, prediction_type: str, *, ke
     """Return the min-SNR weight of each sample in `diffusion_loss` (Hang et al. 2023,
     https://arxiv.org/abs/2303.09556, section 3.4).
 
-    The weight of a loss in x0 is min(snr, gamma). For eps that is min(snr, gamma) / snr, and for v
-    min(snr, gamma) / (snr + 1). At zero terminal SNR the weight for eps is its limit, 1.
+    The weight of an x0 loss is min(snr, gamma). The equivalent weight of an eps loss is min(snr, gamma) / snr, and that
+    of a v loss is min(snr, gamma) / (snr + 1). At zero terminal SNR the weight of an eps loss is its limit, 1.
 
     Args:
         snr: (B,), the signal-to-noise ratio at each sample's timestep, in [0, infinity].
@@ -118,8 +118,8 @@ def min_snr_weight(snr: Tensor, gamma: float | None, prediction_type: str, *, ke
         prediction_type: "epsilon", "v_prediction", or "sample" (x0).
         keep_noisiest: For v and x0, use snr + 1 in place of snr inside the minimum. Min-SNR gives the noisiest steps
             of v and x0 almost no weight, and none at zero terminal SNR, although these steps decide an image's
-            colours. The weight for v is then min(1, gamma / (snr + 1)), which like that for eps is 1 at the noisy end.
-            No effect for eps.
+            colours. The weight of a v loss is then min(1, gamma / (snr + 1)), which is 1 for the noisiest steps, as is
+            the weight of an eps loss. Ignored for eps.
 
     Returns:
         Weights (B,).
@@ -133,7 +133,7 @@ def min_snr_weight(snr: Tensor, gamma: float | None, prediction_type: str, *, ke
     gamma = number("gamma", gamma, low=1e-3)
     if kind == "epsilon":
         return (gamma / snr).clamp(max=1)
-    weight = (snr + 1 if keep_noisiest else snr).clamp(max=gamma)  # weight of a loss in x0
+    weight = (snr + 1 if keep_noisiest else snr).clamp(max=gamma)  # the weight of an x0 loss
     return weight / (snr + 1) if kind == "v_prediction" else weight
 
 
@@ -147,7 +147,7 @@ def diffusion_loss(output: Tensor, target: Tensor, weight: Tensor | None = None)
         weight: (B,), as from `min_snr_weight`; None weights all samples by 1.
 
     Raises:
-        ArgumentError: The shapes do not fit together.
+        ArgumentError: The shapes do not match.
     """
     if output.shape != target.shape or (weight is not None and weight.shape != output.shape[:1]):
         shapes = ", ".join(str(tuple(x.shape)) for x in (output, target, weight) if x is not None)

@@ -34,7 +34,7 @@ class Step(NamedTuple):
     """One finished step of a sampler.
 
     Attributes:
-        i: Number of the step, from 0.
+        i: Index of the step, from 0.
         t: Timestep at which the step began.
         x: (B, C, h, w), the sample after the step, at the next, less noisy timestep.
         x0: (B, C, h, w), the model's prediction of the clean sample at t.
@@ -125,16 +125,16 @@ def dpmpp_2m_step(
 ) -> Tensor:
     """Make a step of DPM-Solver++(2M) (Lu et al. 2022, https://arxiv.org/abs/2211.01095, Algorithm 2).
 
-    The step is second order with `previous_x0`, and first order (DDIM) without. It is first order, too, where one of
-    its ends is pure noise or the clean sample, since half the log-SNR is infinite there.
+    The step is second order with `previous_x0`, and first order (DDIM) without. It is also first order if it ends at
+    the clean sample, or if the previous step began at pure noise: half the log-SNR is infinite there.
 
     Args:
         x_t: (B, C, h, w), the sample at t.
         x0: The model's prediction of the clean sample at t.
         alpha: alphas_cumprod at t.
         alpha_prev: alphas_cumprod at t_prev.
-        previous_x0: The prediction of the step before.
-        alpha_before: alphas_cumprod at the timestep of that prediction.
+        previous_x0: The previous step's prediction of the clean sample.
+        alpha_before: alphas_cumprod at the timestep at which the previous step began.
 
     Returns:
         x_prev, shaped like x_t.
@@ -147,7 +147,7 @@ def dpmpp_2m_step(
 
 
 def half_log_snr(alpha: float) -> float:
-    """Return DPM-Solver's lambda, log(sqrt(a) / sqrt(1 - a)), of a = alphas_cumprod at a timestep."""
+    """Return DPM-Solver's lambda at a = `alpha`: log(sqrt(a) / sqrt(1 - a)), half the log-SNR."""
     if alpha in (0.0, 1.0):
         return math.inf if alpha else -math.inf
     return 0.5 * math.log(alpha / (1 - alpha))
@@ -281,11 +281,11 @@ SAMPLERS: dict[str, Sampler] = {"ddim": ddim, "ddpm": ddpm, "dpm++2m": dpmpp_2m}
 
 
 def sampler_by_name(name: str, *, eta: float = 0.0) -> Sampler:
-    """Return the sampler of a name, with `eta` bound.
+    """Return the sampler called `name`, with `eta` bound to it.
 
     Args:
         name: "ddim", "ddpm", or "dpm++2m".
-        eta: For DDIM alone, its share of DDPM's noise, in [0, 1].
+        eta: Share of DDPM's noise, in [0, 1]; DDIM's alone can be above 0.
 
     Raises:
         ArgumentError: The name is unknown, or the sampler takes no `eta`.
@@ -321,7 +321,7 @@ def clip(prediction: Prediction, x_t: Tensor, alpha: float, bound: float | None)
 
 def noise_like(x: Tensor, generators: Generators | None) -> Tensor:
     """Draw standard normal noise shaped like x (B, ...). Image i's noise comes from `generators[i]` alone, so that it
-    does not depend on the rest of the batch; without generators it comes from torch's global one.
+    does not depend on the rest of the batch. Without generators, it comes from torch's global generator.
 
     Raises:
         ArgumentError: The number of generators is not B.
@@ -331,4 +331,4 @@ def noise_like(x: Tensor, generators: Generators | None) -> Tensor:
     if len(generators) != len(x):
         raise ArgumentError(f"{len(generators)} generators cannot serve a batch of {len(x)}: give one for each image.")
     noise = torch.stack([torch.randn(x.shape[1:], generator=generator) for generator in generators])
-    return noise.to(x, non_blocking=x.device.type == "cuda")  # without it, the CPU would wait for the GPU
+    return noise.to(x, non_blocking=x.device.type == "cuda")  # a blocking copy synchronises with the GPU

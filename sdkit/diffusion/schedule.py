@@ -1,8 +1,8 @@
 """The noise schedule of a diffusion model: x_t = sqrt(alphas_cumprod[t]) x0 + sqrt(1 - alphas_cumprod[t]) eps.
 
 Notation follows DDPM (Ho et al. 2020, https://arxiv.org/abs/2006.11239): t counts from 0 (least noise) to T - 1 (most),
-and t = -1 is the clean end of the chain. Tables are float64 and are cast last: in bfloat16, 1 - alphas_cumprod[0] would
-round to zero.
+and t = -1 is the clean end of the chain. Tables are float64, and results are cast to a model's dtype last: in bfloat16,
+1 - alphas_cumprod[0] would round to zero.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ BOUNDS = {
     "trained_betas": (0, 1),
     "clip_sample_range": (1e-12, 1e12),
 }
-"""Smallest and largest allowed value of a field in a scheduler's config. In a list, they bound each number."""
+"""Field of a scheduler's config -> its smallest and largest allowed value. For a list, they bound each item."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +45,7 @@ class SchedulerDefaults:
         set_alpha_to_one: See `NoiseSchedule`.
         beta_start: The first beta.
         beta_end: The last beta.
-        beta_schedule: Name of the curve from one to the other, such as "linear".
+        beta_schedule: Name of the curve from `beta_start` to `beta_end`, such as "linear".
     """
 
     timestep_spacing: str = "leading"
@@ -75,8 +75,8 @@ SCHEDULERS = {
     **dict.fromkeys(("KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler"), _K_DIFFUSION),
     **dict.fromkeys(("LCMScheduler", "TCDScheduler"), _CONSISTENCY),
 }
-"""Defaults of diffusers' schedulers that solve DDPM's models, and so have DDPM's tables. Other schedulers (flow
-matching, EDM, score SDEs, IPNDM, CogVideoX, Würstchen, masks) have tables of their own and are refused."""
+"""Scheduler class of diffusers -> its defaults, for the classes that use DDPM's forward process. Others (flow matching,
+EDM, score SDEs, IPNDM, CogVideoX, Würstchen, masked tokens) have tables of their own and are refused."""
 
 
 class Prediction(NamedTuple):
@@ -102,7 +102,7 @@ Predict = Callable[[Tensor, int], Prediction]
 class NoiseSchedule:
     """A noise schedule's tables, and the parameterisation that its model was trained in.
 
-    A model's own is `sd.schedule`. Make others with `linear`, `scaled_linear`, `cosine`, `from_betas`, or
+    `sd.schedule` is that of a loaded model. Make others with `linear`, `scaled_linear`, `cosine`, `from_betas`, or
     `from_config`; all but the last take the fields below as keywords.
 
     Example:
@@ -119,7 +119,7 @@ class NoiseSchedule:
         set_alpha_to_one: Whether DDIM's last step goes to alphas_cumprod = 1. Otherwise it goes to alphas_cumprod[0],
             as in Stable Diffusion.
         variance_type: Variance of DDPM's reverse step: "fixed_small", "fixed_large", or "learned_range".
-        clip_x0: Bound of x0 in sampling, for models of pixels; None for latents. The pipeline hands it to the sampler.
+        clip_x0: Bound to which samplers clamp x0, for pixel-space models; None for latents. The pipeline passes it on.
         alphas_cumprod: (T,) float64, the share of x0's variance left at each t; computed from the betas.
     """
 
@@ -184,18 +184,19 @@ class NoiseSchedule:
     def from_config(cls, config: Mapping[str, Any], *, latents: bool = False) -> NoiseSchedule:
         """Make a schedule from the contents of a diffusers `scheduler_config.json`.
 
-        Absent keys have the defaults of the scheduler class that the config names. There is one exception: a
-        zero-terminal-SNR schedule without a spacing is "trailing", since "leading" never starts from pure noise, which
-        such models are trained for.
+        Absent keys take the defaults of the scheduler class that the config names. There is one exception: the spacing
+        of a zero-terminal-SNR schedule is then "trailing". Such a model is trained to start from pure noise, which
+        "leading" spacing never does.
 
         Args:
-            config: The contents.
-            latents: Whether the model denoises latents, as Stable Diffusion does. Latents exceed [-1, 1], so they are
-                never clipped, and `steps_offset` is 1. diffusers' `StableDiffusionPipeline` corrects configs in the
-                same way, since many leave these keys out. False, for models of pixels, takes the config as it is.
+            config: The parsed JSON.
+            latents: Whether the model denoises latents, as Stable Diffusion does. If true, x0 is
+                never clipped, since latents exceed [-1, 1], and `steps_offset` is 1, whatever the config says; many
+                configs lack these keys, and diffusers' `StableDiffusionPipeline` corrects them in the same way. If
+                false, for pixel-space models, both are as in the config.
 
         Raises:
-            ArgumentError: A value is out of range, or the scheduler is not for a diffusion model of DDPM's kind.
+            ArgumentError: A value is out of range, or the scheduler does not use DDPM's forward process.
         """
         config = completed(config)
         if flag("thresholding", config.get("thresholding", False)):
@@ -296,7 +297,7 @@ class NoiseSchedule:
 
     def velocity(self, x0: Tensor, eps: Tensor, t: int | Tensor) -> Tensor:
         """Return v = sqrt(a_t) eps - sqrt(1 - a_t) x0 (Salimans & Ho 2022, https://arxiv.org/abs/2202.00512,
-        appendix D). Arguments and result are those of `add_noise`."""
+        appendix D). Arguments, shape, and dtype are as in `add_noise`."""
         a, s = self._signal_noise(t, x0)
         return (a * eps - s * x0).to(x0.dtype)
 
@@ -349,8 +350,8 @@ class NoiseSchedule:
 
     @cached_property
     def _values(self) -> list[float]:
-        """`alphas_cumprod` as Python numbers. Samplers read them without a tensor operation, and without waiting for a
-        GPU."""
+        """`alphas_cumprod` as Python floats. Samplers scale tensors on a GPU by them without a copy or a
+        synchronisation."""
         values: list[float] = self.alphas_cumprod.tolist()
         return values
 
@@ -373,10 +374,10 @@ class NoiseSchedule:
 
     def _signal_noise(self, t: int | Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """Return sqrt(a_t) and sqrt(1 - a_t), in float32 or wider, shaped to broadcast over (B, ...)."""
-        # Not 0-d tensors, which would not promote half precision.
+        # Shape (1, ..., 1), not 0-d: 0-d tensors take no part in type promotion, and half precision would stay.
         dtype = torch.promote_types(like.dtype, torch.float32)
         if isinstance(t, int):
-            # Filled on the device: copying a number there would make the CPU wait for a GPU in every step.
+            # Fill on the device: a copy from the CPU would synchronise with a GPU in every step.
             a = self.alpha_cumprod(self._checked_number(t))
             ones = (1,) * like.ndim
             signal, noise = (like.new_full(ones, math.sqrt(value), dtype=dtype) for value in (a, 1 - a))
@@ -387,12 +388,12 @@ class NoiseSchedule:
         return signal, noise
 
     def _is_pure_noise(self, t: int | Tensor, dtype: torch.dtype) -> bool:
-        """Return whether sqrt(a_t) is 0 in `dtype` for any t. Computed on the CPU, so that no GPU is waited for."""
+        """Return whether sqrt(a_t) is 0 in `dtype` for any t. Computed on the CPU: no GPU synchronisation."""
         if isinstance(t, int):
             root = math.sqrt(self.alpha_cumprod(t))
             return (
                 root <= torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps / 2
-            )  # half of the smallest number
+            )  # half the smallest subnormal number: less rounds to 0
         return bool((self.alphas_cumprod[self._checked(t)].sqrt().to(dtype) == 0).any())
 
 
@@ -402,7 +403,7 @@ def _linspace(start: float, end: float, n: int) -> Tensor:
 
 
 def completed(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `config` with the defaults of the scheduler class that it names, for keys that are absent or null."""
+    """Return `config` with absent and null keys set to the defaults of the scheduler class that it names."""
     stated = {key: value for key, value in config.items() if value is not None}
     name = stated.get("_class_name", "")
     if not isinstance(name, str) or (name and name not in SCHEDULERS):
@@ -416,7 +417,7 @@ def completed(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _betas_from_config(config: Mapping[str, Any]) -> Tensor:
-    """Return the betas (T,), float64, of a config that is `completed`."""
+    """Return the betas (T,), float64, of a config that `completed` returned."""
     if "trained_betas" in config:
         return torch.tensor(_numbers("trained_betas", config["trained_betas"]), dtype=torch.float64)
     T = whole_number("num_train_timesteps", config.get("num_train_timesteps", 1000), 1, LONGEST_CHAIN)
@@ -444,14 +445,14 @@ def _numbers(name: str, values: Any) -> list[float]:
 
 
 def _betas_along(alpha_cumprod: Callable[[Tensor], Tensor], num_timesteps: int, max_beta: float = 0.999) -> Tensor:
-    """Return betas (T,) for which alphas_cumprod is proportional to a function of u = (t + 1) / T."""
+    """Return betas (T,), at most `max_beta`, whose alphas_cumprod is proportional to a function of u = (t + 1) / T."""
     f = alpha_cumprod(_linspace(0, 1, num_timesteps + 1))
     return (1 - f[1:] / f[:-1]).clamp(max=max_beta)
 
 
 def _laplace(u: Tensor) -> Tensor:
     """Return the alphas_cumprod at u for which the log-SNR follows a Laplace distribution (Hang & Gu 2024,
-    https://arxiv.org/abs/2407.03297, table 1), with diffusers' own scale and root."""
+    https://arxiv.org/abs/2407.03297, table 1), with diffusers' scale of 0.5 and square root."""
     side = torch.where(u <= 0.5, 1.0, -1.0)
     log_snr = -0.5 * side * torch.log(1 - 2 * (0.5 - u).abs() + 1e-6)
     return torch.sigmoid(log_snr).sqrt()

@@ -1,1 +1,1 @@
-"""How a network is executed: device, dtype, attention, and torch.compile."""
+"""Execution of networks: device, dtype, attention, offloading, and torch.compile."""

@@ -22,7 +22,7 @@ def eager() -> AbstractContextManager[object]:
 
 
 def is_compiling() -> bool:
-    """Return whether torch.compile is tracing this call. Code that inspects values must be left out of the trace."""
+    """Return whether torch.compile is tracing this call. Code that reads a tensor's values must not be traced."""
     return torch.compiler.is_compiling()
 
 

@@ -23,14 +23,14 @@ def resolve_place(dtype: str | torch.dtype, device: str | torch.device) -> tuple
 
 
 def resolve_device(device: str | torch.device = "auto") -> torch.device:
-    """Return a device. "auto" is a CUDA GPU, else Apple's, else the CPU. Raise ArgumentError if it cannot be used."""
+    """Return a device. "auto" is a CUDA GPU, else Apple's (MPS), else the CPU. Raise ArgumentError if unusable."""
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     present = [name for name, there in available.items() if there]
     if device == "auto":
         return torch.device(present[0])
     try:
         resolved = torch.device(device)
-        torch.ones(1, device=resolved).item()  # compute: the device "meta" allocates, but holds no values
+        torch.ones(1, device=resolved).item()  # read a value: the device "meta" allocates, but has none
     except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
         choices = " or ".join(map(repr, present))
         raise ArgumentError(f"device {device!r} cannot be used on this machine; use 'auto', {choices}.") from error
@@ -38,7 +38,7 @@ def resolve_device(device: str | torch.device = "auto") -> torch.device:
 
 
 def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
-    """Return a dtype. "auto" is bfloat16 if the hardware multiplies it (on CPUs: AVX512-BF16 or AMX), else float32."""
+    """Return a dtype. "auto" is bfloat16 if the hardware supports it (CPUs: AVX512-BF16 or AMX), else float32."""
     if dtype == "auto":
         return torch.bfloat16 if has_native_bf16(device) else torch.float32
     resolved = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
@@ -48,7 +48,7 @@ def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype
 
 
 def has_native_bf16(device: torch.device) -> bool:
-    """Return whether the hardware multiplies bfloat16; elsewhere PyTorch emulates it, slower than float32."""
+    """Return whether the hardware has bfloat16 arithmetic; elsewhere PyTorch emulates it, slower than float32."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     if device.type == "cpu":

@@ -1,4 +1,4 @@
-"""Networks that wait in the CPU's memory, and are on the GPU only while they work."""
+"""Offloading: networks stay in CPU memory, and move to the GPU only while they run."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch import nn
 
 @contextmanager
 def on_device(network: nn.Module, device: torch.device) -> Iterator[None]:
-    """Move a network to a device, and back to the CPU when the context closes, whatever happens inside."""
+    """Move a network to a device, and back to the CPU when the context closes, even after an error."""
     network.to(device)
     try:
         yield
     finally:
         network.to("cpu")
         if device.type == "cuda":
-            torch.cuda.empty_cache()  # or the next network finds its room taken by free blocks of other sizes
+            torch.cuda.empty_cache()  # the next network's tensors rarely fit the cached blocks

@@ -1,1 +1,1 @@
-"""Measures of the quality of images, and of the use of codebooks."""
+"""Metrics: similarity of images, and codebook usage."""

@@ -1,4 +1,4 @@
-"""Use of a codebook: the share of codes that occur, and their perplexity."""
+"""Codebook usage: the share of codes that occur, and their perplexity."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Images: read, written, converted to and from tensors, and laid out in grids."""
+"""Images: reading, writing, conversion to and from tensors, and grids."""
 
 from __future__ import annotations
 

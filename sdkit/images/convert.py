@@ -55,7 +55,7 @@ def _to_tensor(rgb: Image.Image) -> Tensor:
 
 
 def flat(images: Images) -> list[Image.Image | Tensor]:
-    """Return one entry per image: a tensor stays a tensor, float32 (3, H, W); all else becomes an RGB image."""
+    """Return one entry per image: a tensor stays a tensor, float32 (3, H, W); anything else becomes an RGB image."""
     if isinstance(images, Image.Image):
         return [to_rgb(images)]
     if isinstance(images, (str, Path)):
@@ -132,7 +132,7 @@ def to_pil(x: Tensor) -> list[Image.Image]:
 
 
 def from_tensors(images: Sequence[Tensor], output_type: str) -> Any:
-    """Convert tensors (3, H, W) in [-1, 1] to the type of output that a user asked for.
+    """Convert tensors (3, H, W) in [-1, 1] to an output type, one of `OUTPUT_TYPES`.
 
     Returns:
         "pil": a list of RGB images. "np": a uint8 array (B, H, W, 3). "pt": a tensor (B, 3, H, W). If sizes differ,

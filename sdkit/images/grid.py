@@ -114,7 +114,7 @@ class _Pen:
         return max((math.ceil(self._box(label)[0]) + self.size for label in labels), default=0)
 
     def height(self, labels: Sequence[str]) -> int:
-        """Return the height of a row of these wrapped labels with gaps; 0 without labels."""
+        """Return the height of a row of these wrapped labels, with gaps above and below; 0 without labels."""
         return max((math.ceil(self._box(label)[1]) + self.size // 2 for label in labels), default=0)
 
     def _box(self, label: str) -> tuple[float, float]:
@@ -122,5 +122,5 @@ class _Pen:
         return right - left, bottom - top
 
     def write(self, draw: ImageDraw.ImageDraw, label: str, x: float, y: float, anchor: str = "mm") -> None:
-        """Draw a wrapped label with its centre at (x, y), or with anchor "ma" the middle of its upper edge."""
+        """Draw a wrapped label centred on (x, y). With anchor "ma", (x, y) is the middle of its upper edge."""
         draw.multiline_text((x, y), label, fill=self.ink, font=self.font, anchor=anchor, align="center")

@@ -1,4 +1,4 @@
-"""Image files: read, and written atomically."""
+"""Image files: reading, and atomic writing."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ READABLE = frozenset(suffix for kind in _READ for suffix in SUFFIXES[kind])
 _KNOWN = """heic heif hif jxl jxr wdp cr2 cr3 crw nef nrw arw dng orf rw2 raf pef srw svg svgz eps ps ai pdf psd psb xcf
     kra exr hdr dds icns wmf emf mp4 m4v mov avi mkv webm"""
 UNREADABLE = frozenset(f".{name}" for name in _KNOWN.split()).union(*SUFFIXES.values()) - READABLE
-"""Suffixes of pictures that cannot be read. A search through a folder warns of them."""
+"""Suffixes of image, video, and document files that sdkit cannot read. A folder search warns of such files."""
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 """Suffix -> format that `save` writes."""
 
@@ -70,7 +70,7 @@ def read(path: str | Path | BinaryIO, background: str = "white") -> Image.Image:
 
 @contextlib.contextmanager
 def _opened(path: str | Path | BinaryIO) -> Iterator[Image.Image]:
-    """Open an image file, whatever its suffix, and raise every problem as `ImageError`. No other code opens images."""
+    """Open an image file, whatever its suffix. Faults of the file raise `ImageError`. No other code opens images."""
     try:
         mode = Path(path).stat().st_mode if isinstance(path, (str, Path)) else stat.S_IFREG
         if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # reading a pipe might never end
@@ -107,7 +107,7 @@ def _formats(name: str) -> tuple[str, ...]:
 
 
 def _instead(path: str | Path | BinaryIO) -> str:
-    """Say what a file is that is no image, as the end of a sentence."""
+    """Return the end of a sentence that says what the file is, given that it is no image."""
     head = b""
     with contextlib.suppress(OSError, ValueError):
         if isinstance(path, (str, Path)):
@@ -147,7 +147,7 @@ def save(
         options = {"pnginfo": PngInfo()}
         for key, value in (text or {}).items():
             options["pnginfo"].add_text(key, encodable(value))  # Pillow writes UTF-8 (iTXt) if Latin-1 is not enough
-    encoded = io.BytesIO()  # encode in memory first: later errors can only be the disk's
+    encoded = io.BytesIO()  # encode in memory first: any later error comes from the disk
     rgb = to_rgb(image)
     try:
         rgb.save(encoded, FORMATS[suffix], **options)

@@ -18,11 +18,11 @@ from sdkit.messages import system_message
 from sdkit.stops import stop_in
 
 BLOCK = 2**20
-"""Pixels of a grey image that are converted at a time."""
+"""Number of pixels of a grey image that are converted at a time."""
 LARGEST_PROFILE = 4 * 2**20
-"""Bytes of the largest colour profile that is read. Printers' profiles have one or two million."""
+"""Size of the largest colour profile that is read, in bytes. Printers' profiles have one or two million."""
 SAME = 2
-"""Levels, of 255, by which a profile that stands for sRGB may differ from it."""
+"""Largest difference, in levels of 255, between sRGB and a profile that is treated as sRGB."""
 
 
 def to_rgb(image: Image.Image, background: str = "white") -> Image.Image:
@@ -71,7 +71,7 @@ def to_rgb(image: Image.Image, background: str = "white") -> Image.Image:
 
 
 def _blocks(image: Image.Image) -> Iterator[tuple[int, npt.NDArray[np.float64]]]:
-    """Yield (first row, float64 (rows, W)) of a grey image in blocks; in one piece it could take gigabytes."""
+    """Yield (first row, float64 (rows, W)) of a grey image in blocks; a whole image could take gigabytes."""
     rows = max(1, BLOCK // image.width)
     for top in range(0, image.height, rows):
         block = image.crop((0, top, image.width, min(top + rows, image.height)))

@@ -1,1 +1,1 @@
-"""Model sources: found, checked, and read into networks."""
+"""Model loading: sources are located and checked, and their weights read into networks."""

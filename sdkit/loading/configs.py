@@ -1,4 +1,4 @@
-"""Configs of networks and schedules: JSON files. Their values are checked before a library sees them."""
+"""JSON configs of networks and schedules: read, and checked before diffusers and transformers see their values."""
 
 from __future__ import annotations
 
@@ -139,11 +139,11 @@ VALUES: dict[str, dict[str, Check]] = {
     },
     "index": {GUIDANCE: ("a number from 0 to 100", lambda x: _number(x, 0, 100))},
 }
-"""Checks by part and key: the words for a valid value in a message, and the check. Listed are values that size a
-network and values that sdkit itself computes with. The libraries check the others."""
+"""Part -> key -> what messages call a valid value, and the check. The keys are those that set the size of a network and
+those that sdkit itself computes with. The libraries check the others."""
 
 UNBOUNDED = ("lambda_min_clipped",)
-"""Keys that diffusers itself writes as -Infinity, in configs of DPM-Solver. sdkit does not read them."""
+"""Keys that may be infinite: diffusers writes -Infinity in configs of DPM-Solver. sdkit does not use them."""
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -183,9 +183,9 @@ def read_config(path: Path, part: str) -> dict[str, Any]:
 
 
 def _all_finite(value: Any) -> bool:
-    """Return whether no number in a JSON value is NaN or infinite."""
+    """Return whether all numbers in a JSON value, however deeply nested, are finite."""
     left = [value]
-    while left:  # no recursion: JSON may be nested deeper than Python's stack
+    while left:  # no recursion: JSON may be nested more deeply than Python can recurse
         one = left.pop()
         if isinstance(one, (dict, list)):
             left += one.values() if isinstance(one, dict) else one
@@ -195,8 +195,9 @@ def _all_finite(value: Any) -> bool:
 
 
 def layers_of(config: dict[str, Any], part: str) -> int:
-    """Return an upper bound of the number of layers of a network. Each takes time and memory to build, even without
-    weights.
+    """Return an upper bound on the number of layers of a network.
+
+    Each layer takes time and memory to build, even without weights, so configs that ask for too many are refused.
 
     Args:
         config: A config with checked values.

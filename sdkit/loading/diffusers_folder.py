@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 # Names of attention layers in diffusers before 0.18 -> today's.
 NEW_ATTENTION = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
 OLD_ATTENTION = re.compile(r"\.(?:query|key|value|proj_attn)\.(?=(?:weight|bias)$)")
-# Prefixes of the other parts of a CLIP model.
+# Prefixes of the tensors of a whole CLIP model that do not belong to its text encoder.
 BESIDE_TEXT = ("vision_model.", "visual_projection.", "text_projection.", "logit_scale")
 VARIANT = re.compile(r"[\w-]+")
 
@@ -38,10 +38,10 @@ class Part:
         folder: Its subfolder in a pipeline's folder.
         classes: The class that the config names -> the class that loads it. Empty for the schedule, which is read as
             data.
-        telling: A field of the config -> the class that has it, for configs that name none. The first match counts.
+        telling: A key of the config -> the class that it implies if the config names none. The first match counts.
         config: The file name of the config.
         weights: File names of the weights, the preferred one first.
-        shown: Values of the config that descriptions show -> their defaults in diffusers.
+        shown: Keys of the config that a `Description` shows -> their defaults in diffusers.
     """
 
     name: str
@@ -54,7 +54,7 @@ class Part:
 
     @property
     def files(self) -> list[str]:
-        """The small files that the part may need, in a pipeline's repository or in its own."""
+        """Paths of configs and tokenizer files that the part may need, in a pipeline's repository or in its own."""
         names = [self.config, f"{self.folder}/{self.config}"]
         if self is TEXT:
             names += [f"{folder}{name}" for folder in ("", "tokenizer/") for name in tokenizer.FILES]
@@ -121,7 +121,7 @@ def class_name(config: dict[str, Any]) -> str:
 
 
 def class_of(config: dict[str, Any], part: Part) -> str:
-    """Return the class that a config names; if it names none, the class of `part` that has its fields."""
+    """Return the class that a config names. If it names none, infer the class from its keys by `part.telling`."""
     if config.get("_class_name") is None and config.get("architectures") is None:
         clip = config.get("model_type") in (None, "clip", "clip_text_model")
         return next((name for key, name in part.telling.items() if key in config and clip), "unknown network")
@@ -137,7 +137,7 @@ def _wrong(place: Place, name: str, part: Part) -> SourceError:
 def load_network(place: Place, part: Part, dtype: torch.dtype, variant: str | None) -> Any:
     """Load the network of `part`, in eval mode, on the CPU.
 
-    diffusers and transformers build it from its config. They open no file: what is loaded is what was checked.
+    diffusers and transformers build it from the checked config and open no file, so they load nothing unchecked.
 
     Args:
         place: The source.
@@ -168,7 +168,7 @@ def load_network(place: Place, part: Part, dtype: torch.dtype, variant: str | No
 
 
 def _named(part: Part, weights: TensorFile, network: Any) -> dict[str, torch.Tensor]:
-    """Return the tensors under the network's own names, without the other parts of a whole CLIP model."""
+    """Read the tensors, renamed to the network's own names. Of a whole CLIP model, read the text encoder's only."""
     expected = network.state_dict().keys()
     names = {key: key for key in weights.shapes}
     if part is TEXT:
@@ -187,7 +187,7 @@ def _open(path: Path) -> TensorFile:
 
 
 def open_weights(place: Place, part: Part, folder: Path) -> TensorFile | None:
-    """Open the weights of `part` in `folder`, not a variant. Return None if they are not all downloaded."""
+    """Open the weights of `part` in `folder`, not a variant of them. Return None if they are absent or incomplete."""
     path = _there(folder, _weights_names(part, None))
     if path and path.suffix == ".json" and place.kind == "hub" and not _complete(path):
         return None
@@ -212,9 +212,9 @@ def _complete(index: Path) -> bool:
 
 
 def _find_weights(place: Place, part: Part, folder: Path, variant: str | None) -> Path:
-    """Return the part's file of weights, or the index of its shards. Only these are downloaded.
+    """Return the path of the part's weights, or of the index of their shards. No other weights are downloaded.
 
-    If a part lacks a variant that other parts have, its plain file is loaded, as in diffusers.
+    If a part lacks the variant but another part has it, the part's plain weights are loaded, as in diffusers.
     """
     if variant is not None and not VARIANT.fullmatch(variant):
         raise ArgumentError(f"variant {clean(repr(variant))} is not one word such as 'fp16'; correct it.")
@@ -233,7 +233,7 @@ def _find_weights(place: Place, part: Part, folder: Path, variant: str | None) -
 
 
 def _fetched(place: Place, folder: Path, inside: str, names: list[str]) -> Path | None:
-    """Return the path of the first of `names` that exists. From the Hub, fetch it; with an index, its shards too."""
+    """Return the path of the first of `names` that exists. Download it from the Hub; for an index, its shards, too."""
     found = _there(folder, names)
     if place.kind != "hub":
         return found

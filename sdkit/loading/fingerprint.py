@@ -9,13 +9,13 @@ from torch import nn
 from sdkit.engines.compile import original_name
 
 SAMPLED = 4096
-"""Values of each tensor that count, evenly spaced: hashing then takes milliseconds, and training changes all values."""
+"""At most this many values of each tensor are hashed, evenly spaced. This is fast, and training changes all values."""
 
 
 def fingerprint(network: nn.Module, scale: float, shift: float) -> str:
-    """Return the fingerprint of the side of an autoencoder that makes latents.
+    """Return the fingerprint of an autoencoder's encoder side: its encoder, `quant_conv`, scale, and shift.
 
-    The decoder is left out: latents stay valid when it alone is fine-tuned (as in Stability's ft-mse VAE).
+    The decoder is left out: latents stay valid if only the decoder is fine-tuned (as in Stability's ft-mse VAE).
 
     Args:
         network: The autoencoder, in float32; other precisions would round it to another fingerprint.
@@ -36,4 +36,4 @@ def fingerprint(network: nn.Module, scale: float, shift: float) -> str:
 
 def weights_fingerprint(network: nn.Module) -> str:
     """Return the fingerprint of all weights of a network, which must be in float32."""
-    return fingerprint(nn.ModuleDict({"encoder": network}), scale=1.0, shift=0.0)  # `fingerprint` reads the encoder
+    return fingerprint(nn.ModuleDict({"encoder": network}), scale=1.0, shift=0.0)  # `fingerprint` hashes encoder.*

@@ -34,12 +34,12 @@ def list_files(repository: str, revision: str | None) -> list[str] | None:
 
 
 def fetch(repository: str, revision: str | None, files: list[str]) -> Path:
-    """Return the snapshot of a repository, with those of `files` that it has.
+    """Return the folder of a repository's snapshot, after downloading those of `files` that the repository has.
 
-    Without a network it comes from the cache, and may then lack some of them.
+    Without a connection, return the cached snapshot, which may lack some of `files`.
 
     Raises:
-        SourceError: The repository does not exist, is gated, or is neither in the cache nor within reach.
+        SourceError: The repository does not exist, is gated, or is not cached while the Hub cannot be reached.
     """
     from huggingface_hub import errors, snapshot_download
 
@@ -49,13 +49,13 @@ def fetch(repository: str, revision: str | None, files: list[str]) -> Path:
         with quiet("huggingface_hub"):
             try:
                 return Path(snapshot_download(repository, revision=revision, allow_patterns=files))
-            except errors.OfflineModeIsEnabled:  # for a commit, huggingface_hub 1.x does not look into its cache
+            except errors.OfflineModeIsEnabled:  # raised by huggingface_hub 1.x for a commit, even if cached
                 return Path(
                     snapshot_download(repository, revision=revision, allow_patterns=files, local_files_only=True)
                 )
     except errors.LocalEntryNotFoundError as error:
         if partial := getattr(error, "snapshot_path", None):
-            return Path(partial)  # it may have all that is needed; if not, the caller says what is missing
+            return Path(partial)  # may suffice; if not, the caller raises an error that names what is missing
         raise SourceError(
             f"{at} is not in the cache, and the Hub cannot be reached; load it once with a connection, or correct the "
             "path if a folder is meant, for there is none of that name."

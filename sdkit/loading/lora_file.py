@@ -43,9 +43,9 @@ FILENAME = "pytorch_lora_weights.safetensors"
 PEFT_FILENAME = "adapter_model.safetensors"
 PICKLES = ("pytorch_lora_weights.bin", "adapter_model.bin")
 PEFT_CONFIG = "adapter_config.json"
-"""The file beside peft's own that states the alphas. diffusers keeps them in the metadata, kohya among the tensors."""
+"""The config beside a LoRA in peft's layout. It states the alphas; diffusers has them in metadata, kohya as tensors."""
 PEFT_PREFIX = "base_model.model."
-"""Prefix of the names in peft's own files. The layer's name in its network follows."""
+"""Prefix of tensor names in peft's layout. The layer's name in its network follows."""
 LAYOUTS = ("diffusers", "kohya")
 
 KEY = re.compile(
@@ -53,15 +53,15 @@ KEY = re.compile(
     r"(?P<module>.+?)"
     r"(?:[._]lora(?:_linear_layer)?[._](?P<role>down|up|A|B)\.weight|\.alpha)"
 )
-"""A tensor's name in any of the layouts. In old files of diffusers the U-Net's names have no prefix."""
+"""Matches a tensor's name in any layout, after `_unwrapped`. In old files of diffusers, U-Net names have no prefix."""
 BUNDLED = "bundle_emb."
-"""Prefix of the names of embeddings, which some trainers put into the file of a LoRA."""
+"""Prefix of the tensors of textual inversion embeddings, which some trainers bundle in a LoRA file."""
 KOHYA = ("lora_down.weight", "lora_up.weight", "alpha")
 ROLES = {"A": "down", "down": "down", "B": "up", "up": "up", None: "alpha"}
-# Names of attention layers from before peft (with underscores for dots) -> today's names.
+# Old names of attention layers, from before diffusers used peft (with underscores for dots) -> today's names.
 OLD_NAMES = ((r"_processor_", "_"), (r"(attn\d_to_out)$", r"\1_0"), (r"self_attn_to_(\w+)$", r"self_attn_\1_proj"))
 
-# Pieces of names that only other kinds of files have. The first match decides.
+# Substrings of tensor names that only another kind of file has, and that kind. The first match decides.
 FOREIGN = (
     (("string_to_param", "emb_params", "clip_g"), "a textual inversion embedding"),
     (("hada_w",), "a LoHa"),
@@ -77,15 +77,15 @@ FOREIGN = (
 
 FLOATS = {getattr(torch, name) for name in BYTES}
 WHOLE = {torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8}
-"""Some files state alpha as a whole number."""
+"""Integer dtypes, in which some files store alpha."""
 LARGEST_ALPHA = 1e12
 MOST_PATTERNS = 1000
-"""Largest number of layers for which a config may state an alpha; SD 1.x has fewer than 400."""
+"""Largest number of patterns in an `alpha_pattern`; SD 1.x has fewer than 400 layers."""
 PATTERN = re.compile(r"\^?(?:\.\*|\\\.|[\w.-])+\$?")
-"""A layer's name, or the end of one, in which `.*` stands for anything: the form of the regular expressions in peft's
-configs."""
+"""Matches the regular expressions of peft's `alpha_pattern` that are supported: a layer's name, or the end of one, in
+which `.*` stands for anything."""
 OTHER_BASE = ("pissa", "olora", "corda", "loftq")
-"""Initialisations (peft's `init_lora_weights`) that change the weights a LoRA is added to."""
+"""Initialisations (peft's `init_lora_weights`) that also change the base weights, so the LoRA alone is not enough."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,9 +93,9 @@ class Factors:
     """The update of one layer's weight: alpha / r * up @ down.
 
     Attributes:
-        down: A: (r, inputs), of a convolution (r, inputs, k, k).
-        up: B: (outputs, r), of a convolution (outputs, r, 1, 1).
-        alpha: The numerator of the update's factor.
+        down: The matrix A, (r, inputs); for a convolution, (r, inputs, k, k).
+        up: The matrix B, (outputs, r); for a convolution, (outputs, r, 1, 1).
+        alpha: The numerator of the scaling factor alpha / r.
     """
 
     down: Tensor
@@ -112,17 +112,17 @@ class Factors:
         return (weight.float() + scale * self.delta(weight)).to(weight.dtype)
 
     def overflows(self, weight: Tensor, scale: float) -> bool:
-        """Return whether `merged` would not be finite. It is computed only if bounds leave the question open."""
+        """Return whether `merged` would overflow. It is computed only if an upper bound does not exclude that."""
         up, down = (float(x.float().abs().max()) for x in (self.up, self.down))
         low, high = (float(x) for x in torch.aminmax(weight))
         factor = abs(scale * self.alpha / len(self.down))
-        bound = max(-low, high) + max(1.0, factor) * len(self.down) * up * down  # 1: up @ down must be finite, too
+        bound = max(-low, high) + max(1.0, factor) * len(self.down) * up * down  # 1: up @ down itself must not overflow
         return not bound <= torch.finfo(weight.dtype).max and not bool(self.merged(weight, scale).isfinite().all())
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoRA:
-    """A LoRA that was read: the layers that it changes in each network.
+    """A LoRA that was read from a file: its updates of layers of the U-Net and the text encoder.
 
     Layers are named with underscores for dots, as kohya does; the dots cannot be restored without the network.
 
@@ -138,7 +138,7 @@ class LoRA:
 
 
 def save_lora(tensors: dict[str, Tensor], path: str | Path, layout: str = "diffusers") -> None:
-    """Write trained tensors to one .safetensors file, atomically.
+    """Write the tensors of a trained LoRA to one .safetensors file, atomically.
 
     Args:
         tensors: The tensors that `sdkit.networks.lora.lora_tensors` returns, in any precision.
@@ -160,7 +160,7 @@ def save_lora(tensors: dict[str, Tensor], path: str | Path, layout: str = "diffu
 
 
 def convert_lora(source: str | os.PathLike[str], path: str | Path) -> None:
-    """Write a LoRA in any layout that `read_lora` reads to one .safetensors file in kohya's.
+    """Convert a LoRA in any layout that `read_lora` reads to one .safetensors file in kohya's layout.
 
     Args:
         source: As in `read_lora`.
@@ -200,15 +200,15 @@ def _alpha_tensor(alpha: float, dtype: torch.dtype) -> Tensor:
 
 
 def read_lora(source: str | os.PathLike[str], *, filename: str | None = None, revision: str | None = None) -> LoRA:
-    """Read a LoRA of Stable Diffusion 1.x / 2.x in a layout of diffusers (of any age), kohya's, or peft's own.
+    """Read a LoRA of Stable Diffusion 1.x / 2.x in the layout of diffusers (new or old), kohya, or peft.
 
-    A bundled embedding is ignored, with a warning.
+    Textual inversion embeddings in the file are ignored, with a warning.
 
     Args:
         source: A file, a folder, or a Hub id.
         filename: The file in a folder or Hub repository. None takes the first that exists of
-            pytorch_lora_weights.safetensors, adapter_model.safetensors, the folder's only .safetensors file, and the
-            same as .bin.
+            pytorch_lora_weights.safetensors, adapter_model.safetensors, the only .safetensors file (in a local folder),
+            and the corresponding .bin files.
         revision: A branch, tag, or commit of a Hub repository.
 
     Raises:
@@ -243,7 +243,7 @@ def _group(names: Iterable[str], label: str) -> dict[tuple[str, str], dict[str, 
     """Group the names of a LoRA's tensors: (part, module) -> role -> name. Raise SourceError for other names."""
     groups: dict[tuple[str, str], dict[str, str]] = {}
     names = list(names)
-    alone = len(names) == 1 and "." not in names[0]  # in diffusers' embeddings the only name is the token
+    alone = len(names) == 1 and "." not in names[0]  # a textual inversion embedding of diffusers: the name is its token
     found = (kind for pieces, kind in FOREIGN if any(piece in name for name in names for piece in pieces))
     if kind := next(found, "a textual inversion embedding" if alone else None):
         raise SourceError(f"{label} looks like {kind}; give a plain LoRA of Stable Diffusion 1.x or 2.x.")
@@ -265,7 +265,7 @@ def _group(names: Iterable[str], label: str) -> dict[tuple[str, str], dict[str, 
 
 
 def _unwrapped(name: str) -> str:
-    """Rename from peft's own layout to diffusers' newest, with the network's name in front. Keep other names."""
+    """Rename a tensor from peft's layout to diffusers' newest: "unet." or "text_encoder." first. Keep other names."""
     if not name.startswith(PEFT_PREFIX):
         return name
     layer = name.removeprefix(PEFT_PREFIX)
@@ -294,7 +294,7 @@ class _Alphas:
     Attributes:
         usual: The alpha of layers that match no pattern; None is each layer's rank.
         patterns: Pairs of names (with `*` for anything) and the alpha of the layers they match. The first match counts.
-        rslora: Whether the update is divided by the root of the rank (rank-stabilised LoRA,
+        rslora: Whether alpha is divided by the square root of the rank, not by the rank (rank-stabilised LoRA,
             https://arxiv.org/abs/2312.03732).
     """
 
@@ -304,7 +304,7 @@ class _Alphas:
 
     @classmethod
     def read(cls, config: Mapping[str, Any]) -> _Alphas:
-        """Read them from a config. Raise ValueError for wrong types. No pattern is run as a regular expression."""
+        """Read the alphas from a config. Raise ValueError for wrong types. No pattern is run as a regex."""
         patterns, rslora = config.get("alpha_pattern") or {}, config.get("use_rslora") or False
         if not isinstance(patterns, dict) or len(patterns) > MOST_PATTERNS or not isinstance(rslora, bool):
             raise ValueError("has an alpha_pattern or use_rslora of another type or size")
@@ -313,7 +313,7 @@ class _Alphas:
         return cls(usual=usual, patterns=found, rslora=rslora)
 
     def of(self, module: str, rank: int) -> float:
-        """Return the alpha of a layer with the update alpha / rank * B A."""
+        """Return the alpha of a layer, adjusted for `rslora` so that the update is alpha / rank * B A in any case."""
         own = (alpha for globs, alpha in self.patterns if any(fnmatchcase(module, glob) for glob in globs))
         alpha = next(own, rank if self.usual is None else self.usual)
         return alpha * math.sqrt(rank) if self.rslora else alpha
@@ -322,7 +322,7 @@ class _Alphas:
 def _globs(pattern: str) -> tuple[str, ...]:
     """Translate one of peft's patterns to shell patterns.
 
-    A pattern that begins with ^ matches a layer's whole name. Others match the whole name, or what follows a dot in it.
+    A pattern that begins with ^ matches a layer's whole name. Others match the whole name, or its end after any dot.
     """
     if PATTERN.fullmatch(pattern) is None:
         raise ValueError(f"has the alpha_pattern {clean(pattern)!r}, which is no name of a layer")
@@ -363,7 +363,7 @@ def _peft_alphas(path: Path, label: str) -> _Alphas:
         return _Alphas(usual=None, patterns=(), rslora=False)
     try:
         config = read_object(path)
-        alphas = _Alphas.read({"lora_alpha": 8, **config})  # peft's default
+        alphas = _Alphas.read({"lora_alpha": 8, **config})  # 8 is peft's default
     except ValueError as error:
         raise SourceError(f"{clean(path)!r} {error}; download it again.") from error
     except OSError as error:
@@ -377,7 +377,7 @@ def _peft_alphas(path: Path, label: str) -> _Alphas:
 
 
 def plain_name(module: str) -> str:
-    """Return a module's name in the form that the networks and all layouts share."""
+    """Normalize a module's name: underscores for dots, no text_model_, and today's names of attention layers."""
     name = module.replace(".", "_").removeprefix("text_model_")
     for old, new in OLD_NAMES:
         name = re.sub(old, new, name)
@@ -406,8 +406,8 @@ def _locate(source: str | os.PathLike[str], filename: str | None, revision: str 
 
 
 def _fetched(place: Place, filename: str | None) -> Path:
-    """Fetch the file of a Hub repository: `filename`, or the first of the usual names that exists. No other is
-    downloaded."""
+    """Download a LoRA from a Hub repository, and return its path: `filename`, or the first of the usual names that
+    exists. For a file in peft's layout, download its config, too."""
     for wanted in [filename] if filename else [FILENAME, PEFT_FILENAME, *PICKLES]:
         if is_file(file := place.root([wanted]) / wanted):
             if wanted.startswith("adapter_model."):

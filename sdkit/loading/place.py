@@ -52,7 +52,7 @@ class Place:
 def resolve(
     source: SourceName, *, revision: str | None = None, variant: str | None = None, config: SourceName | None = None
 ) -> Place:
-    """Tell which kind of source a name is. Raise ArgumentError for options that its kind does not take."""
+    """Return a source's place: its kind and path. Raise ArgumentError for options that this kind does not take."""
     if not isinstance(source, (str, os.PathLike)):
         raise ArgumentError(f"a model source is a name, a path or a Hub id, not {type(source).__name__}.")
     name = os.fspath(source)
@@ -103,8 +103,8 @@ def absent(place: Place, what: str) -> SourceError:
 
 
 def _snapshot(path: Path) -> Path:
-    """Return the snapshot in a folder of the Hub's cache (models--org--name), the main branch's if there are several.
-    Other folders are returned unchanged."""
+    """Return the snapshot folder in a repository folder of the Hub's cache (models--org--name): that of the main
+    branch, or else the only one. Return other folders unchanged."""
     if not path.name.startswith("models--") or not (path / "snapshots").is_dir():
         return path
     held = sorted(found for found in (path / "snapshots").iterdir() if found.is_dir())

@@ -16,12 +16,12 @@ from sdkit.loading.tensors import TensorFile, open_tensors
 from sdkit.messages import clean
 
 SHARD = re.compile(r"\w[\w.-]*\.(?:safetensors|bin)")
-"""The name of a shard: no path and no pattern, only a file beside the index."""
+"""Matches the name of a shard: a file beside the index, so no path, and no glob pattern."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shards(TensorFile):
-    """The tensors of several files as one.
+    """Sharded weights, read like a single file.
 
     Attributes:
         path: The index.

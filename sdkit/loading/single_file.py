@@ -30,7 +30,7 @@ LARGEST = 10_000_000_000
 """Largest number of parameters of a network that is trained from scratch."""
 NOUNS = {"vae": "a VAE", "unet": "a U-Net", "text": "a CLIP text encoder", "scheduler": "a noise schedule"}
 
-# Prefixes of the names of each part in a checkpoint. In the file of a VAE alone, names have no prefix.
+# Part -> prefixes of its tensor names in a checkpoint. In the file of a VAE alone, names have no prefix.
 PREFIXES = {
     "vae": ("first_stage_model.", "vae.", ""),
     "unet": ("model.diffusion_model.",),
@@ -41,7 +41,7 @@ OPEN_CLIP = "cond_stage_model.model."
 GUIDANCE_INPUT = "model.diffusion_model.time_embed.cond_proj.weight"
 FIRST_CONV = "model.diffusion_model.input_blocks.0.0.weight"
 
-# Pieces of names that only other models have. The first match decides.
+# Substrings of tensor names that only another model has, and that model. The first match decides.
 FOREIGN = (
     ("conditioner.embedders.", "Stable Diffusion XL"),
     ("joint_blocks.", "Stable Diffusion 3"),
@@ -49,14 +49,15 @@ FOREIGN = (
     ("control_model.", "a ControlNet"),
     ("label_emb.", "a class-conditioned model such as SD 2.1 unCLIP"),
 )
-# Pieces of names of additions to a model. They tell nothing about a whole checkpoint, which may contain some.
+# Substrings of tensor names of additions to a model, and their kind. Not checked in a whole checkpoint, which may
+# contain additions.
 ADDITIONS = (
     ("lora_", "a LoRA"),
     (".lora", "a LoRA"),
     (EMBEDDING, "a textual inversion embedding"),
     ("emb_params", "a textual inversion embedding"),
 )
-# Prefixes of names in a checkpoint that no network needs: copies and tables from training, markers, and additions.
+# Prefixes of tensors in a checkpoint that no network loads: EMA copies, training tables, markers, and additions.
 PASSED_OVER = (
     "model_ema.",
     "embedding_manager.",
@@ -148,7 +149,7 @@ def check_kind(file: TensorFile) -> None:
     for name, looks_like in FOREIGN if parts else (*FOREIGN, *ADDITIONS):
         if any(name in key for key in file.shapes):
             raise SourceError(f"{file.label} looks like {looks_like}; sdkit loads Stable Diffusion 1.x and 2.x.")
-    if "xl" in file.metadata.get("modelspec.architecture", ""):  # an SDXL VAE has the shapes of SD's, not its scale
+    if "xl" in file.metadata.get("modelspec.architecture", ""):  # an SDXL VAE has the shapes of SD's, but another scale
         raise SourceError(f"{file.label} looks like Stable Diffusion XL; sdkit loads Stable Diffusion 1.x and 2.x.")
     own = [key for key in file.shapes if not key.startswith(PREFIXES["text"])]
     if any(name in key for key in own for name in DIFFUSERS_NAMES):
@@ -205,10 +206,10 @@ def marked_prediction(file: TensorFile) -> str | None:
 
 @torch.inference_mode()
 def probe_prediction(unet: Any) -> str:
-    """Return the prediction type of a U-Net of SD 2.x, "epsilon" or "v_prediction", by a run of the network.
+    """Return the prediction type of a U-Net of SD 2.x, "epsilon" or "v_prediction", found by running the U-Net.
 
-    It is given pure noise at the last timestep. There x_t is nearly eps: an eps model returns nearly its input, a v
-    model nearly -x0, which is uncorrelated with it.
+    Its input is pure noise at the last timestep. There x_t is nearly eps: an eps model returns nearly its input, a v
+    model nearly -x0, which is uncorrelated with the input.
     """
     channels, width = unet.config.in_channels, unet.config.cross_attention_dim
     # 8 x 8 latents are enough, and fast even in float16 on a CPU, where 32 x 32 take a minute.
@@ -259,18 +260,18 @@ def build(
     label: str,
     problem: str,
 ) -> Any:
-    """Build a network from its config and fill it with weights; it is in eval mode.
+    """Build a network from its config, fill it with weights, and return it in eval mode.
 
     Args:
         part: "vae", "unet", or "text".
         config: The config.
-        weights: Returns the tensors under the names of the empty network it is called with.
+        weights: A function of the empty network that returns the tensors under that network's names.
         dtype: The dtype to convert the weights to.
         file: The file that holds the weights.
         keys: The names of the tensors in that file.
         path: The file of the config.
-        label: The network's name in the error of a library.
-        problem: The beginning of the sentence for weights that do not fit.
+        label: The network's name in error messages.
+        problem: The beginning of the error message for weights that do not fit the config.
     """
     check_dtypes(file, keys)
     network = blueprint(part, config, path, len(keys), label)
@@ -283,7 +284,7 @@ def build(
 def blueprint(part: str, config: dict[str, Any], path: Path, most: int, label: str) -> Any:
     """Build a network from its config on the meta device: without weights, but with its buffers.
 
-    Raises SourceError if the config asks for many more layers than `most`, the number of tensors.
+    Raise SourceError if the config asks for more layers than both `most`, the number of tensors, and `SMALL_LAYERS`.
     """
     from accelerate import init_empty_weights
 
@@ -294,8 +295,7 @@ def blueprint(part: str, config: dict[str, Any], path: Path, most: int, label: s
 
 
 def check_size(part: str, config: dict[str, Any], path: Path) -> None:
-    """Raise SourceError if the config in `path` is of a network too large to train: building it would fill the
-    memory."""
+    """Raise SourceError if a config asks for over `LARGEST` parameters: building the network would fill the memory."""
     with guarded(f"{NOUNS[part]} in {str(path.parent)!r}"), torch.device("meta"):
         network = empty(part, config)
     count = sum(tensor.numel() for tensor in network.state_dict().values())
@@ -306,13 +306,13 @@ def check_size(part: str, config: dict[str, Any], path: Path) -> None:
 def empty(part: str, config: dict[str, Any]) -> Any:
     """Build a network from its config; its weights are random, or empty on the meta device.
 
-    The libraries see only the parameters of their networks. Other keys of an untrusted config may name code, kernels,
-    or files to be fetched (`auto_map`, `attn_implementation`, `quantization_config`).
+    Only keys that are parameters of the network's class are passed on. Others in an untrusted config may name code,
+    kernels, or files to download (`auto_map`, `attn_implementation`, `quantization_config`).
     """
     if part == "text":
         from transformers import CLIPTextConfig, CLIPTextModel
 
-        sizes = config.get("text_config", config)  # the text part of a whole CLIP model
+        sizes = config.get("text_config", config)  # nested in the config of a whole CLIP model
         return CLIPTextModel(CLIPTextConfig(**{key: sizes[key] for key in TEXT_FIELDS if key in sizes}))
     network = _class(part, config.get("_class_name"))
     known = {"_class_name", *VALUES[part], *inspect.signature(network.__init__).parameters}
@@ -330,7 +330,8 @@ def _class(part: str, name: Any) -> Any:
 
 
 def _converted(part: str, tensors: Tensors, network: Any) -> Tensors:
-    """Return the tensors under the network's own names. Tensors that it has no place for keep their names."""
+    """Rename tensors to the network's own names. Those that are not part of the network keep their names, and so
+    `check_fit` reports them."""
     from diffusers.loaders import single_file_utils as converters
 
     if part == "text":
@@ -342,7 +343,8 @@ def _converted(part: str, tensors: Tensors, network: Any) -> Tensors:
         named = dict(converters.convert_ldm_unet_checkpoint(tensors, network.config))
         if GUIDANCE_INPUT in tensors and network.time_embedding.cond_proj is not None:  # a latent consistency model
             named["time_embedding.cond_proj.weight"] = tensors[GUIDANCE_INPUT]
-    # The converters drop tensors that they have no rule for. Those that they keep, even reshaped, keep their memory.
+    # The converters drop tensors that they have no rule for. To find these, compare memory addresses: tensors that the
+    # converters keep, even reshaped, share the memory of the originals.
     kept = {tensor.data_ptr() for tensor in named.values() if tensor.numel()}
     return named | {key: tensor for key, tensor in tensors.items() if tensor.data_ptr() not in kept}
 
@@ -352,8 +354,8 @@ def _original_name(match: re.Match[str]) -> str:
 
 
 def _converted_text(tensors: Tensors, network: Any) -> Tensors:
-    """Return a text encoder's tensors as `_converted` does, without what SD does not use: buffers, the projection, and
-    the last layer of SD 2.x."""
+    """Rename a text encoder's tensors as `_converted` does. Leave out those that SD does not use: buffers, projections,
+    an image encoder, and the last layer of SD 2.x."""
     from diffusers.loaders import single_file_utils as converters
 
     last = f"{OPEN_CLIP}transformer.resblocks.{network.config.num_hidden_layers}."

@@ -1,7 +1,7 @@
 """Model sources: the embedded model, a Hub id, a diffusers folder, or a single file, behind one class.
 
-No code that comes with a model is run: configs are JSON, weights are safetensors or weights-only pickles, and the
-classes that are built from them are a fixed few.
+No code that comes with a model is run: configs are JSON, weights are safetensors or weights-only pickles, and networks
+are built only from a fixed set of classes.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ class Source:
         label, settings = self.place.label, cast("Any", unet.config)
         if settings.addition_embed_type or settings.class_embed_type or settings.num_class_embeds:
             raise SourceError(f"{label} holds a U-Net of Stable Diffusion XL or of another kind; give SD 1.x or 2.x.")
-        if settings.in_channels > settings.out_channels:
+        if settings.in_channels > latent_channels(settings):  # it takes more than noised latents
             name = single_file.INPUTS.get(settings.in_channels, "another kind of model")
             raise SourceError(
                 f"{label} looks like {name} ({settings.in_channels} input channels); give a text-to-image model."
@@ -156,16 +156,17 @@ class Source:
     def scheduler_config(self) -> dict[str, Any]:
         """Return the noise schedule as diffusers writes it in scheduler_config.json.
 
-        The prediction type of a file is the first that is known of these: the one it was opened with; its metadata; its
-        marker keys (`v_pred`, and `ztsnr` for zero terminal SNR); the config; and for SD 2.x, a run of its U-Net.
+        The prediction type of a single file comes from the first of these that states it: the argument of `open`; the
+        file's metadata; its marker key `v_pred`; for SD 2.x without a config given to `open`, a trial run of the U-Net;
+        the config. The marker key `ztsnr` means zero terminal SNR.
         """
         return self._backend.scheduler_config(self._prediction_type)
 
     def schedule(self) -> NoiseSchedule:
-        """Return the noise schedule, as a model of latents has it.
+        """Return the noise schedule for a model of latents.
 
-        Nothing is clipped, and `steps_offset` is 1, whatever the config says: see `NoiseSchedule.from_config` with
-        `latents`.
+        Whatever the config says, x0 is not clipped, and `steps_offset` is 1: see `latents` of
+        `NoiseSchedule.from_config`.
         """
         return NoiseSchedule.from_config(self.scheduler_config(), latents=True)
 
@@ -185,6 +186,12 @@ class Source:
             family=family,
             components=components,
         )
+
+
+def latent_channels(unet: Any) -> int:
+    """Return the channels of the latents that a U-Net denoises, by its config. With twice as many outputs as inputs,
+    the second half is a learned variance."""
+    return int(unet.in_channels if unet.out_channels == 2 * unet.in_channels else unet.out_channels)
 
 
 class _Folder:
@@ -258,7 +265,7 @@ class _File:
         return schedule
 
     def index(self) -> Path:
-        return self.place.path / "model_index.json"  # does not exist: a file has no index
+        return self.place.path / "model_index.json"  # never exists: a single file has no index
 
     def description(self) -> tuple[Path, str | None, tuple[Component, ...]]:
         family = self.configs.name if self.config is None else str(self.config)
@@ -266,14 +273,14 @@ class _File:
 
     @property
     def unstated(self) -> bool:
-        """Whether neither the file nor a config of the user states the prediction type. SD 2.x models have either."""
+        """Whether the prediction type of an SD 2.x file is unknown: neither the file nor a given config states it."""
         return self.configs == ASSETS / "sd2" and not single_file.marked_prediction(self.file)
 
     def probed(self, unet: Any = None) -> str:
-        """Return the prediction type of an SD 2.x file that does not state it, by a run of its U-Net.
+        """Return the prediction type of an SD 2.x file that does not state it, found by running its U-Net.
 
-        This takes seconds, and both the U-Net and the schedule need it: the result is cached. The U-Net is loaded for
-        it unless given.
+        The run takes seconds, and both the U-Net and the schedule need the result, so it is cached. The U-Net is loaded
+        unless `unet` is given.
         """
         if self._probed is None:
             unet = unet or single_file.load_network(self.file, "unet", ASSETS / "sd2", torch.float32)

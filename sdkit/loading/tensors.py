@@ -26,7 +26,7 @@ from sdkit.messages import clean, first_line, no_warnings, quiet
 from sdkit.stops import stop_in
 
 loading = threading.RLock()
-"""Held by a thread while it builds a network or adds layers to one: the libraries patch torch for that time."""
+"""Lock that a thread holds while it builds a network or adds layers to one: meanwhile the libraries patch torch."""
 
 SUFFIXES = (".safetensors", ".ckpt", ".bin", ".pt", ".pth")
 DTYPES = {
@@ -50,7 +50,7 @@ REMEDIES = {
 }
 """Kind of a file that holds no weights -> what its error tells the user to do."""
 SPARE = 2**28
-"""Bytes that a pickle's tensors may be larger than twice their file: views may repeat their storage."""
+"""A pickle's tensors may take twice the file's size plus this many bytes, since several may view one storage."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +87,7 @@ class TensorFile:
         """Return the number of parameters in the named tensors, the most common dtype, and their size in bytes."""
         count: Counter[str] = Counter()
         for key in keys:
-            if not key.endswith("position_ids"):  # a buffer that older files carry along
+            if not key.endswith("position_ids"):  # a buffer in older files, not a parameter
                 count[self.dtypes[key]] += prod(self.shapes[key])
         size = sum(number * BYTES.get(dtype, 1) for dtype, number in count.items())
         return sum(count.values()), max(count, key=count.__getitem__, default=None), size
@@ -96,7 +96,7 @@ class TensorFile:
 def open_tensors(path: Path) -> TensorFile:
     """Open a file of weights: the header of a safetensors file, or a pickle through torch's weights-only loader.
 
-    The first bytes decide which of the two it is, not the name.
+    The first bytes decide which of the two it is; only if they do not tell, the suffix does.
 
     Raises:
         SourceError: The file is damaged, empty, of another kind, or a pickle that holds more than tensors.
@@ -157,7 +157,7 @@ def _open_safetensors(path: Path) -> TensorFile:
 
 
 def _open_pickle(path: Path) -> TensorFile:
-    misnamed = path.suffix == ".safetensors"  # torch would judge the content by the name
+    misnamed = path.suffix == ".safetensors"  # given the path, torch would read it as safetensors
     with no_warnings(), open_regular(path) as file:
         # Only torch's zip format can be mapped into memory, and only by its path; other files are read as a whole.
         mapped = zipfile.is_zipfile(path) and not misnamed
@@ -173,11 +173,14 @@ def _open_pickle(path: Path) -> TensorFile:
 
 
 def _named_tensors(content: Any, name: str, size: int) -> dict[str, torch.Tensor]:
-    """Return the tensors in a pickle's dict, or in the only dict of tensors inside it. The file has `size` bytes."""
+    """Return the tensors in a pickle's state_dict, in its dict itself, or in the only dict of tensors in that.
+
+    Raise SourceError if there are none, or if they are too large for a file of `size` bytes.
+    """
     outer = content if isinstance(content, dict) else {}
     inside = {str(key): _tensors_of(value) for key, value in outer.items() if isinstance(value, dict)}
     inside = {key: tensors for key, tensors in inside.items() if tensors}
-    if EMBEDDING in inside:  # A1111's textual inversion; the name marks it for `check_kind`
+    if EMBEDDING in inside:  # A1111's textual inversion: the prefix lets `check_kind` recognise it
         tensors = {f"{EMBEDDING}.{key}": tensor for key, tensor in inside[EMBEDDING].items()}
     elif "state_dict" in inside:
         tensors = inside["state_dict"]
@@ -204,7 +207,7 @@ def _tensors_of(content: dict[Any, Any]) -> dict[str, torch.Tensor]:
 
 
 def check_dtypes(file: TensorFile, keys: Iterable[str]) -> None:
-    """Raise SourceError if weights are not floating-point numbers. Buffers of positions may be whole numbers."""
+    """Raise SourceError if weights are not floating-point numbers. The buffers in `INDICES` may be integers."""
     for key in keys:
         dtype = file.dtypes[key]
         if dtype not in BYTES and not key.endswith(INDICES):
@@ -230,7 +233,7 @@ def is_finite(tensor: torch.Tensor) -> bool:
     """Return whether a tensor is free of NaN and infinity. Integer tensors always are."""
     if not tensor.is_floating_point() or not tensor.numel():
         return True
-    wide = tensor.detach() if tensor.element_size() > 1 else tensor.detach().float()  # float8 has no minimum
+    wide = tensor.detach() if tensor.element_size() > 1 else tensor.detach().float()  # no aminmax for float8
     # If any value is NaN, minimum and maximum are NaN. No other exact test is nearly as fast.
     return all(bool(end.isfinite()) for end in torch.aminmax(wide))
 
@@ -318,14 +321,14 @@ def guarded(label: str) -> Iterator[None]:
     except Exception as error:  # damage may make a library raise anything
         raise stop_in(error) or SourceError(f"{label} cannot be loaded: {first_line(error)}.") from error
     except BaseException as error:
-        if type(error).__name__ != "PanicException":  # a panic in Rust (pyo3) is no Exception
+        if type(error).__name__ != "PanicException":  # pyo3's BaseException for a panic in Rust
             raise
         raise SourceError(f"{label} cannot be loaded: {first_line(error)}.") from error
 
 
 @contextmanager
 def _same_default_dtype() -> Iterator[None]:
-    """Restore torch's default dtype, which a load that fails may leave changed."""
+    """Restore torch's default dtype, which a failed load may leave changed."""
     dtype = torch.get_default_dtype()
     try:
         yield

@@ -50,7 +50,7 @@ def has_vocabulary(folder: Path) -> bool:
 
 
 def load_tokenizer(folder: Path) -> CLIPTokenizer:
-    """Load the tokenizer in `folder`. If it has only a tokenizer_config.json, the vocabulary is the embedded CLIP one.
+    """Load the tokenizer in `folder`. If it has no vocabulary of its own, take that of CLIP, which comes with sdkit.
 
     Raises:
         SourceError: A file is damaged, a special token is missing, or two tokens share an id.
@@ -71,7 +71,7 @@ def load_tokenizer(folder: Path) -> CLIPTokenizer:
             shutil.copyfile(path, Path(copies, path.name))
         tokenizer: CLIPTokenizer = CLIPTokenizer.from_pretrained(copies, local_files_only=True)
     tokenizer.name_or_path = str(folder)
-    for key in ("name_or_path", "vocab_file", "merges_file", "tokenizer_file"):  # paths of the deleted copies
+    for key in ("name_or_path", "vocab_file", "merges_file", "tokenizer_file"):  # these are paths of the deleted copies
         tokenizer.init_kwargs.pop(key, None)
     _check(tokenizer, label, added)
     with guarded(label):
@@ -80,7 +80,7 @@ def load_tokenizer(folder: Path) -> CLIPTokenizer:
 
 
 def _settings(path: Path) -> dict[str, Any]:
-    """Return the settings in `path` that are plain values."""
+    """Return the settings in `path` that are passed on to transformers; see `SETTINGS`."""
     found = {key: value for key, value in read_json(path).items() if key in SETTINGS or key.endswith("_token")}
     if found.get("model_max_length", 0) is None:
         del found["model_max_length"]  # null means the default
@@ -102,7 +102,7 @@ def _check_vocabulary(path: Path) -> None:
 
 
 def _ids(path: Path, ids: dict[str, Any]) -> dict[str, int]:
-    """Return `ids` of `path`. Raise SourceError for a value that is no id, and for an id that two tokens share."""
+    """Check and return the token ids in `path`. Raise SourceError for an invalid id, or one that two tokens share."""
     for token, number in ids.items():
         if type(number) is not int or not 0 <= number < LARGEST_ID:
             found = clean(repr(number))

@@ -1,1 +1,1 @@
-"""The networks: diffusers' and transformers' own, with the process around each."""
+"""Networks: wrappers of diffusers' and transformers' networks, LoRA, LPIPS, and the discriminator."""

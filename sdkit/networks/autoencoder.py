@@ -4,10 +4,10 @@ Three representations, each with its own name:
 
 - pixels: float, in [-1, 1], (B, 3, H, W);
 - the posterior: raw `mean` and `logvar`, (B, 4, H/8, W/8);
-- latents `z`: raw latents times the scale, which makes their variance about 1 (Rombach et al. 2022,
+- latents `z`: (raw - shift) * scale, where the scale makes their variance about 1 (Rombach et al. 2022,
   https://arxiv.org/abs/2112.10752, section 3.1 and appendix G).
 
-Only this module multiplies and divides by the scale.
+Only this module converts between raw and scaled latents.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Forward(NamedTuple):
 
     Attributes:
         pixels: The reconstruction (B, 3, H, W).
-        mean: Mean of the posterior (B, 4, H/8, W/8). For a `VQModel`: latents before they are rounded to codes.
+        mean: Mean of the posterior (B, 4, H/8, W/8). For a `VQModel`: the latents before quantization.
         logvar: Log-variance of the posterior, shaped like `mean`.
         codes: The codes that a `VQModel` decoded, shaped like `mean`, for the codebook loss; None for other kinds.
     """
@@ -67,9 +67,9 @@ class Forward(NamedTuple):
 
 
 class Autoencoder(Protocol):
-    """Images to scaled latents and back, as the pipelines, the latent cache, and the stages use it.
+    """Interface of an autoencoder, as the pipelines, the latent cache, and the training stages use it.
 
-    `VAE` implements it around every kind of network: KL, VQ, tiny, and the pixel identity. See
+    `VAE` implements it for every kind of network: KL, VQ, tiny, and the pixel identity. See
     `sdkit.networks.autoencoder_kinds`.
 
     Attributes:
@@ -78,7 +78,7 @@ class Autoencoder(Protocol):
         shift: Number that is subtracted from raw latents before they are scaled.
         channels: Channels of a latent.
         factor: Pixels that one latent position spans on each side.
-        identity: Fingerprint of the side that makes latents.
+        identity: Fingerprint of the encoder.
         device: The device that it computes on; its results are on the CPU.
         dtype: The dtype that it computes in; its results are float32.
     """
@@ -125,11 +125,10 @@ class Autoencoder(Protocol):
 class VAE(Wrapper):
     """An autoencoder: any image in, scaled latents out, and back.
 
-    The network is diffusers' (`AutoencoderKL`, `AutoencoderTiny`, or `VQModel`); the process around it is here:
-    reading, padding, batches, tiles, sampling, and scaling. Results are on the CPU.
+    The network is diffusers' `AutoencoderKL`, `AutoencoderTiny`, or `VQModel`, or a `PixelIdentity`. This class reads
+    and pads images, runs them in batches or tiles, and samples and scales latents. Results are on the CPU.
 
-    Several threads may use one at once for inference, except in float16: there the weights are converted to float32 for
-    a moment when an image overflows.
+    Inference is thread-safe, except in float16: if an image overflows, the weights are float32 for a moment.
 
     Args:
         network: The network.
@@ -137,7 +136,7 @@ class VAE(Wrapper):
 
     Attributes:
         network: The network.
-        kind: How a network of its class encodes and decodes; see `sdkit.networks.autoencoder_kinds`.
+        kind: The encoding and decoding of this class of network; see `sdkit.networks.autoencoder_kinds`.
         name: The source that it came from.
         scale: Factor from raw to scaled latents, from the network's config.
         shift: Number that is subtracted from raw latents before they are scaled, from the network's config.
@@ -188,12 +187,12 @@ class VAE(Wrapper):
         Args:
             source: Anything that `sdkit.StableDiffusion.from_pretrained` takes; or a VAE's own folder, file, or Hub
                 repository.
-            dtype: "auto", "fp32", "bf16", "fp16", or a torch.dtype. "auto" is bfloat16 if the hardware multiplies it,
+            dtype: "auto", "fp32", "bf16", "fp16", or a torch.dtype. "auto" is bfloat16 if the hardware supports it,
                 else float32.
             device: "auto", or a device of torch. "auto" is a CUDA GPU, else Apple's, else the CPU.
             revision: A branch, tag, or commit of a Hub repository.
             variant: The variant of the weights in a folder or Hub repository, such as "fp16".
-            config: A folder or Hub id with the configs for a single file, in place of the public ones.
+            config: A folder or Hub id with the configs for a single file. None takes Stable Diffusion's public ones.
             compile: Run the network through torch.compile.
 
         Raises:
@@ -205,7 +204,7 @@ class VAE(Wrapper):
 
     @classmethod
     def from_source(cls, source: Source, *, dtype: torch.dtype, device: torch.device, compile: bool = False) -> VAE:
-        """Load a VAE from an open source."""
+        """Load a VAE from an opened `Source`."""
         # Load in float32: the identity must not depend on the dtype.
         vae = cls(source.autoencoder(torch.float32), name=source.name)
         vae.eval().to(device=device, dtype=dtype, memory_format=memory_format(dtype))  # type: ignore[call-overload]
@@ -254,13 +253,13 @@ class VAE(Wrapper):
 
         Args:
             images: A PIL image, a path, a uint8 array (B, H, W, 3), a float tensor (B, 3, H, W) in [-1, 1], or a list
-                of these. Any size: the right and lower edges are repeated up to a multiple of 8. Give `decode` the
-                `size` to crop them off again.
+                of these. Any size: the right and lower edges are repeated up to a multiple of 8. Pass the
+                original (height, width) to `decode` as `size` to crop the padding off.
             sample: Draw from the posterior. False takes its mean.
             generator: The source of the noise: one generator for all images, or a list of one for each. None is torch's
                 global generator.
             seed: Seeds image i with `seed` + i, in place of `generator`.
-            batch_size: Images in one pass. None fits it to their size.
+            batch_size: Images in one pass. None chooses it by their size.
             tile: Side, in pixels, of overlapping tiles that are encoded one by one and blended. 0 turns tiling off.
                 None tiles images of more than 2.3 megapixels.
 
@@ -269,7 +268,7 @@ class VAE(Wrapper):
 
         Raises:
             ImageError: An image cannot be read or is out of range.
-            ArgumentError: Both `seed` and `generator` are given, or the wrong number of generators.
+            ArgumentError: Both `seed` and `generator` are given, or the number of generators is wrong.
 
         Example:
             >>> import sdkit
@@ -375,7 +374,7 @@ class VAE(Wrapper):
             z: Latents (B, 4, h, w), (4, h, w), or a list of (4, h, w).
             size: (height, width) in pixels to crop to, one for all images or one for each. None keeps all of (8h, 8w).
             output_type: "pil", "np", or "pt".
-            batch_size: Images in one pass. None fits it to their size.
+            batch_size: Images in one pass. None chooses it by their size.
             tile: Side of tiles in pixels, as in `encode`.
 
         Returns:
@@ -464,7 +463,7 @@ class VAE(Wrapper):
         batch_size: int | None = None,
         tile: int | None = None,
     ) -> Any:
-        """Encode and decode images, each at its own size: what the autoencoder keeps of them.
+        """Encode and decode images, each at its own size, to see what the autoencoder preserves.
 
         Args:
             images: As in `encode`.
@@ -483,13 +482,13 @@ class VAE(Wrapper):
         return self.decode(z, size=sizes, output_type=output_type, batch_size=batch_size, tile=tile)
 
     def try_out(self) -> None:
-        """Encode a grey image, and decode black latents."""
+        """Encode a grey image, and decode latents of zeros."""
         side = 4 * self.factor
         self.kind.posterior(torch.zeros(1, 3, side, side, device=self.device, dtype=self.dtype))
         self._run_decoder(self._black())
 
     def _black(self) -> Tensor:
-        """Return raw latents of zeros, which every decoder takes."""
+        """Return raw latents of zeros, which are valid for every decoder."""
         return torch.zeros(1, self.channels, 4, 4)
 
     @property
@@ -498,8 +497,8 @@ class VAE(Wrapper):
 
     @torch.inference_mode()
     def _overflow(self) -> SdkitError:
-        """Return the error for decoded images that are not finite. It blames the VAE if zeros fail, too, else the
-        latents."""
+        """Return the error for decoded images that are not finite: a SourceError (the VAE is to blame) if latents of
+        zeros fail, too; else an ArgumentError (the latents are)."""
         if is_finite(self._decode(self._black())):
             return ArgumentError(f"{self._label} overflows for these latents; they are far from any that it encodes.")
         return SourceError(f"{self._label} gives images that are not finite; its weights are to blame: give another.")
@@ -510,11 +509,11 @@ class VAE(Wrapper):
 
         Args:
             x: Pixels (B, 3, H, W) in [-1, 1]; H and W are multiples of 8.
-            eps: Standard normal noise (B, 4, H/8, W/8) that draws from the posterior. None takes its mean.
+            eps: Standard normal noise (B, 4, H/8, W/8), for a sample of the posterior. None takes the mean.
 
         Returns:
-            The reconstruction, the posterior, and a `VQModel`'s codes. The gradient of the codes goes straight through
-            to the latents they stand for.
+            The reconstruction, the posterior, and a `VQModel`'s codes. The reconstruction's gradient bypasses the
+            quantization and reaches `mean`; the gradient of the codes reaches the codebook.
         """
         mean, logvar = self.posterior(x)
         pixels, codes = self.kind.reconstruct(mean, logvar, eps, self.dtype)
@@ -526,7 +525,7 @@ class VAE(Wrapper):
         return self.kind.codebook
 
     def quantize(self, raw: Tensor) -> tuple[Tensor, Tensor]:
-        """Round raw latents (B, C, h, w) to codes. Return these, of the same shape, and their indices (B, h, w)."""
+        """Round raw latents (B, C, h, w) to codes. Return the codes, shaped like `raw`, and their indices (B, h, w)."""
         if self.codebook is None:
             raise ArgumentError(f"{self.name or 'this VAE'} has no codebook; that is what a VQModel has.")
         return nearest_codes(self.codebook, raw)
@@ -573,7 +572,7 @@ class VAE(Wrapper):
         up: int,
         name: str,
     ) -> list[Tensor]:
-        """Return `run` of each item (C, H, W), computed in batches; other parameters as in `_tiled`."""
+        """Return `run(item)` for each item (C, H, W), computed in batches; other parameters are as in `_tiled`."""
         results = [torch.empty(0)] * len(items)
         for chosen in progress(list(self._batches(items, batch_size, up**2)), description=name):
             batch = self._tiled(run, torch.stack([items[i] for i in chosen]), tile, down, up)
@@ -582,7 +581,7 @@ class VAE(Wrapper):
         return results
 
     def _batches(self, items: Sequence[Tensor], batch_size: int | None, area: int) -> Iterator[list[int]]:
-        """Yield the indices of items that go through the network together: of one shape, and no more than fit."""
+        """Yield the indices of each batch: items of one shape, `batch_size` or as many as `PIXELS_AT_ONCE` allows."""
         if batch_size is not None:
             batch_size = whole_number("batch_size", batch_size, 1)
         # A CPU is no faster with batches, and in half precision the result visibly depends on the size of the batch.
@@ -596,7 +595,7 @@ class VAE(Wrapper):
 
     @torch.inference_mode()
     def _tiled(self, run: Callable[[Tensor], Tensor], x: Tensor, tile: int | None, down: int, up: int) -> Tensor:
-        """Return `run` of x (B, C, H, W), whole or in tiles.
+        """Return `run(x)` for x (B, C, H, W), computed whole or in tiles.
 
         `tile` is in pixels. x is in pixels (`down` = 8, `up` = 1) or latents (`down` = 1, `up` = 8).
         """
@@ -620,7 +619,7 @@ class VAE(Wrapper):
         return self._finite(self._run_decoder, raw)
 
     def _finite(self, run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        """Return `run(x)`. Images that overflow in float16 (SD's activations exceed 65,504) are computed in float32."""
+        """Return `run(x)`. Images that overflow float16 (SD's activations exceed 65,504) are recomputed in float32."""
         y = run(x)
         if self.dtype != torch.float16:
             return y
@@ -633,7 +632,7 @@ class VAE(Wrapper):
                 self._overflowed = True
             try:
                 self._convert(torch.float32)
-                y[bad] = run(x)[bad]  # the whole batch: a tile's group norms have the statistics of the whole batch
+                y[bad] = run(x)[bad]  # the whole batch, whose statistics a tile's group norms hold
             finally:
                 self._convert(torch.float16)  # exact: the float32 weights came from float16
         return y
@@ -676,12 +675,12 @@ class VAE(Wrapper):
 
 
 def latents_of(mean: Tensor, logvar: Tensor, eps: Tensor | None, scale: float, shift: float) -> Tensor:
-    """Return scaled latents of a raw posterior.
+    """Return the scaled latents of a raw posterior: its sample by `eps`, or its mean.
 
     Args:
         mean: (B, C, h, w).
         logvar: Shaped like `mean`.
-        eps: Standard normal noise that draws from the posterior. None takes its mean.
+        eps: Standard normal noise, for a sample of the posterior. None takes the mean.
         scale: The autoencoder's `scale`.
         shift: The autoencoder's `shift`.
     """
@@ -703,5 +702,5 @@ def _generators(n: int, generator: Any, seed: int | None) -> list[torch.Generato
 
 
 def _stack(tensors: list[Tensor]) -> Tensor | list[Tensor]:
-    """Stack tensors of one shape; return others as a list."""
+    """Stack tensors if all have the same shape; otherwise return the list."""
     return torch.stack(tensors) if len({x.shape for x in tensors}) == 1 else tensors

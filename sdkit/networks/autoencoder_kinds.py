@@ -1,6 +1,6 @@
 """The kinds of autoencoder networks: how each one encodes, decodes, and reports its posterior.
 
-`sdkit.VAE` is the same around all of them. `kind_of` is the only place that looks at a network's class.
+`sdkit.VAE` uses all of them through the same methods. Only `kind_of` looks at a network's class.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 
 LOWEST_LOGVAR = -30.0
-"""Lower bound at which diffusers clamps log-variances. A posterior that lies at it everywhere is a point."""
+"""Lower bound at which diffusers clamps log-variances. A posterior that is nowhere above it is a point: its mean."""
 
 
 class PixelIdentity(nn.Module):
     """An autoencoder's network that changes nothing: latents are pixels.
 
-    `sdkit.VAE(PixelIdentity())` has factor 1, scale 1, and 3 channels. With it pixel-space diffusion is latent
-    diffusion.
+    `sdkit.VAE(PixelIdentity())` has factor 1, scale 1, and 3 channels. With it, code for latent
+    diffusion does pixel-space diffusion.
     """
 
     def encode(self, x: Tensor) -> Tensor:
@@ -93,11 +93,11 @@ class Kind:
     def reconstruct(
         self, mean: Tensor, logvar: Tensor, eps: Tensor | None, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor | None]:
-        """Decode a posterior with gradient, as training does; `dtype` is the network's.
+        """Decode a posterior with gradient, for training; `dtype` is the network's.
 
         Returns:
-            Pixels (B, 3, H, W), float32: the decoded sample by standard normal noise `eps`, or the decoded mean if it
-            is None. And the codes that a `VQModel` decoded.
+            Pixels (B, 3, H, W), float32, decoded from the posterior's sample by standard normal noise `eps`, or from
+            its mean if `eps` is None; and the codes that a `VQModel` decoded, or None.
         """
         return self.decode(sampled(mean, logvar, eps).to(dtype)), None
 
@@ -118,11 +118,11 @@ class KL(Kind):
 
     @torch.no_grad()
     def remove_noise(self) -> None:
-        """Set the output of the log-variance to a constant below the bound."""
+        """Make the encoder's last layer output a constant log-variance, far below the bound."""
         layer = self.network.encoder.conv_out if self.network.quant_conv is None else self.network.quant_conv
         half = layer.out_channels // 2
         layer.weight[half:] = 0
-        # diffusers clamps it to LOWEST_LOGVAR. So far below, weight decay does not lift it above the bound.
+        # diffusers clamps the output to LOWEST_LOGVAR. The margin keeps weight decay from lifting it above that.
         layer.bias[half:] = 2000 * LOWEST_LOGVAR
 
 
@@ -159,7 +159,7 @@ class VQ(Tiny):
     def reconstruct(
         self, mean: Tensor, logvar: Tensor, eps: Tensor | None, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor | None]:
-        """Decode the nearest codes. Their gradient goes straight through to `mean` (section 3.2 of the paper)."""
+        """Decode the nearest codes. The decoder's gradient bypasses the rounding and reaches `mean` (section 3.2)."""
         assert self.codebook is not None
         codes = nearest_codes(self.codebook, mean)[0]
         straight = (mean + (codes - mean).detach()).to(dtype)
@@ -218,7 +218,7 @@ def nearest_codes(codebook: Tensor, raw: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def sampled(mean: Tensor, logvar: Tensor, eps: Tensor | None) -> Tensor:
-    """Return the sample of a Gaussian by standard normal noise `eps`, or its mean if `eps` is None."""
+    """Return mean + std * eps, a sample of the Gaussian; or its mean if `eps` is None."""
     return mean if eps is None else mean + torch.exp(logvar / 2) * eps
 
 

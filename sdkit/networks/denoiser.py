@@ -16,7 +16,7 @@ from sdkit.engines.attention import quicken_attention
 from sdkit.engines.compile import compile_modules, eager, is_compiling
 from sdkit.engines.device import memory_format, resolve_place
 from sdkit.errors import ArgumentError
-from sdkit.loading.source import Source
+from sdkit.loading.source import Source, latent_channels
 from sdkit.networks.wrapper import Wrapper, blames_network
 
 if TYPE_CHECKING:
@@ -32,7 +32,8 @@ class UNet(Wrapper):
     Attributes:
         network: The network.
         name: The source that it came from.
-        channels: Channels of its input (4).
+        channels: Channels of the latents that it denoises (4).
+        input_channels: Channels of its input: those of the latents, and those of `Conditioning.concat`.
         width: D, the width of the text embeddings it attends to.
         sample_size: Side of the latents it was trained on.
         guided: Whether it takes the guidance scale as an input and needs no second pass, as latent consistency models
@@ -45,7 +46,7 @@ class UNet(Wrapper):
         """Wrap a network; `from_pretrained` loads one."""
         super().__init__(network)
         config: Any = network.config
-        self.channels = int(config.in_channels)
+        self.channels, self.input_channels = latent_channels(config), int(config.in_channels)
         self.width = _one(config.cross_attention_dim)
         self.sample_size = _one(config.sample_size or 64)
         self.guided = config.time_cond_proj_dim is not None
@@ -70,7 +71,7 @@ class UNet(Wrapper):
 
     @classmethod
     def from_source(cls, source: Source, *, dtype: torch.dtype, device: torch.device, compile: bool = False) -> UNet:
-        """Load a U-Net from an open source."""
+        """Load a U-Net from an opened `Source`."""
         unet = cls(source.denoiser(dtype))
         unet.name = source.name
         # On a CPU, channels_last slows the group norms of small feature maps by more than it speeds up convolutions.
@@ -85,7 +86,7 @@ class UNet(Wrapper):
     def try_out(self) -> None:
         """Denoise small latents of zeros."""
         side = 2 ** len(self.network.config.block_out_channels)
-        x_t = torch.zeros(1, self.channels, side, side, device=self.device, dtype=self.dtype)
+        x_t = torch.zeros(1, self.input_channels, side, side, device=self.device, dtype=self.dtype)
         self.network(x_t, 1, x_t.new_zeros(1, 4, self.width), return_dict=False)
 
     @blames_network
@@ -97,7 +98,7 @@ class UNet(Wrapper):
         *,
         guidance_scale: float | Tensor | None = None,
     ) -> Tensor:
-        """Return the model's output in its own parameterisation: eps, v, or x0, as it was trained.
+        """Return the model's output: eps, v, or x0, whichever it was trained to predict.
 
         Args:
             x_t: (B, 4, h, w). `cond.concat` is appended to its channels.
@@ -118,7 +119,7 @@ class UNet(Wrapper):
             raise ArgumentError(f"this U-Net {problem}: {'give' if self.guided else 'leave out'} guidance_scale.")
         sample = x_t.to(self.device, self.dtype)
         shares_t = isinstance(t, int)
-        # A number is filled in on the device: diffusers would copy it there, and the CPU would wait for a GPU.
+        # Fill a number on the device: diffusers would copy it from the CPU, which synchronises with a GPU.
         t = t.to(self.device) if isinstance(t, Tensor) else torch.full((1,), t, device=self.device)
         cond = cond.map(self._received)
         if cond.concat is not None:
@@ -133,11 +134,11 @@ class UNet(Wrapper):
                 down_block_additional_residuals=down, mid_block_additional_residual=mid,
             )[0]  # fmt: skip
         finally:
-            _thread.shares_t = False  # other code may call the network directly
+            _thread.shares_t = False  # reset for code that calls the network directly
         return output.to(x_t)
 
     def _received(self, part: Tensor) -> Tensor:
-        """Move a part of the condition to the network's device. Embeddings get its dtype; masks, labels keep theirs."""
+        """Move a part of the condition to the network's device. Cast it if it is floating-point."""
         return part.to(self.device, self.dtype) if part.is_floating_point() else part.to(self.device)
 
     def _guidance(self, scale: float | Tensor) -> Tensor:
@@ -148,10 +149,10 @@ class UNet(Wrapper):
     def cross_attention(
         self, x_t: Tensor, t: int | Tensor, cond: Conditioning, *, guidance_scale: float | Tensor | None = None
     ) -> Tensor:
-        """Return the attention that each place pays to each token of the prompt.
+        """Return the attention that each position pays to each token of the prompt.
 
-        This is the mean over heads and layers, as in DAAM (Tang et al. 2022, https://arxiv.org/abs/2210.04885). Layers
-        with smaller feature maps are enlarged.
+        This is the mean over heads and layers, as in DAAM (Tang et al. 2022, https://arxiv.org/abs/2210.04885). Smaller
+        maps are upsampled.
 
         Args:
             x_t: As in `forward`.
@@ -160,7 +161,7 @@ class UNet(Wrapper):
             guidance_scale: As in `forward`.
 
         Returns:
-            (B, L, h, w) float32. At each place the L tokens add up to 1.
+            (B, L, h, w) float32. At each position, the values of the L tokens add up to 1.
         """
         height, width = x_t.shape[2:]
         maps: list[Tensor] = []
@@ -186,7 +187,7 @@ def guidance_embedding(scale: Tensor, width: int) -> Tensor:
     """Embed guidance scales as sinusoids of w = scale - 1 (Luo et al. 2023, https://arxiv.org/abs/2310.04378, section
     4.2; Meng et al. 2023, https://arxiv.org/abs/2210.03142).
 
-    It computes in float32, as training did: the angles are so large that other precisions give other sines.
+    Computed in float32, as in training: the angles are so large that in other precisions their sines differ.
 
     Args:
         scale: (B,).
@@ -203,8 +204,8 @@ def guidance_embedding(scale: Tensor, width: int) -> Tensor:
 
 
 def _sides(area: int, height: int, width: int) -> tuple[int, int]:
-    """Return height and width of a layer's feature map: those of the latents, halved and rounded up until the area
-    fits."""
+    """Return height and width of a feature map with `area` positions: those of the latents, halved and rounded up
+    as often as it takes."""
     while height * width > area:
         height, width = (height + 1) // 2, (width + 1) // 2
     return height, width
@@ -219,7 +220,7 @@ _thread = threading.local()
 
 
 def _first_row(_: torch.nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    """Embed a timestep once if the whole batch shares it.
+    """Pre-hook of the time embedding: embed a timestep once if the whole batch shares it.
 
     The time embedding's matrix products have one row for each image, and with so few rows rounding depends on their
     number. With a single row, image i is bit-identical whether it is drawn alone or in a batch.

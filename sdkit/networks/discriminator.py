@@ -6,15 +6,15 @@ from torch import Tensor, nn
 
 from sdkit.errors import ImageError
 
-SMALLEST = 24  # pixels; they leave one logit
+SMALLEST = 24  # pixels on each side, which give one logit
 
 
 class Discriminator(nn.Module):
     """A classifier of patches of 70 x 70 pixels: how real does each one look?
 
-    The architecture is that of Isola et al. 2017 (https://arxiv.org/abs/1611.07004, appendix 6.1.2) with the three
-    layers of VQGAN (Esser et al. 2021) and convolutions drawn from N(0, 0.02). It has GroupNorm in place of BatchNorm:
-    a logit then depends on its own image alone, however a batch is split over processes, accumulation, and passes.
+    The architecture is that of Isola et al. 2017 (https://arxiv.org/abs/1611.07004, appendix 6.1.2), with three layers
+    as in VQGAN (Esser et al. 2021), and weights initialised from N(0, 0.02). GroupNorm replaces BatchNorm, so that a
+    logit depends on its own image alone, however batches are split by processes and gradient accumulation.
 
     Args:
         channels: Channels after the first convolution, a multiple of 16. The next layers have two, four, and eight

@@ -1,6 +1,6 @@
 """LoRA (Hu et al. 2021, https://arxiv.org/abs/2106.09685) of the U-Net and the text encoder: W + alpha / r * B A.
 
-Trained through peft. For inference it is merged into the weights: that needs no peft, and sampling is as fast as
+Training uses peft. For inference, a LoRA is merged into the weights, which needs no peft, and makes sampling as fast as
 without a LoRA. `sdkit.loading.lora_file` reads and writes the files.
 """
 
@@ -23,8 +23,8 @@ TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "q_proj", "k_proj", "v_proj", "ou
 def add_lora(network: nn.Module, rank: int) -> None:
     """Freeze `network` and add trainable LoRA layers to its attention. Needs peft.
 
-    The layers are float32 whatever the network is; alpha is the rank. A is drawn from torch's global generator, and B
-    is 0, so that the output does not change at first.
+    The layers are float32, whatever the network's dtype; alpha is the rank. A is drawn from torch's global generator,
+    and B is 0, so that the output does not change at first.
 
     Args:
         network: A `UNet2DConditionModel` or a `CLIPTextModel`.
@@ -35,7 +35,7 @@ def add_lora(network: nn.Module, rank: int) -> None:
     except ImportError as error:
         raise ArgumentError("LoRA training needs peft; install 'sdkit[train]'.") from error
     config = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(TARGETS), init_lora_weights="gaussian")
-    with loading:  # while another thread loads a network, torch creates layers without memory
+    with loading:  # while any thread loads a network, torch allocates no memory for new layers
         inject_adapter_in_model(config, network)  # also freezes all other weights
     for parameter in network.parameters():
         if parameter.requires_grad:
@@ -49,10 +49,10 @@ def lora_tensors(unet: nn.Module, text: nn.Module | None = None) -> dict[str, Te
     from peft import get_peft_model_state_dict
 
     tensors = {}
-    # transformers dropped text_model from its names in 5.6; files have it.
+    # transformers 5.6 dropped text_model from its parameter names; LoRA files keep it.
     for prefix, network in (("unet.", unet), ("text_encoder.text_model.", text)):
         if network is not None:
-            trained = get_peft_model_state_dict(network, save_embedding_layers=False)  # "auto" would ask the Hub
+            trained = get_peft_model_state_dict(network, save_embedding_layers=False)  # the default would query the Hub
             for key, tensor in convert_state_dict_to_diffusers(trained).items():
                 tensors[prefix + key.removeprefix("text_model.")] = tensor.float().cpu().contiguous()
     return tensors

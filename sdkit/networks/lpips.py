@@ -1,6 +1,6 @@
 """LPIPS: a perceptual distance between images (Zhang et al. 2018, https://arxiv.org/abs/1801.03924).
 
-This is version 0.1 with VGG-16, and equals the package `lpips`. It needs neither that package nor torchvision.
+This is version 0.1 with VGG-16. Its values equal the package `lpips`'; neither that nor torchvision is needed.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ BLOCKS = (
     (512, 512, 512),
 )  # channels of VGG-16's convolutions; a pooling lies between blocks
 SUPERFLUOUS = ("lins.", "scaling_layer.")  # in the package's state dict: a second copy of the heads, and constants
-SMALLEST = 16  # pixels; four poolings leave one of them
+SMALLEST = 16  # pixels on each side; four poolings leave one
 
 
 class LPIPS(nn.Module):
@@ -51,7 +51,7 @@ class LPIPS(nn.Module):
                 inputs = channels
         self.vgg = nn.Sequential(*layers)  # numbered as torchvision's `vgg16().features`
         self.heads = nn.ParameterList(torch.rand(1, block[-1], 1, 1) for block in BLOCKS)
-        # The package's constants: ImageNet's mean and deviation, for images in [-1, 1].
+        # The package's constants: ImageNet's mean and standard deviation, for images in [-1, 1].
         self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188]).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450]).view(1, 3, 1, 1), persistent=False)
         self.eval().requires_grad_(False)
@@ -105,17 +105,17 @@ class LPIPS(nn.Module):
         """
         if x.shape != y.shape:
             raise ImageError(f"LPIPS cannot compare images of shapes {tuple(x.shape)} and {tuple(y.shape)}.")
-        # Two passes: the one without gradient then keeps no activations for a backward pass.
+        # Two passes, not one over both: if only one image has a gradient, the other's pass stores no activations.
         pairs = zip(self._maps(x), self._maps(y), strict=True)
         return torch.stack([(a - b).square().sum(1).mean((1, 2)) for a, b in pairs]).sum(0)
 
     def features(self, x: Tensor, grid: int | None = None) -> Tensor:
-        """Return one vector for each image. Squared distances between vectors are LPIPS, exactly if `grid` is None.
+        """Return one vector for each image. Squared distances between vectors are LPIPS, if `grid` is None.
 
         Args:
             x: (B, 3, H, W) in [-1, 1].
             grid: Average the features of each layer over grid x grid cells first. Vectors are then small enough for a
-                search for nearest neighbours.
+                nearest-neighbour search, and distances approximate LPIPS.
 
         Returns:
             (B, D): D = 1472 grid^2, or about 122 H W if `grid` is None.

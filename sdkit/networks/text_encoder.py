@@ -41,7 +41,7 @@ class TextEncoder(Wrapper):
         network: The network, of transformers.
         tokenizer: The tokenizer, of transformers.
         name: The source that they came from.
-        length: Tokens of one chunk, begin and end marks included (77).
+        length: Tokens of one chunk, start and end tokens included (77).
         width: D, the width of the embeddings.
         device: The device that the network computes on.
         dtype: The dtype that the network computes in.
@@ -72,7 +72,7 @@ class TextEncoder(Wrapper):
 
     @classmethod
     def from_source(cls, source: Source, *, dtype: torch.dtype, device: torch.device) -> TextEncoder:
-        """Load a text encoder and its tokenizer from an open source."""
+        """Load a text encoder and its tokenizer from an opened `Source`."""
         text = cls(*source.text_encoder(dtype))
         text.name = source.name
         return text.eval().to(device=device)
@@ -84,12 +84,12 @@ class TextEncoder(Wrapper):
 
         Args:
             prompts: One prompt, or a list of B.
-            clip_skip: How many of the last layers to skip: A1111's "clip skip" less one. The final layer norm is
+            clip_skip: Number of last layers to skip: A1111's "clip skip" minus one. The final layer norm is
                 applied all the same.
             weighting: Read `(word:1.3)`, `(word)` (1.1), and `[word]` (1 / 1.1) as A1111 does, and weight the
-                embeddings of those tokens. `\\(` is a plain bracket, and BREAK begins a new chunk. False reads a prompt
-                as plain words.
-            chunks: Smallest k to return, so that the embeddings are as long as those of longer prompts.
+                embeddings of those tokens. `\\(` is a literal bracket, and BREAK begins a new chunk. False reads a
+                prompt as plain text.
+            chunks: Smallest k, for embeddings as long as those of longer prompts.
 
         Returns:
             (B, 77k, D) float32: k chunks of at most 75 tokens each, as many as the longest prompt needs.
@@ -119,7 +119,7 @@ class TextEncoder(Wrapper):
     def tokenize(
         self, prompts: str | Sequence[str], *, weighting: bool = False, chunks: int | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Split prompts into chunks of tokens: begin mark, at most 75 tokens, end mark, padding.
+        """Split prompts into chunks of tokens: start token, at most 75 tokens, end token, padding.
 
         Args:
             prompts: As in `encode`.
@@ -142,7 +142,7 @@ class TextEncoder(Wrapper):
         return ids, weights
 
     def _chunks(self, prompt: str, weighting: bool) -> list[Tokens]:
-        """Return the prompt's tokens and weights in chunks of at most 75. With `weighting`, BREAK ends one early."""
+        """Return the prompt's tokens and weights in chunks of at most 75. With `weighting`, BREAK ends a chunk."""
         if not weighting:
             return self._filled(self._tokens(prompt, 1.0))
         warn_of_unread_syntax(prompt)
@@ -171,7 +171,7 @@ class TextEncoder(Wrapper):
         if clip_skip == 0:
             return self(ids).float()  # type: ignore[no-any-return]
         hidden = self.network(ids.to(self.device), output_hidden_states=True).hidden_states[-1 - clip_skip]
-        transformer = getattr(self.network, "text_model", self.network)  # transformers 4 nests it, 5 does not
+        transformer = getattr(self.network, "text_model", self.network)  # older versions of transformers nest it
         return transformer.final_layer_norm(hidden).float()  # type: ignore[no-any-return]
 
 
@@ -183,25 +183,24 @@ _NOT_READ = {
     "alternates between words": re.compile(r"(?<!\\)\[[^\[\]|]*\|[^\[\]]*\]"),
     "loads a network, as load_lora (--lora) does here": re.compile(r"<\w+:[^<>]+>"),
 }
-"""A1111's syntax that sdkit does not read -> its pattern, by its meaning there. Each pattern takes linear time for any
-prompt."""
+"""Meaning in A1111 of syntax that sdkit does not support -> its pattern. Each pattern matches in linear time."""
 
 
 def warn_of_unread_syntax(prompt: str) -> None:
     """Warn of each kind of A1111's syntax in `prompt` that sdkit reads as plain text."""
     for meaning, pattern in _NOT_READ.items():
         if found := pattern.search(prompt):
-            # stacklevel=1: a prompt is read in several places, and Python shows the warning of one line once.
+            # stacklevel=1 names this line, where Python shows a warning once. Prompts are read from several lines.
             warnings.warn(
                 f"{clean(found[0])!r} in the prompt is read as plain text; in A1111 it {meaning}.", stacklevel=1
             )
 
 
 def parse_weights(prompt: str) -> list[tuple[str, float]]:
-    """Read A1111's prompt syntax as pairs (text, weight).
+    """Parse A1111's prompt syntax into pairs (text, weight).
 
-    `(a)` has weight 1.1, `((a))` 1.21, `[a]` 1 / 1.1, and `(a:1.3)` 1.3. `\\(` is a plain bracket. Brackets that are
-    still open at the end close there.
+    `(a)` has weight 1.1, `((a))` 1.21, `[a]` 1 / 1.1, and `(a:1.3)` 1.3. `\\(` is a literal bracket. Brackets that
+    are still open at the end close there.
     """
     texts: list[str] = []
     round_, square = _Brackets(1.1), _Brackets(1 / 1.1)
@@ -229,11 +228,11 @@ class _Brackets:
     """The brackets of one kind, round or square, in a prompt that is cut into pieces. They may nest.
 
     Attributes:
-        factor: Weight of the text inside one bracket.
+        factor: Weight of a bracket without a number.
         starts: First piece inside each bracket, in the order of their opening.
-        ends: First piece behind each bracket.
+        ends: First piece after each bracket.
         factors: Weight of each bracket.
-        opened: Indices of the brackets that are not closed yet.
+        opened: Indices into these lists of the brackets that are still open.
     """
 
     def __init__(self, factor: float) -> None:

@@ -19,12 +19,12 @@ SMALLEST_TILE = 16  # latents on each side
 
 
 def check_tile(tile: int | None, factor: int = 1) -> None:
-    """Raise ArgumentError for a side of tiles that is too small. None (as needed) and 0 (no tiles) pass.
+    """Raise ArgumentError if tiles are too small. None (tile as needed) and 0 (never tile) are valid.
 
     Args:
         tile: The side in pixels.
-        factor: Pixels that a latent spans on each side. The default, 1, is the least that a VAE has: with it, a tile
-            that no VAE takes is refused before one is loaded.
+        factor: Pixels that a latent spans on each side. The default, 1, is the smallest of any VAE, for use before a
+            VAE is loaded: it rejects tiles that are too small for every VAE.
     """
     if tile:
         whole_number("tile (0 is none)", tile, SMALLEST_TILE * factor)
@@ -33,8 +33,8 @@ def check_tile(tile: int | None, factor: int = 1) -> None:
 def tiled(run: Callable[[Tensor], Tensor], x: Tensor, *, tile: int, down: int = 1, up: int = 1) -> Tensor:
     """Compute `run(x)` in overlapping square tiles.
 
-    Overlaps are blended with weights that fall to almost 0 at a tile's edge, where convolutions lack their
-    surroundings. The weights are normalised: a constant stays constant.
+    Overlaps are blended with weights that fall to almost 0 at a tile's edge, where convolutions lack
+    context. The weights are normalised: a constant stays constant.
 
     Args:
         run: A function of (B, C, h, w) that changes the resolution by `up` / `down`.
@@ -64,10 +64,10 @@ def tiled(run: Callable[[Tensor], Tensor], x: Tensor, *, tile: int, down: int = 
 
 @contextmanager
 def whole_image_statistics(network: nn.Module, run: Callable[[Tensor], Tensor], x: Tensor, tile: int) -> Iterator[None]:
-    """While the context is open, every GroupNorm of `network` uses the mean and variance of the whole of x.
+    """Make every GroupNorm of `network` use the mean and variance of the whole x while the context is open.
 
     Without this, each tile is normalised by its own content, and brightness and contrast differ from tile to tile. The
-    statistics come from one run over a thinned x of the size of a tile.
+    statistics come from one run over x downsampled (nearest) to the size of a tile.
 
     Args:
         network: The network whose norms are replaced, for this thread only.
@@ -120,8 +120,8 @@ def starts(length: int, tile: int, multiple: int) -> list[int]:
 
 
 def ramp(n: int) -> Tensor:
-    """Return weights (n,) of a tile along one side: 1 in the middle, falling smoothly to almost 0 over the outer
-    quarters."""
+    """Return the weights (n,) of a tile along one side: 1 in the middle half, falling smoothly to almost 0 at both
+    edges."""
     edge = max(1, n // 4)
     distance = torch.minimum(torch.arange(n) + 0.5, n - 0.5 - torch.arange(n)) / edge
     return torch.sin(distance.clamp(max=1) * torch.pi / 2) ** 2

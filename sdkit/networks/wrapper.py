@@ -1,4 +1,4 @@
-"""The base class of the wrappers of pretrained networks."""
+"""The base class of wrappers around pretrained networks."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from sdkit.messages import first_line
 P = ParamSpec("P")
 T = TypeVar("T")
 W = TypeVar("W", bound="Wrapper")
-DEVICE_ERROR: type[Exception] = getattr(torch, "AcceleratorError", MemoryError)  # since torch 2.8
+DEVICE_ERROR: type[Exception] = getattr(torch, "AcceleratorError", MemoryError)  # new in torch 2.8
 
 
 def blames_network(method: Callable[Concatenate[W, P], T]) -> Callable[Concatenate[W, P], T]:
-    """Decorate a method of a Wrapper: an exception becomes a SourceError if the network fails on a valid input, too.
+    """Turn an exception of a Wrapper's method into a SourceError if the network fails on a valid input, too.
 
     Some wrong values of a config (activation, groups, heads) break a network only when it runs.
     """
@@ -39,7 +39,7 @@ class Wrapper(nn.Module):
     """The base class of `VAE`, `UNet`, and `TextEncoder`: one pretrained network, on one device and in one dtype.
 
     Move the wrapper, not its network: `.to()`, `.half()`, `.cuda()`, and Accelerate all go through `_apply`, which
-    keeps `device` and `dtype` true.
+    keeps `device` and `dtype` up to date.
 
     Attributes:
         network: The network, a module of diffusers or transformers.
@@ -74,9 +74,9 @@ class Wrapper(nn.Module):
         raise NotImplementedError
 
     def blame(self, error: Exception) -> None:
-        """Raise SourceError if the network is at fault for `error`; return if the input of that call may be."""
+        """Raise SourceError if the network caused `error`; return if the input of the call may have."""
         exhausted = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "memory" in str(error)
-        # After an error of the device, every call fails, so a trial would blame the network.
+        # After a device error every call fails, so that a trial would wrongly blame the network.
         if self._trial or exhausted or isinstance(error, (SdkitError, DEVICE_ERROR)):
             return
         self._trial = True

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import Field, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,10 @@ EARLIER_NAMES = {
     "rescale": "guidance_rescale",
     "interval": "guidance_interval",
 }
-"""Keys in PNGs of earlier versions, and the fields that they became."""
+"""Key in PNGs that earlier versions wrote -> the field of `Generation` that it is today."""
+
+LOADING = ("model", "revision", "variant", "config", "prediction_type", "dtype", "vae", "lora", "lora_scale")
+"""Fields that say which model to load, and how. All others are said of an image."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,8 +88,13 @@ class Generation:
 
     @property
     def loras(self) -> list[tuple[str, float]]:
-        """Pairs of each LoRA's source and scale."""
+        """The source and the scale of each LoRA."""
         return list(zip(self.lora, self.lora_scale or [1.0] * len(self.lora), strict=True))
+
+    def options(self) -> dict[str, Any]:
+        """Return the keywords of the pipeline's call: all that is said of an image, except its prompt and its seed."""
+        beside = {"prompt", "seed", *LOADING}
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name not in beside}
 
     def check(self) -> None:
         """Raise ArgumentError for values that no model accepts, before one is loaded."""
@@ -130,7 +138,7 @@ class Generation:
 
     @classmethod
     def read(cls, path: str | Path) -> Generation:
-        """Read the settings from a PNG's text, of this version or an earlier one.
+        """Read the settings from the text chunks of a PNG, written by this version or an earlier one.
 
         Raises:
             ImageError: The PNG holds no settings, or its text is damaged.
@@ -140,8 +148,8 @@ class Generation:
             raise ImageError(f"{path} does not say how it was made; give a PNG as sdkit generate wrote it.")
         if "lora" not in text:  # the first versions wrote a scale even without a LoRA
             text.pop("lora_scale", None)
-        names = [field.name for field in fields(cls) if field.name in text]
-        return cls(**{name: _parsed(path, name, text[name]) for name in names})
+        given = [field for field in fields(cls) if field.name in text]
+        return cls(**{field.name: _parsed(path, field, text[field.name]) for field in given})
 
     def but(self, **changes: Any) -> Generation:
         """Return a copy with some values changed.
@@ -173,10 +181,12 @@ def anywhere(source: str) -> str:
     return os.path.abspath(path) if source != EMBEDDED and os.path.exists(path) else source  # noqa: PTH100, PTH110
 
 
-def _parsed(path: str | Path, name: str, value: str) -> Any:
+def _parsed(path: str | Path, field: Field[Any], value: str) -> Any:
     """Parse the text of one field. Raise ImageError if it is damaged."""
+    name = field.name
+    parse = _PARSERS.get(name) or _TYPES[str(field.type).removesuffix(" | None")]
     try:
-        return _PARSERS.get(name, str)(value)
+        return parse(value)
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise ImageError(f"{path} says {name} = {value[:40]!r}, which sdkit never writes; give another.") from error
 
@@ -214,11 +224,16 @@ def _interval(text: str) -> tuple[float, float]:
     return low, high
 
 
+_TYPES: dict[str, Callable[[str], Any]] = {
+    "str": str,
+    "int": int,
+    "float": float,
+    "bool": {"True": True, "False": False}.__getitem__,
+}
+"""Parsers of fields by their types."""
 _PARSERS: dict[str, Callable[[str], Any]] = {
-    **dict.fromkeys(("seed", "num_inference_steps", "clip_skip", "height", "width"), int),
-    **dict.fromkeys(("guidance_scale", "eta", "guidance_rescale"), float),
     "lora": _loras,
     "lora_scale": _scales,
     "guidance_interval": _interval,
-    "weighting": {"True": True, "False": False}.__getitem__,
 }
+"""Parsers of fields whose text is of a form of its own."""

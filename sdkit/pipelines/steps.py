@@ -1,6 +1,6 @@
 """The four steps from a prompt to an image: `embed`, `start`, `denoise`, and `decode`.
 
-`StableDiffusion` calls them. Taken apart, with `guided` between them, they are:
+`StableDiffusion` calls them in this order. To call them yourself, with `guided` in between:
 
     cond, uncond = embed(sd.text, ["a red apple", ""]).chunk(2)
     x_T = start([torch.Generator().manual_seed(0)], (4, 16, 16)).to(sd.unet.device)
@@ -102,7 +102,7 @@ def denoise(
         x_T: (B, C, h, w) noise, on the predictor's device.
         schedule: The model's noise schedule.
         timesteps: Pairs (t, t_prev), as from `schedule.timesteps(n)`.
-        sampler: A loop of `sdkit.samplers`, such as `ddim` or `dpmpp_2m`; `sampler_by_name` finds one by its name.
+        sampler: A function of `sdkit.samplers`, such as `ddim` or `dpmpp_2m`; `sampler_by_name` finds one by name.
         generators: One for each image, for the noise of the steps; None draws from torch's global generator.
         callback: Called with each `Step`.
 
@@ -160,5 +160,5 @@ def decode(
 
 
 def check_side(name: str, pixels: int, smallest: int = 8) -> int:
-    """Return the height or width of an image in pixels. Raise ArgumentError for sides that no model can draw."""
+    """Return an image's height or width in pixels. Raise ArgumentError below `smallest` or above `LONGEST_SIDE`."""
     return whole_number(name, pixels, smallest, LONGEST_SIDE)

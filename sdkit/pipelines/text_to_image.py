@@ -6,12 +6,12 @@ from the U-Net and these conditions, `denoise` samples latents z with it, and `d
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from os import PathLike
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict, overload
 
 import torch
 from torch import Tensor
@@ -19,8 +19,8 @@ from torch import Tensor
 from sdkit.arguments import number, one_of, seeded, strings, whole_number
 from sdkit.diffusion.conditioning import Conditioning
 from sdkit.diffusion.guidance import APG, Model, check_scale, guided
-from sdkit.diffusion.samplers import Step, sampler_by_name
-from sdkit.diffusion.schedule import NoiseSchedule
+from sdkit.diffusion.samplers import Generators, Sampler, Step, Timesteps, sampler_by_name
+from sdkit.diffusion.schedule import NoiseSchedule, Predict
 from sdkit.engines.device import resolve_place
 from sdkit.engines.offload import on_device
 from sdkit.errors import ArgumentError, SdkitError
@@ -41,9 +41,22 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
     from PIL import Image
+    from typing_extensions import Unpack
 
 LATENTS_AT_ONCE = 4 * 64 * 64
 """Latent positions that are denoised together by default: four images of 512 x 512, or 64 of 128 x 128."""
+
+
+class Options(TypedDict, total=False):
+    """The keyword options of `StableDiffusion.__call__`, for type checkers."""
+
+    spacing: str | None
+    guidance_rescale: float
+    guidance_interval: tuple[float, float] | None
+    apg: APG | None
+    clip_skip: int
+    weighting: bool
+    batch_size: int | None
 
 
 class StableDiffusion:
@@ -65,7 +78,7 @@ class StableDiffusion:
         name: The source that the model was loaded from, or "".
         guidance_scale: Guidance scale of a call that gives none: `_guidance_scale` of the model's model_index.json,
             or 7.5.
-        offload_to: Device on which each network is only while it works, or None: all networks stay where they are.
+        offload_to: Device to which each network is moved while it computes; None leaves all networks where they are.
     """
 
     def __init__(
@@ -77,11 +90,12 @@ class StableDiffusion:
                 f"this U-Net attends to embeddings of width {unet.width}, this text encoder makes {text.width}: "
                 "they belong to different models."
             )
-        if unet.channels != vae.channels:
-            raise ArgumentError(
-                f"this U-Net takes {unet.channels} channels, this VAE's latents have {vae.channels}: "
-                "they do not make one text-to-image model."
-            )
+        for verb, channels in (("takes", unet.input_channels), ("gives", unet.channels)):
+            if channels != vae.channels:
+                raise ArgumentError(
+                    f"this U-Net {verb} {channels} channels, this VAE's latents have {vae.channels}: "
+                    "they do not make one text-to-image model."
+                )
         self.vae = vae
         self.text = text
         self.unet = unet
@@ -115,13 +129,15 @@ class StableDiffusion:
             device: "cpu", "cuda", "cuda:1", and so on, or "auto": a GPU where there is one.
             revision: Branch, tag, or commit of a Hub repository.
             variant: Variant of a repository's weight files, such as "fp16".
-            config: Folder of configs, for a single file of another architecture than SD 1.x and 2.x.
-            prediction_type: "epsilon" or "v_prediction", for a single file of SD 2.x that is not recognised.
+            config: Folder or Hub id with the configs for a single file that the public configs of SD 1.x and 2.x do not
+                fit.
+            prediction_type: "epsilon", "v_prediction", or "sample", in place of what the source states; see
+                `Source.scheduler_config`.
             vae: Source of a VAE that replaces the model's own. A VAE's own folder, file, or Hub repository serves too.
                 `revision` and `variant` do not apply to it.
             compile: Run the U-Net and the VAE through torch.compile.
-            offload: Keep the networks in the CPU's memory, and each one on `device` only while it works. It needs the
-                least GPU memory: that of the U-Net and of one image's activations.
+            offload: Keep the networks in the CPU's memory, and move each one to `device` only while it computes. GPU
+                memory then holds one network at a time, and its activations.
 
         Raises:
             SourceError: The source is missing, unreadable, of another kind, or cannot be downloaded.
@@ -134,7 +150,8 @@ class StableDiffusion:
             beside = Source.open(vae, config=config if is_file(expanded(vae)) else None)  # a folder has its own configs
         home = "cpu" if offload else device
         return cls(
-            # Each is set up for `device` before it goes home: layout, attention, and compilation depend on the device.
+            # Set up each network on `device`, then move it to `home`: memory layout, attention, and compilation depend
+            # on the device that it computes on.
             VAE.from_source(beside, dtype=dtype, device=device, compile=compile).to(home),
             TextEncoder.from_source(opened, dtype=dtype, device=device).to(home),
             UNet.from_source(opened, dtype=dtype, device=device, compile=compile).to(home),
@@ -159,9 +176,10 @@ class StableDiffusion:
         with dtype "fp32" to keep them.
 
         Args:
-            source: A file, a folder, or a Hub id, in the layout of diffusers or kohya (A1111, civitai).
+            source: A file, a folder, or a Hub id, in the layout of diffusers, kohya (A1111, civitai), or peft.
             scale: Factor of the LoRA's update.
-            filename: Name of the file in a folder or Hub repository; None is pytorch_lora_weights.safetensors.
+            filename: Name of the file in a folder or Hub repository. None tries the usual names, of which
+                pytorch_lora_weights.safetensors comes first.
             revision: Branch, tag, or commit of a Hub repository.
 
         Raises:
@@ -177,10 +195,8 @@ class StableDiffusion:
         height: int | None = None, width: int | None = None, num_inference_steps: int = 30,
         guidance_scale: float | None = None, sampler: str = "ddim", eta: float = 0.0, seed: int | Sequence[int] = 0,
         num_images_per_prompt: int = 1, latents: Tensor | None = None,
-        output_type: Literal["pil"] = "pil", callback: Callable[[Step], object] | None = None, *,
-        spacing: str | None = None, guidance_rescale: float = 0.0,
-        guidance_interval: tuple[float, float] | None = None, apg: APG | None = None, clip_skip: int = 0,
-        weighting: bool = False, batch_size: int | None = None,
+        output_type: Literal["pil"] = "pil", callback: Callable[[Step], object] | None = None,
+        **options: Unpack[Options],
     ) -> list[Image.Image]: ...  # fmt: skip
     @overload
     def __call__(
@@ -189,9 +205,7 @@ class StableDiffusion:
         guidance_scale: float | None = None, sampler: str = "ddim", eta: float = 0.0, seed: int | Sequence[int] = 0,
         num_images_per_prompt: int = 1, latents: Tensor | None = None, *,
         output_type: Literal["np"], callback: Callable[[Step], object] | None = None,
-        spacing: str | None = None, guidance_rescale: float = 0.0,
-        guidance_interval: tuple[float, float] | None = None, apg: APG | None = None, clip_skip: int = 0,
-        weighting: bool = False, batch_size: int | None = None,
+        **options: Unpack[Options],
     ) -> npt.NDArray[np.uint8]: ...  # fmt: skip
     @overload
     def __call__(
@@ -200,9 +214,7 @@ class StableDiffusion:
         guidance_scale: float | None = None, sampler: str = "ddim", eta: float = 0.0, seed: int | Sequence[int] = 0,
         num_images_per_prompt: int = 1, latents: Tensor | None = None, *,
         output_type: Literal["pt", "latent"], callback: Callable[[Step], object] | None = None,
-        spacing: str | None = None, guidance_rescale: float = 0.0,
-        guidance_interval: tuple[float, float] | None = None, apg: APG | None = None, clip_skip: int = 0,
-        weighting: bool = False, batch_size: int | None = None,
+        **options: Unpack[Options],
     ) -> Tensor: ...  # fmt: skip
     def __call__(
         self,
@@ -258,10 +270,10 @@ class StableDiffusion:
 
         Returns:
             N images: a list of PIL images for "pil"; uint8 (N, H, W, 3) for "np"; float32 (N, 3, H, W) in [-1, 1] for
-            "pt". For "latent" the scaled latents (N, 4, h, w), float32, even where they are not finite.
+            "pt"; scaled latents (N, 4, h, w), float32, for "latent", which are not checked for NaN or infinity.
 
         Raises:
-            ArgumentError: An argument is out of range, or does not go with another or with this model.
+            ArgumentError: An argument is out of range, contradicts another one, or does not apply to this model.
             SdkitError: The text encoder or the U-Net gives numbers that are not finite.
 
         Examples:
@@ -275,53 +287,101 @@ class StableDiffusion:
             >>> sd(["a cat", "a dog"], num_images_per_prompt=2, num_inference_steps=2, output_type="np").shape
             (4, 128, 128, 3)
         """
+        plan = self._plan(
+            prompt, negative_prompt, height, width, num_inference_steps, guidance_scale, sampler, eta, seed,
+            num_images_per_prompt, latents, output_type, callback, spacing, guidance_rescale, guidance_interval, apg,
+            clip_skip, weighting, batch_size,
+        )  # fmt: skip
+        x_T = start(plan.generators, plan.shape, latents)
+        z = self._sampled(x_T, plan.timesteps, plan)
+        if output_type == "latent":
+            return z
+        self._check_latents(z)
+        with self._working(self.vae):
+            return decode(self.vae, z, plan.size, output_type=output_type, batch_size=batch_size)
+
+    def _plan(
+        self, prompt: str | Sequence[str], negative_prompt: str | Sequence[str] | None, height: int | None,
+        width: int | None, num_inference_steps: int, guidance_scale: float | None, sampler: str, eta: float,
+        seed: int | Sequence[int], num_images_per_prompt: int, latents: Tensor | None, output_type: str,
+        callback: Callable[[Step], object] | None, spacing: str | None, guidance_rescale: float,
+        guidance_interval: tuple[float, float] | None, apg: APG | None, clip_skip: int, weighting: bool,
+        batch_size: int | None,
+    ) -> Plan:  # fmt: skip
+        """Check the arguments of a call, and return what they ask for. Arguments and errors are those of `__call__`."""
         one_of("output_type", output_type, (*OUTPUT_TYPES, "latent"))
         loop = sampler_by_name(sampler, eta=eta)
         timesteps = self.schedule.timesteps(num_inference_steps, spacing)
         prompts, negatives = self._prompts(prompt, negative_prompt, num_images_per_prompt)
         size = self._size(height, width, latents)
+        shape = self._latent_shape(*size)
         generators = seeded(seed, len(prompts))
         guidance: dict[str, Any] = {"interval": guidance_interval, "phi": guidance_rescale, "projected": apg}
         model, scale = self._model(guidance_scale, negatives, guidance)
+        return Plan(
+            size=size,
+            shape=shape,
+            timesteps=timesteps,
+            generators=generators,
+            batches=list(self._batches(prompts, negatives, scale, weighting, shape, batch_size)),
+            sampler=loop,
+            model=model,
+            guidance={"scale": scale, **guidance},
+            clip_skip=clip_skip,
+            weighting=weighting,
+            finite=output_type != "latent",
+            callback=callback,
+        )
 
-        x_T = start(generators, self._latent_shape(*size), latents)
+    def _sampled(self, x_T: Tensor, timesteps: Timesteps, plan: Plan, predictor: Predictor | None = None) -> Tensor:
+        """Embed the prompts of a plan, and denoise its images, batch by batch.
+
+        Args:
+            x_T: (N, C, h, w), where sampling starts, on the CPU.
+            timesteps: Pairs (t, t_prev), the first of them at the noise level of `x_T`.
+            plan: All that is drawn.
+            predictor: Makes the predictor of a batch; None is `guided` with the plan's model and guidance.
+
+        Returns:
+            Latents (N, C, h, w), float32, on the CPU.
+        """
         z = torch.empty_like(x_T)
         with torch.no_grad():
-            for batch in self._batches(prompts, negatives, scale, weighting, x_T, batch_size):
+            for batch in plan.batches:
                 with self._working(self.text):
-                    cond, uncond = self._embedded(batch, clip_skip, weighting, finite=output_type != "latent")
+                    cond, uncond = self._embedded(batch, plan)
                 with self._working(self.unet):
-                    predict = guided(model, self.schedule, cond, uncond, scale, **guidance)
+                    predict = (predictor or self._guided(plan))(batch, cond, uncond)
                     z[batch.images] = denoise(
                         predict,
                         x_T[batch.images].to(self.unet.device),
                         self.schedule,
                         timesteps,
-                        sampler=loop,
-                        generators=[generators[i] for i in batch.images],
-                        callback=callback,
+                        sampler=plan.sampler,
+                        generators=[plan.generators[i] for i in batch.images],
+                        callback=plan.callback,
                     ).cpu()
-        if output_type == "latent":
-            return z
-        self._check_latents(z)
-        with self._working(self.vae):
-            return decode(self.vae, z, size, output_type=output_type, batch_size=batch_size)
+        return z
+
+    def _guided(self, plan: Plan) -> Predictor:
+        """Return the function that makes a batch's predictor with the plan's model and guidance."""
+        return lambda _, cond, uncond: guided(plan.model, self.schedule, cond, uncond, **plan.guidance)
 
     def _working(self, network: Wrapper) -> AbstractContextManager[None]:
-        """Return a context in which a network of this pipeline is on the device that it computes on."""
+        """Return a context that keeps a network on `offload_to` while it computes; a no-op without offloading."""
         return nullcontext() if self.offload_to is None else on_device(network, self.offload_to)
 
     def _model(
         self, guidance_scale: float | None, negatives: list[str], guidance: dict[str, Any]
     ) -> tuple[Model, float]:
-        """Return the U-Net as `guided` calls it, and the guidance scale."""
+        """Return the model and the guidance scale to pass to `guided`."""
         scale = self.guidance_scale if guidance_scale is None else guidance_scale
         # Inference mode for the U-Net alone, so that a callback can use the tensors of a `Step` with autograd.
         unet: Any = torch.inference_mode()(self.unet)
         if not self.unet.guided:
             return unet, scale
         self._check_guided(negatives, guidance)
-        # A distilled U-Net guides itself in one pass. Scale 1 turns off the second pass.
+        # A guidance-distilled U-Net takes the scale as an input. Scale 1 keeps `guided` from adding a second pass.
         return partial(unet, guidance_scale=check_scale(scale)), 1.0
 
     def _check_embeddings(self, conditions: list[Conditioning], weighting: bool) -> None:
@@ -339,7 +399,7 @@ class StableDiffusion:
 
     @staticmethod
     def _check_guided(negatives: list[str], guidance: dict[str, Any]) -> None:
-        """Raise ArgumentError for options of guidance, since a distilled U-Net only takes the scale, as an input."""
+        """Raise ArgumentError for guidance options other than the scale, which a distilled U-Net does not support."""
         used = {"negative_prompt": any(negatives), "guidance_interval": guidance["interval"] is not None,
                 "guidance_rescale": bool(guidance["phi"]), "apg": guidance["projected"] is not None}  # fmt: skip
         if option := next((option for option, given in used.items() if given), None):
@@ -368,7 +428,7 @@ class StableDiffusion:
         return [text for text in prompts for _ in range(copies)], [text for text in negatives for _ in range(copies)]
 
     def _size(self, height: int | None, width: int | None, latents: Tensor | None) -> tuple[int, int]:
-        """Return the height and width of the images in pixels: as given, else those of `latents` or of the model."""
+        """Return the images' height and width in pixels: the given ones, else those of `latents`, else the model's."""
         factor, side = self.vae.factor, self.unet.sample_size
         if latents is not None:
             if not isinstance(latents, Tensor) or latents.ndim != 4:
@@ -388,9 +448,9 @@ class StableDiffusion:
         negatives: list[str],
         scale: float,
         weighting: bool,
-        x_T: Tensor,
+        shape: tuple[int, int, int],
         batch_size: int | None,
-    ) -> Iterator[_Batch]:
+    ) -> Iterator[Batch]:
         """Group images into batches.
 
         Images in a batch have prompts with the same number of chunks, since padding a prompt changes its image.
@@ -402,42 +462,41 @@ class StableDiffusion:
         for i, (prompt, negative) in enumerate(zip(prompts, negatives, strict=True)):
             chunks = lengths[prompt] if scale == 1 else max(lengths[prompt], lengths[negative])
             groups.setdefault(chunks, []).append(i)
-        fitting = self.images_at_once(x_T.shape[2] * self.vae.factor, x_T.shape[3] * self.vae.factor)
+        fitting = self.images_at_once(shape[1] * self.vae.factor, shape[2] * self.vae.factor)
         n = fitting if batch_size is None else whole_number("batch_size", batch_size, 1)
         for chunks, group in sorted(groups.items()):
             for indices in (group[i : i + n] for i in range(0, len(group), n)):
-                yield _Batch(
+                yield Batch(
                     images=indices,
                     prompts=[prompts[i] for i in indices],
                     negatives=None if scale == 1 else [negatives[i] for i in indices],
                     chunks=chunks,
                 )
 
-    def _embedded(
-        self, batch: _Batch, clip_skip: int, weighting: bool, *, finite: bool
-    ) -> tuple[Conditioning, Conditioning | None]:
-        """Embed a batch's prompts and negative prompts. With `finite`, raise SdkitError if they are not finite."""
+    def _embedded(self, batch: Batch, plan: Plan) -> tuple[Conditioning, Conditioning | None]:
+        """Embed a batch's prompts and negative prompts. Where they must be finite, raise SdkitError if they are not."""
+        options: dict[str, Any] = {"clip_skip": plan.clip_skip, "weighting": plan.weighting}
         device = self.unet.device if self.offload_to is None else self.offload_to
         conditions = [
             # Moved to the device of the U-Net once, not in every step.
-            embed(self.text, texts, clip_skip=clip_skip, weighting=weighting, chunks=batch.chunks).to(device)
+            embed(self.text, texts, chunks=batch.chunks, **options).to(device)
             for texts in (batch.prompts, batch.negatives)
             if texts is not None
         ]
-        if finite:
-            self._check_embeddings(conditions, weighting)
+        if plan.finite:
+            self._check_embeddings(conditions, plan.weighting)
         return conditions[0], conditions[1] if len(conditions) > 1 else None
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Batch:
+class Batch:
     """Images that are denoised together.
 
     Attributes:
-        images: Their indices among all images.
-        prompts: The prompt of each.
-        negatives: The negative prompt of each, or None without guidance.
-        chunks: Number of chunks of tokens of each prompt.
+        images: Indices of these images among all images.
+        prompts: The prompt of each image.
+        negatives: The negative prompt of each image; None without guidance.
+        chunks: Number of chunks of tokens that every prompt is padded to.
     """
 
     images: list[int]
@@ -446,8 +505,45 @@ class _Batch:
     chunks: int
 
 
+Predictor: TypeAlias = Callable[[Batch, Conditioning, Conditioning | None], Predict]
+"""predictor(batch, cond, uncond): makes the predictor of a batch from its conditions."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """All that a call draws: its arguments, checked, and with the model's own values for those that were not given.
+
+    Attributes:
+        size: Height and width of the images in pixels.
+        shape: (C, h, w), the shape of one image's latents.
+        timesteps: Pairs (t, t_prev), from most noise to least.
+        generators: One CPU generator for each of N images.
+        batches: All N images, grouped into batches.
+        sampler: The sampling loop.
+        model: The U-Net as `guided` calls it.
+        guidance: The keywords of `guided`, the scale among them.
+        clip_skip: Number of the text encoder's last layers to skip.
+        weighting: Whether to read `(word:1.3)` as A1111 does.
+        finite: Whether embeddings must be finite.
+        callback: Called with each `Step` of each batch.
+    """
+
+    size: tuple[int, int]
+    shape: tuple[int, int, int]
+    timesteps: Timesteps
+    generators: Generators
+    batches: Sequence[Batch]
+    sampler: Sampler
+    model: Model
+    guidance: Mapping[str, Any]
+    clip_skip: int
+    weighting: bool
+    finite: bool
+    callback: Callable[[Step], object] | None
+
+
 def _remedy(part: UNet | TextEncoder) -> str:
-    """Return the end of a sentence that says how to get finite numbers from a network."""
+    """Return the end of an error message: why a network gives numbers that are not finite, and what to do."""
     broken = next((name for name, weight in part.network.named_parameters() if not weight.isfinite().all()), None)
     if broken is not None:
         return f"its weight {clean(broken)} is not: load the model anew, from a file that is whole"

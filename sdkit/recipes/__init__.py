@@ -1,1 +1,1 @@
-"""Complete trainings, from raw material to a model that ships, made only of public functions of sdkit."""
+"""Recipes: complete trainings, from raw material to a shipped model, built on the public training functions."""

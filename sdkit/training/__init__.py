@@ -22,7 +22,7 @@ _HOMES = {
     "train_vae": "sdkit.training.stages.vae",
 }
 
-if not TYPE_CHECKING:  # a type checker reads the imports above, and so finds a misspelt name
+if not TYPE_CHECKING:  # hidden from type checkers, so that they use the imports above and find a misspelt name
     __getattr__ = attributes(__name__, _HOMES)
 
 

@@ -1,4 +1,4 @@
-"""Samples of each step, their random numbers, and threads that load them ahead of time."""
+"""Choice of each step's samples, their random generators, and threads that load batches ahead of time."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from sdkit.training.stage import Samples, Stage
 
 LOADERS = min(16, max(2, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 """Number of loading threads, and of batches loaded ahead of time."""
-NOISE = 2**32 - 1  # stands for the number of an augmentation in `draw`; no image has this many
+NOISE = 2**32 - 1  # passed to `draw` as the number of an augmentation; no image has this many
 
 
 def samples_of(settings: LoopSettings, step: int, micro_batch: int, rank: int, world: int, size: int) -> Samples:
     """Return the samples (n, item) of one micro-batch of one process.
 
     Each optimizer step takes the next batch_size * gradient_accumulation_steps * world samples, however they are split.
-    Each epoch is its own permutation of the examples. The step's number alone therefore tells how far in the data a run
-    is.
+    Each epoch visits the examples in a random order of its own, which depends only on the seed and the epoch. A run can
+    therefore resume from the step number alone, without the state of a data loader.
 
     Args:
         settings: Settings of the loop.
@@ -44,11 +44,14 @@ def samples_of(settings: LoopSettings, step: int, micro_batch: int, rank: int, w
 
 
 def noise_of(seed: int, n: int) -> torch.Generator:
-    """Return the generator for all noise of the n-th sample of a run, whatever its batch and process."""
+    """Return the generator of all random numbers of the n-th sample of a run, except those of its augmentation.
+
+    It depends only on the arguments: batch sizes and the number of processes do not matter.
+    """
     return draw(seed, n, NOISE)
 
 
-@lru_cache(maxsize=2)  # a batch can reach from one epoch into the next
+@lru_cache(maxsize=2)  # a batch can span two epochs
 def _permutation(seed: int, epoch: int, size: int) -> npt.NDArray[np.int64]:
     return np.random.default_rng((seed, epoch)).permutation(size)
 
@@ -59,7 +62,7 @@ def loaded_ahead(
 ) -> Iterator[Iterator[tuple[Samples, dict[str, Any]]]]:
     """Yield an iterator over this process's micro-batches, with their samples, from `first_step` to the last step.
 
-    Threads load the next micro-batches meanwhile.
+    Threads load the next micro-batches in the background.
     """
     micro_batches = range(settings.gradient_accumulation_steps)
     micro = ((step, i) for step in range(first_step, settings.max_steps) for i in micro_batches)

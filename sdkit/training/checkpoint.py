@@ -1,9 +1,9 @@
 """Checkpoints of safetensors and JSON, written atomically, from which a run resumes bit-identically.
 
 A checkpoint is a folder with the SHA-256 of each of its files. It is written under a temporary name, and renamed when
-it is complete. Nothing in it can execute code when it is loaded. Names, shapes, and types are compared before anything
-is restored, because an optimizer's kernels trust the shapes: a state smaller than its parameter would be read out of
-bounds.
+it is complete. Nothing in it can execute code when it is loaded. Names, shapes, and types are compared with those in
+training before anything is restored, because an optimizer's kernels trust the shapes: a state smaller than its
+parameter would be read out of bounds.
 """
 
 from __future__ import annotations
@@ -41,17 +41,17 @@ if TYPE_CHECKING:
 MANIFEST = "manifest.json"
 STATE = "state.json"
 NAME = re.compile(r"step-\d{8}")
-NOT_A_FILE = (errno.EISDIR, errno.ENOTDIR, errno.EINVAL, errno.EFBIG)  # no regular file, or too large a one
+NOT_A_FILE = (errno.EISDIR, errno.ENOTDIR, errno.EINVAL, errno.EFBIG)  # errors of reading no regular file, or a huge one
 Tensors = Mapping[str, Tensor]
 Kind = tuple[torch.Size, torch.dtype] | type  # shape and dtype of a tensor, or the type of a number
 
 
 @contextlib.contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """Yield a temporary folder beside `path` for the body to fill, and rename it to `path` when the body ends well.
+    """Yield a temporary folder beside `path` for the body to fill, and rename it to `path` if the body succeeds.
 
-    The write is atomic, even across a power cut: `path` is absent, the old folder, or the complete new one. If the body
-    raises, the temporary folder is removed.
+    Even after a power cut, `path` is the old folder, the complete new one, or missing, but never incomplete. If the
+    body raises, the temporary folder is removed.
 
     Raises:
         TrainingError: The folder cannot be written, for example because the disk is full.
@@ -65,11 +65,11 @@ def whole_folder(path: Path) -> Iterator[Path]:
                 inside.chmod(temporary.stat().st_mode & 0o666)
             sync(inside)
         sync(temporary)
-        old = path.rename(beside(path)) if path.exists() else None  # a folder cannot be renamed onto another
+        old = path.rename(beside(path)) if path.exists() else None  # a rename cannot replace a folder that has files
         temporary.rename(path)
         sync(path.parent)
         if old:
-            shutil.rmtree(old, ignore_errors=True)  # `remove_leftovers` removes at the next start what this cannot
+            shutil.rmtree(old, ignore_errors=True)  # what is left is removed at the next start of the run
     except (OSError, SafetensorError, SdkitError) as error:
         # An SdkitError from the body would name the temporary folder, which is gone by now; its cause is reported.
         cause = error.__cause__ if isinstance(error, SdkitError) else error
@@ -89,7 +89,7 @@ class Checkpoint:
     Attributes:
         step: Number of optimizer steps.
         tensors: Tensors by file (without .safetensors), then by name.
-        state: Values of the JSON file.
+        state: Content of state.json.
     """
 
     step: int
@@ -133,7 +133,7 @@ def load(folder: Path) -> Checkpoint:
     """Read a checkpoint that `newest` has returned.
 
     Raises:
-        TrainingError: A file cannot be read, or holds no tensors in spite of its right checksum.
+        TrainingError: A file cannot be read, or is not a safetensors file although its checksum is right.
     """
     try:
         state = read_state(folder)
@@ -147,7 +147,7 @@ def load(folder: Path) -> Checkpoint:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """Return the values of a checkpoint's JSON file.
+    """Return the content of a checkpoint's state.json.
 
     Raises:
         ValueError: The file is not one that `save` writes.
@@ -161,7 +161,7 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 def _sums(folder: Path) -> dict[str, str]:
-    """Return the checksums by file name. Raises ValueError and OSError, as `read_state` does."""
+    """Return a checkpoint's checksums by file name. Raises ValueError and OSError, as `read_state` does."""
     fields = read_object(folder / MANIFEST)
     require(fields, {"sha256": dict})
     sums: dict[str, str] = fields["sha256"]
@@ -189,7 +189,8 @@ def newest(root: Path) -> Path | None:
     A damaged checkpoint is skipped with a warning.
 
     Raises:
-        TrainingError: All checkpoints are damaged, or one cannot be read (permissions, for example), which may pass.
+        TrainingError: All checkpoints are damaged, or one cannot be read, for example for lack of permission. As it
+            may be undamaged, it is not skipped.
     """
     found = checkpoints(root)
     for folder in found:
@@ -231,13 +232,13 @@ def _damage(folder: Path) -> str:
 def snapshot(
     players: Sequence[PreparedPlayer], accelerator: Accelerator, step: int, skipped: Sequence[int]
 ) -> Checkpoint:
-    """Return everything that the next step depends on. Call this on every process.
+    """Return a checkpoint of everything that the next step depends on. Call this on every process.
 
     Args:
         players: The players. Their tensors are not copied.
         accelerator: The Accelerator that prepared them.
         step: Number of optimizer steps made.
-        skipped: Number of skipped steps in all, and of the last steps in a row.
+        skipped: Number of skipped steps in total, and since the last step that was not skipped.
     """
     rng = gather_object([rng_state(accelerator.device)])
     tensors: dict[str, Tensors] = {"rng": {f"{i}/{name}": v for i, own in enumerate(rng) for name, v in own.items()}}
@@ -250,7 +251,7 @@ def snapshot(
         state_tensors = {key: v for key, v in state.items() if isinstance(v, Tensor)}
         # 8-bit AdamW shares its lookup tables between parameters, and safetensors refuses to write shared memory.
         tensors[f"{name}.optimizer"] = {key: v.clone() if "/qmap" in key else v for key, v in state_tensors.items()}
-        # Some optimizers keep plain numbers too: 8-bit AdamW keeps its step so.
+        # Some optimizers keep plain numbers too, such as the step of 8-bit AdamW.
         numbers[name] = {key: v for key, v in state.items() if not isinstance(v, Tensor)}
         if prepared.ema:
             tensors[f"{name}.ema"] = prepared.ema.state_dict()
@@ -278,7 +279,7 @@ def restore(players: Sequence[PreparedPlayer], accelerator: Accelerator, checkpo
         accelerator.scaler.load_state_dict(checkpoint.state["scaler"])
     prefix = f"{accelerator.process_index}/"
     rng = {key.removeprefix(prefix): v for key, v in checkpoint.tensors["rng"].items() if key.startswith(prefix)}
-    if rng:  # with more processes than before, the new ones keep the generators that they were seeded with
+    if rng:  # a process that the saved run did not have keeps its freshly seeded generators
         set_rng_state(rng, accelerator.device)
 
 
@@ -321,7 +322,7 @@ def _kinds(values: Mapping[str, Any]) -> dict[str, Kind]:
 
 
 def _plausible_numbers(values: Any) -> dict[str, bool] | None:
-    """Return by name whether each value is a number that a gradient scaler can hold, or None if there are no names."""
+    """Return, by name, whether each value is a number in a gradient scaler's range; None if `values` is no mapping."""
     if not isinstance(values, Mapping):
         return None
     return {name: type(value) in (int, float) and 0 <= value < 1e38 for name, value in values.items()}
@@ -333,8 +334,8 @@ def _check_optimizer(prepared: PreparedPlayer, state: Mapping[str, Any], steps: 
     A parameter has no state before its first gradient. After it, the state has all entries of this kind of optimizer.
     """
     optimizer, parameters = prepared.optimizer, dict(_named(prepared))
-    optimizer_class = type(getattr(optimizer, "optimizer", optimizer))  # Accelerate's wrapper has the real one inside
-    expected: dict[Kind, dict[str, Kind]] = {}  # by kind of parameter, because each needs a trial step
+    optimizer_class = type(getattr(optimizer, "optimizer", optimizer))  # without Accelerate's wrapper
+    expected: dict[Kind, dict[str, Kind]] = {}  # cached by kind of parameter: each kind costs a trial step
     entries_of: dict[str, dict[str, Any]] = {}
     for key, value in state.items():
         name, _, entry = key.rpartition("/")
@@ -372,19 +373,19 @@ def _files(players: Sequence[PreparedPlayer]) -> set[str]:
 
 
 def _gathered(tensors: Tensors, accelerator: Accelerator) -> Tensors:
-    """Gather sharded tensors to the CPU of the main process. The other processes get none, but have to call this."""
+    """Gather sharded tensors to the main process's CPU. Other processes get an empty dict, but must call this, too."""
     full = ((name, full_tensor(value)) for name, value in tensors.items())
     return {name: value.cpu() for name, value in full if accelerator.is_main_process}
 
 
 def _named(prepared: PreparedPlayer) -> list[tuple[str, nn.Parameter]]:
-    """Return the trainable parameters with their names."""
+    """Return the trainable parameters as pairs (name, parameter)."""
     return [(name, p) for name, p in prepared.player.network.named_parameters() if p.requires_grad]
 
 
 def _network_tensors(network: nn.Module) -> dict[str, Tensor]:
     """Return the tensors that training changes in a network: trainable parameters and buffers."""
-    state = network.state_dict()  # it leaves out buffers that are not persistent, and so does a checkpoint
+    state = network.state_dict()  # without non-persistent buffers, which a checkpoint leaves out, too
     names = [n for n, p in network.named_parameters() if p.requires_grad] + [n for n, _ in network.named_buffers()]
     return {name: state[name] for name in names if name in state}
 
@@ -396,10 +397,10 @@ def _restore_network(network: nn.Module, tensors: Tensors) -> None:
 
 
 def _restore_optimizer(prepared: PreparedPlayer, state: Mapping[str, Any]) -> None:
-    """Restore the optimizer's state. Its learning rate and other settings stay as they are."""
+    """Restore the optimizer's state, but keep its current learning rate and other settings."""
     parameters = dict(_named(prepared))
     indices = {p: i for i, p in enumerate(p for group in prepared.optimizer.param_groups for p in group["params"])}
-    by_index: dict[int, dict[str, Any]] = {}  # PyTorch's optimizers index parameters; checkpoints name them
+    by_index: dict[int, dict[str, Any]] = {}  # optimizers identify parameters by index, checkpoints by name
     for key, value in state.items():
         name, entry = key.rsplit("/", 1)
         p = parameters[name]

@@ -1,4 +1,4 @@
-"""Several processes: work split over them, and networks sharded over them with Accelerate's FSDP (version 2)."""
+"""Distributed training: splitting work over processes, and sharding networks with Accelerate's FSDP (version 2)."""
 
 from __future__ import annotations
 
@@ -53,15 +53,16 @@ def make_accelerator(settings: LoopSettings, out_dir: Path) -> Accelerator:
     # DeepSpeed steps the optimizer inside the backward pass, before the loop has seen the gradients.
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
         raise ArgumentError("DeepSpeed does not work here; launch with FSDP (fsdp_version: 2), which shares as much.")
-    # Without this reset, a second run in this process could not have another precision, or FSDP a second time.
+    # Without this reset, a second run in this process could neither change the precision nor use FSDP again.
     had_fsdp = PartialState._shared_state.get("distributed_type") == DistributedType.FSDP
     AcceleratorState._reset_state(reset_partial_state=had_fsdp)
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "`log_with=")  # a missing tracker is an error below
+            warnings.filterwarnings("ignore", "`log_with=")  # a tracker that is not installed is an error below
             accelerator = Accelerator(
                 mixed_precision=settings.mixed_precision,
-                gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # the loop accumulates itself
+                # The loop accumulates gradients itself.
+                gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
                 log_with=list(settings.report_to) or None,
                 project_dir=out_dir / "trackers",
             )
@@ -84,7 +85,7 @@ def make_accelerator(settings: LoopSettings, out_dir: Path) -> Accelerator:
 
 
 def on_main(accelerator: Accelerator, do: Callable[[], T]) -> T:
-    """Call `do` on the main process, and return its result on every process. Its SdkitError is raised on every one."""
+    """Call `do` on the main process. Return its result, or raise its SdkitError, on every process."""
     outcome: list[Any] = [None, None]
     if accelerator.is_main_process:
         try:
@@ -123,7 +124,7 @@ def set_up_fsdp(accelerator: Accelerator) -> None:
     """Adapt Accelerate's FSDP plugin to the loop.
 
     Raises:
-        ArgumentError: An option of the plugin does not work here.
+        ArgumentError: An option of the plugin does not work with the loop.
     """
     plugin = accelerator.state.fsdp_plugin
     if not is_sharded(accelerator):
@@ -133,7 +134,7 @@ def set_up_fsdp(accelerator: Accelerator) -> None:
             "FSDP splits networks by the blocks that they name themselves; set fsdp_auto_wrap_policy: "
             "TRANSFORMER_BASED_WRAP, and leave fsdp_transformer_layer_cls_to_wrap out."
         )
-    if plugin.activation_checkpointing:  # it renames the parameters, which checkpoints are keyed by
+    if plugin.activation_checkpointing:  # it renames parameters, and checkpoints use their names
         raise ArgumentError("fsdp_activation_checkpointing does not work here; leave it off.")
     # With RAM-efficient loading, networks loaded from here on would have no weights except on the main process.
     disable_fsdp_ram_efficient_loading()
@@ -153,7 +154,7 @@ def full_tensor(tensor: Tensor) -> Tensor:
 def sharded_as(tensor: Tensor, other: Tensor) -> Tensor:
     """Return `tensor` sharded like `other`, or unchanged if `other` is not sharded.
 
-    Call this on every process. The values to shard are those of the main process.
+    Call this on every process. The main process's values are used.
     """
     if not _is_sharded_tensor(other):
         return tensor
@@ -165,14 +166,14 @@ def sharded_as(tensor: Tensor, other: Tensor) -> Tensor:
 @torch.no_grad()
 def sharded_copy(network: nn.Module, accelerator: Accelerator) -> nn.Module:
     """Return a copy of `network` for Accelerate to shard, with the main process's weights on every process."""
-    # This only wraps the network's `forward` in autocast. Validation calls it, and the copy below gets it too.
+    # This only wraps the network's `forward` in autocast, for validation and for the copy below.
     accelerator.prepare_model(network, device_placement=False, evaluation_mode=True)
     copy = deepcopy(network).to(accelerator.device)
     for p in copy.parameters():
         p.data = p.data.contiguous()
     broadcast([*(p.data for p in copy.parameters()), *copy.buffers()])
-    # Name the blocks to be gathered one at a time. Accelerate itself would look for them only in the outermost module,
-    # and would keep those of the first player for all players.
+    # Name the classes of the blocks whose weights FSDP gathers one block at a time. Accelerate would look for the names
+    # only in the outermost module, and would use the first player's names for all players.
     known = {name for module in copy.modules() for name in getattr(module, "_no_split_modules", None) or ()}
     present = known & {type(module).__name__ for module in copy.modules()}
     accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = sorted(present)
@@ -189,7 +190,7 @@ def gather(sharded: nn.Module, network: nn.Module) -> None:
 
 
 def reshard(sharded: nn.Module) -> None:
-    """Free the weights that a forward pass gathered. The optimizer's step would leave them stale."""
+    """Free the weights that a forward pass gathered: the optimizer updates the shards, and would leave them stale."""
     from torch.distributed.fsdp import FSDPModule
 
     for module in sharded.modules():

@@ -1,4 +1,4 @@
-"""Exponential moving average of a network's weights, which usually samples better than the latest weights."""
+"""Exponential moving average of a network's weights. Images sampled with it are usually better."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ COUNT = "num_updates"
 class EMA:
     """Exponential moving average, in float32, of a network's trainable parameters.
 
-    Update n (from 0) keeps min(decay, (1 + n) / (10 + n)) of the average. The memory is short at first, so that the
-    initial weights are soon forgotten. Buffers are not averaged.
+    Update n, counted from 0, multiplies the old average by d = min(decay, (1 + n) / (10 + n)), and adds 1 - d of the
+    new weights. d is small at first, so that the initial weights are soon forgotten. Buffers are not averaged.
 
     Args:
-        network: The network. Parameters that require gradients now are averaged, on the device where they are now.
-        decay: Largest share of the average that an update keeps, from 0 to 1.
+        network: The network. Parameters that require gradients at this moment are averaged, on their present device.
+        decay: Largest factor of the old average in an update, from 0 to 1.
 
     Attributes:
-        decay: Largest share of the average that an update keeps.
+        decay: Largest factor of the old average in an update.
         num_updates: Number of updates so far.
     """
 
@@ -44,7 +44,7 @@ class EMA:
 
     @contextmanager
     def swapped(self) -> Iterator[None]:
-        """Inside the context, the network has the averaged weights. Its own return bit-identical afterwards."""
+        """Give the network the averaged weights inside the context. Its own weights return bit-identical afterwards."""
         own = {name: p.detach().clone() for name, p in self._parameters.items()}
         self._write(self._average)
         try:

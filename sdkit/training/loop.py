@@ -1,4 +1,4 @@
-"""The training loop, one for every stage. It knows players, samples, and steps, and nothing of diffusion."""
+"""The training loop, shared by all stages. It knows players, samples, and steps, but nothing of diffusion."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ def fit(stage: Stage, settings: LoopSettings, out_dir: str | Path) -> Path:
 
     Resuming is exact: a step depends only on its number, the checkpoint, and the settings that may not change.
 
-    After a stop signal at most one more pass of a network is made, and the unfinished step is discarded. The step is
-    finished, however, if one of its optimizers has stepped already, or if there are several processes, because all of
-    them have to stop after the same step.
+    After a stop signal, at most one more pass of a network is made, and the unfinished step is discarded. The step is
+    finished, however, if an optimizer has already made its update, or if there are several processes, which must all
+    stop after the same step.
 
     Args:
         stage: Networks, losses, and data.
@@ -50,7 +50,8 @@ def fit(stage: Stage, settings: LoopSettings, out_dir: str | Path) -> Path:
 
     Raises:
         TrainingStopped: SIGTERM, SIGHUP, or Ctrl-C arrived; a checkpoint has been written.
-        TrainingError: The folder holds another run, cannot be written, or the loss stays not finite.
+        TrainingError: The folder holds another run, or cannot be written; or the loss or its gradient was NaN or
+            infinite in 10 steps in a row.
     """
     accelerator = make_accelerator(settings, Path(out_dir))
     run = RunFolder(Path(out_dir))
@@ -120,8 +121,8 @@ class _Turn(NamedTuple):
 
     Attributes:
         metrics: Means over all processes, by name.
-        bad_micro_batches: None if the weights were updated. If the update was skipped, the micro-batches of this
-            process with a loss that is not finite.
+        bad_micro_batches: None if the weights were updated. If the update was skipped, the indices of this process's
+            micro-batches whose loss is not finite.
         stopping: Whether any process was asked to stop.
     """
 
@@ -132,14 +133,14 @@ class _Turn(NamedTuple):
 
 @dataclass
 class _Loop:
-    """State of a run: its players, and how many steps they have made.
+    """State of a run: its players, and the numbers of steps made and skipped.
 
     Attributes:
         stage: Networks, losses, and data.
         settings: Settings of the loop.
-        accelerator: Accelerate's view of devices and processes.
+        accelerator: The run's Accelerator.
         run: The run folder.
-        stop: Context that notes stop signals.
+        stop: Context that records stop signals.
         checkpoint: The checkpoint to resume from; None starts from step 0.
     """
 
@@ -177,7 +178,7 @@ class _Loop:
             The first player's loss (NaN if it has not started), and whether any process was asked to stop.
 
         Raises:
-            Unfinished: This process, the only one, was asked to stop. Everything is as it was before the step.
+            Unfinished: The only process was asked to stop. Everything has been restored to the state before the step.
         """
         began, stopping = time.perf_counter(), False
         loaded = []
@@ -192,7 +193,7 @@ class _Loop:
         rng = rng_state(self.accelerator.device) if len(loaded) > 1 else None
 
         metrics: dict[str, float] = {"step": self.step + 1}
-        bad: list[set[int]] = []  # for each player whose update was skipped, the bad micro-batches of this process
+        bad: list[set[int]] = []  # indices of this process's bad micro-batches, for each player that skipped its update
         for prepared in self.players:
             if self.step < prepared.player.starts_at:
                 continue
@@ -219,7 +220,7 @@ class _Loop:
         return metrics.get("loss", math.nan), stopping
 
     def _raise_if_stopped(self) -> None:
-        if self.accelerator.num_processes == 1:  # with several, the others would wait for this one forever
+        if self.accelerator.num_processes == 1:  # with several processes, the rest would wait forever for this one
             raise_if_stopped()
 
     def _undo(self, buffers: Sequence[tuple[Tensor, Tensor]], rng: Mapping[str, Tensor] | None) -> None:
@@ -252,7 +253,7 @@ class _Loop:
         norm = self._clip_gradients(prepared)
         *means, grad_norm, stopping = self._reduce(rows, norm)
 
-        # Update the weights, unless the loss or a gradient is not finite on any process.
+        # Update the weights, unless the loss or a gradient is NaN or infinite on some process.
         bad_micro_batches = None
         if self._gradients_are_good(grad_norm) and math.isfinite(means[0]):
             self._take_step(prepared, grad_norm)
@@ -273,7 +274,7 @@ class _Loop:
     def _accumulate_gradients(
         self, prepared: PreparedPlayer, batches: Sequence[dict[str, Any]], *, may_stop: bool
     ) -> tuple[list[str], list[Tensor]]:
-        """Add up the gradients of all micro-batches.
+        """Make the forward and backward passes of all micro-batches, and accumulate the gradients of their mean loss.
 
         Returns:
             The names of the loss and its parts, and a row of their values for each micro-batch.
@@ -283,7 +284,7 @@ class _Loop:
             for i, batch in enumerate(batches):
                 if may_stop:
                     self._raise_if_stopped()
-                # Processes exchange gradients once a step, in the backward pass of the last micro-batch.
+                # Processes exchange gradients once per step, in the backward pass of the last micro-batch.
                 with self.accelerator.no_sync(prepared.network) if i + 1 < len(batches) else nullcontext():
                     loss, parts = prepared.player.loss(self.networks, batch, self.step)
                     self.accelerator.backward(loss / len(batches))
@@ -295,14 +296,15 @@ class _Loop:
     def _clip_gradients(self, prepared: PreparedPlayer) -> Tensor:
         """Clip the gradients to `max_grad_norm`, and return their norm before clipping."""
         limit = self.settings.max_grad_norm
-        self.accelerator.unscale_gradients()  # float16's scaler has multiplied them, and the norm would be scaled too
+        self.accelerator.unscale_gradients()  # else the norm would contain float16's loss scale
         norm = nn.utils.clip_grad_norm_(prepared.parameters, math.inf if limit is None else limit)
         return full_tensor(norm).to(self.accelerator.device)
 
     def _reduce(self, rows: list[Tensor], norm: Tensor) -> list[float]:
-        """Average over all processes: the mean of the rows, the gradient norm, and whether this process is stopping.
+        """Return averages over all processes: of the loss and its parts, of the gradient norm, and of the stop flags.
 
-        All values travel in one tensor, so that processes communicate once.
+        A flag is 1 if the process was asked to stop, or else 0. All values are sent in one tensor, so that processes
+        communicate once.
         """
         stopping = norm.new_tensor([self.stop.exit_code > 0])
         local = torch.cat([torch.stack(rows).mean(0), norm[None], stopping])
@@ -324,15 +326,16 @@ class _Loop:
             prepared.ema.update()
 
     def _skip_step(self, rows: list[Tensor]) -> set[int]:
-        """Return the micro-batches of this process with a loss that is not finite."""
+        """Skip the update. Return the indices of this process's micro-batches whose loss is not finite."""
         if self.accelerator.scaler:
-            self.accelerator.scaler.update()  # without an update it refuses to unscale the next gradients
+            self.accelerator.scaler.update()  # without this, the scaler refuses to unscale the next gradients
         return {i for i, row in enumerate(rows) if not math.isfinite(row[0])}
 
     def _report_skipped_step(self, to_blame: list[Samples], all_samples: list[Samples]) -> None:
-        """Warn of a skipped step by the names of its bad samples, or end a run that skips step after step.
+        """Warn of a skipped step, with the names of its bad samples. Raise TrainingError after `BAD_STEPS` in a row.
 
-        If only a gradient is not finite, no sample can be singled out, and all of the step are named.
+        If all losses are finite but a gradient is not, no single sample can be blamed, and all samples of the step are
+        named.
         """
         names = gather_object([name for samples in to_blame for name in self.stage.names(samples)])
         names = names or gather_object([name for samples in all_samples for name in self.stage.names(samples)])
@@ -343,7 +346,7 @@ class _Loop:
             warnings.warn(f"step {self.step} is skipped: {problem}.", stacklevel=2)
 
     def _log(self, metrics: Mapping[str, float]) -> None:
-        """Log to metrics.jsonl, with null for a value that is not finite, and to the trackers, without such values."""
+        """Log to metrics.jsonl, with null for values that are not finite, and to the trackers, without those values."""
         finite = {key: value for key, value in metrics.items() if math.isfinite(value)}
         if self.accelerator.is_main_process:
             self.run.log({key: finite.get(key) for key in metrics})
@@ -351,7 +354,7 @@ class _Loop:
 
     @contextmanager
     def evaluation_mode(self) -> Iterator[None]:
-        """Use averaged weights, evaluation mode, and no gradients inside; restore random number generators after."""
+        """Use averaged weights, evaluation mode, and no gradients in the context. Then restore random generators."""
         rng = rng_state(self.accelerator.device)
         with ExitStack() as stack, torch.no_grad():
             for prepared in self.players:
@@ -360,7 +363,7 @@ class _Loop:
             yield
 
     def validate(self) -> bool:
-        """Log the stage's metrics, and return whether any process was asked to stop."""
+        """Validate the stage, and log its metrics. Return whether any process was asked to stop."""
         began = time.perf_counter()
         try:
             with self.evaluation_mode():

@@ -47,7 +47,7 @@ def plot(run: str | Path, out: str | Path | None = None) -> Path:
 
     Raises:
         TrainingError: There are no metrics, too many, or they cannot be read.
-        ArgumentError: `out` is no PNG file, or matplotlib is not installed.
+        ArgumentError: The name `out` does not end in .png, or matplotlib is not installed.
     """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -109,14 +109,14 @@ def _drawable(value: float | None) -> float:
 
 
 def _label(text: str) -> str:
-    """Return a name for matplotlib to draw literally, although "$" begins a formula there."""
+    """Return a name with "$" escaped, because "$" begins a formula in matplotlib."""
     return clean(text).replace("$", r"\$")
 
 
 def _rows(curves: Mapping[str, Curve]) -> list[list[Panel]]:
-    """Return the panels in rows: losses, then validation, then rates.
+    """Return the panels in rows: losses, then validation, then learning rates and gradient norms.
 
-    Each of these sections begins a new row if it does not fit into the rest of the last one.
+    A section begins a new row if it does not fit into the current one.
     """
     rates = [key for key in curves if key.split("/")[-1] == "lr"]
     norms = [key for key in curves if key.split("/")[-1] == "grad_norm"]
@@ -136,7 +136,7 @@ def _rows(curves: Mapping[str, Curve]) -> list[list[Panel]]:
 
 
 def _draw(axes: Axes, title: str, curves: Mapping[str, Curve]) -> None:
-    """Draw one panel. Curves of validation are drawn as points, learning rates as they are, others also smoothed."""
+    """Draw one panel. Only validation metrics have points. Losses and gradient norms have a smoothed curve, too."""
     for color, (key, (steps, values)) in zip(COLORS * len(curves), curves.items(), strict=False):
         label = _label(key.split("/")[0]) if "/" in key else "network"
         if len(curves) == 1:
@@ -169,8 +169,8 @@ def _draw(axes: Axes, title: str, curves: Mapping[str, Curve]) -> None:
 def smoothed(values: Array) -> Array:
     """Return the moving average (N,) of a curve (N,) under a Gaussian window.
 
-    The window is centred, so that the average does not lag behind. Its standard deviation is a sixtieth of the curve.
-    NaN is ignored, and the window is cut off at both ends of the curve.
+    The window is centred, so that the average does not lag behind. Its standard deviation is a sixtieth of the curve's
+    length. NaN is ignored, and the window is cut off at both ends of the curve.
     """
     sigma = max(len(values) / 60, 1e-3)
     reach = min(math.ceil(3 * sigma), len(values) - 1)

@@ -28,7 +28,7 @@ class PreparedPlayer:
     Args:
         player: The player. Its trainable parameters become float32 in place.
         settings: Settings of the loop.
-        accelerator: Accelerate's view of devices and processes.
+        accelerator: The run's Accelerator.
 
     Attributes:
         player: The player, with the network in training: the stage's own, or the sharded copy.
@@ -36,7 +36,7 @@ class PreparedPlayer:
         optimizer: The optimizer as Accelerate wraps it.
         parameters: The trainable parameters.
         ema: The moving average of the trainable parameters, or None.
-        lr_factor: Factor of the learning rate by optimizer step, counted from the player's first.
+        lr_factor: Function from the optimizer step, counted from the player's first, to a factor of the learning rate.
         stages_network: The stage's own network.
         device: Device of the network in training.
     """
@@ -57,7 +57,7 @@ class PreparedPlayer:
 
     @contextlib.contextmanager
     def evaluation_mode(self) -> Iterator[None]:
-        """Inside the context, give the stage's network the averaged weights, and put it in evaluation mode."""
+        """Give the stage's network the averaged weights inside the context, and put it in evaluation mode."""
         network = self.stages_network
         with self.ema.swapped() if self.ema else contextlib.nullcontext():
             if network is not self.player.network:
@@ -75,9 +75,9 @@ class PreparedPlayer:
 def only_gradients_of(
     active: PreparedPlayer, players: Sequence[PreparedPlayer], accelerator: Accelerator
 ) -> Iterator[None]:
-    """Inside the context, accumulate gradients of one player only.
+    """Accumulate gradients of one player only inside the context.
 
-    The other players are frozen, and processes do not exchange gradients for them.
+    All other players are frozen, and processes do not exchange gradients for them.
 
     Args:
         active: The player in training.
@@ -107,7 +107,7 @@ def make_optimizer(player: Player, settings: LoopSettings, device: torch.device)
         "lr": player.learning_rate, "betas": player.betas, "weight_decay": player.weight_decay
     }  # fmt: skip
     if not settings.use_8bit_adam:
-        return AdamW(parameters, **options, fused=device.type in ("cpu", "cuda"))  # three times as fast
+        return AdamW(parameters, **options, fused=device.type in ("cpu", "cuda"))  # fused is three times as fast
     try:
         library = import_module("bitsandbytes.optim")
     except ImportError as error:
@@ -124,9 +124,9 @@ def lr_factor_of(player: Player, settings: LoopSettings) -> Callable[[int], floa
     """
     from diffusers.optimization import get_scheduler
 
-    # diffusers builds a schedule only around an optimizer; all that is used is the schedule's function of the step.
+    # diffusers builds a schedule only for an optimizer. Only the schedule's function of the step is used here.
     placeholder = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=player.learning_rate)
-    steps = max(1, settings.max_steps - player.starts_at)  # a player that starts after the end makes no step
+    steps = max(1, settings.max_steps - player.starts_at)  # a player may start after the last step
     try:
         schedule = get_scheduler(
             settings.lr_scheduler, placeholder, num_warmup_steps=settings.lr_warmup_steps, num_training_steps=steps

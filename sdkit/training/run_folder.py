@@ -24,7 +24,7 @@ from sdkit.strict_json import parse_object, read_object, require
 from sdkit.training.checkpoint import Checkpoint, checkpoints, newest, read_state, save, whole_folder
 from sdkit.training.settings import LoopSettings
 
-DIFFERENCES = {  # sentences for differences between two runs that their values do not explain
+DIFFERENCES = {  # setting -> description of a difference that the two values would not explain
     "data_identity": "its data was different (names, captions, or sizes of files)",
     "model_identity": "its model was different (weights or noise schedule)",
     "vae_identity": "its VAE was different (weights or scale)",
@@ -34,7 +34,7 @@ DIFFERENCES = {  # sentences for differences between two runs that their values 
     "processes, whose product must stay)",
 }
 
-LONGEST_LINE = 2**20  # bytes of one line of metrics.jsonl
+LONGEST_LINE = 2**20  # largest length, in bytes, of a line of metrics.jsonl
 METRIC_TYPES = {int, float, type(None)}
 
 
@@ -55,9 +55,9 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def metrics_in(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
-    """Yield each line of a metrics.jsonl with its entry: a step, and a number or None for each other name.
+    """Yield each line of a metrics.jsonl with its entry: a step, and a number or None for each metric.
 
-    Other lines are ignored, such as one that was cut short when its process ended.
+    Malformed lines are ignored, such as one that was cut short when its process ended.
 
     Args:
         path: The file. A missing file has no lines.
@@ -81,7 +81,7 @@ class Start:
     Attributes:
         step: Number of optimizer steps made.
         checkpoint: The checkpoint to resume from; None for a new run.
-        validated: Whether metrics.jsonl has the validation after this step.
+        validated: Whether metrics.jsonl has validation metrics of this step.
         exported: Step of the result in result/; -1 if there is none.
     """
 
@@ -164,7 +164,7 @@ class RunFolder:
         """Return the config.json of the run in this folder, or None if there is no run.
 
         Raises:
-            TrainingError: The folder holds files that are not those of a run.
+            TrainingError: The folder holds files that do not belong to a run.
         """
         old: dict[str, Any] | None
         try:
@@ -196,7 +196,7 @@ class RunFolder:
             {key: value for key, value in {**each["settings"], **each}.items() if key not in ignored}
             for each in (old or config, config)
         )
-        if not old or not (checkpoints(self.checkpoints) or self.result.exists()):  # a new run overwrites nothing
+        if not old or not (checkpoints(self.checkpoints) or self.result.exists()):  # a new run: nothing to overwrite
             return hashlib.sha256(json.dumps(now, sort_keys=True).encode()).hexdigest()[:16]
         for name in sorted(now.keys() & was.keys(), key=lambda name: (name != "stage", name)):
             if was[name] != now[name]:
@@ -247,7 +247,7 @@ class RunFolder:
             ) from error
 
     def save(self, checkpoint: Checkpoint, keep: int) -> None:
-        """Write a checkpoint and keep the last `keep`, once the metrics up to it are safely on disk.
+        """Flush the metrics to disk (fsync). Then write a checkpoint, and keep only the last `keep` checkpoints.
 
         Raises:
             TrainingError: The metrics or the checkpoint cannot be written.
@@ -257,7 +257,7 @@ class RunFolder:
         save(self.checkpoints, replace(checkpoint, state={**checkpoint.state, "run": self._run}), keep)
 
     def export(self, fill: Callable[[Path], None], step: int) -> None:
-        """Make result/ atomically.
+        """Write result/ atomically.
 
         Args:
             fill: Writes the result into an empty folder.

@@ -1,4 +1,7 @@
-"""Settings of each stage: everything that a run depends on, saved in its config.json. They build nothing."""
+"""Settings of each stage: everything that a run depends on, saved in its config.json.
+
+Importing this module does not load PyTorch.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from sdkit.errors import ArgumentError
 from sdkit.fields import with_inherited_fields
 from sdkit.files import expanded
 
-# Names in diffusers.optimization.get_scheduler, except piecewise_constant, which needs rules in their own syntax.
+# Names in diffusers.optimization.get_scheduler, except piecewise_constant, which needs rules in a syntax of its own.
 LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
 
 AUGMENTATIONS = ("crop", "flip")
@@ -88,7 +91,7 @@ class LoopSettings:
         self._keep("report_to", tuple(strings("report_to", self.report_to)) if self.report_to else ())
 
     def _keep(self, name: str, value: object) -> None:
-        """Set a field to the value that its check returned, such as a Python number for one of NumPy, for JSON."""
+        """Replace a field by its checked value, such as a NumPy number by a Python number, which JSON can store."""
         object.__setattr__(self, name, value)
 
 
@@ -127,7 +130,7 @@ class StageSettings(LoopSettings):
     augment: tuple[str, ...] = ()
     gradient_checkpointing: bool = False
 
-    # "init" is a path. The fingerprint of the model tells whether its contents changed.
+    # "init" is a path. The fingerprint of the model changes with the contents of the file.
     may_change = LoopSettings.may_change | {"init"}
 
     def __post_init__(self) -> None:
@@ -171,7 +174,7 @@ class StageSettings(LoopSettings):
 
     @property
     def samples(self) -> Path:
-        """Folder of the images that show progress."""
+        """Folder of the images that validation saves."""
         return Path(self.out_dir) / "samples"
 
 
@@ -210,7 +213,7 @@ class VAEConfig(StageSettings):
     disc_start: int = 0
     validation_data: str | os.PathLike[str] | None = None
 
-    may_change = StageSettings.may_change | {"lpips", "validation_data"}  # paths, covered by fingerprints as well
+    may_change = StageSettings.may_change | {"lpips", "validation_data"}  # paths; fingerprints cover the contents
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -234,8 +237,8 @@ class VAEConfig(StageSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class UNetConfig(StageSettings):
-    """Settings of `train_unet`. `data` may also be a latent cache, which spares the work of the frozen networks.
+class DenoisingSettings(StageSettings):
+    """Settings shared by all stages that train a network to denoise latents of captioned images.
 
     Attributes:
         vae: VAE to use in place of the model's own: a folder, a Hub id, or a single file. The U-Net is trained
@@ -243,8 +246,6 @@ class UNetConfig(StageSettings):
         caption_column: Column of the captions in parquet files and data sets of the Hub, or key in
             metadata; None detects it.
         default_caption: Caption of images without one.
-        lora_rank: Rank of the LoRA on the attention's projections; None trains the whole network.
-        train_text_encoder: Train the text encoder together with the U-Net.
         prediction_type: What the network learns to predict: epsilon, v_prediction or sample (x0); None is
             the model's own.
         zero_snr: Shift the noise schedule so that its last step is pure noise (Lin et al. 2023); None keeps
@@ -261,8 +262,6 @@ class UNetConfig(StageSettings):
     vae: str | os.PathLike[str] | None = None
     caption_column: str | None = None
     default_caption: str = ""
-    lora_rank: int | None = None
-    train_text_encoder: bool = False
     prediction_type: str | None = None
     zero_snr: bool | None = None
     snr_gamma: float | None = None
@@ -270,21 +269,16 @@ class UNetConfig(StageSettings):
     caption_dropout: float = 0.1
     validation_prompts: tuple[str, ...] = ()
 
-    may_change = StageSettings.may_change | {"vae"}  # a path, covered by a fingerprint as well
+    may_change = StageSettings.may_change | {"vae"}  # a path; a fingerprint covers the contents
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        from sdkit.arguments import PREDICTIONS, flag, number, one_of, path_or_name, strings, whole_number
+        from sdkit.arguments import PREDICTIONS, flag, number, one_of, path_or_name, strings
 
         if self.vae is not None:
             path_or_name("vae", self.vae)
-        flag("train_text_encoder", self.train_text_encoder)
         if self.zero_snr is not None:
             flag("zero_snr", self.zero_snr)
-        if self.lora_rank is not None:
-            self._keep("lora_rank", whole_number("lora_rank", self.lora_rank, 1))
-            if self.init is not None:
-                raise ArgumentError("a network made from init= has nothing for LoRA to add to; leave one of them out.")
         if self.prediction_type is not None:
             kind = PREDICTIONS[one_of("prediction_type", self.prediction_type, PREDICTIONS)]
             self._keep("prediction_type", kind)
@@ -299,3 +293,26 @@ class UNetConfig(StageSettings):
     def opened_with(self) -> dict[str, Any]:
         """Return the keyword arguments with which `open_examples` opens `data`."""
         return super().opened_with() | {"caption_column": self.caption_column, "default_caption": self.default_caption}
+
+
+@dataclass(frozen=True, kw_only=True)
+class UNetConfig(DenoisingSettings):
+    """Settings of `train_unet`. `data` may also be a latent cache, which spares the work of the frozen networks.
+
+    Attributes:
+        lora_rank: Rank of the LoRA on the attention's projections; None trains the whole network.
+        train_text_encoder: Train the text encoder together with the U-Net.
+    """
+
+    lora_rank: int | None = None
+    train_text_encoder: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        from sdkit.arguments import flag, whole_number
+
+        flag("train_text_encoder", self.train_text_encoder)
+        if self.lora_rank is not None:
+            self._keep("lora_rank", whole_number("lora_rank", self.lora_rank, 1))
+            if self.init is not None:
+                raise ArgumentError("a network made from init= has nothing for LoRA to add to; leave one of them out.")

@@ -1,4 +1,4 @@
-"""Stopping a run: handlers note a signal, and the loop checks for it between two passes of a network."""
+"""Stopping a run: handlers record a signal, and the loop checks for it between two passes of a network."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ class Unfinished(Exception):  # noqa: N818 - a stop is not an error
 
 
 class StopSignals:
-    """Context that notes SIGTERM, SIGHUP, and Ctrl-C for the loop.
+    """Context that records SIGTERM, SIGHUP, and Ctrl-C for the loop.
 
-    A second Ctrl-C is passed to the handler that was there before, which by default raises KeyboardInterrupt.
+    A second Ctrl-C is passed to the handler that the context replaced; Python's own raises KeyboardInterrupt.
 
     Attributes:
         exit_code: 0 until a signal arrives, then 128 plus its number.

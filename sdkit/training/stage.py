@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 Loss = Callable[[Mapping[str, nn.Module], dict[str, Any], int], tuple[Tensor, Mapping[str, float | Tensor]]]
-"""loss(networks by name of their player, batch, step) -> the loss, and its parts to log."""
+"""Signature: loss(networks by player name, batch, optimizer step) -> (the loss, its parts to log by name)."""
 
 Samples = list[tuple[int, int]]
 """(n, item): the n-th sample since the run began is example `item`."""
@@ -22,9 +22,9 @@ class Player:
 
     `loss(networks, batch, step)` returns the loss, a mean over the batch, and its parts to log. `networks` holds the
     networks of all players by name, as prepared for several processes. A loss may only call them
-    (`networks["unet"](...)`), because the hooks that reduce gradients run on that call. With FSDP they are copies: the
-    stage's own networks have the trained weights only during `validate` and `export`. The batch lives as long as the
-    optimizer step, so a player can leave values in it for a later one.
+    (`networks["unet"](...)`), because the hooks that reduce gradients run on that call. With FSDP, they are sharded
+    copies: the stage's own networks have the trained weights only during `validate` and `export`. In an optimizer step
+    all players get the same batch object, so that a player can store values in it for the players after it.
 
     Attributes:
         name: Name of the player in metrics, checkpoints, and `networks`.
@@ -88,7 +88,9 @@ class Stage(Protocol):
         """
 
     def export(self, folder: Path) -> None:
-        """Write the result into an empty folder. The loop calls this on the main process, in the state of `validate`.
+        """Write the result into an empty folder.
+
+        The loop calls this on the main process, with the networks in the same state as for `validate`.
 
         Raises:
             Unfinished: The process was asked to stop.

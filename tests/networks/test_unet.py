@@ -176,3 +176,10 @@ def small_network(**options: Any) -> UNet2DConditionModel:
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
         cross_attention_dim=8, **options,
     ).eval()  # fmt: skip
+
+
+@pytest.mark.parametrize(("inputs", "outputs", "channels"), [(4, 4, 4), (9, 4, 4), (4, 8, 4), (3, 6, 3)])
+def test_channels_are_those_of_the_latents(inputs: int, outputs: int, channels: int) -> None:
+    unet = sdkit.UNet(small_network(in_channels=inputs, out_channels=outputs))
+    assert (unet.channels, unet.input_channels) == (channels, inputs)
+    unet.try_out()

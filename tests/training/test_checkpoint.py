@@ -587,6 +587,15 @@ def test_some_fields_may_change(change: dict[str, Any], begun: Path) -> None:
     assert all(settings[name] == json.loads(json.dumps(value)) for name, value in change.items())
 
 
+def test_the_order_of_settings_in_a_config_is_free(begun: Path) -> None:
+    """Runs of older versions have their settings in another order."""
+    config = json.loads((begun / "config.json").read_text())
+    backwards = {name: config["settings"][name] for name in reversed(config["settings"])}
+    (begun / "config.json").write_text(json.dumps(config | {"settings": backwards}))
+    opened(begun).close()
+    assert json.loads((begun / "config.json").read_text()) == config
+
+
 def test_a_step_may_be_split_otherwise(tmp_path: Path) -> None:
     run = opened(tmp_path, batch_size=2, gradient_accumulation_steps=3, processes=4)
     run.save(at(1), keep=1)

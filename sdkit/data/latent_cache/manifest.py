@@ -24,7 +24,7 @@ FORMAT = "sdkit.cache"
 FORMAT_VERSION = 2
 """Version of the format. Since version 2, the manifest holds a checksum of itself."""
 LARGEST = 2**29
-"""Bytes of the largest manifest that is read. It could name two million skipped images."""
+"""Largest size in bytes of a manifest that is read: enough to name two million skipped images."""
 T = TypeVar("T")
 
 
@@ -78,7 +78,7 @@ WORDS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Shard:
-    """A file of a cache.
+    """A file of a cache, as the manifest lists it.
 
     Attributes:
         file: Name of the file.
@@ -133,7 +133,7 @@ class Manifest:
 
     @property
     def files(self) -> tuple[Shard, ...]:
-        """All files beside the manifest."""
+        """All files of the cache except the manifest."""
         return (*self.shards, *([self.empty] if self.empty else []))
 
     @property
@@ -197,7 +197,7 @@ def _parsed(content: dict[str, Any]) -> Manifest:
 
 
 KINDS: dict[str, Any] = {"str": str, "int": int, "float": float, "bool": bool}
-"""Annotation -> type, for fields of plain JSON types. Other fields are checked before `_built`."""
+"""Annotation -> type, for fields of plain JSON types. The callers of `_built` check all other fields."""
 
 
 def _built(cls: type[T], given: Any) -> T:

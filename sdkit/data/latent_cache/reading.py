@@ -19,11 +19,11 @@ from sdkit.errors import CacheError
 from sdkit.files import expanded, sha256, status
 
 AGAIN = "run the same sdkit cache command again, which makes what is missing"
-"""Remedy in messages."""
+"""The remedy with which messages about an incomplete or damaged cache end."""
 
 
 class Prompt(TypedDict):
-    """A caption in k chunks of tokens.
+    """The token ids of a caption, in k chunks, and its embeddings.
 
     Attributes:
         ids: Token ids (k, 77), int64.
@@ -55,8 +55,8 @@ class Item(Prompt):
 class LatentCache:
     """A sequence of items with the posterior moments and token ids that `sdkit.data.cache` wrote.
 
-    With a augmentations of each image, item i is augmentation i % a of the (i // a)-th usable image, in the order of
-    the data. Shards are memory-mapped, so that only the items that are used are read.
+    Let n be the number of augmentations of each image: item i is augmentation i % n of usable image i // n, in the
+    order of the data set. Shards are memory-mapped, so only the items that are accessed are read from disk.
 
     Attributes:
         path: Folder of the cache.
@@ -78,10 +78,10 @@ class LatentCache:
             )
         self._ends = list(accumulate(shard.items for shard in self.manifest.shards))
         self._opened: dict[str, ShardFile] = {}
-        self._lengths: dict[str, int] = {}  # axes whose lengths depend on the networks; known once a shard is open
+        self._lengths: dict[str, int] = {}  # of axes C, L, and D, which the networks set; known from the first shard
 
     def __reduce__(self) -> tuple[type[LatentCache], tuple[Path]]:
-        return LatentCache, (self.path,)  # mapped files cannot be pickled; another process opens them again
+        return LatentCache, (self.path,)  # memory-mapped files cannot be pickled; the copy opens them again
 
     def __len__(self) -> int:
         return self.manifest.items
@@ -112,8 +112,8 @@ class LatentCache:
 
     @property
     def empty(self) -> Prompt:
-        """The empty prompt, in one chunk. It replaces captions that are dropped."""
-        assert self.manifest.empty  # every complete manifest has it
+        """The empty prompt, in one chunk. Caption dropout replaces captions by it."""
+        assert self.manifest.empty  # every complete manifest lists the file of the empty prompt
         with _raised_as_cache_error(self.path / self.manifest.empty.file):
             return _prompt(self._shard(self.manifest.empty), 0)
 
@@ -128,7 +128,7 @@ class LatentCache:
         text: str | None = None,
         transform: Transform | None = None,
     ) -> None:
-        """Raise CacheError if the cache was made with other networks or settings than a run has.
+        """Raise CacheError if the cache was made with other networks or settings than those of a run.
 
         Arguments that are None are not compared.
 
@@ -180,7 +180,7 @@ def _prompt(shard: ShardFile, row: int) -> Prompt:
 
 @contextlib.contextmanager
 def _raised_as_cache_error(path: Path) -> Iterator[None]:
-    """Raise errors of reading the file of a cache as `CacheError`."""
+    """Raise `OSError` and `ValueError` from reading a file of a cache as `CacheError`."""
     try:
         yield
     except OSError as error:
@@ -190,9 +190,9 @@ def _raised_as_cache_error(path: Path) -> Iterator[None]:
 
 
 def missing_files(folder: Path, manifest: Manifest) -> list[Shard]:
-    """Return the files that are missing, or whose size differs from the manifest's.
+    """Return the files of a cache that are missing, or have another size than the manifest states.
 
-    Raises CacheError if one cannot be examined.
+    Raises CacheError if the size of a file cannot be read.
     """
 
     def whole(one: Shard) -> bool:

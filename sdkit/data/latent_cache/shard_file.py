@@ -1,4 +1,4 @@
-"""Files of the shards of a latent cache: saved, opened, and checked.
+"""Shards of a latent cache, one file each: saved, opened, and checked.
 
 A shard is a safetensors file of N images with A augmentations each:
 
@@ -9,8 +9,8 @@ A shard is a safetensors file of N images with A augmentations each:
     names, names_ends     (bytes,) uint8, (N,) int64    UTF-8; image n's name ends at names_ends[n]
 
 Its only metadata key holds JSON: a checksum of the cache's settings, and the images that could not be used. The file of
-the empty prompt holds only ids, ids_ends, and embeddings. The message of each `ValueError` of this module is a
-predicate; the caller puts the file's name before it.
+the empty prompt holds only ids, ids_ends, and embeddings. The message of each `ValueError` in this module is a
+predicate ("is damaged: ..."), which the caller completes with the name of the file.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from sdkit.strict_json import parse_object, require
 from sdkit.tensor_files import open_mapped
 
 HEADER = "sdkit"
-"""The only key of a shard's metadata. Safetensors writes several keys in random order, which changes the checksum."""
+"""The only key of a shard's metadata: safetensors writes several keys in random order, so the checksum would vary."""
 LAYOUT = {
     "mean": ("F16", "NACHW"),
     "logvar": ("F16", "NACHW"),
@@ -60,7 +60,7 @@ def _digest(settings: Settings) -> str:
 
 
 def save(path: Path, tensors: dict[str, Tensor], skipped: Sequence[Skipped], settings: Settings) -> None:
-    """Write a shard, atomically. Its header names the skipped images, and identifies the settings."""
+    """Write a shard, atomically. Its metadata hold the skipped images, and a checksum of the settings."""
     header = json.dumps({"settings": _digest(settings), "skipped": [asdict(one) for one in skipped]})
     encoded = safetensors.torch.save({name: x.contiguous() for name, x in tensors.items()}, {HEADER: header})
     with atomic_write(path) as temporary:
@@ -68,14 +68,14 @@ def save(path: Path, tensors: dict[str, Tensor], skipped: Sequence[Skipped], set
 
 
 def unreadable(path: Path, error: OSError) -> CacheError:
-    """Make the error for a file that the system cannot read, though it may be undamaged."""
+    """Return the error for a file that the system fails to read. The file may be undamaged."""
     return CacheError(f"cannot read {path}: {reason(error)}; check the disk and its permissions.")
 
 
 class ShardFile:
-    """An opened shard, mapped into memory, so that only the entries that are used are read.
+    """An opened shard. It is memory-mapped, so only the entries that are accessed are read from disk.
 
-    The layout is checked at once, and the numbers when they are read.
+    Opening a shard checks dtypes and shapes; each method checks the numbers that it reads.
 
     Args:
         path: The file.
@@ -130,11 +130,14 @@ class ShardFile:
         return name in self._tensors
 
     def get(self, name: str, *at: int) -> Tensor:
-        """Return a copy of one entry of a tensor. The rest is not read."""
+        """Return a copy of the tensor `name` at the indices `at`. Nothing else is read."""
         return self._sound(name, self._tensors[name][at])
 
     def ragged(self, name: str, row: int, ends: str | None = None) -> Tensor:
-        """Return a copy of the entries of `row` in a tensor whose rows differ in length."""
+        """Return a copy of one row of a ragged tensor: rows of different lengths, concatenated.
+
+        Row i ends at entry i of the tensor `name` + "_ends", or of `ends` + "_ends" if given.
+        """
         limits = self._tensors[f"{ends or name}_ends"]
         start, end = int(limits[row - 1]) if row else 0, int(limits[row])
         if not 0 <= start <= end <= self._tensors[name].get_shape()[0] or (start == end and name != "names"):
@@ -149,14 +152,14 @@ class ShardFile:
             raise ValueError(f"is damaged: the name of row {row} is not UTF-8") from error
 
     def _sound(self, name: str, part: Tensor) -> Tensor:
-        """Return a copy in memory. Raises ValueError if it holds NaN, infinity, or negative integers."""
+        """Copy a part of the tensor `name` into memory. Raises ValueError for NaN, infinity, or negative integers."""
         copy = part.clone()
         if not copy.isfinite().all() if copy.is_floating_point() else bool((copy < 0).any()):
             raise ValueError(f"is damaged: {name!r} holds impossible numbers")
         return copy
 
     def check(self, vocabulary: int, first: int = 0) -> None:
-        """Read the whole shard.
+        """Read the whole shard, and check its numbers.
 
         Args:
             vocabulary: Number of tokens in the text encoder's vocabulary.

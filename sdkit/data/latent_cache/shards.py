@@ -24,7 +24,7 @@ from sdkit.prefetch import ahead
 
 @dataclass(frozen=True)
 class _Loaded:
-    """An example after reading its image.
+    """An example after its image was loaded and transformed, or could not be.
 
     Attributes:
         index: Index of the example in its data set.
@@ -73,12 +73,12 @@ class ShardEncoder:
             return False
         except OSError as error:
             raise unreadable(path, error) from error
-        except ValueError:  # it is damaged, or of another cache
+        except ValueError:  # the file is damaged, or was made with other settings
             return False
         return count is None or shard.examples == count
 
     def shard(self, rows: Iterable[tuple[int, Example]]) -> tuple[dict[str, Tensor], list[Skipped]]:
-        """Return the tensors of the examples that can be used, and the names of the skipped ones."""
+        """Return the tensors of the examples that can be used, and the other examples with the reasons."""
         height, width = (side // self.vae.factor for side in self.settings.size)
         shape = (0, self.settings.augmentations, self.vae.channels, height, width)
         moments = [torch.empty(2, *shape, dtype=torch.float16)]
@@ -114,13 +114,19 @@ class ShardEncoder:
             return _Loaded(index, replace(example, data=None), [], str(error))
 
     def _moments(self, pixels: list[Tensor], shape: tuple[int, ...]) -> tuple[Tensor, list[bool]]:
-        """Return mean and logvar (2, n, a, 4, H/8, W/8), float16, of n images, and whether each image's are finite."""
+        """Encode n images with `a` augmentations each, where `shape` is (a, 4, H/8, W/8).
+
+        Return mean and logvar, stacked to (2, n, a, 4, H/8, W/8), float16, and for each image whether all are finite.
+        """
         means, logvars = self.vae.moments(pixels, batch_size=self.batch_size)
         both = torch.stack([means, logvars]).half().unflatten(1, (-1, shape[0]))
         return both, both.isfinite().all(dim=0).flatten(1).all(dim=1).tolist()
 
     def prompts(self, captions: list[str]) -> dict[str, Tensor]:
-        """Return the token ids (K, 77) of all captions' chunks, where each caption ends, and any embeddings."""
+        """Return the tensors of captions: token ids (K, 77) of all chunks, the end of each caption, and embeddings.
+
+        Embeddings are included only if the cache's settings ask for them.
+        """
         rows = [self.text.tokenize(caption)[0][0] for caption in captions]  # (k, 77) each
         ids = torch.cat([torch.empty(0, self.text.length, dtype=torch.int64), *rows])
         ends = torch.tensor([len(row) for row in rows], dtype=torch.int64).cumsum(0)

@@ -55,7 +55,7 @@ from sdkit.progress import progress
 EMPTY = "empty-prompt.safetensors"
 """Name of the file of the empty prompt."""
 LOCK = ".lock"
-"""Name of the file that is locked while a cache is being made."""
+"""Name of the lock file, which a process holds while it makes a cache."""
 
 
 def cache(
@@ -84,10 +84,10 @@ def cache(
 ) -> Path:
     """Encode images and captions once before training, into a folder that `LatentCache` reads.
 
-    The cache stores the posterior's mean and log-variance (float16, not scaled), so that training draws a new sample
-    each time, and the captions' token ids. An image that cannot be read is skipped, and named in manifest.json. The
-    same call resumes an interrupted cache, and makes damaged files again. Under `accelerate launch`, the processes
-    share the work.
+    The cache stores the posterior's mean and log-variance (float16, not scaled), so that training can draw new latents
+    in each epoch, and the captions' token ids. An image that cannot be used is skipped, and named in manifest.json.
+    Calling `cache` again with the same arguments resumes an interrupted cache, and replaces damaged files. Under
+    `accelerate launch`, the processes share the work.
 
     Args:
         model: Model that gives the VAE, the text encoder, and the tokenizer.
@@ -141,7 +141,7 @@ def cache(
     )  # fmt: skip
     warn_of_captions(examples)
     autoencoder = VAE.from_source(beside, dtype=resolve_dtype(dtype, place), device=place)
-    # In float32, the fingerprint of the text encoder does not depend on `dtype`. The cost is small beside the VAE's.
+    # Always float32, so that the text encoder's fingerprint does not depend on `dtype`. The VAE takes most of the time.
     text = TextEncoder.from_source(opened, dtype=torch.float32, device=place if embeddings else torch.device("cpu"))
     del opened, beside  # frees the tensors that a pickled checkpoint holds in memory
     autoencoder.check_size(transform.size)
@@ -178,7 +178,7 @@ def _begin(folder: Path, manifest: Manifest, processes: Any, held: contextlib.Ex
             return False
         if processes.is_main_process:
             held.enter_context(_alone_in(folder))
-            damaged = _damaged(folder, manifest)  # again, under the lock: another call may just have finished it
+            damaged = _damaged(folder, manifest)  # again, under the lock: another call may have finished it since
             if damaged == []:
                 return False
             for file in damaged or ():  # `_write_shards` makes them again
@@ -188,7 +188,7 @@ def _begin(folder: Path, manifest: Manifest, processes: Any, held: contextlib.Ex
 
 
 def _write_shards(folder: Path, encoder: ShardEncoder, shards: _Shards, processes: Any) -> None:
-    """Write this process's shards that are missing; the main process also writes the file of the empty prompt."""
+    """Write this process's shards, except undamaged ones. The main process also writes the file of the empty prompt."""
     for number, size, rows in shards:
         path = folder / shard_file(number)
         if number % processes.num_processes != processes.process_index:
@@ -201,7 +201,10 @@ def _write_shards(folder: Path, encoder: ShardEncoder, shards: _Shards, processe
 
 
 def own_size(model: Source, vae: Source) -> tuple[int, int]:
-    """Return the (height, width) that the model's U-Net was trained at, in pixels of `vae`, which may be `model`."""
+    """Return the (height, width), in pixels, that the model's U-Net was trained at.
+
+    `vae`, which may be `model` itself, is the source whose VAE says how many pixels a latent spans.
+    """
     parts = _configs(model)
     if vae is not model:
         parts["vae"] = _configs(vae).get("vae", parts.get("vae", {}))
@@ -229,10 +232,9 @@ def _folder(out: str | os.PathLike[str]) -> Path:
 
 
 def _processes() -> Any:
-    """Return Accelerate's `PartialState` of the processes of an `accelerate launch`.
+    """Return Accelerate's `PartialState` under `accelerate launch`; for a single process, a stand-in for it.
 
-    A single process gets a stand-in with the same attributes: a real `PartialState` would fix the device of every
-    `Accelerator` that is made later.
+    The stand-in has the attributes used here. A real `PartialState` would fix the device of every later `Accelerator`.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return SimpleNamespace(
@@ -242,14 +244,14 @@ def _processes() -> Any:
     from accelerate import PartialState
     from accelerate.utils import parse_flag_from_env
 
-    # On resume, one process may have all the remaining work, and the others must not time out.
+    # On resume, one process may have all the remaining work. The others must not time out while they wait for it.
     return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=timedelta(days=7))
 
 
 def _damaged(folder: Path, manifest: Manifest, main: bool = True) -> list[str] | None:
     """Return the names of the cache's damaged files; None if the cache is not finished.
 
-    Only the main process reads the files. The others return an empty list for a finished cache.
+    Only the main process (`main`) reads the files. Other processes get an empty list for a finished cache.
 
     Raises:
         CacheError: `folder` holds another cache or something else.
@@ -276,7 +278,7 @@ def _damaged(folder: Path, manifest: Manifest, main: bool = True) -> list[str] |
 
 @contextlib.contextmanager
 def _alone_in(folder: Path) -> Iterator[None]:
-    """Hold the lock of a cache, and remove what killed processes left. Raises CacheError if the lock is taken."""
+    """Hold the lock of a cache, and remove temporary files of killed processes. Raises CacheError if it is taken."""
     lock = filelock.FileLock(folder / LOCK, timeout=0)
     try:
         lock.acquire()
@@ -300,10 +302,10 @@ def _delete(path: Path) -> None:
 
 
 class _Shards:
-    """Iterable over the shards as (number, count of examples, examples with their indices).
+    """Iterates over the shards: (number, count of examples, iterator of (index, example)).
 
-    The examples of a shard are read only when they are iterated over. A stream is read in any case, and the counts of
-    its shards are None, since they are not known in advance.
+    The caller may skip the examples of a shard; a stream is read past them. The counts of a stream's shards are None,
+    since they are not known in advance.
 
     Attributes:
         examples: The examples of all shards.
@@ -346,7 +348,7 @@ def _finish(folder: Path, manifest: Manifest, total: int) -> None:
     skipped: list[Skipped] = []
     for number, start in enumerate(range(0, total, shard_size)):
         entry, shard = _entry(folder, shard_file(number), manifest.settings)
-        if shard.examples != min(shard_size, total - start):  # the length of a stream was not known before
+        if shard.examples != min(shard_size, total - start):  # a stream's length is known only now
             _delete(folder / entry.file)
             raise CacheError(f"{folder / entry.file} lacked images and is deleted; run the same command again.")
         entries.append(entry)

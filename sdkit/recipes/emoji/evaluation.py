@@ -1,7 +1,7 @@
-"""Measures of a model: the loss through its VAE, and the fidelity of its images to their prompts.
+"""Metrics of a model: the quality of its VAE's reconstructions, and the fidelity of its images to their prompts.
 
-Fidelity is measured by retrieval. Among all emoji on the same background, also those that no caption names, the nearest
-neighbour of a generated image by LPIPS features must be the emoji that the prompt names.
+Fidelity is measured by retrieval: the nearest neighbour of a generated image, by LPIPS features, should be the emoji
+that the prompt names. Candidates are all emoji on the same background, including those that no caption names.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from sdkit.progress import progress
 from sdkit.recipes.emoji.pictures import BACKGROUNDS, SIDE, Picture, caption, composed, pictures, read, used
 
 SHOWN_ON = ("white", "black", "blue", "yellow")  # backgrounds on which retrieval is measured
-SCALE, STEPS = 5.0, 30  # guidance scale and sampling steps with which models are compared
+SCALE, STEPS = 5.0, 30  # guidance scale and sampling steps at which models are compared
 GRID = 8  # LPIPS features are averaged over a grid of this many cells on a side
 FRAME = 4  # width in pixels of the edge that gives the colour of the background
 BATCH = 32
@@ -61,18 +61,18 @@ class Prompt:
 
 
 def prompts(n: int) -> list[Prompt]:
-    """Return n pairs from training, spread over the pictures and the backgrounds in `SHOWN_ON`."""
+    """Return n prompts from training, spread over the pictures and the backgrounds in `SHOWN_ON`."""
     pairs = (Prompt(picture, SHOWN_ON[i % len(SHOWN_ON)]) for i, picture in enumerate(_spread(n)))
     return [pair if not pair.held_out else Prompt(pair.picture, "white") for pair in pairs]
 
 
 def prompts_held_out(n: int) -> list[Prompt]:
-    """Return n pairs that were held out of training."""
+    """Return n prompts whose pairs of picture and background were held out of training."""
     return [Prompt(picture, picture.held_out) for picture in _spread(n)]
 
 
 def _spread(n: int) -> list[Picture]:
-    """Return n pictures, spread evenly over the table."""
+    """Return n pictures, spread evenly over pictures.tsv."""
     return [pictures()[i * len(pictures()) // n] for i in range(n)]
 
 
@@ -85,8 +85,8 @@ class Gallery:
         folder: Folder of the cached features.
 
     Attributes:
-        names: Files of the emoji, without .webp.
-        digest: Fingerprint of the emoji and of the weights of LPIPS, part of the names of cached files.
+        names: Names of the emoji's files, without .webp.
+        digest: Fingerprint of the emoji files (names and sizes) and of LPIPS's heads, part of the cached files' names.
     """
 
     def __init__(self, drawn: Path, lpips: LPIPS, folder: Path) -> None:
@@ -105,7 +105,7 @@ class Gallery:
         Args:
             background: Name of the background's colour.
             images: The images.
-            names: File of the emoji that each image should show.
+            names: For each image, the name of the file of the emoji that it should show.
         """
         if not images:
             return []
@@ -147,9 +147,10 @@ def fidelity(gallery: Gallery, asked: Sequence[Prompt], images: Sequence[Image.I
         images: An image for each prompt.
 
     Returns:
-        `prompts`, the number of prompts; `retrieved`, the number of those on a background of `SHOWN_ON`; `top1` and
-        `top5`, the shares of the latter with the right emoji first and among the first five (None if there are no
-        such prompts); and `background`, the share of all images on the right background. Shares are from 0 to 1.
+        `prompts`, the number of prompts; `retrieved`, the number of prompts with a background in `SHOWN_ON`, for
+        which retrieval is measured; `top1` and `top5`, the shares of these prompts whose emoji ranks first and among
+        the first five (None if there are none); and `background`, the share of all images that have the right
+        background. Shares are from 0 to 1.
     """
     ranks: list[int] = []
     for background in SHOWN_ON:
@@ -175,7 +176,7 @@ def background_of(image: Image.Image) -> str:
 
 
 def generated(model: StableDiffusion, asked: Sequence[Prompt], scale: float, steps: int) -> list[Image.Image]:
-    """Return an image for each prompt, drawn by DDIM from seeds 0, 1, 2, and so on."""
+    """Return an image for each prompt, sampled by DDIM from seeds 0, 1, 2, and so on."""
     texts = [prompt.text for prompt in asked]
     images: list[Image.Image] = model(texts, guidance_scale=scale, num_inference_steps=steps, batch_size=BATCH)
     return images

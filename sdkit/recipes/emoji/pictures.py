@@ -14,8 +14,8 @@ from sdkit.errors import DataError
 from sdkit.messages import reason
 
 TABLE = Path(__file__).parent / "pictures.tsv"
-SIZE = 128  # pixels on a side of an image
-SIDE = 112  # pixels on a side of the picture on it
+SIZE = 128  # side of an image in pixels
+SIDE = 112  # side of the picture on an image, in pixels
 
 BACKGROUNDS = {
     "white": (255, 255, 255),
@@ -34,7 +34,7 @@ BACKGROUNDS = {
 """sRGB colours that captions name. A caption without a background means white."""
 
 AN = r"(?!ewe|one|ufo|unicorn)[aeiou]|hour|x-ray"
-"""Pattern of the beginning of names that take "an"."""
+"""Pattern that matches the beginning of names that take "an"."""
 SINGULAR = {
     "abacus", "bus", "cactus", "hibiscus", "hippopotamus", "lotus", "minibus", "octopus", "rhinoceros", "trolleybus",
     "tyrannosaurus",
@@ -60,13 +60,13 @@ class Picture:
 
     @property
     def names(self) -> list[str]:
-        """One or two names."""
+        """The name, and the other name if there is one."""
         return [self.name, *([self.other_name] if self.other_name else [])]
 
 
 @cache
 def pictures() -> tuple[Picture, ...]:
-    """Return all pictures that the model learns by name, in the order of the table."""
+    """Return all pictures that captions can name, in the order of pictures.tsv."""
     rows = csv.reader(TABLE.read_text(encoding="utf-8").splitlines(), delimiter="\t")
     next(rows)
     return tuple(Picture(*row) for row in rows)
@@ -92,7 +92,7 @@ def caption(name: str, background: str, article: bool = True) -> str:
 
 
 def used(folder: Path) -> list[str]:
-    """Return the emoji from which the VAE learns, and among which generated images are looked up.
+    """Return the emoji on which the VAE is trained, which are also the candidates for retrieval.
 
     Flags of countries and regions, keycaps, and skin tones are left out.
 
@@ -103,7 +103,7 @@ def used(folder: Path) -> list[str]:
         Names of files without .webp.
 
     Raises:
-        DataError: The folder is not that of the package.
+        DataError: The folder is not assets/ of the package.
     """
     try:
         stems = sorted(path.stem for path in folder.glob("*.webp") if _is_used(path.stem))
@@ -115,7 +115,7 @@ def used(folder: Path) -> list[str]:
 
 
 def _is_used(stem: str) -> bool:
-    """Return whether a file's code points are none of skin tones, flags' letters, keycaps, and flags' tags."""
+    """Return whether a file's code points include no skin tone, regional indicator, keycap, or tag."""
     points = [int(point, 16) for part in stem.split("-") for point in part.split("_") if point]
     tones, letters, keycap, tags = range(0x1F3FB, 0x1F400), range(0x1F1E6, 0x1F200), [0x20E3], range(0xE0000, 0xE0100)
     return not any(point in left_out for point in points for left_out in (tones, letters, keycap, tags))

@@ -39,9 +39,9 @@ from sdkit.training.checkpoint import whole_folder
 
 
 class Tiles(NamedTuple):
-    """A set of training images of the VAE.
+    """A training set of the VAE.
 
-    The shares of photographs and captioned images are from 0 to 1. All other tiles show any picture at any place.
+    Shares are from 0 to 1. The remaining tiles show any emoji, mostly at a random size and place.
 
     Attributes:
         size: Pixels on a side.
@@ -61,12 +61,12 @@ TILES = {
     "fine_tiles": Tiles(SIZE, 12_000, 0.1, 0.8),
     "details": Tiles(64, 24_000, 0.1, 0.8),
 }
-AS_CAPTIONED = 0.7  # share of the SIZE x SIZE tiles with a drawn picture that are laid out like captioned images
-FLAT = 20  # of 255; a photograph's tile with a smaller standard deviation is drawn again
+AS_CAPTIONED = 0.7  # share of `_drawn_tile`'s SIZE x SIZE tiles that are laid out like captioned images
+FLAT = 20  # largest standard deviation, of values from 0 to 255, at which a photograph's tile counts as plain
 PHOTO_HEIGHT = 1600  # pixels; larger photographs are reduced to this before tiles are cut
 
-MADE_OF = ".made-of"  # file beside the images with a digest of their raw material
-AHEAD = 64  # images that threads make ahead of time
+MADE_OF = ".made-of"  # file beside the images with a digest of their raw material and settings
+AHEAD = 64  # pictures or tiles that threads make ahead of time
 
 Captioned = tuple[str, Image.Image, str]  # file name, image, caption
 
@@ -95,7 +95,7 @@ def prepare(drawn: Path, photographs: Path, out: Path) -> None:
     files = [*photos, *(drawn / f"{stem}.webp" for stem in stems)]
     material = [(file.name, file.stat().st_size) for file in files]
     texts = [_texts(number) for number in range(len(pictures()))]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # threads help, because Pillow releases Python's lock
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # threads help, because Pillow releases the GIL
         for name, make, n in sets:
             parameters = (TILES.get(name), n, AS_CAPTIONED, FLAT, PHOTO_HEIGHT, SIZE, SIDE, BACKGROUNDS)
             made_of = f"{name} {parameters} {pictures()} {texts} {material}"
@@ -108,14 +108,14 @@ def prepare(drawn: Path, photographs: Path, out: Path) -> None:
                 made = ahead(pool, partial(_written, make, unfinished), range(n), AHEAD)
                 try:
                     lines = [line for lines_of_one in progress(made, n, name) for line in lines_of_one]
-                except SdkitError as error:  # drops its cause, which `whole_folder` would take for a failed write
+                except SdkitError as error:  # without its cause, which `whole_folder` would take for a failed write
                     raise error from None
                 (unfinished / "metadata.jsonl").write_text("".join(lines), encoding="utf-8")
                 (unfinished / MADE_OF).write_text(digest)
 
 
 def _written(make: Callable[[int], list[Captioned]], folder: Path, number: int) -> list[str]:
-    """Write the images of one number into the folder, and return their lines of metadata.jsonl."""
+    """Write the images of one tile or picture into the folder, and return their lines of metadata.jsonl."""
     lines = []
     for name, image, text in make(number):
         image.save(folder / name, compress_level=1)
@@ -135,13 +135,13 @@ def _captioned(drawn: Path, number: int) -> list[Captioned]:
 
 
 def _texts(number: int) -> dict[str, list[str]]:
-    """Return a picture's captions by background, except the one held out. On white some do not name the background."""
+    """Return a picture's captions on each background except the held-out one. On white, some name no background."""
     picture = pictures()[number]
     texts = {}
     for k, background in enumerate(BACKGROUNDS):
         if background == picture.held_out:
             continue
-        # A quarter of the captions have the other name, and half of them have articles.
+        # A quarter of the captions use the other name, if there is one, and half of all captions have articles.
         takes_other_name = (number + k) % 4 == 3 and picture.other_name
         name = picture.other_name if takes_other_name else picture.name
         texts[background] = [caption(name, background, article=(number + k) % 2 == 0)]
@@ -174,7 +174,7 @@ def _tile(name: str, drawn: Path, stems: Sequence[str], photos: Sequence[Path], 
 
 
 def _photo_tile(size: int, photos: Sequence[Path], rng: Random) -> Image.Image:
-    """Return a random square of a random photograph that is not plain, resized to the tile's size."""
+    """Return a random square of a random photograph, resized to the tile's size. Plain squares are rejected."""
     for _ in range(1000):
         photo = _photo(rng.choice(photos))
         side = int(math.exp(rng.uniform(math.log(2 * size), math.log(0.9 * min(photo.size)))))
@@ -200,7 +200,7 @@ def _drawn_tile(size: int, drawn: Path, stems: Sequence[str], rng: Random) -> Im
 
 
 def _trained_on(stem: str) -> list[tuple[int, int, int]]:
-    """Return the colours of a picture's backgrounds, except the one held out."""
+    """Return the background colours of an emoji in training: all except the held-out one."""
     return [colour for name, colour in BACKGROUNDS.items() if name != held_out().get(stem)]
 
 
@@ -215,7 +215,7 @@ def _photo(path: Path) -> Image.Image:
 
 
 def _photos(folder: Path) -> list[Path]:
-    """Return the files below a folder that photos.txt names. Raises DataError if any is missing."""
+    """Return the files that photos.txt names, at any depth in `folder`. Raises DataError if any is missing."""
     wanted = (Path(__file__).parent / "photos.txt").read_text(encoding="utf-8").split()
     files = sorted(path for path in folder.rglob("*.jpg") if path.is_file())
     found = {end: next((path for path in files if path.as_posix().endswith(f"/{end}")), None) for end in wanted}

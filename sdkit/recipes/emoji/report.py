@@ -28,7 +28,7 @@ from sdkit.recipes.emoji.evaluation import SCALE, STEPS, Gallery, Prompt
 from sdkit.recipes.emoji.pictures import BACKGROUNDS, composed, read
 
 SCALES, STEP_COUNTS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 5.0, 7.5, 10.0), (5, 10, 20, 30, 50)
-PHOTO = 256  # pixels on a side of the photographs
+PHOTO = 256  # side of the photographs in pixels
 COMPOSITIONS = 256  # held-out images on which the VAE is measured
 SHOWN, COLUMNS = 48, 8  # images on a contact sheet, and in a row of it
 PHOTOS = ("astronaut", "chelsea", "coffee", "rocket")  # names in skimage.data; training uses none of them
@@ -80,7 +80,7 @@ def evaluate(
         vae = VAE.from_pretrained(source, dtype="fp32")
         row, drawn_images = _row(model, vae, gallery, photographs, *asked)
         if (before := rows.get(source, {})).get("generated") == row["generated"]:
-            row = before | row  # the model has not changed, so earlier sweeps stay valid
+            row = before | row  # equal results: the model is unchanged, and its earlier sweeps stay valid
         else:
             (out / f"{name}-curves.png").unlink(missing_ok=True)
         rows[source] = row
@@ -95,7 +95,7 @@ def evaluate(
 
 
 def _slug(source: str) -> str:
-    """Return the part of file names that stands for a model."""
+    """Return a model's source as a slug for file names."""
     return re.sub(r"[^\w.]+", "-", source)[-100:].strip("-.")
 
 
@@ -123,9 +123,9 @@ def _earlier(path: Path) -> dict[str, Row]:
 def _row(
     model: StableDiffusion, vae: VAE, gallery: Gallery, photographs: Sequence[Image.Image], seen: Asked, held_out: Asked
 ) -> tuple[Row, list[Image.Image]]:
-    """Return the measures of a model, and its images for the prompts from training.
+    """Return the metrics of a model, and its images for the prompts from training.
 
-    The VAE is given in float32, the precision in which training validates it.
+    `vae` is the model's VAE in float32, the precision in which training validates it.
     """
     compositions = [_composed(gallery.drawn, prompt) for prompt in measure.prompts_held_out(COMPOSITIONS)]
     reconstructed = vae.reconstruct([_composed(gallery.drawn, prompt) for prompt in seen])
@@ -142,9 +142,9 @@ def _row(
 
 
 def _sweeps(model: StableDiffusion, gallery: Gallery, row: Row, seen: Asked, held_out: Asked) -> Row:
-    """Return the fidelity at other guidance scales and numbers of steps, with the backgrounds of held-out pairs.
+    """Return the fidelity at all guidance scales and step counts, with the background accuracy on held-out pairs.
 
-    `row` has the measures at (SCALE, STEPS), which are not computed again.
+    The metrics at (SCALE, STEPS) are taken from `row`, and not computed again.
     """
     measured: dict[tuple[float, int], tuple[measure.Measured, measure.Measured]] = {
         (SCALE, STEPS): (row["generated"], row["generated, held-out pairs"])
@@ -171,13 +171,13 @@ def photos() -> list[Image.Image]:
         from skimage import data
     except ImportError as error:
         raise DataError("the photographs that judge the VAE are scikit-image's: pip install scikit-image.") from error
-    crop, unused_generator = Transform(size=(PHOTO, PHOTO)), torch.Generator()  # a crop at the centre draws nothing
+    crop, unused_generator = Transform(size=(PHOTO, PHOTO)), torch.Generator()  # a centre crop is not random
     pixels = [crop(Image.fromarray(getattr(data, name)()), unused_generator) for name in PHOTOS]
     return image_io.to_pil(torch.stack(pixels))
 
 
 def _composed(drawn: Path, prompt: Prompt) -> Image.Image:
-    """Return the real image of a prompt."""
+    """Return the reference image of a prompt: the emoji itself on its background."""
     return composed(read(drawn, prompt.picture.file), BACKGROUNDS[prompt.background])
 
 
@@ -197,16 +197,16 @@ def _save_vae_sheet(path: Path, vae: VAE, originals: Sequence[Image.Image]) -> N
 
 
 def _table(rows: Mapping[str, Row]) -> str:
-    """Return a Markdown table with a line for each measure and a column for each model."""
+    """Return a Markdown table with a line for each metric and a column for each model."""
     lines = [f"| | {' | '.join(rows)} |", f"|---|{'---|' * len(rows)}"]
     lines += [f"| {label} | {' | '.join(cells)} |" for label, cells in _lines(rows)]
     return "\n".join(lines) + "\n"
 
 
 def _lines(rows: Mapping[str, Row]) -> Iterator[tuple[str, list[str]]]:
-    """Yield the label and the cells of each line. A model without this measure has "-"."""
+    """Yield the label and the cells of each line. A model that lacks the metric has "-"."""
     units = {"psnr": "{:.2f} dB", "ssim": "{:.3f}", "lpips": "{:.4f}"}
-    measures: dict[str, dict[str, None]] = {}  # names by group, as an ordered set, of all models
+    measures: dict[str, dict[str, None]] = {}  # metrics of all models by group; each inner dict is an ordered set
     for row in rows.values():
         for group in (name for name in row if name not in ("scales", "steps")):
             measures.setdefault(group, {}).update(dict.fromkeys(row[group]))

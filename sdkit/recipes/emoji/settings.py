@@ -1,4 +1,4 @@
-"""Read the recipe's files: shapes of the networks, and settings of the runs."""
+"""Read the recipe's files: configs of the networks (shapes/), and settings of the training runs (runs/)."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """Make the pipeline from which the U-Net's training starts.
 
-Beside the trained VAE it has a tokenizer learned from the captions, an untrained text encoder, and the noise schedule.
+It has the trained VAE, a tokenizer learned from the captions, an untrained text encoder, and the noise schedule, but no
+U-Net.
 """
 
 from __future__ import annotations

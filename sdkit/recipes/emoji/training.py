@@ -1,4 +1,4 @@
-"""The recipe's trainings, in order. Each is a call of `train_vae`, `cache`, or `train_unet`, and can be resumed."""
+"""The recipe's steps from `vae` to `export`, in order. Interrupted trainings, or latent caches, are resumed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from sdkit.training import UNetConfig, VAEConfig, train_unet, train_vae
 from sdkit.training.checkpoint import whole_folder
 
 VAE_RUNS = {"vae-1": "tiles", "vae-2": "fine_tiles", "vae-3": "details", "vae-4": "details"}
-"""Runs of the VAE, with their data sets. The first starts from scratch, and each other one from the one before."""
+"""Run of the VAE -> its data set. The first run starts from scratch, and each later run from the result before it."""
 WHOLE, SHARPENED = "vae-4", "vae-5"
 DRAWN_AT = 1.5  # default guidance scale of the model: images follow their prompts, and backgrounds stay even
 
@@ -35,7 +35,7 @@ def train_the_vae(root: Path) -> None:
 
 
 def _train_vae(root: Path, run: str, tiles: str, **start: Any) -> None:
-    """Train in root/RUN, starting from a model (`model`) or from scratch (`init`)."""
+    """Train the VAE in root/`run`, starting from a model (`model`) or from scratch (`init`)."""
     common: dict[str, Any] = {
         "data": _data(root, tiles), "validation_data": _data(root, "held_out"), "out_dir": root / run
     }  # fmt: skip
@@ -60,7 +60,7 @@ def _existing(folder: Path, hint: str) -> Path:
 
 
 def _replaceable(folder: Path) -> Path:
-    """Return a folder that is missing or holds a model. Raises SourceError if it holds anything else."""
+    """Return `folder` if it may be replaced: if it is missing, or holds only a model. Raises SourceError otherwise."""
     parts = {"model_index.json", "scheduler", "text_encoder", "tokenizer", "unet", "vae"}
     if folder.exists() and not (folder.is_dir() and {path.name for path in folder.iterdir()} <= parts):
         raise SourceError(
@@ -89,7 +89,7 @@ def train_the_unet(root: Path) -> None:
 
 
 def train_the_decoder(root: Path) -> None:
-    """Train only the VAE's decoder, in root/vae-5. Latents keep their meaning for the U-Net."""
+    """Train only the VAE's decoder, in root/vae-5. The encoder is frozen, so that the latents still suit the U-Net."""
     _train_vae(root, SHARPENED, "fine_tiles", model=_result(root, WHOLE))
 
 
@@ -121,9 +121,9 @@ def export(root: Path) -> Path:
         pipeline.to(torch.float16)
         pipeline.register_to_config(**{GUIDANCE: DRAWN_AT})
         for part in (pipeline, pipeline.vae, pipeline.unet):
-            part.register_to_config(_name_or_path="")  # diffusers would publish the folder that it was loaded from
+            part.register_to_config(_name_or_path="")  # otherwise diffusers saves the local path
         with whole_folder(_replaceable(root / "model")) as folder:
             pipeline.save_pretrained(folder)
-            config = folder / "text_encoder" / "config.json"  # transformers would load in the dtype that it names
+            config = folder / "text_encoder" / "config.json"  # transformers loads in the dtype named here
             config.write_text(config.read_text().replace('"dtype": "float16"', '"dtype": "float32"'))
     return root / "model"

@@ -24,12 +24,12 @@ class DenoisingObjective:
     Args:
         schedule: The noise schedule. Its `prediction_type` decides the target.
         snr_gamma: Gamma of the min-SNR weights (Hang et al. 2023); None weights all timesteps equally.
-        noise_offset: Factor of a normal offset that is added to each channel's noise in training.
+        noise_offset: Standard deviation of the random constant that is added to each channel's noise in training.
 
     Attributes:
         schedule: The noise schedule.
         snr_gamma: Gamma of the min-SNR weights, or None.
-        noise_offset: Factor of the offset.
+        noise_offset: Standard deviation of the noise offset.
         zero_snr: Whether the last timestep is pure noise.
     """
 
@@ -80,7 +80,7 @@ class DenoisingObjective:
             t: Timesteps, one for each sample.
 
         Returns:
-            The loss; and `mse`, the loss without weights, if there are weights.
+            The loss; and, if `snr_gamma` is set, `mse`, the loss without weights.
         """
         snr = self.schedule.snr(torch.tensor(t)).float()
         weight = min_snr_weight(snr, self.snr_gamma, self.schedule.prediction_type, keep_noisiest=self.zero_snr)

@@ -12,23 +12,23 @@ from sdkit.diffusion.conditioning import Conditioning
 from sdkit.networks.autoencoder import VAE, latents_of
 from sdkit.networks.text_encoder import TextEncoder
 
-MOST_EMBEDDINGS = 4096  # captions to remember in memory, each 0.24 MB for SD 1.x; a latent cache has room for all
+MOST_EMBEDDINGS = 4096  # captions with embeddings in memory, 0.24 MB each for SD 1.x; a latent cache can store all
 
 
 class BatchEncoder:
-    """Turns batches of examples (see `collated`) into what a denoiser is trained on.
+    """Encoder of batches of examples (see `collated`): their latents, and their captions as conditioning.
 
     Args:
         vae: The VAE, which is frozen.
         text: The text encoder.
         scale: Scale of the latents.
         shift: Shift of the latents.
-        trains_text: Whether the text encoder is in training. Captions then stay token ids, for the network in training
-            to encode.
+        trains_text: Whether the text encoder is in training. Captions then stay token ids, and the network in
+            training encodes them.
         half: Whether images are encoded in bfloat16.
 
     Attributes:
-        embeddings: Embeddings on the CPU by token ids, of captions encoded before.
+        embeddings: Cache of captions' embeddings, on the CPU, by the bytes of their token ids.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class BatchEncoder:
         return latents_of(mean, logvar, batch["posterior_eps"], self.scale, self.shift)
 
     def conditioning(self, batch: Mapping[str, Any]) -> Conditioning:
-        """Return the condition of the denoiser: the captions, and their mask."""
+        """Return the denoiser's conditioning: the captions, and their mask."""
         return Conditioning(self.captions(batch), batch["mask"])
 
     def captions(self, batch: Mapping[str, Any]) -> Tensor:

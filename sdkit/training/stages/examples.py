@@ -29,7 +29,7 @@ Row = dict[str, Tensor]
 """The tensors of one example.
 
 The caption is `ids` (k, 77), and also `embeddings` (77k, D) if a cache holds them. The image is `pixels` (3, H, W), or
-the posterior's `mean` and `logvar` (4, h, w), without the VAE's scale.
+the posterior's `mean` and `logvar` (4, h, w), not scaled.
 """
 
 VERIFIED = 8 * 2**30
@@ -47,7 +47,7 @@ class DenoisingExamples(Protocol):
         held_out: Indices of the held-out examples.
         empty: The empty caption, as in `Row`.
         identity: Fingerprint of the data.
-        skipped: Reasons by name of the images that cannot be used, as far as is known.
+        skipped: Name of each unusable image found so far -> the reason.
     """
 
     scale: float
@@ -214,7 +214,7 @@ def collated(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Return a batch of rows.
 
     Args:
-        rows: Examples as in `Row`, with any other tensors or values beside.
+        rows: Examples as in `Row`. They may hold further tensors and values.
 
     Returns:
         Tensors stacked along a new first axis, and other values as lists. Captions are padded to the longest, and

@@ -110,21 +110,23 @@ class TrainingImages:
         )
 
     def load_held_out(self, held_out: Sequence[int], i: int) -> tuple[Tensor, Example]:
-        """Load held_out[i], or the next usable one of them; any image if none of them is usable."""
+        """Load held_out[i], or the next usable held-out image; if there is none, the first usable image of the data."""
         return self.load(np.concatenate([held_out[i:], held_out[:i], np.arange(len(self.examples))]), 0, 0)
 
     def _skip(self, name: str, reason: str) -> None:
-        if self.skipped.setdefault(name, reason) is reason:  # several threads may skip it at once
+        if self.skipped.setdefault(name, reason) is reason:  # of several threads, only one warns
             warnings.warn(f"{name} is skipped: {reason}", stacklevel=3)
 
 
 def report_skipped(skipped: dict[str, str], path: Path) -> None:
-    """Write to `path` which images any process skipped, and why, including earlier parts of the run. Every process must
-    call it."""
+    """Add the images that any process has skipped, and the reasons, to the JSON file `path`.
+
+    Entries of the run before it was resumed are kept. Call this on every process.
+    """
     everywhere = dict(gather_object(list(skipped.items())))
     if everywhere and PartialState().is_main_process:
         before: dict[str, str] = {}
-        with contextlib.suppress(OSError, ValueError):  # missing or damaged
+        with contextlib.suppress(OSError, ValueError):  # the file is missing or damaged
             before = {name: why for name, why in read_object(path).items() if isinstance(why, str)}
         everywhere = {encodable(name): encodable(why) for name, why in everywhere.items()}
         if before | everywhere != before:

@@ -50,14 +50,14 @@ def train_unet(config: UNetConfig) -> Path:
     """Fine-tune a U-Net (the whole network or a LoRA), or train one from scratch. An existing run is resumed.
 
     Args:
-        config: Settings of the run. `config.data` is images, or a latent cache, which leaves the VAE idle.
+        config: Settings of the run. `config.data` is a data set of images, or a latent cache of encoded images.
 
     Returns:
         The run folder. Its result/ is a pipeline in diffusers layout, or a LoRA in
         pytorch_lora_weights.safetensors.
 
     Raises:
-        SdkitError: The settings, the model, or the data are at fault.
+        SdkitError: The settings, the model, or the data cannot be used.
         TrainingStopped: SIGTERM, SIGHUP, or Ctrl-C arrived; a checkpoint has been written.
 
     Example:
@@ -103,13 +103,13 @@ class Denoiser(nn.Module):
 
 
 class UNetStage:
-    """The stage of a U-Net: one player, with a frozen VAE and a text encoder beside it.
+    """The stage of `train_unet`: one player (the U-Net, and the text encoder if it is trained), and a frozen VAE.
 
     Args:
         config: Settings of the run.
 
     Raises:
-        SdkitError: The settings, the model, or the data are at fault.
+        SdkitError: The settings, the model, or the data cannot be used.
     """
 
     def __init__(self, config: UNetConfig) -> None:
@@ -137,7 +137,7 @@ class UNetStage:
         self.encoder = BatchEncoder(
             self.vae, self.text, scale=self.latents.scale, shift=self.latents.shift,
             trains_text=config.train_text_encoder,
-            half=config.mixed_precision == "bf16",  # not for fp16, in which this VAE can overflow
+            half=config.mixed_precision == "bf16",  # not in float16, where this VAE can overflow
         )  # fmt: skip
         networks = identity_of(self.vae.network, self.text.network, self.unet.network, schedule=self.scheduler)
         self.identity = {"data": self.latents.identity, "model": networks, "vae": self.vae.identity}
@@ -151,7 +151,7 @@ class UNetStage:
         network = model.denoiser() if config.init is None else new_network(config.init, "unet")
         self.unet = UNet(network)
         StableDiffusion(self.vae, self.text, self.unet, self.schedule)  # raises if the parts do not fit each other
-        if network.config.out_channels != network.config.in_channels:
+        if network.config.out_channels != self.unet.channels:
             raise ArgumentError(
                 "a U-Net that learned its variance cannot be trained; give one that predicts one thing."
             )
@@ -181,7 +181,7 @@ class UNetStage:
     def batch(self, samples: Samples) -> dict[str, Any]:
         """Return posterior or pixels, caption, timestep, and noise of samples (n, item), as `collated` does.
 
-        All that is random depends only on n and the seed.
+        All random values depend only on n and the seed.
         """
         rows = []
         for n, item in samples:
@@ -218,9 +218,9 @@ class UNetStage:
         return network(x_t, t.to(eps.device), self.encoder.conditioning(batch)), target
 
     def validate(self, step: int) -> dict[str, float]:
-        """Return the loss, without weights, on a fixed grid of held-out images, noises, and timesteps.
+        """Return the unweighted loss on a fixed grid of held-out images, noises, and timesteps.
 
-        Images of the validation prompts are saved beside, in samples/.
+        Also save images of the validation prompts in samples/, and the names of skipped images in skipped.json.
         """
         losses = split_over_processes(len(self.latents.held_out), self._validation_loss)
         report_skipped(self.latents.skipped, Path(self.config.out_dir) / "skipped.json")
@@ -292,7 +292,7 @@ def enable_gradient_checkpointing(network: nn.Module) -> None:
 
 
 def _widest(network: nn.Module) -> int:
-    """Return the highest useful rank of a LoRA on this network: the smaller side of its widest layer."""
+    """Return the highest useful rank of a LoRA: the largest min(rows, columns) of the weights that it is added to."""
     layers = (layer for name, layer in network.named_modules() if name.endswith(TARGETS))
     return max(min(layer.weight.shape) for layer in layers if isinstance(layer, nn.Linear))
 

@@ -48,10 +48,10 @@ from sdkit.training.stages.images import (
     training_transform,
 )
 
-GAN_BETAS = (0.5, 0.9)  # of AdamW, as in VQGAN
-MOST_VALIDATED = 64  # images of `validation_data`
-SHOWN = 8  # images in the picture of each validation
-TOLERATED_DRIFT = 0.1  # of the latents' standard deviation, before a warning
+GAN_BETAS = (0.5, 0.9)  # AdamW betas of the discriminator, as in VQGAN
+MOST_VALIDATED = 64  # largest number of images of `validation_data` that are used
+SHOWN = 8  # images on the sheet of each validation
+TOLERATED_DRIFT = 0.1  # drift of latents, in their standard deviations, above which validation warns
 
 
 def train_vae(config: VAEConfig) -> Path:
@@ -67,7 +67,7 @@ def train_vae(config: VAEConfig) -> Path:
         The run folder. Its result/ is the VAE in diffusers layout.
 
     Raises:
-        SdkitError: The settings, the model, or the data are at fault.
+        SdkitError: The settings, the model, or the data cannot be used.
         TrainingStopped: SIGTERM, SIGHUP, or Ctrl-C arrived; a checkpoint has been written.
 
     Example:
@@ -86,8 +86,8 @@ class Measured(NamedTuple):
 
     Attributes:
         numbers: Metrics and moments by name.
-        pair: The image and its reconstruction, for the first images.
-        codes: Code indices of a `VQModel`.
+        pair: The image and its reconstruction; None except for the first `SHOWN` images.
+        codes: Code indices of a `VQModel`; None for other kinds.
     """
 
     numbers: dict[str, float]
@@ -134,7 +134,8 @@ class VAEStage:
             for part in kind.encoder_parts:
                 part.requires_grad_(False)
         if config.gradient_checkpointing:
-            network._supports_gradient_checkpointing = True  # a VQModel does not declare that its parts support it
+            # The parts of a VQModel support it, but the class does not declare that.
+            network._supports_gradient_checkpointing = True
             network.enable_gradient_checkpointing()
         # A frozen copy of the starting encoder, to measure how far latents move.
         fine_tuned = config.train_encoder and config.init is None
@@ -143,16 +144,16 @@ class VAEStage:
             self.start.network.decoder = nn.Identity()
 
     def _load_lpips(self) -> None:
-        """Load LPIPS for validation, and a copy in the precision of training."""
+        """Load LPIPS for validation and for the loss. With bf16, the loss uses a copy in bfloat16."""
         config = self.config
         self.lpips = LPIPS.from_pretrained(config.lpips) if config.lpips_weight or config.lpips else None
         self.training_lpips = self.lpips
         if self.lpips and config.lpips_weight and config.mixed_precision == "bf16":
-            # With channels_last a step of the embedded model's VAE takes 0.45 s on two cores, without 0.52 s.
+            # On two cores, a step of the embedded model's VAE takes 0.45 s with channels_last, and 0.52 s without it.
             self.training_lpips = copy.deepcopy(self.lpips).bfloat16().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def _open_data(self, size: tuple[int, int]) -> None:
-        """Open training and held-out images of `size` (height, width), and take the fingerprints of a run."""
+        """Open training and held-out images of `size` (height, width), and compute the run's fingerprints."""
         config = self.config
         for data in (config.data, config.validation_data):
             if data is not None and is_cache(data):
@@ -209,7 +210,7 @@ class VAEStage:
         Args:
             networks: "vae" and "discriminator", wrapped by Accelerate.
             batch: As `batch` returns it. The reconstruction is added to it, for the discriminator.
-            step: The optimizer step. The discriminator plays from `disc_start` on.
+            step: The optimizer step. The adversarial loss is added from `disc_start` on.
 
         Returns:
             The loss, and its parts by name.
@@ -246,18 +247,20 @@ class VAEStage:
     def discriminator_loss(
         self, networks: Mapping[str, nn.Module], batch: dict[str, Any], step: int
     ) -> tuple[Tensor, Mapping[str, float | Tensor]]:
-        """Compute the discriminator's hinge loss on the batch and its reconstruction by the VAE's turn before."""
+        """Compute the discriminator's hinge loss on the images and their reconstructions, which `loss` has stored."""
         both = torch.cat([batch["pixels"], batch["reconstruction"]])
         real, fake = networks["discriminator"](both).float().chunk(2)
         return hinge_discriminator(real, fake), {"real": real.mean(), "fake": fake.mean()}
 
     def validate(self, step: int) -> dict[str, float]:
-        """Measure held-out images, reconstructed through the posterior's mean, and save a picture of some of them.
+        """Measure held-out images, reconstructed from the posterior's mean, and save a sheet of the first ones.
 
         Returns:
-            PSNR (dB), SSIM, and LPIPS; mean and standard deviation of the latents, and the scale that would make the
-            latter 1; how much of a codebook is in use. If the encoder trains, also `latent_drift`: the root mean square
-            distance of latents from the starting VAE's, in units of their standard deviation.
+            PSNR (dB) and SSIM, and LPIPS if its weights are loaded; mean and standard deviation of the scaled latents,
+            and `recommended_scale`, the VAE scale that would make their standard deviation 1; for a `VQModel`, how
+            much of the codebook is in use, and its perplexity. If the encoder is fine-tuned, also `latent_drift`: the
+            root mean square distance of the latents from those of the starting VAE, in standard deviations of the
+            latter.
         """
         found = split_over_processes(len(self.held_out), self._measured)
         report_skipped(self.images.skipped | self.validation.skipped, Path(self.config.out_dir) / "skipped.json")
@@ -305,8 +308,10 @@ class VAEStage:
         image_io.save(sheet, self.config.samples / f"step-{step:08d}.png")
 
     def export(self, folder: Path) -> None:
-        """Save the VAE in diffusers layout. One that was trained from scratch gets the scale that makes the standard
-        deviation of its latents 1."""
+        """Save the VAE in diffusers layout.
+
+        A VAE that was trained from scratch gets the scale at which its latents have standard deviation 1.
+        """
         if self.config.init is not None:
             average = _average([self._measured(i).numbers for i in range(len(self.held_out))])
             self.vae.network.register_to_config(scaling_factor=1 / _deviation(average, ""))
@@ -332,10 +337,10 @@ def _average(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 
 def _moments(mean: Tensor, logvar: Tensor, prefix: str) -> dict[str, float]:
-    """Return first and second moment of samples of the posterior."""
+    """Return the first and second moment of latents sampled from the posterior."""
     return {f"{prefix}mean": float(mean.mean()), f"{prefix}square": float((mean.square() + logvar.exp()).mean())}
 
 
 def _deviation(moments: Mapping[str, float], prefix: str) -> float:
-    """Return the standard deviation of latents, from moments averaged over images."""
+    """Return the standard deviation of latents, given `_moments` averaged over images."""
     return math.sqrt(max(moments[f"{prefix}square"] - moments[f"{prefix}mean"] ** 2, 1e-12))
