@@ -132,7 +132,7 @@ class StableDiffusion:
             config: Folder of configs, for a single file of another architecture than SD 1.x and 2.x.
             prediction_type: "epsilon" or "v_prediction", for a single file of SD 2.x that is not recognised.
             vae: Source of a VAE that replaces the model's own. A VAE's own folder, file, or Hub repository serves too.
-                `revision` and `variant` do not apply to it.
+                `revision` and `variant` do not apply to it. "pixels" is none: the U-Net denoises pixels.
             compile: Run the U-Net and the VAE through torch.compile.
             offload: Keep the networks in the CPU's memory, and each one on `device` only while it works. It needs the
                 least GPU memory: that of the U-Net and of one image's activations.
@@ -147,12 +147,13 @@ class StableDiffusion:
         if vae is not None:
             beside = Source.open(vae, config=config if is_file(expanded(vae)) else None)  # a folder has its own configs
         home = "cpu" if offload else device
+        # Each is set up for `device` before it goes home: layout, attention, and compilation depend on the device.
+        autoencoder = VAE.from_source(beside, dtype=dtype, device=device, compile=compile).to(home)
         return cls(
-            # Each is set up for `device` before it goes home: layout, attention, and compilation depend on the device.
-            VAE.from_source(beside, dtype=dtype, device=device, compile=compile).to(home),
+            autoencoder,
             TextEncoder.from_source(opened, dtype=dtype, device=device).to(home),
             UNet.from_source(opened, dtype=dtype, device=device, compile=compile).to(home),
-            opened.schedule(),
+            opened.schedule(latents=autoencoder.kind.makes_latents),
             name=opened.name,
             guidance_scale=opened.guidance_scale,
             offload_to=device if offload else None,
