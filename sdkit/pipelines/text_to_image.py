@@ -26,7 +26,7 @@ from sdkit.engines.offload import on_device
 from sdkit.errors import ArgumentError, SdkitError
 from sdkit.files import expanded
 from sdkit.images import OUTPUT_TYPES
-from sdkit.loading.lora_file import read_lora
+from sdkit.loading.lora_file import LoRA, read_lora
 from sdkit.loading.source import USUAL_GUIDANCE, Source
 from sdkit.loading.tensors import is_file
 from sdkit.messages import clean
@@ -184,6 +184,11 @@ class StableDiffusion:
         """
         scale = number("scale", scale)
         lora = read_lora(source, filename=filename, revision=revision)
+        self.merge_lora(lora, scale)
+
+    def merge_lora(self, lora: LoRA, scale: float = 1.0) -> None:
+        """Merge a LoRA that has been read; see `load_lora`."""
+        self.unet.check_runs("a LoRA")
         merge_lora(lora, self.unet.network, self.text.network, scale)
 
     @overload
