@@ -66,4 +66,5 @@ def test_indices_repeats_and_devices() -> None:
     assert {x.device.type for x in tensors(cond.to("meta"))} == {"meta"}
     assert len(cond) == 3
     assert len(Conditioning()) == 0
+    assert len(Conditioning(mask=torch.ones(2, 3))) == len(Conditioning(added={"text_embeds": torch.ones(2, 3)})) == 2
     assert len(Conditioning(residuals=full(3, 0).residuals)) == 3

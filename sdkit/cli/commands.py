@@ -232,7 +232,6 @@ def _load_vae(args: argparse.Namespace) -> VAE:
 
 def _load_sd(args: argparse.Namespace, generation: Generation) -> StableDiffusion:
     from sdkit.loading.lora_file import read_lora
-    from sdkit.networks.lora import merge_lora
     from sdkit.pipelines.text_to_image import StableDiffusion
 
     # LoRAs are small: read them before the model, so that a bad one is reported early.
@@ -243,7 +242,7 @@ def _load_sd(args: argparse.Namespace, generation: Generation) -> StableDiffusio
         vae=generation.vae, compile=args.compile, offload=args.offload,
     )  # fmt: skip
     for lora, scale in loras:
-        merge_lora(lora, sd.unet.network, sd.text.network, scale)
+        sd.merge_lora(lora, scale)
     return sd
 
 

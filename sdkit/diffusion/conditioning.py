@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -74,9 +74,7 @@ class Conditioning:
 
     def __len__(self) -> int:
         """Return the batch size, B."""
-        middle = None if self.residuals is None else self.residuals[1]
-        parts = (self.text, self.concat, self.label, middle, *(self.added or {}).values())
-        return next((len(part) for part in parts if part is not None), 0)
+        return next((len(one) for name in _PARTS for one in _tensors(getattr(self, name))), 0)
 
     def repeat(self, n: int) -> Conditioning:
         """Return the condition with each image repeated `n` times in a row."""
@@ -104,6 +102,15 @@ def _with_full_mask(cond: Conditioning) -> Conditioning:
         raise ArgumentError("a mask belongs to a text, and one of the conditions has none.")
     mask = torch.ones(cond.text.shape[:2], dtype=torch.bool, device=cond.text.device)
     return replace(cond, mask=mask)
+
+
+def _tensors(part: Any) -> Iterator[Tensor]:
+    """Yield the tensors of a part, which may be a tree of tuples and dictionaries."""
+    if isinstance(part, (tuple, Mapping)):
+        for one in part.values() if isinstance(part, Mapping) else part:
+            yield from _tensors(one)
+    elif part is not None:
+        yield part
 
 
 def _mapped(part: Any, function: Callable[[Tensor], Tensor]) -> Any:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sdkit.errors import ArgumentError, SourceError
-from sdkit.loading import hub, tokenizer
+from sdkit.loading import hub, pixels, tokenizer
 from sdkit.loading.configs import read_config, read_json
 from sdkit.loading.place import Place, absent
 from sdkit.loading.shards import index_names, open_shards, read_index
@@ -64,7 +64,7 @@ class Part:
 VAE = Part(
     name="vae",
     folder="vae",
-    classes={name: name for name in ("AutoencoderKL", "AutoencoderTiny", "VQModel")},
+    classes={name: name for name in ("AutoencoderKL", "AutoencoderTiny", "VQModel", pixels.CLASS)},
     telling={
         "encoder_block_out_channels": "AutoencoderTiny",
         "num_vq_embeddings": "VQModel",
@@ -129,7 +129,8 @@ def class_of(config: dict[str, Any], part: Part) -> str:
 
 
 def _wrong(place: Place, name: str, part: Part) -> SourceError:
-    wanted = f" ({' or '.join(dict.fromkeys(part.classes.values()))})" if part.classes else ""
+    classes = [name for name in dict.fromkeys(part.classes.values()) if name != pixels.CLASS]
+    wanted = f" ({' or '.join(classes)})" if classes else ""
     article = "an" if name.lower().startswith(("a", "e", "i", "o", "unknown")) else "a"
     return SourceError(f"{place.label} holds {article} {name}, not {NOUNS[part.name]}{wanted}; give another source.")
 
@@ -150,6 +151,8 @@ def load_network(place: Place, part: Part, dtype: torch.dtype, variant: str | No
     """
     folder = locate(place, part)
     config = read_config(folder / part.config, part.name)
+    if part is VAE and class_of(config, part) == pixels.CLASS:
+        return pixels.PixelIdentity().eval()
     if config.get("quantization_config"):
         problem = "is the config of quantized weights (quantization_config)"
         raise SourceError(f"{str(folder / part.config)!r} {problem}; give the model in float16 or float32.")

@@ -20,7 +20,14 @@ from sdkit.messages import clean
 SourceName = str | os.PathLike[str]
 
 EMBEDDED = "emoji"
-KINDS = {"embedded": "the embedded model", "hub": "a Hub id", "folder": "a folder", "file": "a file"}
+PIXELS = "pixels"
+KINDS = {
+    "embedded": "the embedded model",
+    "pixels": "the pixel identity",
+    "hub": "a Hub id",
+    "folder": "a folder",
+    "file": "a file",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +36,7 @@ class Place:
 
     Attributes:
         name: The source as the user gave it.
-        kind: "embedded", "hub", "folder", or "file".
+        kind: "embedded", "pixels", "hub", "folder", or "file".
         path: The folder or the file; unused for a Hub id, whose snapshot is known once it is fetched.
         revision: A branch, tag, or commit of a Hub repository.
     """
@@ -66,7 +73,7 @@ def resolve(
     }
     if option := next((option for option, wrong in unfit.items() if wrong), None):
         raise ArgumentError(f"{option}= has no meaning for {KINDS[place.kind]} such as {place.label}; leave it out.")
-    return Place(name=name, kind="embedded", path=ASSETS / name) if place.kind == "embedded" else place
+    return Place(name=name, kind=kind, path=ASSETS / name) if kind in ("embedded", "pixels") else place
 
 
 def path_or_fetched(source: SourceName, filename: str, revision: str | None) -> Path:
@@ -130,6 +137,8 @@ def _kind(source: SourceName, path: Path) -> str:
     name = os.fspath(source)
     if source == EMBEDDED:  # only as a string; Path("emoji") is a path
         return "embedded"
+    if source == PIXELS:
+        return "pixels"
     if "://" in name:
         raise SourceError(f"{name!r} is a URL; give the Hub id alone (org/name), or the path of the downloaded file.")
     if name and (found := status_or_none(path)):

@@ -324,6 +324,8 @@ def _class(part: str, name: Any) -> Any:
         from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
         return UNet2DConditionModel
+    if part != "vae":
+        raise ValueError(f"no class is known for part {part!r}")
     from diffusers import AutoencoderKL, AutoencoderTiny, VQModel
 
     return {"VQModel": VQModel, "AutoencoderTiny": AutoencoderTiny}.get(name, AutoencoderKL)

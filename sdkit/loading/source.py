@@ -59,7 +59,7 @@ class Description:
 
     Attributes:
         source: The source as the user gave it.
-        kind: "embedded", "hub", "folder", or "file".
+        kind: "embedded", "pixels", "hub", "folder", or "file".
         path: The folder or the file; for a Hub id, its snapshot in the cache.
         family: For a file: the public config that fits it ("sd1", "sd2", "sd2-v"), or the folder given as config.
         components: Its parts.
@@ -116,7 +116,7 @@ class Source:
         return cls(place, backend, prediction_type)
 
     def autoencoder(self, dtype: torch.dtype = torch.float32) -> AutoencoderKL | AutoencoderTiny | VQModel:
-        """Load the VAE's network, in eval mode, on the CPU, converted to `dtype`."""
+        """Load the VAE's network, in eval mode, on the CPU, converted to `dtype`. "pixels" is a `PixelIdentity`."""
         return cast("AutoencoderKL | AutoencoderTiny | VQModel", self._backend.network(VAE, dtype))
 
     def denoiser(self, dtype: torch.dtype = torch.float32) -> UNet2DConditionModel:
@@ -162,13 +162,14 @@ class Source:
         """
         return self._backend.scheduler_config(self._prediction_type)
 
-    def schedule(self) -> NoiseSchedule:
-        """Return the noise schedule for a model of latents.
+    def schedule(self, *, latents: bool = True) -> NoiseSchedule:
+        """Return the noise schedule.
 
-        Whatever the config says, x0 is not clipped, and `steps_offset` is 1: see `latents` of
-        `NoiseSchedule.from_config`.
+        Args:
+            latents: Whether the model denoises latents. x0 is then not clipped, and `steps_offset` is 1, whatever the
+                config says: see `NoiseSchedule.from_config`. False, for a model of pixels, takes the config as it is.
         """
-        return NoiseSchedule.from_config(self.scheduler_config(), latents=True)
+        return NoiseSchedule.from_config(self.scheduler_config(), latents=latents)
 
     @property
     def guidance_scale(self) -> float:
@@ -195,7 +196,7 @@ def latent_channels(unet: Any) -> int:
 
 
 class _Folder:
-    """A model in diffusers layout: embedded, in a folder, or on the Hub."""
+    """A model in diffusers layout: embedded, "pixels", in a folder, or on the Hub."""
 
     def __init__(self, place: Place, variant: str | None) -> None:
         self.place = place

@@ -10,24 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sdkit.loading.pixels import PixelIdentity as PixelIdentity
+
 LOWEST_LOGVAR = -30.0
 """Lower bound at which diffusers clamps log-variances. A posterior that is nowhere above it is a point: its mean."""
-
-
-class PixelIdentity(nn.Module):
-    """An autoencoder's network that changes nothing: latents are pixels.
-
-    `sdkit.VAE(PixelIdentity())` has factor 1, scale 1, and 3 channels. With it, code for latent
-    diffusion does pixel-space diffusion.
-    """
-
-    def encode(self, x: Tensor) -> Tensor:
-        """Return `x` (B, 3, H, W)."""
-        return x
-
-    def decode(self, z: Tensor) -> Tensor:
-        """Return `z` (B, 3, H, W)."""
-        return z
 
 
 class Kind:
@@ -37,9 +23,11 @@ class Kind:
         network: The network, a module of diffusers or a `PixelIdentity`.
         regularizers: The regularizers that a network of this kind can be trained with, named as in `VAEConfig`; none if
             it cannot be trained.
+        makes_latents: Whether it leaves the space of pixels.
     """
 
     regularizers: tuple[str, ...] = ()
+    makes_latents = True
 
     def __init__(self, network: Any) -> None:
         self.network = network
@@ -73,6 +61,11 @@ class Kind:
     def encoder_parts(self) -> list[nn.Module]:
         """The modules that stay frozen while the decoder alone is trained."""
         return [part for part in (self.network.encoder, self.network.quant_conv) if part is not None]
+
+    @property
+    def compiled_parts(self) -> list[nn.Module]:
+        """The modules that torch.compile compiles."""
+        return [self.network.encoder, self.network.decoder]
 
     def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return mean and log-variance (B, C, h, w), float32, of pixels (B, 3, H, W)."""
@@ -173,10 +166,16 @@ class Pixels(Kind):
     """A `PixelIdentity`: latents are pixels."""
 
     scale, shift, channels, factor = 1.0, 0.0, 3, 1
+    makes_latents = False
 
     @property
     def encoder_parts(self) -> list[nn.Module]:
         """An empty list: there is nothing to train."""
+        return []
+
+    @property
+    def compiled_parts(self) -> list[nn.Module]:
+        """An empty list: there is nothing to compile."""
         return []
 
     def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:

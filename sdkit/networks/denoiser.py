@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from contextlib import ExitStack
 from os import PathLike
 from typing import TYPE_CHECKING, Any
@@ -38,6 +39,7 @@ class UNet(Wrapper):
         sample_size: Side of the latents it was trained on.
         guided: Whether it takes the guidance scale as an input and needs no second pass, as latent consistency models
             do.
+        run: An engine that computes in the network's place, with its arguments and its result; None is the network.
         device: The device that the network computes on.
         dtype: The dtype that the network computes in.
     """
@@ -50,6 +52,7 @@ class UNet(Wrapper):
         self.width = _one(config.cross_attention_dim)
         self.sample_size = _one(config.sample_size or 64)
         self.guided = config.time_cond_proj_dim is not None
+        self.run: Callable[..., Any] | None = None
         network.time_embedding.register_forward_pre_hook(_first_row)
 
     @classmethod
@@ -127,7 +130,7 @@ class UNet(Wrapper):
         down, mid = (None, None) if cond.residuals is None else cond.residuals
         _thread.shares_t = shares_t
         try:
-            output: Tensor = self.network(
+            output: Tensor = (self.network if self.run is None else self.run)(
                 sample, t, encoder_hidden_states=cond.text, encoder_attention_mask=cond.mask, return_dict=False,
                 timestep_cond=None if guidance_scale is None else self._guidance(guidance_scale).to(sample),
                 class_labels=cond.label, added_cond_kwargs=cond.added,
@@ -136,6 +139,11 @@ class UNet(Wrapper):
         finally:
             _thread.shares_t = False  # reset for code that calls the network directly
         return output.to(x_t)
+
+    def check_runs(self, what: str) -> None:
+        """Raise ArgumentError for `what` works on the network itself, where an engine computes in its place."""
+        if self.run is not None:
+            raise ArgumentError(f"{what} works on the U-Net's network, and an engine runs in its place; take it out.")
 
     def _received(self, part: Tensor) -> Tensor:
         """Move a part of the condition to the network's device. Cast it if it is floating-point."""
@@ -163,6 +171,7 @@ class UNet(Wrapper):
         Returns:
             (B, L, h, w) float32. At each position, the values of the L tokens add up to 1.
         """
+        self.check_runs("cross-attention")
         height, width = x_t.shape[2:]
         maps: list[Tensor] = []
 

@@ -15,7 +15,7 @@ from sdkit.diffusion.guidance import check_scale
 from sdkit.diffusion.samplers import sampler_by_name
 from sdkit.diffusion.schedule import SPACINGS
 from sdkit.errors import ArgumentError, ImageError
-from sdkit.loading.place import EMBEDDED
+from sdkit.loading.place import EMBEDDED, PIXELS
 from sdkit.pipelines.steps import check_side
 
 EARLIER_NAMES = {
@@ -178,7 +178,7 @@ class Generation:
 def anywhere(source: str) -> str:
     """Return the absolute path of a file or folder, and any other source unchanged."""
     path = os.path.expanduser(source)  # noqa: PTH111 - pathlib raises for unknown users and overlong names
-    return os.path.abspath(path) if source != EMBEDDED and os.path.exists(path) else source  # noqa: PTH100, PTH110
+    return os.path.abspath(path) if source not in (EMBEDDED, PIXELS) and os.path.exists(path) else source  # noqa: PTH100, PTH110
 
 
 def _parsed(path: str | Path, field: Field[Any], value: str) -> Any:

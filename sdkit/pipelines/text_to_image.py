@@ -26,7 +26,7 @@ from sdkit.engines.offload import on_device
 from sdkit.errors import ArgumentError, SdkitError
 from sdkit.files import expanded
 from sdkit.images import OUTPUT_TYPES
-from sdkit.loading.lora_file import read_lora
+from sdkit.loading.lora_file import LoRA, read_lora
 from sdkit.loading.source import USUAL_GUIDANCE, Source
 from sdkit.loading.tensors import is_file
 from sdkit.messages import clean
@@ -134,7 +134,8 @@ class StableDiffusion:
             prediction_type: "epsilon", "v_prediction", or "sample", in place of what the source states; see
                 `Source.scheduler_config`.
             vae: Source of a VAE that replaces the model's own. A VAE's own folder, file, or Hub repository serves too.
-                `revision` and `variant` do not apply to it.
+                `revision` and `variant` do not apply to it. "pixels" is the pixel identity, for a U-Net that
+                denoises pixels.
             compile: Run the U-Net and the VAE through torch.compile.
             offload: Keep the networks in the CPU's memory, and move each one to `device` only while it computes. GPU
                 memory then holds one network at a time, and its activations.
@@ -149,13 +150,13 @@ class StableDiffusion:
         if vae is not None:
             beside = Source.open(vae, config=config if is_file(expanded(vae)) else None)  # a folder has its own configs
         home = "cpu" if offload else device
+        # Each is set up for `device` before it goes home: layout, attention, and compilation depend on the device.
+        autoencoder = VAE.from_source(beside, dtype=dtype, device=device, compile=compile).to(home)
         return cls(
-            # Set up each network on `device`, then move it to `home`: memory layout, attention, and compilation depend
-            # on the device that it computes on.
-            VAE.from_source(beside, dtype=dtype, device=device, compile=compile).to(home),
+            autoencoder,
             TextEncoder.from_source(opened, dtype=dtype, device=device).to(home),
             UNet.from_source(opened, dtype=dtype, device=device, compile=compile).to(home),
-            opened.schedule(),
+            opened.schedule(latents=autoencoder.kind.makes_latents),
             name=opened.name,
             guidance_scale=opened.guidance_scale,
             offload_to=device if offload else None,
@@ -187,6 +188,11 @@ class StableDiffusion:
         """
         scale = number("scale", scale)
         lora = read_lora(source, filename=filename, revision=revision)
+        self.merge_lora(lora, scale)
+
+    def merge_lora(self, lora: LoRA, scale: float = 1.0) -> None:
+        """Merge a LoRA that has been read; see `load_lora`."""
+        self.unet.check_runs("a LoRA")
         merge_lora(lora, self.unet.network, self.text.network, scale)
 
     @overload

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import DDIMScheduler, UNet2DConditionModel
 from PIL import Image
 
 import sdkit
 from sdkit.diffusion.conditioning import Conditioning
-from sdkit.errors import ArgumentError
+from sdkit.errors import ArgumentError, SourceError
+from sdkit.loading.source import Source
 from sdkit.networks.autoencoder import Autoencoder, latents_of
 from sdkit.networks.autoencoder_kinds import PixelIdentity
 from sdkit.pipelines.steps import decode
 from sdkit.training.stages.denoising import DenoisingObjective
+from tests.helpers import tiny
 
 
 @pytest.fixture
@@ -95,3 +98,30 @@ class TestPixelIdentity:
 def test_a_network_without_codes_says_so(identity: sdkit.VAE) -> None:
     with pytest.raises(ArgumentError, match="has no codebook"):
         identity.quantize(torch.zeros(1, 3, 2, 2))
+
+
+def test_the_source_named_pixels() -> None:
+    vae = sdkit.VAE.from_pretrained("pixels", dtype="bf16", device="cpu", compile=True)
+    assert (vae.name, vae.factor, vae.dtype) == ("pixels", 1, torch.bfloat16)
+    assert isinstance(vae.network, PixelIdentity)
+    (part,) = Source.open("pixels").describe().components
+    assert (part.class_name, part.config["factor"]) == ("PixelIdentity", 1)
+    with pytest.raises(SourceError, match=r"^'pixels' holds a PixelIdentity, not a U-Net"):
+        sdkit.UNet.from_pretrained("pixels", device="cpu")
+
+
+def test_a_model_of_pixels_is_loaded_with_vae_pixels(tmp_path: Path) -> None:
+    """Its schedule keeps the bound of x0, so that what it draws stays in the range of pixels."""
+    model = tiny.model(tmp_path)
+    UNet2DConditionModel.from_config(
+        UNet2DConditionModel.load_config(model / "unet") | {"in_channels": 3, "out_channels": 3}
+    ).save_pretrained(model / "unet")
+    DDIMScheduler(clip_sample=True).save_pretrained(model / "scheduler")
+    sd = sdkit.StableDiffusion.from_pretrained(model, vae="pixels", device="cpu", dtype="fp32")
+    assert sd.schedule.clip_x0 == 1
+    z = sd("a cat", height=16, width=24, num_inference_steps=2, output_type="latent")
+    assert z.shape == (1, 3, 16, 24)
+    assert z.abs().max() <= 1
+    assert sd("a cat", height=16, width=24, num_inference_steps=2, output_type="np").shape == (1, 16, 24, 3)
+    with pytest.raises(ArgumentError, match="takes 3 channels, this VAE's latents have 4"):
+        sdkit.StableDiffusion.from_pretrained(model, device="cpu")

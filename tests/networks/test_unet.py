@@ -12,6 +12,7 @@ from diffusers import ControlNetModel, StableDiffusionPipeline, UNet2DConditionM
 
 import sdkit
 from sdkit.diffusion.conditioning import Conditioning
+from sdkit.loading.lora_file import LoRA
 from sdkit.networks.denoiser import guidance_embedding
 from tests.helpers.networks import guided_network
 
@@ -183,3 +184,17 @@ def test_channels_are_those_of_the_latents(inputs: int, outputs: int, channels: 
     unet = sdkit.UNet(small_network(in_channels=inputs, out_channels=outputs))
     assert (unet.channels, unet.input_channels) == (channels, inputs)
     unet.try_out()
+
+
+@torch.no_grad()
+def test_an_engine_runs_in_the_networks_place(sd: sdkit.StableDiffusion) -> None:
+    unet = sdkit.UNet(copy.deepcopy(sd.unet.network))
+    x_t, cond = inputs(2)
+    expected, keys = unet(x_t, 500, cond), unet.state_dict().keys()
+    unet.run = lambda *args, **options: tuple(2 * part for part in unet.network(*args, **options))
+    assert torch.equal(unet(x_t, 500, cond), 2 * expected)
+    assert unet.state_dict().keys() == keys
+    with pytest.raises(sdkit.ArgumentError, match=r"^cross-attention works on the U-Net's network, and an engine runs"):
+        unet.cross_attention(x_t, 500, cond)
+    with pytest.raises(sdkit.ArgumentError, match=r"^a LoRA works on the U-Net's network, and an engine runs"):
+        sdkit.StableDiffusion(sd.vae, sd.text, unet, sd.schedule).merge_lora(LoRA(label="x", unet={}, text_encoder={}))

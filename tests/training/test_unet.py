@@ -739,3 +739,15 @@ def test_data_that_has_grown_is_another_run_and_data_that_has_moved_is_not(kit: 
     (photos / "more.png").write_bytes((photos / "000.png").read_bytes())
     with pytest.raises(TrainingError, match=r"holds another run: its data was different"):
         train_unet(replace(config, data=photos, max_steps=3))
+
+
+def test_a_model_of_pixels_is_trained_exported_and_loaded(kit: Kit, tmp_path: Path) -> None:
+    config = json.loads((kit.models["epsilon"] / "unet" / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"in_channels": 3, "out_channels": 3}))
+    settings = kit.config(
+        tmp_path / "run", data="photos", init=tmp_path / "config.json", vae="pixels", size=8, max_steps=1, batch_size=2
+    )
+    result = train_unet(settings) / "result"
+    sd = sdkit.StableDiffusion.from_pretrained(result, device="cpu", dtype="fp32")
+    assert (sd.vae.factor, sd.vae.channels) == (1, 3)
+    assert sd("a red disc", num_inference_steps=1, output_type="np", height=8, width=8).shape == (1, 8, 8, 3)

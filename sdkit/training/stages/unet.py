@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +25,7 @@ from sdkit.errors import ArgumentError
 from sdkit.loading.configs import GUIDANCE
 from sdkit.loading.lora_file import FILENAME, save_lora
 from sdkit.loading.new_network import new_network
+from sdkit.loading.single_file import ASSETS
 from sdkit.loading.source import USUAL_GUIDANCE, Source
 from sdkit.messages import no_warnings, quiet
 from sdkit.networks.autoencoder import VAE
@@ -120,8 +122,9 @@ class UNetStage:
         self.text = TextEncoder(*model.text_encoder()).eval().requires_grad_(False)
         # The export needs an unused copy, because tokenizing changes what a tokenizer saves.
         self.tokenizer = copy.deepcopy(self.text.tokenizer)
-        self.scheduler = _scheduler(model, config)
-        self.schedule = NoiseSchedule.from_config(self.scheduler, latents=True)
+        latents = self.vae.kind.makes_latents
+        self.scheduler = _scheduler(model, config, latents=latents)
+        self.schedule = NoiseSchedule.from_config(self.scheduler, latents=latents)
         self.guidance_scale = USUAL_GUIDANCE if config.init else model.guidance_scale
         self.objective = DenoisingObjective(self.schedule, snr_gamma=config.snr_gamma, noise_offset=config.noise_offset)
         if self.objective.zero_snr and self.schedule.prediction_type == "epsilon":
@@ -275,13 +278,17 @@ class UNetStage:
 
             scheduler = getattr(diffusers, self.scheduler.get("_class_name") or "DDIMScheduler")
             pipeline = diffusers.StableDiffusionPipeline(
-                vae=self.vae.network, text_encoder=self.text.network, tokenizer=self.tokenizer,
+                vae=self.vae.network if self.vae.kind.makes_latents else None,
+                text_encoder=self.text.network, tokenizer=self.tokenizer,
                 unet=self.unet.network, scheduler=scheduler.from_config(self.scheduler), safety_checker=None,
                 feature_extractor=None, requires_safety_checker=False,
             )  # fmt: skip
             if self.guidance_scale != USUAL_GUIDANCE:
                 pipeline.register_to_config(**{GUIDANCE: self.guidance_scale})
             pipeline.save_pretrained(folder)
+        if not self.vae.kind.makes_latents:  # diffusers has no such VAE; `Source` reads this
+            (folder / "vae").mkdir()
+            shutil.copy(ASSETS / "pixels" / "config.json", folder / "vae")
 
 
 def enable_gradient_checkpointing(network: nn.Module) -> None:
@@ -297,7 +304,7 @@ def _widest(network: nn.Module) -> int:
     return max(min(layer.weight.shape) for layer in layers if isinstance(layer, nn.Linear))
 
 
-def _scheduler(model: Source, config: UNetConfig) -> dict[str, Any]:
+def _scheduler(model: Source, config: UNetConfig, *, latents: bool) -> dict[str, Any]:
     """Return the model's scheduler config, with the changes that the run asks for."""
     scheduler = model.scheduler_config()
     own = {"prediction_type": scheduler.get("prediction_type", "epsilon")}
@@ -314,5 +321,6 @@ def _scheduler(model: Source, config: UNetConfig) -> dict[str, Any]:
     if config.zero_snr or config.prediction_type == "sample":
         # SD 1.x ships PNDM, which supports neither zero terminal SNR nor x0-prediction; export DDIM instead. Missing
         # keys are filled in first, because their defaults differ between schedulers. Latents are never clipped.
-        scheduler = completed(scheduler) | {"_class_name": "DDIMScheduler", "clip_sample": False}
+        unclipped = {"clip_sample": False} if latents else {}
+        scheduler = completed(scheduler) | {"_class_name": "DDIMScheduler"} | unclipped
     return scheduler
