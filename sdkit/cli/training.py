@@ -403,8 +403,6 @@ class _Field:
         if self.default is None:  # on the command line, an option that is left out stands for None
             doc = re.sub(r"(^|[.:] )None\b", r"\1The default", doc)
             doc = re.sub(r"\bNone\b", "the default", doc)
-        else:
-            doc = re.sub(r"\bNone\b", '"none"', doc)
         words = {"True": "yes", "False": "no", "": "empty"}
         unsaid = self.default in (MISSING, None, ())
         default = "" if unsaid else f" (default: {words.get(str(self.default), self.default)})"
