@@ -242,7 +242,7 @@ class DenoisingSettings(StageSettings):
 
     Attributes:
         vae: VAE to use in place of the model's own: a folder, a Hub id, or a single file. The U-Net is trained
-            on its latents and exported with it. None takes the model's own.
+            on its latents and exported with it. None takes the model's own, "pixels" trains on pixels.
         caption_column: Column of the captions in parquet files and data sets of the Hub, or key in
             metadata; None detects it.
         default_caption: Caption of images without one.
