@@ -39,7 +39,7 @@ from sdkit.training.signals import raise_if_stopped
 from sdkit.training.stage import Player, Samples
 from sdkit.training.stages.denoising import DenoisingObjective
 from sdkit.training.stages.encoding import BatchEncoder
-from sdkit.training.stages.examples import collated, open_latents
+from sdkit.training.stages.examples import collated, open_provider
 from sdkit.training.stages.images import identity_of, report_skipped
 
 VALIDATION_STEPS = 25  # sampling steps of the images of validation prompts
@@ -133,7 +133,10 @@ class UNetStage:
             torch.manual_seed(config.seed)
             self._make_networks(model)
         side = self.unet.sample_size * self.vae.factor
-        self.latents = open_latents(config, self.vae, self.text, (side, side))
+        self.latents = open_provider(
+            config.data, self.vae, self.text, size=config.size, own_size=(side, side), augment=config.augment,
+            seed=config.seed, trains_text=config.train_text_encoder, **config.opened_with(),
+        )  # fmt: skip
         self.encoder = BatchEncoder(
             self.vae, self.text, scale=self.latents.scale, shift=self.latents.shift,
             trains_text=config.train_text_encoder,
@@ -209,7 +212,7 @@ class UNetStage:
     ) -> tuple[Tensor, Mapping[str, float | Tensor]]:
         """Return the denoising loss, and its parts to log; see `DenoisingObjective.loss`."""
         output, target = self._denoised(networks["unet"], batch)
-        return self.objective.loss(output, target, batch["t"])
+        return self.objective.loss(output, target, batch["t"], batch.get("weight"))
 
     def _denoised(self, network: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         """Return the network's output for noised latents, and its target, both (B, 4, h, w)."""
