@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -108,6 +108,9 @@ class UNetStage:
     Args:
         config: Settings of the run.
 
+    Attributes:
+        evaluators: Functions of the step that return further metrics of each validation, the same on every process.
+
     Raises:
         SdkitError: The settings, the model, or the data are at fault.
     """
@@ -145,6 +148,7 @@ class UNetStage:
         networks = identity_of(self.vae.network, self.text.network, self.unet.network, schedule=self.scheduler)
         self.identity = {"data": self.latents.identity, "model": networks, "vae": self.vae.identity}
         self.size = len(self.latents.train)
+        self.evaluators: list[Callable[[int], Mapping[str, float]]] = []
         rate, ema = config.learning_rate, config.ema_decay > 0
         self.players = [Player("unet", self.denoiser, self.loss, learning_rate=rate, ema=ema)]
 
@@ -223,13 +227,16 @@ class UNetStage:
     def validate(self, step: int) -> dict[str, float]:
         """Return the loss, without weights, on a fixed grid of held-out images, noises, and timesteps.
 
-        Images of the validation prompts are saved beside, in samples/.
+        Images of the validation prompts are saved beside, in samples/. Metrics of the `evaluators` come last.
         """
         losses = split_over_processes(len(self.latents.held_out), self._validation_loss)
         report_skipped(self.latents.skipped, Path(self.config.out_dir) / "skipped.json")
         if self.config.validation_prompts:
             self._save_samples(step)
-        return {"loss": math.fsum(losses) / len(losses)}
+        metrics = {"loss": math.fsum(losses) / len(losses)}
+        for evaluator in self.evaluators:
+            metrics |= evaluator(step)
+        return metrics
 
     def _validation_loss(self, i: int) -> float:
         """Return the loss of one held-out image over the validation grid."""
