@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from types import NoneType
-from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
 
 from sdkit.cli.console import complain, say, say_json, say_path
 from sdkit.cli.options import (
@@ -33,13 +33,20 @@ from sdkit.fields import field_docs
 from sdkit.messages import clean, printable, reason
 from sdkit.processes import is_main_process
 from sdkit.strict_json import read_object
-from sdkit.training.settings import AUGMENTATIONS, LR_SCHEDULERS, RECONSTRUCTIONS, REGULARIZERS, UNetConfig, VAEConfig
+from sdkit.training.settings import (
+    AUGMENTATIONS,
+    LR_SCHEDULERS,
+    RECONSTRUCTIONS,
+    REGULARIZERS,
+    StageSettings,
+    UNetConfig,
+    VAEConfig,
+)
 
 if TYPE_CHECKING:
     from sdkit.data import Manifest
-    from sdkit.training.settings import StageSettings
 
-Settings = TypeVar("Settings", bound="StageSettings")
+Settings = TypeVar("Settings", bound=StageSettings)
 
 STAGE_USAGE = "--data PATH --out-dir PATH [OPTION ...]"
 SHORT = {"model": ("-m",), "out_dir": ("-o",)}
@@ -71,6 +78,41 @@ GROUPS = {
 }
 
 
+class StageCommand(NamedTuple):
+    """A command of `sdkit train`. `sdkit.training` has its function, train_NAME.
+
+    Attributes:
+        settings: Class of its settings, whose fields are its options.
+        summary: Its description.
+        examples: Command lines to show in its help.
+    """
+
+    settings: type[StageSettings]
+    summary: str
+    examples: tuple[str, ...]
+
+
+STAGES = {
+    "vae": StageCommand(
+        VAEConfig,
+        "Fine-tune the VAE: its decoder, or all of it.",
+        (
+            "sdkit train vae --data photos/ --out-dir runs/vae",
+            "sdkit train vae --data photos/ --out-dir runs/vae --disc-weight 0.5",
+        ),
+    ),
+    "unet": StageCommand(
+        UNetConfig,
+        "Fine-tune the U-Net, whole or by LoRA.",
+        (
+            "sdkit train unet --data photos/ --out-dir runs/zork --lora-rank 8",
+            "sdkit train unet --config runs/zork/config.json --max-steps 2000",
+            "accelerate launch -m sdkit train unet --data cache/ --out-dir runs/full",
+        ),
+    ),
+}
+
+
 def add_training_commands(commands: Commands) -> None:
     """Add the commands in the order in which a user needs them."""
     data = add_command_group(commands, "data", "Check a data set.", ("sdkit data check photos/",))
@@ -88,8 +130,8 @@ def add_training_commands(commands: Commands) -> None:
             "sdkit train vae --data photos/ --out-dir runs/vae",
         ),
     )
-    _add_vae(train)
-    _add_unet(train)
+    for name, stage in STAGES.items():
+        _add_stage(train, name, stage)
     _add_plot(commands)
     _add_convert(commands)
 
@@ -141,28 +183,15 @@ def _print_cache(folder: Path, made: Manifest) -> None:
         complain(f"{len(made.skipped) - SHOWN} more are skipped; {folder / 'manifest.json'} names them.")
 
 
-def vae(args: argparse.Namespace) -> int:
-    """Fine-tune the VAE: its decoder, or all of it."""
-    from sdkit.training import train_vae
-
-    return _train(args, VAEConfig, train_vae)
-
-
-def unet(args: argparse.Namespace) -> int:
-    """Fine-tune the U-Net, whole or by LoRA."""
-    from sdkit.training import train_unet
-
-    return _train(args, UNetConfig, train_unet)
-
-
-def _train(args: argparse.Namespace, stage: type[Settings], run: Callable[[Settings], Path]) -> int:
+def _train(name: str, args: argparse.Namespace) -> int:
+    from sdkit import training
     from sdkit.cli.jobs import check_files
     from sdkit.data.sources import check_source
 
-    settings = _settings(stage, args)
+    settings = _settings(STAGES[name].settings, args)
     check_files(Path(settings.out_dir))
     check_source(settings.data)
-    folder = run(settings)
+    folder = getattr(training, f"train_{name}")(settings)
     if is_main_process():
         say_path(folder / "result")
     return 0
@@ -291,31 +320,24 @@ def _add_convert(commands: Commands) -> None:
     parser.add_argument("out", metavar="OUT.safetensors", help="File to write")
 
 
-def _add_vae(commands: Commands) -> None:
-    examples = (
-        "sdkit train vae --data photos/ --out-dir runs/vae",
-        "sdkit train vae --data photos/ --out-dir runs/vae --disc-weight 0.5",
-    )
-    _add_settings(add_command(commands, vae, usage=STAGE_USAGE, examples=examples), VAEConfig)
+def _add_stage(commands: Commands, name: str, stage: StageCommand) -> None:
+    def run(args: argparse.Namespace) -> int:
+        return _train(name, args)
 
-
-def _add_unet(commands: Commands) -> None:
-    examples = (
-        "sdkit train unet --data photos/ --out-dir runs/zork --lora-rank 8",
-        "sdkit train unet --config runs/zork/config.json --max-steps 2000",
-        "accelerate launch -m sdkit train unet --data cache/ --out-dir runs/full",
-    )
-    _add_settings(add_command(commands, unet, usage=STAGE_USAGE, examples=examples), UNetConfig)
+    run.__name__, run.__doc__ = name, stage.summary
+    _add_settings(add_command(commands, run, usage=STAGE_USAGE, examples=stage.examples), stage.settings)
 
 
 def _add_settings(parser: argparse.ArgumentParser, stage: type[StageSettings]) -> None:
-    """Add the fields of a stage's settings as options, in the groups of `GROUPS`."""
+    """Add the fields of a stage's settings as options, in the groups of `GROUPS`, and the others in a last one."""
     config = "Read settings from a file, such as a run's config.json; options given here override it"
     parser.add_argument("--config", metavar="FILE.json", help=config)
     known = _fields(stage)
-    for title, names in GROUPS.items():
+    groups = {title: names.split() for title, names in GROUPS.items()}
+    grouped = {name for names in groups.values() for name in names}
+    for title, names in {**groups, "other": [name for name in known if name not in grouped]}.items():
         group = parser.add_argument_group(title)
-        for name in names.split():
+        for name in names:
             if name in known:
                 known[name].add_to(group.add_argument)
 

@@ -34,6 +34,14 @@ DIFFERENCES = {  # setting -> description of a difference that the two values wo
     "processes, whose product must stay)",
 }
 
+
+def _difference(name: str) -> str:
+    """Return the sentence for a difference between two runs that `DIFFERENCES` lacks."""
+    if name.endswith("_identity"):  # a fingerprint, which tells a reader nothing
+        return f"its {name.removesuffix('_identity').replace('_', ' ')} was different (by its fingerprint)"
+    return f"{name} was {{was}}, is {{now}}"
+
+
 LONGEST_LINE = 2**20  # largest length, in bytes, of a line of metrics.jsonl
 METRIC_TYPES = {int, float, type(None)}
 
@@ -201,7 +209,7 @@ class RunFolder:
         for name in sorted(now.keys() & was.keys(), key=lambda name: (name != "stage", name)):
             if was[name] != now[name]:
                 values = {"was": clean(repr(was[name])), "now": clean(repr(now[name]))}
-                difference = DIFFERENCES.get(name, f"{name} was {{was}}, is {{now}}").format(**values)
+                difference = DIFFERENCES.get(name, _difference(name)).format(**values)
                 raise TrainingError(
                     f"{self.path} holds another run: {difference}; name another out_dir (only these may change: "
                     f"{', '.join(sorted(may_change))})."

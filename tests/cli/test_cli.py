@@ -33,14 +33,13 @@ from sdkit.arguments import PREDICTIONS
 from sdkit.cli import main
 from sdkit.cli.commands import _parser
 from sdkit.cli.console import Stopped, signals_raised
-from sdkit.cli.training import _settings
+from sdkit.cli.training import STAGES, _settings
 from sdkit.data import latent_file as latents
 from sdkit.data.transform import CROPS
 from sdkit.diffusion.samplers import SAMPLERS
 from sdkit.diffusion.schedule import SPACINGS
 from sdkit.engines.device import DTYPES
 from sdkit.pipelines.generation import Generation
-from sdkit.training import UNetConfig, VAEConfig
 
 QUICK = ("--steps", "2", "--dtype", "fp32", "--device", "cpu")
 ROOT = Path(__file__).parents[2]
@@ -152,8 +151,8 @@ def test_each_example_in_a_help_is_understood(command: str) -> None:
         words = shlex.split(example.removeprefix("accelerate launch -m "))
         assert " ".join(words).startswith(command)
         args = _parser().parse_args(words[1:])
-        if command in ("sdkit train vae", "sdkit train unet") and not args.config:
-            assert _settings({"vae": VAEConfig, "unet": UNetConfig}[words[2]], args).data == args.data
+        if command.startswith("sdkit train ") and not args.config:
+            assert _settings(STAGES[words[2]].settings, args).data == args.data
 
 
 @pytest.mark.parametrize("columns", [80, 120])

@@ -4,6 +4,7 @@ launched, in others.
 
 from __future__ import annotations
 
+import argparse
 import json
 import multiprocessing
 import os
@@ -13,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,17 +27,19 @@ from safetensors.torch import load_file, save_file
 import sdkit
 from sdkit.arguments import PREDICTIONS
 from sdkit.cli import console, main
+from sdkit.cli import training as commands
 from sdkit.cli.commands import _parser
-from sdkit.cli.training import CHOICES, _settings
+from sdkit.cli.training import CHOICES, _add_settings, _settings
 from sdkit.data import LatentCache, check
 from sdkit.errors import ArgumentError
 from sdkit.training import UNetConfig, VAEConfig, train_unet
 from sdkit.training.checkpoint import checkpoints
 from sdkit.training.run_folder import read_metrics
+from sdkit.training.settings import StageSettings
 from tests.helpers import tiny, toy
 
 ROOT = Path(__file__).parents[2]
-STAGES = {"vae": VAEConfig, "unet": UNetConfig}
+STAGES = {name: stage.settings for name, stage in commands.STAGES.items()}
 SMALL = ("--model", "model", "--batch-size", "2", "--size", "32")
 LORA = ("train", "unet", "--data", "photos", "--lora-rank", "2", *SMALL)
 
@@ -125,6 +128,29 @@ def test_every_option_is_explained() -> None:
         options = {option.dest: option for option in train._subparsers._group_actions[0].choices[stage]._actions}
         for field in fields(STAGES[stage]):
             assert len(options[field.name].help) > 15, field.name
+
+
+@dataclass(frozen=True, kw_only=True)
+class NewConfig(StageSettings):
+    """Settings of a stage that is new.
+
+    Attributes:
+        unheard_of: A field that no group of the help names.
+    """
+
+    unheard_of: int = 3
+
+
+def test_a_field_without_a_group_is_in_the_last_one() -> None:
+    parser = argparse.ArgumentParser()
+    _add_settings(parser, NewConfig)
+    assert parser.format_help().endswith(
+        "\nother:\n  --unheard-of N        A field that no group of the help names (default: 3)\n"
+    )
+
+
+def test_every_field_of_a_stage_has_a_group(run: Callable[..., Ran]) -> None:
+    assert not any("\nother:" in run("train", stage, "--help").out for stage in STAGES)
 
 
 def test_help_loads_no_heavy_library() -> None:

@@ -563,6 +563,21 @@ def test_another_run_is_not_written_over(change: dict[str, Any], sentence: str, 
     assert (begun / "config.json").read_text() == before
 
 
+def test_another_fingerprint_is_told_in_words(tmp_path: Path) -> None:
+    identity = {"data": "a", "control_net": "b"}
+    run = RunFolder(tmp_path / "run")
+    run.open(ToySettings(), 1, identity)
+    run.save(at(1), keep=1)
+    run.close()
+    for name, sentence in (
+        ("data", r"its data was different \(names, captions, or sizes of files\)"),
+        ("control_net", r"its control net was different \(by its fingerprint\)"),
+    ):
+        with pytest.raises(TrainingError, match=rf"holds another run: {sentence}; name another out_dir"):
+            run.open(ToySettings(), 1, identity | {name: "c"})
+        run.close()
+
+
 def test_the_run_of_another_stage_is_not_written_over(begun: Path) -> None:
     class OtherSettings(ToySettings):
         pass

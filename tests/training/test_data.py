@@ -27,7 +27,7 @@ from sdkit.training import UNetConfig
 from sdkit.training.batches import noise_of
 from sdkit.training.distributed import split_over_processes
 from sdkit.training.signals import StopSignals, Unfinished, raise_if_stopped
-from sdkit.training.stages.examples import CachedLatents, ImageLatents, open_latents
+from sdkit.training.stages.examples import CachedLatents, DenoisingExamples, ImageLatents, open_provider
 from sdkit.training.stages.images import TrainingImages, report_skipped, split
 from tests.helpers import tiny
 from tests.helpers.loaders import load_text, load_vae
@@ -149,6 +149,14 @@ class TestReport:
         assert split_over_processes(1, lambda i: i) == [0]  # no signal is pending any more
 
 
+def provider(config: UNetConfig, vae: VAE, text: TextEncoder) -> DenoisingExamples:
+    """Open the data of a run as its stage does."""
+    return open_provider(
+        config.data, vae, text, size=config.size, own_size=(tiny.SIZE, tiny.SIZE), augment=config.augment,
+        seed=config.seed, trains_text=config.train_text_encoder, **config.opened_with(),
+    )  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Kit:
     model: Path
@@ -159,7 +167,7 @@ class Kit:
 
     def latents(self, data: Path, **changes: Any) -> Any:
         config = UNetConfig(model=self.model, data=data, out_dir="unused", **changes)
-        return open_latents(config, self.vae, self.text, (tiny.SIZE, tiny.SIZE))
+        return provider(config, self.vae, self.text)
 
 
 @pytest.fixture(scope="module")
@@ -293,13 +301,19 @@ class TestMismatch:
         config = UNetConfig(model=model or kit.model, data=kit.caches[cached], out_dir="unused", **changes)
         vae, text = VAE(load_vae(config.model)), TextEncoder(*load_text(config.model))
         with pytest.raises(CacheError) as error:
-            open_latents(config, vae, text, (tiny.SIZE, tiny.SIZE))
+            provider(config, vae, text)
         sentence = str(error.value)
         assert sentence.startswith(f"the cache {kit.caches[cached]} (of {kit.model}) was made with ")
         assert sentence.endswith(
             " as in this run; make another with sdkit cache for this run, or run with what it was made with."
         )
         return sentence.partition(" was made with ")[2].removesuffix(sentence.partition(" as in this run")[2])
+
+    @pytest.mark.parametrize("name", ["split", "image_column", "class_folders", "caption_column", "default_caption"])
+    def test_how_to_open_images_has_no_meaning(self, kit: Kit, name: str) -> None:
+        option = {name: True if name == "class_folders" else "other"}
+        with pytest.raises(ArgumentError, match=rf"^{name}= has no meaning for a latent cache; give it to "):
+            kit.latents(kit.caches["plain"], **option)
 
     def test_of_the_vae(self, kit: Kit, tmp_path: Path) -> None:
         other = changed(kit.model, tmp_path / "model", "vae")
@@ -316,7 +330,7 @@ class TestMismatch:
         text = TextEncoder(*load_text(other))
         for cached, along in (("plain", False), ("embedded", True)):
             config = UNetConfig(model=other, data=kit.caches[cached], out_dir="unused", train_text_encoder=along)
-            open_latents(config, kit.vae, text, (tiny.SIZE, tiny.SIZE))
+            provider(config, kit.vae, text)
 
     def test_of_the_tokenizer(self, kit: Kit, tmp_path: Path) -> None:
         other = Path(shutil.copytree(kit.model, tmp_path / "model"))

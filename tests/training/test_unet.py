@@ -564,6 +564,16 @@ class TestValidation:
         assert float(held_out) == pytest.approx(found[0][0], rel=1e-5)
         assert float(batch["eps"].std()) == pytest.approx(1, abs=0.2)
 
+    def test_evaluators_add_metrics(self, kit: Kit, tmp_path: Path) -> None:
+        config = kit.config(tmp_path, max_steps=1)
+        stage = UNetStage(config)
+        stage.evaluators += [lambda step: {"fid": 2.0 * step}, lambda step: {"clip": step + 0.5}]
+        fit(stage, config, tmp_path)
+        first, last = lines(tmp_path, validation=True)
+        names = [f"validation/{name}" for name in ("loss", "fid", "clip")]
+        assert [name for name in first if name in names] == names
+        assert [(line["validation/fid"], line["validation/clip"]) for line in (first, last)] == [(0, 0.5), (2, 1.5)]
+
     @pytest.mark.parametrize("passes", [1, 4])  # within the loss; within the first image
     def test_a_signal_waits_for_one_pass(self, passes: int, kit: Kit, monkeypatch: pytest.MonkeyPatch) -> None:
         stage, done = kit.stage(validation_prompts=("a disc", "a cat")), 0

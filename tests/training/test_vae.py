@@ -391,6 +391,13 @@ class TestValidation:
                 assert min(sheet.size) > 2 * tiny.SIZE
         assert found[0]["psnr"] != found[-1]["psnr"]
 
+    def test_evaluators_add_metrics(self, kit: Kit, tmp_path: Path) -> None:
+        config = kit.config(tmp_path, max_steps=1)
+        stage = VAEStage(config)
+        stage.evaluators.append(lambda step: {"fid": step + 0.5})
+        fit(stage, config, tmp_path)
+        assert [line["fid"] for line in lines(tmp_path, validation=True)] == [0.5, 1.5]
+
     def test_statistics_are_those_of_samples(self, kit: Kit, tmp_path: Path) -> None:
         """The statistics must equal, to 1 %, those of 4,000 posterior draws of each image through the public VAE."""
         train_vae(kit.config(tmp_path, max_steps=1))

@@ -71,21 +71,27 @@ class DenoisingObjective:
         """
         return self.schedule.add_noise(x0, eps, t), self.schedule.target(x0, eps, t)
 
-    def loss(self, output: Tensor, target: Tensor, t: Sequence[int]) -> tuple[Tensor, dict[str, float | Tensor]]:
+    def loss(
+        self, output: Tensor, target: Tensor, t: Sequence[int], weights: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, float | Tensor]]:
         """Return the mean squared error with min-SNR weights, and its parts to log.
 
         Args:
             output: Output of the network (B, C, h, w).
             target: Its target (B, C, h, w).
             t: Timesteps, one for each sample.
+            weights: Weights of the samples (B,), which multiply those of min-SNR; None weights all samples by 1.
 
         Returns:
             The loss; and, if `snr_gamma` is set, `mse`, the loss without weights.
         """
         snr = self.schedule.snr(torch.tensor(t)).float()
         weight = min_snr_weight(snr, self.snr_gamma, self.schedule.prediction_type, keep_noisiest=self.zero_snr)
-        loss = diffusion_loss(output, target, weight.to(output.device))
-        return loss, {} if self.snr_gamma is None else {"mse": diffusion_loss(output, target).detach()}
+        weight = weight.to(output.device)
+        if weights is not None:
+            weight = weight * weights.to(weight)
+        loss, unweighted = diffusion_loss(output, target, weight), self.snr_gamma is None and weights is None
+        return loss, {} if unweighted else {"mse": diffusion_loss(output, target).detach()}
 
     @staticmethod
     def _draw(shape: tuple[int, ...], generator: torch.Generator, offset_factor: float) -> dict[str, Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import fields
+from inspect import signature
 from os import PathLike
 from typing import Any, Protocol
 
@@ -22,14 +22,14 @@ from sdkit.errors import ArgumentError
 from sdkit.networks.autoencoder import Autoencoder
 from sdkit.networks.text_encoder import TextEncoder
 from sdkit.processes import is_main_process
-from sdkit.training.settings import UNetConfig
 from sdkit.training.stages.images import TrainingImages, is_cache, split, training_transform
 
 Row = dict[str, Tensor]
 """The tensors of one example.
 
 The caption is `ids` (k, 77), and also `embeddings` (77k, D) if a cache holds them. The image is `pixels` (3, H, W), or
-the posterior's `mean` and `logvar` (4, h, w), not scaled.
+the posterior's `mean` and `logvar` (4, h, w), not scaled. If examples count differently in the loss, each
+has its `weight`, a scalar.
 """
 
 VERIFIED = 8 * 2**30
@@ -184,30 +184,43 @@ class ImageLatents:
         return ids
 
 
-def open_latents(
-    config: UNetConfig, vae: Autoencoder, text: TextEncoder, own_size: tuple[int, int]
+def open_provider(
+    data: str | PathLike[str],
+    vae: Autoencoder,
+    text: TextEncoder,
+    *,
+    size: int | tuple[int, int] | None = None,
+    own_size: tuple[int, int],
+    augment: Collection[str] = (),
+    seed: int = 0,
+    trains_text: bool = False,
+    **opened_with: Any,
 ) -> DenoisingExamples:
-    """Open `config.data`, which is a latent cache or images.
+    """Open `data`, which is a latent cache or images.
 
     Args:
-        config: Settings of the run.
+        data: A latent cache, or any source that `open_examples` takes.
         vae: The VAE of the run.
         text: The text encoder of the run.
+        size: Size of the images in pixels; None takes that of the cache, or `own_size`.
         own_size: Height and width that the model was made for, the default size of images.
+        augment: Augmentations, as in `training_transform`.
+        seed: Random seed of the augmentations of images.
+        trains_text: Whether the text encoder is trained.
+        **opened_with: Keyword arguments of `open_examples`. A latent cache takes none but defaults.
 
     Raises:
         SdkitError: The data cannot be opened, or do not fit the settings or the networks.
     """
-    if is_cache(config.data):
-        defaults = {field.name: field.default for field in fields(config)}
-        if given := [name for name, value in config.opened_with().items() if value != defaults[name]]:
+    if is_cache(data):
+        defaults = {name: parameter.default for name, parameter in signature(open_examples).parameters.items()}
+        if given := [name for name, value in opened_with.items() if value != defaults[name]]:
             raise ArgumentError(f"{given[0]}= has no meaning for a latent cache; give it to sdkit cache instead.")
-        trains_text = config.train_text_encoder
-        return CachedLatents(config.data, vae, text, size=config.size, augment=config.augment, trains_text=trains_text)
-    size: Any = config.size or own_size
-    vae.check_size(size)
-    examples = open_examples(config.data, **config.opened_with())
-    return ImageLatents(examples, training_transform(size, config.augment), vae, text, seed=config.seed)
+        return CachedLatents(data, vae, text, size=size, augment=augment, trains_text=trains_text)
+    height_width: Any = size or own_size
+    vae.check_size(height_width)
+    examples = open_examples(data, **opened_with)
+    return ImageLatents(examples, training_transform(height_width, augment), vae, text, seed=seed)
 
 
 def collated(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

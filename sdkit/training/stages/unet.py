@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ from sdkit.training.signals import raise_if_stopped
 from sdkit.training.stage import Player, Samples
 from sdkit.training.stages.denoising import DenoisingObjective
 from sdkit.training.stages.encoding import BatchEncoder
-from sdkit.training.stages.examples import collated, open_latents
+from sdkit.training.stages.examples import collated, open_provider
 from sdkit.training.stages.images import identity_of, report_skipped
 
 VALIDATION_STEPS = 25  # sampling steps of the images of validation prompts
@@ -110,6 +110,9 @@ class UNetStage:
     Args:
         config: Settings of the run.
 
+    Attributes:
+        evaluators: Functions of the step that return further metrics of each validation, the same on every process.
+
     Raises:
         SdkitError: The settings, the model, or the data cannot be used.
     """
@@ -136,7 +139,10 @@ class UNetStage:
             torch.manual_seed(config.seed)
             self._make_networks(model)
         side = self.unet.sample_size * self.vae.factor
-        self.latents = open_latents(config, self.vae, self.text, (side, side))
+        self.latents = open_provider(
+            config.data, self.vae, self.text, size=config.size, own_size=(side, side), augment=config.augment,
+            seed=config.seed, trains_text=config.train_text_encoder, **config.opened_with(),
+        )  # fmt: skip
         self.encoder = BatchEncoder(
             self.vae, self.text, scale=self.latents.scale, shift=self.latents.shift,
             trains_text=config.train_text_encoder,
@@ -145,6 +151,7 @@ class UNetStage:
         networks = identity_of(self.vae.network, self.text.network, self.unet.network, schedule=self.scheduler)
         self.identity = {"data": self.latents.identity, "model": networks, "vae": self.vae.identity}
         self.size = len(self.latents.train)
+        self.evaluators: list[Callable[[int], Mapping[str, float]]] = []
         rate, ema = config.learning_rate, config.ema_decay > 0
         self.players = [Player("unet", self.denoiser, self.loss, learning_rate=rate, ema=ema)]
 
@@ -212,7 +219,7 @@ class UNetStage:
     ) -> tuple[Tensor, Mapping[str, float | Tensor]]:
         """Return the denoising loss, and its parts to log; see `DenoisingObjective.loss`."""
         output, target = self._denoised(networks["unet"], batch)
-        return self.objective.loss(output, target, batch["t"])
+        return self.objective.loss(output, target, batch["t"], batch.get("weight"))
 
     def _denoised(self, network: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         """Return the network's output for noised latents, and its target, both (B, 4, h, w)."""
@@ -224,12 +231,16 @@ class UNetStage:
         """Return the unweighted loss on a fixed grid of held-out images, noises, and timesteps.
 
         Also save images of the validation prompts in samples/, and the names of skipped images in skipped.json.
+        Metrics of the `evaluators` come last.
         """
         losses = split_over_processes(len(self.latents.held_out), self._validation_loss)
         report_skipped(self.latents.skipped, Path(self.config.out_dir) / "skipped.json")
         if self.config.validation_prompts:
             self._save_samples(step)
-        return {"loss": math.fsum(losses) / len(losses)}
+        metrics = {"loss": math.fsum(losses) / len(losses)}
+        for evaluator in self.evaluators:
+            metrics |= evaluator(step)
+        return metrics
 
     def _validation_loss(self, i: int) -> float:
         """Return the loss of one held-out image over the validation grid."""

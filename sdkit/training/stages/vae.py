@@ -6,7 +6,7 @@ import copy
 import math
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -96,7 +96,11 @@ class Measured(NamedTuple):
 
 
 class VAEStage:
-    """The stage of `train_vae`: a VAE and, for the adversarial loss, a discriminator."""
+    """The stage of `train_vae`: a VAE and, for the adversarial loss, a discriminator.
+
+    Attributes:
+        evaluators: Functions of the step that return further metrics of each validation, the same on every process.
+    """
 
     def __init__(self, config: VAEConfig) -> None:
         self.config = config
@@ -105,6 +109,7 @@ class VAEStage:
         self._load_lpips()
         self._open_data(self._size())
         self.size = len(self.train)
+        self.evaluators: list[Callable[[int], Mapping[str, float]]] = []
         self.players = [
             Player("vae", self.vae, self.loss, learning_rate=config.learning_rate, ema=config.ema_decay > 0)
         ]
@@ -260,7 +265,7 @@ class VAEStage:
             and `recommended_scale`, the VAE scale that would make their standard deviation 1; for a `VQModel`, how
             much of the codebook is in use, and its perplexity. If the encoder is fine-tuned, also `latent_drift`: the
             root mean square distance of the latents from those of the starting VAE, in standard deviations of the
-            latter.
+            latter. Metrics of the `evaluators` come last.
         """
         found = split_over_processes(len(self.held_out), self._measured)
         report_skipped(self.images.skipped | self.validation.skipped, Path(self.config.out_dir) / "skipped.json")
@@ -281,6 +286,8 @@ class VAEStage:
                     f"latents have moved by {metrics['latent_drift']:.2f} of their standard deviation: U-Nets and "
                     "caches made for the starting VAE no longer fit.", stacklevel=2,
                 )  # fmt: skip
+        for evaluator in self.evaluators:
+            metrics |= evaluator(step)
         return metrics
 
     def _measured(self, i: int) -> Measured:
