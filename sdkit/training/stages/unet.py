@@ -10,13 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from accelerate import PartialState
-from PIL import Image
 from torch import Tensor, nn
 
-from sdkit import images as image_io
 from sdkit.diffusion.conditioning import Conditioning
 from sdkit.diffusion.losses import diffusion_loss
 from sdkit.diffusion.schedule import NoiseSchedule, completed
@@ -37,14 +33,13 @@ from sdkit.training.batches import noise_of
 from sdkit.training.distributed import split_over_processes
 from sdkit.training.loop import fit
 from sdkit.training.settings import UNetConfig
-from sdkit.training.signals import raise_if_stopped
 from sdkit.training.stage import Player, Samples
 from sdkit.training.stages.denoising import DenoisingObjective
+from sdkit.training.stages.drawing import Drawing
 from sdkit.training.stages.encoding import BatchEncoder
 from sdkit.training.stages.examples import collated, open_provider
 from sdkit.training.stages.images import identity_of, report_skipped
 
-VALIDATION_STEPS = 25  # sampling steps of the images of validation prompts
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -152,6 +147,14 @@ class UNetStage:
         self.identity = {"data": self.latents.identity, "model": networks, "vae": self.vae.identity}
         self.size = len(self.latents.train)
         self.evaluators: list[Callable[[int], Mapping[str, float]]] = []
+        if config.validation_prompts:
+            height, width = (side * self.vae.factor for side in self.latents.shape)
+            drawing = Drawing(
+                self.unet, self.vae, self.text, self.schedule, prompts=config.validation_prompts,
+                folder=config.samples, size=(height, width), guidance_scale=self.guidance_scale,
+                half=HALF.get(config.mixed_precision), trains_text=config.train_text_encoder,
+            )  # fmt: skip
+            self.evaluators.append(drawing)
         rate, ema = config.learning_rate, config.ema_decay > 0
         self.players = [Player("unet", self.denoiser, self.loss, learning_rate=rate, ema=ema)]
 
@@ -235,8 +238,6 @@ class UNetStage:
         """
         losses = split_over_processes(len(self.latents.held_out), self._validation_loss)
         report_skipped(self.latents.skipped, Path(self.config.out_dir) / "skipped.json")
-        if self.config.validation_prompts:
-            self._save_samples(step)
         metrics = {"loss": math.fsum(losses) / len(losses)}
         for evaluator in self.evaluators:
             metrics |= evaluator(step)
@@ -249,34 +250,6 @@ class UNetStage:
         device = self.unet.device
         batch = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in collated(rows).items()}
         return float(diffusion_loss(*self._denoised(self.denoiser, batch)))
-
-    def _save_samples(self, step: int) -> None:
-        """Save a sheet with an image of each validation prompt."""
-        prompts = self.config.validation_prompts
-        images = [
-            Image.fromarray(pixels)
-            for pixels in split_over_processes(len(prompts), lambda i: np.asarray(self._generate(prompts[i], i)))
-        ]
-        self.vae.cpu()  # frozen networks need GPU memory only while they work
-        if not self.config.train_text_encoder:
-            self.text.cpu()
-        if PartialState().is_main_process:
-            sheet = image_io.grid(images, captions=prompts, padding=8)
-            image_io.save(sheet, self.config.samples / f"step-{step:08d}.png")
-
-    def _generate(self, prompt: str, seed: int) -> Image.Image:
-        """Return an image of `prompt`, generated in the run's precision and decoded in float32."""
-        device, half = self.unet.device, HALF.get(self.config.mixed_precision)
-        height, width = (side * self.vae.factor for side in self.latents.shape)
-        sd = StableDiffusion(self.vae.to(device), self.text.to(device), self.unet, self.schedule)
-        with torch.autocast(device.type, half, enabled=half is not None):
-            z = sd(
-                prompt, seed=seed, height=height, width=width, num_inference_steps=VALIDATION_STEPS,
-                guidance_scale=self.guidance_scale, output_type="latent", callback=lambda _: raise_if_stopped(),
-            )  # fmt: skip
-        # Draw NaN as grey instead of raising here: the loop ends a run that has diverged, and says why.
-        pixels = self.vae.decode(z.nan_to_num(0, 0, 0), output_type="pt")
-        return image_io.to_pil(pixels.nan_to_num(0))[0]
 
     def export(self, folder: Path) -> None:
         """Write the LoRA, or the pipeline in diffusers layout, into an empty folder."""

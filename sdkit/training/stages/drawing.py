@@ -1,0 +1,86 @@
+"""Images of prompts, drawn at each validation with the networks of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from PIL import Image
+
+from sdkit import images as image_io
+from sdkit.diffusion.schedule import NoiseSchedule
+from sdkit.networks.autoencoder import VAE
+from sdkit.networks.denoiser import UNet
+from sdkit.networks.text_encoder import TextEncoder
+from sdkit.pipelines.text_to_image import StableDiffusion
+from sdkit.training.distributed import split_over_processes
+from sdkit.training.signals import raise_if_stopped
+
+VALIDATION_STEPS = 25  # sampling steps of the images of validation prompts
+
+
+class Drawing:
+    """An evaluator that draws prompts, always from the same seeds, and saves a sheet of the images.
+
+    Args:
+        unet: The U-Net in training. The other networks are brought to its device.
+        vae: The VAE.
+        text: The text encoder.
+        schedule: The noise schedule.
+        prompts: Prompts to draw.
+        folder: Folder of the sheets.
+        size: Height and width of the images in pixels.
+        guidance_scale: Guidance scale.
+        half: Type of the run's autocast; None is float32.
+        trains_text: Whether the text encoder is in training. If not, it leaves the GPU after the drawing.
+    """
+
+    def __init__(
+        self,
+        unet: UNet,
+        vae: VAE,
+        text: TextEncoder,
+        schedule: NoiseSchedule,
+        *,
+        prompts: Sequence[str],
+        folder: Path,
+        size: tuple[int, int],
+        guidance_scale: float,
+        half: torch.dtype | None = None,
+        trains_text: bool = False,
+    ) -> None:
+        self.unet, self.vae, self.text, self.schedule = unet, vae, text, schedule
+        self.prompts, self.folder, self.size = prompts, folder, size
+        self.guidance_scale, self.half, self.trains_text = guidance_scale, half, trains_text
+
+    def __call__(self, step: int) -> Mapping[str, float]:
+        """Save a sheet with an image of each prompt. There are no metrics to return."""
+        images = [
+            Image.fromarray(pixels)
+            for pixels in split_over_processes(
+                len(self.prompts), lambda i: np.asarray(self._generate(self.prompts[i], i))
+            )
+        ]
+        self.vae.cpu()  # frozen networks need GPU memory only while they work
+        if not self.trains_text:
+            self.text.cpu()
+        if PartialState().is_main_process:
+            sheet = image_io.grid(images, captions=self.prompts, padding=8)
+            image_io.save(sheet, self.folder / f"step-{step:08d}.png")
+        return {}
+
+    def _generate(self, prompt: str, seed: int) -> Image.Image:
+        """Return an image of `prompt`, generated in the run's precision and decoded in float32."""
+        device, (height, width) = self.unet.device, self.size
+        sd = StableDiffusion(self.vae.to(device), self.text.to(device), self.unet, self.schedule)
+        with torch.autocast(device.type, self.half, enabled=self.half is not None):
+            z = sd(
+                prompt, seed=seed, height=height, width=width, num_inference_steps=VALIDATION_STEPS,
+                guidance_scale=self.guidance_scale, output_type="latent", callback=lambda _: raise_if_stopped(),
+            )  # fmt: skip
+        # Draw NaN as grey instead of raising here: the loop ends a run that has diverged, and says why.
+        pixels = self.vae.decode(z.nan_to_num(0, 0, 0), output_type="pt")
+        return image_io.to_pil(pixels.nan_to_num(0))[0]
