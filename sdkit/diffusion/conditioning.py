@@ -68,7 +68,13 @@ class Conditioning:
         return self.map(lambda part: part[index])
 
     def chunk(self, n: int) -> tuple[Conditioning, ...]:
-        """Split the batch into `n` equal parts: the inverse of `cat` for `n` conditions of the same batch size."""
+        """Split the batch into `n` equal parts: the inverse of `cat` for `n` conditions of the same batch size.
+
+        Raises:
+            ArgumentError: The batch size is not a multiple of `n`.
+        """
+        if n < 1 or len(self) % n:
+            raise ArgumentError(f"a condition of {len(self)} images cannot be split into {n} equal parts.")
         size = len(self) // n
         return tuple(self[i * size : (i + 1) * size] for i in range(n))
 

@@ -111,7 +111,7 @@ class KL(Kind):
 
     @torch.no_grad()
     def remove_noise(self) -> None:
-        """Make the encoder's last layer output a constant log-variance, far below the bound."""
+        """Make the encoder's last layer output a constant log-variance, far below the bound at which diffusers clamps it."""
         layer = self.network.encoder.conv_out if self.network.quant_conv is None else self.network.quant_conv
         half = layer.out_channels // 2
         layer.weight[half:] = 0

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 MANIFEST = "manifest.json"
 STATE = "state.json"
 NAME = re.compile(r"step-\d{8}")
-NOT_A_FILE = (errno.EISDIR, errno.ENOTDIR, errno.EINVAL, errno.EFBIG)  # errors of what is no file, or too large
+NOT_A_FILE = (errno.EISDIR, errno.ENOTDIR, errno.EINVAL, errno.EFBIG)  # not a regular file, or one that is too large
 Tensors = Mapping[str, Tensor]
 Kind = tuple[torch.Size, torch.dtype] | type  # shape and dtype of a tensor, or the type of a number
 

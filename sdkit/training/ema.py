@@ -17,8 +17,9 @@ COUNT = "num_updates"
 class EMA:
     """Exponential moving average, in float32, of a network's trainable parameters.
 
-    Update n, counted from 0, multiplies the old average by d = min(decay, (1 + n) / (10 + n)), and adds 1 - d of the
-    new weights. d is small at first, so that the initial weights are soon forgotten. Buffers are not averaged.
+    Update n, counted from 0, multiplies the old average by d = min(decay, (1 + n) / (10 + n)), and adds
+    (1 - d) times the new weights. d is small at first, so that the initial weights are soon forgotten. Buffers are not
+    averaged.
 
     Args:
         network: The network. Parameters that require gradients at this moment are averaged, on their present device.

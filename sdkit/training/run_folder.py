@@ -24,7 +24,7 @@ from sdkit.strict_json import parse_object, read_object, require
 from sdkit.training.checkpoint import Checkpoint, checkpoints, newest, read_state, save, whole_folder
 from sdkit.training.settings import LoopSettings
 
-DIFFERENCES = {  # setting -> description of a difference that the two values would not explain
+DIFFERENCES = {  # setting -> description of the difference, where the two values alone would not explain it
     "data_identity": "its data was different (names, captions, or sizes of files)",
     "model_identity": "its model was different (weights or noise schedule)",
     "vae_identity": "its VAE was different (weights or scale)",

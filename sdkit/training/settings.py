@@ -91,7 +91,7 @@ class LoopSettings:
         self._keep("report_to", tuple(strings("report_to", self.report_to)) if self.report_to else ())
 
     def _keep(self, name: str, value: object) -> None:
-        """Replace a field by its checked value, such as a NumPy number by a Python number, which JSON can store."""
+        """Set a field to its checked value. A NumPy number becomes a Python number, which JSON can store."""
         object.__setattr__(self, name, value)
 
 

@@ -78,7 +78,7 @@ class LatentCache:
             )
         self._ends = list(accumulate(shard.items for shard in self.manifest.shards))
         self._opened: dict[str, ShardFile] = {}
-        self._lengths: dict[str, int] = {}  # of axes C, L, and D, which the networks set; known from the first shard
+        self._lengths: dict[str, int] = {}  # sizes of the axes C, L, and D; known from the first shard
 
     def __reduce__(self) -> tuple[type[LatentCache], tuple[Path]]:
         return LatentCache, (self.path,)  # memory-mapped files cannot be pickled; the copy opens them again
