@@ -488,3 +488,4 @@ def _add_demo(commands: Commands) -> None:
     add("photos", nargs="*", metavar="PHOTO", help="Photos to encode and decode (default: scikit-image's)")
     add("--out", "-o", default="demo", metavar="FOLDER", help="Output folder (default: %(default)s)")
     place_options(add, default="auto")
+    offload_option(add)
