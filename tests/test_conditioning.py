@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 
+import sdkit
 from sdkit.diffusion.conditioning import Conditioning
 from sdkit.errors import ArgumentError
 
@@ -39,6 +41,41 @@ def test_chunk_is_the_inverse_of_cat() -> None:
     for got, expected in zip(both.chunk(2), (a, b), strict=True):
         assert len(tensors(got)) == 8
         assert all(torch.equal(x, y) for x, y in zip(tensors(got), tensors(expected), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "message"),
+    [
+        (Conditioning(torch.zeros(1, 7, 8)), Conditioning(torch.zeros(1, 9, 8)), "cannot be joined"),
+        (Conditioning(added={"x": torch.zeros(1)}), Conditioning(added={"y": torch.zeros(1)}), "the same names"),
+    ],
+)
+def test_cat_refuses_conditions_that_differ(a: Conditioning, b: Conditioning, message: str) -> None:
+    with pytest.raises(ArgumentError, match=message):
+        Conditioning.cat([a, b])
+
+
+@pytest.mark.parametrize(
+    ("cond", "message"),
+    [
+        (Conditioning(), "the condition's are none"),
+        (Conditioning(torch.zeros(2, 7, 3)), r"the condition's are of shape \(2, 7, 3\)"),
+        (Conditioning(torch.zeros(1, 7, 64)), "a condition of 1 images does not fit x_t of 2"),
+        (Conditioning(torch.zeros(2, 7, 64), label=torch.zeros(2).long()), "takes no class labels"),
+    ],
+)
+def test_a_unet_refuses_what_it_cannot_use(cond: Conditioning, message: str) -> None:
+    network = UNet2DConditionModel(
+        block_out_channels=(8,), layers_per_block=1, norm_num_groups=4, cross_attention_dim=64, attention_head_dim=4,
+        down_block_types=("CrossAttnDownBlock2D",), up_block_types=("CrossAttnUpBlock2D",), sample_size=8,
+    )  # fmt: skip
+    with pytest.raises(ArgumentError, match=message):
+        sdkit.UNet(network)(torch.zeros(2, 4, 8, 8), 1, cond)
+
+
+def test_chunk_refuses_unequal_parts() -> None:
+    with pytest.raises(ArgumentError, match="a condition of 5 images cannot be split into 2 equal parts"):
+        Conditioning(torch.zeros(5, 7, 8)).chunk(2)
 
 
 def test_an_absent_mask_counts_all_tokens_beside_a_mask() -> None:

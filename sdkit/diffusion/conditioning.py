@@ -139,5 +139,10 @@ def _cat(name: str, parts: Sequence[Any]) -> Any:
     if isinstance(parts[0], tuple):
         return tuple(_cat(name, group) for group in zip(*parts, strict=True))
     if isinstance(parts[0], Mapping):
+        if any(part.keys() != parts[0].keys() for part in parts):
+            raise ArgumentError(f"the conditions' `{name}` must have the same names.")
         return {key: _cat(key, [part[key] for part in parts]) for key in parts[0]}
+    if any(part.shape[1:] != parts[0].shape[1:] for part in parts):
+        shapes = " and ".join(str(tuple(part.shape)) for part in parts)
+        raise ArgumentError(f"conditions whose `{name}` have the shapes {shapes} cannot be joined.")
     return torch.cat(list(parts))

@@ -111,7 +111,7 @@ class KL(Kind):
 
     @torch.no_grad()
     def remove_noise(self) -> None:
-        """Make the encoder's last layer output a constant log-variance, far below the bound at which diffusers clamps it."""
+        """Make the encoder's last layer output a constant log-variance, far below the bound of diffusers' clamp."""
         layer = self.network.encoder.conv_out if self.network.quant_conv is None else self.network.quant_conv
         half = layer.out_channels // 2
         layer.weight[half:] = 0
@@ -197,7 +197,7 @@ def kind_of(network: Any) -> Kind | None:
     Classes of diffusers that are not listed in `KINDS` count as `KL` if their config has a scaling factor.
     """
     kind = KINDS.get(type(network).__name__, KL)
-    return kind(network) if kind is Pixels or "scaling_factor" in network.config else None
+    return kind(network) if kind is Pixels or "scaling_factor" in getattr(network, "config", ()) else None
 
 
 def nearest_codes(codebook: Tensor, raw: Tensor) -> tuple[Tensor, Tensor]:

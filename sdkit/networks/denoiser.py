@@ -113,10 +113,10 @@ class UNet(Wrapper):
             A tensor shaped like x_t, or with twice its channels where the model learned its variance, in x_t's dtype.
 
         Raises:
-            ArgumentError: `cond` is no `Conditioning`; or the guidance scale is given to a network that has no input
-                for it, or missing for one that has.
+            ArgumentError: `cond` is no `Conditioning`, or does not fit the network or x_t; or the guidance scale is
+                given to a network that has no input for it, or missing for one that has.
         """
-        check_condition(cond)
+        self._check_fit(cond, len(x_t))
         if self.guided != (guidance_scale is not None):
             problem = "takes the guidance scale as an input" if self.guided else "has no input for the guidance scale"
             raise ArgumentError(f"this U-Net {problem}: {'give' if self.guided else 'leave out'} guidance_scale.")
@@ -144,6 +144,19 @@ class UNet(Wrapper):
         """Raise ArgumentError for `what` works on the network itself, where an engine computes in its place."""
         if self.run is not None:
             raise ArgumentError(f"{what} works on the U-Net's network, and an engine runs in its place; take it out.")
+
+    def _check_fit(self, cond: Conditioning, batch_size: int) -> None:
+        """Raise ArgumentError unless the network can use every part of a condition of `batch_size` images."""
+        check_condition(cond)
+        if cond.text is None or cond.text.ndim != 3 or cond.text.shape[2] != self.width:
+            given = "none" if cond.text is None else f"of shape {tuple(cond.text.shape)}"
+            raise ArgumentError(
+                f"this U-Net attends to text embeddings (B, L, {self.width}); the condition's are {given}."
+            )
+        if len(cond) != batch_size:
+            raise ArgumentError(f"a condition of {len(cond)} images does not fit x_t of {batch_size}.")
+        if cond.label is not None and getattr(self.network, "class_embedding", None) is None:
+            raise ArgumentError("this U-Net takes no class labels; leave `label` out of the condition.")
 
     def _received(self, part: Tensor) -> Tensor:
         """Move a part of the condition to the network's device. Cast it if it is floating-point."""

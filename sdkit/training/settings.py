@@ -100,7 +100,7 @@ class StageSettings(LoopSettings):
     """Settings that all stages share.
 
     Attributes:
-        model: Model to fine-tune: any source that `sdkit.StableDiffusion.from_pretrained` takes.
+        model: Model to fine-tune: a Hub id, a diffusers folder, a single file, or "emoji", the embedded model.
         data: A folder of images with captions (in NAME.txt beside each, or a metadata.jsonl), .tar or
             .parquet files, or a data set's id on the Hub; for the U-Net also a latent cache.
         split: Split of a data set on the Hub.
@@ -190,7 +190,7 @@ class VAEConfig(StageSettings):
             may no longer fit.
         reconstruction: Reconstruction loss: l1 (as in latent diffusion) or l2 (as in Stability's ft-mse).
         lpips_weight: Weight of the perceptual loss LPIPS; without it, reconstructions are blurred.
-        lpips: Weights of LPIPS, as `sdkit.networks.lpips.LPIPS.from_pretrained` takes them; None reads
+        lpips: Weights of LPIPS (VGG): a file, or a folder or Hub id with one; None reads the variable
             SDKIT_LPIPS.
         regularizer: Regularizer of the latents: kl, vq (for a VQModel only), or none (an autoencoder
             without noise).
@@ -251,7 +251,7 @@ class DenoisingSettings(StageSettings):
         zero_snr: Shift the noise schedule so that its last step is pure noise (Lin et al. 2023); None keeps
             the model's.
         snr_gamma: Gamma of the min-SNR weights (Hang et al. 2023, who use 5); None weights all timesteps
-            equally. At zero terminal SNR the noisiest steps keep their weight (see `min_snr_weight`).
+            equally. At zero terminal SNR the noisiest steps keep their weight.
         noise_offset: Size of an offset added to each channel's noise, about 0.1, for darker and brighter
             images; 0 turns it off.
         caption_dropout: Share of samples trained with an empty caption, which classifier-free guidance
