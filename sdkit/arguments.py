@@ -99,12 +99,17 @@ def strings(name: str, value: Any) -> list[str]:
     return list(items)
 
 
+def first_seed(seed: object, n: int) -> int:
+    """Return the first of `n` successive seeds. Raise ArgumentError unless PyTorch's generators take all of them."""
+    return whole_number("seed", seed, 0, 2**63 - n)
+
+
 def seeded(seed: int | Sequence[int], n: int) -> list[torch.Generator]:
     """Return a CPU generator for each of `n` images: image i has seed + i, or the i-th seed of a list."""
     seeds = list(seed) if isinstance(seed, Iterable) and not isinstance(seed, str) else None
     if seeds is not None and len(seeds) != n:
         raise ArgumentError(f"{len(seeds)} seeds cannot serve {n} images: give one, or one for each.")
     if seeds is None:
-        first = whole_number("seed", seed, 0, 2**63 - n)
+        first = first_seed(seed, n)
         seeds = [first + i for i in range(n)]
     return [torch.Generator().manual_seed(whole_number("seed", value, 0, 2**63 - 1)) for value in seeds]

@@ -26,7 +26,7 @@ import torch
 from PIL import Image
 
 from sdkit import __version__, images
-from sdkit.arguments import strings, whole_number
+from sdkit.arguments import first_seed, strings, whole_number
 from sdkit.data import latent_file as latents
 from sdkit.errors import ArgumentError, LatentError, SdkitError
 from sdkit.evaluation import similarity as metrics
@@ -315,6 +315,7 @@ def check_generation(
     """
     generation.check()
     n = len(strings("prompts", prompts)) * whole_number("count", count, 1)
+    first_seed(generation.seed, n)
     if batch_size is not None:
         whole_number("batch_size", batch_size, 1)
     if _is_image_name(Path(out)) and (Path(out).suffix.lower() != ".png" or n > 1):

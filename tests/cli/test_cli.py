@@ -328,6 +328,11 @@ BAD = {
     "generate: interval of one": (("generate", "a", "--interval", "5"), 2, "expected 2 arguments"),
     "generate: seed -1": (("generate", "a", "--seed", "-1"), 2, "seed must be a whole number from 0"),
     "generate: seed 2^63": (("generate", "a", "--seed", 2**63), 2, "seed must be a whole number from 0"),
+    "generate: second seed 2^63": (
+        ("generate", "a", "--seed", 2**63 - 1, "--count", "2"),
+        2,
+        "seed must be a whole number from 0",
+    ),
     "generate: count 0": (("generate", "a", "--count", "0"), 2, "count must be a whole number of at least 1"),
     "generate: batch-size 0": (
         ("generate", "a", "--batch-size", "0"),
