@@ -73,7 +73,7 @@ class TestNetworksThatRun:
         with pytest.raises(RuntimeError, match="channels"):
             sd.vae(torch.zeros(1, 5, 32, 32))
         with pytest.raises(RuntimeError):
-            sd.unet(torch.zeros(1, 4, 8, 8), 1, Conditioning(torch.zeros(1, 4, 3)))
+            sd.unet(torch.zeros(1, 5, 8, 8), 1, Conditioning(torch.zeros(1, 4, sd.unet.width)))
 
     @pytest.mark.parametrize(
         "error", [MemoryError(), KeyboardInterrupt(), torch.OutOfMemoryError("CUDA out of memory")]
