@@ -34,7 +34,7 @@ from pathlib import Path
 import diffusers, transformers, datasets
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTokenizer
-import sdkit, sdkit.pipelines.text_to_image
+import sdkit; sdkit.StableDiffusion, sdkit.VAE  # load their modules, whatever their paths in this checkout
 root = Path(sys.argv[1])
 begin = time.perf_counter()
 {work}
