@@ -171,7 +171,6 @@ def work(device_name: str, tiny: bool, scratch_root: str) -> None:
     os.dup2(2, 1)
     import torch
 
-    sys.path.insert(0, str(ROOT))
     from benchmarks import gpu_checks, gpu_measurements
 
     device = torch.device(device_name)
@@ -195,11 +194,12 @@ def work(device_name: str, tiny: bool, scratch_root: str) -> None:
 
 
 def write(folder: Path, results: Json) -> None:
-    """Write results.json and results.md: each whole, or as it was."""
+    """Write results.json and results.md atomically."""
+    from sdkit.atomic import atomic_write
+
     for name, text in (("results.json", json.dumps(results, indent=1) + "\n"), ("results.md", markdown(results))):
-        beside = folder / f".{name}"
-        beside.write_text(text, encoding="utf-8")
-        beside.replace(folder / name)
+        with atomic_write(folder / name) as temporary:
+            temporary.write_text(text, encoding="utf-8")
 
 
 def markdown(results: Json) -> str:
@@ -213,8 +213,7 @@ def markdown(results: Json) -> str:
 
 
 def _steps(only: list[str] | None) -> Iterator[tuple[str, str]]:
-    """Kind and name of each step, checks first. Reads the names without importing PyTorch twice in this process."""
-    sys.path.insert(0, str(ROOT))
+    """Yield the kind and the name of each step, checks first."""
     from benchmarks import gpu_checks, gpu_measurements
 
     for kind, names in (("check", gpu_checks.CHECKS), ("measure", gpu_measurements.MEASUREMENTS)):
@@ -235,6 +234,7 @@ def _tell(answers: IO[str], answer: Json) -> None:
 
 
 if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))  # Python puts this file's folder there, not the repository's
     if sys.argv[1:2] == ["--worker"]:
         work(sys.argv[2], sys.argv[3] == "1", sys.argv[4])
     else:

@@ -10,7 +10,6 @@ Errors of latents and embeddings are root-mean-square errors, divided by the ref
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import subprocess
@@ -33,6 +32,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import sdkit
+from sdkit.training.run_folder import read_metrics
 
 DTYPES = ("fp32", "bf16", "fp16")
 LATENTS = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 1e-2}
@@ -174,7 +174,7 @@ def scaler_overflow(place: Place) -> str:
     before, after = (load_file(_unet_file(folder)) for folder in (EMBEDDED, run / "result"))
     moved = sum(float((after[key] - before[key].float()).abs().sum()) for key in before)
     assert 0 < moved < math.inf, f"the weights moved by {moved}"
-    norms = [row.get("grad_norm") for row in _metrics(run)]
+    norms = [row.get("grad_norm") for row in read_metrics(run / "metrics.jsonl")]
     overflowed = sum(norm is None for norm in norms)
     assert 0 < overflowed < len(norms), f"{overflowed} of {len(norms)} steps overflowed"
     return f"{overflowed} of {len(norms)} steps overflowed and were skipped"
@@ -397,14 +397,8 @@ def _refuse_fp16_on_cpu(place: Place, precision: str) -> None:
         raise NotRunError("sdkit trains in fp16 on a GPU only")
 
 
-def _metrics(run: Path) -> list[dict[str, Any]]:
-    path = run / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("}")]
-
-
 def _losses(run: Path) -> list[float]:
-    return [row["loss"] for row in _metrics(run) if "loss" in row]
+    return [row["loss"] for row in read_metrics(run / "metrics.jsonl") if "loss" in row]
 
 
 def _loss_curve(run: Path) -> Tensor:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import platform
 import time
 from collections.abc import Callable
@@ -26,6 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import sdkit
 from benchmarks.gpu_checks import Place
+from sdkit.training.run_folder import read_metrics
 
 Json = dict[str, Any]
 Measure = Callable[[Place], Json]
@@ -139,8 +139,7 @@ def train(place: Place, stage: str, **settings: Any) -> Json:
             latents = cache(model_folder(place), photos, place.scratch / "cache", size=size, embeddings=True)
             _reset_peak(place)
             run = train_unet(UNetConfig(data=latents, **values))
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    seconds = [row["seconds"] for row in rows if "seconds" in row]
+    seconds = [row["seconds"] for row in read_metrics(run / "metrics.jsonl") if "seconds" in row]
     return {"seconds": {"sdkit": median(seconds[2:])}, "peak_bytes": {"sdkit": _peak(place)}}
 
 

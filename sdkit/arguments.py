@@ -112,4 +112,4 @@ def seeded(seed: int | Sequence[int], n: int) -> list[torch.Generator]:
     if seeds is None:
         first = first_seed(seed, n)
         seeds = [first + i for i in range(n)]
-    return [torch.Generator().manual_seed(whole_number("seed", value, 0, 2**63 - 1)) for value in seeds]
+    return [torch.Generator().manual_seed(first_seed(value, 1)) for value in seeds]

@@ -362,15 +362,19 @@ class NoiseSchedule:
         except TypeError:
             index = -1
         if not 0 <= index < self.num_timesteps:
-            raise ArgumentError(f"timesteps are whole numbers from 0 to {self.num_timesteps - 1}, not {t!r}.")
+            raise self._out_of_range(t)
         return index
 
     def _checked(self, t: int | Tensor) -> Tensor:
         """Return `t` as an index into the tables, on the CPU. Raise ArgumentError where it is out of range."""
         index = torch.as_tensor(t, device="cpu")
         if index.is_floating_point() or bool((index < 0).any()) or bool((index >= self.num_timesteps).any()):
-            raise ArgumentError(f"timesteps are whole numbers from 0 to {self.num_timesteps - 1}, not {t!r}.")
+            raise self._out_of_range(t)
         return index
+
+    def _out_of_range(self, t: object) -> ArgumentError:
+        """Return the error for timesteps that the tables do not have."""
+        return ArgumentError(f"timesteps are whole numbers from 0 to {self.num_timesteps - 1}, not {t!r}.")
 
     def _signal_noise(self, t: int | Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """Return sqrt(a_t) and sqrt(1 - a_t), in float32 or wider, shaped to broadcast over (B, ...)."""
@@ -378,7 +382,7 @@ class NoiseSchedule:
         dtype = torch.promote_types(like.dtype, torch.float32)
         if isinstance(t, int):
             # Fill on the device: a copy from the CPU would synchronise with a GPU in every step.
-            a = self.alpha_cumprod(self._checked_number(t))
+            a = self._values[self._checked_number(t)]
             ones = (1,) * like.ndim
             signal, noise = (like.new_full(ones, math.sqrt(value), dtype=dtype) for value in (a, 1 - a))
             return signal, noise
@@ -390,10 +394,8 @@ class NoiseSchedule:
     def _is_pure_noise(self, t: int | Tensor, dtype: torch.dtype) -> bool:
         """Return whether sqrt(a_t) is 0 in `dtype` for any t. Computed on the CPU: no GPU synchronisation."""
         if isinstance(t, int):
-            root = math.sqrt(self.alpha_cumprod(t))
-            return (
-                root <= torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps / 2
-            )  # half the smallest subnormal number: less rounds to 0
+            smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps  # the smallest subnormal number
+            return math.sqrt(self._values[self._checked_number(t)]) <= smallest / 2  # rounds to 0
         return bool((self.alphas_cumprod[self._checked(t)].sqrt().to(dtype) == 0).any())
 
 

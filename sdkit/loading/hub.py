@@ -61,11 +61,11 @@ def fetch(repository: str, revision: str | None, files: list[str]) -> Path:
             "path if a folder is meant, for there is none of that name."
         ) from error
     except Exception as error:  # huggingface_hub passes on the errors of several HTTP libraries
-        raise stop_in(error) or SourceError(_problem(repository, revision, error)) from error
+        raise stop_in(error) or SourceError(_problem(repository, revision, at, error)) from error
 
 
-def _problem(repository: str, revision: str | None, error: Exception) -> str:
-    """Return the sentence for an error of huggingface_hub."""
+def _problem(repository: str, revision: str | None, at: str, error: Exception) -> str:
+    """Return the sentence for an error of huggingface_hub; `at` names the repository and the revision."""
     from huggingface_hub import errors
 
     label = clean(repr(repository))
@@ -81,5 +81,4 @@ def _problem(repository: str, revision: str | None, error: Exception) -> str:
             f"{label} is not on the Hub, or is private; check its spelling, log in with `hf auth login`, or "
             "correct the path if a folder is meant, for there is none of that name."
         )
-    at = f"{label} (revision {revision!r})" if revision else label
     return f"{at} cannot be loaded from the Hub ({first_line(error)}); try again."

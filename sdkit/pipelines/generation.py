@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sdkit import __version__, images, strict_json
-from sdkit.arguments import PREDICTIONS, noise_levels, number, one_of, strings, whole_number
+from sdkit.arguments import PREDICTIONS, first_seed, noise_levels, number, one_of, strings, whole_number
 from sdkit.diffusion.guidance import check_scale
 from sdkit.diffusion.samplers import sampler_by_name
 from sdkit.diffusion.schedule import SPACINGS
@@ -100,7 +100,7 @@ class Generation:
         """Raise ArgumentError for values that no model accepts, before one is loaded."""
         strings("prompt", self.prompt)
         strings("negative_prompt", self.negative_prompt)
-        whole_number("seed", self.seed, 0, 2**63 - 1)
+        first_seed(self.seed, 1)
         whole_number("num_inference_steps", self.num_inference_steps, 1)  # the model's schedule checks the upper bound
         sampler_by_name(self.sampler, eta=self.eta)
         one_of("spacing", self.spacing or SPACINGS[0], SPACINGS)

@@ -1,4 +1,4 @@
-"""What the loop trains: a `Stage` and its `Player`s."""
+"""The interface between the training loop and what it trains: a `Stage` and its `Player`s."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ import filelock
 import torch
 
 from sdkit import __version__
-from sdkit.arguments import whole_number
+from sdkit.arguments import first_seed, whole_number
 from sdkit.atomic import TEMPORARY, remove_leftovers
 from sdkit.data.example import Example
 from sdkit.data.examples import Examples, Stream, warn_of_captions
@@ -122,7 +122,7 @@ def cache(
         3
     """
     whole_number("augmentations", augmentations, 1)
-    whole_number("seed", seed, 0, 2**63 - 1)
+    first_seed(seed, 1)
     whole_number("shard_size", shard_size, 1)
     whole_number("workers", workers, 1)
     if batch_size is not None:
