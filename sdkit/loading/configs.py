@@ -24,7 +24,7 @@ def _number(value: Any, low: float = -1e12, high: float = 1e12) -> bool:
 
 
 def within(key: str) -> Callable[[Any], bool]:
-    """Return the check of a number in a scheduler's config, by the bounds that `NoiseSchedule` sets."""
+    """Return a function that checks a number in a scheduler's config by the bounds that `NoiseSchedule` sets."""
     low, high = BOUNDS[key]
     return lambda value: _number(value, low, high)
 
@@ -50,11 +50,11 @@ def _word(value: Any) -> bool:
 
 
 Check = tuple[str, Callable[[Any], bool]]
-"""What messages call a valid value, and a function that tells whether a value is one."""
+"""What messages call a valid value, and a function that returns whether a value is valid."""
 
 
 def or_null(check: Check) -> Check:
-    """Return the check that null passes too."""
+    """Return a check that accepts null, too."""
     wanted, fits = check
     return f"{wanted} or null", lambda x: x is None or fits(x)
 

@@ -1,4 +1,7 @@
-"""The parts of a model, in one table: everything that tells one part from another when it is loaded."""
+"""The parts of a model, in one table: where each is found, how its config is checked, and which class loads it.
+
+A new part is an entry in `PARTS` and a method of `Source` that loads it.
+"""
 
 from __future__ import annotations
 
