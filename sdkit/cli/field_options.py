@@ -73,8 +73,7 @@ class FieldOption:
             doc = re.sub(r"\bNone\b", "the default", doc)
         words = {"True": "yes", "False": "no", "": "empty"}
         unsaid = self.default in (MISSING, None, ())
-        said = f"{self.default:g}" if isinstance(self.default, float) else str(self.default)
-        default = "" if unsaid else f" (default: {words.get(said, said)})"
+        default = "" if unsaid else f" (default: {words.get(str(self.default), self.default)})"
         return f"{doc}{default}".replace("%", "%%")
 
     def _parser(self) -> Callable[[str], Any]:
