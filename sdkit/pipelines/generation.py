@@ -14,6 +14,7 @@ from sdkit.arguments import PREDICTIONS, first_seed, number, one_of, strings
 from sdkit.errors import ArgumentError, ImageError
 from sdkit.fields import with_inherited_fields
 from sdkit.loading.place import EMBEDDED, PIXELS
+from sdkit.pipelines import infotext
 from sdkit.pipelines.settings import DrawingSettings
 
 EARLIER_NAMES = {
@@ -88,7 +89,10 @@ class Generation(DrawingSettings):
             one_of("prediction_type", self.prediction_type, PREDICTIONS)
 
     def text(self) -> dict[str, str]:
-        """Return the text chunks of a PNG. Paths are absolute, since a PNG may be read from another folder."""
+        """Return the text chunks of a PNG: each setting, and all of them as A1111 writes them (see `infotext`).
+
+        Paths are absolute, since a PNG may be read from another folder.
+        """
         values = {key: value for key, value in asdict(self).items() if value not in (None, ())}
         if self.guidance_interval is not None:
             values["guidance_interval"] = " ".join(map(str, self.guidance_interval))
@@ -96,7 +100,8 @@ class Generation(DrawingSettings):
         for name, items in (("lora", [anywhere(lora) for lora in self.lora]), ("lora_scale", self.lora_scale)):
             if items:
                 values[name] = _listed(items)
-        return {key: str(value) for key, value in values.items()} | {"sdkit": __version__}
+        own = {key: str(value) for key, value in values.items()}
+        return {**own, "sdkit": __version__, infotext.KEY: infotext.infotext(self)}
 
     @classmethod
     def read(cls, path: str | Path) -> Generation:
