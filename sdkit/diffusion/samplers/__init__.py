@@ -23,7 +23,6 @@ from sdkit.diffusion.samplers.common import (
     noise_like,
 )
 from sdkit.diffusion.samplers.consistency import lcm, lcm_step, tcd, tcd_step
-from sdkit.diffusion.samplers.ddpm import ddim, ddim_step, ddpm, ddpm_step
 from sdkit.diffusion.samplers.dpm_solver import (
     dpmpp_2m,
     dpmpp_2m_sde,
@@ -34,7 +33,8 @@ from sdkit.diffusion.samplers.dpm_solver import (
     unic_step,
     unipc,
 )
-from sdkit.diffusion.samplers.euler import euler, euler_ancestral, heun, heun_step
+from sdkit.diffusion.samplers.edm import euler, euler_ancestral, heun, heun_step
+from sdkit.diffusion.samplers.first_order import ddim, ddim_step, ddpm, ddpm_step
 from sdkit.errors import ArgumentError
 
 __all__ = [

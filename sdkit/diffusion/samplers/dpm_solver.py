@@ -9,11 +9,12 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections.abc import Iterator
+from functools import partial
 
 from torch import Tensor
 
 from sdkit.diffusion.samplers.common import Generators, Step, Timesteps, clip, noise_like
-from sdkit.diffusion.samplers.ddpm import ddpm_step
+from sdkit.diffusion.samplers.first_order import ddpm_step
 from sdkit.diffusion.schedule import NoiseSchedule, Predict, Prediction
 
 
@@ -250,14 +251,14 @@ def unipc(
     Yields:
         A `Step` after each step.
     """
-    x, previous_x0, alpha_before, step = x_T, None, None, None
+    x, previous_x0, alpha_before, correct = x_T, None, None, None
     for i, (t, t_prev) in enumerate(timesteps):
         alpha, alpha_prev = schedule.alpha_cumprod(t), schedule.alpha_cumprod(t_prev, final=1.0)
         x0 = clip(predict(x, t), x, alpha, clip_x0).x0
-        if step is not None:
-            x = unic_step(*step, x0_prev=x0)
-        step = (x, x0, alpha, alpha_prev, previous_x0, alpha_before)
-        x = dpmpp_2m_step(*step)
+        if correct is not None:
+            x = correct(x0)
+        correct = partial(unic_step, x, x0, alpha, alpha_prev, previous_x0, alpha_before)
+        x = dpmpp_2m_step(x, x0, alpha, alpha_prev, previous_x0, alpha_before)
         previous_x0, alpha_before = x0, alpha
         yield Step(i, t, x, x0)
 

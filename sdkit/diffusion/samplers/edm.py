@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from sdkit.diffusion.samplers.common import Generators, Step, Timesteps, clip
-from sdkit.diffusion.samplers.ddpm import ddim_step, ddpm
+from sdkit.diffusion.samplers.first_order import ddim_step, ddpm
 from sdkit.diffusion.schedule import NoiseSchedule, Predict, Prediction
 
 
