@@ -146,11 +146,13 @@ class Worker:
         if not self._is_running():
             try:
                 self._start(min(START_SECONDS, deadline - time.monotonic()))
-            except (OSError, EOFError) as error:  # TimeoutError is an OSError
+            except TimeoutError:
                 self.failed_starts += 1
-                cause = "in time" if isinstance(error, TimeoutError) else f"(exit code {self.close()})"
                 self.close()
-                return {"outcome": "failed", "said": f"its process did not start {cause}"}
+                return {"outcome": "failed", "said": "its process did not start in time"}
+            except (OSError, EOFError):
+                self.failed_starts += 1
+                return {"outcome": "failed", "said": f"its process did not start (exit code {self._ended()})"}
         began = time.monotonic()
         seconds = min(COMPILE_LIMIT if "compile" in name else LIMITS[kind], deadline - began)
         try:
@@ -159,7 +161,7 @@ class Worker:
             self.close()
             answer = {"outcome": "failed", "said": f"it took longer than {seconds:.0f} s and was stopped"}
         except (OSError, EOFError):
-            answer = {"outcome": "failed", "said": f"its process ended with exit code {self.close()}"}
+            answer = {"outcome": "failed", "said": f"its process ended with exit code {self._ended()}"}
         if answer.pop("restart", False):
             self.close()
         return answer | {"seconds": round(time.monotonic() - began, 2)}
@@ -201,11 +203,18 @@ class Worker:
         answer: Json = json.loads(line)
         return answer
 
+    def _ended(self) -> int | None:
+        """Return the exit code of a process that has closed its output, and clear it away."""
+        assert self.process is not None
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(5)
+        return self.close()
+
     def close(self) -> int | None:
         """Kill the process and its children, if there is one. Return its exit code; None if it cannot be killed."""
         if self.process is None:
             return None
-        code = self.process.poll()
+        code = None
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         with contextlib.suppress(subprocess.TimeoutExpired):  # a driver that hangs can keep a process alive

@@ -118,6 +118,15 @@ def worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[gpu.Work
     worker.scratch.cleanup()
 
 
+def is_alive(process: str) -> bool:
+    """Return whether there is a process of this number that has not ended."""
+    try:
+        state = Path("/proc", process, "stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"
+
+
 def test_a_worker_that_fails_costs_only_its_own_step(worker: gpu.Worker, tmp_path: Path) -> None:
     def said(name: str, failed: str = "") -> int:
         """Check a step's answer, and return the process that gave it."""
@@ -132,10 +141,14 @@ def test_a_worker_that_fails_costs_only_its_own_step(worker: gpu.Worker, tmp_pat
     assert said("dies", "its process ended with exit code 9") == first
     second = said("good")
     said("hangs", "it took longer than 3 s and was stopped")
-    child = Path("/proc") / (tmp_path / "child").read_text() / "stat"  # what a worker has started ends with it
-    assert not child.exists() or child.read_text().split(")")[1].split()[0] == "Z"
+    child, deadline = (tmp_path / "child").read_text(), time.monotonic() + 10
+    while is_alive(child):  # what a worker has started ends with it
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
     third = said("loses its device")
     fourth = said("is the last")
+    assert worker.process is not None
+    worker.process.wait(30)
     assert len({first, second, third, fourth, said("good")}) == 5
 
 
