@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
+import importlib.util
 import json
 import os
 import select
@@ -33,6 +34,8 @@ from typing import IO, Any
 Json = dict[str, Any]
 
 ROOT = Path(__file__).resolve().parents[1]
+LIBRARIES = ("numpy", "PIL", "safetensors", "diffusers", "transformers", "accelerate", "peft")
+"""What the steps import beside PyTorch."""
 MEMORY = 40e9
 """Bytes of the card's memory that a worker may use."""
 START_SECONDS = 120.0
@@ -81,11 +84,11 @@ def start(args: argparse.Namespace) -> int:
     if not args.list and args.device != "cpu" and not _cuda():
         print("There is no GPU that PyTorch can use here; run this on a machine with one.", file=sys.stderr)
         return 2
-    try:
-        steps = _steps(args.only)
-    except ImportError as error:
-        print(f"{error.name} is missing here; bring its wheel in a folder: --wheels FOLDER.", file=sys.stderr)
+    missing = [name for name in LIBRARIES if importlib.util.find_spec(name) is None]
+    if missing:
+        print(f"Python lacks {', '.join(missing)} here; bring wheels in a folder: --wheels FOLDER.", file=sys.stderr)
         return 2
+    steps = _steps(args.only)
     if not steps:
         print("No step's name begins so; --list prints the names.", file=sys.stderr)
         return 2
@@ -143,16 +146,11 @@ class Worker:
             return {"outcome": "not run", "said": "the time was up"}
         if self.failed_starts >= FAILED_STARTS:
             return {"outcome": "not run", "said": "no process could be started for it"}
-        if not self._is_running():
-            try:
-                self._start(min(START_SECONDS, deadline - time.monotonic()))
-            except TimeoutError:
-                self.failed_starts += 1
-                self.close()
-                return {"outcome": "failed", "said": "its process did not start in time"}
-            except (OSError, EOFError):
-                self.failed_starts += 1
-                return {"outcome": "failed", "said": f"its process did not start (exit code {self._ended()})"}
+        problem = "" if self._is_running() else self._start(min(START_SECONDS, deadline - time.monotonic()))
+        if problem:
+            self.failed_starts += 1
+            self.close()
+            return {"outcome": "failed", "said": f"its process did not start: {problem}"}
         began = time.monotonic()
         seconds = min(COMPILE_LIMIT if "compile" in name else LIMITS[kind], deadline - began)
         try:
@@ -180,7 +178,8 @@ class Worker:
         self.process.stdin.flush()
         return self._answer(seconds)
 
-    def _start(self, seconds: float) -> None:
+    def _start(self, seconds: float) -> str:
+        """Start the process. Return what went wrong, or an empty string."""
         path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH", ""))))
         # Deterministic cuBLAS needs its workspace before CUDA starts.
         environment = os.environ | {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
@@ -189,7 +188,13 @@ class Worker:
             self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment,
             start_new_session=True,
         )  # fmt: skip
-        self.machine = self._answer(seconds)
+        try:
+            self.machine = self._answer(seconds)
+        except TimeoutError:
+            return f"no answer within {seconds:.0f} s"
+        except (OSError, EOFError):
+            return f"exit code {self._ended()}"
+        return str(self.machine.pop("problem", ""))
 
     def _answer(self, seconds: float) -> Json:
         assert self.process is not None
@@ -231,13 +236,18 @@ def work(device_name: str, tiny: bool, scratch_root: str) -> None:
     """Be a worker: read the names of steps from stdin, and write a line of JSON for each to stdout."""
     answers = os.fdopen(os.dup(1), "w")  # libraries may print to stdout: they get stderr
     os.dup2(2, 1)
-    import torch
+    try:
+        import torch
 
-    from benchmarks import gpu_checks, gpu_measurements
+        from benchmarks import gpu_checks, gpu_measurements
 
-    device = torch.device(device_name)
-    gpu_measurements.limit_memory(device, MEMORY)
-    _tell(answers, gpu_measurements.machine(device))
+        device = torch.device(device_name)
+        gpu_measurements.limit_memory(device, MEMORY)
+        machine = gpu_measurements.machine(device)
+    except Exception as error:  # noqa: BLE001 - a library of this machine may be broken in any way
+        _tell(answers, {"problem": f"{type(error).__name__}: {str(error)[:500]}"})
+        return
+    _tell(answers, machine)
     for line in sys.stdin:
         kind, name = json.loads(line)
         with tempfile.TemporaryDirectory(dir=scratch_root) as scratch:

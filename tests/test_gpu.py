@@ -156,24 +156,33 @@ def test_steps_are_not_run_where_no_worker_starts(worker: gpu.Worker) -> None:
     worker.command = [sys.executable, "-c", "raise SystemExit(3)"]
     answers = [worker.do("check", "good", time.monotonic() + 60) for _ in range(3)]
     told = [(answer["outcome"], answer["said"]) for answer in answers]
-    assert told[:2] == [("failed", "its process did not start (exit code 3)")] * 2
+    assert told[:2] == [("failed", "its process did not start: exit code 3")] * 2
     assert told[2] == ("not run", "no process could be started for it")
+
+
+def test_a_device_that_cannot_be_used_is_told(tmp_path: Path) -> None:
+    worker = gpu.Worker("cuda:99", tiny=True)
+    try:
+        answer = worker.do("check", "encode-fp32", time.monotonic() + 200)
+    finally:
+        worker.close()
+        worker.scratch.cleanup()
+    assert answer["outcome"] == "failed"
+    assert answer["said"].startswith("its process did not start: ")
+    assert "cuda" in answer["said"].lower() or "ordinal" in answer["said"]
 
 
 def test_a_machine_that_lacks_a_library_is_told_to_bring_it(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def lacking(only: object) -> list[tuple[str, str]]:
-        raise ImportError(name="diffusers")
-
     assert gpu.main(["--wheels", str(tmp_path)]) == 2
-    monkeypatch.setattr(gpu, "_steps", lacking)
+    monkeypatch.setattr(gpu, "LIBRARIES", ("numpy", "no_such_library"))
     assert gpu.main(["--device", "cpu"]) == 2
     monkeypatch.undo()
     assert gpu.main(["--device", "cpu", "--only", "paint"]) == 2
     assert capsys.readouterr().err.splitlines() == [
         f"There are no wheels (*.whl) in {tmp_path}.",
-        "diffusers is missing here; bring its wheel in a folder: --wheels FOLDER.",
+        "Python lacks no_such_library here; bring wheels in a folder: --wheels FOLDER.",
         "No step's name begins so; --list prints the names.",
     ]
 

@@ -18,15 +18,12 @@ def compile_modules(*modules: nn.Module, device: torch.device) -> None:
 def compile_options(device: torch.device) -> dict[str, Any]:
     """Return the options of torch.compile for inference on a device.
 
-    A CUDA GPU gets kernels for fixed shapes (`dynamic=False`), the fastest of several that are timed
-    (`max-autotune`). Images are mostly drawn in one size, and kernels that serve several sizes are slower. CUDA graphs
-    are left out: they reuse the memory of their outputs, and a sampler keeps outputs of earlier steps.
+    A CUDA GPU gets kernels for fixed shapes, each the fastest of several that are timed while compiling: images are
+    mostly drawn in one size, and kernels that serve several sizes are slower. CUDA graphs are left out. They overwrite
+    their outputs in the next call, and a sampler may keep those of earlier steps. Other devices get PyTorch's defaults.
 
-    Other devices get PyTorch's defaults: there is little to choose from on a CPU, and with `dynamic=None` a second
-    size compiles kernels that serve all further sizes.
-
-    Whole networks are compiled, not only their repeated blocks (diffusers' `compile_repeated_blocks`): those of a
-    U-Net are its transformer blocks, and group norms and activations of the others would stay unfused.
+    Whole networks are compiled. Compiling only their repeated blocks, as diffusers' `compile_repeated_blocks` does, is
+    quicker, but those of a U-Net are its transformer blocks, and its group norms and activations would stay unfused.
     """
     return {"dynamic": False, "mode": "max-autotune-no-cudagraphs"} if device.type == "cuda" else {}
 
