@@ -49,3 +49,18 @@ def test_eager_leaves_the_compiled_path() -> None:
     assert not traced
     assert module(torch.zeros(2)).tolist() == [1, 1]
     torch.compiler.reset()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+@torch.no_grad()
+def test_the_options_of_a_gpu_compile_and_give_the_same_numbers() -> None:
+    """Compiled for the CPU, which PyTorch allows with the same options. A second size compiles anew."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.GroupNorm(4, 8), nn.SiLU(), nn.Conv2d(8, 8, 3, padding=1), nn.GroupNorm(2, 8))
+    inputs = [torch.randn(2, 8, side, side) for side in (8, 12)]
+    expected = [network(x) for x in inputs]
+    compile_modules(network, device=torch.device("cuda"))
+    for x, y in zip(inputs, expected, strict=True):
+        torch.testing.assert_close(network(x), y, atol=1e-5, rtol=0)
+    torch.compiler.reset()
