@@ -125,7 +125,7 @@ def test_denoising_never_waits_for_the_device(unet: sdkit.UNet, name: str, optio
     assert count == ({("cpu", "meta"): NOISE[name]} if name in NOISE else {})
 
 
-@pytest.mark.parametrize("prediction_type", sorted(PREDICTIONS))
+@pytest.mark.parametrize("prediction_type", sorted(set(PREDICTIONS.values())))
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_nor_does_any_parameterisation_or_clipping(unet: sdkit.UNet, name: str, prediction_type: str) -> None:
     schedule = replace(sdkit.NoiseSchedule.scaled_linear(), prediction_type=prediction_type, clip_x0=1.0)
@@ -169,7 +169,7 @@ def test_the_counters_see_copies_and_reads() -> None:
     with pytest.raises(NotImplementedError):
         x.cpu()
     for read in (lambda: x[0].item(), lambda: bool((x > 0).any()), x.tolist, x.nonzero):
-        with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
+        with pytest.raises((RuntimeError, NotImplementedError), match=r"(?i)meta"):
             read()
 
 
