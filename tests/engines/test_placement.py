@@ -1,8 +1,7 @@
 """Tensors are made on the device of the network, and denoising never makes the CPU wait for it.
 
 The second device of these tests is "meta", which has shapes and no numbers: reading a number from it (`item`, `bool`,
-`tolist`, `nonzero`), or copying from it to the CPU, raises. Copies to it are counted, and an operation that mixes
-tensors of the two devices counts as one.
+`tolist`, `nonzero`), or copying from it to the CPU, raises. Copies to it are counted.
 """
 
 from __future__ import annotations
@@ -125,7 +124,7 @@ def test_denoising_never_waits_for_the_device(unet: sdkit.UNet, name: str, optio
     assert count == ({("cpu", "meta"): NOISE[name]} if name in NOISE else {})
 
 
-@pytest.mark.parametrize("prediction_type", sorted(PREDICTIONS))
+@pytest.mark.parametrize("prediction_type", sorted(set(PREDICTIONS.values())))
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_nor_does_any_parameterisation_or_clipping(unet: sdkit.UNet, name: str, prediction_type: str) -> None:
     schedule = replace(sdkit.NoiseSchedule.scaled_linear(), prediction_type=prediction_type, clip_x0=1.0)
@@ -153,7 +152,6 @@ def test_the_counters_see_copies_and_reads() -> None:
     x = torch.zeros(3, device=META)
     for copy in (
         lambda: torch.zeros(3).to(META),
-        lambda: x + torch.zeros(3),
         lambda: torch.tensor([1], device=META),
         lambda: torch.as_tensor(1.0, device=META),
         lambda: x.new_tensor([1.0]),
@@ -169,7 +167,7 @@ def test_the_counters_see_copies_and_reads() -> None:
     with pytest.raises(NotImplementedError):
         x.cpu()
     for read in (lambda: x[0].item(), lambda: bool((x > 0).any()), x.tolist, x.nonzero):
-        with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
+        with pytest.raises(RuntimeError):  # NotImplementedError among them
             read()
 
 
