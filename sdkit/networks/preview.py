@@ -185,5 +185,14 @@ def previewer(vae: Autoencoder, by: RGBMap | Autoencoder | None = None) -> Calla
 
 
 def _enlarged(rgb: Tensor, factor: int) -> Image.Image:
-    """Return a batch (B, 3, h, w) as a grid of images, each pixel a square of `factor` pixels a side."""
-    return grid(to_pil(F.interpolate(rgb, scale_factor=factor, mode="bilinear")))
+    """Return a batch (B, 3, h, w) as a grid of images, enlarged `factor` times.
+
+    A preview must cost little beside a step: images are put together while they are small, and Pillow enlarges them.
+    """
+    images, _, height, width = rgb.shape
+    columns = math.ceil(math.sqrt(images))
+    rows = math.ceil(images / columns)
+    cells = F.pad(rgb, (0, 0, 0, 0, 0, 0, 0, rows * columns - images), value=1.0)  # white
+    sheet = cells.unflatten(0, (rows, columns)).permute(2, 0, 3, 1, 4).reshape(3, rows * height, columns * width)
+    (small,) = to_pil(sheet)
+    return small.resize((small.width * factor, small.height * factor), Image.Resampling.BILINEAR)
