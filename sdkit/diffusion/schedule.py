@@ -268,8 +268,7 @@ class NoiseSchedule:
             ArgumentError: `n` is out of range, or the spacing is unknown.
         """
         T, spacing = self.num_timesteps, self.timestep_spacing if spacing is None else spacing
-        n = whole_number("the number of steps", n, 1, T)
-        one_of("spacing", spacing, SPACINGS)
+        n, spacing = check_steps(n, T), check_spacing(spacing)
         if spacing == "leading":
             stride = T // n
             offset = min(self.steps_offset, T - 1 - stride * (n - 1))
@@ -397,6 +396,16 @@ class NoiseSchedule:
             smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps  # the smallest subnormal number
             return math.sqrt(self._values[self._checked_number(t)]) <= smallest / 2  # rounds to 0
         return bool((self.alphas_cumprod[self._checked(t)].sqrt().to(dtype) == 0).any())
+
+
+def check_steps(n: int, most: int | None = None) -> int:
+    """Return a number of sampling steps. Raise ArgumentError unless it is from 1 to `most`."""
+    return whole_number("the number of steps", n, 1, most)
+
+
+def check_spacing(spacing: str) -> str:
+    """Return the name of a spacing of timesteps. Raise ArgumentError for an unknown one."""
+    return one_of("spacing", spacing, SPACINGS)
 
 
 def _linspace(start: float, end: float, n: int) -> Tensor:
