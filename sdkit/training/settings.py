@@ -190,8 +190,9 @@ class VAEConfig(StageSettings):
             may no longer fit.
         reconstruction: Reconstruction loss: l1 (as in latent diffusion) or l2 (as in Stability's ft-mse).
         lpips_weight: Weight of the perceptual loss LPIPS; without it, reconstructions are blurred.
-        lpips: Weights of LPIPS (VGG): a file, or a folder or Hub id with one; None reads the variable
-            SDKIT_LPIPS.
+        lpips: Network of LPIPS: alex, which ships with sdkit, or VGG, recommended where its weights are at
+            hand: a file, a folder, or a Hub id of them, or vgg, if the variable SDKIT_LPIPS names them. None
+            is what SDKIT_LPIPS names, or else alex.
         regularizer: Regularizer of the latents: kl, vq (for a VQModel only), or none (an autoencoder
             without noise).
         kl_weight: Weight of the KL next to a loss summed over pixels, as in latent diffusion; ignored if
@@ -219,12 +220,11 @@ class VAEConfig(StageSettings):
         super().__post_init__()
         from sdkit.arguments import flag, number, one_of, path_or_name, whole_number
 
-        if self.lpips is None and os.environ.get(LPIPS_VARIABLE):
-            self._keep("lpips", os.environ[LPIPS_VARIABLE])  # saved with the settings, because the run depends on it
-        for name in ("lpips", "validation_data"):
-            if (value := getattr(self, name)) is not None:
-                path_or_name(name, value)
+        if self.lpips is None:  # saved with the settings, because the run depends on it
+            self._keep("lpips", os.environ.get(LPIPS_VARIABLE) or "alex")
+        path_or_name("lpips", self.lpips)
         if self.validation_data is not None:
+            path_or_name("validation_data", self.validation_data)
             self._keep_apart("validation_data", self.validation_data)
         flag("train_encoder", self.train_encoder)
         one_of("reconstruction", self.reconstruction, RECONSTRUCTIONS)

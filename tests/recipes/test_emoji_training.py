@@ -104,7 +104,7 @@ def test_the_whole_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     monkeypatch.setattr(preparing, "TILES", tiles)
     shortened = {"max_steps": 2, "batch_size": 2, "validate_every": 2, "lr_warmup_steps": 0, "lr_scheduler": "constant"}
     monkeypatch.setattr(
-        training, "settings", lambda run: {**settings(run), **shortened, "lpips_weight": 0.0}
+        training, "settings", lambda run: {**settings(run), **shortened, "lpips_weight": 0.0, "lpips": "alex"}
         if run.startswith("vae") else {**settings(run), **shortened, "validation_prompts": ("a red apple",)},
     )  # fmt: skip
     drawn, photographs = make_drawn(tmp_path / "assets"), make_photographs(tmp_path / "photographs")
@@ -147,7 +147,7 @@ BEFORE = {
 @pytest.mark.parametrize("step", BEFORE)
 def test_a_step_before_its_time(step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A step that is run too early says what is missing, and does not look for it on the Hub."""
-    monkeypatch.setattr(training.LPIPS, "from_pretrained", lambda: None)
+    monkeypatch.setattr(training.LPIPS, "from_pretrained", lambda _: None)
     monkeypatch.setattr("sys.argv", ["emoji", step, "--out", str(tmp_path)])
     with pytest.raises(SourceError, match=BEFORE[step]):
         command.main()

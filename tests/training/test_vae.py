@@ -53,7 +53,7 @@ def kit(tmp_path_factory: pytest.TempPathFactory) -> Kit:
     torch.manual_seed(0)
     lpips = {
         f"features.{key[4:]}" if key.startswith("vgg.") else f"lin{key[6:]}.weight": value.half()
-        for key, value in LPIPS().state_dict().items()
+        for key, value in LPIPS("vgg").state_dict().items()
     }
     save_file(lpips, folder / "lpips_vgg16.safetensors")
     photos = tiny.photos(folder / "photos", 40)

@@ -24,7 +24,7 @@ The raw material:
   npm pack @lobehub/fluent-emoji-3d@1.1.0 && tar -xf lobehub-fluent-emoji-3d-*.tgz  (--drawn package/assets)
   apt-get download mate-backgrounds plasma-workspace-wallpapers lomiri-wallpapers-16.04 lomiri-wallpapers-20.04
   for deb in *.deb; do dpkg -x $deb photographs; done                               (--photographs photographs)
-The environment variable SDKIT_LPIPS names the weights of LPIPS.
+The environment variable SDKIT_LPIPS names the weights of LPIPS with VGG.
 """
 
 

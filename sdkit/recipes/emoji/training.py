@@ -27,7 +27,7 @@ DRAWN_AT = 1.5  # default guidance scale of the model: images follow their promp
 def train_the_vae(root: Path) -> None:
     """Train the VAE in the folders root/vae-1 to root/vae-4."""
     if any(settings(run)["lpips_weight"] for run in VAE_RUNS):
-        LPIPS.from_pretrained()  # raises now, not after hours of training, if the weights are missing
+        LPIPS.from_pretrained("vgg")  # raises now, not after hours of training, if the weights are missing
     start: dict[str, Any] = {"init": shape_file("vae")}
     for run, tiles in VAE_RUNS.items():
         _train_vae(root, run, tiles, **start)

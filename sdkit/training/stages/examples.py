@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection, Mapping, Sequence
 from inspect import signature
 from os import PathLike
@@ -19,6 +20,7 @@ from sdkit.data.latent_cache.reading import Item, LatentCache, Prompt
 from sdkit.data.sources import open_examples
 from sdkit.data.transform import Transform
 from sdkit.errors import ArgumentError
+from sdkit.messages import clean
 from sdkit.networks.autoencoder import Autoencoder
 from sdkit.networks.text_encoder import TextEncoder
 from sdkit.processes import is_main_process
@@ -115,6 +117,17 @@ class CachedLatents:
         if is_main_process() and sum(file.bytes for file in self.cache.manifest.files) <= VERIFIED:
             self.cache.verify()
         self.skipped = {image.name: image.reason for image in self.cache.manifest.skipped}
+        self._warn_of_captions(copies)
+
+    def _warn_of_captions(self, copies: int) -> None:
+        """Warn, in the main process, if no image of the cache has a caption."""
+        images = range(0, len(self.cache), copies)
+        empty = self.empty["ids"]
+        if is_main_process() and all(torch.equal(self.cache[i]["ids"], empty) for i in images):
+            warnings.warn(
+                f"none of the {len(images)} images in {clean(self.cache.path)} has a caption; the empty prompt is "
+                "taken for all.", stacklevel=1,
+            )  # fmt: skip
 
     def load(self, item: int, epoch: int) -> Row:  # noqa: ARG002 - a cache's augmentations are examples of their own
         """Return training example `item`."""
