@@ -5,16 +5,20 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdkit.cli.console import complain, say, say_json, say_table
 from sdkit.cli.options import (
+    DTYPES,
     SAMPLERS,
     Commands,
     add_command,
     add_command_group,
     choices,
+    batch_size_option,
     config_option,
+    device_option,
     place_options,
     vae_option,
 )
@@ -26,8 +30,10 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from sdkit.evaluation.generated_images import ImageEvaluation, Row
+    from sdkit.evaluation.reconstruction import VAEEvaluation
     from sdkit.pipelines.generation import Generation
 
+MOST_CHANNELS = 4  # channels of latents in a table; --json has all of them
 SHOWN = 5  # number of skipped images to name; further ones are only counted
 
 # Metric -> its column in a table, the factor that it is multiplied by there, and its digits.
@@ -123,10 +129,11 @@ def add_evaluate_commands(commands: Commands) -> None:
     evaluate = add_command_group(
         commands,
         "evaluate",
-        "Measure the quality of images, beside controls that show what the numbers mean.",
-        ("sdkit evaluate images outputs/ --reference photos/",),
+        "Measure the quality of images and of VAEs, beside controls that show what the numbers mean.",
+        ("sdkit evaluate images outputs/ --reference photos/", "sdkit evaluate vae emoji runs/v/result --data photos/"),
     )
     _add_images(evaluate)
+    _add_vae(evaluate)
 
 
 def images(args: argparse.Namespace) -> int:
@@ -220,11 +227,94 @@ def _cells(row: Row, extractor: str, metrics: Sequence[str]) -> list[str]:
     return cells
 
 
-def _complain_of_skipped(found: ImageEvaluation) -> None:
+def _complain_of_skipped(found: ImageEvaluation | VAEEvaluation) -> None:
     for name, reason in found.skipped[:SHOWN]:
         complain(f"{name} is skipped: {reason}")
     if len(found.skipped) > SHOWN:
         complain(f"{len(found.skipped) - SHOWN} more images are skipped.")
+
+
+CONTROLS = ("pixels", "blur")
+"""Sources that `sdkit evaluate vae` adds to every table: a VAE that loses nothing, and one that keeps 16 x 16 blocks."""
+
+
+def vae(args: argparse.Namespace) -> int:
+    """Encode and decode images with VAEs, and compare what they lose.
+
+    Prints PSNR, SSIM, LPIPS, and the Fréchet distance between the images and
+    their reconstructions (rFID); mean and standard deviation of the latents; and
+    speed and memory. Two control rows stand below: the pixels themselves, which
+    lose nothing, and a blur that keeps one colour of each 16 x 16 pixels. The
+    worst and the best reconstructions of each VAE are drawn side by side.
+    """
+    from sdkit import images as image_io
+    from sdkit.cli.jobs import check_writable
+    from sdkit.data import open_examples
+    from sdkit.evaluation import evaluate_vae, open_extractor, reconstruction_sheet
+    from sdkit.evaluation.sharing import own_share
+    from sdkit.loading.source import Source
+    from sdkit.networks.lpips import LPIPS
+
+    sheet = Path(args.sheet)
+    if sheet.suffix.lower() != ".png":
+        raise ArgumentError(f"the sheet {sheet} must be a .png; give another name.")
+    check_writable(sheet, is_file=True)
+    sources = list(dict.fromkeys(args.sources))
+    for source in sources:  # report a wrong name before the first VAE has been measured
+        if source not in CONTROLS:
+            Source.open(source)
+    examples, device = open_examples(args.data, split=args.split), own_share(args.device).device
+    options: dict[str, Any] = {
+        "size": args.size[0] if len(args.size) == 1 else tuple(args.size),
+        "lpips": LPIPS.from_pretrained(args.lpips).to(device),
+        "extractor": open_extractor(args.extractor, device=device),
+        "batch_size": args.batch_size,
+        "dtype": args.dtype,
+        "device": device,
+    }
+    found = [evaluate_vae(source, examples, **options) for source in sources]
+    controls = [evaluate_vae(source, examples, **options) for source in CONTROLS if source not in sources]
+    if is_main_process():
+        image_io.save(reconstruction_sheet(found), sheet)
+        if args.json:
+            rows = {"vaes": [one.asdict() for one in found], "controls": [one.asdict() for one in controls]}
+            say_json({"data": args.data, **rows, "sheet": sheet})
+        else:
+            _print_vaes([*found, *controls], options["extractor"].resizing)
+            say(printable(f"The worst and the best reconstructions: {sheet}"))
+        _complain_of_skipped(found[0])
+    return 1 if found[0].skipped else 0
+
+
+def _print_vaes(found: Sequence[VAEEvaluation], resizing: str) -> None:
+    """Print a table of what VAEs lose and cost, and a table of their latents."""
+    first = found[0]
+    height, width = first.size
+    say(f"{first.images} images of {width} x {height} pixels; LPIPS with {first.lpips_network}")
+    say(printable(f"rFID with {first.extractor}: images {resizing}"))
+    heads = ("VAE", "PSNR (dB)", "SSIM", "LPIPS", "rFID", "encode (1/s)", "decode (1/s)", "memory (MB)")
+    say_table([heads, *(
+        (one.vae, f"{one.psnr:.2f}", f"{one.ssim:.4f}", _decimal(one.lpips), _decimal(one.rfid),
+         f"{one.encoded_per_second:.1f}", f"{one.decoded_per_second:.1f}",
+         "-" if one.peak_memory is None else f"{one.peak_memory / 1e6:.0f}")
+        for one in found
+    )])  # fmt: skip
+    say("")
+    heads = ("latents of", "mean of each channel", "standard deviation", "scale", "scale for 1", "noise (%)")
+    say_table([heads, *(
+        (one.vae, _numbers(one.latent_mean), _numbers(one.latent_std), f"{one.scale:.4f}", f"{one.unit_scale:.4f}",
+         f"{100 * one.noise_share:.2f}")
+        for one in found
+    )])  # fmt: skip
+
+
+def _decimal(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+def _numbers(values: Sequence[float]) -> str:
+    shown = " ".join(f"{value:.2f}" for value in values[:MOST_CHANNELS])
+    return shown + (" ..." if len(values) > MOST_CHANNELS else "")
 
 
 def _add_images(commands: Commands) -> None:
@@ -276,3 +366,38 @@ def _add_images(commands: Commands) -> None:
     add = parser.add_argument_group("speed and memory").add_argument
     add("--batch-size", type=int, default=32, metavar="N", help="Images in one pass (default: 32)")
     place_options(add, default=None)
+
+
+def _add_vae(commands: Commands) -> None:
+    parser = add_command(
+        commands,
+        vae,
+        usage="SOURCE ... --data DATA [OPTION ...]",
+        examples=(
+            "sdkit evaluate vae emoji runs/v/result --data photos/",
+            "sdkit evaluate vae sd-v1-5.safetensors madebyollin/taesd --data photos/ --size 512 --json",
+            "accelerate launch -m sdkit evaluate vae emoji --data photos/ --extractor inception",
+        ),
+    )
+    add = parser.add_argument_group("what to measure").add_argument
+    sources = 'VAEs, or models with one: Hub ids, folders, single files, or "emoji", the embedded model'
+    add("sources", nargs="+", metavar="SOURCE", help=sources)
+    data = "Images to encode and decode: a folder of images, .tar or .parquet files, or a data set's id on the Hub"
+    add("--data", required=True, metavar="DATA", help=data)
+    add("--split", default="train", metavar="NAME", help="Split of a data set on the Hub (default: train)")
+    add = parser.add_argument_group("how to measure").add_argument
+    size = "Side of the images, or height and width; larger ones are reduced and cropped, smaller ones are skipped"
+    add("--size", nargs="+", type=int, default=[256], metavar="PIXELS", help=f"{size} (default: 256)")
+    lpips = "Weights of LPIPS: alex (embedded), vgg, a file, or a Hub id (default: alex)"
+    add("--lpips", default="alex", metavar="SOURCE", help=lpips)
+    extractor = "Feature extractor of rFID: alex (embedded), inception (the FID's), dinov2, or clip (default: alex)"
+    add("--extractor", default="alex", metavar="NAME[:SOURCE]", help=extractor)
+    add = parser.add_argument_group("output").add_argument
+    sheet = "Picture of the worst and the best reconstructions (default: vae-evaluation.png)"
+    add("--sheet", default="vae-evaluation.png", metavar="FILE", help=sheet)
+    add("--json", action="store_true", help="Print the measurements as JSON")
+    add = parser.add_argument_group("speed and memory").add_argument
+    batch_size_option(add)
+    dtype = "Precision of the VAEs; auto is bf16 where the hardware supports it, else fp32 (default: auto)"
+    add("--dtype", default="auto", metavar=choices(DTYPES), help=dtype)
+    device_option(add)

@@ -108,7 +108,7 @@ def check_files(out: str | Path, *, batch_size: int | None = None, tile: int | N
     if batch_size is not None:
         whole_number("batch_size", batch_size, 1)
     check_tile(tile)
-    _check_writable(Path(out))
+    check_writable(Path(out))
 
 
 def encode_files(
@@ -321,7 +321,7 @@ def check_generation(
         whole_number("batch_size", batch_size, 1)
     if is_image_name(Path(out)) and (Path(out).suffix.lower() != ".png" or n > 1):
         raise ArgumentError(f"{out} cannot hold {n} PNG image(s); give a folder, or a .png for a single image.")
-    _check_writable(Path(out), is_file=is_image_name(Path(out)))
+    check_writable(Path(out), is_file=is_image_name(Path(out)))
     return n
 
 
@@ -423,7 +423,7 @@ def demo_files(
         reconstructions.
     """
     folder = Path(out)
-    _check_writable(folder)
+    check_writable(folder)
     made = sd(DEMO_PROMPTS, seed=[0] * len(DEMO_PROMPTS))
     images.save(images.grid(made, 4, padding=6, captions=DEMO_PROMPTS), folder / "generated.png")
     if photos:
@@ -477,7 +477,7 @@ def _slug(prompt: str) -> str:
     return os.fsdecode(slug.encode())  # the name on disk is UTF-8 whatever the locale
 
 
-def _check_writable(path: Path, *, is_file: bool = False) -> None:
+def check_writable(path: Path, *, is_file: bool = False) -> None:
     """Raise SdkitError if a folder or a file cannot be written, before any work is done for it."""
     try:
         check_name(path)

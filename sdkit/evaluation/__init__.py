@@ -20,6 +20,10 @@ if TYPE_CHECKING:  # `as` re-exports a name for type checkers, which cannot eval
     from sdkit.evaluation.kernel_distance import cmmd as cmmd
     from sdkit.evaluation.kernel_distance import kid as kid
     from sdkit.evaluation.moments import Moments as Moments
+    from sdkit.evaluation.reconstruction import Reconstruction as Reconstruction
+    from sdkit.evaluation.reconstruction import VAEEvaluation as VAEEvaluation
+    from sdkit.evaluation.reconstruction import evaluate_vae as evaluate_vae
+    from sdkit.evaluation.reconstruction import reconstruction_sheet as reconstruction_sheet
     from sdkit.evaluation.similarity import psnr as psnr
     from sdkit.evaluation.similarity import ssim as ssim
 
@@ -29,16 +33,20 @@ _HOMES = {
     "ImageEvaluation": "sdkit.evaluation.generated_images",
     "InceptionScore": "sdkit.evaluation.inception_score",
     "Moments": "sdkit.evaluation.moments",
+    "Reconstruction": "sdkit.evaluation.reconstruction",
     "Row": "sdkit.evaluation.generated_images",
     "Score": "sdkit.evaluation.generated_images",
+    "VAEEvaluation": "sdkit.evaluation.reconstruction",
     "clip_cosine": "sdkit.evaluation.clip_score",
     "cmmd": "sdkit.evaluation.kernel_distance",
     "evaluate_images": "sdkit.evaluation.generated_images",
+    "evaluate_vae": "sdkit.evaluation.reconstruction",
     "frechet_at_infinity": "sdkit.evaluation.frechet",
     "frechet_distance": "sdkit.evaluation.frechet",
     "kid": "sdkit.evaluation.kernel_distance",
     "open_extractor": "sdkit.evaluation.extractors",
     "psnr": "sdkit.evaluation.similarity",
+    "reconstruction_sheet": "sdkit.evaluation.reconstruction",
     "ssim": "sdkit.evaluation.similarity",
 }
 __all__ = sorted(_HOMES)
