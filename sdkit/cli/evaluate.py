@@ -15,8 +15,8 @@ from sdkit.cli.options import (
     Commands,
     add_command,
     add_command_group,
-    choices,
     batch_size_option,
+    choices,
     config_option,
     device_option,
     place_options,
@@ -235,7 +235,7 @@ def _complain_of_skipped(found: ImageEvaluation | VAEEvaluation) -> None:
 
 
 CONTROLS = ("pixels", "blur")
-"""Sources that `sdkit evaluate vae` adds to every table: a VAE that loses nothing, and one that keeps 16 x 16 blocks."""
+"""Sources that `sdkit evaluate vae` adds to every table: one loses nothing, one keeps a colour of each 16 x 16 pixels."""
 
 
 def vae(args: argparse.Namespace) -> int:
@@ -300,8 +300,8 @@ def _print_vaes(found: Sequence[VAEEvaluation], resizing: str) -> None:
         for one in found
     )])  # fmt: skip
     say("")
-    heads = ("latents of", "mean of each channel", "standard deviation", "scale", "scale for 1", "noise (%)")
-    say_table([heads, *(
+    channels = ("latents of", "mean of each channel", "standard deviation", "scale", "scale for 1", "noise (%)")
+    say_table([channels, *(
         (one.vae, _numbers(one.latent_mean), _numbers(one.latent_std), f"{one.scale:.4f}", f"{one.unit_scale:.4f}",
          f"{100 * one.noise_share:.2f}")
         for one in found

@@ -12,7 +12,7 @@ from functools import reduce
 from operator import add
 from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -42,6 +42,14 @@ SHOWN = 4
 """Reconstructions of each end, the worst and the best, that an evaluation keeps."""
 BLUR, BLUR_SIDE = "blur", 16
 """Name of the control that keeps one colour of each square, and the side of the square in pixels."""
+
+
+class Pictures(Protocol):
+    """A list of images, or of anything that `evaluate_vae` reads as an image, such as `sdkit.data.Examples`."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, i: int, /) -> Any: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,7 +190,7 @@ def _finite(value: Any) -> Any:
 
 def evaluate_vae(
     vae: str | os.PathLike[str] | VAE,
-    images: str | Path | Sequence[Any],
+    images: str | Path | Pictures,
     *,
     size: int | tuple[int, int] | None = None,
     lpips: str | LPIPS | None = "alex",
@@ -384,7 +392,7 @@ class _Evaluation:
     """Reads images, and collects the measurements of all batches and processes; see `evaluate_vae`."""
 
     def __init__(
-        self, images: Sequence[Any], measure: _Measure, size: tuple[int, int] | None, batch_size: int | None,
+        self, images: Pictures, measure: _Measure, size: tuple[int, int] | None, batch_size: int | None,
         share: Share,
     ) -> None:  # fmt: skip
         self.images, self.measure, self.share = images, measure, share
@@ -399,8 +407,8 @@ class _Evaluation:
     def _first_size(self) -> tuple[int, int]:
         """Return the (height, width) of the first image that can be used."""
         reason = ""
-        for number, item in enumerate(self.images):
-            loaded = self._load((number, item))
+        for number in range(len(self.images)):
+            loaded = self._load((number, self.images[number]))
             if loaded.picture is not None:
                 return loaded.picture.height, loaded.picture.width
             reason = reason or loaded.reason
@@ -529,7 +537,7 @@ def _unusable(n: int, reason: str) -> DataError:
     return DataError(f"none of {n} images can be used; the first: {reason}")
 
 
-def _listed(images: Any) -> Sequence[Any]:
+def _listed(images: Any) -> Pictures:
     if isinstance(images, (str, Path)):
         return find_files([images], READABLE, UNREADABLE)
     if isinstance(images, Image.Image) or not hasattr(images, "__len__") or not hasattr(images, "__getitem__"):
