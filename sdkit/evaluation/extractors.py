@@ -200,12 +200,17 @@ def open_extractor(name: str = "alex", *, device: str | torch.device = "auto") -
 
 
 def _alex(device: torch.device) -> Extractor:
+    """Return the activations of AlexNet, normalised and weighted as LPIPS does, and averaged over all positions.
+
+    LPIPS's vectors have a length of about 1. Here it is about the root of the number of features, as with other
+    networks: KID's kernel (x . y / D + 1)^3 would otherwise be nearly linear.
+    """
     network = LPIPS.from_pretrained("alex").to(device)
+    width = sum(head.shape[1] for head in network.heads)
 
     def run(pixels: Tensor) -> Outputs:
-        return network.features(pixels / 127.5 - 1, grid=1), None
+        return network.features(pixels / 127.5 - 1, grid=1) * width**0.5, None
 
-    width = sum(head.shape[1] for head in network.heads)
     return Extractor(network, run, name="alex", width=width, side=SIDE)
 
 

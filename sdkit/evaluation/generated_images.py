@@ -385,8 +385,8 @@ def _score(
 def _scores(
     extractor: Extractor, a: Features, b: Features, *, interval: bool = False, extrapolated: bool = True
 ) -> Iterator[Score]:
-    distance = frechet_distance(a.moments, b.moments)
-    bounds = frechet_interval(a.vectors, b.moments, distance) if interval else None
+    distance = frechet_distance(a.exact, b.exact)
+    bounds = frechet_interval(a.vectors, b.exact, distance) if interval else None
     yield _score(extractor, "frechet", distance, a.count, b.count, bounds)
     n, m = len(a.vectors), len(b.vectors)
     if extrapolated:
