@@ -235,7 +235,7 @@ def _complain_of_skipped(found: ImageEvaluation | VAEEvaluation) -> None:
 
 
 CONTROLS = ("pixels", "blur")
-"""Sources that `sdkit evaluate vae` adds to every table: one loses nothing, one keeps a colour of each 16 x 16 pixels."""
+"""Controls that `sdkit evaluate vae` adds to its tables: one loses nothing, the other all but blocks of 16 pixels."""
 
 
 def vae(args: argparse.Namespace) -> int:
