@@ -23,7 +23,7 @@ from sdkit.arguments import LONGEST_SIDE, whole_number
 from sdkit.diffusion.latent_space import Statistics, statistics
 from sdkit.engines.device import resolve_dtype
 from sdkit.engines.memory import peak_memory, reset_peak_memory
-from sdkit.errors import ArgumentError, DataError, ImageError
+from sdkit.errors import ArgumentError, DataError, ImageError, SourceError
 from sdkit.evaluation.extractors import Extractor, open_extractor
 from sdkit.evaluation.frechet import frechet_distance, warn_if_few
 from sdkit.evaluation.generated_images import READERS, Loadable
@@ -33,6 +33,7 @@ from sdkit.evaluation.similarity import WINDOW, psnr, ssim
 from sdkit.file_search import find_files
 from sdkit.images import READABLE, UNREADABLE, grid, to_pil, to_tensors
 from sdkit.images.convert import flat
+from sdkit.loading.tensors import is_finite
 from sdkit.networks.autoencoder import PIXELS_AT_ONCE, VAE
 from sdkit.networks.lpips import LPIPS
 from sdkit.prefetch import ahead
@@ -88,16 +89,19 @@ def blur() -> Subject:
 
 
 def subject_of(vae: VAE, batch_size: int | None) -> Subject:
-    """Return a VAE as `evaluate_vae` measures it. It checks its outputs, and repeats in float32 what overflows."""
+    """Return a VAE as `evaluate_vae` measures it. It repeats in float32 what overflows in float16."""
+    name = vae.name or "VAE"
 
     def encode(x: Tensor) -> tuple[Tensor, Tensor]:
-        return vae.moments(x, batch_size=batch_size)
+        mean, logvar = vae.moments(x, batch_size=batch_size)
+        if not (is_finite(mean) and is_finite(logvar)):
+            raise SourceError(f"{name!r} gives latents that are not finite; its weights are to blame: give another.")
+        return mean, logvar
 
     def decode(raw: Tensor, size: tuple[int, int]) -> Tensor:
         z = (raw - vae.shift) * vae.scale
         return vae.decode(z, size=size, output_type="pt", batch_size=batch_size)
 
-    name = vae.name or "VAE"
     return Subject(name=name, scale=vae.scale, shift=vae.shift, device=vae.device, encode=encode, decode=decode)
 
 
@@ -426,7 +430,7 @@ class _Evaluation:
         extractor, lpips = self.measure.extractor, self.measure.lpips
         originals = Moments.merged([one for _, one, _ in found])
         decoded = Moments.merged([one for _, _, one in found])
-        if self.share.rank == 0:
+        if self.share.rank == 0 and len(scores) > 1:
             warn_if_few(len(scores), extractor.width, extractor.name)
         worst, best = self._ends(scores)
         measured = [batch for batch in batches if batch.scores]

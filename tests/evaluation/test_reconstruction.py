@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -71,8 +72,8 @@ def run(alex: Extractor, lpips: LPIPS) -> Callable[..., VAEEvaluation]:
     return evaluate
 
 
-def colours(width: int = 6) -> Extractor:
-    """Make an extractor of `width` features that a covariance of a dozen images can hold."""
+def colours(width: int = 2) -> Extractor:
+    """Make an extractor of so few features that a few images suffice for their covariance."""
     torch.manual_seed(1)
     network = nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(12, width)).requires_grad_(False)
     return Extractor(network, lambda pixels: (network(pixels / 255), None), name="colours", width=width, side=32)
@@ -80,7 +81,7 @@ def colours(width: int = 6) -> Extractor:
 
 def test_metrics_equal_independent_ones(crops: list[Image.Image], lpips: LPIPS) -> None:
     """The reconstruction is diffusers', rounded to 8 bits; PSNR and SSIM are scikit-image's, the distance scipy's."""
-    vae, extractor = kl(), colours()
+    vae, extractor = kl(), colours(6)
     found = evaluate_vae(vae, crops, extractor=extractor, device="cpu", batch_size=5)
     psnrs, ssims, distances, decoded = list[float](), list[float](), list[float](), list[Image.Image]()
     with torch.no_grad():
@@ -168,7 +169,7 @@ def test_batches_do_not_matter(crops: list[Image.Image]) -> None:
     whole, *others = (evaluate_vae(vae, crops, batch_size=n, **options).asdict() for n in (None, 1, 5))
     for other in others:
         for key, value in whole.items():
-            if key not in ("encoded_per_second", "decoded_per_second", "peak_memory", "worst", "best"):
+            if key in ("psnr", "ssim", "lpips", "rfid", "latent_mean", "latent_std", "unit_scale", "noise_share"):
                 assert other[key] == pytest.approx(value, rel=1e-3, abs=1e-4), key
 
 
@@ -262,15 +263,17 @@ def _holds(sheet: Any, picture: Any) -> int:
 
 def test_a_few_batches_are_held_at_a_time(crops: list[Image.Image]) -> None:
     """Of 60 images, those of four batches and of the readers exist at most. Few are kept for the sheet."""
-    alive, most = weakref.WeakSet[Image.Image](), 0
+    alive, most = set[int](), 0
+    numbers = itertools.count()
 
     class Made:
         name = "made"
 
         def load(self) -> Image.Image:
             nonlocal most
-            picture = crops[0].copy()
-            alive.add(picture)
+            picture, number = crops[0].copy(), next(numbers)
+            alive.add(number)
+            weakref.finalize(picture, alive.discard, number)
             most = max(most, len(alive))
             return picture
 
@@ -287,13 +290,12 @@ def test_peak_memory_and_speed_are_measured(crops: list[Image.Image]) -> None:
 
 
 class TestBadInput:
-    @pytest.fixture(scope="class")
-    def files(self, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-        folder = tmp_path_factory.mktemp("bad")
-        (folder / "empty").mkdir()
-        (folder / "torn").mkdir()
-        (folder / "torn" / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n")
-        return folder
+    @pytest.fixture
+    def files(self, tmp_path: Path) -> Path:
+        (tmp_path / "empty").mkdir()
+        (tmp_path / "torn").mkdir()
+        (tmp_path / "torn" / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+        return tmp_path
 
     @pytest.mark.parametrize(
         ("options", "kind", "fragment"),
@@ -334,8 +336,17 @@ class TestBadInput:
             "image 2 has 40 x 50 pixels, others have 64 x 64: give a size",
         )
 
+    def test_weights_that_are_not_finite(self, crops: list[Image.Image]) -> None:
+        broken = kl()
+        broken.network.encoder.conv_in.weight.data.fill_(math.nan)
+        one_sentence(
+            lambda: evaluate_vae(broken, crops, extractor=colours(), device="cpu"),
+            SourceError,
+            "'random' gives latents that are not finite; its weights are to blame",
+        )
 
-def test_reset_of_the_peak(tmp_path: Path) -> None:
+
+def test_reset_of_the_peak() -> None:
     """The peak includes what was freed, and a reset forgets it."""
     from sdkit.engines.memory import CLEAR, peak_memory, reset_peak_memory
 
