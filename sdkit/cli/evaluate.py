@@ -252,7 +252,7 @@ def vae(args: argparse.Namespace) -> int:
     from sdkit.data import open_examples
     from sdkit.evaluation import evaluate_vae, open_extractor, reconstruction_sheet
     from sdkit.evaluation.sharing import own_share
-    from sdkit.loading.source import Source
+    from sdkit.networks.autoencoder import VAE
     from sdkit.networks.lpips import LPIPS
 
     sheet = Path(args.sheet)
@@ -260,9 +260,9 @@ def vae(args: argparse.Namespace) -> int:
         raise ArgumentError(f"the sheet {sheet} must be a .png; give another name.")
     check_writable(sheet, is_file=True)
     sources = list(dict.fromkeys(args.sources))
-    for source in sources:  # report a wrong name before the first VAE has been measured
+    for source in sources[1:]:  # a wrong one is reported before the first has been measured
         if source not in CONTROLS:
-            Source.open(source)
+            VAE.from_pretrained(source, dtype=args.dtype, device="cpu")
     examples, device = open_examples(args.data, split=args.split), own_share(args.device).device
     options: dict[str, Any] = {
         "size": args.size[0] if len(args.size) == 1 else tuple(args.size),

@@ -66,7 +66,7 @@ def run(alex: Extractor, lpips: LPIPS) -> Callable[..., VAEEvaluation]:
     def evaluate(vae: Any, images: Any, **options: Any) -> VAEEvaluation:
         usual = {"lpips": lpips, "extractor": alex, "device": "cpu", "dtype": "fp32"}
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "12 images are fewer than the")
+            warnings.filterwarnings("ignore", "1?[26] images are fewer than the")
             return evaluate_vae(vae, images, **usual | options)
 
     return evaluate
@@ -155,9 +155,9 @@ def test_metrics_rank_blur(
 ) -> None:
     """Larger squares are worse by each metric, on real pictures."""
     found = list[VAEEvaluation]()
-    for side in (2, 4, 8, 16, 32):
+    for side in (2, 6, 16):
         monkeypatch.setattr(module, "BLUR_SIDE", side)
-        found.append(run("blur", crops))
+        found.append(run("blur", crops[::2]))
     for metric, worse in (("psnr", -1), ("ssim", -1), ("lpips", 1), ("rfid", 1)):
         values = [worse * getattr(one, metric) for one in found]
         assert values == sorted(values), metric
