@@ -126,6 +126,13 @@ class Reconstruction:
     decoded: Image.Image
 
 
+class Skipped(NamedTuple):
+    """The name of an image that cannot be used, and the reason."""
+
+    name: str
+    reason: str
+
+
 @dataclass(frozen=True, kw_only=True)
 class VAEEvaluation:
     """What `evaluate_vae` measured.
@@ -173,13 +180,14 @@ class VAEEvaluation:
     encoded_per_second: float
     decoded_per_second: float
     peak_memory: int | None
-    skipped: tuple[tuple[str, str], ...]
+    skipped: tuple[Skipped, ...]
     worst: tuple[Reconstruction, ...]
     best: tuple[Reconstruction, ...]
 
     def asdict(self) -> dict[str, Any]:
         """Return all but the pictures as plain values for JSON, in which infinity becomes None."""
-        values = {key: _finite(value) for key, value in vars(self).items() if key not in ("worst", "best")}
+        values = {key: _finite(value) for key, value in vars(self).items()}
+        values["skipped"] = [one._asdict() for one in self.skipped]
         for end in ("worst", "best"):
             values[end] = [
                 {"name": one.name, "psnr": _finite(one.psnr), "ssim": one.ssim, "lpips": one.lpips}
@@ -278,16 +286,14 @@ class Loaded(NamedTuple):
     Attributes:
         number: Its place among the images.
         name: Its name.
-        picture: The image, resized and cropped; None if it cannot be used.
+        picture: The image, resized and cropped.
         prepared: The image as the extractor takes it.
-        reason: Why it cannot be used, or "".
     """
 
     number: int
     name: str
-    picture: Image.Image | None = None
-    prepared: Tensor | None = None
-    reason: str = ""
+    picture: Image.Image
+    prepared: Tensor
 
 
 class Scores(NamedTuple):
@@ -311,7 +317,7 @@ class Batch(NamedTuple):
         encoding: Seconds of encoding per image.
         decoding: Seconds of decoding per image.
         peak: Peak memory in bytes, if the system tells.
-        skipped: Name of each image that cannot be used, and the reason.
+        skipped: Its images that cannot be used.
     """
 
     number: int
@@ -321,7 +327,7 @@ class Batch(NamedTuple):
     encoding: float
     decoding: float
     peak: int | None
-    skipped: list[tuple[str, str]]
+    skipped: list[Skipped]
 
 
 class _Measure:
@@ -344,13 +350,13 @@ class _Measure:
         """Smallest side of an image in pixels."""
         return max(WINDOW, self.lpips.smallest if self.lpips else 0)
 
-    def __call__(self, number: int, loaded: Sequence[Loaded], pool: ThreadPoolExecutor) -> Batch:
-        """Measure one batch. The threads of `pool` compare images while this thread runs the networks."""
-        skipped = [(one.name, one.reason) for one in loaded if one.picture is None]
-        pictures = [one.picture for one in loaded if one.picture is not None]
-        if not pictures:
+    def __call__(self, number: int, read: Sequence[Loaded | Skipped], pool: ThreadPoolExecutor) -> Batch:
+        """Measure one batch. The threads of `pool` compare images while this thread runs LPIPS and the extractor."""
+        skipped = [one for one in read if isinstance(one, Skipped)]
+        loaded = [one for one in read if isinstance(one, Loaded)]
+        if not loaded:
             return Batch(number, [], None, None, 0.0, 0.0, None, skipped)
-        x = torch.stack(to_tensors(pictures))
+        x = torch.stack(to_tensors([one.picture for one in loaded]))
         reset_peak_memory(self.subject.device)
         begun = time.perf_counter()
         mean, logvar = self.subject.encode(x)
@@ -363,14 +369,11 @@ class _Measure:
         similarities = [pool.submit(_similarity, a, b) for a, b in zip(x, y, strict=True)]
         prepared = [pool.submit(self.extractor.prepare, picture) for picture in decoded]
         distances = self._distances(x, y)
-        originals = torch.stack([one.prepared for one in loaded if one.prepared is not None])
-        self.originals.add(self.extractor.outputs(originals)[0])
+        self.originals.add(self.extractor.outputs(torch.stack([one.prepared for one in loaded]))[0])
         self.decoded.add(self.extractor.outputs(torch.stack([one.result() for one in prepared]))[0])
         scores = [
             Scores(one.number, one.name, *similarity.result(), distance)
-            for one, similarity, distance in zip(
-                (one for one in loaded if one.picture is not None), similarities, distances, strict=True
-            )
+            for one, similarity, distance in zip(loaded, similarities, distances, strict=True)
         ]
         seconds = ((encoded - begun) / len(x), (ended - encoded) / len(x))
         return Batch(number, scores, statistics(mean), statistics(logvar.exp()), *seconds, peak, skipped)
@@ -410,13 +413,13 @@ class _Evaluation:
 
     def _first_size(self) -> tuple[int, int]:
         """Return the (height, width) of the first image that can be used."""
-        reason = ""
+        reasons = list[str]()
         for number in range(len(self.images)):
-            loaded = self._load((number, self.images[number]))
-            if loaded.picture is not None:
-                return loaded.picture.height, loaded.picture.width
-            reason = reason or loaded.reason
-        raise _unusable(len(self.images), reason)
+            read = self._load((number, self.images[number]))
+            if isinstance(read, Loaded):
+                return read.picture.height, read.picture.width
+            reasons.append(read.reason)
+        raise _unusable(len(self.images), reasons[0])
 
     def run(self) -> VAEEvaluation:
         """Measure all images."""
@@ -426,7 +429,7 @@ class _Evaluation:
         scores = [one for batch in batches for one in batch.scores]
         skipped = [one for batch in batches for one in batch.skipped]
         if not scores:
-            raise _unusable(len(self.images), skipped[0][1])
+            raise _unusable(len(self.images), skipped[0].reason)
         extractor, lpips = self.measure.extractor, self.measure.lpips
         originals = Moments.merged([one for _, one, _ in found])
         decoded = Moments.merged([one for _, _, one in found])
@@ -469,13 +472,13 @@ class _Evaluation:
                 self._check_sizes(batch)
                 yield self.measure(numbers.start, batch, pool)
 
-    def _load(self, item: tuple[int, Any]) -> Loaded:
+    def _load(self, item: tuple[int, Any]) -> Loaded | Skipped:
         number, source = item
         name = str(source) if isinstance(source, (str, Path)) else str(getattr(source, "name", f"image {number + 1}"))
         try:
             picture = self._picture(source, number)
         except ImageError as error:
-            return Loaded(number, name, reason=str(error))
+            return Skipped(name, str(error))
         return Loaded(number, name, picture, self.measure.extractor.prepare(picture))
 
     def _picture(self, source: Any, number: int) -> Image.Image:
@@ -494,9 +497,9 @@ class _Evaluation:
             )
         return ImageOps.fit(picture, (width, height), Image.Resampling.LANCZOS)
 
-    def _check_sizes(self, batch: Sequence[Loaded]) -> None:
+    def _check_sizes(self, batch: Sequence[Loaded | Skipped]) -> None:
         for one in batch:
-            if one.picture is not None and (one.picture.height, one.picture.width) != self.size:
+            if isinstance(one, Loaded) and (one.picture.height, one.picture.width) != self.size:
                 raise ImageError(
                     f"{one.name} has {one.picture.width} x {one.picture.height} pixels, others have "
                     f"{self.size[1]} x {self.size[0]}: give a size to which all are reduced and cropped."
