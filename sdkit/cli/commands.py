@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from sdkit import __version__
 from sdkit.cli.console import complain, exit_code_of, flush, say, say_json, say_path, say_table
+from sdkit.cli.evaluate import add_evaluate_commands
 from sdkit.cli.field_options import FieldOption, field_options
 from sdkit.cli.options import (
     PREDICTION_TYPES,
@@ -43,6 +44,7 @@ from sdkit.pipelines.settings import DrawingSettings
 
 if TYPE_CHECKING:
     from sdkit.cli.jobs import Reconstruction, Report
+    from sdkit.cli.preview import PreviewFile
     from sdkit.networks.autoencoder import VAE
     from sdkit.pipelines.generation import Generation
     from sdkit.pipelines.text_to_image import StableDiffusion
@@ -94,6 +96,7 @@ def generate(args: argparse.Namespace) -> int:
     """Generate images from text prompts."""
     from dataclasses import fields
 
+    from sdkit.arguments import whole_number
     from sdkit.cli.jobs import Report, check_generation, generate_files, read_prompts
     from sdkit.pipelines.generation import Generation
 
@@ -109,9 +112,28 @@ def generate(args: argparse.Namespace) -> int:
     prompts = prompts or [generation.prompt]
     check_generation(prompts, args.out, generation, **sizes)  # before a model is loaded or downloaded
     _check_place(generation.dtype, args.device)
-    report = Report[Path](on_done=say_path)
-    generate_files(_load_sd(args, generation), prompts, args.out, generation, grid=args.grid, report=report, **sizes)
+    if args.preview_every is not None:
+        whole_number("preview_every", args.preview_every, 1)
+    report, sd = Report[Path](on_done=say_path), _load_sd(args, generation)
+    preview = _preview(args, sd)
+    generate_files(sd, prompts, args.out, generation, grid=args.grid, report=report, callback=preview, **sizes)
     return 0
+
+
+def _preview(args: argparse.Namespace, sd: StableDiffusion) -> PreviewFile | None:
+    """Return the callback that shows the forming images; None if no option asks for it."""
+    if not args.preview and args.preview_every is None and args.preview_vae is None:
+        return None
+    from sdkit.cli.jobs import is_image_name
+    from sdkit.cli.preview import PreviewFile, preview_path
+    from sdkit.networks.autoencoder import VAE
+    from sdkit.networks.preview import previewer
+
+    options = {"dtype": sd.vae.dtype, "device": args.device}
+    tiny = None if args.preview_vae is None else VAE.from_pretrained(args.preview_vae, **options)
+    out = Path(args.out)
+    path = preview_path(out, is_file=is_image_name(out))
+    return PreviewFile(path, previewer(sd.vae, tiny), args.preview_every)
 
 
 def _check_guidance(given: dict[str, Any], generation: Generation) -> None:
@@ -295,6 +317,7 @@ def _parser() -> argparse.ArgumentParser:
     for add_to in (_add_generate, _add_encode, _add_decode, _add_reconstruct, _add_info, _add_demo):
         add_to(commands)
     add_training_commands(commands)
+    add_evaluate_commands(commands)
     return parser
 
 
@@ -340,6 +363,11 @@ def _add_generate(commands: Commands) -> None:
     add = parser.add_argument_group("where to write").add_argument
     add("--out", "-o", metavar="PATH", default="outputs", help="Folder, or a .png for one image (default: outputs)")
     add("--grid", action="store_true", help="Also write one picture of all images, with labels")
+    preview = "Show the forming images in preview.jpg (or NAME-preview.jpg), as often as takes at most 2 %% of the time"
+    add("--preview", action="store_true", help=preview)
+    add("--preview-every", type=int, metavar="N", help="Show them after every N-th step")
+    tiny = "Show them with a tiny VAE for the model's latents, such as madebyollin/taesd: sharper, and slower"
+    add("--preview-vae", metavar="SOURCE", help=tiny)
     add = parser.add_argument_group("speed and memory").add_argument
     batch_size_option(add)
     place_options(add, **unset)

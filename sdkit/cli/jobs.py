@@ -28,6 +28,7 @@ from PIL import Image
 from sdkit import __version__, images
 from sdkit.arguments import first_seed, strings, whole_number
 from sdkit.data import latent_file as latents
+from sdkit.diffusion.samplers import Step
 from sdkit.errors import ArgumentError, LatentError, SdkitError
 from sdkit.evaluation import similarity as metrics
 from sdkit.file_search import find_files
@@ -107,7 +108,7 @@ def check_files(out: str | Path, *, batch_size: int | None = None, tile: int | N
     if batch_size is not None:
         whole_number("batch_size", batch_size, 1)
     check_tile(tile)
-    _check_writable(Path(out))
+    check_writable(Path(out))
 
 
 def encode_files(
@@ -318,9 +319,9 @@ def check_generation(
     first_seed(generation.seed, n)
     if batch_size is not None:
         whole_number("batch_size", batch_size, 1)
-    if _is_image_name(Path(out)) and (Path(out).suffix.lower() != ".png" or n > 1):
+    if is_image_name(Path(out)) and (Path(out).suffix.lower() != ".png" or n > 1):
         raise ArgumentError(f"{out} cannot hold {n} PNG image(s); give a folder, or a .png for a single image.")
-    _check_writable(Path(out), is_file=_is_image_name(Path(out)))
+    check_writable(Path(out), is_file=is_image_name(Path(out)))
     return n
 
 
@@ -334,6 +335,7 @@ def generate_files(
     grid: bool = False,
     batch_size: int | None = None,
     report: Report[Path] | None = None,
+    callback: Callable[[Step], object] | None = None,
 ) -> list[Path]:
     """Generate `count` images of each prompt, as PNGs with their `Generation` in the metadata.
 
@@ -348,6 +350,7 @@ def generate_files(
         grid: Whether to write also a grid of all images, with labels.
         batch_size: Images generated together; None takes as many as fit.
         report: The report to add to; None makes a new one.
+        callback: Called with each `Step` of each batch, for example a `PreviewFile`.
 
     Returns:
         The paths of the PNGs.
@@ -364,7 +367,7 @@ def generate_files(
     numbers = _numbers(Path(out))
     labelled: dict[str, Image.Image] = {}  # label -> image, for the grid
     for batch in progress(batches, total=-(-n // at_once), description="generate"):
-        for (prompt, seed), image in zip(batch, _generate(sd, batch, generation), strict=True):
+        for (prompt, seed), image in zip(batch, _generate(sd, batch, generation, callback), strict=True):
             whole = replace(
                 generation, prompt=prompt, seed=seed, height=image.height, width=image.width, model=sd.name,
                 guidance_scale=sd.guidance_scale if generation.guidance_scale is None else generation.guidance_scale,
@@ -376,15 +379,20 @@ def generate_files(
                 labelled[f"seed {seed}: {prompt}"] = image
     if grid:
         sheet = images.grid([*labelled.values()], count if count > 1 else None, padding=6, captions=[*labelled])
-        beside = Path(out).with_stem(f"{Path(out).stem}-grid") if _is_image_name(Path(out)) else Path(out)
+        beside = Path(out).with_stem(f"{Path(out).stem}-grid") if is_image_name(Path(out)) else Path(out)
         report.add(_save(sheet, beside, "grid", numbers))
     return report.done
 
 
-def _generate(sd: StableDiffusion, batch: Sequence[tuple[str, int]], generation: Generation) -> list[Image.Image]:
+def _generate(
+    sd: StableDiffusion,
+    batch: Sequence[tuple[str, int]],
+    generation: Generation,
+    callback: Callable[[Step], object] | None,
+) -> list[Image.Image]:
     """Generate one image for each (prompt, seed)."""
     prompts, seeds = zip(*batch, strict=True)
-    drawn: list[Image.Image] = sd(prompts, seed=seeds, batch_size=len(batch), **generation.options())
+    drawn: list[Image.Image] = sd(prompts, seed=seeds, batch_size=len(batch), callback=callback, **generation.options())
     return drawn
 
 
@@ -415,7 +423,7 @@ def demo_files(
         reconstructions.
     """
     folder = Path(out)
-    _check_writable(folder)
+    check_writable(folder)
     made = sd(DEMO_PROMPTS, seed=[0] * len(DEMO_PROMPTS))
     images.save(images.grid(made, 4, padding=6, captions=DEMO_PROMPTS), folder / "generated.png")
     if photos:
@@ -432,7 +440,7 @@ def demo_files(
     return folder / "generated.png", kind, reconstruct_files(sd.vae, photos, folder)
 
 
-def _is_image_name(out: Path) -> bool:
+def is_image_name(out: Path) -> bool:
     """Return whether `out` names an image file rather than a folder."""
     return out.suffix.lower() in images.FORMATS and not os.path.isdir(out)  # noqa: PTH112 - pathlib's may raise
 
@@ -441,7 +449,7 @@ def _save(
     image: Image.Image, out: Path, stem: str, numbers: Iterable[int], text: Mapping[str, str] | None = None
 ) -> Path:
     """Write a PNG to the file `out`, or into the folder `out` under the first free number. Return its path."""
-    if _is_image_name(out):
+    if is_image_name(out):
         images.save(image, out, text)
         return out
     for number in numbers:
@@ -469,7 +477,7 @@ def _slug(prompt: str) -> str:
     return os.fsdecode(slug.encode())  # the name on disk is UTF-8 whatever the locale
 
 
-def _check_writable(path: Path, *, is_file: bool = False) -> None:
+def check_writable(path: Path, *, is_file: bool = False) -> None:
     """Raise SdkitError if a folder or a file cannot be written, before any work is done for it."""
     try:
         check_name(path)
