@@ -20,15 +20,15 @@ Z95 = 1.959964
 """Standard deviations of a normal distribution within which 95 % of it lies."""
 
 
-def frechet_distance(a: Moments, b: Moments) -> float:
-    """Return the Fréchet distance between the Gaussians with these moments (Heusel et al. 2017, eq. 6).
+def frechet_distance(a: Moments | Tensor, b: Moments | Tensor) -> float:
+    """Return the Fréchet distance between the Gaussians with the moments of two sets (Heusel et al. 2017, eq. 6).
 
     https://arxiv.org/abs/1706.08500. It is biased upwards: by about D^2 / N for isotropic features, and more where N is
     below D; see `frechet_at_infinity`. Compare only distances of equal N.
 
     Args:
-        a: Moments of one set.
-        b: Moments of the other set, of the same width.
+        a: One set: its moments, or its vectors (N, D). Where N is below D, vectors take much less time.
+        b: The other set, of the same width.
 
     Returns:
         The distance, at least 0. (It is the square of the 2-Wasserstein distance.)
@@ -36,7 +36,9 @@ def frechet_distance(a: Moments, b: Moments) -> float:
     Raises:
         ArgumentError: A set is empty, or the widths differ.
     """
-    return gaussian_distance(a.mean, a.covariance, b.mean, b.covariance)
+    (mean_a, root_a), (mean_b, root_b) = _mean_and_root(a), _mean_and_root(b)
+    _check_widths(mean_a, mean_b)
+    return _distance(mean_a, root_a, mean_b, root_b)
 
 
 def gaussian_distance(mean_a: Tensor, covariance_a: Tensor, mean_b: Tensor, covariance_b: Tensor) -> float:
@@ -51,12 +53,9 @@ def gaussian_distance(mean_a: Tensor, covariance_a: Tensor, mean_b: Tensor, cova
         covariance_b: Covariance B (D, D), symmetric.
 
     Raises:
-        ArgumentError: The shapes do not fit each other.
+        ArgumentError: The widths differ.
     """
-    if mean_a.shape != mean_b.shape or covariance_a.shape != covariance_b.shape:
-        raise ArgumentError(
-            f"features of {len(mean_a)} and {len(mean_b)} numbers cannot be compared; extract both with one network."
-        )
+    _check_widths(mean_a, mean_b)
     return _distance(mean_a.double(), _root(covariance_a), mean_b.double(), _root(covariance_b))
 
 
@@ -86,7 +85,7 @@ def frechet_at_infinity(a: Tensor, b: Tensor, *, seed: int = 0) -> float:
     for share in torch.linspace(0.5, 1, SIZES).tolist():
         subsets = [x[torch.randperm(len(x), generator=generator)[: round(share * len(x))]] for x in (a, b)]
         inverse.append(1 / share)
-        distances.append(_distance(*_mean_and_root(subsets[0]), *_mean_and_root(subsets[1])))
+        distances.append(frechet_distance(*subsets))
     x, y = torch.tensor(inverse, dtype=torch.float64), torch.tensor(distances, dtype=torch.float64)
     deviations = x - x.mean()
     slope = (deviations * y).sum() / deviations.square().sum()
@@ -94,7 +93,7 @@ def frechet_at_infinity(a: Tensor, b: Tensor, *, seed: int = 0) -> float:
 
 
 def frechet_interval(
-    vectors: Tensor, reference: Moments, distance: float, *, resamples: int = 20, seed: int = 0
+    vectors: Tensor, reference: Moments | Tensor, distance: float, *, resamples: int = 20, seed: int = 0
 ) -> tuple[float, float]:
     """Return a 95 % interval of a Fréchet distance, from the bootstrap (Efron 1979) over the images of one set.
 
@@ -103,7 +102,7 @@ def frechet_interval(
 
     Args:
         vectors: Vectors (N, D) to resample, N at least 2.
-        reference: Moments of the other set, which is left as it is.
+        reference: Moments or vectors of the other set, which is left as it is.
         distance: The distance of all vectors.
         resamples: Number of resamples, at least 2.
         seed: Random seed of the resamples.
@@ -113,11 +112,11 @@ def frechet_interval(
     """
     whole_number("resamples", resamples, 2)
     generator = torch.Generator().manual_seed(seed)
-    root = _root(reference.covariance)
+    mean, root = _mean_and_root(reference)
     distances = []
     for _ in range(resamples):
         drawn = vectors[torch.randint(len(vectors), (len(vectors),), generator=generator)]
-        distances.append(_distance(*_mean_and_root(drawn), reference.mean, root))
+        distances.append(_distance(*_mean_and_root(drawn), mean, root))
     margin = Z95 * float(torch.tensor(distances, dtype=torch.float64).std())
     return max(0.0, distance - margin), distance + margin
 
@@ -143,9 +142,23 @@ def _distance(mean_a: Tensor, root_a: Tensor, mean_b: Tensor, root_b: Tensor) ->
     return max(0.0, squares - 2 * trace)
 
 
-def _mean_and_root(vectors: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the mean (D,) of vectors (N, D), and R (min(N, D), D) with R^T R = covariance, without making that."""
-    x = vectors.double()
+def _check_widths(mean_a: Tensor, mean_b: Tensor) -> None:
+    if len(mean_a) != len(mean_b):
+        raise ArgumentError(
+            f"features of {len(mean_a)} and {len(mean_b)} numbers cannot be compared; extract both with one network."
+        )
+
+
+def _mean_and_root(features: Moments | Tensor) -> tuple[Tensor, Tensor]:
+    """Return the mean (D,) of a set, and R (rows, D) with R^T R = covariance.
+
+    Of vectors, R is made without the covariance: from N below D vectors it has N rows.
+    """
+    if isinstance(features, Moments):
+        return features.mean, _root(features.covariance)
+    if not len(features):
+        raise ArgumentError("there is no image to measure; give at least one.")
+    x = features.detach().cpu().double()
     deviations = (x - x.mean(dim=0)) / max(len(x) - 1, 1) ** 0.5
     if len(x) > x.shape[1]:
         deviations = torch.linalg.qr(deviations, mode="r").R

@@ -271,7 +271,12 @@ class _Source:
         if self._batch is not None and self.size is not None:
             for start in range(share.rank * batch_size, self.size, share.world * batch_size):
                 numbers = range(start, min(start + batch_size, self.size))
-                yield from zip(numbers, self._batch(numbers), strict=True)
+                items = self._batch(numbers)
+                if len(items) != len(numbers):
+                    raise ArgumentError(
+                        f"the function drew {len(items)} images for {len(numbers)} numbers; draw one each."
+                    )
+                yield from zip(numbers, items, strict=True)
             return
         for number, item in enumerate(self._stream):
             self.seen = number + 1
@@ -385,8 +390,8 @@ def _score(
 def _scores(
     extractor: Extractor, a: Features, b: Features, *, interval: bool = False, extrapolated: bool = True
 ) -> Iterator[Score]:
-    distance = frechet_distance(a.moments, b.moments)
-    bounds = frechet_interval(a.vectors, b.moments, distance) if interval else None
+    distance = frechet_distance(a.exact, b.exact)
+    bounds = frechet_interval(a.vectors, b.exact, distance) if interval else None
     yield _score(extractor, "frechet", distance, a.count, b.count, bounds)
     n, m = len(a.vectors), len(b.vectors)
     if extrapolated:

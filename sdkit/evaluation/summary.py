@@ -33,6 +33,11 @@ class Features:
     vectors: Tensor
     classes: InceptionScore | None
 
+    @property
+    def exact(self) -> Moments | Tensor:
+        """What the Fréchet distance takes: all vectors if there are no more, or else the moments."""
+        return self.vectors if len(self.vectors) == self.count else self.moments
+
 
 class Summary:
     """Features of a set of images: the moments of all, and the vectors of at most 10,000.

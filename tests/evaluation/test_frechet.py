@@ -63,6 +63,8 @@ def test_singular_covariances_lose_no_digits(n: int, m: int, width: int) -> None
     expected = by_nuclear_norm(a, b) if n > 1 else float(((a[0] - b.mean(0)) ** 2).sum() + np.trace(np.cov(b.T)))
     assert frechet_distance(of(a), of(b)) == pytest.approx(expected, rel=1e-9)
     assert frechet_distance(of(b), of(a)) == pytest.approx(expected, rel=1e-9)
+    assert frechet_distance(torch.from_numpy(a), torch.from_numpy(b)) == pytest.approx(expected, rel=1e-9)
+    assert frechet_distance(torch.from_numpy(a), of(b)) == pytest.approx(expected, rel=1e-9)
 
 
 def test_equal_sets_are_at_distance_zero() -> None:
@@ -142,6 +144,7 @@ def test_the_interval_covers_the_spread_of_new_samples() -> None:
 def test_bad_input_is_one_sentence() -> None:
     a = of(vectors(10, 4, 0))
     one_sentence(lambda: frechet_distance(a, Moments(4)), ArgumentError, "there is no image to measure")
+    one_sentence(lambda: frechet_distance(a, torch.zeros(0, 4)), ArgumentError, "there is no image to measure")
     one_sentence(lambda: frechet_distance(a, of(vectors(10, 5, 0))), ArgumentError, "features of 4 and 5 numbers")
     one_sentence(lambda: frechet_at_infinity(torch.zeros(3, 2), torch.zeros(9, 2)), ArgumentError, "3 images are too")
     one_sentence(lambda: frechet_interval(torch.zeros(9, 2), a, 0.0, resamples=1), ArgumentError, "resamples")
