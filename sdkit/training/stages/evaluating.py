@@ -13,7 +13,6 @@ from sdkit.evaluation.clip_score import clip_score
 from sdkit.evaluation.extractors import Extractor, open_extractor
 from sdkit.evaluation.frechet import frechet_distance
 from sdkit.evaluation.kernel_distance import kid
-from sdkit.evaluation.moments import Moments
 from sdkit.images import to_pil
 from sdkit.networks.lpips import LPIPS
 from sdkit.training.distributed import split_over_processes
@@ -121,7 +120,7 @@ class PictureMetrics:
             return sum(one.lpips or 0.0 for one in found) / len(found)
         made, originals = torch.stack([one.features[metric.extractor] for one in found]).unbind(1)
         if metric.name == "frechet":
-            return frechet_distance(Moments.of(made), Moments.of(originals))
+            return frechet_distance(made, originals)
         if metric.name == "kid":
             return kid(made, originals)
         return float(clip_score(made, torch.stack([one.texts[metric.extractor] for one in found])).mean())
