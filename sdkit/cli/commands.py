@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from sdkit import __version__
 from sdkit.cli.console import complain, exit_code_of, flush, say, say_json, say_path, say_table
 from sdkit.cli.evaluate import add_evaluate_commands
+from sdkit.cli.field_options import FieldOption, field_options
 from sdkit.cli.options import (
     PREDICTION_TYPES,
     SAMPLERS,
@@ -39,6 +40,7 @@ from sdkit.cli.training import add_training_commands
 from sdkit.errors import ArgumentError, SdkitError
 from sdkit.file_search import find_files
 from sdkit.messages import printable
+from sdkit.pipelines.settings import DrawingSettings
 
 if TYPE_CHECKING:
     from sdkit.cli.jobs import Reconstruction, Report
@@ -99,7 +101,9 @@ def generate(args: argparse.Namespace) -> int:
     if not args.prompts and not args.prompts_file and not args.from_image:
         raise ArgumentError("there is no prompt; give one, --prompts FILE or --from IMAGE.png.")
     prompts = args.prompts + (read_prompts(args.prompts_file) if args.prompts_file else [])
+    options = _drawing_options()
     given = {field.name: getattr(args, field.name) for field in fields(Generation) if field.name in args}
+    given |= {name: options[name].value(value) for name, value in given.items() if name in options}
     generation = (Generation.read(args.from_image) if args.from_image else Generation()).but(**given)
     _check_guidance(given, generation)
     sizes = {"count": args.count, "batch_size": args.batch_size}
@@ -322,8 +326,10 @@ def _add_generate(commands: Commands) -> None:
         ),
     )
     unset: dict[str, Any] = {"default": argparse.SUPPRESS}
-    _add_what_to_draw(parser.add_argument_group("what to draw").add_argument, unset)
-    _add_how_to_draw(parser.add_argument_group("how to draw it").add_argument, unset)
+    what, how = (parser.add_argument_group(title).add_argument for title in ("what to draw", "how to draw it"))
+    _add_what_to_draw(what, unset)
+    for name, option in _drawing_options().items():
+        option.add_to(what if name in ("height", "width") else how)
     add = parser.add_argument_group("model").add_argument
     model_options(add, **unset)
     prediction_type = "What a single file's U-Net predicts (default: detected)"
@@ -365,42 +371,24 @@ def _add_what_to_draw(add: Add, unset: dict[str, Any]) -> None:
         help="Random seed of the first image; later images take the next numbers (default: 0)",
         **unset,
     )
-    add("--height", type=int, metavar="PIXELS", help="Height of the images (default: the model's own)", **unset)
-    add("--width", type=int, metavar="PIXELS", help="Width of the images (default: the model's own)", **unset)
 
 
-def _add_how_to_draw(add: Add, unset: dict[str, Any]) -> None:
-    steps = "Sampling steps: more take longer (default: 30)"
-    add("--num-inference-steps", "--steps", dest="num_inference_steps", type=int, metavar="N", help=steps, **unset)
-    add("--sampler", metavar=choices(SAMPLERS), help="Sampler (default: ddim)", **unset)
-    add(
-        "--eta",
-        type=float,
-        metavar="X",
-        help="Noise that ddim adds, from 0 (none) to 1 (as ddpm) (default: 0)",
-        **unset,
-    )
-    spacing = "Spacing of the timesteps (default: the model's own)"
-    add("--spacing", metavar=choices(SPACINGS), help=spacing, **unset)
-    scale = "Guidance scale: higher follows the prompt more closely; 1 is no guidance (default: the model's own)"
-    add("--guidance-scale", "--scale", dest="guidance_scale", type=float, metavar="S", help=scale, **unset)
-    rescale = "Guidance rescale, from 0 (off) to 1, against overexposure (default: 0)"
-    add("--guidance-rescale", "--rescale", dest="guidance_rescale", type=float, metavar="PHI", help=rescale, **unset)
-    interval = "Guide only at noise levels sigma from LO to HI (default: all)"
-    add(
-        "--guidance-interval",
-        "--interval",
-        dest="guidance_interval",
-        nargs=2,
-        type=float,
-        metavar=("LO", "HI"),
-        help=interval,
-        **unset,
-    )
-    clip_skip = "Last layers of the text encoder to skip (default: 0)"
-    add("--clip-skip", type=int, metavar="N", help=clip_skip, **unset)
-    weighting = "Read weights in prompts, such as (word:1.3), as A1111 does (default: no)"
-    add("--weighting", action=argparse.BooleanOptionalAction, help=weighting, **unset)
+def _drawing_options() -> dict[str, FieldOption]:
+    """Return the options for the fields of `DrawingSettings`."""
+    others = {
+        "num_inference_steps": ("--steps",),
+        "guidance_scale": ("--scale",),
+        "guidance_rescale": ("--rescale",),
+        "guidance_interval": ("--interval",),
+    }
+    metavars: dict[str, str | tuple[str, ...]] = {
+        "height": "PIXELS",
+        "width": "PIXELS",
+        "sampler": choices(SAMPLERS),
+        "spacing": choices(SPACINGS),
+        "guidance_interval": ("LOW", "HIGH"),
+    }
+    return field_options(DrawingSettings, others, metavars)
 
 
 def _add_encode(commands: Commands) -> None:

@@ -212,7 +212,7 @@ class VAE(Wrapper):
             raise SourceError(f"{vae._label} has weights that are too large for {dtype}; take dtype 'fp32'.")
         quicken_attention(vae.network, dtype, device)
         if compile:
-            compile_modules(*vae.kind.compiled_parts)
+            compile_modules(*vae.kind.compiled_parts, device=device)
         return vae
 
     @overload
@@ -398,12 +398,112 @@ class VAE(Wrapper):
         one_of("output_type", output_type, image_io.OUTPUT_TYPES)
         latents = self._latents(z)
         sizes = self._sizes(size, latents)
-        raw = [latent / self.scale + self.shift for latent in latents]
-        decoded = self._each(self._decode, raw, batch_size, tile, 1, self.factor, "decode")
-        if not all(map(is_finite, decoded)):
-            raise self._overflow()
-        cropped = [x.clamp(-1, 1)[:, :height, :width] for x, (height, width) in zip(decoded, sizes, strict=True)]
-        return image_io.from_tensors(cropped, output_type)
+        raw = [self._raw(latent) for latent in latents]
+        if self.codebook is not None:
+            raw = [self._rounded(one)[0] for one in raw]
+        return self._decoded_images(raw, sizes, output_type, batch_size, tile)
+
+    @overload
+    def codes(self, images: OneImage, *, batch_size: int | None = None, tile: int | None = None) -> Tensor: ...
+
+    @overload
+    def codes(
+        self, images: Images, *, batch_size: int | None = None, tile: int | None = None
+    ) -> Tensor | list[Tensor]: ...
+
+    def codes(self, images: Images, *, batch_size: int | None = None, tile: int | None = None) -> Tensor | list[Tensor]:
+        """Encode images to codes of a `VQModel`: the number of the nearest code at each latent position.
+
+        Args:
+            images: As in `encode`.
+            batch_size: As in `encode`.
+            tile: As in `encode`.
+
+        Returns:
+            Numbers from 0 to N - 1 of a codebook of N codes: (B, H/8, W/8), int64, on the CPU; a list of (H/8, W/8) if
+            the images differ in size.
+
+        Raises:
+            ArgumentError: This VAE has no codebook.
+            ImageError: An image cannot be read or is out of range.
+        """
+        self._require_codebook()
+        z = self.encode(images, sample=False, batch_size=batch_size, tile=tile)
+        return _stack([self._rounded(self._raw(latent))[1] for latent in z])
+
+    @overload
+    def decode_codes(
+        self,
+        codes: Tensor | Sequence[Tensor],
+        *,
+        size: tuple[int, int] | Sequence[tuple[int, int]] | None = None,
+        output_type: Literal["pil"] = "pil",
+        batch_size: int | None = None,
+        tile: int | None = None,
+    ) -> list[Image.Image]: ...
+
+    @overload
+    def decode_codes(
+        self,
+        codes: Tensor,
+        *,
+        size: tuple[int, int] | None = None,
+        output_type: Literal["np"],
+        batch_size: int | None = None,
+        tile: int | None = None,
+    ) -> npt.NDArray[np.uint8]: ...
+
+    @overload
+    def decode_codes(
+        self,
+        codes: Tensor,
+        *,
+        size: tuple[int, int] | None = None,
+        output_type: Literal["pt"],
+        batch_size: int | None = None,
+        tile: int | None = None,
+    ) -> Tensor: ...
+
+    @overload
+    def decode_codes(
+        self,
+        codes: Tensor | Sequence[Tensor],
+        *,
+        size: tuple[int, int] | Sequence[tuple[int, int]] | None = None,
+        output_type: str = "pil",
+        batch_size: int | None = None,
+        tile: int | None = None,
+    ) -> Any: ...
+
+    def decode_codes(
+        self,
+        codes: Tensor | Sequence[Tensor],
+        *,
+        size: tuple[int, int] | Sequence[tuple[int, int]] | None = None,
+        output_type: str = "pil",
+        batch_size: int | None = None,
+        tile: int | None = None,
+    ) -> Any:
+        """Decode codes of a `VQModel` to images. Codes of `codes` give bit-identical images to `reconstruct`.
+
+        Args:
+            codes: Numbers of codes, of any integer dtype: (B, h, w), (h, w), or a list of (h, w).
+            size: As in `decode`.
+            output_type: As in `decode`.
+            batch_size: As in `decode`.
+            tile: As in `decode`.
+
+        Returns:
+            Images, as `decode` returns them.
+
+        Raises:
+            ArgumentError: This VAE has no codebook, `codes` is not codes of it, or `size` is larger than the decoded
+                image.
+        """
+        one_of("output_type", output_type, image_io.OUTPUT_TYPES)
+        codebook = self._require_codebook().detach().float().cpu()
+        raw = [codebook[numbers].movedim(-1, 0) for numbers in _numbers_of_codes(codes, len(codebook))]
+        return self._decoded_images(raw, self._sizes(size, raw), output_type, batch_size, tile)
 
     @overload
     def reconstruct(
@@ -526,9 +626,24 @@ class VAE(Wrapper):
 
     def quantize(self, raw: Tensor) -> tuple[Tensor, Tensor]:
         """Round raw latents (B, C, h, w) to codes. Return the codes, shaped like `raw`, and their indices (B, h, w)."""
+        return nearest_codes(self._require_codebook(), raw)
+
+    def _require_codebook(self) -> Tensor:
         if self.codebook is None:
             raise ArgumentError(f"{self.name or 'this VAE'} has no codebook; that is what a VQModel has.")
-        return nearest_codes(self.codebook, raw)
+        return self.codebook
+
+    def _raw(self, latent: Tensor) -> Tensor:
+        return latent / self.scale + self.shift
+
+    @torch.no_grad()
+    def _rounded(self, raw: Tensor) -> tuple[Tensor, Tensor]:
+        """Round the raw latents (C, h, w) of one image to codes. Return the codes and their numbers (h, w).
+
+        Images are rounded one by one: a near tie between two codes must not depend on the batch or the tile.
+        """
+        codes, numbers = self.quantize(raw[None])
+        return codes[0].cpu(), numbers[0].cpu()
 
     @blames_network
     def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -608,6 +723,21 @@ class VAE(Wrapper):
         with whole_image_statistics(self.network, run, x, side):
             return tiled(run, x, tile=side, down=down, up=up)
 
+    def _decoded_images(
+        self,
+        raw: list[Tensor],
+        sizes: list[tuple[int, int]],
+        output_type: str,
+        batch_size: int | None,
+        tile: int | None,
+    ) -> Any:
+        """Decode raw latents or codes (C, h, w), and crop each image to its size (height, width) in pixels."""
+        decoded = self._each(self._decode, raw, batch_size, tile, 1, self.factor, "decode")
+        if not all(map(is_finite, decoded)):
+            raise self._overflow()
+        cropped = [x.clamp(-1, 1)[:, :height, :width] for x, (height, width) in zip(decoded, sizes, strict=True)]
+        return image_io.from_tensors(cropped, output_type)
+
     @blames_network
     def _run_decoder(self, raw: Tensor) -> Tensor:
         return self.kind.decode(raw.to(self.device, self.dtype))
@@ -685,6 +815,31 @@ def latents_of(mean: Tensor, logvar: Tensor, eps: Tensor | None, scale: float, s
         shift: The autoencoder's `shift`.
     """
     return (sampled(mean, logvar, eps) - shift) * scale
+
+
+def _numbers_of_codes(codes: Any, size: int) -> list[Tensor]:
+    """Return the codes of each image (h, w), int64, on the CPU. Raise ArgumentError for what is not codes.
+
+    Args:
+        codes: What `VAE.decode_codes` was given.
+        size: Number of codes in the codebook.
+    """
+    if isinstance(codes, Tensor) and codes.ndim in (0, 2):
+        codes = [codes]
+    if not isinstance(codes, (Tensor, list, tuple)) or len(codes) == 0:
+        raise ArgumentError("codes must be a tensor (B, h, w) or a list of tensors (h, w), of at least one image.")
+    for one in codes:
+        shape = tuple(one.shape) if isinstance(one, Tensor) else type(one).__name__
+        if not isinstance(one, Tensor) or one.ndim != 2 or not one.numel():
+            raise ArgumentError(f"the codes of an image are a tensor (h, w), not {shape}.")
+        if one.dtype.is_floating_point or one.dtype.is_complex or one.dtype == torch.bool:
+            raise ArgumentError(f"codes must be whole numbers, such as torch.int64, not {one.dtype}.")
+        lowest, highest = (int(bound) for bound in one.long().aminmax())
+        if lowest < 0 or highest >= size:
+            raise ArgumentError(
+                f"the codes of this VAE are numbers from 0 to {size - 1}, not {lowest if lowest < 0 else highest}."
+            )
+    return [one.detach().long().cpu() for one in codes]
 
 
 def _generators(n: int, generator: Any, seed: int | None) -> list[torch.Generator | None]:

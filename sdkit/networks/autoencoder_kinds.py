@@ -14,6 +14,8 @@ from sdkit.loading.pixels import PixelIdentity as PixelIdentity
 
 LOWEST_LOGVAR = -30.0
 """Lower bound at which diffusers clamps log-variances. A posterior that is nowhere above it is a point: its mean."""
+DISTANCES_AT_ONCE = 2**25
+"""Distances between latents and codes that are held in memory at a time: 128 MiB in float32."""
 
 
 class Kind:
@@ -149,17 +151,21 @@ class VQ(Tiny):
         """The modules that stay frozen while the decoder alone is trained; the codebook is one of them."""
         return [*super().encoder_parts, self.network.quantize]
 
+    def decode(self, raw: Tensor) -> Tensor:
+        """Return pixels (B, 3, H, W), float32, of codes (B, C, h, w), which are not rounded again."""
+        # A decoder with spatial norms is conditioned on the codes.
+        condition = raw if self.network.config.norm_type == "spatial" else None
+        decoded: Tensor = self.network.decoder(self.network.post_quant_conv(raw), condition)
+        return decoded.float()
+
     def reconstruct(
         self, mean: Tensor, logvar: Tensor, eps: Tensor | None, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor | None]:
         """Decode the nearest codes. The decoder's gradient bypasses the rounding and reaches `mean` (section 3.2)."""
         assert self.codebook is not None
         codes = nearest_codes(self.codebook, mean)[0]
-        straight = (mean + (codes - mean).detach()).to(dtype)
-        # A decoder with spatial norms is conditioned on the codes.
-        condition = straight if self.network.config.norm_type == "spatial" else None
-        decoded: Tensor = self.network.decoder(self.network.post_quant_conv(straight), condition)
-        return decoded.float(), codes
+        straight = mean + (codes - mean).detach()
+        return self.decode(straight.to(dtype)), codes
 
 
 class Pixels(Kind):
@@ -211,8 +217,10 @@ def nearest_codes(codebook: Tensor, raw: Tensor) -> tuple[Tensor, Tensor]:
         The nearest codes (B, C, h, w), float32, and their indices (B, h, w).
     """
     codebook = codebook.float()
-    positions = raw.to(codebook).movedim(1, -1)  # (B, h, w, C)
-    indices = torch.cdist(positions.flatten(0, -2), codebook).argmin(1).reshape(positions.shape[:-1])
+    positions = raw.detach().to(codebook).movedim(1, -1)  # (B, h, w, C)
+    rows = positions.flatten(0, -2).split(max(1, DISTANCES_AT_ONCE // len(codebook)))
+    indices = torch.cat([torch.cdist(some, codebook.detach()).argmin(1) for some in rows])
+    indices = indices.reshape(positions.shape[:-1])
     return codebook[indices].movedim(-1, 1), indices
 
 

@@ -94,8 +94,7 @@ class TextEncoder(Wrapper):
         Returns:
             (B, 77k, D) float32: k chunks of at most 75 tokens each, as many as the longest prompt needs.
         """
-        layers = int(self.network.config.num_hidden_layers)
-        clip_skip = whole_number("clip_skip", clip_skip, 0, layers - 1)
+        clip_skip = check_clip_skip(clip_skip, int(self.network.config.num_hidden_layers))
         ids, weights = self.tokenize(prompts, weighting=weighting, chunks=chunks)
         with torch.inference_mode():
             embedded = [self._embed(part, clip_skip) for part in ids.flatten(0, 1).split(CHUNKS_AT_ONCE)]
@@ -192,6 +191,16 @@ _NOT_READ = {
     "loads a network, as load_lora (--lora) does here": re.compile(r"<\w+:[^<>]+>"),
 }
 """Meaning in A1111 of syntax that sdkit does not support -> its pattern. Each pattern matches in linear time."""
+
+
+def check_clip_skip(clip_skip: int, layers: int | None = None) -> int:
+    """Return a number of layers to skip. Raise ArgumentError unless it leaves at least one of the encoder's `layers`.
+
+    Args:
+        clip_skip: Number of last layers to skip.
+        layers: Number of layers of the text encoder; None sets no upper bound.
+    """
+    return whole_number("clip_skip", clip_skip, 0, None if layers is None else layers - 1)
 
 
 def warn_of_unread_syntax(prompt: str) -> None:

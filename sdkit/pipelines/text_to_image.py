@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from os import PathLike
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict, overload
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, overload
 
 import torch
 from torch import Tensor
@@ -19,11 +19,12 @@ from torch import Tensor
 from sdkit.arguments import number, one_of, seeded, strings, whole_number
 from sdkit.diffusion.conditioning import Conditioning
 from sdkit.diffusion.guidance import APG, Model, check_scale, guided
-from sdkit.diffusion.samplers import Generators, Sampler, Step, Timesteps, sampler_by_name
+from sdkit.diffusion.samplers import Generators, Sampler, Step, Timesteps, default_spacing, sampler_by_name
 from sdkit.diffusion.schedule import NoiseSchedule, Predict
 from sdkit.engines.device import resolve_place
 from sdkit.engines.offload import on_device
 from sdkit.errors import ArgumentError, SdkitError
+from sdkit.fields import takes_fields
 from sdkit.files import expanded
 from sdkit.images import OUTPUT_TYPES
 from sdkit.loading.lora_file import LoRA, read_lora
@@ -35,6 +36,7 @@ from sdkit.networks.denoiser import UNet
 from sdkit.networks.lora import merge_lora
 from sdkit.networks.text_encoder import TextEncoder
 from sdkit.networks.wrapper import Wrapper
+from sdkit.pipelines.settings import DrawingKeywords, DrawingSettings
 from sdkit.pipelines.steps import check_side, decode, denoise, embed, start
 
 if TYPE_CHECKING:
@@ -47,15 +49,18 @@ LATENTS_AT_ONCE = 4 * 64 * 64
 """Latent positions that are denoised together by default: four images of 512 x 512, or 64 of 128 x 128."""
 
 
-class Options(TypedDict, total=False):
-    """The keyword options of `StableDiffusion.__call__`, for type checkers."""
+Texts: TypeAlias = str | Sequence[str]
+"""One text, or a list of them."""
 
-    spacing: str | None
-    guidance_rescale: float
-    guidance_interval: tuple[float, float] | None
+
+class CallKeywords(DrawingKeywords, total=False):
+    """The keywords of `StableDiffusion.__call__` that all its overloads share, for type checkers."""
+
+    seed: int | Sequence[int]
+    num_images_per_prompt: int
+    latents: Tensor | None
+    callback: Callable[[Step], object] | None
     apg: APG | None
-    clip_skip: int
-    weighting: bool
     batch_size: int | None
 
 
@@ -197,81 +202,50 @@ class StableDiffusion:
 
     @overload
     def __call__(
-        self, prompt: str | Sequence[str], negative_prompt: str | Sequence[str] | None = None,
-        height: int | None = None, width: int | None = None, num_inference_steps: int = 30,
-        guidance_scale: float | None = None, sampler: str = "ddim", eta: float = 0.0, seed: int | Sequence[int] = 0,
-        num_images_per_prompt: int = 1, latents: Tensor | None = None,
-        output_type: Literal["pil"] = "pil", callback: Callable[[Step], object] | None = None,
-        **options: Unpack[Options],
+        self, prompt: Texts, negative_prompt: Texts | None = None, *, output_type: Literal["pil"] = "pil",
+        **options: Unpack[CallKeywords],
     ) -> list[Image.Image]: ...  # fmt: skip
     @overload
     def __call__(
-        self, prompt: str | Sequence[str], negative_prompt: str | Sequence[str] | None = None,
-        height: int | None = None, width: int | None = None, num_inference_steps: int = 30,
-        guidance_scale: float | None = None, sampler: str = "ddim", eta: float = 0.0, seed: int | Sequence[int] = 0,
-        num_images_per_prompt: int = 1, latents: Tensor | None = None, *,
-        output_type: Literal["np"], callback: Callable[[Step], object] | None = None,
-        **options: Unpack[Options],
+        self, prompt: Texts, negative_prompt: Texts | None = None, *, output_type: Literal["np"],
+        **options: Unpack[CallKeywords],
     ) -> npt.NDArray[np.uint8]: ...  # fmt: skip
     @overload
     def __call__(
-        self, prompt: str | Sequence[str], negative_prompt: str | Sequence[str] | None = None,
-        height: int | None = None, width: int | None = None, num_inference_steps: int = 30,
-        guidance_scale: float | None = None, sampler: str = "ddim", eta: float = 0.0, seed: int | Sequence[int] = 0,
-        num_images_per_prompt: int = 1, latents: Tensor | None = None, *,
-        output_type: Literal["pt", "latent"], callback: Callable[[Step], object] | None = None,
-        **options: Unpack[Options],
+        self, prompt: Texts, negative_prompt: Texts | None = None, *, output_type: Literal["pt", "latent"],
+        **options: Unpack[CallKeywords],
     ) -> Tensor: ...  # fmt: skip
+    @takes_fields(DrawingSettings)
     def __call__(
         self,
-        prompt: str | Sequence[str],
-        negative_prompt: str | Sequence[str] | None = None,
-        height: int | None = None,
-        width: int | None = None,
-        num_inference_steps: int = 30,
-        guidance_scale: float | None = None,
-        sampler: str = "ddim",
-        eta: float = 0.0,
+        prompt: Texts,
+        negative_prompt: Texts | None = None,
+        *,
         seed: int | Sequence[int] = 0,
         num_images_per_prompt: int = 1,
         latents: Tensor | None = None,
         output_type: Literal["pil", "np", "pt", "latent"] = "pil",
         callback: Callable[[Step], object] | None = None,
-        *,
-        spacing: str | None = None,
-        guidance_rescale: float = 0.0,
-        guidance_interval: tuple[float, float] | None = None,
         apg: APG | None = None,
-        clip_skip: int = 0,
-        weighting: bool = False,
         batch_size: int | None = None,
+        **options: Unpack[DrawingKeywords],
     ) -> list[Image.Image] | npt.NDArray[np.uint8] | Tensor:
         """Draw images of prompts: `num_images_per_prompt` of the first, then of the second, and so on.
+
+        The U-Net of a latent consistency model takes the guidance scale as an input and makes one pass a step. It
+        accepts neither a negative prompt nor any other option of guidance, and is sampled by `sampler`, not by LCM's
+        own sampler.
 
         Args:
             prompt: A prompt, or a list of them.
             negative_prompt: Prompt to steer away from, one for all images or one for each prompt; None is "".
-            height: Height in pixels, any number from 8; None is that of the model's training images.
-            width: Width in pixels, likewise.
-            num_inference_steps: Number of sampling steps, from 1 to the schedule's number of timesteps.
-            guidance_scale: Guidance scale s; None is the model's own, 7.5 for most. 1 turns guidance off and halves
-                the cost. The U-Net of a latent consistency model takes s as an input and makes one pass a step; it
-                accepts neither a negative prompt nor any other option of guidance, and is sampled by `sampler`, not by
-                LCM's own sampler.
-            sampler: "ddim", "ddpm", or "dpm++2m".
-            eta: For "ddim", its share of DDPM's noise, from 0 (deterministic) to 1.
             seed: Image i starts from seed + i, or from the i-th seed of a list. A seed gives the same image alone and
                 in a batch.
             num_images_per_prompt: Number of images of each prompt.
             latents: (N, 4, h, w) standard normal noise to start from, in place of noise from the seeds.
             output_type: "pil", "np", "pt", or "latent"; see Returns.
             callback: Called with each `Step` of each batch.
-            spacing: "leading", "trailing", or "linspace"; None is the model's own. See `NoiseSchedule.timesteps`.
-            guidance_rescale: phi in [0, 1]; see `sdkit.guidance.rescale`.
-            guidance_interval: Noise levels (low, high] between which to guide; see `sdkit.guidance.guided`.
             apg: Settings of adaptive projected guidance, which replaces classifier-free guidance.
-            clip_skip: Number of the text encoder's last layers to skip; see `TextEncoder.encode`.
-            weighting: Whether to read `(word:1.3)` as A1111 does; see `TextEncoder.encode`.
             batch_size: Number of images denoised together; None fits it to their size.
 
         Returns:
@@ -293,10 +267,11 @@ class StableDiffusion:
             >>> sd(["a cat", "a dog"], num_images_per_prompt=2, num_inference_steps=2, output_type="np").shape
             (4, 128, 128, 3)
         """
+        one_of("output_type", output_type, (*OUTPUT_TYPES, "latent"))
+        prompts, negatives = self._prompts(prompt, negative_prompt, num_images_per_prompt)
         plan = self._plan(
-            prompt, negative_prompt, height, width, num_inference_steps, guidance_scale, sampler, eta, seed,
-            num_images_per_prompt, latents, output_type, callback, spacing, guidance_rescale, guidance_interval, apg,
-            clip_skip, weighting, batch_size,
+            DrawingSettings(**options), prompts, negatives, seed=seed, latents=latents, apg=apg, batch_size=batch_size,
+            finite=output_type != "latent", callback=callback,
         )  # fmt: skip
         x_T = start(plan.generators, plan.shape, latents)
         z = self._sampled(x_T, plan.timesteps, plan)
@@ -307,35 +282,29 @@ class StableDiffusion:
             return decode(self.vae, z, plan.size, output_type=output_type, batch_size=batch_size)
 
     def _plan(
-        self, prompt: str | Sequence[str], negative_prompt: str | Sequence[str] | None, height: int | None,
-        width: int | None, num_inference_steps: int, guidance_scale: float | None, sampler: str, eta: float,
-        seed: int | Sequence[int], num_images_per_prompt: int, latents: Tensor | None, output_type: str,
-        callback: Callable[[Step], object] | None, spacing: str | None, guidance_rescale: float,
-        guidance_interval: tuple[float, float] | None, apg: APG | None, clip_skip: int, weighting: bool,
-        batch_size: int | None,
+        self, settings: DrawingSettings, prompts: list[str], negatives: list[str], *, seed: int | Sequence[int],
+        latents: Tensor | None, apg: APG | None, batch_size: int | None, finite: bool,
+        callback: Callable[[Step], object] | None,
     ) -> Plan:  # fmt: skip
-        """Check the arguments of a call, and return what they ask for. Arguments and errors are those of `__call__`."""
-        one_of("output_type", output_type, (*OUTPUT_TYPES, "latent"))
-        loop = sampler_by_name(sampler, eta=eta)
-        timesteps = self.schedule.timesteps(num_inference_steps, spacing)
-        prompts, negatives = self._prompts(prompt, negative_prompt, num_images_per_prompt)
-        size = self._size(height, width, latents)
+        """Check the settings and the arguments of a call against this model, and return all that is drawn."""
+        size = self._size(settings.height, settings.width, latents)
+        guidance: dict[str, Any] = {
+            "interval": settings.guidance_interval, "phi": settings.guidance_rescale, "projected": apg,
+        }  # fmt: skip
+        model, scale = self._model(settings.guidance_scale, negatives, guidance)
         shape = self._latent_shape(*size)
-        generators = seeded(seed, len(prompts))
-        guidance: dict[str, Any] = {"interval": guidance_interval, "phi": guidance_rescale, "projected": apg}
-        model, scale = self._model(guidance_scale, negatives, guidance)
+        spacing = default_spacing(settings.sampler) if settings.spacing is None else settings.spacing
         return Plan(
+            settings=settings,
             size=size,
             shape=shape,
-            timesteps=timesteps,
-            generators=generators,
-            batches=list(self._batches(prompts, negatives, scale, weighting, shape, batch_size)),
-            sampler=loop,
+            timesteps=self.schedule.timesteps(settings.num_inference_steps, spacing),
+            generators=seeded(seed, len(prompts)),
+            batches=list(self._batches(prompts, negatives, scale, settings.weighting, shape, batch_size)),
+            sampler=sampler_by_name(settings.sampler, eta=settings.eta),
             model=model,
             guidance={"scale": scale, **guidance},
-            clip_skip=clip_skip,
-            weighting=weighting,
-            finite=output_type != "latent",
+            finite=finite,
             callback=callback,
         )
 
@@ -481,7 +450,7 @@ class StableDiffusion:
 
     def _embedded(self, batch: Batch, plan: Plan) -> tuple[Conditioning, Conditioning | None]:
         """Embed a batch's prompts and negative prompts. Where they must be finite, raise SdkitError if they are not."""
-        options: dict[str, Any] = {"clip_skip": plan.clip_skip, "weighting": plan.weighting}
+        options: dict[str, Any] = {"clip_skip": plan.settings.clip_skip, "weighting": plan.settings.weighting}
         device = self.unet.device if self.offload_to is None else self.offload_to
         conditions = [
             # Moved to the device of the U-Net once, not in every step.
@@ -490,7 +459,7 @@ class StableDiffusion:
             if texts is not None
         ]
         if plan.finite:
-            self._check_embeddings(conditions, plan.weighting)
+            self._check_embeddings(conditions, plan.settings.weighting)
         return conditions[0], conditions[1] if len(conditions) > 1 else None
 
 
@@ -520,6 +489,7 @@ class Plan:
     """All that a call draws: its arguments, checked, and with the model's own values for those that were not given.
 
     Attributes:
+        settings: How to draw them, as the call was told.
         size: Height and width of the images in pixels.
         shape: (C, h, w), the shape of one image's latents.
         timesteps: Pairs (t, t_prev), from most noise to least.
@@ -528,12 +498,11 @@ class Plan:
         sampler: The sampling loop.
         model: The U-Net as `guided` calls it.
         guidance: The keywords of `guided`, the scale among them.
-        clip_skip: Number of the text encoder's last layers to skip.
-        weighting: Whether to read `(word:1.3)` as A1111 does.
         finite: Whether embeddings must be finite.
         callback: Called with each `Step` of each batch.
     """
 
+    settings: DrawingSettings
     size: tuple[int, int]
     shape: tuple[int, int, int]
     timesteps: Timesteps
@@ -542,8 +511,6 @@ class Plan:
     sampler: Sampler
     model: Model
     guidance: Mapping[str, Any]
-    clip_skip: int
-    weighting: bool
     finite: bool
     callback: Callable[[Step], object] | None
 

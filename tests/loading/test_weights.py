@@ -18,7 +18,7 @@ from sdkit.cli import main
 from sdkit.errors import SourceError
 from sdkit.loading.lora_file import read_lora
 from sdkit.loading.new_network import new_network
-from sdkit.loading.single_file import ASSETS, empty
+from sdkit.loading.single_file import ASSETS
 from sdkit.loading.tensors import open_tensors
 from sdkit.networks.lpips import LPIPS
 from tests.helpers import original_layout
@@ -421,8 +421,3 @@ class TestConfigs:
         assert out == ""
         assert key in err
         assert err.endswith("correct it.\n")
-
-
-def test_a_part_that_is_unknown_has_no_class() -> None:
-    with pytest.raises(ValueError, match="no class is known for part 'controlnet'"):
-        empty("controlnet", {})
