@@ -258,6 +258,7 @@ def test_bad_input_is_one_sentence(tmp_path: Path, alex: Extractor, reference: l
         (call(lambda numbers: reference), ArgumentError, "count= belongs to a function that draws images"),
         (call(count=9), ArgumentError, "count= belongs to a function that draws images"),
         (call(lambda numbers: reference, count=0), ArgumentError, "count must be a whole number"),
+        (call(lambda numbers: reference[:3], count=9), ArgumentError, "the function drew 3 images for 9 numbers"),
         (call(batch_size=0), ArgumentError, "batch_size must be a whole number"),
         (call(extractors=[]), ArgumentError, "there is no feature extractor; name at least one"),
         (call(extractors=[alex, "alex"]), ArgumentError, "the extractor 'alex' is named twice"),
