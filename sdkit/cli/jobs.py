@@ -314,6 +314,7 @@ def check_generation(
         SdkitError: An argument is wrong whatever the model, or `out` cannot be written.
     """
     generation.check()
+    generation.inputs()
     n = len(strings("prompts", prompts)) * whole_number("count", count, 1)
     first_seed(generation.seed, n)
     if batch_size is not None:
@@ -357,16 +358,22 @@ def generate_files(
     """
     generation, report = generation or Generation(), report or Report()
     n = check_generation(prompts, out, generation, count=count, batch_size=batch_size)
+    inputs, generation = generation.inputs()
     side = sd.unet.sample_size * sd.vae.factor
-    at_once = batch_size or sd.images_at_once(generation.height or side, generation.width or side)
+    width, height = inputs["image"].size if "image" in inputs else (side, side)
+    at_once = batch_size or sd.images_at_once(generation.height or height, generation.width or width)
     wanted = ((prompt, generation.seed + r * count + c) for r, prompt in enumerate(prompts) for c in range(count))
     batches = iter(lambda: list(itertools.islice(wanted, at_once)), [])  # stops at the first empty batch
     numbers = _numbers(Path(out))
     labelled: dict[str, Image.Image] = {}  # label -> image, for the grid
     for batch in progress(batches, total=-(-n // at_once), description="generate"):
-        for (prompt, seed), image in zip(batch, _generate(sd, batch, generation), strict=True):
+        for (prompt, seed), image in zip(batch, _generate(sd, batch, generation, inputs), strict=True):
+            # The size of an enlarged region is not that of the image.
+            sized: dict[str, Any] = (
+                {} if generation.padding_mask_crop is not None else {"height": image.height, "width": image.width}
+            )
             whole = replace(
-                generation, prompt=prompt, seed=seed, height=image.height, width=image.width, model=sd.name,
+                generation, prompt=prompt, seed=seed, **sized, model=sd.name,
                 guidance_scale=sd.guidance_scale if generation.guidance_scale is None else generation.guidance_scale,
                 spacing=generation.spacing or sd.schedule.timestep_spacing,
                 dtype=str(sd.unet.dtype).removeprefix("torch."),
@@ -381,10 +388,12 @@ def generate_files(
     return report.done
 
 
-def _generate(sd: StableDiffusion, batch: Sequence[tuple[str, int]], generation: Generation) -> list[Image.Image]:
-    """Generate one image for each (prompt, seed)."""
+def _generate(
+    sd: StableDiffusion, batch: Sequence[tuple[str, int]], generation: Generation, inputs: Mapping[str, Any]
+) -> list[Image.Image]:
+    """Generate one image for each (prompt, seed), from the image and the mask of `inputs`, if there are any."""
     prompts, seeds = zip(*batch, strict=True)
-    drawn: list[Image.Image] = sd(prompts, seed=seeds, batch_size=len(batch), **generation.options())
+    drawn: list[Image.Image] = sd(prompts, seed=seeds, batch_size=len(batch), **generation.options(), **inputs)
     return drawn
 
 

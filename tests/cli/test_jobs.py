@@ -449,7 +449,7 @@ def test_what_a_recipe_refuses_the_model_refuses_too(
     with pytest.raises(ArgumentError, match=fragment):
         recipe.check()
     with pytest.raises(ArgumentError):
-        _generate(sd, [("a", recipe.seed)], recipe)
+        _generate(sd, [("a", recipe.seed)], recipe, {})
 
 
 def test_another_model_takes_nothing_over_from_the_old_one() -> None:
