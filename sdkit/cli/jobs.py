@@ -36,6 +36,7 @@ from sdkit.messages import reason
 from sdkit.networks.autoencoder import VAE
 from sdkit.networks.tiling import check_tile
 from sdkit.pipelines.generation import Generation
+from sdkit.pipelines.inpainting import open_canvas
 from sdkit.pipelines.text_to_image import StableDiffusion
 from sdkit.progress import progress
 
@@ -314,7 +315,9 @@ def check_generation(
         SdkitError: An argument is wrong whatever the model, or `out` cannot be written.
     """
     generation.check()
-    generation.inputs()
+    inputs, _ = generation.inputs()
+    if inputs:
+        open_canvas(inputs["image"], inputs.get("mask_image"), generation, prompts=1, copies=1, side=512)
     n = len(strings("prompts", prompts)) * whole_number("count", count, 1)
     first_seed(generation.seed, n)
     if batch_size is not None:

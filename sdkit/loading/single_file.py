@@ -187,13 +187,13 @@ def probe_prediction(unet: Any) -> str:
     Its input is pure noise at the last timestep. There x_t is nearly eps: an eps model returns nearly its input, a v
     model nearly -x0, which is uncorrelated with the input.
     """
-    channels, width = unet.config.out_channels, unet.config.cross_attention_dim
+    channels, width = min(unet.config.in_channels, unet.config.out_channels), unet.config.cross_attention_dim
     # 8 x 8 latents are enough, and fast even in float16 on a CPU, where 32 x 32 take a minute.
     x_t = torch.randn((1, channels, 8, 8), generator=torch.Generator().manual_seed(0))
     cond = torch.zeros((1, 77, width), dtype=unet.dtype)
     beside = torch.zeros((1, unet.config.in_channels - channels, 8, 8))  # an inpainting model's mask and image
     beside[:, :1] = 1  # all is drawn
-    output = unet(torch.cat([x_t, beside], dim=1).to(unet.dtype), 999, cond).sample.float()
+    output = unet(torch.cat([x_t, beside], dim=1).to(unet.dtype), 999, cond).sample.float()[:, :channels]
     correlation = torch.corrcoef(torch.stack([x_t.flatten(), output.flatten()]))[0, 1]
     return "epsilon" if correlation > 0.5 else "v_prediction"
 

@@ -42,8 +42,9 @@ def check_inputs(settings: DrawingSettings, *, image: bool, mask: bool) -> None:
         raise ArgumentError("mask_image belongs to an image; give it as image.")
     if settings.strength is not None and not image:
         raise ArgumentError("strength belongs to an image to start from; give one as image, or leave strength out.")
-    for name, used in (("mask_blur", settings.mask_blur), ("padding_mask_crop", settings.padding_mask_crop)):
-        if used not in (None, 0) and not mask:
+    used = {"mask_blur": settings.mask_blur != 0, "padding_mask_crop": settings.padding_mask_crop is not None}
+    for name in used:
+        if used[name] and not mask:
             raise ArgumentError(f"{name} belongs to a mask; give one as mask_image, or leave {name} out.")
 
 
