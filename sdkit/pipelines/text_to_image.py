@@ -19,6 +19,7 @@ from torch import Tensor
 from sdkit.arguments import number, one_of, seeded, strings, whole_number
 from sdkit.diffusion.conditioning import Conditioning
 from sdkit.diffusion.guidance import APG, Model, check_scale, guided
+from sdkit.diffusion.inversion import ITERATIONS, ddim_inversion
 from sdkit.diffusion.samplers import Generators, Sampler, Step, Timesteps, sampler_by_name
 from sdkit.diffusion.schedule import NoiseSchedule, Predict
 from sdkit.engines.device import resolve_place
@@ -314,6 +315,62 @@ class StableDiffusion:
         finished: list[Image.Image] | npt.NDArray[np.uint8] | Tensor
         finished = from_tensors([*canvas.finished(pixels)], output_type)
         return finished
+
+    @takes_fields(DrawingSettings)
+    def invert(
+        self,
+        image: Images,
+        prompt: Texts = "",
+        negative_prompt: Texts | None = None,
+        *,
+        iterations: int = ITERATIONS,
+        batch_size: int | None = None,
+        **options: Unpack[DrawingKeywords],
+    ) -> Tensor:
+        """Return the noise that draws an image again, by DDIM inversion.
+
+        `sd(prompt, latents=sd.invert(image, prompt))` draws about what `sd.vae.reconstruct(image)` returns; another
+        prompt in the first place edits the image. The other options must be the same in both calls. Guidance makes the
+        inversion less exact; with guidance_scale=1 in both calls it is most exact.
+
+        Args:
+            image: Image to invert, one for all prompts or one for each; see the call.
+            prompt: A prompt that describes the image, or a list of them.
+            negative_prompt: As in the call.
+            iterations: Evaluations of the U-Net for each step; see `sdkit.diffusion.inversion`. 1 is the plain, less
+                exact inversion.
+            batch_size: As in the call.
+
+        Returns:
+            (N, 4, h, w) noise, for the call's `latents`.
+
+        Raises:
+            ImageError: Something is no image.
+            ArgumentError: An argument is out of range, or belongs to another sampler than DDIM with eta 0.
+
+        Example:
+            >>> import sdkit
+            >>> sd = sdkit.StableDiffusion.from_pretrained("emoji")
+            >>> cat = sd("a cat", seed=1, num_inference_steps=4)
+            >>> noise = sd.invert(cat, "a cat", num_inference_steps=4)
+            >>> dog = sd("a dog", latents=noise, num_inference_steps=4)
+        """
+        settings = DrawingSettings(**options)
+        if settings.sampler != "ddim" or settings.eta != 0 or settings.strength is not None:
+            raise ArgumentError("inversion is DDIM's, over all steps: leave sampler, eta, and strength out.")
+        prompts, negatives = self._prompts(prompt, negative_prompt, 1)
+        side = self.unet.sample_size * self.vae.factor
+        whole = replace(settings, strength=1.0)
+        canvas = open_canvas(image, None, whole, prompts=len(prompts), copies=1, side=side)
+        plan = self._plan(
+            settings, canvas, prompts, negatives, seed=0, latents=None, apg=None, batch_size=batch_size, finite=True,
+            callback=None,
+        )  # fmt: skip
+        with self._working(self.vae):
+            z = self.vae.encode(canvas.images, sample=False)
+        noise = self._sampled(z, replace(plan, sampler=partial(ddim_inversion, iterations=iterations)))
+        self._check_latents(noise)
+        return noise
 
     def _canvas(
         self, image: Images | None, mask_image: Any, settings: DrawingSettings, n: int, copies: int
