@@ -341,6 +341,8 @@ def _add_generate(commands: Commands) -> None:
         usage="[PROMPT ...] [OPTION ...]",
         examples=(
             'sdkit generate "a red apple on a blue background" --count 4 --grid',
+            'sdkit generate "a fox" --image cat.png --strength 0.6',
+            'sdkit generate "a hat" --image cat.png --mask head.png',
             'sdkit generate "a cat" --model sd-v1-5.safetensors --steps 20 --scale 7',
             "sdkit generate --from outputs/0001-a-cat-0.png --seed 7 --out again.png",
             "sdkit generate --prompts prompts.txt --lora runs/zork/result --lora-scale 0.8",
@@ -376,6 +378,9 @@ def _add_generate(commands: Commands) -> None:
 
 def _add_what_to_draw(add: Add, unset: dict[str, Any]) -> None:
     add("prompts", nargs="*", metavar="PROMPT", help="Description of an image; each prompt makes --count images")
+    add("--image", metavar="FILE", help="Image to start from", **unset)
+    mask = "Mask of --image: only its white part is drawn anew"
+    add("--mask-image", "--mask", metavar="FILE", help=mask, **unset)
     prompts = 'File of more prompts, one per line; "-" reads stdin. Lines that begin with # are skipped'
     add("--prompts", dest="prompts_file", metavar="FILE", help=prompts)
     again = "Draw an image that sdkit made again; options given here override its own"
@@ -406,10 +411,13 @@ def _drawing_options() -> dict[str, FieldOption]:
         "guidance_scale": ("--scale",),
         "guidance_rescale": ("--rescale",),
         "guidance_interval": ("--interval",),
+        "padding_mask_crop": ("--only-masked",),
     }
     metavars: dict[str, str | tuple[str, ...]] = {
         "height": "PIXELS",
         "width": "PIXELS",
+        "mask_blur": "PIXELS",
+        "padding_mask_crop": "PIXELS",
         "sampler": choices(SAMPLERS),
         "spacing": choices(SPACINGS),
         "guidance_interval": ("LOW", "HIGH"),

@@ -37,6 +37,7 @@ from sdkit.messages import reason
 from sdkit.networks.autoencoder import VAE
 from sdkit.networks.tiling import check_tile
 from sdkit.pipelines.generation import Generation
+from sdkit.pipelines.inpainting import open_canvas
 from sdkit.pipelines.text_to_image import StableDiffusion
 from sdkit.progress import progress
 
@@ -315,6 +316,9 @@ def check_generation(
         SdkitError: An argument is wrong whatever the model, or `out` cannot be written.
     """
     generation.check()
+    inputs, _ = generation.inputs()
+    if inputs:
+        open_canvas(inputs["image"], inputs.get("mask_image"), generation, prompts=1, copies=1, side=512)
     n = len(strings("prompts", prompts)) * whole_number("count", count, 1)
     first_seed(generation.seed, n)
     if batch_size is not None:
@@ -360,16 +364,22 @@ def generate_files(
     """
     generation, report = generation or Generation(), report or Report()
     n = check_generation(prompts, out, generation, count=count, batch_size=batch_size)
+    inputs, generation = generation.inputs()
     side = sd.unet.sample_size * sd.vae.factor
-    at_once = batch_size or sd.images_at_once(generation.height or side, generation.width or side)
+    width, height = inputs["image"].size if "image" in inputs else (side, side)
+    at_once = batch_size or sd.images_at_once(generation.height or height, generation.width or width)
     wanted = ((prompt, generation.seed + r * count + c) for r, prompt in enumerate(prompts) for c in range(count))
     batches = iter(lambda: list(itertools.islice(wanted, at_once)), [])  # stops at the first empty batch
     numbers = _numbers(Path(out))
     labelled: dict[str, Image.Image] = {}  # label -> image, for the grid
     for batch in progress(batches, total=-(-n // at_once), description="generate"):
-        for (prompt, seed), image in zip(batch, _generate(sd, batch, generation, callback), strict=True):
+        for (prompt, seed), image in zip(batch, _generate(sd, batch, generation, inputs, callback), strict=True):
+            # The size of an enlarged region is not that of the image.
+            sized: dict[str, Any] = (
+                {} if generation.padding_mask_crop is not None else {"height": image.height, "width": image.width}
+            )
             whole = replace(
-                generation, prompt=prompt, seed=seed, height=image.height, width=image.width, model=sd.name,
+                generation, prompt=prompt, seed=seed, **sized, model=sd.name,
                 guidance_scale=sd.guidance_scale if generation.guidance_scale is None else generation.guidance_scale,
                 spacing=generation.spacing or sd.schedule.timestep_spacing,
                 dtype=str(sd.unet.dtype).removeprefix("torch."),
@@ -388,11 +398,14 @@ def _generate(
     sd: StableDiffusion,
     batch: Sequence[tuple[str, int]],
     generation: Generation,
+    inputs: Mapping[str, Any],
     callback: Callable[[Step], object] | None,
 ) -> list[Image.Image]:
-    """Generate one image for each (prompt, seed)."""
+    """Generate one image for each (prompt, seed), from the image and the mask of `inputs`, if there are any."""
     prompts, seeds = zip(*batch, strict=True)
-    drawn: list[Image.Image] = sd(prompts, seed=seeds, batch_size=len(batch), callback=callback, **generation.options())
+    drawn: list[Image.Image] = sd(
+        prompts, seed=seeds, batch_size=len(batch), callback=callback, **generation.options(), **inputs
+    )
     return drawn
 
 

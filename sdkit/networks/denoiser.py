@@ -38,6 +38,8 @@ class UNet(Wrapper):
         input_channels: Channels of its input: those of the latents, and those of `Conditioning.concat`.
         width: D, the width of the text embeddings it attends to.
         sample_size: Side of the latents it was trained on.
+        inpaints: Whether it was trained to paint into images: its input is then x_t, a mask (one channel), and the
+            latents of the image without the masked part.
         guided: Whether it takes the guidance scale as an input and needs no second pass, as latent consistency models
             do.
         run: An engine that computes in the network's place, with its arguments and its result; None is the network.
@@ -52,6 +54,7 @@ class UNet(Wrapper):
         self.channels, self.input_channels = latent_channels(config), int(config.in_channels)
         self.width = _one(config.cross_attention_dim)
         self.sample_size = _one(config.sample_size or 64)
+        self.inpaints = self.input_channels == 2 * self.channels + 1
         self.guided = config.time_cond_proj_dim is not None
         self.run: Callable[..., Any] | None = None
         network.time_embedding.register_forward_pre_hook(_first_row)
@@ -76,7 +79,7 @@ class UNet(Wrapper):
     @classmethod
     def from_source(cls, source: Source, *, dtype: torch.dtype, device: torch.device, compile: bool = False) -> UNet:
         """Load a U-Net from an opened `Source`."""
-        unet = cls(source.denoiser(dtype))
+        unet = cls(source.denoiser(dtype, inpainting=True))
         unet.name = source.name
         # On a CPU, channels_last slows the group norms of small feature maps by more than it speeds up convolutions.
         small = device.type == "cpu" and unet.sample_size < 32

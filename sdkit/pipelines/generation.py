@@ -7,15 +7,20 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import Field, asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sdkit import __version__, images, strict_json
 from sdkit.arguments import PREDICTIONS, first_seed, number, one_of, strings
 from sdkit.errors import ArgumentError, ImageError
 from sdkit.fields import with_inherited_fields
+from sdkit.files import sha256
 from sdkit.loading.place import EMBEDDED, PIXELS
 from sdkit.pipelines import infotext
+from sdkit.pipelines.image_to_image import check_inputs
 from sdkit.pipelines.settings import DrawingSettings
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 EARLIER_NAMES = {
     "steps": "num_inference_steps",
@@ -24,6 +29,9 @@ EARLIER_NAMES = {
     "interval": "guidance_interval",
 }
 """Key in PNGs that earlier versions wrote -> the field of `Generation` that it is today."""
+
+INPUTS = {"image": "white", "mask_image": "black"}
+"""Field of an input image -> the colour behind its transparent pixels."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +44,10 @@ class Generation(DrawingSettings):
         prompt: The prompt.
         negative_prompt: The prompt to steer away from.
         seed: Seed of the noise.
+        image: File of the image to start from.
+        image_sha256: SHA-256 of that file.
+        mask_image: File of the mask.
+        mask_image_sha256: SHA-256 of that file.
         model: Source of the model; see `StableDiffusion.from_pretrained`, as for the next six fields.
         revision: Branch, tag, or commit of a Hub repository.
         variant: Variant of a repository's weight files.
@@ -50,6 +62,10 @@ class Generation(DrawingSettings):
     prompt: str = ""
     negative_prompt: str = ""
     seed: int = 0
+    image: str | None = None
+    image_sha256: str | None = None
+    mask_image: str | None = None
+    mask_image_sha256: str | None = None
     model: str = "emoji"
     revision: str | None = None
     variant: str | None = None
@@ -66,7 +82,7 @@ class Generation(DrawingSettings):
         return list(zip(self.lora, self.lora_scale or [1.0] * len(self.lora), strict=True))
 
     def options(self) -> dict[str, Any]:
-        """Return the keywords of the pipeline's call, except the prompt and the seed."""
+        """Return the keywords of the pipeline's call, except the prompt, the seed, and the images of `inputs`."""
         settings = {field.name: getattr(self, field.name) for field in fields(DrawingSettings)}
         return {"negative_prompt": self.negative_prompt, **settings}
 
@@ -76,6 +92,7 @@ class Generation(DrawingSettings):
         strings("prompt", self.prompt)
         strings("negative_prompt", self.negative_prompt)
         first_seed(self.seed, 1)
+        check_inputs(self, image=self.image is not None, mask=self.mask_image is not None)
         for scale in self.lora_scale:
             number("lora_scale", scale)
         if self.lora_scale and not self.lora:
@@ -88,6 +105,29 @@ class Generation(DrawingSettings):
         if self.prediction_type is not None:
             one_of("prediction_type", self.prediction_type, PREDICTIONS)
 
+    def inputs(self) -> tuple[dict[str, Image.Image], Generation]:
+        """Read the image and the mask.
+
+        Returns:
+            Keywords of the pipeline's call, and these settings with the SHA-256 of each file.
+
+        Raises:
+            ImageError: A file cannot be read, or has changed since these settings were written.
+        """
+        pictures, hashes = dict[str, Image.Image](), dict[str, str]()
+        for name, background in INPUTS.items():
+            path, expected = getattr(self, name), getattr(self, f"{name}_sha256")
+            if path is None:
+                continue
+            pictures[name] = images.read(path, background)
+            hashes[f"{name}_sha256"] = found = sha256(Path(path))
+            if expected not in (None, found):
+                raise ImageError(
+                    f"{path} has changed since it was drawn from; restore it, or give it anew as {name} to draw from "
+                    "what it is now."
+                )
+        return pictures, self.but(**hashes)
+
     def text(self) -> dict[str, str]:
         """Return the text chunks of a PNG: each setting, and all of them as A1111 writes them (see `infotext`).
 
@@ -96,7 +136,7 @@ class Generation(DrawingSettings):
         values = {key: value for key, value in asdict(self).items() if value not in (None, ())}
         if self.guidance_interval is not None:
             values["guidance_interval"] = " ".join(map(str, self.guidance_interval))
-        values |= {key: anywhere(values[key]) for key in ("model", "config", "vae") if key in values}
+        values |= {key: anywhere(values[key]) for key in ("model", "config", "vae", *INPUTS) if key in values}
         for name, items in (("lora", [anywhere(lora) for lora in self.lora]), ("lora_scale", self.lora_scale)):
             if items:
                 values[name] = _listed(items)
@@ -122,10 +162,11 @@ class Generation(DrawingSettings):
         """Return a copy with some values changed.
 
         A change of the model resets all settings that belong to a model, its VAE and LoRAs included. A change of the
-        LoRAs resets their scales.
+        LoRAs resets their scales. An input that is given anew may hold anything.
         """
         if "lora" in changes:
             changes = {"lora_scale": (), **changes}
+        changes = {**{f"{name}_sha256": None for name in INPUTS if name in changes}, **changes}
         if anywhere(changes.get("model", self.model)) != anywhere(self.model):
             of_model = (
                 "guidance_scale",
