@@ -31,7 +31,7 @@ from sdkit.images import Images, to_pil, to_rgb
 from sdkit.images.convert import flat
 from sdkit.loading import hub, tokenizer
 from sdkit.loading.configs import read_json
-from sdkit.loading.place import Place, absent, path_or_fetched, resolve
+from sdkit.loading.place import KINDS, Place, absent, path_or_fetched, resolve
 from sdkit.loading.tensors import (
     check_dtypes,
     check_finite,
@@ -333,7 +333,9 @@ def _pretrained(cls: Any, source: str, kind: str, device: torch.device) -> Any:
 
 def _root(place: Place, files: list[str]) -> Path:
     if place.kind not in ("folder", "hub"):
-        raise SourceError(f"{place.label} is {place.kind}; give a folder or a Hub id of transformers' layout.")
+        raise SourceError(
+            f"{place.label} is {KINDS[place.kind]}; give a folder or a Hub id of a network in transformers' layout."
+        )
     return place.root(files)
 
 

@@ -172,7 +172,7 @@ def evaluate_images(
     """
     whole_number("batch_size", batch_size, 1)
     share = own_share(device)
-    texts = None if prompts is None else strings("prompts", list(prompts))
+    texts = None if prompts is None else strings("prompts", prompts)
     source = _Source.of(generated, "generated", count)
     real = _Source.of(reference, "reference", None)
     if texts is not None:

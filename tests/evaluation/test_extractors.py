@@ -80,13 +80,13 @@ class TestAlex:
 
 class TestResizing:
     def test_equal_to_torchs_antialiased_bicubic(self, alex: Extractor, coffee: Image.Image) -> None:
-        x = torch.from_numpy(np.asarray(coffee).copy()).permute(2, 0, 1)[None].double()
         for size in ((600, 400), (100, 70), (224, 224)):
             small = coffee.resize(size)
             x = torch.from_numpy(np.asarray(small).copy()).permute(2, 0, 1)[None].double()
             expected = F.interpolate(x, size=(224, 224), mode="bicubic", antialias=True, align_corners=False)
             difference = alex.prepare(small)[None] - expected.clamp(0, 255)
-            assert difference.abs().max() <= 1.01  # Pillow rounds to 8 bits after each of its two passes
+            assert difference.abs().max() <= 2  # Pillow rounds to 8 bits after each of its two passes
+            assert difference.abs().mean() <= 0.4
 
     def test_a_pattern_finer_than_the_result_is_averaged(self, alex: Extractor) -> None:
         # Without antialiasing, a checkerboard of single pixels would alias to a coarse pattern.
@@ -157,14 +157,19 @@ def known_weights() -> dict[str, Tensor]:
 
 
 @pytest.fixture(scope="module")
-def inception_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def weights() -> dict[str, Tensor]:
+    return known_weights()
+
+
+@pytest.fixture(scope="module")
+def inception_file(weights: dict[str, Tensor], tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("inception") / "model.safetensors"
-    safetensors.torch.save_file(known_weights(), path)
+    safetensors.torch.save_file(weights, path)
     return path
 
 
 class TestInception:
-    def test_features_and_logits_equal_pytorch_fids(self, inception_file: Path) -> None:
+    def test_features_and_logits_equal_pytorch_fids(self, weights: dict[str, Tensor], inception_file: Path) -> None:
         # The numbers were computed by pytorch-fid 0.3.0 with torchvision 0.28, with these weights and this image.
         inception = open_extractor(f"inception:{inception_file}", device="cpu")
         i = torch.arange(2 * 3 * 299 * 299, dtype=torch.float64)
@@ -176,7 +181,7 @@ class TestInception:
         assert float(features.double().sum()) == pytest.approx(258.97924, rel=1e-5)
         assert float(logits.double().sum()) == pytest.approx(-0.52155, abs=1e-4)
         assert logits.shape == (2, 1008)
-        torch.testing.assert_close(logits, features @ known_weights()["fc.weight"].T)
+        torch.testing.assert_close(logits, features @ weights["fc.weight"].T)
 
     def test_layout(self) -> None:
         # 23,850,960 is torchvision's count without the auxiliary classifier, with 1008 classes in place of 1000.
@@ -197,13 +202,18 @@ class TestInception:
         torch.testing.assert_close(inception(chelsea), expected, rtol=0, atol=1e-5)
 
     def test_weights_are_found_in_every_place(
-        self, inception_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chelsea: Image.Image
+        self,
+        weights: dict[str, Tensor],
+        inception_file: Path,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        chelsea: Image.Image,
     ) -> None:
         expected = open_extractor(f"inception:{inception_file}", device="cpu")(chelsea)
         pickled = tmp_path / "hub" / "checkpoints" / DOWNLOADED[1]  # as torch-fidelity and pytorch-fid leave them
         pickled.parent.mkdir(parents=True)
         ignored = {"AuxLogits.fc.weight": torch.zeros(2), "Mixed_6a.branch3x3.bn.num_batches_tracked": torch.tensor(0)}
-        torch.save(known_weights() | ignored, pickled)
+        torch.save(weights | ignored, pickled)
         monkeypatch.setenv("TORCH_HOME", str(tmp_path))
         monkeypatch.delenv(VARIABLE, raising=False)
         assert torch.equal(open_extractor("inception", device="cpu")(chelsea), expected)
@@ -248,11 +258,15 @@ class TestBadInput:
         ],
     )
     def test_other_weights_than_inceptions(
-        self, tmp_path: Path, damage: Callable[[dict[str, Tensor]], object], sentence: str
+        self,
+        weights: dict[str, Tensor],
+        tmp_path: Path,
+        damage: Callable[[dict[str, Tensor]], object],
+        sentence: str,
     ) -> None:
-        weights = {key: value.half() for key, value in Inception().state_dict().items() if "num_batches" not in key}
-        damage(weights)
-        safetensors.torch.save_file(weights, tmp_path / "w.safetensors")
+        damaged = {key: value.half() for key, value in weights.items()}
+        damage(damaged)
+        safetensors.torch.save_file(damaged, tmp_path / "w.safetensors")
         one_sentence(lambda: open_extractor(f"inception:{tmp_path / 'w.safetensors'}"), SourceError, sentence)
 
     def test_other_networks_than_clip(self, clip_folder: Path, dinov2_folder: Path, tmp_path: Path) -> None:

@@ -264,6 +264,7 @@ def test_bad_input_is_one_sentence(tmp_path: Path, alex: Extractor, reference: l
         (call(extractors=[alex, "alex"]), ArgumentError, "the extractor 'alex' is named twice"),
         (call(extractors="resnet"), ArgumentError, "extractor 'resnet' is not one of 'alex', 'inception'"),
         (call(prompts=["a"] * 7), ArgumentError, "7 prompts cannot be assigned to 40 images; give one for each"),
+        (call(prompts=7), ArgumentError, "prompts must be a string or a list of at least one string"),
         (call(prompts=[]), ArgumentError, "prompts must be a string or a list of at least one string"),
         (call(prompts=["a", 2]), ArgumentError, "prompts must be a string or a list"),
         (call(device="gpu9"), ArgumentError, "device 'gpu9' cannot be used on this machine"),
