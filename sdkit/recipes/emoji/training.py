@@ -86,13 +86,16 @@ def _replaceable(folder: Path) -> Path:
 
 
 def make_latents(root: Path) -> None:
-    """Make root/start, a pipeline without a U-Net, and root/latents, with a latent cache of each captioned set."""
-    sets = {name: _data(root, name) for name in dict.fromkeys(UNET_RUNS.values())}
-    start, vae = _replaceable(root / "start"), _result(root, WHOLE)
+    """Make root/start, a pipeline without a U-Net, and root/latents, with a latent cache of each captioned set.
+
+    The tokenizer learns from the captions of the first set, which hold all names.
+    """
+    first, *others = dict.fromkeys(UNET_RUNS.values())
+    start, vae, data = _replaceable(root / "start"), _result(root, WHOLE), _data(root, first)
     VAE.from_pretrained(vae)  # raises if the VAE is damaged
-    make_start(vae, [caption for data in sets.values() for caption in open_examples(data).captions], start)
-    for name, data in sets.items():
-        cache(start, data, root / "latents" / name, size=SIZE, dtype="auto")
+    make_start(vae, open_examples(data).captions, start)
+    for name in (first, *others):
+        cache(start, _data(root, name), root / "latents" / name, size=SIZE, dtype="auto")
 
 
 def train_the_unet(root: Path) -> None:
