@@ -40,8 +40,9 @@ def make_photographs(folder: Path) -> Path:
 
 
 def make_vectors(folder: Path) -> Path:
-    """Make a folder like the npm packages @iconify-json: for the first pictures, discs in the colours of `COLOURS`. Their
-    left halves are darker. As in the packages, "-fe0f" and "_" of the code points are left out.
+    """Make a folder like the npm packages @iconify-json: discs in the colours of `COLOURS` for the first pictures.
+
+    Their left halves are darker. As in the packages, "-fe0f" and "_" of the code points are left out.
     """
     for style, package in VECTORS.items():
         colour = "rgb({},{},{})".format(*COLOURS[style])

@@ -100,7 +100,7 @@ def test_captions_say_what_the_images_show() -> None:
         match = re.fullmatch(things + (place if len(names) == 1 else "") + ground, composition.caption)
         assert match, composition.caption
         said = match.groupdict()
-        for k, part in enumerate(composition.parts):
+        for k in range(len(composition.parts)):
             assert said[f"style{k}"] in (None, composition.style)
             assert said[f"size{k}"] is None or len(composition.parts) == 1
         said.setdefault("place", None)
@@ -167,7 +167,7 @@ def test_captions(arguments: dict[str, object], text: str) -> None:
 
 
 def test_what_must_not_be_mirrored_is_not() -> None:
-    """The table excludes what has letters, digits, a clock face, or a side that matters; half of the rest is mirrored."""
+    """The table excludes what has letters, digits, a clock face, or a side that matters. Half of the rest is."""
     excluded = {one.name for one in pictures() if one.mirrored}
     assert {one.mirrored for one in pictures()} == {"", "no"}
     assert excluded > {"alarm clock", "watch", "stop sign", "1st place medal", "taxi", "chart increasing", "newspaper"}

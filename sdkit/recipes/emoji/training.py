@@ -65,7 +65,7 @@ def _result(root: Path, run: str) -> Path:
 
 def _data(root: Path, name: str) -> Path:
     """Return the folder of a data set. Raises SourceError if it is missing."""
-    return _existing(root / "data" / name, "prepare makes it")
+    return _existing(root / "data" / name, f"{'captioned' if name in UNET_RUNS.values() else 'tiles'} makes it")
 
 
 def _existing(folder: Path, hint: str) -> Path:
