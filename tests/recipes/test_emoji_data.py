@@ -198,6 +198,14 @@ def test_held_out_images_show_the_held_out_pairs(data: Path) -> None:
             assert image.getpixel((0, 0)) == BACKGROUNDS[one.held_out]
 
 
+def test_every_held_out_pair_is_planned() -> None:
+    """Whether the caption names the background or not."""
+    plans = [module._held_out_plan(number) for number in range(len(pictures()))]
+    assert [plan.background for plan in plans] == [one.held_out for one in pictures()]
+    assert all(plan.style == (one.held_out_style or plan.style) for plan, one in zip(plans, pictures(), strict=True))
+    assert 0.5 < sum("background" in plan.caption for plan in plans) / len(plans) < 0.7
+
+
 def test_tiles(data: Path) -> None:
     """Some tiles are of photographs, and the others of pictures."""
     for name, (size, n, *_) in module.TILES.items():

@@ -158,7 +158,8 @@ def _shared(style: str, backgrounds: Sequence[str], rng: Random) -> tuple[str, d
         The name of the background, and arguments of `described`. A background that is not named is often white.
     """
     named = rng.random() < BACKGROUND_NAMED
-    background = "white" if not named and rng.random() < WHITE else rng.choice(backgrounds)
+    white = not named and rng.random() < WHITE and "white" in backgrounds
+    background = "white" if white else rng.choice(backgrounds)
     return background, {
         "style": style if rng.random() < STYLE_NAMED else "",
         "suffix": rng.random() < 0.5,
