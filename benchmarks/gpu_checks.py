@@ -27,7 +27,7 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, PartialState
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
@@ -371,6 +371,8 @@ def _train(place: Place, name: str, steps: int, *, stage: str = "unet", cpu: boo
     AcceleratorState._reset_state(reset_partial_state=True)  # Accelerate chooses a process's device once
     with patch.dict(os.environ, {"ACCELERATE_USE_CPU": "true"} if on_cpu else {}):
         try:
+            chosen = PartialState().device.type
+            assert chosen == ("cpu" if on_cpu else place.device.type), f"Accelerate trains on {chosen}"
             return train_vae(VAEConfig(**values)) if stage == "vae" else train_unet(UNetConfig(**values))
         finally:
             AcceleratorState._reset_state(reset_partial_state=True)

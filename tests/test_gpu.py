@@ -25,6 +25,7 @@ def on_the_cpu(tmp_path: Path) -> gpu_checks.Place:
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("name", gpu_checks.CHECKS)
 def test_on_a_gpu(name: str, tmp_path: Path) -> None:
     try:
