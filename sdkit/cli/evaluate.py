@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from sdkit.evaluation.generated_images import ImageEvaluation, Row
     from sdkit.evaluation.reconstruction import VAEEvaluation
     from sdkit.pipelines.generation import Generation
+    from sdkit.pipelines.text_to_image import StableDiffusion
 
 MOST_CHANNELS = 4  # channels of latents in a table; --json has all of them
 SHOWN = 5  # number of skipped images to name; further ones are only counted
@@ -108,7 +110,8 @@ class ImagesSettings:
         if self.model is not None and self.prompts is None:
             raise ArgumentError("--model needs prompts to draw images from; give --prompts FILE.")
         drawing = ("revision", "variant", "config", "vae", "lora", "count", "seed", "steps", "scale", "sampler")
-        given = [name for name in (*drawing, "dtype", "compile") if getattr(self, name) not in (None, False)]
+        given = [name for name in (*drawing, "dtype") if getattr(self, name) is not None]
+        given += ["compile"] if self.compile else []
         if self.model is None and given:
             raise ArgumentError(f"--{given[0]} belongs to --model, and there is none; leave it out.")
 
@@ -172,16 +175,32 @@ def images(args: argparse.Namespace) -> int:
 
 
 def _drawing(settings: ImagesSettings, prompts: Sequence[str]) -> tuple[Callable[[range], list[Image.Image]], int]:
-    """Load the model that draws, and return the function that draws images by their numbers, and their count."""
+    """Return the function that draws images by their numbers, and their count. It loads the model when it is called."""
     from sdkit.arguments import first_seed, whole_number
-    from sdkit.evaluation.sharing import own_share
-    from sdkit.loading.lora_file import read_lora
-    from sdkit.pipelines.text_to_image import StableDiffusion
 
     generation = settings.generation()
     generation.check()
     repeats = 1 if settings.count is None else whole_number("count", settings.count, 1)
     first_seed(generation.seed, repeats * len(prompts))
+
+    @functools.cache
+    def model() -> StableDiffusion:
+        return _load(settings, generation)
+
+    def draw(numbers: range) -> list[Image.Image]:
+        texts = [prompts[number // repeats] for number in numbers]
+        seeds = [generation.seed + number for number in numbers]
+        drawn: list[Image.Image] = model()(texts, seed=seeds, **generation.options())
+        return drawn
+
+    return draw, repeats * len(prompts)
+
+
+def _load(settings: ImagesSettings, generation: Generation) -> StableDiffusion:
+    from sdkit.evaluation.sharing import own_share
+    from sdkit.loading.lora_file import read_lora
+    from sdkit.pipelines.text_to_image import StableDiffusion
+
     loras = [(read_lora(source), scale) for source, scale in generation.loras]
     sd = StableDiffusion.from_pretrained(
         generation.model, dtype=generation.dtype, device=own_share(settings.device).device,
@@ -190,14 +209,7 @@ def _drawing(settings: ImagesSettings, prompts: Sequence[str]) -> tuple[Callable
     )  # fmt: skip
     for lora, scale in loras:
         sd.merge_lora(lora, scale)
-
-    def draw(numbers: range) -> list[Image.Image]:
-        texts = [prompts[number // repeats] for number in numbers]
-        seeds = [generation.seed + number for number in numbers]
-        drawn: list[Image.Image] = sd(texts, seed=seeds, **generation.options())
-        return drawn
-
-    return draw, repeats * len(prompts)
+    return sd
 
 
 def _print_tables(found: ImageEvaluation) -> None:

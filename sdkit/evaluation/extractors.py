@@ -31,7 +31,7 @@ from sdkit.images import Images, to_pil, to_rgb
 from sdkit.images.convert import flat
 from sdkit.loading import hub, tokenizer
 from sdkit.loading.configs import read_json
-from sdkit.loading.place import Place, absent, path_or_fetched, resolve
+from sdkit.loading.place import KINDS, Place, absent, path_or_fetched, resolve
 from sdkit.loading.tensors import (
     check_dtypes,
     check_finite,
@@ -134,7 +134,7 @@ class Extractor:
         square = resized.crop((left, top, left + self.side, top + self.side))
         return torch.from_numpy(np.array(square)).permute(2, 0, 1)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def outputs(self, pixels: Tensor) -> Outputs:
         """Return features and logits of prepared images.
 
@@ -145,7 +145,7 @@ class Extractor:
             Features (B, D) and logits (B, K) or None, float32 on the CPU.
         """
         features, logits = self._run(pixels.to(self.device).float())
-        return features.float().cpu().clone(), None if logits is None else logits.float().cpu().clone()
+        return features.float().cpu(), None if logits is None else logits.float().cpu()
 
     def __call__(self, images: Images) -> Tensor:
         """Return the features (B, D) of images, float32 on the CPU. Tensors in [-1, 1] are rounded to 8 bits first."""
@@ -153,7 +153,7 @@ class Extractor:
         batches = (pictures[i : i + AT_ONCE] for i in range(0, len(pictures), AT_ONCE))
         return torch.cat([self.outputs(torch.stack([self.prepare(one) for one in batch]))[0] for batch in batches])
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
         """Return CLIP's embeddings (B, D) of texts, float32 on the CPU. Texts over 77 tokens are cut, as CLIP does.
 
@@ -168,7 +168,7 @@ class Extractor:
             batch = list(texts[i : i + AT_ONCE])
             tokens = self.text(batch, padding=True, truncation=True, max_length=length, return_tensors="pt")
             embedded.append(_pooled(self.network.get_text_features(**tokens.to(self.device))).float().cpu())
-        return torch.cat(embedded).clone()
+        return torch.cat(embedded)
 
 
 def open_extractor(name: str = "alex", *, device: str | torch.device = "auto") -> Extractor:
@@ -333,7 +333,9 @@ def _pretrained(cls: Any, source: str, kind: str, device: torch.device) -> Any:
 
 def _root(place: Place, files: list[str]) -> Path:
     if place.kind not in ("folder", "hub"):
-        raise SourceError(f"{place.label} is {place.kind}; give a folder or a Hub id of transformers' layout.")
+        raise SourceError(
+            f"{place.label} is {KINDS[place.kind]}; give a folder or a Hub id of a network in transformers' layout."
+        )
     return place.root(files)
 
 

@@ -172,7 +172,7 @@ def evaluate_images(
     """
     whole_number("batch_size", batch_size, 1)
     share = own_share(device)
-    texts = None if prompts is None else strings("prompts", list(prompts))
+    texts = None if prompts is None else strings("prompts", prompts)
     source = _Source.of(generated, "generated", count)
     real = _Source.of(reference, "reference", None)
     if texts is not None:
@@ -271,7 +271,12 @@ class _Source:
         if self._batch is not None and self.size is not None:
             for start in range(share.rank * batch_size, self.size, share.world * batch_size):
                 numbers = range(start, min(start + batch_size, self.size))
-                yield from zip(numbers, self._batch(numbers), strict=True)
+                items = self._batch(numbers)
+                if len(items) != len(numbers):
+                    raise ArgumentError(
+                        f"the function drew {len(items)} images for {len(numbers)} numbers; draw one each."
+                    )
+                yield from zip(numbers, items, strict=True)
             return
         for number, item in enumerate(self._stream):
             self.seen = number + 1

@@ -109,7 +109,7 @@ def test_version_and_help(run: Callable[..., Ran]) -> None:
     assert run("--version") == Ran(0, f"sdkit {sdkit.__version__}\n", "")
     code, out, err = run("--help")
     listed = re.findall(r"^    ([a-z]+)\b", out, flags=re.MULTILINE)
-    assert " ".join(listed) == "generate encode decode reconstruct info demo data cache train plot convert"
+    assert " ".join(listed) == "generate encode decode reconstruct info demo data cache train plot convert evaluate"
     for command in ([], *([name] for name in listed), ["data", "check"], ["train", "vae"], ["train", "unet"]):
         code, out, err = run(*command, "--help")
         assert (code, err) == (0, "")
