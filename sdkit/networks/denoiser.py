@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import lru_cache
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
@@ -83,7 +84,7 @@ class UNet(Wrapper):
         unet.eval().to(device=device, memory_format=layout)  # type: ignore[call-overload]
         quicken_attention(unet.network, dtype, device)
         if compile:
-            compile_modules(unet.network)
+            compile_modules(unet.network, device=device)
         return unet
 
     def try_out(self) -> None:
@@ -132,7 +133,7 @@ class UNet(Wrapper):
         try:
             output: Tensor = (self.network if self.run is None else self.run)(
                 sample, t, encoder_hidden_states=cond.text, encoder_attention_mask=cond.mask, return_dict=False,
-                timestep_cond=None if guidance_scale is None else self._guidance(guidance_scale).to(sample),
+                timestep_cond=None if guidance_scale is None else self._guidance(guidance_scale),
                 class_labels=cond.label, added_cond_kwargs=cond.added,
                 down_block_additional_residuals=down, mid_block_additional_residual=mid,
             )[0]  # fmt: skip
@@ -164,7 +165,10 @@ class UNet(Wrapper):
 
     def _guidance(self, scale: float | Tensor) -> Tensor:
         """Embed a guidance scale: a number as (1, W), (B,) as (B, W)."""
-        return guidance_embedding(torch.as_tensor(scale).reshape(-1), self.network.config.time_cond_proj_dim)
+        width = self.network.config.time_cond_proj_dim
+        if isinstance(scale, Tensor):
+            return guidance_embedding(scale.reshape(-1), width).to(self.device, self.dtype)
+        return _number_embedding(float(scale), width, self.device, self.dtype)
 
     @torch.no_grad()
     def cross_attention(
@@ -223,6 +227,14 @@ def guidance_embedding(scale: Tensor, width: int) -> Tensor:
     frequencies = torch.exp(torch.arange(half) * -(torch.log(torch.tensor(10000.0)) / (half - 1)))
     angles = w[:, None] * frequencies
     return F.pad(torch.cat([angles.sin(), angles.cos()], dim=1), (0, width % 2))
+
+
+@lru_cache(maxsize=8)
+def _number_embedding(scale: float, width: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Return `guidance_embedding` (1, width) of a number, on a device. Every step of a sampler has the same number, and
+    a copy to a GPU in each step would synchronise with it."""
+    with torch.inference_mode(False):  # a cached tensor must also serve callers that need gradients
+        return guidance_embedding(torch.tensor([scale]), width).to(device, dtype)
 
 
 def _sides(area: int, height: int, width: int) -> tuple[int, int]:

@@ -18,7 +18,21 @@ if TYPE_CHECKING:
 
 KEY = "parameters"
 """Key of the text chunk."""
-SAMPLERS = {"ddim": "DDIM", "ddpm": "DDPM", "dpm++2m": "DPM++ 2M"}
+SAMPLERS = {
+    "ddim": "DDIM",
+    "ddpm": "DDPM",
+    "euler": "Euler",
+    "euler_a": "Euler a",
+    "heun": "Heun",
+    "dpm++2m": "DPM++ 2M",
+    "dpm++2m_sde": "DPM++ 2M SDE",
+    "dpm++sde": "DPM++ SDE",
+    "unipc": "UniPC",
+    "lcm": "LCM",
+    "tcd": "TCD",
+}
+SCHEDULES = {"karras": "Karras", "exponential": "Exponential"}
+"""Spacing -> A1111's "Schedule type"."""
 """Name of a sampler -> A1111's name of it. A1111 has no DDPM."""
 
 
@@ -33,6 +47,7 @@ def infotext(generation: Generation) -> str:
     settings: dict[str, Any] = {
         "Steps": generation.num_inference_steps,
         "Sampler": SAMPLERS.get(generation.sampler, generation.sampler),
+        "Schedule type": SCHEDULES.get(generation.spacing or ""),
         "CFG scale": generation.guidance_scale,
         "Seed": generation.seed,
         "Size": f"{generation.width}x{generation.height}" if sized else None,

@@ -18,9 +18,11 @@ class DrawingSettings:
         height: Height in pixels, any number from 8. None is that of the model's training images.
         width: Width in pixels, any number from 8. None is that of the model's training images.
         num_inference_steps: Number of sampling steps, at most the model's number of timesteps. More take longer.
-        sampler: Sampler: "ddim", "ddpm", or "dpm++2m".
-        eta: Share of DDPM's noise that sampler "ddim" adds, from 0 (deterministic) to 1.
-        spacing: Spacing of the timesteps: "leading", "trailing", or "linspace". None is the model's own.
+        sampler: Sampler: "ddim", "euler", "heun", "dpm++2m", or "unipc", which add no noise; "ddpm", "euler_a",
+            "dpm++2m_sde", or "dpm++sde", which do; or "lcm" or "tcd", for consistency models.
+        eta: Share of fresh noise that sampler "ddim" or "tcd" adds, from 0 (deterministic) to 1.
+        spacing: Spacing of the timesteps: "leading", "trailing", "linspace", "karras", "exponential", or "lcm". None
+            is the sampler's own, else the model's.
         guidance_scale: Guidance scale: higher follows the prompt more closely; 1 turns guidance off and halves the
             cost. None is the model's own, 7.5 for most.
         guidance_rescale: Strength phi of rescaled guidance, from 0 (off) to 1, against overexposure.

@@ -19,7 +19,7 @@ from torch import Tensor
 from sdkit.arguments import number, one_of, seeded, strings, whole_number
 from sdkit.diffusion.conditioning import Conditioning
 from sdkit.diffusion.guidance import APG, Model, check_scale, guided
-from sdkit.diffusion.samplers import Generators, Sampler, Step, Timesteps, sampler_by_name
+from sdkit.diffusion.samplers import Generators, Sampler, Step, Timesteps, default_spacing, sampler_by_name
 from sdkit.diffusion.schedule import NoiseSchedule, Predict
 from sdkit.engines.device import resolve_place
 from sdkit.engines.offload import on_device
@@ -293,11 +293,12 @@ class StableDiffusion:
         }  # fmt: skip
         model, scale = self._model(settings.guidance_scale, negatives, guidance)
         shape = self._latent_shape(*size)
+        spacing = default_spacing(settings.sampler) if settings.spacing is None else settings.spacing
         return Plan(
             settings=settings,
             size=size,
             shape=shape,
-            timesteps=self.schedule.timesteps(settings.num_inference_steps, settings.spacing),
+            timesteps=self.schedule.timesteps(settings.num_inference_steps, spacing),
             generators=seeded(seed, len(prompts)),
             batches=list(self._batches(prompts, negatives, scale, settings.weighting, shape, batch_size)),
             sampler=sampler_by_name(settings.sampler, eta=settings.eta),

@@ -153,7 +153,7 @@ class TestGuidanceAsAnInput:
 
 
 class TestBatches:
-    @pytest.mark.parametrize(("sampler", "eta"), [("ddim", 0.0), ("ddim", 0.7), ("ddpm", 0.0), ("dpm++2m", 0.0)])
+    @pytest.mark.parametrize(("sampler", "eta"), [*((name, 0.0) for name in SAMPLERS), ("ddim", 0.7), ("tcd", 0.3)])
     def test_an_image_is_the_same_alone_and_anywhere_in_a_batch(
         self, sd: sdkit.StableDiffusion, sampler: str, eta: float
     ) -> None:
@@ -311,8 +311,8 @@ class TestWhatIsDrawn:
             {"clip_skip": 1},
             {"weighting": True},
             {"negative_prompt": "red"},
-            {"sampler": "ddpm"},
-            {"sampler": "dpm++2m"},
+            *({"sampler": name} for name in SAMPLERS if name not in ("ddim", "euler")),
+            {"spacing": "karras"},
             {"guidance_scale": 7.5},
         ]
         for option in options:

@@ -67,6 +67,9 @@ class DenoisingExamples(Protocol):
     def validation(self, i: int) -> Row:
         """Return held-out example i."""
 
+    def held_out_caption(self, i: int) -> str:
+        """Return the caption of held-out example i."""
+
     def name(self, item: int) -> str:
         """Return the name of training example `item`, for messages."""
 
@@ -93,7 +96,7 @@ class CachedLatents:
         augment: Collection[str] = (),
         trains_text: bool = False,
     ) -> None:
-        self.cache = LatentCache(data)
+        self.cache, self._text = LatentCache(data), text
         made = self.cache.manifest.settings
         # The run accepts the size and augmentations of the cache unless it asks for others.
         wanted_size: Any = size or made.size
@@ -136,6 +139,10 @@ class CachedLatents:
     def validation(self, i: int) -> Row:
         """Return held-out example i."""
         return self._example(self.held_out[i])
+
+    def held_out_caption(self, i: int) -> str:
+        """Return the caption of held-out example i, as its tokens spell it: a cache does not hold the text."""
+        return self._text.spelled(self.cache[self.held_out[i]]["ids"])
 
     def name(self, item: int) -> str:
         """Return the name of training example `item`, for messages."""
@@ -187,6 +194,10 @@ class ImageLatents:
         """Return held-out example i."""
         pixels, example = self.validation_images.load_held_out(self.held_out, i)
         return {"pixels": pixels, "ids": self._ids(example.caption)}
+
+    def held_out_caption(self, i: int) -> str:
+        """Return the caption of held-out example i."""
+        return self.validation_images.load_held_out(self.held_out, i)[1].caption
 
     def name(self, item: int) -> str:
         """Return the name of training example `item`, for messages."""

@@ -38,6 +38,7 @@ from sdkit.training.loop import fit
 from sdkit.training.settings import VAEConfig
 from sdkit.training.signals import raise_if_stopped
 from sdkit.training.stage import Player, Samples
+from sdkit.training.stages.evaluating import Picture, PictureMetrics
 from sdkit.training.stages.images import (
     TrainingImages,
     identity_of,
@@ -111,6 +112,12 @@ class VAEStage:
         self._open_data(size)
         self.size = len(self.train)
         self.evaluators: list[Callable[[int], Mapping[str, float]]] = []
+        metrics = [metric for metric in config.metrics if metric.name != "lpips"]  # `validate` reports LPIPS itself
+        if metrics:
+            pictures = PictureMetrics(
+                metrics, count=len(self.held_out), picture=self._picture, size=size, device=lambda: self.vae.device
+            )
+            self.evaluators.append(pictures)
         self.players = [
             Player("vae", self.vae, self.loss, learning_rate=config.learning_rate, ema=config.ema_decay > 0)
         ]
@@ -156,7 +163,8 @@ class VAEStage:
         """
         config = self.config
         self.lpips: LPIPS | None = LPIPS.from_pretrained(config.lpips)
-        if not config.lpips_weight and config.lpips == "alex" and min(size) < self.lpips.smallest:
+        needed = config.lpips_weight or config.lpips != "alex" or "lpips" in config.evaluate
+        if not needed and min(size) < self.lpips.smallest:
             self.lpips = None
         self.training_lpips = self.lpips
         if self.lpips and config.lpips_weight and config.mixed_precision == "bf16":
@@ -319,6 +327,12 @@ class VAEStage:
             measured["moved"] = float((mean - start_mean).square().mean())
         pair = (image_io.to_pil(x)[0], image_io.to_pil(y.nan_to_num())[0]) if i < SHOWN else None
         return Measured(measured, pair, None if codes is None else self.vae.quantize(mean)[1].cpu())
+
+    def _picture(self, i: int) -> Picture:
+        """Return held-out image i and its reconstruction from the posterior's mean."""
+        x = self.validation.load_held_out(self.held_out, i)[0]
+        y = VAE.forward(self.vae, x[None].to(self.vae.device))[0][0]
+        return Picture(y.clamp(-1, 1).nan_to_num().cpu(), x)
 
     def _show(self, pairs: list[tuple[Image.Image, Image.Image]], step: int) -> None:
         originals, reconstructions = zip(*pairs, strict=True)
