@@ -100,8 +100,8 @@ def show(part: str, work: str, name: str, folder: Path, args: argparse.Namespace
     """Print the images per second and the memory of one part, each repeat in a new process."""
     source = CHILD.format(work=work, with_vae=work is not EXTRACT)
     environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    numbers = [str(n) for n in (args.images, WARM, SIDE)]
-    command = [sys.executable, "-W", "ignore", "-c", source, str(folder), *numbers, name, args.device]
+    sizes = [str(n) for n in (args.images, WARM, SIDE)]
+    command = [sys.executable, "-W", "ignore", "-c", source, str(folder), *sizes, name, args.device]
     found = []
     for _ in range(args.repeats):
         done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, check=True)
