@@ -275,7 +275,7 @@ def reconstruction_sheet(evaluations: Sequence[VAEEvaluation]) -> Image.Image:
         ends = [*found.worst, *found.best]
         pictures += [one.original for one in ends] + [one.decoded for one in ends]
         captions += [Path(one.name).name for one in ends] + [_caption(one) for one in ends]
-        rows += [found.vae, "decoded"]
+        rows += ["images", found.vae]
     above = ["worst"] * len(evaluations[0].worst) + ["best"] * len(evaluations[0].best)
     return grid(pictures, len(above), padding=4, captions=captions, row_labels=rows, column_labels=above)
 
