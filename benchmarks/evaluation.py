@@ -5,7 +5,7 @@
 
 Each measurement runs in its own process, after a few images that do not count. The images are JPEGs of 300 x 300
 pixels, cropped at random from a photo of scikit-image, and evaluated at 256 x 256. The loop calls the same functions of
-sdkit for one image after the other. Memory is the process's peak.
+sdkit for one image after the other. CPU time is that of all threads, and memory the process's peak.
 """
 
 from __future__ import annotations
@@ -62,9 +62,10 @@ if {with_vae}:
     vae, lpips = sdkit.VAE.from_pretrained("emoji", device=device), LPIPS.from_pretrained("alex").to(device)
 {work}
 work(paths[:warm])
-begun = time.perf_counter()
+begun, worked = time.perf_counter(), time.process_time()
 work(paths)
-print(len(paths) / (time.perf_counter() - begun), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+rate, cpu = len(paths) / (time.perf_counter() - begun), 1000 * (time.process_time() - worked) / len(paths)
+print(rate, cpu, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 """
 
 
@@ -99,14 +100,17 @@ def show(part: str, work: str, name: str, folder: Path, args: argparse.Namespace
     """Print the images per second and the memory of one part, each repeat in a new process."""
     source = CHILD.format(work=work, with_vae=work is not EXTRACT)
     environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    numbers = [str(n) for n in (args.images, WARM, SIDE)]
-    command = [sys.executable, "-W", "ignore", "-c", source, str(folder), *numbers, name, args.device]
+    sizes = [str(n) for n in (args.images, WARM, SIDE)]
+    command = [sys.executable, "-W", "ignore", "-c", source, str(folder), *sizes, name, args.device]
     found = []
     for _ in range(args.repeats):
         done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, check=True)
-        found.append([float(value) for value in done.stdout.split()[-2:]])
-    rate, memory = max(one[0] for one in found), max(one[1] for one in found)
-    print(f"{part}: {rate:.2f} images per second, {memory:.0f} MiB", flush=True)
+        found.append([float(value) for value in done.stdout.split()[-3:]])
+    rates, cpu, memory = zip(*found, strict=True)
+    print(
+        f"{part}: {max(rates):.2f} images per second, {min(cpu):.0f} ms of CPU time each, {max(memory):.0f} MiB",
+        flush=True,
+    )
 
 
 if __name__ == "__main__":

@@ -315,7 +315,7 @@ def _print_vaes(found: Sequence[VAEEvaluation], resizing: str) -> None:
     channels = ("latents of", "mean of each channel", "standard deviation", "scale", "scale for 1", "noise (%)")
     say_table([channels, *(
         (one.vae, _numbers(one.latent_mean), _numbers(one.latent_std), f"{one.scale:.4f}", f"{one.unit_scale:.4f}",
-         f"{100 * one.noise_share:.2f}")
+         f"{100 * one.noise_share:.2g}")
         for one in found
     )])  # fmt: skip
 

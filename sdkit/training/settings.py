@@ -154,8 +154,8 @@ class StageSettings(LoopSettings):
             images).
         gradient_checkpointing: Recompute activations in the backward pass: less memory, about a third more
             time.
-        evaluate: Metrics of pictures at each validation: lpips, frechet, kid, or clip_score. A VAE's
-            reconstructions, or a U-Net's drawings of their captions, are compared with the held-out images.
+        evaluate: Metrics of pictures at each validation: lpips, frechet, kid, and, for a U-Net, clip_score.
+            A VAE's reconstructions, or a U-Net's drawings of captions, are compared with the held-out images.
             Another extractor than alex may follow, as in frechet:inception or kid:dinov2. Distances of so few
             images can be compared only with each other.
     """

@@ -180,7 +180,7 @@ class TestMask:
         transparent.paste((255, 255, 255, 255), (3, 2, 12, 9))
         level = expected[0, 0].byte().numpy() * 255
         for given in (
-            grey, grey.convert("1"), grey.convert("RGB"), transparent, str(tmp_path / "mask.png"),
+            grey, Image.fromarray(level).convert("1"), grey.convert("RGB"), transparent, str(tmp_path / "mask.png"),
             tmp_path / "mask.png", level, expected, expected[0], expected[0, 0], expected.bool(), [grey],
             expected * 0.5,
         ):  # fmt: skip

@@ -172,6 +172,8 @@ class UNetStage:
         network = model.denoiser() if config.init is None else new_network(config.init, "unet")
         self.unet = UNet(network)
         StableDiffusion(self.vae, self.text, self.unet, self.schedule)  # raises if the parts do not fit each other
+        if self.unet.inpaints:
+            raise ArgumentError("an inpainting U-Net cannot be trained; give a text-to-image model.")
         if network.config.out_channels != self.unet.channels:
             raise ArgumentError(
                 "a U-Net that learned its variance cannot be trained; give one that predicts one thing."
