@@ -327,7 +327,7 @@ class _Reading:
         except ImageError as error:
             if not isinstance(item, (str, Path, Loadable)):
                 raise
-            return number, [], (str(getattr(item, "name", item)), str(error))
+            return number, [], (item.name if isinstance(item, Loadable) else str(item), str(error))
         return number, [one.prepare(image) for one in self.extractors], None
 
     def _add(

@@ -9,6 +9,8 @@ import numpy as np
 import skimage.data
 from PIL import Image
 
+from sdkit import images
+
 PHOTOS = (
     "astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg", "motorcycle_left.png", "retina.jpg", "ihc.png",
     "hubble_deep_field.jpg",
@@ -18,8 +20,7 @@ SIDE = 96  # pixels
 
 @cache
 def _photo(name: str) -> Image.Image:
-    with Image.open(Path(skimage.data.__file__).parent / name) as image:
-        return image.convert("RGB")
+    return images.read(Path(skimage.data.__file__).parent / name)  # without the colour profile that some have
 
 
 def crops(n: int, seed: int, photos: int = len(PHOTOS)) -> list[Image.Image]:
@@ -33,9 +34,9 @@ def crops(n: int, seed: int, photos: int = len(PHOTOS)) -> list[Image.Image]:
     return found
 
 
-def save_all(images: list[Image.Image], folder: Path) -> Path:
+def save_all(pictures: list[Image.Image], folder: Path) -> Path:
     """Write images as PNGs, numbered in their order."""
     folder.mkdir(parents=True)
-    for i, image in enumerate(images):
+    for i, image in enumerate(pictures):
         image.save(folder / f"{i:04}.png")
     return folder
