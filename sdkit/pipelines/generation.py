@@ -7,7 +7,9 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import Field, asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from PIL import Image
 
 from sdkit import __version__, images, strict_json
 from sdkit.arguments import PREDICTIONS, first_seed, number, one_of, strings
@@ -18,9 +20,6 @@ from sdkit.loading.place import EMBEDDED, PIXELS
 from sdkit.pipelines import infotext
 from sdkit.pipelines.image_to_image import check_inputs
 from sdkit.pipelines.settings import DrawingSettings
-
-if TYPE_CHECKING:
-    from PIL import Image
 
 EARLIER_NAMES = {
     "steps": "num_inference_steps",
