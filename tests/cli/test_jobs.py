@@ -432,7 +432,7 @@ def test_a_recipe_names_files_and_folders_absolutely(tmp_path: Path, monkeypatch
     ("changes", "fragment"),
     [
         ({"num_inference_steps": 0}, "steps"),
-        ({"sampler": "euler"}, "sampler"),
+        ({"sampler": "plms"}, "sampler"),
         ({"eta": 2.0}, "eta"),
         ({"eta": 0.5, "sampler": "ddpm"}, "eta"),
         ({"spacing": "log"}, "spacing"),
@@ -459,7 +459,7 @@ def test_what_a_recipe_refuses_the_model_refuses_too(
     with pytest.raises(ArgumentError, match=fragment):
         recipe.check()
     with pytest.raises(ArgumentError):
-        _generate(sd, [("a", recipe.seed)], recipe, {})
+        _generate(sd, [("a", recipe.seed)], recipe, {}, None)
 
 
 def test_another_model_takes_nothing_over_from_the_old_one() -> None:

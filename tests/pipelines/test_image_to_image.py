@@ -191,8 +191,7 @@ class TestInversion:
         assert noise.shape == (1, 4, 16, 16)
         (again,) = sd(self.PROMPT, latents=noise, **options)
         (other,) = sd(self.PROMPT, seed=2, **options)
-        assert decibels(again, expected) > 30
-        assert decibels(other, expected) < 25
+        assert decibels(again, expected) > max(36, decibels(other, expected) + 3)
         (plain,) = sd(self.PROMPT, latents=sd.invert(image, self.PROMPT, iterations=1, **options), **options)
         assert decibels(plain, expected) < decibels(again, expected)
 
