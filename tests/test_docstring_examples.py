@@ -17,7 +17,10 @@ from PIL import Image
 import sdkit
 from sdkit.pipelines import steps
 
-FACES = (sdkit, sdkit.data, sdkit.guidance, sdkit.images, sdkit.latents, sdkit.metrics, sdkit.samplers, sdkit.training)
+FACES = (
+    sdkit, sdkit.data, sdkit.evaluation, sdkit.guidance, sdkit.images, sdkit.latents, sdkit.metrics, sdkit.samplers,
+    sdkit.training,
+)  # fmt: skip
 MAIN = (
     "VAE",
     "VAE.encode",
