@@ -33,6 +33,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import sdkit
+from sdkit.samplers import SAMPLERS
 from sdkit.training.run_folder import read_metrics
 
 DTYPES = ("fp32", "bf16", "fp16")
@@ -206,27 +207,27 @@ def resume(place: Place) -> str:
 
 def fsdp(place: Place) -> str:
     """FSDP 2 on one card, through `accelerate launch`, gives the losses of a run without it."""
+    if place.device.type != "cuda":
+        raise NotRunError("Accelerate does not shard a single process on a CPU; tests/training/test_fsdp.py takes two")
     settings = ["--use_fsdp", "--fsdp_version", "2", "--num_processes", "1", "--num_machines", "1"]
     settings += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     settings += ["--fsdp_auto_wrap_policy", "NO_WRAP"]
     run = place.scratch / "fsdp"
-    environment = _environment(place)
-    if environment.pop("ACCELERATE_USE_CPU", None):  # Accelerate shards only on what it takes for a GPU
-        environment["ACCELERATE_TORCH_DEVICE"] = "cpu"
     script = place.scratch / "fsdp.py"
     script.write_text(
         "from accelerate import DistributedType, PartialState\n"
+        "from accelerate.state import AcceleratorState\n"
         "from sdkit.training import UNetConfig, train_unet\n"
         f"train_unet(UNetConfig(**{_settings(place, run, place.steps)!r}))\n"
-        "assert PartialState().distributed_type == DistributedType.FSDP, PartialState().distributed_type\n"
+        "assert AcceleratorState().distributed_type == DistributedType.FSDP, AcceleratorState().distributed_type\n"
         "PartialState().destroy_process_group()\n"
     )
     process = subprocess.Popen(
         [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", *settings, str(script)],
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment,
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=_environment(place),
     )  # fmt: skip
     try:
-        _, said = process.communicate(timeout=50 if place.device.type == "cuda" else None)
+        _, said = process.communicate(timeout=50)
     finally:
         process.terminate()  # it ends the process that it has launched, which killing it would not
         process.wait()
@@ -260,6 +261,11 @@ CHECKS: dict[str, Check] = {
         f"draw-{sampler}-{dtype}": partial(draw, dtype=dtype, sampler=sampler)
         for dtype in DTYPES
         for sampler in ("ddim", "ddpm", "dpm++2m")
+    },
+    **{
+        f"draw-{sampler}-fp32": partial(draw, dtype="fp32", sampler=sampler)
+        for sampler in SAMPLERS
+        if sampler not in ("ddim", "ddpm", "dpm++2m")
     },
     "draw-ddim-eta-fp32": partial(draw, dtype="fp32", sampler="ddim", eta=0.5),
     **{f"alone-{dtype}": partial(alone, dtype=dtype) for dtype in DTYPES},

@@ -250,7 +250,7 @@ def _ratios(times: dict[str, list[float]]) -> dict[str, float]:
 def _diffusers(folder: Path, dtype: torch.dtype, place: Place, channels_last: bool) -> Any:
     from diffusers import DDIMScheduler, StableDiffusionPipeline
 
-    pipe = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=dtype, safety_checker=None)
+    pipe = StableDiffusionPipeline.from_pretrained(folder, dtype=dtype, safety_checker=None)
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
     pipe.set_progress_bar_config(disable=True)
     pipe.to(place.device)

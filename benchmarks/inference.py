@@ -124,7 +124,7 @@ def generate(job: Json) -> Json:
     from diffusers import DDIMScheduler, StableDiffusionPipeline
 
     # float32 is the default, but a text encoder stored in half precision stays in it unless the dtype is named.
-    pipe = StableDiffusionPipeline.from_pretrained(job["model"], safety_checker=None, torch_dtype=torch.float32)
+    pipe = StableDiffusionPipeline.from_pretrained(job["model"], safety_checker=None, dtype=torch.float32)
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
     pipe.to("cuda" if torch.cuda.is_available() else "cpu")
     if job["warm_up"]:

@@ -41,6 +41,7 @@ def test_with_the_cpu_in_its_place(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
+@pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")  # of torch.compile's own
 @pytest.mark.parametrize("name", [name for name in gpu_checks.CHECKS if name not in QUICK])
 def test_with_the_cpu_in_its_place_slow(name: str, tmp_path: Path) -> None:
     try:
@@ -197,6 +198,7 @@ def test_steps_that_compile_come_last() -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
+@pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")  # of torch.compile's own
 @pytest.mark.parametrize("name", [name for name in gpu_measurements.MEASUREMENTS if "compiled" not in name])
 def test_measurements_with_the_cpu_in_its_place(name: str, tmp_path: Path) -> None:
     place = on_the_cpu(tmp_path)
