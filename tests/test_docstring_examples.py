@@ -70,6 +70,7 @@ def photos(
     monkeypatch.chdir(tmp_path)
 
 
+@pytest.mark.filterwarnings("ignore:3 images are fewer than")
 @pytest.mark.usefixtures("photos")
 @pytest.mark.parametrize("name", dict.fromkeys((*MAIN, *WITH_EXAMPLES)))
 def test_example_runs(name: str) -> None:
