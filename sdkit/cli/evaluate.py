@@ -132,7 +132,7 @@ def add_evaluate_commands(commands: Commands) -> None:
     evaluate = add_command_group(
         commands,
         "evaluate",
-        "Measure the quality of images and of VAEs, beside controls that show what the numbers mean.",
+        "Measure images and VAEs, beside controls that show what numbers mean.",
         ("sdkit evaluate images outputs/ --reference photos/", "sdkit evaluate vae emoji runs/v/result --data photos/"),
     )
     _add_images(evaluate)
@@ -336,9 +336,9 @@ def _add_images(commands: Commands) -> None:
         usage="[GENERATED] --reference DATA [OPTION ...]",
         examples=(
             "sdkit evaluate images outputs/ --reference photos/",
-            "sdkit evaluate images outputs/ --reference photos/ --prompts prompts.txt --extractor dinov2 clip",
-            "sdkit evaluate images --model runs/u/result --prompts prompts.txt --count 4 --reference photos/",
-            "accelerate launch -m sdkit evaluate images outputs/ --reference photos/ --json",
+            "sdkit evaluate images outputs/ --reference photos/ --extractor dinov2 clip",
+            "sdkit evaluate images --model emoji --prompts p.txt --reference photos/",
+            "accelerate launch -m sdkit evaluate images outputs/ --reference photos/",
         ),
     )
     add = parser.add_argument_group("what to measure").add_argument
@@ -387,8 +387,8 @@ def _add_vae(commands: Commands) -> None:
         usage="SOURCE ... --data DATA [OPTION ...]",
         examples=(
             "sdkit evaluate vae emoji runs/v/result --data photos/",
-            "sdkit evaluate vae sd-v1-5.safetensors madebyollin/taesd --data photos/ --size 512 --json",
-            "accelerate launch -m sdkit evaluate vae emoji --data photos/ --extractor inception",
+            "sdkit evaluate vae sd-v1-5.safetensors --data photos/ --size 512 --json",
+            "accelerate launch -m sdkit evaluate vae emoji --data photos/",
         ),
     )
     add = parser.add_argument_group("what to measure").add_argument

@@ -113,7 +113,8 @@ class Generation(DrawingSettings):
         Raises:
             ImageError: A file cannot be read, or has changed since these settings were written.
         """
-        pictures, hashes = dict[str, Image.Image](), dict[str, str]()
+        pictures: dict[str, Image.Image] = {}
+        hashes: dict[str, str] = {}
         for name, background in INPUTS.items():
             path, expected = getattr(self, name), getattr(self, f"{name}_sha256")
             if path is None:
