@@ -164,7 +164,9 @@ def images(args: argparse.Namespace) -> int:
         found = evaluate_images(generated, reference, prompts=prompts, **options)
     else:
         draw, count = _drawing(settings, prompts or [])
-        found = evaluate_images(draw, reference, prompts=prompts, count=count, **options)
+        # Drawing needs prompts, but no CLIP, which does not ship: measure the CLIP score only where CLIP is asked for.
+        scored = prompts if any(name.partition(":")[0] == "clip" for name in settings.extractor) else None
+        found = evaluate_images(draw, reference, prompts=scored, count=count, **options)
     if is_main_process():
         if settings.json:
             say_json(found.asdict())
@@ -346,8 +348,11 @@ def _add_images(commands: Commands) -> None:
     add("generated", nargs="?", metavar="GENERATED", help=f"The generated images: {kinds}")
     add("--reference", required=True, metavar="DATA", help="Real images, of the same kinds; at least as many")
     add("--split", default="train", metavar="NAME", help="Split of a data set on the Hub (default: train)")
-    prompts = "File of the prompts of the images, one per line, in the order of their names"
-    add("--prompts", metavar="FILE", help=f"{prompts}; each may have several successive images")
+    prompts = (
+        "File of the prompts of the images, one per line, in the order of their names; each may have several "
+        "successive images. Adds the CLIP score and the extractor clip; with --model only if clip is named"
+    )
+    add("--prompts", metavar="FILE", help=prompts)
     add = parser.add_argument_group("how to measure").add_argument
     extractor = (
         "Feature extractors: alex (embedded), inception (the FID's), dinov2, or clip; with :SOURCE, such as "
