@@ -80,13 +80,14 @@ def make(root: Path, n: int) -> None:
     from safetensors.torch import save_file
 
     sys.path.insert(0, str(ROOT))
+    from sdkit.loading.parts import PARTS
     from sdkit.loading.single_file import ASSETS, empty
     from tests.helpers import original_layout
 
     if not (root / "sd15.safetensors").is_file():
         original = {}
         for part, name in (("vae", "vae"), ("unet", "unet"), ("text", "text_encoder")):
-            network = empty(part, json.loads((ASSETS / "sd1" / name / "config.json").read_text())).half()
+            network = empty(PARTS[part], json.loads((ASSETS / "sd1" / name / "config.json").read_text())).half()
             network.save_pretrained(root / "sd15" / name)
             state = {key: value.detach().contiguous() for key, value in network.state_dict().items()}
             original |= {

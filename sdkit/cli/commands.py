@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from sdkit import __version__
 from sdkit.cli.console import complain, exit_code_of, flush, say, say_json, say_path, say_table
+from sdkit.cli.evaluate import add_evaluate_commands
+from sdkit.cli.field_options import FieldOption, field_options
 from sdkit.cli.options import (
     PREDICTION_TYPES,
     SAMPLERS,
@@ -38,9 +40,11 @@ from sdkit.cli.training import add_training_commands
 from sdkit.errors import ArgumentError, SdkitError
 from sdkit.file_search import find_files
 from sdkit.messages import printable
+from sdkit.pipelines.settings import DrawingSettings
 
 if TYPE_CHECKING:
     from sdkit.cli.jobs import Reconstruction, Report
+    from sdkit.cli.preview import PreviewFile
     from sdkit.networks.autoencoder import VAE
     from sdkit.pipelines.generation import Generation
     from sdkit.pipelines.text_to_image import StableDiffusion
@@ -92,22 +96,44 @@ def generate(args: argparse.Namespace) -> int:
     """Generate images from text prompts."""
     from dataclasses import fields
 
+    from sdkit.arguments import whole_number
     from sdkit.cli.jobs import Report, check_generation, generate_files, read_prompts
     from sdkit.pipelines.generation import Generation
 
     if not args.prompts and not args.prompts_file and not args.from_image:
         raise ArgumentError("there is no prompt; give one, --prompts FILE or --from IMAGE.png.")
     prompts = args.prompts + (read_prompts(args.prompts_file) if args.prompts_file else [])
+    options = _drawing_options()
     given = {field.name: getattr(args, field.name) for field in fields(Generation) if field.name in args}
+    given |= {name: options[name].value(value) for name, value in given.items() if name in options}
     generation = (Generation.read(args.from_image) if args.from_image else Generation()).but(**given)
     _check_guidance(given, generation)
     sizes = {"count": args.count, "batch_size": args.batch_size}
     prompts = prompts or [generation.prompt]
     check_generation(prompts, args.out, generation, **sizes)  # before a model is loaded or downloaded
     _check_place(generation.dtype, args.device)
-    report = Report[Path](on_done=say_path)
-    generate_files(_load_sd(args, generation), prompts, args.out, generation, grid=args.grid, report=report, **sizes)
+    if args.preview_every is not None:
+        whole_number("preview_every", args.preview_every, 1)
+    report, sd = Report[Path](on_done=say_path), _load_sd(args, generation)
+    preview = _preview(args, sd)
+    generate_files(sd, prompts, args.out, generation, grid=args.grid, report=report, callback=preview, **sizes)
     return 0
+
+
+def _preview(args: argparse.Namespace, sd: StableDiffusion) -> PreviewFile | None:
+    """Return the callback that shows the forming images; None if no option asks for it."""
+    if not args.preview and args.preview_every is None and args.preview_vae is None:
+        return None
+    from sdkit.cli.jobs import is_image_name
+    from sdkit.cli.preview import PreviewFile, preview_path
+    from sdkit.networks.autoencoder import VAE
+    from sdkit.networks.preview import previewer
+
+    options = {"dtype": sd.vae.dtype, "device": args.device}
+    tiny = None if args.preview_vae is None else VAE.from_pretrained(args.preview_vae, **options)
+    out = Path(args.out)
+    path = preview_path(out, is_file=is_image_name(out))
+    return PreviewFile(path, previewer(sd.vae, tiny), args.preview_every)
 
 
 def _check_guidance(given: dict[str, Any], generation: Generation) -> None:
@@ -291,6 +317,7 @@ def _parser() -> argparse.ArgumentParser:
     for add_to in (_add_generate, _add_encode, _add_decode, _add_reconstruct, _add_info, _add_demo):
         add_to(commands)
     add_training_commands(commands)
+    add_evaluate_commands(commands)
     return parser
 
 
@@ -314,14 +341,18 @@ def _add_generate(commands: Commands) -> None:
         usage="[PROMPT ...] [OPTION ...]",
         examples=(
             'sdkit generate "a red apple on a blue background" --count 4 --grid',
+            'sdkit generate "a fox" --image cat.png --strength 0.6',
+            'sdkit generate "a hat" --image cat.png --mask head.png',
             'sdkit generate "a cat" --model sd-v1-5.safetensors --steps 20 --scale 7',
             "sdkit generate --from outputs/0001-a-cat-0.png --seed 7 --out again.png",
             "sdkit generate --prompts prompts.txt --lora runs/zork/result --lora-scale 0.8",
         ),
     )
     unset: dict[str, Any] = {"default": argparse.SUPPRESS}
-    _add_what_to_draw(parser.add_argument_group("what to draw").add_argument, unset)
-    _add_how_to_draw(parser.add_argument_group("how to draw it").add_argument, unset)
+    what, how = (parser.add_argument_group(title).add_argument for title in ("what to draw", "how to draw it"))
+    _add_what_to_draw(what, unset)
+    for name, option in _drawing_options().items():
+        option.add_to(what if name in ("height", "width") else how)
     add = parser.add_argument_group("model").add_argument
     model_options(add, **unset)
     prediction_type = "What a single file's U-Net predicts (default: detected)"
@@ -334,6 +365,11 @@ def _add_generate(commands: Commands) -> None:
     add = parser.add_argument_group("where to write").add_argument
     add("--out", "-o", metavar="PATH", default="outputs", help="Folder, or a .png for one image (default: outputs)")
     add("--grid", action="store_true", help="Also write one picture of all images, with labels")
+    preview = "Show the forming images in preview.jpg (or NAME-preview.jpg), as often as takes at most 2 %% of the time"
+    add("--preview", action="store_true", help=preview)
+    add("--preview-every", type=int, metavar="N", help="Show them after every N-th step")
+    tiny = "Show them with a tiny VAE for the model's latents, such as madebyollin/taesd: sharper, and slower"
+    add("--preview-vae", metavar="SOURCE", help=tiny)
     add = parser.add_argument_group("speed and memory").add_argument
     batch_size_option(add)
     place_options(add, **unset)
@@ -342,6 +378,9 @@ def _add_generate(commands: Commands) -> None:
 
 def _add_what_to_draw(add: Add, unset: dict[str, Any]) -> None:
     add("prompts", nargs="*", metavar="PROMPT", help="Description of an image; each prompt makes --count images")
+    add("--image", metavar="FILE", help="Image to start from", **unset)
+    mask = "Mask of --image: only its white part is drawn anew"
+    add("--mask-image", "--mask", metavar="FILE", help=mask, **unset)
     prompts = 'File of more prompts, one per line; "-" reads stdin. Lines that begin with # are skipped'
     add("--prompts", dest="prompts_file", metavar="FILE", help=prompts)
     again = "Draw an image that sdkit made again; options given here override its own"
@@ -363,42 +402,27 @@ def _add_what_to_draw(add: Add, unset: dict[str, Any]) -> None:
         help="Random seed of the first image; later images take the next numbers (default: 0)",
         **unset,
     )
-    add("--height", type=int, metavar="PIXELS", help="Height of the images (default: the model's own)", **unset)
-    add("--width", type=int, metavar="PIXELS", help="Width of the images (default: the model's own)", **unset)
 
 
-def _add_how_to_draw(add: Add, unset: dict[str, Any]) -> None:
-    steps = "Sampling steps: more take longer (default: 30)"
-    add("--num-inference-steps", "--steps", dest="num_inference_steps", type=int, metavar="N", help=steps, **unset)
-    add("--sampler", metavar=choices(SAMPLERS), help="Sampler (default: ddim)", **unset)
-    add(
-        "--eta",
-        type=float,
-        metavar="X",
-        help="Noise that ddim adds, from 0 (none) to 1 (as ddpm) (default: 0)",
-        **unset,
-    )
-    spacing = "Spacing of the timesteps (default: the model's own)"
-    add("--spacing", metavar=choices(SPACINGS), help=spacing, **unset)
-    scale = "Guidance scale: higher follows the prompt more closely; 1 is no guidance (default: the model's own)"
-    add("--guidance-scale", "--scale", dest="guidance_scale", type=float, metavar="S", help=scale, **unset)
-    rescale = "Guidance rescale, from 0 (off) to 1, against overexposure (default: 0)"
-    add("--guidance-rescale", "--rescale", dest="guidance_rescale", type=float, metavar="PHI", help=rescale, **unset)
-    interval = "Guide only at noise levels sigma from LO to HI (default: all)"
-    add(
-        "--guidance-interval",
-        "--interval",
-        dest="guidance_interval",
-        nargs=2,
-        type=float,
-        metavar=("LO", "HI"),
-        help=interval,
-        **unset,
-    )
-    clip_skip = "Last layers of the text encoder to skip (default: 0)"
-    add("--clip-skip", type=int, metavar="N", help=clip_skip, **unset)
-    weighting = "Read weights in prompts, such as (word:1.3), as A1111 does (default: no)"
-    add("--weighting", action=argparse.BooleanOptionalAction, help=weighting, **unset)
+def _drawing_options() -> dict[str, FieldOption]:
+    """Return the options for the fields of `DrawingSettings`."""
+    others = {
+        "num_inference_steps": ("--steps",),
+        "guidance_scale": ("--scale",),
+        "guidance_rescale": ("--rescale",),
+        "guidance_interval": ("--interval",),
+        "padding_mask_crop": ("--only-masked",),
+    }
+    metavars: dict[str, str | tuple[str, ...]] = {
+        "height": "PIXELS",
+        "width": "PIXELS",
+        "mask_blur": "PIXELS",
+        "padding_mask_crop": "PIXELS",
+        "sampler": choices(SAMPLERS),
+        "spacing": choices(SPACINGS),
+        "guidance_interval": ("LOW", "HIGH"),
+    }
+    return field_options(DrawingSettings, others, metavars)
 
 
 def _add_encode(commands: Commands) -> None:

@@ -14,8 +14,8 @@ Command: TypeAlias = Callable[[argparse.Namespace], int]
 # The parser shows these choices but does not check them: the function that uses a value refuses a wrong one, in one
 # sentence. They repeat that function's own constants (SAMPLERS, DTYPES, ...), because importing those would import
 # PyTorch. A test compares the two.
-SAMPLERS = ("ddim", "ddpm", "dpm++2m")
-SPACINGS = ("leading", "trailing", "linspace")
+SAMPLERS = ("ddim", "ddpm", "euler", "euler_a", "heun", "dpm++2m", "dpm++2m_sde", "dpm++sde", "unipc", "lcm", "tcd")
+SPACINGS = ("leading", "trailing", "linspace", "karras", "exponential", "lcm")
 CROPS = ("center", "random")
 DTYPES = ("auto", "fp32", "bf16", "fp16")
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")

@@ -6,15 +6,13 @@ The options of `sdkit train` are the fields of the stage's settings. Their help 
 from __future__ import annotations
 
 import argparse
-import os
-import re
-from collections.abc import Callable, Mapping
-from dataclasses import MISSING, dataclass, fields
+from collections.abc import Mapping
+from dataclasses import MISSING
 from pathlib import Path
-from types import NoneType
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from sdkit.cli.console import complain, say, say_json, say_path
+from sdkit.cli.field_options import FieldOption, field_options
 from sdkit.cli.options import (
     CROPS,
     DTYPES,
@@ -29,7 +27,6 @@ from sdkit.cli.options import (
     vae_option,
 )
 from sdkit.errors import ArgumentError
-from sdkit.fields import field_docs
 from sdkit.messages import clean, printable, reason
 from sdkit.processes import is_main_process
 from sdkit.strict_json import read_object
@@ -73,7 +70,7 @@ GROUPS = {
     "optimisation": "max_steps batch_size gradient_accumulation_steps learning_rate lr_scheduler lr_warmup_steps "
     "max_grad_norm ema_decay seed",
     "speed and memory": "mixed_precision gradient_checkpointing use_8bit_adam",
-    "validation": "validate_every validation_data validation_prompts",
+    "validation": "validate_every validation_data validation_prompts evaluate",
     "checkpoints and logs": "save_every keep_checkpoints report_to",
 }
 
@@ -332,7 +329,7 @@ def _add_settings(parser: argparse.ArgumentParser, stage: type[StageSettings]) -
     """Add the fields of a stage's settings as options, in the groups of `GROUPS`, and the others in a last one."""
     config = "Read settings from a file, such as a run's config.json; options given here override it"
     parser.add_argument("--config", metavar="FILE.json", help=config)
-    known = _fields(stage)
+    known = _options(stage)
     groups = {title: names.split() for title, names in GROUPS.items()}
     grouped = {name for names in groups.values() for name in names}
     for title, names in {**groups, "other": [name for name in known if name not in grouped]}.items():
@@ -342,9 +339,14 @@ def _add_settings(parser: argparse.ArgumentParser, stage: type[StageSettings]) -
                 known[name].add_to(group.add_argument)
 
 
+def _options(stage: type[StageSettings]) -> dict[str, FieldOption]:
+    """Return the options for the fields of a stage's settings."""
+    return field_options(stage, SHORT, {name: choices(names) for name, names in CHOICES.items()})
+
+
 def _settings(stage: type[Settings], args: argparse.Namespace) -> Settings:
     """Return the settings of a run: those in the --config file, overridden by the options that are given."""
-    known = _fields(stage)
+    known = _options(stage)
     given = {name: field.value(getattr(args, name)) for name, field in known.items() if name in args}
     values = (_from_file(Path(args.config), stage.__name__, known) if args.config else {}) | given
     if missing := [field.option for field in known.values() if field.default is MISSING and field.name not in values]:
@@ -352,7 +354,7 @@ def _settings(stage: type[Settings], args: argparse.Namespace) -> Settings:
     return stage(**values)
 
 
-def _from_file(path: Path, stage: str, known: Mapping[str, _Field]) -> dict[str, Any]:
+def _from_file(path: Path, stage: str, known: Mapping[str, FieldOption]) -> dict[str, Any]:
     """Read settings from a run's config.json, or from a JSON object of fields."""
     try:
         found = read_object(path)
@@ -369,94 +371,3 @@ def _from_file(path: Path, stage: str, known: Mapping[str, _Field]) -> dict[str,
     if unknown := [name for name in values if name not in known]:
         raise ArgumentError(f"{path} sets {clean(unknown[0])!r}, which is no setting of this stage; leave it out.")
     return {name: known[name].value(value) for name, value in values.items()}
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Field:
-    """A field of a stage's settings, which an option or a JSON file can set.
-
-    Attributes:
-        name: Name of the field.
-        doc: Description of the field.
-        default: Default, or MISSING for a required field.
-        kind: Type of a value: bool, int, float, or str.
-        is_path: Whether a value may be a path.
-        single: Whether the field takes one value. `size`, for example, takes one value or a tuple.
-        several: Whether the field takes a tuple of values.
-        optional: Whether the field takes None.
-    """
-
-    name: str
-    doc: str
-    default: Any
-    kind: type
-    is_path: bool
-    single: bool
-    several: bool
-    optional: bool
-
-    @property
-    def option(self) -> str:
-        """Name of the option."""
-        return f"--{self.name.replace('_', '-')}"
-
-    def add_to(self, add: Add) -> None:
-        """Add the option. If it is not given, the parsed arguments lack it."""
-        options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": self._help()}
-        if self.kind is bool:
-            add(self.option, action=argparse.BooleanOptionalAction, **options)
-            return
-        if self.several:
-            options["nargs"] = "+"
-        add(self.option, *SHORT.get(self.name, ()), type=self._parser(), metavar=self._metavar(), **options)
-
-    def _metavar(self) -> str:
-        """Return the placeholder for a value in the help, such as N or PATH."""
-        if self.name in CHOICES:
-            return choices(CHOICES[self.name])
-        return "PATH" if self.is_path else {int: "N", float: "X"}.get(self.kind, "TEXT")
-
-    def _help(self) -> str:
-        """Return the help of the option: the field's description, and its default.
-
-        If the default is None, the description explains it; its word None becomes "the default".
-        """
-        doc = self.doc.removesuffix(".").replace("`", "")
-        if self.default is None:  # on the command line, an option that is left out stands for None
-            doc = re.sub(r"(^|[.:] )None\b", r"\1The default", doc)
-            doc = re.sub(r"\bNone\b", "the default", doc)
-        words = {"True": "yes", "False": "no", "": "empty"}
-        unsaid = self.default in (MISSING, None, ())
-        default = "" if unsaid else f" (default: {words.get(str(self.default), self.default)})"
-        return f"{doc}{default}".replace("%", "%%")
-
-    def _parser(self) -> Callable[[str], Any]:
-        """Return the function that parses a value on the command line; "none" is None for fields that take it."""
-
-        def parse(text: str) -> Any:
-            return None if self.optional and text.lower() == "none" else self.kind(text)
-
-        parse.__name__ = self.kind.__name__  # argparse quotes this name in its errors: "invalid int value"
-        return parse
-
-    def value(self, found: Any) -> Any:
-        """Convert a list from argparse or JSON to one value or a tuple. The settings check the value."""
-        if isinstance(found, list):
-            return found[0] if self.single and len(found) == 1 else tuple(found)
-        return found
-
-
-def _fields(stage: type) -> dict[str, _Field]:
-    """Return the fields of a stage's settings: its own first, then those it inherits."""
-    hints, docs, found = get_type_hints(stage), field_docs(stage), dict[str, _Field]()
-    for field in fields(stage):
-        hint = hints[field.name]
-        kinds = [hint] if get_origin(hint) in (None, tuple) else get_args(hint)  # a union has several types
-        plain = [kind for kind in kinds if kind is not NoneType and get_origin(kind) is not tuple]
-        items = [get_args(kind)[0] for kind in kinds if get_origin(kind) is tuple]
-        found[field.name] = _Field(
-            name=field.name, doc=docs[field.name], default=field.default, kind=[*plain, *items][0],
-            is_path=any(get_origin(kind) is os.PathLike for kind in kinds), single=bool(plain), several=bool(items),
-            optional=NoneType in kinds,
-        )  # fmt: skip
-    return {name: found[name] for name in docs}

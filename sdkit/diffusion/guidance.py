@@ -29,6 +29,16 @@ def check_scale(scale: float) -> float:
     return number("the guidance scale", scale, -1e6, 1e6)
 
 
+def check_rescale(phi: float) -> float:
+    """Return the strength of rescaled guidance. Raise ArgumentError unless it is in [0, 1]."""
+    return number("the guidance rescale (phi)", phi, 0, 1)
+
+
+def check_interval(interval: tuple[float, float] | None) -> tuple[float, float] | None:
+    """Return the noise levels at which to guide. Raise ArgumentError unless they are an interval, or None."""
+    return None if interval is None else noise_levels("the guidance interval", interval)
+
+
 def cfg(uncond: Tensor, cond: Tensor, scale: float) -> Tensor:
     """Return uncond + scale * (cond - uncond): classifier-free guidance (Ho & Salimans 2022,
     https://arxiv.org/abs/2207.12598, eq. 6 with scale = 1 + w).
@@ -152,9 +162,7 @@ def guided(
     for condition in (cond, *([] if uncond is None else [uncond])):
         check_condition(condition)
     scale = check_scale(scale)
-    phi = number("the guidance rescale (phi)", phi, 0, 1)
-    if interval is not None:
-        interval = noise_levels("the guidance interval", interval)
+    phi, interval = check_rescale(phi), check_interval(interval)
     if projected is not None and not isinstance(projected, APG):
         raise ArgumentError(f"projected guidance takes its settings as sdkit.guidance.APG(...), not {projected!r}.")
     if phi and projected is not None:

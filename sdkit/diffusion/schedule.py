@@ -23,6 +23,15 @@ from sdkit.errors import ArgumentError
 from sdkit.messages import clean
 
 SPACINGS = ("leading", "trailing", "linspace")
+"""Spacings of timesteps that a model's config can name."""
+ALL_SPACINGS = (*SPACINGS, "karras", "exponential", "lcm")
+"""Spacings that `NoiseSchedule.timesteps` takes."""
+RHO = 7.0
+"""Karras et al. 2022's rho: steps get shorter as the noise gets less."""
+HIGHEST_SIGMA = 2.0**12
+"""Noise level at which spacings in sigma begin for zero-terminal-SNR schedules, whose own is infinite."""
+DISTILLED_STEPS = 50
+"""Steps of the solver from which LCM and TCD models are distilled."""
 VARIANCE_TYPES = ("fixed_small", "fixed_large", "learned_range")
 LONGEST_CHAIN = 1_000_000
 """Largest number of timesteps that a config may state; models have 1,000. A larger table could exhaust memory."""
@@ -257,9 +266,14 @@ class NoiseSchedule:
 
         Args:
             n: Number of steps, from 1 to T.
-            spacing: Spacing of the timesteps (Lin et al. 2023, https://arxiv.org/abs/2305.08891, table 2); None is the
-                schedule's own. "leading" is Stable Diffusion's and never reaches T - 1. "trailing" starts at T - 1, as
-                zero-terminal-SNR models need. "linspace" includes both ends.
+            spacing: Spacing of the timesteps; None is the schedule's own.
+                In t (Lin et al. 2023, https://arxiv.org/abs/2305.08891, table 2): "leading" is Stable Diffusion's and
+                never reaches T - 1. "trailing" starts at T - 1, as zero-terminal-SNR models need. "linspace" includes
+                both ends.
+                In sigma, from T - 1 to 0, each rounded to the nearest timestep: "karras" (Karras et al. 2022,
+                https://arxiv.org/abs/2206.00364, eq. 5, rho = 7), and "exponential", even in log sigma.
+                "lcm" takes every 50/n-th of the 50 timesteps on which LCM and TCD models are distilled (Luo et al.
+                2023, https://arxiv.org/abs/2310.04378, section 4.3); n is 50 at most.
 
         Returns:
             Pairs (t, t_prev), from most noise to least. The last t_prev is -1.
@@ -268,18 +282,35 @@ class NoiseSchedule:
             ArgumentError: `n` is out of range, or the spacing is unknown.
         """
         T, spacing = self.num_timesteps, self.timestep_spacing if spacing is None else spacing
-        n = whole_number("the number of steps", n, 1, T)
-        one_of("spacing", spacing, SPACINGS)
+        n, spacing = check_steps(n, T), check_spacing(spacing)
         if spacing == "leading":
             stride = T // n
             offset = min(self.steps_offset, T - 1 - stride * (n - 1))
             t = np.arange(n, dtype=np.float64)[::-1] * stride + offset
         elif spacing == "trailing":
             t = np.round(np.arange(T, 0, -T / n))[:n] - 1
-        else:
+        elif spacing == "linspace":
             t = np.round(np.linspace(0, T - 1, n))[::-1] if n > 1 else np.array([T - 1.0])
+        elif spacing == "lcm":
+            distilled = min(DISTILLED_STEPS, T)
+            whole_number("the number of steps of spacing 'lcm'", n, 1, distilled)
+            t = np.arange(distilled, 0, -1.0)[np.arange(n) * distilled // n] * (T // distilled) - 1
+        else:
+            t = self._spaced_in_sigma(n, RHO if spacing == "karras" else math.inf)
         ts = [int(value) for value in t]
         return list(zip(ts, [*ts[1:], -1], strict=True))
+
+    def _spaced_in_sigma(self, n: int, rho: float) -> np.ndarray[Any, np.dtype[Any]]:
+        """Return n falling timesteps at which sigma^(1 / rho), or log sigma where rho is infinite, is as evenly spaced
+        as whole timesteps allow."""
+        alphas = self.alphas_cumprod.numpy()
+        sigmas = np.sqrt((1 - alphas) / np.maximum(alphas, 1 / (1 + HIGHEST_SIGMA**2)))
+        level = np.log(sigmas) if math.isinf(rho) else sigmas ** (1 / rho)
+        wanted = np.linspace(level[-1], level[0], n)
+        t = np.round(np.interp(wanted, level, np.arange(self.num_timesteps)))
+        # Where the wanted levels lie closer than timesteps do, rounding repeats a timestep. Repeats move up.
+        rising = np.maximum.accumulate(t[::-1] - np.arange(n)) + np.arange(n)
+        return np.minimum(rising, self.num_timesteps - n + np.arange(n))[::-1]
 
     def add_noise(self, x0: Tensor, eps: Tensor, t: int | Tensor) -> Tensor:
         """Return x_t = sqrt(a_t) x0 + sqrt(1 - a_t) eps (Ho et al. 2020, https://arxiv.org/abs/2006.11239, eq. 4).
@@ -397,6 +428,16 @@ class NoiseSchedule:
             smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps  # the smallest subnormal number
             return math.sqrt(self._values[self._checked_number(t)]) <= smallest / 2  # rounds to 0
         return bool((self.alphas_cumprod[self._checked(t)].sqrt().to(dtype) == 0).any())
+
+
+def check_steps(n: int, most: int | None = None) -> int:
+    """Return a number of sampling steps. Raise ArgumentError unless it is from 1 to `most`."""
+    return whole_number("the number of steps", n, 1, most)
+
+
+def check_spacing(spacing: str) -> str:
+    """Return the name of a spacing of timesteps. Raise ArgumentError for an unknown one."""
+    return one_of("spacing", spacing, ALL_SPACINGS)
 
 
 def _linspace(start: float, end: float, n: int) -> Tensor:

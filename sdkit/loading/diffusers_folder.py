@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,10 +10,11 @@ import torch
 
 from sdkit.errors import ArgumentError, SourceError
 from sdkit.loading import hub, pixels, tokenizer
-from sdkit.loading.configs import read_config, read_json
+from sdkit.loading.configs import class_name, read_config, read_json
+from sdkit.loading.parts import PARTS, SCHEDULER, TEXT, Part
 from sdkit.loading.place import Place, absent
 from sdkit.loading.shards import index_names, open_shards, read_index
-from sdkit.loading.single_file import NOUNS, build
+from sdkit.loading.single_file import build
 from sdkit.loading.tensors import TensorFile, is_file, open_tensors
 from sdkit.messages import clean
 
@@ -29,71 +29,12 @@ BESIDE_TEXT = ("vision_model.", "visual_projection.", "text_projection.", "logit
 VARIANT = re.compile(r"[\w-]+")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Part:
-    """One part of a model.
-
-    Attributes:
-        name: "vae", "unet", "text", or "scheduler".
-        folder: Its subfolder in a pipeline's folder.
-        classes: The class that the config names -> the class that loads it. Empty for the schedule, which is read as
-            data.
-        telling: A key of the config -> the class that it implies if the config names none. The first match counts.
-        config: The file name of the config.
-        weights: File names of the weights, the preferred one first.
-        shown: Keys of the config that a `Description` shows -> their defaults in diffusers.
-    """
-
-    name: str
-    folder: str
-    classes: dict[str, str] = field(default_factory=dict)
-    telling: dict[str, str] = field(default_factory=dict)
-    config: str = "config.json"
-    weights: tuple[str, ...] = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
-    shown: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def files(self) -> list[str]:
-        """Paths of configs and tokenizer files that the part may need, in a pipeline's repository or in its own."""
-        names = [self.config, f"{self.folder}/{self.config}"]
-        if self is TEXT:
-            names += [f"{folder}{name}" for folder in ("", "tokenizer/") for name in tokenizer.FILES]
-        return names
-
-
-VAE = Part(
-    name="vae",
-    folder="vae",
-    classes={name: name for name in ("AutoencoderKL", "AutoencoderTiny", "VQModel", pixels.CLASS)},
-    telling={
-        "encoder_block_out_channels": "AutoencoderTiny",
-        "num_vq_embeddings": "VQModel",
-        "latent_channels": "AutoencoderKL",
-    },
-    shown={"latent_channels": 4, "scaling_factor": 0.18215},
-)
-UNET = Part(
-    name="unet",
-    folder="unet",
-    classes={"UNet2DConditionModel": "UNet2DConditionModel"},
-    telling={"cross_attention_dim": "UNet2DConditionModel"},
-    shown={"in_channels": 4, "cross_attention_dim": 1280, "sample_size": None},
-)
-TEXT = Part(
-    name="text",
-    folder="text_encoder",
-    classes={"CLIPTextModel": "CLIPTextModel", "CLIPModel": "CLIPTextModel"},
-    telling={"text_config": "CLIPModel", "max_position_embeddings": "CLIPTextModel"},
-    weights=("model.safetensors", "pytorch_model.bin"),
-    shown={"hidden_size": 512, "num_hidden_layers": 12, "max_position_embeddings": 77},
-)
-SCHEDULER = Part(
-    name="scheduler",
-    folder="scheduler",
-    config="scheduler_config.json",
-    shown={"prediction_type": "epsilon", "timestep_spacing": "leading", "rescale_betas_zero_snr": False},
-)
-PARTS = (VAE, UNET, TEXT, SCHEDULER)
+def config_files(part: Part) -> list[str]:
+    """Return paths of configs and tokenizer files that a part may need, in a pipeline's repository or in its own."""
+    names = [part.config, part.config_path]
+    if part is TEXT:
+        names += [f"{folder}{name}" for folder in ("", "tokenizer/") for name in tokenizer.FILES]
+    return names
 
 
 def locate(place: Place, part: Part) -> Path:
@@ -101,23 +42,16 @@ def locate(place: Place, part: Part) -> Path:
 
     Raises SourceError if there is no config, or if it names a class that does not fit the part.
     """
-    root = place.root(part.files)
+    root = place.root(config_files(part))
     for folder in (root / part.folder, root):
         if is_file(folder / part.config):
             name = class_of(read_json(folder / part.config), part)
-            if part.classes and name not in part.classes:
+            if not part.accepts(name):
                 raise _wrong(place, name, part)
             return folder
     if other := next((file for file in (root / "config.json", root / SCHEDULER.config) if is_file(file)), None):
         raise _wrong(place, class_name(read_json(other)), part)
-    raise absent(place, f"{part.folder}/{part.config}")
-
-
-def class_name(config: dict[str, Any]) -> str:
-    """Return the class that a config of diffusers or transformers names."""
-    architectures = config.get("architectures")
-    names = [config.get("_class_name"), *(architectures if isinstance(architectures, list) else [])]
-    return clean(next((name for name in names if name and isinstance(name, str)), "unknown network"))
+    raise absent(place, part.config_path)
 
 
 def class_of(config: dict[str, Any], part: Part) -> str:
@@ -129,10 +63,10 @@ def class_of(config: dict[str, Any], part: Part) -> str:
 
 
 def _wrong(place: Place, name: str, part: Part) -> SourceError:
-    classes = [name for name in dict.fromkeys(part.classes.values()) if name != pixels.CLASS]
+    classes = dict.fromkeys(path.split(":")[1] for path in part.classes.values() if path)
     wanted = f" ({' or '.join(classes)})" if classes else ""
     article = "an" if name.lower().startswith(("a", "e", "i", "o", "unknown")) else "a"
-    return SourceError(f"{place.label} holds {article} {name}, not {NOUNS[part.name]}{wanted}; give another source.")
+    return SourceError(f"{place.label} holds {article} {name}, not {part.noun}{wanted}; give another source.")
 
 
 def load_network(place: Place, part: Part, dtype: torch.dtype, variant: str | None) -> Any:
@@ -150,22 +84,23 @@ def load_network(place: Place, part: Part, dtype: torch.dtype, variant: str | No
         SourceError: The part is missing, damaged, or of another class.
     """
     folder = locate(place, part)
-    config = read_config(folder / part.config, part.name)
-    if part is VAE and class_of(config, part) == pixels.CLASS:
+    config = read_config(folder / part.config, part.checks)
+    name = class_of(config, part)
+    if name == pixels.CLASS:
         return pixels.PixelIdentity().eval()
     if config.get("quantization_config"):
         problem = "is the config of quantized weights (quantization_config)"
         raise SourceError(f"{str(folder / part.config)!r} {problem}; give the model in float16 or float32.")
     weights = _open(_find_weights(place, part, folder, variant))
     return build(
-        part.name,
-        config | {"_class_name": class_of(config, part)},
+        part,
+        config | {"_class_name": name},
         lambda network: _named(part, weights, network),
         dtype,
         file=weights,
         keys=weights.shapes,
         path=folder / part.config,
-        label=f"{NOUNS[part.name]} in {str(folder)!r}",
+        label=f"{part.noun} in {str(folder)!r}",
         problem=f"the weights in {weights.label} do not fit the config.json beside them",
     )
 
@@ -225,7 +160,7 @@ def _find_weights(place: Place, part: Part, folder: Path, variant: str | None) -
     if found := _fetched(place, folder, inside, _weights_names(part, variant)):
         return found
     names = _listed(place, folder.parent if inside else folder)
-    elsewhere = variant and any(variant in _variants(names, other, f"{other.folder}/") for other in PARTS)
+    elsewhere = variant and any(variant in _variants(names, other, f"{other.folder}/") for other in PARTS.values())
     if elsewhere and (found := _fetched(place, folder, inside, _weights_names(part, None))):
         return found
     wanted = inside + _weights_names(part, variant)[0]
@@ -264,7 +199,7 @@ def _listed(place: Place, root: Path) -> list[str]:
     """Return the names of a place's files. If the Hub cannot be reached, these are the files in the cache."""
     if place.kind == "hub" and (names := hub.list_files(place.name, place.revision)) is not None:
         return names
-    folders = [root, *(root / part.folder for part in PARTS)]
+    folders = [root, *(root / part.folder for part in PARTS.values())]
     return [path.relative_to(root).as_posix() for folder in folders for path in folder.glob("*")]
 
 

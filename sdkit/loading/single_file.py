@@ -1,12 +1,11 @@
 """Single files of weights in the original layout (CompVis, A1111, civitai), loaded without a connection.
 
-diffusers' converters rename the tensors. Their shapes tell which of the public configs fits.
+The shapes of the tensors tell which of the public configs fits.
 """
 
 from __future__ import annotations
 
 import inspect
-import re
 import warnings
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -16,11 +15,11 @@ import torch
 
 from sdkit.arguments import PREDICTIONS
 from sdkit.errors import SourceError
-from sdkit.loading.configs import VALUES, layers_of, read_config
+from sdkit.loading.configs import class_name, layers_of, read_config
+from sdkit.loading.original_names import OPEN_CLIP, Tensors
+from sdkit.loading.parts import PARTS, TEXT, UNET, VAE, Part
 from sdkit.loading.tensors import EMBEDDING, TensorFile, check_dtypes, check_finite, check_fit, guarded
 from sdkit.messages import clean
-
-Tensors = dict[str, torch.Tensor]
 
 ASSETS = Path(__file__).parent.parent / "assets"
 SMALL_LAYERS = 100
@@ -28,17 +27,6 @@ SMALL_LAYERS = 100
 ones."""
 LARGEST = 10_000_000_000
 """Largest number of parameters of a network that is trained from scratch."""
-NOUNS = {"vae": "a VAE", "unet": "a U-Net", "text": "a CLIP text encoder", "scheduler": "a noise schedule"}
-
-# Part -> prefixes of its tensor names in a checkpoint. In the file of a VAE alone, names have no prefix.
-PREFIXES = {
-    "vae": ("first_stage_model.", "vae.", ""),
-    "unet": ("model.diffusion_model.",),
-    "text": ("cond_stage_model.",),
-}
-VAE_MODULES = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
-OPEN_CLIP = "cond_stage_model.model."
-GUIDANCE_INPUT = "model.diffusion_model.time_embed.cond_proj.weight"
 FIRST_CONV = "model.diffusion_model.input_blocks.0.0.weight"
 
 # Substrings of tensor names that only another model has, and that model. The first match decides.
@@ -84,22 +72,6 @@ PASSED_OVER = (
     "state_dict",
     "global_step",
 )
-# Suffixes of the names of tensors that SD's text encoder does not use.
-UNUSED_TEXT = ("position_ids", "logit_scale", "text_projection", "text_projection.weight", "attn_mask")
-UNUSED_TOWERS = (
-    f"{OPEN_CLIP}visual.",
-    "cond_stage_model.transformer.vision_model.",
-    "cond_stage_model.transformer.visual_projection.",
-)
-# Names of a VAE's attention layers in diffusers, today and before 0.18 -> in the original layout.
-VAE_ATTENTION = {
-    "group_norm": "norm",
-    **dict.fromkeys(("to_q", "query"), "q"),
-    **dict.fromkeys(("to_k", "key"), "k"),
-    **dict.fromkeys(("to_v", "value"), "v"),
-    **dict.fromkeys(("to_out.0", "proj_attn"), "proj_out"),
-}
-RENAMED = re.compile(rf"(\.mid\.attn_1\.)({'|'.join(map(re.escape, VAE_ATTENTION))})(\.weight|\.bias)$")
 # Names in diffusers' and transformers' own layout, which cannot be loaded without the config.json beside them.
 DIFFUSERS_NAMES = ("down_blocks.", "text_model.encoder.", "encoder.layers.", "decoder.layers.")
 WIDTHS = {768: "sd1", 1024: "sd2", 1280: "the refiner of Stable Diffusion XL", 2048: "Stable Diffusion XL"}
@@ -121,45 +93,44 @@ TEXT_FIELDS = (
     "bos_token_id",
     "eos_token_id",
 )
+INPAINTING = 9
 INPUTS = {5: "a depth model", 7: "an upscaler", 8: "InstructPix2Pix", 9: "an inpainting model"}
 
 
-def keys_of(file: TensorFile, part: str) -> list[str]:
-    """Return the names of the tensors of `part` ("vae", "unet", "text"); an empty list if the file lacks the part."""
-    for prefix in PREFIXES[part]:
-        begins = tuple(prefix + module for module in VAE_MODULES) if part == "vae" else (prefix,)
+def keys_of(file: TensorFile, part: Part) -> list[str]:
+    """Return the names of the tensors of `part`; an empty list if the file lacks the part."""
+    for prefix in part.prefixes:
+        begins = tuple(prefix + module for module in part.modules)
         if keys := [key for key in file.shapes if key.startswith(begins)]:
             return keys
     return []
 
 
-def require(file: TensorFile, part: str) -> list[str]:
+def require(file: TensorFile, part: Part) -> list[str]:
     """Return the names of the tensors of `part`. Raise SourceError, saying what the file holds instead."""
     if keys := keys_of(file, part):
         return keys
-    held = " and ".join(NOUNS[other] for other in PREFIXES if keys_of(file, other))
-    wanted = NOUNS[part]
-    beside = ", or a VAE beside it (vae=, --vae)" if part == "vae" else ""
-    raise SourceError(f"{file.label} holds {held}, not {wanted}; give a whole checkpoint or another source{beside}.")
+    held = " and ".join(other.noun for other in PARTS.values() if keys_of(file, other))
+    beside = ", or a VAE beside it (vae=, --vae)" if part is VAE else ""
+    raise SourceError(f"{file.label} holds {held}, not {part.noun}; give a whole checkpoint or another source{beside}.")
 
 
 def check_kind(file: TensorFile) -> None:
     """Raise SourceError for a file of another model, saying which, or of no model that sdkit knows."""
-    parts = {key for part in PREFIXES for key in keys_of(file, part)}
+    parts = {key for part in PARTS.values() for key in keys_of(file, part)}
     for name, looks_like in FOREIGN if parts else (*FOREIGN, *ADDITIONS):
         if any(name in key for key in file.shapes):
             raise SourceError(f"{file.label} looks like {looks_like}; sdkit loads Stable Diffusion 1.x and 2.x.")
     if "xl" in file.metadata.get("modelspec.architecture", ""):  # an SDXL VAE has the shapes of SD's, but another scale
         raise SourceError(f"{file.label} looks like Stable Diffusion XL; sdkit loads Stable Diffusion 1.x and 2.x.")
-    own = [key for key in file.shapes if not key.startswith(PREFIXES["text"])]
+    own = [key for key in file.shapes if not key.startswith(TEXT.prefixes)]
     if any(name in key for key in own for name in DIFFUSERS_NAMES):
         raise SourceError(f"{file.label} is one part in diffusers layout; give its folder, with the config.json in it.")
     if not parts:
         if len(file.shapes) == 1 and next(iter(file.shapes.values()))[-1:] in {(width,) for width in WIDTHS}:
             raise SourceError(f"{file.label} looks like a textual inversion embedding; give a model.")
         raise SourceError(f"{file.label} holds neither a Stable Diffusion checkpoint nor a VAE; give another file.")
-    known = (*PASSED_OVER, *PREFIXES["unet"], *PREFIXES["text"])
-    if strange := sorted(key for key in file.shapes.keys() - parts if not key.startswith(known)):
+    if strange := sorted(key for key in file.shapes.keys() - parts if not key.startswith(PASSED_OVER)):
         more = f" and {len(strange) - 1} more tensors" if strange[1:] else ""
         warnings.warn(
             f"{file.label} also holds {clean(strange[0])}{more}, which is no part of the model and is not used.",
@@ -173,14 +144,14 @@ def family_of(file: TensorFile) -> str:
     Raises:
         SourceError: The sizes belong to neither family. The sentence says what the file looks like.
     """
-    latents = next((_inputs(file, key) for key in keys_of(file, "vae") if key.endswith("decoder.conv_in.weight")), 4)
+    latents = next((_inputs(file, key) for key in keys_of(file, VAE) if key.endswith("decoder.conv_in.weight")), 4)
     if latents != 4:
         raise SourceError(f"{file.label} holds a VAE of another family: {latents} latent channels where SD has 4.")
-    channels = _inputs(file, FIRST_CONV) if FIRST_CONV in file.shapes else 4
-    if channels != 4:
+    channels = inputs_of(file)
+    if channels not in (4, INPAINTING):
         name = INPUTS.get(channels, "another kind of model")
         raise SourceError(f"{file.label} looks like {name} ({channels} input channels); give a text-to-image model.")
-    if unet := keys_of(file, "unet"):
+    if unet := keys_of(file, UNET):
         width = next((_inputs(file, key) for key in unet if key.endswith(".attn2.to_k.weight")), 0)
         family = WIDTHS.get(width, "a model of another family")
         if family not in ("sd1", "sd2"):
@@ -188,6 +159,11 @@ def family_of(file: TensorFile) -> str:
     else:
         family = "sd2" if any(key.startswith(OPEN_CLIP) for key in file.shapes) else "sd1"
     return "sd2-v" if family == "sd2" and marked_prediction(file) == "v_prediction" else family
+
+
+def inputs_of(file: TensorFile) -> int:
+    """Return the number of input channels of a file's U-Net: 4, or `INPAINTING` for an inpainting model."""
+    return _inputs(file, FIRST_CONV) if FIRST_CONV in file.shapes else 4
 
 
 def _inputs(file: TensorFile, key: str) -> int:
@@ -211,21 +187,32 @@ def probe_prediction(unet: Any) -> str:
     Its input is pure noise at the last timestep. There x_t is nearly eps: an eps model returns nearly its input, a v
     model nearly -x0, which is uncorrelated with the input.
     """
-    channels, width = unet.config.in_channels, unet.config.cross_attention_dim
+    channels, width = min(unet.config.in_channels, unet.config.out_channels), unet.config.cross_attention_dim
     # 8 x 8 latents are enough, and fast even in float16 on a CPU, where 32 x 32 take a minute.
     x_t = torch.randn((1, channels, 8, 8), generator=torch.Generator().manual_seed(0))
     cond = torch.zeros((1, 77, width), dtype=unet.dtype)
-    output = unet(x_t.to(unet.dtype), 999, cond).sample.float()[:, :channels]
+    beside = torch.zeros((1, unet.config.in_channels - channels, 8, 8))  # an inpainting model's mask and image
+    beside[:, :1] = 1  # all is drawn
+    output = unet(torch.cat([x_t, beside], dim=1).to(unet.dtype), 999, cond).sample.float()[:, :channels]
     correlation = torch.corrcoef(torch.stack([x_t.flatten(), output.flatten()]))[0, 1]
     return "epsilon" if correlation > 0.5 else "v_prediction"
 
 
-def load_network(file: TensorFile, part: str, configs: Path, dtype: torch.dtype) -> Any:
+def config_of(file: TensorFile, part: Part, configs: Path) -> dict[str, Any]:
+    """Return the config of a part. The public configs are those of text-to-image models, and serve inpainting models
+    too: these differ only in the number of input channels.
+    """
+    config = read_config(configs / part.config_path, part.checks)
+    inputs = {"in_channels": inputs_of(file)} if part is UNET and configs.parent == ASSETS else {}
+    return config | inputs
+
+
+def load_network(file: TensorFile, part: Part, configs: Path, dtype: torch.dtype) -> Any:
     """Load the network `part` of a file, in eval mode, on the CPU.
 
     Args:
         file: The open file.
-        part: "vae", "unet", or "text".
+        part: The part.
         configs: A folder of configs in diffusers layout.
         dtype: The dtype to convert the weights to.
 
@@ -233,23 +220,23 @@ def load_network(file: TensorFile, part: str, configs: Path, dtype: torch.dtype)
         SourceError: The part is missing, or the weights are damaged or do not fit the config.
     """
     keys = require(file, part)
-    path = configs / ("text_encoder" if part == "text" else part) / "config.json"
+    path = configs / part.config_path
     against = f"the public config {configs.name!r}" if configs.parent == ASSETS else f"the config in {str(configs)!r}"
     return build(
         part,
-        read_config(path, part),
-        lambda network: _converted(part, file.read(keys), network),
+        config_of(file, part, configs),
+        lambda network: part.rename(file.read(keys), network),
         dtype,
         file=file,
         keys=keys,
         path=path,
-        label=f"{NOUNS[part]} from {file.label}",
+        label=f"{part.noun} from {file.label}",
         problem=f"the weights in {file.label} do not fit {against}",
     )
 
 
 def build(
-    part: str,
+    part: Part,
     config: dict[str, Any],
     weights: Callable[[Any], Tensors],
     dtype: torch.dtype,
@@ -263,7 +250,7 @@ def build(
     """Build a network from its config, fill it with weights, and return it in eval mode.
 
     Args:
-        part: "vae", "unet", or "text".
+        part: The part.
         config: The config.
         weights: A function of the empty network that returns the tensors under that network's names.
         dtype: The dtype to convert the weights to.
@@ -281,99 +268,41 @@ def build(
     return network.eval()
 
 
-def blueprint(part: str, config: dict[str, Any], path: Path, most: int, label: str) -> Any:
+def blueprint(part: Part, config: dict[str, Any], path: Path, most: int, label: str) -> Any:
     """Build a network from its config on the meta device: without weights, but with its buffers.
 
     Raise SourceError if the config asks for more layers than both `most`, the number of tensors, and `SMALL_LAYERS`.
     """
     from accelerate import init_empty_weights
 
-    if (asked := layers_of(config, part)) > max(most, SMALL_LAYERS):
+    if (asked := layers_of(config, part.checks)) > max(most, SMALL_LAYERS):
         raise SourceError(f"{str(path)!r} asks for {asked:,} layers, more than the weights can fill; correct it.")
     with guarded(label), init_empty_weights():
         return empty(part, config)
 
 
-def check_size(part: str, config: dict[str, Any], path: Path) -> None:
+def check_size(part: Part, config: dict[str, Any], path: Path) -> None:
     """Raise SourceError if a config asks for over `LARGEST` parameters: building the network would fill the memory."""
-    with guarded(f"{NOUNS[part]} in {str(path.parent)!r}"), torch.device("meta"):
+    with guarded(f"{part.noun} in {str(path.parent)!r}"), torch.device("meta"):
         network = empty(part, config)
     count = sum(tensor.numel() for tensor in network.state_dict().values())
     if count > LARGEST:
         raise SourceError(f"{str(path)!r} asks for {count:,} parameters, sdkit builds at most {LARGEST:,}; correct it.")
 
 
-def empty(part: str, config: dict[str, Any]) -> Any:
+def empty(part: Part, config: dict[str, Any]) -> Any:
     """Build a network from its config; its weights are random, or empty on the meta device.
 
     Only keys that are parameters of the network's class are passed on. Others in an untrusted config may name code,
     kernels, or files to download (`auto_map`, `attn_implementation`, `quantization_config`).
     """
-    if part == "text":
-        from transformers import CLIPTextConfig, CLIPTextModel
-
+    network_class = part.load_class(class_name(config))
+    if part is TEXT:
         sizes = config.get("text_config", config)  # nested in the config of a whole CLIP model
-        return CLIPTextModel(CLIPTextConfig(**{key: sizes[key] for key in TEXT_FIELDS if key in sizes}))
-    network = _class(part, config.get("_class_name"))
-    known = {"_class_name", *VALUES[part], *inspect.signature(network.__init__).parameters}
-    return network.from_config({key: value for key, value in config.items() if key in known})
-
-
-def _class(part: str, name: Any) -> Any:
-    if part == "unet":
-        from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-
-        return UNet2DConditionModel
-    if part != "vae":
-        raise ValueError(f"no class is known for part {part!r}")
-    from diffusers import AutoencoderKL, AutoencoderTiny, VQModel
-
-    return {"VQModel": VQModel, "AutoencoderTiny": AutoencoderTiny}.get(name, AutoencoderKL)
-
-
-def _converted(part: str, tensors: Tensors, network: Any) -> Tensors:
-    """Rename tensors to the network's own names. Those that are not part of the network keep their names, and so
-    `check_fit` reports them."""
-    from diffusers.loaders import single_file_utils as converters
-
-    if part == "text":
-        return _converted_text(tensors, network)
-    if part == "vae":
-        original = {RENAMED.sub(_original_name, key): tensor for key, tensor in tensors.items()}
-        named = dict(converters.convert_ldm_vae_checkpoint(original, network.config))
-    else:
-        named = dict(converters.convert_ldm_unet_checkpoint(tensors, network.config))
-        if GUIDANCE_INPUT in tensors and network.time_embedding.cond_proj is not None:  # a latent consistency model
-            named["time_embedding.cond_proj.weight"] = tensors[GUIDANCE_INPUT]
-    # The converters drop tensors that they have no rule for. To find these, compare memory addresses: tensors that the
-    # converters keep, even reshaped, share the memory of the originals.
-    kept = {tensor.data_ptr() for tensor in named.values() if tensor.numel()}
-    return named | {key: tensor for key, tensor in tensors.items() if tensor.data_ptr() not in kept}
-
-
-def _original_name(match: re.Match[str]) -> str:
-    return f"{match[1]}{VAE_ATTENTION[match[2]]}{match[3]}"
-
-
-def _converted_text(tensors: Tensors, network: Any) -> Tensors:
-    """Rename a text encoder's tensors as `_converted` does. Leave out those that SD does not use: buffers, projections,
-    an image encoder, and the last layer of SD 2.x."""
-    from diffusers.loaders import single_file_utils as converters
-
-    last = f"{OPEN_CLIP}transformer.resblocks.{network.config.num_hidden_layers}."
-    unused = (last, *UNUSED_TOWERS)
-    used = {key: x for key, x in tensors.items() if not key.endswith(UNUSED_TEXT) and not key.startswith(unused)}
-    if any(key.startswith(OPEN_CLIP) for key in tensors):
-        named = converters.convert_open_clip_checkpoint(network, used)
-        rules = converters.DIFFUSERS_TO_LDM_MAPPING["openclip"]["layers"].values()
-        begins = (f"{OPEN_CLIP}transformer.", *(OPEN_CLIP + name for name in rules))
-    else:
-        named = converters.convert_ldm_clip_checkpoint(used)
-        begins = tuple(converters.LDM_CLIP_PREFIX_TO_REMOVE)
-    # transformers dropped this level of names in 5.6.
-    level = "text_model." if any(key.startswith("text_model.") for key in network.state_dict()) else ""
-    named = {level + key.removeprefix("text_model."): tensor for key, tensor in named.items()}
-    return named | {key: tensor for key, tensor in used.items() if not key.startswith(begins)}
+        fields = {key: sizes[key] for key in TEXT_FIELDS if key in sizes}
+        return network_class(network_class.config_class(**fields))
+    known = {"_class_name", *part.checks, *inspect.signature(network_class.__init__).parameters}
+    return network_class.from_config({key: value for key, value in config.items() if key in known})
 
 
 def _fill(network: Any, weights: Tensors, dtype: torch.dtype, problem: str) -> None:

@@ -18,8 +18,8 @@ from sdkit.arguments import PREDICTIONS, one_of
 from sdkit.diffusion.schedule import NoiseSchedule
 from sdkit.errors import SourceError
 from sdkit.loading import diffusers_folder, single_file, tokenizer
-from sdkit.loading.configs import GUIDANCE, read_config, read_json
-from sdkit.loading.diffusers_folder import PARTS, SCHEDULER, TEXT, UNET, VAE, Part
+from sdkit.loading.configs import GUIDANCE, INDEX, class_name, read_config, read_json
+from sdkit.loading.parts import PARTS, SCHEDULER, TEXT, UNET, VAE, Part
 from sdkit.loading.place import Place, SourceName, absent, resolve
 from sdkit.loading.single_file import ASSETS
 from sdkit.loading.tensors import is_file, open_tensors
@@ -119,13 +119,19 @@ class Source:
         """Load the VAE's network, in eval mode, on the CPU, converted to `dtype`. "pixels" is a `PixelIdentity`."""
         return cast("AutoencoderKL | AutoencoderTiny | VQModel", self._backend.network(VAE, dtype))
 
-    def denoiser(self, dtype: torch.dtype = torch.float32) -> UNet2DConditionModel:
-        """Load the U-Net's network, in eval mode, on the CPU, converted to `dtype`."""
+    def denoiser(self, dtype: torch.dtype = torch.float32, *, inpainting: bool = False) -> UNet2DConditionModel:
+        """Load the U-Net's network, in eval mode, on the CPU, converted to `dtype`.
+
+        Args:
+            dtype: The dtype of its weights.
+            inpainting: Whether it may be an inpainting model, which also takes a mask and the latents of an image.
+        """
         unet = cast("UNet2DConditionModel", self._backend.network(UNET, dtype))
         label, settings = self.place.label, cast("Any", unet.config)
         if settings.addition_embed_type or settings.class_embed_type or settings.num_class_embeds:
             raise SourceError(f"{label} holds a U-Net of Stable Diffusion XL or of another kind; give SD 1.x or 2.x.")
-        if settings.in_channels > latent_channels(settings):  # it takes more than noised latents
+        latents = latent_channels(settings)
+        if settings.in_channels not in (latents, *([2 * latents + 1] if inpainting else [])):
             name = single_file.INPUTS.get(settings.in_channels, "another kind of model")
             raise SourceError(
                 f"{label} looks like {name} ({settings.in_channels} input channels); give a text-to-image model."
@@ -175,7 +181,7 @@ class Source:
     def guidance_scale(self) -> float:
         """The guidance scale that suits the model best: the one in its model_index.json, or Stable Diffusion's 7.5."""
         index = self._backend.index()
-        return float(read_config(index, "index").get(GUIDANCE, USUAL_GUIDANCE)) if is_file(index) else USUAL_GUIDANCE
+        return float(read_config(index, INDEX).get(GUIDANCE, USUAL_GUIDANCE)) if is_file(index) else USUAL_GUIDANCE
 
     def describe(self) -> Description:
         """Describe the source by its configs and headers alone. No weights are downloaded from the Hub."""
@@ -209,14 +215,14 @@ class _Folder:
         return diffusers_folder.load_place_tokenizer(self.place)
 
     def scheduler_config(self, prediction_type: str | None) -> dict[str, Any]:
-        schedule = read_config(diffusers_folder.locate(self.place, SCHEDULER) / SCHEDULER.config, "scheduler")
+        schedule = read_config(diffusers_folder.locate(self.place, SCHEDULER) / SCHEDULER.config, SCHEDULER.checks)
         return schedule | ({"prediction_type": prediction_type} if prediction_type else {})
 
     def index(self) -> Path:
         return self.place.root(["model_index.json"]) / "model_index.json"
 
     def description(self) -> tuple[Path, str | None, tuple[Component, ...]]:
-        path = self.place.root([name for part in PARTS for name in part.files])
+        path = self.place.root([name for part in PARTS.values() for name in diffusers_folder.config_files(part)])
         components = tuple(_describe_folder(self.place, path))
         if not components:
             raise absent(self.place, "model in diffusers layout (vae/config.json, unet/config.json, ...)")
@@ -241,11 +247,11 @@ class _File:
         own = resolve(self.config)
         if own.kind == "file":
             raise SourceError(f"config={own.label} is a file; give a folder (or a Hub id) in diffusers layout.")
-        files = [f"{part.folder}/{part.config}" for part in PARTS] + [f"tokenizer/{name}" for name in tokenizer.FILES]
+        files = [part.config_path for part in PARTS.values()] + [f"tokenizer/{name}" for name in tokenizer.FILES]
         return own.root(files)
 
     def network(self, part: Part, dtype: torch.dtype) -> Any:
-        network = single_file.load_network(self.file, part.name, self.configs, dtype)
+        network = single_file.load_network(self.file, part, self.configs, dtype)
         if part is UNET and self.unstated and self.probed(network) == "v_prediction":
             network.register_to_config(sample_size=read_json(ASSETS / "sd2-v" / "unet" / "config.json")["sample_size"])
         return network
@@ -255,10 +261,10 @@ class _File:
 
     def scheduler_config(self, prediction_type: str | None) -> dict[str, Any]:
         configs = self.configs
-        single_file.require(self.file, "unet")
+        single_file.require(self.file, UNET)
         if not prediction_type:
             prediction_type = self.probed() if self.unstated else single_file.marked_prediction(self.file)
-        schedule = read_config(configs / SCHEDULER.folder / SCHEDULER.config, "scheduler")
+        schedule = read_config(configs / SCHEDULER.config_path, SCHEDULER.checks)
         if prediction_type:
             schedule["prediction_type"] = prediction_type
         if "ztsnr" in self.file.shapes:
@@ -284,32 +290,29 @@ class _File:
         unless `unet` is given.
         """
         if self._probed is None:
-            unet = unet or single_file.load_network(self.file, "unet", ASSETS / "sd2", torch.float32)
+            unet = unet or single_file.load_network(self.file, UNET, ASSETS / "sd2", torch.float32)
             self._probed = single_file.probe_prediction(unet)
         return self._probed
 
     def _components(self) -> Iterator[Component]:
         file, configs = self.file, self.configs
-        for part in (VAE, UNET, TEXT):
-            if keys := single_file.keys_of(file, part.name):
-                yield _component(part, read_config(configs / part.folder / part.config, part.name), file.summary(keys))
-        if single_file.keys_of(file, "unet"):
-            schedule = read_config(configs / SCHEDULER.folder / SCHEDULER.config, SCHEDULER.name)
+        for part in PARTS.values():
+            if keys := single_file.keys_of(file, part):
+                yield _component(part, single_file.config_of(file, part, configs), file.summary(keys))
+        if single_file.keys_of(file, UNET):
+            schedule = read_config(configs / SCHEDULER.config_path, SCHEDULER.checks)
             marked = single_file.marked_prediction(file)
             stated = None if self.unstated else marked or schedule.get("prediction_type")
             yield _component(SCHEDULER, schedule | {"prediction_type": stated})
 
 
 def _describe_folder(place: Place, root: Path) -> Iterator[Component]:
-    for part in PARTS:
-        inside = next((path for path in (root / part.folder, root) if is_file(path / part.config)), None)
-        config = read_json(inside / part.config) if inside else {}
-        name = diffusers_folder.class_of(config, part) if part.classes else diffusers_folder.class_name(config)
-        if inside is None or (part.classes and name not in part.classes):
-            continue
-        config = read_config(inside / part.config, part.name) | {"_class_name": name}
-        file = diffusers_folder.open_weights(place, part, inside) if part.classes else None
-        yield _component(part, config, file.summary(file.shapes) if file else (None, None, None))
+    for part in PARTS.values():
+        path = next((path for path in (root / part.config_path, root / part.config) if is_file(path)), None)
+        if path and part.accepts(name := diffusers_folder.class_of(read_json(path), part)):
+            config = read_config(path, part.checks) | {"_class_name": name}
+            file = diffusers_folder.open_weights(place, part, path.parent)
+            yield _component(part, config, file.summary(file.shapes) if file else (None, None, None))
 
 
 def _component(
@@ -320,5 +323,5 @@ def _component(
         levels = config.get("block_out_channels") or config.get("encoder_block_out_channels") or (64,)
         shown["factor"] = 2 ** (len(levels) - 1)
     parameters, dtype, size = weights
-    name = diffusers_folder.class_name(config)
+    name = class_name(config)
     return Component(part=part.name, class_name=name, parameters=parameters, dtype=dtype, bytes=size, config=shown)

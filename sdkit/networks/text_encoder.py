@@ -94,8 +94,7 @@ class TextEncoder(Wrapper):
         Returns:
             (B, 77k, D) float32: k chunks of at most 75 tokens each, as many as the longest prompt needs.
         """
-        layers = int(self.network.config.num_hidden_layers)
-        clip_skip = whole_number("clip_skip", clip_skip, 0, layers - 1)
+        clip_skip = check_clip_skip(clip_skip, int(self.network.config.num_hidden_layers))
         ids, weights = self.tokenize(prompts, weighting=weighting, chunks=chunks)
         with torch.inference_mode():
             embedded = [self._embed(part, clip_skip) for part in ids.flatten(0, 1).split(CHUNKS_AT_ONCE)]
@@ -141,6 +140,14 @@ class TextEncoder(Wrapper):
                 weights[b, c, 1 : len(framed) - 1] = torch.tensor([weight for _, weight in chunk])
         return ids, weights
 
+    def spelled(self, ids: Tensor) -> str:
+        """Return the text of token ids (k, 77), without special tokens. `tokenize` makes the same ids of it."""
+        end = self.tokenizer.eos_token_id
+        tokens = [token for chunk in ids.tolist() for token in chunk[1 : chunk.index(end, 1)]]
+        with _tokenizing:
+            text: str = self.tokenizer.decode(tokens)
+        return text.strip()
+
     def _chunks(self, prompt: str, weighting: bool) -> list[Tokens]:
         """Return the prompt's tokens and weights in chunks of at most 75. With `weighting`, BREAK ends a chunk."""
         if not weighting:
@@ -184,6 +191,16 @@ _NOT_READ = {
     "loads a network, as load_lora (--lora) does here": re.compile(r"<\w+:[^<>]+>"),
 }
 """Meaning in A1111 of syntax that sdkit does not support -> its pattern. Each pattern matches in linear time."""
+
+
+def check_clip_skip(clip_skip: int, layers: int | None = None) -> int:
+    """Return a number of layers to skip. Raise ArgumentError unless it leaves at least one of the encoder's `layers`.
+
+    Args:
+        clip_skip: Number of last layers to skip.
+        layers: Number of layers of the text encoder; None sets no upper bound.
+    """
+    return whole_number("clip_skip", clip_skip, 0, None if layers is None else layers - 1)
 
 
 def warn_of_unread_syntax(prompt: str) -> None:

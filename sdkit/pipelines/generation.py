@@ -7,16 +7,20 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import Field, asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sdkit import __version__, images, strict_json
-from sdkit.arguments import PREDICTIONS, first_seed, noise_levels, number, one_of, strings, whole_number
-from sdkit.diffusion.guidance import check_scale
-from sdkit.diffusion.samplers import sampler_by_name
-from sdkit.diffusion.schedule import SPACINGS
+from sdkit.arguments import PREDICTIONS, first_seed, number, one_of, strings
 from sdkit.errors import ArgumentError, ImageError
+from sdkit.fields import with_inherited_fields
+from sdkit.files import sha256
 from sdkit.loading.place import EMBEDDED, PIXELS
-from sdkit.pipelines.steps import check_side
+from sdkit.pipelines import infotext
+from sdkit.pipelines.image_to_image import check_inputs
+from sdkit.pipelines.settings import DrawingSettings
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 EARLIER_NAMES = {
     "steps": "num_inference_steps",
@@ -26,12 +30,12 @@ EARLIER_NAMES = {
 }
 """Key in PNGs that earlier versions wrote -> the field of `Generation` that it is today."""
 
-LOADING = ("model", "revision", "variant", "config", "prediction_type", "dtype", "vae", "lora", "lora_scale")
-"""Fields that say which model to load, and how. All others are said of an image."""
+INPUTS = {"image": "white", "mask_image": "black"}
+"""Field of an input image -> the colour behind its transparent pixels."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Generation:
+class Generation(DrawingSettings):
     """Settings of an image. A PNG stores them as text, from which `sdkit generate --from` draws the image again.
 
     None stands for the model's own value.
@@ -40,17 +44,10 @@ class Generation:
         prompt: The prompt.
         negative_prompt: The prompt to steer away from.
         seed: Seed of the noise.
-        sampler: "ddim", "ddpm", or "dpm++2m".
-        num_inference_steps: Number of sampling steps.
-        guidance_scale: The guidance scale.
-        eta: DDIM's share of DDPM's noise, in [0, 1].
-        spacing: Spacing of the timesteps: "leading", "trailing", or "linspace".
-        guidance_rescale: phi of rescaled guidance, in [0, 1].
-        guidance_interval: Noise levels (low, high] in which to guide; None guides at all of them.
-        clip_skip: Number of the text encoder's last layers to skip.
-        weighting: Whether `(word:1.3)` is read as A1111 does.
-        height: Height in pixels.
-        width: Width in pixels.
+        image: File of the image to start from.
+        image_sha256: SHA-256 of that file.
+        mask_image: File of the mask.
+        mask_image_sha256: SHA-256 of that file.
         model: Source of the model; see `StableDiffusion.from_pretrained`, as for the next six fields.
         revision: Branch, tag, or commit of a Hub repository.
         variant: Variant of a repository's weight files.
@@ -65,17 +62,10 @@ class Generation:
     prompt: str = ""
     negative_prompt: str = ""
     seed: int = 0
-    sampler: str = "ddim"
-    num_inference_steps: int = 30
-    guidance_scale: float | None = None
-    eta: float = 0.0
-    spacing: str | None = None
-    guidance_rescale: float = 0.0
-    guidance_interval: tuple[float, float] | None = None
-    clip_skip: int = 0
-    weighting: bool = False
-    height: int | None = None
-    width: int | None = None
+    image: str | None = None
+    image_sha256: str | None = None
+    mask_image: str | None = None
+    mask_image_sha256: str | None = None
     model: str = "emoji"
     revision: str | None = None
     variant: str | None = None
@@ -92,24 +82,17 @@ class Generation:
         return list(zip(self.lora, self.lora_scale or [1.0] * len(self.lora), strict=True))
 
     def options(self) -> dict[str, Any]:
-        """Return the keywords of the pipeline's call: all that is said of an image, except its prompt and its seed."""
-        beside = {"prompt", "seed", *LOADING}
-        return {field.name: getattr(self, field.name) for field in fields(self) if field.name not in beside}
+        """Return the keywords of the pipeline's call, except the prompt, the seed, and the images of `inputs`."""
+        settings = {field.name: getattr(self, field.name) for field in fields(DrawingSettings)}
+        return {"negative_prompt": self.negative_prompt, **settings}
 
     def check(self) -> None:
         """Raise ArgumentError for values that no model accepts, before one is loaded."""
+        super().check()
         strings("prompt", self.prompt)
         strings("negative_prompt", self.negative_prompt)
         first_seed(self.seed, 1)
-        whole_number("num_inference_steps", self.num_inference_steps, 1)  # the model's schedule checks the upper bound
-        sampler_by_name(self.sampler, eta=self.eta)
-        one_of("spacing", self.spacing or SPACINGS[0], SPACINGS)
-        if self.guidance_scale is not None:
-            check_scale(self.guidance_scale)
-        number("the guidance rescale (phi)", self.guidance_rescale, 0, 1)
-        if self.guidance_interval is not None:
-            noise_levels("the guidance interval", self.guidance_interval)
-        whole_number("clip_skip", self.clip_skip, 0)
+        check_inputs(self, image=self.image is not None, mask=self.mask_image is not None)
         for scale in self.lora_scale:
             number("lora_scale", scale)
         if self.lora_scale and not self.lora:
@@ -121,20 +104,44 @@ class Generation:
             )
         if self.prediction_type is not None:
             one_of("prediction_type", self.prediction_type, PREDICTIONS)
-        for name, pixels in (("height", self.height), ("width", self.width)):
-            if pixels is not None:
-                check_side(name, pixels)
+
+    def inputs(self) -> tuple[dict[str, Image.Image], Generation]:
+        """Read the image and the mask.
+
+        Returns:
+            Keywords of the pipeline's call, and these settings with the SHA-256 of each file.
+
+        Raises:
+            ImageError: A file cannot be read, or has changed since these settings were written.
+        """
+        pictures, hashes = dict[str, Image.Image](), dict[str, str]()
+        for name, background in INPUTS.items():
+            path, expected = getattr(self, name), getattr(self, f"{name}_sha256")
+            if path is None:
+                continue
+            pictures[name] = images.read(path, background)
+            hashes[f"{name}_sha256"] = found = sha256(Path(path))
+            if expected not in (None, found):
+                raise ImageError(
+                    f"{path} has changed since it was drawn from; restore it, or give it anew as {name} to draw from "
+                    "what it is now."
+                )
+        return pictures, self.but(**hashes)
 
     def text(self) -> dict[str, str]:
-        """Return the text chunks of a PNG. Paths are absolute, since a PNG may be read from another folder."""
+        """Return the text chunks of a PNG: each setting, and all of them as A1111 writes them (see `infotext`).
+
+        Paths are absolute, since a PNG may be read from another folder.
+        """
         values = {key: value for key, value in asdict(self).items() if value not in (None, ())}
         if self.guidance_interval is not None:
             values["guidance_interval"] = " ".join(map(str, self.guidance_interval))
-        values |= {key: anywhere(values[key]) for key in ("model", "config", "vae") if key in values}
+        values |= {key: anywhere(values[key]) for key in ("model", "config", "vae", *INPUTS) if key in values}
         for name, items in (("lora", [anywhere(lora) for lora in self.lora]), ("lora_scale", self.lora_scale)):
             if items:
                 values[name] = _listed(items)
-        return {key: str(value) for key, value in values.items()} | {"sdkit": __version__}
+        own = {key: str(value) for key, value in values.items()}
+        return {**own, "sdkit": __version__, infotext.KEY: infotext.infotext(self)}
 
     @classmethod
     def read(cls, path: str | Path) -> Generation:
@@ -155,10 +162,11 @@ class Generation:
         """Return a copy with some values changed.
 
         A change of the model resets all settings that belong to a model, its VAE and LoRAs included. A change of the
-        LoRAs resets their scales.
+        LoRAs resets their scales. An input that is given anew may hold anything.
         """
         if "lora" in changes:
             changes = {"lora_scale": (), **changes}
+        changes = {**{f"{name}_sha256": None for name in INPUTS if name in changes}, **changes}
         if anywhere(changes.get("model", self.model)) != anywhere(self.model):
             of_model = (
                 "guidance_scale",
@@ -173,6 +181,9 @@ class Generation:
             )
             changes = {**dict.fromkeys(of_model), "lora": (), "lora_scale": (), **changes}
         return replace(self, **changes)
+
+
+Generation.__doc__ = with_inherited_fields(Generation)
 
 
 def anywhere(source: str) -> str:

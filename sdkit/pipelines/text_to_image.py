@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from os import PathLike
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict, overload
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, overload
 
 import torch
 from torch import Tensor
@@ -19,13 +19,15 @@ from torch import Tensor
 from sdkit.arguments import number, one_of, seeded, strings, whole_number
 from sdkit.diffusion.conditioning import Conditioning
 from sdkit.diffusion.guidance import APG, Model, check_scale, guided
-from sdkit.diffusion.samplers import Generators, Sampler, Step, Timesteps, sampler_by_name
+from sdkit.diffusion.inversion import ITERATIONS, ddim_inversion
+from sdkit.diffusion.samplers import Generators, Sampler, Step, Timesteps, default_spacing, sampler_by_name
 from sdkit.diffusion.schedule import NoiseSchedule, Predict
 from sdkit.engines.device import resolve_place
 from sdkit.engines.offload import on_device
 from sdkit.errors import ArgumentError, SdkitError
+from sdkit.fields import takes_fields
 from sdkit.files import expanded
-from sdkit.images import OUTPUT_TYPES
+from sdkit.images import OUTPUT_TYPES, Images, from_tensors
 from sdkit.loading.lora_file import LoRA, read_lora
 from sdkit.loading.source import USUAL_GUIDANCE, Source
 from sdkit.loading.tensors import is_file
@@ -35,6 +37,9 @@ from sdkit.networks.denoiser import UNet
 from sdkit.networks.lora import merge_lora
 from sdkit.networks.text_encoder import TextEncoder
 from sdkit.networks.wrapper import Wrapper
+from sdkit.pipelines.image_to_image import check_inputs, last_steps
+from sdkit.pipelines.inpainting import Canvas, Original, keep_outside, latent_mask, open_canvas
+from sdkit.pipelines.settings import DrawingKeywords, DrawingSettings
 from sdkit.pipelines.steps import check_side, decode, denoise, embed, start
 
 if TYPE_CHECKING:
@@ -47,15 +52,20 @@ LATENTS_AT_ONCE = 4 * 64 * 64
 """Latent positions that are denoised together by default: four images of 512 x 512, or 64 of 128 x 128."""
 
 
-class Options(TypedDict, total=False):
-    """The keyword options of `StableDiffusion.__call__`, for type checkers."""
+Texts: TypeAlias = str | Sequence[str]
+"""One text, or a list of them."""
 
-    spacing: str | None
-    guidance_rescale: float
-    guidance_interval: tuple[float, float] | None
+
+class CallKeywords(DrawingKeywords, total=False):
+    """The keywords of `StableDiffusion.__call__` that all its overloads share, for type checkers."""
+
+    image: Images | None
+    mask_image: Any
+    seed: int | Sequence[int]
+    num_images_per_prompt: int
+    latents: Tensor | None
+    callback: Callable[[Step], object] | None
     apg: APG | None
-    clip_skip: int
-    weighting: bool
     batch_size: int | None
 
 
@@ -90,7 +100,8 @@ class StableDiffusion:
                 f"this U-Net attends to embeddings of width {unet.width}, this text encoder makes {text.width}: "
                 "they belong to different models."
             )
-        for verb, channels in (("takes", unet.input_channels), ("gives", unet.channels)):
+        takes = unet.channels if unet.inpaints else unet.input_channels
+        for verb, channels in (("takes", takes), ("gives", unet.channels)):
             if channels != vae.channels:
                 raise ArgumentError(
                     f"this U-Net {verb} {channels} channels, this VAE's latents have {vae.channels}: "
@@ -197,81 +208,62 @@ class StableDiffusion:
 
     @overload
     def __call__(
-        self, prompt: str | Sequence[str], negative_prompt: str | Sequence[str] | None = None,
-        height: int | None = None, width: int | None = None, num_inference_steps: int = 30,
-        guidance_scale: float | None = None, sampler: str = "ddim", eta: float = 0.0, seed: int | Sequence[int] = 0,
-        num_images_per_prompt: int = 1, latents: Tensor | None = None,
-        output_type: Literal["pil"] = "pil", callback: Callable[[Step], object] | None = None,
-        **options: Unpack[Options],
+        self, prompt: Texts, negative_prompt: Texts | None = None, *, output_type: Literal["pil"] = "pil",
+        **options: Unpack[CallKeywords],
     ) -> list[Image.Image]: ...  # fmt: skip
     @overload
     def __call__(
-        self, prompt: str | Sequence[str], negative_prompt: str | Sequence[str] | None = None,
-        height: int | None = None, width: int | None = None, num_inference_steps: int = 30,
-        guidance_scale: float | None = None, sampler: str = "ddim", eta: float = 0.0, seed: int | Sequence[int] = 0,
-        num_images_per_prompt: int = 1, latents: Tensor | None = None, *,
-        output_type: Literal["np"], callback: Callable[[Step], object] | None = None,
-        **options: Unpack[Options],
+        self, prompt: Texts, negative_prompt: Texts | None = None, *, output_type: Literal["np"],
+        **options: Unpack[CallKeywords],
     ) -> npt.NDArray[np.uint8]: ...  # fmt: skip
     @overload
     def __call__(
-        self, prompt: str | Sequence[str], negative_prompt: str | Sequence[str] | None = None,
-        height: int | None = None, width: int | None = None, num_inference_steps: int = 30,
-        guidance_scale: float | None = None, sampler: str = "ddim", eta: float = 0.0, seed: int | Sequence[int] = 0,
-        num_images_per_prompt: int = 1, latents: Tensor | None = None, *,
-        output_type: Literal["pt", "latent"], callback: Callable[[Step], object] | None = None,
-        **options: Unpack[Options],
+        self, prompt: Texts, negative_prompt: Texts | None = None, *, output_type: Literal["pt", "latent"],
+        **options: Unpack[CallKeywords],
     ) -> Tensor: ...  # fmt: skip
+    @takes_fields(DrawingSettings)
     def __call__(
         self,
-        prompt: str | Sequence[str],
-        negative_prompt: str | Sequence[str] | None = None,
-        height: int | None = None,
-        width: int | None = None,
-        num_inference_steps: int = 30,
-        guidance_scale: float | None = None,
-        sampler: str = "ddim",
-        eta: float = 0.0,
+        prompt: Texts,
+        negative_prompt: Texts | None = None,
+        *,
+        image: Images | None = None,
+        mask_image: Any = None,
         seed: int | Sequence[int] = 0,
         num_images_per_prompt: int = 1,
         latents: Tensor | None = None,
         output_type: Literal["pil", "np", "pt", "latent"] = "pil",
         callback: Callable[[Step], object] | None = None,
-        *,
-        spacing: str | None = None,
-        guidance_rescale: float = 0.0,
-        guidance_interval: tuple[float, float] | None = None,
         apg: APG | None = None,
-        clip_skip: int = 0,
-        weighting: bool = False,
         batch_size: int | None = None,
+        **options: Unpack[DrawingKeywords],
     ) -> list[Image.Image] | npt.NDArray[np.uint8] | Tensor:
         """Draw images of prompts: `num_images_per_prompt` of the first, then of the second, and so on.
+
+        With `image`, sampling starts from that image, and `strength` says how far from it. With `mask_image` too, only
+        the white part of the mask is drawn anew; all other pixels come back bit-identical. Any model does both; one
+        that was trained to paint into images needs both.
+
+        The U-Net of a latent consistency model takes the guidance scale as an input and makes one pass a step. It
+        accepts neither a negative prompt nor any other option of guidance, and is sampled by `sampler`, not by LCM's
+        own sampler.
 
         Args:
             prompt: A prompt, or a list of them.
             negative_prompt: Prompt to steer away from, one for all images or one for each prompt; None is "".
-            height: Height in pixels, any number from 8; None is that of the model's training images.
-            width: Width in pixels, likewise.
-            num_inference_steps: Number of sampling steps, from 1 to the schedule's number of timesteps.
-            guidance_scale: Guidance scale s; None is the model's own, 7.5 for most. 1 turns guidance off and halves
-                the cost. The U-Net of a latent consistency model takes s as an input and makes one pass a step; it
-                accepts neither a negative prompt nor any other option of guidance, and is sampled by `sampler`, not by
-                LCM's own sampler.
-            sampler: "ddim", "ddpm", or "dpm++2m".
-            eta: For "ddim", its share of DDPM's noise, from 0 (deterministic) to 1.
+            image: Image to start from, one for all prompts or one for each: PIL images, paths, uint8 arrays, or tensors
+                (B, 3, H, W) in [-1, 1]. The height and the width are its own by default; if they are given, it is
+                resized.
+            mask_image: Mask of that image's size: an image, white where it is drawn anew and black where it is kept; or
+                a tensor (H, W) or (B, 1, H, W) of numbers in [0, 1].
             seed: Image i starts from seed + i, or from the i-th seed of a list. A seed gives the same image alone and
                 in a batch.
             num_images_per_prompt: Number of images of each prompt.
-            latents: (N, 4, h, w) standard normal noise to start from, in place of noise from the seeds.
+            latents: (N, 4, h, w) standard normal noise to start from, in place of noise from the seeds. With `image`,
+                the noise that is added to it.
             output_type: "pil", "np", "pt", or "latent"; see Returns.
             callback: Called with each `Step` of each batch.
-            spacing: "leading", "trailing", or "linspace"; None is the model's own. See `NoiseSchedule.timesteps`.
-            guidance_rescale: phi in [0, 1]; see `sdkit.guidance.rescale`.
-            guidance_interval: Noise levels (low, high] between which to guide; see `sdkit.guidance.guided`.
             apg: Settings of adaptive projected guidance, which replaces classifier-free guidance.
-            clip_skip: Number of the text encoder's last layers to skip; see `TextEncoder.encode`.
-            weighting: Whether to read `(word:1.3)` as A1111 does; see `TextEncoder.encode`.
             batch_size: Number of images denoised together; None fits it to their size.
 
         Returns:
@@ -284,6 +276,7 @@ class StableDiffusion:
 
         Examples:
             >>> import sdkit
+            >>> from PIL import Image
             >>> sd = sdkit.StableDiffusion.from_pretrained("emoji")
             >>> images = sd("a red apple on a blue background", num_inference_steps=4, seed=42)
             >>> images[0].save("apple.png")
@@ -292,59 +285,188 @@ class StableDiffusion:
 
             >>> sd(["a cat", "a dog"], num_images_per_prompt=2, num_inference_steps=2, output_type="np").shape
             (4, 128, 128, 3)
+
+            From an image, and into a part of it:
+
+            >>> green = sd("a green apple", image=images[0], strength=0.6, num_inference_steps=4)
+            >>> mask = Image.new("L", images[0].size)
+            >>> mask.paste(255, (32, 32, 96, 96))
+            >>> star = sd("a yellow star", image=images[0], mask_image=mask, num_inference_steps=4)
         """
+        one_of("output_type", output_type, (*OUTPUT_TYPES, "latent"))
+        prompts, negatives = self._prompts(prompt, negative_prompt, num_images_per_prompt)
+        settings = DrawingSettings(**options)
+        canvas = self._canvas(image, mask_image, settings, len(prompts), num_images_per_prompt)
         plan = self._plan(
-            prompt, negative_prompt, height, width, num_inference_steps, guidance_scale, sampler, eta, seed,
-            num_images_per_prompt, latents, output_type, callback, spacing, guidance_rescale, guidance_interval, apg,
-            clip_skip, weighting, batch_size,
+            settings, canvas, prompts, negatives, seed=seed, latents=latents, apg=apg, batch_size=batch_size,
+            finite=output_type != "latent", callback=callback,
         )  # fmt: skip
-        x_T = start(plan.generators, plan.shape, latents)
-        z = self._sampled(x_T, plan.timesteps, plan)
+        if canvas is None:
+            z = self._sampled(start(plan.generators, plan.shape, latents), plan)
+        else:
+            z = self._drawn_on(canvas, plan, latents)
         if output_type == "latent":
             return z
         self._check_latents(z)
         with self._working(self.vae):
-            return decode(self.vae, z, plan.size, output_type=output_type, batch_size=batch_size)
+            if canvas is None:
+                return decode(self.vae, z, plan.size, output_type=output_type, batch_size=batch_size)
+            pixels = decode(self.vae, z, plan.size, output_type="pt", batch_size=batch_size)
+        finished: list[Image.Image] | npt.NDArray[np.uint8] | Tensor
+        finished = from_tensors([*canvas.finished(pixels)], output_type)
+        return finished
+
+    @takes_fields(DrawingSettings)
+    def invert(
+        self,
+        image: Images,
+        prompt: Texts = "",
+        negative_prompt: Texts | None = None,
+        *,
+        iterations: int = ITERATIONS,
+        batch_size: int | None = None,
+        **options: Unpack[DrawingKeywords],
+    ) -> Tensor:
+        """Return the noise that draws an image again, by DDIM inversion.
+
+        `sd(prompt, latents=sd.invert(image, prompt))` draws about what `sd.vae.reconstruct(image)` returns; another
+        prompt in the first place edits the image. The other options must be the same in both calls. Guidance makes the
+        inversion less exact; with guidance_scale=1 in both calls it is most exact.
+
+        Args:
+            image: Image to invert, one for all prompts or one for each; see the call.
+            prompt: A prompt that describes the image, or a list of them.
+            negative_prompt: As in the call.
+            iterations: Evaluations of the U-Net for each step; see `sdkit.diffusion.inversion`. 1 is the plain, less
+                exact inversion.
+            batch_size: As in the call.
+
+        Returns:
+            (N, 4, h, w) noise, for the call's `latents`.
+
+        Raises:
+            ImageError: Something is no image.
+            ArgumentError: An argument is out of range, or belongs to another sampler than DDIM with eta 0.
+
+        Example:
+            >>> import sdkit
+            >>> sd = sdkit.StableDiffusion.from_pretrained("emoji")
+            >>> cat = sd("a cat", seed=1, num_inference_steps=4)
+            >>> noise = sd.invert(cat, "a cat", num_inference_steps=4)
+            >>> dog = sd("a dog", latents=noise, num_inference_steps=4)
+        """
+        settings = DrawingSettings(**options)
+        if settings.sampler != "ddim" or settings.eta != 0 or settings.strength is not None:
+            raise ArgumentError("inversion is DDIM's, over all steps: leave sampler, eta, and strength out.")
+        prompts, negatives = self._prompts(prompt, negative_prompt, 1)
+        side = self.unet.sample_size * self.vae.factor
+        whole = replace(settings, strength=1.0)
+        canvas = open_canvas(image, None, whole, prompts=len(prompts), copies=1, side=side)
+        plan = self._plan(
+            settings, canvas, prompts, negatives, seed=0, latents=None, apg=None, batch_size=batch_size, finite=True,
+            callback=None,
+        )  # fmt: skip
+        with self._working(self.vae):
+            z = self.vae.encode(canvas.images, sample=False)
+        noise = self._sampled(z, replace(plan, sampler=partial(ddim_inversion, iterations=iterations)))
+        self._check_latents(noise)
+        return noise
+
+    def _canvas(
+        self, image: Images | None, mask_image: Any, settings: DrawingSettings, n: int, copies: int
+    ) -> Canvas | None:
+        """Read what N images are drawn on; None without an image.
+
+        Args:
+            image: As in `__call__`.
+            mask_image: As in `__call__`.
+            settings: How to draw.
+            n: N, the number of prompts times `copies`.
+            copies: Number of images of each prompt.
+        """
+        if self.unet.inpaints and (image is None or mask_image is None):
+            raise ArgumentError(
+                "this model was trained to paint into images: give image and mask_image, or take a text-to-image model."
+            )
+        if image is None:
+            check_inputs(settings, image=False, mask=mask_image is not None)
+            return None
+        side = self.unet.sample_size * self.vae.factor
+        return open_canvas(image, mask_image, settings, prompts=n // copies, copies=copies, side=side)
 
     def _plan(
-        self, prompt: str | Sequence[str], negative_prompt: str | Sequence[str] | None, height: int | None,
-        width: int | None, num_inference_steps: int, guidance_scale: float | None, sampler: str, eta: float,
-        seed: int | Sequence[int], num_images_per_prompt: int, latents: Tensor | None, output_type: str,
-        callback: Callable[[Step], object] | None, spacing: str | None, guidance_rescale: float,
-        guidance_interval: tuple[float, float] | None, apg: APG | None, clip_skip: int, weighting: bool,
-        batch_size: int | None,
+        self, settings: DrawingSettings, canvas: Canvas | None, prompts: list[str], negatives: list[str], *,
+        seed: int | Sequence[int], latents: Tensor | None, apg: APG | None, batch_size: int | None, finite: bool,
+        callback: Callable[[Step], object] | None,
     ) -> Plan:  # fmt: skip
-        """Check the arguments of a call, and return what they ask for. Arguments and errors are those of `__call__`."""
-        one_of("output_type", output_type, (*OUTPUT_TYPES, "latent"))
-        loop = sampler_by_name(sampler, eta=eta)
-        timesteps = self.schedule.timesteps(num_inference_steps, spacing)
-        prompts, negatives = self._prompts(prompt, negative_prompt, num_images_per_prompt)
-        size = self._size(height, width, latents)
+        """Check the settings and the arguments of a call against this model, and return all that is drawn."""
+        size = self._size(*((settings.height, settings.width) if canvas is None else canvas.size), latents)
+        spacing = default_spacing(settings.sampler) if settings.spacing is None else settings.spacing
+        timesteps: Timesteps = self.schedule.timesteps(settings.num_inference_steps, spacing)
+        if canvas is not None:
+            timesteps = last_steps(timesteps, canvas.strength)
+        guidance: dict[str, Any] = {
+            "interval": settings.guidance_interval, "phi": settings.guidance_rescale, "projected": apg,
+        }  # fmt: skip
+        model, scale = self._model(settings.guidance_scale, negatives, guidance)
         shape = self._latent_shape(*size)
-        generators = seeded(seed, len(prompts))
-        guidance: dict[str, Any] = {"interval": guidance_interval, "phi": guidance_rescale, "projected": apg}
-        model, scale = self._model(guidance_scale, negatives, guidance)
         return Plan(
+            settings=settings,
             size=size,
             shape=shape,
             timesteps=timesteps,
-            generators=generators,
-            batches=list(self._batches(prompts, negatives, scale, weighting, shape, batch_size)),
-            sampler=loop,
+            generators=seeded(seed, len(prompts)),
+            batches=list(self._batches(prompts, negatives, scale, settings.weighting, shape, batch_size)),
+            sampler=sampler_by_name(settings.sampler, eta=settings.eta),
             model=model,
             guidance={"scale": scale, **guidance},
-            clip_skip=clip_skip,
-            weighting=weighting,
-            finite=output_type != "latent",
+            finite=finite,
             callback=callback,
         )
 
-    def _sampled(self, x_T: Tensor, timesteps: Timesteps, plan: Plan, predictor: Predictor | None = None) -> Tensor:
+    def _drawn_on(self, canvas: Canvas, plan: Plan, latents: Tensor | None) -> Tensor:
+        """Sample from the noised latents of a canvas's images, or of their masked part.
+
+        As in diffusers, an image's generator first draws from the posterior of the image, then x_T.
+
+        Args:
+            canvas: The images and masks.
+            plan: All that is drawn.
+            latents: (N, C, h, w) noise in place of that from the seeds, or None.
+
+        Returns:
+            Latents (N, C, h, w), float32, on the CPU.
+        """
+        mask = canvas.mask
+        if self.unet.inpaints and mask is not None:
+            return self._painted_into(canvas, mask, plan, latents)
+        with self._working(self.vae):
+            z = self.vae.encode(canvas.images, generator=plan.generators)
+        noise = start(plan.generators, plan.shape, latents)
+        noised = self.schedule.add_noise(z, noise, plan.timesteps[0][0])
+        if mask is None:
+            return self._sampled(noised, plan)
+        original = Original(z=z, noise=noise, mask=latent_mask(mask, self.vae.factor))
+        x_T = noise if canvas.anew else noised
+        return original.outside(self._sampled(x_T, plan, self._inside(plan, original)))
+
+    def _painted_into(self, canvas: Canvas, mask: Tensor, plan: Plan, latents: Tensor | None) -> Tensor:
+        """Sample with a U-Net that is told the mask and the image without the masked part; see `_drawn_on`."""
+        images = canvas.images
+        with self._working(self.vae):
+            encode = partial(self.vae.encode, generator=plan.generators)
+            z = None if canvas.anew else encode(images)
+            noise = start(plan.generators, plan.shape, latents)
+            masked = encode(images * (1 - mask))
+        x_T = noise if z is None else self.schedule.add_noise(z, noise, plan.timesteps[0][0])
+        concat = torch.cat([latent_mask(mask, self.vae.factor), masked], dim=1)
+        return self._sampled(x_T, plan, self._beside(plan, concat))
+
+    def _sampled(self, x_T: Tensor, plan: Plan, predictor: Predictor | None = None) -> Tensor:
         """Embed the prompts of a plan, and denoise its images, batch by batch.
 
         Args:
-            x_T: (N, C, h, w), where sampling starts, on the CPU.
-            timesteps: Pairs (t, t_prev), the first of them at the noise level of `x_T`.
+            x_T: (N, C, h, w), where sampling starts, on the CPU, at the noise level of the plan's first timestep.
             plan: All that is drawn.
             predictor: Makes the predictor of a batch; None is `guided` with the plan's model and guidance.
 
@@ -362,7 +484,7 @@ class StableDiffusion:
                         predict,
                         x_T[batch.images].to(self.unet.device),
                         self.schedule,
-                        timesteps,
+                        plan.timesteps,
                         sampler=plan.sampler,
                         generators=[plan.generators[i] for i in batch.images],
                         callback=plan.callback,
@@ -372,6 +494,25 @@ class StableDiffusion:
     def _guided(self, plan: Plan) -> Predictor:
         """Return the function that makes a batch's predictor with the plan's model and guidance."""
         return lambda _, cond, uncond: guided(plan.model, self.schedule, cond, uncond, **plan.guidance)
+
+    def _beside(self, plan: Plan, concat: Tensor) -> Predictor:
+        """Return the function that makes a batch's predictor, which is also told `concat` (N, C', h, w)."""
+
+        def predictor(batch: Batch, cond: Conditioning, uncond: Conditioning | None) -> Predict:
+            rows = concat[batch.images].to(self.unet.device)
+            told = replace(cond, concat=rows), None if uncond is None else replace(uncond, concat=rows)
+            return self._guided(plan)(batch, *told)
+
+        return predictor
+
+    def _inside(self, plan: Plan, original: Original) -> Predictor:
+        """Return the function that makes a batch's predictor, which leaves the original outside the mask."""
+
+        def predictor(batch: Batch, cond: Conditioning, uncond: Conditioning | None) -> Predict:
+            rows = original[batch.images].to(self.unet.device)
+            return keep_outside(self._guided(plan)(batch, cond, uncond), rows)
+
+        return predictor
 
     def _working(self, network: Wrapper) -> AbstractContextManager[None]:
         """Return a context that keeps a network on `offload_to` while it computes; a no-op without offloading."""
@@ -481,7 +622,7 @@ class StableDiffusion:
 
     def _embedded(self, batch: Batch, plan: Plan) -> tuple[Conditioning, Conditioning | None]:
         """Embed a batch's prompts and negative prompts. Where they must be finite, raise SdkitError if they are not."""
-        options: dict[str, Any] = {"clip_skip": plan.clip_skip, "weighting": plan.weighting}
+        options: dict[str, Any] = {"clip_skip": plan.settings.clip_skip, "weighting": plan.settings.weighting}
         device = self.unet.device if self.offload_to is None else self.offload_to
         conditions = [
             # Moved to the device of the U-Net once, not in every step.
@@ -490,7 +631,7 @@ class StableDiffusion:
             if texts is not None
         ]
         if plan.finite:
-            self._check_embeddings(conditions, plan.weighting)
+            self._check_embeddings(conditions, plan.settings.weighting)
         return conditions[0], conditions[1] if len(conditions) > 1 else None
 
 
@@ -520,6 +661,7 @@ class Plan:
     """All that a call draws: its arguments, checked, and with the model's own values for those that were not given.
 
     Attributes:
+        settings: How to draw them, as the call was told.
         size: Height and width of the images in pixels.
         shape: (C, h, w), the shape of one image's latents.
         timesteps: Pairs (t, t_prev), from most noise to least.
@@ -528,12 +670,11 @@ class Plan:
         sampler: The sampling loop.
         model: The U-Net as `guided` calls it.
         guidance: The keywords of `guided`, the scale among them.
-        clip_skip: Number of the text encoder's last layers to skip.
-        weighting: Whether to read `(word:1.3)` as A1111 does.
         finite: Whether embeddings must be finite.
         callback: Called with each `Step` of each batch.
     """
 
+    settings: DrawingSettings
     size: tuple[int, int]
     shape: tuple[int, int, int]
     timesteps: Timesteps
@@ -542,8 +683,6 @@ class Plan:
     sampler: Sampler
     model: Model
     guidance: Mapping[str, Any]
-    clip_skip: int
-    weighting: bool
     finite: bool
     callback: Callable[[Step], object] | None
 

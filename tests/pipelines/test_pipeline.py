@@ -153,7 +153,7 @@ class TestGuidanceAsAnInput:
 
 
 class TestBatches:
-    @pytest.mark.parametrize(("sampler", "eta"), [("ddim", 0.0), ("ddim", 0.7), ("ddpm", 0.0), ("dpm++2m", 0.0)])
+    @pytest.mark.parametrize(("sampler", "eta"), [*((name, 0.0) for name in SAMPLERS), ("ddim", 0.7), ("tcd", 0.3)])
     def test_an_image_is_the_same_alone_and_anywhere_in_a_batch(
         self, sd: sdkit.StableDiffusion, sampler: str, eta: float
     ) -> None:
@@ -311,8 +311,8 @@ class TestWhatIsDrawn:
             {"clip_skip": 1},
             {"weighting": True},
             {"negative_prompt": "red"},
-            {"sampler": "ddpm"},
-            {"sampler": "dpm++2m"},
+            *({"sampler": name} for name in SAMPLERS if name not in ("ddim", "euler")),
+            {"spacing": "karras"},
             {"guidance_scale": 7.5},
         ]
         for option in options:
@@ -336,9 +336,9 @@ def test_parts_that_do_not_belong_together(sd: sdkit.StableDiffusion) -> None:
     unet = sdkit.UNet(UNet2DConditionModel(block_out_channels=(32,) * 4, norm_num_groups=8, cross_attention_dim=64))
     with pytest.raises(sdkit.ArgumentError, match=r"width 64.*width|width 64"):
         sdkit.StableDiffusion(sd.vae, sd.text, unet, sd.schedule)
-    nine = UNet2DConditionModel(block_out_channels=(32,) * 4, norm_num_groups=8, cross_attention_dim=192, in_channels=9)
-    with pytest.raises(sdkit.ArgumentError, match="9 channels"):
-        sdkit.StableDiffusion(sd.vae, sd.text, sdkit.UNet(nine), sd.schedule)
+    five = UNet2DConditionModel(block_out_channels=(32,) * 4, norm_num_groups=8, cross_attention_dim=192, in_channels=5)
+    with pytest.raises(sdkit.ArgumentError, match="5 channels"):
+        sdkit.StableDiffusion(sd.vae, sd.text, sdkit.UNet(five), sd.schedule)
 
 
 def test_schedule_of_ones_own(sd: sdkit.StableDiffusion) -> None:
