@@ -66,7 +66,7 @@ GROUPS = {
     "model": "model vae init",
     "what is trained": "lora_rank train_text_encoder train_encoder",
     "loss": "prediction_type zero_snr snr_gamma noise_offset caption_dropout reconstruction lpips_weight lpips "
-    "regularizer kl_weight disc_weight disc_start",
+    "regularizer codebook_decay normalize_codes kl_weight disc_weight disc_start",
     "optimisation": "max_steps batch_size gradient_accumulation_steps learning_rate lr_scheduler lr_warmup_steps "
     "max_grad_norm ema_decay seed",
     "speed and memory": "mixed_precision gradient_checkpointing use_8bit_adam",

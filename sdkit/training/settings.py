@@ -247,6 +247,9 @@ class VAEConfig(StageSettings):
             is what SDKIT_LPIPS names, or else alex.
         regularizer: Regularizer of the latents: kl, vq (for a VQModel only), or none (an autoencoder
             without noise).
+        codebook_decay: Decay of the moving averages that the codes of a VQModel follow (VQ-VAE, appendix A.1),
+            with a k-means start and restarts of dead codes; 0 trains the codes by gradient alone.
+        normalize_codes: Codes of length 1, compared with latents by their angle (ViT-VQGAN).
         kl_weight: Weight of the KL next to a loss summed over pixels, as in latent diffusion; ignored if
             the encoder is frozen.
         disc_weight: Weight of the adversarial loss of a PatchGAN discriminator, multiplied by VQGAN's
@@ -261,6 +264,8 @@ class VAEConfig(StageSettings):
     lpips_weight: float = 0.1
     lpips: str | os.PathLike[str] | None = None
     regularizer: str = "kl"
+    codebook_decay: float = 0.99
+    normalize_codes: bool = False
     kl_weight: float = 1e-6
     disc_weight: float = 0.0
     disc_start: int = 0
@@ -283,6 +288,12 @@ class VAEConfig(StageSettings):
         flag("train_encoder", self.train_encoder)
         one_of("reconstruction", self.reconstruction, RECONSTRUCTIONS)
         one_of("regularizer", self.regularizer, REGULARIZERS)
+        self._keep("codebook_decay", number("codebook_decay", self.codebook_decay, 0, 0.9999))
+        flag("normalize_codes", self.normalize_codes)
+        if self.normalize_codes and not (self.regularizer == "vq" and (self.train_encoder or self.init is not None)):
+            raise ArgumentError(
+                "normalize_codes changes the codes of a VQModel; it needs regularizer vq, and train_encoder or init."
+            )
         for name in ("lpips_weight", "kl_weight", "disc_weight"):
             self._keep(name, number(name, getattr(self, name), 0))
         self._keep("disc_start", whole_number("disc_start", self.disc_start, 0))
