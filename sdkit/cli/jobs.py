@@ -34,6 +34,7 @@ from sdkit.file_search import find_files
 from sdkit.files import check_name, encodable, status, utf8_name
 from sdkit.messages import reason
 from sdkit.networks.autoencoder import VAE
+from sdkit.networks.controlnet import ControlNet
 from sdkit.networks.tiling import check_tile
 from sdkit.pipelines.generation import Generation
 from sdkit.pipelines.text_to_image import StableDiffusion
@@ -314,6 +315,7 @@ def check_generation(
         SdkitError: An argument is wrong whatever the model, or `out` cannot be written.
     """
     generation.check()
+    generation.control_images()
     n = len(strings("prompts", prompts)) * whole_number("count", count, 1)
     first_seed(generation.seed, n)
     if batch_size is not None:
@@ -333,6 +335,7 @@ def generate_files(
     count: int = 1,
     grid: bool = False,
     batch_size: int | None = None,
+    controlnets: Sequence[ControlNet] = (),
     report: Report[Path] | None = None,
 ) -> list[Path]:
     """Generate `count` images of each prompt, as PNGs with their `Generation` in the metadata.
@@ -347,6 +350,7 @@ def generate_files(
         count: Images per prompt.
         grid: Whether to write also a grid of all images, with labels.
         batch_size: Images generated together; None takes as many as fit.
+        controlnets: The ControlNets that `generation.controlnet` names.
         report: The report to add to; None makes a new one.
 
     Returns:
@@ -357,14 +361,17 @@ def generate_files(
     """
     generation, report = generation or Generation(), report or Report()
     n = check_generation(prompts, out, generation, count=count, batch_size=batch_size)
+    control_images, generation = generation.control_images()
+    control = {"controlnet": [*controlnets], "control_image": control_images} if controlnets else {}
     side = sd.unet.sample_size * sd.vae.factor
-    at_once = batch_size or sd.images_at_once(generation.height or side, generation.width or side)
+    width, height = control_images[0].size if control_images else (side, side)
+    at_once = batch_size or sd.images_at_once(generation.height or height, generation.width or width)
     wanted = ((prompt, generation.seed + r * count + c) for r, prompt in enumerate(prompts) for c in range(count))
     batches = iter(lambda: list(itertools.islice(wanted, at_once)), [])  # stops at the first empty batch
     numbers = _numbers(Path(out))
     labelled: dict[str, Image.Image] = {}  # label -> image, for the grid
     for batch in progress(batches, total=-(-n // at_once), description="generate"):
-        for (prompt, seed), image in zip(batch, _generate(sd, batch, generation), strict=True):
+        for (prompt, seed), image in zip(batch, _generate(sd, batch, generation, control), strict=True):
             whole = replace(
                 generation, prompt=prompt, seed=seed, height=image.height, width=image.width, model=sd.name,
                 guidance_scale=sd.guidance_scale if generation.guidance_scale is None else generation.guidance_scale,
@@ -381,10 +388,12 @@ def generate_files(
     return report.done
 
 
-def _generate(sd: StableDiffusion, batch: Sequence[tuple[str, int]], generation: Generation) -> list[Image.Image]:
-    """Generate one image for each (prompt, seed)."""
+def _generate(
+    sd: StableDiffusion, batch: Sequence[tuple[str, int]], generation: Generation, control: Mapping[str, Any]
+) -> list[Image.Image]:
+    """Generate one image for each (prompt, seed). `control` are the ControlNets and their images."""
     prompts, seeds = zip(*batch, strict=True)
-    drawn: list[Image.Image] = sd(prompts, seed=seeds, batch_size=len(batch), **generation.options())
+    drawn: list[Image.Image] = sd(prompts, seed=seeds, batch_size=len(batch), **generation.options(), **control)
     return drawn
 
 

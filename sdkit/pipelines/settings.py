@@ -6,6 +6,7 @@ what it says. Importing this module does not load PyTorch.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypedDict
 
@@ -27,6 +28,13 @@ class DrawingSettings:
             cost. None is the model's own, 7.5 for most.
         guidance_rescale: Strength phi of rescaled guidance, from 0 (off) to 1, against overexposure.
         guidance_interval: Noise levels sigma in (low, high] at which to guide. None guides at all of them.
+        controlnet_conditioning_scale: Strength of a ControlNet: factor of what it adds to the U-Net. One number for
+            all ControlNets, or one for each.
+        control_guidance_start: Share of the steps, from 0 to 1, before a ControlNet begins to act. One number, or one
+            for each.
+        control_guidance_end: Share of the steps after which a ControlNet no longer acts. One number, or one for each.
+        guess_mode: Let ControlNets guess what the control image shows: they act less on fine detail, and not on the
+            negative prompt, so that an empty prompt works.
         clip_skip: Number of the text encoder's last layers to skip.
         weighting: Read weights in prompts, such as (word:1.3), as A1111 does.
     """
@@ -40,6 +48,10 @@ class DrawingSettings:
     guidance_scale: float | None = None
     guidance_rescale: float = 0.0
     guidance_interval: tuple[float, float] | None = None
+    controlnet_conditioning_scale: float | tuple[float, ...] = 1.0
+    control_guidance_start: float | tuple[float, ...] = 0.0
+    control_guidance_end: float | tuple[float, ...] = 1.0
+    guess_mode: bool = False
     clip_skip: int = 0
     weighting: bool = False
 
@@ -56,11 +68,13 @@ class DrawingSettings:
         from sdkit.diffusion.samplers import sampler_by_name
         from sdkit.diffusion.schedule import check_spacing, check_steps
         from sdkit.networks.text_encoder import check_clip_skip
+        from sdkit.pipelines.controlnet import check_control_settings
         from sdkit.pipelines.steps import check_side
 
         for name, pixels in (("height", self.height), ("width", self.width)):
             if pixels is not None:
                 check_side(name, pixels)
+        check_control_settings(self)
         check_steps(self.num_inference_steps)
         sampler_by_name(self.sampler, eta=self.eta)
         if self.spacing is not None:
@@ -84,5 +98,9 @@ class DrawingKeywords(TypedDict, total=False):
     guidance_scale: float | None
     guidance_rescale: float
     guidance_interval: tuple[float, float] | None
+    controlnet_conditioning_scale: float | Sequence[float]
+    control_guidance_start: float | Sequence[float]
+    control_guidance_end: float | Sequence[float]
+    guess_mode: bool
     clip_skip: int
     weighting: bool

@@ -36,6 +36,7 @@ from sdkit.networks.denoiser import UNet
 from sdkit.networks.lora import merge_lora
 from sdkit.networks.text_encoder import TextEncoder
 from sdkit.networks.wrapper import Wrapper
+from sdkit.pipelines.controlnet import Control, ControlNets, controlled, fitted, open_controls
 from sdkit.pipelines.settings import DrawingKeywords, DrawingSettings
 from sdkit.pipelines.steps import check_side, decode, denoise, embed, start
 
@@ -60,6 +61,8 @@ class CallKeywords(DrawingKeywords, total=False):
     num_images_per_prompt: int
     latents: Tensor | None
     callback: Callable[[Step], object] | None
+    controlnet: ControlNets | None
+    control_image: Any
     apg: APG | None
     batch_size: int | None
 
@@ -226,6 +229,8 @@ class StableDiffusion:
         latents: Tensor | None = None,
         output_type: Literal["pil", "np", "pt", "latent"] = "pil",
         callback: Callable[[Step], object] | None = None,
+        controlnet: ControlNets | None = None,
+        control_image: Any = None,
         apg: APG | None = None,
         batch_size: int | None = None,
         **options: Unpack[DrawingKeywords],
@@ -245,6 +250,12 @@ class StableDiffusion:
             latents: (N, 4, h, w) standard normal noise to start from, in place of noise from the seeds.
             output_type: "pil", "np", "pt", or "latent"; see Returns.
             callback: Called with each `Step` of each batch.
+            controlnet: A ControlNet, or a list of them, that the drawing follows. It stays on its own device, even
+                where the model is offloaded.
+            control_image: Image that the ControlNet reads, such as edges: one for all prompts, or one for each; PIL
+                images, paths, uint8 arrays, or tensors (B, 3, H, W) in [-1, 1]. With a list of ControlNets, a list with
+                this for each of them. The height and the width are its own by default; if they are given, it is
+                resized.
             apg: Settings of adaptive projected guidance, which replaces classifier-free guidance.
             batch_size: Number of images denoised together; None fits it to their size.
 
@@ -269,8 +280,11 @@ class StableDiffusion:
         """
         one_of("output_type", output_type, (*OUTPUT_TYPES, "latent"))
         prompts, negatives = self._prompts(prompt, negative_prompt, num_images_per_prompt)
+        settings = DrawingSettings(**options)
+        n = len(prompts) // num_images_per_prompt
+        controls = open_controls(controlnet, control_image, settings, prompts=n, copies=num_images_per_prompt)
         plan = self._plan(
-            DrawingSettings(**options), prompts, negatives, seed=seed, latents=latents, apg=apg, batch_size=batch_size,
+            settings, controls, prompts, negatives, seed=seed, latents=latents, apg=apg, batch_size=batch_size,
             finite=output_type != "latent", callback=callback,
         )  # fmt: skip
         x_T = start(plan.generators, plan.shape, latents)
@@ -282,12 +296,12 @@ class StableDiffusion:
             return decode(self.vae, z, plan.size, output_type=output_type, batch_size=batch_size)
 
     def _plan(
-        self, settings: DrawingSettings, prompts: list[str], negatives: list[str], *, seed: int | Sequence[int],
-        latents: Tensor | None, apg: APG | None, batch_size: int | None, finite: bool,
+        self, settings: DrawingSettings, controls: list[Control], prompts: list[str], negatives: list[str], *,
+        seed: int | Sequence[int], latents: Tensor | None, apg: APG | None, batch_size: int | None, finite: bool,
         callback: Callable[[Step], object] | None,
     ) -> Plan:  # fmt: skip
         """Check the settings and the arguments of a call against this model, and return all that is drawn."""
-        size = self._size(settings.height, settings.width, latents)
+        size = self._size(settings.height, settings.width, latents, controls)
         guidance: dict[str, Any] = {
             "interval": settings.guidance_interval, "phi": settings.guidance_rescale, "projected": apg,
         }  # fmt: skip
@@ -303,6 +317,7 @@ class StableDiffusion:
             batches=list(self._batches(prompts, negatives, scale, settings.weighting, shape, batch_size)),
             sampler=sampler_by_name(settings.sampler, eta=settings.eta),
             model=model,
+            controls=fitted(controls, self.unet, self.vae.factor, size),
             guidance={"scale": scale, **guidance},
             finite=finite,
             callback=callback,
@@ -340,7 +355,13 @@ class StableDiffusion:
 
     def _guided(self, plan: Plan) -> Predictor:
         """Return the function that makes a batch's predictor with the plan's model and guidance."""
-        return lambda _, cond, uncond: guided(plan.model, self.schedule, cond, uncond, **plan.guidance)
+
+        def predictor(batch: Batch, cond: Conditioning, uncond: Conditioning | None) -> Predict:
+            controls = [control[batch.images] for control in plan.controls]
+            model = controlled(plan.model, controls, plan.timesteps)
+            return guided(model, self.schedule, cond, uncond, **plan.guidance)
+
+        return predictor
 
     def _working(self, network: Wrapper) -> AbstractContextManager[None]:
         """Return a context that keeps a network on `offload_to` while it computes; a no-op without offloading."""
@@ -402,14 +423,20 @@ class StableDiffusion:
         copies = whole_number("num_images_per_prompt", copies, 1)
         return [text for text in prompts for _ in range(copies)], [text for text in negatives for _ in range(copies)]
 
-    def _size(self, height: int | None, width: int | None, latents: Tensor | None) -> tuple[int, int]:
-        """Return the images' height and width in pixels: the given ones, else those of `latents`, else the model's."""
+    def _size(
+        self, height: int | None, width: int | None, latents: Tensor | None, controls: Sequence[Control]
+    ) -> tuple[int, int]:
+        """Return the images' height and width in pixels: the given ones, else those of `latents`, else those of the
+        first control image, else the model's."""
         factor, side = self.vae.factor, self.unet.sample_size
         if latents is not None:
             if not isinstance(latents, Tensor) or latents.ndim != 4:
                 raise ArgumentError("latents must be a tensor (N, 4, h, w) of standard normal noise.")
             height = latents.shape[2] * factor if height is None else height
             width = latents.shape[3] * factor if width is None else width
+        elif controls:
+            height = controls[0].images.shape[2] if height is None else height
+            width = controls[0].images.shape[3] if width is None else width
         height = check_side("height", side * factor if height is None else height, factor)
         return height, check_side("width", side * factor if width is None else width, factor)
 
@@ -497,6 +524,7 @@ class Plan:
         batches: All N images, grouped into batches.
         sampler: The sampling loop.
         model: The U-Net as `guided` calls it.
+        controls: ControlNets, with images of the size of the drawing.
         guidance: The keywords of `guided`, the scale among them.
         finite: Whether embeddings must be finite.
         callback: Called with each `Step` of each batch.
@@ -510,6 +538,7 @@ class Plan:
     batches: Sequence[Batch]
     sampler: Sampler
     model: Model
+    controls: Sequence[Control]
     guidance: Mapping[str, Any]
     finite: bool
     callback: Callable[[Step], object] | None
