@@ -142,7 +142,7 @@ def open_controls(
     if controlnet is None:
         _check_unused(settings, image=control_image is not None)
         return []
-    networks = list(controlnet) if isinstance(controlnet, (list, tuple)) else [controlnet]
+    networks: list[Any] = list(controlnet) if isinstance(controlnet, (list, tuple)) else [controlnet]
     if not networks or not all(isinstance(network, ControlNet) for network in networks):
         raise ArgumentError(
             "controlnet takes ControlNets, as from sdkit.ControlNet.from_pretrained(source): give one, or a list of "

@@ -6,7 +6,6 @@ what it says. Importing this module does not load PyTorch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypedDict
 
@@ -98,9 +97,9 @@ class DrawingKeywords(TypedDict, total=False):
     guidance_scale: float | None
     guidance_rescale: float
     guidance_interval: tuple[float, float] | None
-    controlnet_conditioning_scale: float | Sequence[float]
-    control_guidance_start: float | Sequence[float]
-    control_guidance_end: float | Sequence[float]
+    controlnet_conditioning_scale: float | tuple[float, ...]
+    control_guidance_start: float | tuple[float, ...]
+    control_guidance_end: float | tuple[float, ...]
     guess_mode: bool
     clip_skip: int
     weighting: bool
