@@ -60,7 +60,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def config(made: Path, **changes: Any) -> ControlNetConfig:
     own: dict[str, Any] = {
         "model": made / "model", "data": made / "photos", "conditioning_data": made / "maps",
-        "out_dir": made / "unused", "size": tiny.SIZE, "batch_size": 4, "max_steps": 3, "learning_rate": 1e-3, "ema_decay": 0.0,
+        "out_dir": made / "unused", "size": tiny.SIZE, "batch_size": 4, "max_steps": 3, "learning_rate": 1e-3,
+        "ema_decay": 0.0,
     }  # fmt: skip
     if "condition" in changes or changes.get("data") == made / "table":
         del own["conditioning_data"]
