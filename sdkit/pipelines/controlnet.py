@@ -198,14 +198,14 @@ def controlled(model: Model, controls: Sequence[Control], timesteps: Timesteps) 
     Args:
         model: The U-Net.
         controls: ControlNets with the images of the batch.
-        timesteps: Pairs (t, t_prev) of the steps, which the shares `start` and `end` are counted in. A timestep between
-            two of them, where some samplers evaluate the model too, belongs to the later step.
+        timesteps: Pairs (t, t_prev) of the steps, which the shares `start` and `end` are counted in. A timestep inside
+            a step, where some samplers evaluate the model too, belongs to it.
     """
     if not controls:
         return model
 
     def call(x_t: Tensor, t: int, cond: Conditioning) -> Tensor:
-        step = min(sum(first > t for first, _ in timesteps), len(timesteps) - 1)
+        step = max(0, sum(first >= t for first, _ in timesteps) - 1)
         acting = [control for control in controls if control.acts(step, len(timesteps))]
         residuals = [control.residuals(x_t, t, cond) for control in acting]
         return model(x_t, t, replace(cond, residuals=_added(residuals)) if residuals else cond)

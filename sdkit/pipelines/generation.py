@@ -133,7 +133,7 @@ class Generation(DrawingSettings):
         if not self.controlnet:
             values = {key: value for key, value in values.items() if key not in DEFAULTS}
         for name, value in values.items():
-            if isinstance(value, tuple):
+            if isinstance(value, (list, tuple)):
                 values[name] = _listed([anywhere(item) for item in value] if name in SOURCES else value)
         own = {key: str(value) for key, value in values.items()}
         return {**own, "sdkit": __version__, infotext.KEY: infotext.infotext(self)}

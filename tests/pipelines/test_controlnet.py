@@ -187,9 +187,9 @@ def test_timesteps_inside_a_step_belong_to_it(controls: list[sdkit.ControlNet]) 
     control = Control(network=controls[0], images=torch.zeros(1, 3, 64, 64), start=0.4, end=0.6)
     call = controlled(model, [control], timesteps)
     cond = sdkit.guidance.Conditioning(torch.zeros(1, 4, controls[0].network.config.cross_attention_dim))
-    for t in (999, 700, 599, 598, 399, 0):
+    for t in (999, 700, 599, 400, 399, 0):
         call(torch.zeros(1, 4, 8, 8), t, cond)
-    assert seen == [(999, False), (700, True), (599, True), (598, False), (399, False), (0, False)]
+    assert seen == [(999, False), (700, False), (599, True), (400, True), (399, False), (0, False)]
 
 
 def test_defaults_are_those_of_the_settings() -> None:

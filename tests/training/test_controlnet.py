@@ -323,7 +323,7 @@ def test_a_condition_of_other_proportions_is_skipped(made: Path, tmp_path: Path)
 
 
 def test_a_column_that_is_missing(made: Path) -> None:
-    with pytest.raises(DataError, match=r"image_column: .* has no column 'edges'; it has image, conditioning_image"):
+    with pytest.raises(DataError, match=r"^conditioning_image_column: .* has no column 'edges'; it has image, cond"):
         ControlNetStage(config(made, data=made / "table", conditioning_image_column="edges"))
 
 

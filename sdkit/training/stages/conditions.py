@@ -163,7 +163,10 @@ def open_control_examples(
             f"(conditioning_data), or let them be made (condition, one of {', '.join(CONDITIONS)})."
         )
     else:
-        column = open_examples(data, **opened_with | {"image_column": conditioning_image_column})
+        try:
+            column = open_examples(data, **opened_with | {"image_column": conditioning_image_column})
+        except DataError as error:
+            raise DataError(f"conditioning_image_column: {str(error).removeprefix('image_column: ')}") from error
         conditions, identity = _Rows(column), column.identity
     transform = training_transform(height_width, augment)
     return ControlExamples(examples, conditions, identity, transform, vae, text, seed=seed)
