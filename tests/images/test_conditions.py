@@ -26,7 +26,7 @@ def disc(side: int = 64) -> Image.Image:
     return Image.fromarray((255 * ((x - 30) ** 2 + (y - 34) ** 2 < 400)).astype(np.uint8))
 
 
-@pytest.mark.parametrize("image", [photo(), photo((97, 61)), disc()], ids=["photo", "oblong", "disc"])
+@pytest.mark.parametrize("image", [photo(), photo((97, 61))], ids=["square", "oblong"])
 @pytest.mark.parametrize(
     "options", [{}, {"sigma": 2.0}, {"low": 0.3, "high": 0.8}, {"sigma": 0.7, "low": 0.2, "high": 0.2}], ids=str
 )
@@ -37,9 +37,9 @@ def test_canny_is_that_of_scikit_image(image: Image.Image, options: dict[str, fl
     found = np.asarray(images.canny(image, **options))
     assert found.shape == (*levels.shape, 3)
     assert set(np.unique(found)) == {0, 255}
+    assert expected.sum() > 500
     # Where two magnitudes are equal up to rounding, a pixel may differ.
-    assert (found[..., 0] > 0).sum() > 20
-    assert ((found[..., 0] > 0) != expected).mean() < 2e-4
+    assert ((found[..., 0] > 0) != expected).sum() <= 2
 
 
 def test_canny_finds_a_circle_where_it_is() -> None:
