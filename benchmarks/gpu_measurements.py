@@ -25,6 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import sdkit
 from benchmarks.gpu_checks import Place
+from sdkit.engines.device import release_memory
 from sdkit.training.run_folder import read_metrics
 
 Json = dict[str, Any]
@@ -47,6 +48,22 @@ def machine(device: torch.device) -> Json:
     if device.type == "cuda":
         facts |= {"device": torch.cuda.get_device_name(device), "CUDA": str(torch.version.cuda)}
     return facts | {"diffusers": diffusers.__version__, "sdkit": sdkit.__version__}
+
+
+def limit_memory(device: torch.device, bytes_: float) -> None:
+    """Let this process use at most so many bytes of a GPU's memory. More raises torch.OutOfMemoryError."""
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, bytes_ / total), device)
+
+
+def is_well(device: torch.device) -> bool:
+    """Return whether the device still computes. After some errors, every further call of a process fails."""
+    try:
+        release_memory(device)
+        return bool(torch.ones(1, device=device).item() == 1)
+    except RuntimeError:
+        return False
 
 
 def summary(numbers: Json) -> str:
@@ -106,13 +123,16 @@ def _there_and_back(network: Any, pixels: Tensor, place: Place) -> Tensor:
 
 
 def train_unet(place: Place) -> Json:
-    """A training step of the whole U-Net in bfloat16, from a cache, beside diffusers' script and a bare step."""
+    """A training step of the whole U-Net in bfloat16, from a cache, beside diffusers' script."""
     from benchmarks import training
 
     training.DEVICE = place.device
-    batch, size = (1, 64) if place.tiny else (8, 512)
+    batch, size = (1, 64) if place.tiny else (4, 512)  # both sides' weights and optimizers already take 28 GB
+    photos = _pictures(place.scratch / "photos", 16, size)
     with contextlib.redirect_stdout(io.StringIO()):
-        times = training.steps(place.scratch, model_folder(place), size, batch, "bf16", 2 if place.tiny else 8)
+        times = training.steps(
+            place.scratch, model_folder(place), photos, size, batch, "bf16", 2 if place.tiny else 8, bare=False
+        )
     seconds = {side: median(values) for side, values in times.items()}
     numbers: Json = {"seconds": seconds, "ratios": _ratios(times), "peak_bytes": {}}
     sd = sdkit.StableDiffusion.from_pretrained(model_folder(place), dtype="bf16", device=place.device)
@@ -157,7 +177,7 @@ def least_memory_to_train(place: Place) -> Json:
     try:
         import bitsandbytes  # noqa: F401
 
-        eight = place.device.type == "cuda"
+        eight = True
     except ImportError:
         eight = False
     numbers = train(
@@ -281,7 +301,7 @@ def _reset_peak(place: Place) -> int:
     """Begin to measure the peak of memory. Returns the bytes that are in use now."""
     if place.device.type != "cuda":
         return 0
-    torch.cuda.empty_cache()
+    release_memory(place.device)
     torch.cuda.reset_peak_memory_stats(place.device)
     return torch.cuda.memory_allocated(place.device)
 

@@ -79,11 +79,13 @@ def main() -> None:
         if "step" in args.parts:
             model = make_model(root / "sd15", args.width)
             batch = args.batch_size
-            results["step"] = steps(root / "step", model, args.size, batch, args.precision, args.turns)
+            photos = make_photos(root / "photos", 4 * batch, args.size)
+            results["step"] = steps(root / "step", model, photos, args.size, batch, args.precision, args.turns)
             show(f"SD 1.5 x {args.width:g}, {args.size} px, batch {batch}", results["step"], batch)
         if "overhead" in args.parts:
             turns = 10 * args.turns
-            results["overhead"] = steps(root / "overhead", ASSETS / "emoji", 128, 8, args.precision, turns)
+            photos = make_photos(root / "small-photos", 32, 128)
+            results["overhead"] = steps(root / "overhead", ASSETS / "emoji", photos, 128, 8, args.precision, turns)
             show("embedded model, 128 px, batch 8", results["overhead"], 8)
         if "cache" in args.parts:
             results["cache"] = caching(root, args.images)
@@ -91,17 +93,19 @@ def main() -> None:
         args.json.write_text(json.dumps(results, indent=1) + "\n")
 
 
-def steps(root: Path, model: Path, size: int, batch_size: int, precision: str, turns: int) -> Times:
-    """Return the seconds that each step of each side took."""
-    make_photos(root / "photos", 4 * batch_size, size)
+def steps(
+    root: Path, model: Path, photos: Path, size: int, batch_size: int, precision: str, turns: int, *, bare: bool = True
+) -> Times:
+    """Return the seconds that each step of each side took. Without `bare`, that side is left out."""
     with contextlib.redirect_stderr(io.StringIO()):
-        cache = sdkit.data.cache(model, root / "photos", root / "cache", size=size, embeddings=True)
+        cache = sdkit.data.cache(model, photos, root / "cache", size=size, embeddings=True)
     config = UNetConfig(
         model=model, data=cache, out_dir=root / "run", max_steps=turns + WARM_UP + 1, batch_size=batch_size,
         mixed_precision=precision, ema_decay=0, save_every=10**6, validate_every=10**6, caption_dropout=0,
     )  # fmt: skip
     others = {"diffusers": Script(model, size, batch_size, precision)}
-    others["bare"] = Script(model, size, batch_size, precision, network=others["diffusers"])
+    if bare:
+        others["bare"] = Script(model, size, batch_size, precision, network=others["diffusers"])
     stage = TakingTurns(config, others)
     with contextlib.suppress(StopIteration):
         fit(stage, config, Path(config.out_dir))

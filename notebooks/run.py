@@ -42,13 +42,24 @@ def packed(png: str) -> str:
     return base64.b64encode(smaller.getvalue()).decode()
 
 
+def joined(outputs: list[Any]) -> list[Any]:
+    """Return outputs in which adjacent pieces of text are one: how a kernel cuts its text depends on the time."""
+    whole: list[Any] = []
+    for output in outputs:
+        if whole and output.output_type == whole[-1].output_type == "stream":
+            whole[-1].text += output.text
+        else:
+            whole.append(output)
+    return whole
+
+
 def run(path: Path) -> None:
     """Run a notebook and save it with its outputs, except what it wrote to stderr (progress bars, warnings)."""
     notebook = nbformat.read(path, 4)
     with TemporaryDirectory() as folder:
         NotebookClient(notebook, timeout=None, resources={"metadata": {"path": folder}}).execute()
     for cell in code(notebook):
-        cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
+        cell.outputs = joined([output for output in cell.outputs if output.get("name") != "stderr"])
         cell.metadata.pop("execution", None)  # times of the run
         for output in cell.outputs:
             if "image/png" in output.get("data", ()):
@@ -66,8 +77,7 @@ def run(path: Path) -> None:
 
 def main(names: list[str]) -> None:
     """Run the named notebooks, or all of them."""
-    if lpips := os.environ.get("SDKIT_LPIPS"):  # relative to this folder: the kernels run in other ones
-        os.environ["SDKIT_LPIPS"] = str(Path(lpips).resolve())
+    os.environ.pop("SDKIT_LPIPS", None)  # the outputs are those of the network that comes with sdkit
     paths = [HERE / Path(name).name for name in names] or sorted(HERE.glob("*.ipynb"))
     for path in dict.fromkeys(path.with_stem(path.stem.removesuffix("_zh")) for path in paths):
         start = time.monotonic()

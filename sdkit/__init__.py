@@ -24,7 +24,7 @@ from sdkit.errors import (
 from sdkit.lazy import attributes
 
 if TYPE_CHECKING:
-    from sdkit import data, guidance, images, latents, metrics, samplers, training
+    from sdkit import data, evaluation, guidance, images, latents, metrics, samplers, training
     from sdkit.data.latent_file import Latent
     from sdkit.diffusion.samplers import Step
     from sdkit.diffusion.schedule import NoiseSchedule, Prediction
@@ -56,6 +56,7 @@ __all__ = [
     "VAE",
     "__version__",
     "data",
+    "evaluation",
     "guidance",
     "images",
     "latents",
@@ -64,7 +65,7 @@ __all__ = [
     "training",
 ]
 
-_MODULES = ("data", "guidance", "images", "latents", "metrics", "samplers", "training")
+_MODULES = ("data", "evaluation", "guidance", "images", "latents", "metrics", "samplers", "training")
 _HOMES = {
     **{name: f"sdkit.{name}" for name in _MODULES},
     "ControlNet": "sdkit.networks.controlnet",

@@ -1,4 +1,4 @@
-"""Latent files: public names of `sdkit.data.latent_file`."""
+"""Latents: public names for latent files, statistics, interpolation, and previews."""
 
 from __future__ import annotations
 
@@ -8,10 +8,20 @@ from sdkit.data.latent_file import (
     load,
     save,
 )
+from sdkit.diffusion.latent_space import Statistics, lerp, slerp, statistics
+from sdkit.networks.preview import RGBMap, fit_rgb_map, previewer, rgb_map_of
 
 __all__ = [
     "Latent",
+    "RGBMap",
+    "Statistics",
     "check_vae",
+    "fit_rgb_map",
+    "lerp",
     "load",
+    "previewer",
+    "rgb_map_of",
     "save",
+    "slerp",
+    "statistics",
 ]

@@ -78,7 +78,7 @@ def photos(astronaut: Image.Image, chelsea: Image.Image) -> Callable[[], None]:
 
 def save_lpips(path: Path) -> None:
     """Random weights, named as in the package `lpips`."""
-    state = LPIPS().state_dict()
+    state = LPIPS("vgg").state_dict()
     names = {key: key.replace("vgg.", "net.slice1.") for key in state}
     names |= {key: f"lin{key[-1]}.model.1.weight" for key in state if key.startswith("heads.")}
     torch.save({names[key]: value for key, value in state.items()}, path)

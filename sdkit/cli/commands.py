@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from sdkit import __version__
 from sdkit.cli.console import complain, exit_code_of, flush, say, say_json, say_path, say_table
+from sdkit.cli.evaluate import add_evaluate_commands
 from sdkit.cli.field_options import FieldOption, field_options
 from sdkit.cli.options import (
     PREDICTION_TYPES,
@@ -43,6 +44,7 @@ from sdkit.pipelines.settings import DrawingSettings
 
 if TYPE_CHECKING:
     from sdkit.cli.jobs import Reconstruction, Report
+    from sdkit.cli.preview import PreviewFile
     from sdkit.networks.autoencoder import VAE
     from sdkit.networks.controlnet import ControlNet
     from sdkit.pipelines.generation import Generation
@@ -95,6 +97,7 @@ def generate(args: argparse.Namespace) -> int:
     """Generate images from text prompts."""
     from dataclasses import fields
 
+    from sdkit.arguments import whole_number
     from sdkit.cli.jobs import Report, check_generation, generate_files, read_prompts
     from sdkit.pipelines.generation import Generation
 
@@ -111,13 +114,32 @@ def generate(args: argparse.Namespace) -> int:
     prompts = prompts or [generation.prompt]
     check_generation(prompts, args.out, generation, **sizes)  # before a model is loaded or downloaded
     _check_place(generation.dtype, args.device)
-    report = Report[Path](on_done=say_path)
+    if args.preview_every is not None:
+        whole_number("preview_every", args.preview_every, 1)
     controlnets = _load_controlnets(args, generation)
+    report, sd = Report[Path](on_done=say_path), _load_sd(args, generation)
+    preview = _preview(args, sd)
     generate_files(
-        _load_sd(args, generation), prompts, args.out, generation, grid=args.grid, controlnets=controlnets,
-        report=report, **sizes,
+        sd, prompts, args.out, generation, grid=args.grid, controlnets=controlnets, report=report, callback=preview,
+        **sizes,
     )  # fmt: skip
     return 0
+
+
+def _preview(args: argparse.Namespace, sd: StableDiffusion) -> PreviewFile | None:
+    """Return the callback that shows the forming images; None if no option asks for it."""
+    if not args.preview and args.preview_every is None and args.preview_vae is None:
+        return None
+    from sdkit.cli.jobs import is_image_name
+    from sdkit.cli.preview import PreviewFile, preview_path
+    from sdkit.networks.autoencoder import VAE
+    from sdkit.networks.preview import previewer
+
+    options = {"dtype": sd.vae.dtype, "device": args.device}
+    tiny = None if args.preview_vae is None else VAE.from_pretrained(args.preview_vae, **options)
+    out = Path(args.out)
+    path = preview_path(out, is_file=is_image_name(out))
+    return PreviewFile(path, previewer(sd.vae, tiny), args.preview_every)
 
 
 def _check_guidance(given: dict[str, Any], generation: Generation) -> None:
@@ -310,6 +332,7 @@ def _parser() -> argparse.ArgumentParser:
     for add_to in (_add_generate, _add_encode, _add_decode, _add_reconstruct, _add_info, _add_demo):
         add_to(commands)
     add_training_commands(commands)
+    add_evaluate_commands(commands)
     return parser
 
 
@@ -333,6 +356,8 @@ def _add_generate(commands: Commands) -> None:
         usage="[PROMPT ...] [OPTION ...]",
         examples=(
             'sdkit generate "a red apple on a blue background" --count 4 --grid',
+            'sdkit generate "a fox" --image cat.png --strength 0.6',
+            'sdkit generate "a hat" --image cat.png --mask head.png',
             'sdkit generate "a cat" --model sd-v1-5.safetensors --steps 20 --scale 7',
             "sdkit generate --from outputs/0001-a-cat-0.png --seed 7 --out again.png",
             "sdkit generate --prompts prompts.txt --lora runs/zork/result --lora-scale 0.8",
@@ -360,6 +385,11 @@ def _add_generate(commands: Commands) -> None:
     add = parser.add_argument_group("where to write").add_argument
     add("--out", "-o", metavar="PATH", default="outputs", help="Folder, or a .png for one image (default: outputs)")
     add("--grid", action="store_true", help="Also write one picture of all images, with labels")
+    preview = "Show the forming images in preview.jpg (or NAME-preview.jpg), as often as takes at most 2 %% of the time"
+    add("--preview", action="store_true", help=preview)
+    add("--preview-every", type=int, metavar="N", help="Show them after every N-th step")
+    tiny = "Show them with a tiny VAE for the model's latents, such as madebyollin/taesd: sharper, and slower"
+    add("--preview-vae", metavar="SOURCE", help=tiny)
     add = parser.add_argument_group("speed and memory").add_argument
     batch_size_option(add)
     place_options(add, **unset)
@@ -368,6 +398,9 @@ def _add_generate(commands: Commands) -> None:
 
 def _add_what_to_draw(add: Add, unset: dict[str, Any]) -> None:
     add("prompts", nargs="*", metavar="PROMPT", help="Description of an image; each prompt makes --count images")
+    add("--image", metavar="FILE", help="Image to start from", **unset)
+    mask = "Mask of --image: only its white part is drawn anew"
+    add("--mask-image", "--mask", metavar="FILE", help=mask, **unset)
     prompts = 'File of more prompts, one per line; "-" reads stdin. Lines that begin with # are skipped'
     add("--prompts", dest="prompts_file", metavar="FILE", help=prompts)
     again = "Draw an image that sdkit made again; options given here override its own"
@@ -398,10 +431,13 @@ def _drawing_options() -> dict[str, FieldOption]:
         "guidance_scale": ("--scale",),
         "guidance_rescale": ("--rescale",),
         "guidance_interval": ("--interval",),
+        "padding_mask_crop": ("--only-masked",),
     }
     metavars: dict[str, str | tuple[str, ...]] = {
         "height": "PIXELS",
         "width": "PIXELS",
+        "mask_blur": "PIXELS",
+        "padding_mask_crop": "PIXELS",
         "sampler": choices(SAMPLERS),
         "spacing": choices(SPACINGS),
         "guidance_interval": ("LOW", "HIGH"),

@@ -28,6 +28,7 @@ from PIL import Image
 from sdkit import __version__, images
 from sdkit.arguments import first_seed, strings, whole_number
 from sdkit.data import latent_file as latents
+from sdkit.diffusion.samplers import Step
 from sdkit.errors import ArgumentError, LatentError, SdkitError
 from sdkit.evaluation import similarity as metrics
 from sdkit.file_search import find_files
@@ -37,6 +38,7 @@ from sdkit.networks.autoencoder import VAE
 from sdkit.networks.controlnet import ControlNet
 from sdkit.networks.tiling import check_tile
 from sdkit.pipelines.generation import Generation
+from sdkit.pipelines.inpainting import open_canvas
 from sdkit.pipelines.text_to_image import StableDiffusion
 from sdkit.progress import progress
 
@@ -108,7 +110,7 @@ def check_files(out: str | Path, *, batch_size: int | None = None, tile: int | N
     if batch_size is not None:
         whole_number("batch_size", batch_size, 1)
     check_tile(tile)
-    _check_writable(Path(out))
+    check_writable(Path(out))
 
 
 def encode_files(
@@ -315,14 +317,17 @@ def check_generation(
         SdkitError: An argument is wrong whatever the model, or `out` cannot be written.
     """
     generation.check()
+    inputs, _ = generation.inputs()
     generation.control_images()
+    if inputs:
+        open_canvas(inputs["image"], inputs.get("mask_image"), generation, prompts=1, copies=1, side=512)
     n = len(strings("prompts", prompts)) * whole_number("count", count, 1)
     first_seed(generation.seed, n)
     if batch_size is not None:
         whole_number("batch_size", batch_size, 1)
-    if _is_image_name(Path(out)) and (Path(out).suffix.lower() != ".png" or n > 1):
+    if is_image_name(Path(out)) and (Path(out).suffix.lower() != ".png" or n > 1):
         raise ArgumentError(f"{out} cannot hold {n} PNG image(s); give a folder, or a .png for a single image.")
-    _check_writable(Path(out), is_file=_is_image_name(Path(out)))
+    check_writable(Path(out), is_file=is_image_name(Path(out)))
     return n
 
 
@@ -337,6 +342,7 @@ def generate_files(
     batch_size: int | None = None,
     controlnets: Sequence[ControlNet] = (),
     report: Report[Path] | None = None,
+    callback: Callable[[Step], object] | None = None,
 ) -> list[Path]:
     """Generate `count` images of each prompt, as PNGs with their `Generation` in the metadata.
 
@@ -352,6 +358,7 @@ def generate_files(
         batch_size: Images generated together; None takes as many as fit.
         controlnets: The ControlNets that `generation.controlnet` names.
         report: The report to add to; None makes a new one.
+        callback: Called with each `Step` of each batch, for example a `PreviewFile`.
 
     Returns:
         The paths of the PNGs.
@@ -361,19 +368,26 @@ def generate_files(
     """
     generation, report = generation or Generation(), report or Report()
     n = check_generation(prompts, out, generation, count=count, batch_size=batch_size)
+    inputs, generation = generation.inputs()
     control_images, generation = generation.control_images()
-    control = {"controlnet": [*controlnets], "control_image": control_images} if controlnets else {}
+    drawn_on = [inputs["image"]] if "image" in inputs else control_images
+    if controlnets:
+        inputs = {**inputs, "controlnet": [*controlnets], "control_image": control_images}
     side = sd.unet.sample_size * sd.vae.factor
-    width, height = control_images[0].size if control_images else (side, side)
+    width, height = drawn_on[0].size if drawn_on else (side, side)
     at_once = batch_size or sd.images_at_once(generation.height or height, generation.width or width)
     wanted = ((prompt, generation.seed + r * count + c) for r, prompt in enumerate(prompts) for c in range(count))
     batches = iter(lambda: list(itertools.islice(wanted, at_once)), [])  # stops at the first empty batch
     numbers = _numbers(Path(out))
     labelled: dict[str, Image.Image] = {}  # label -> image, for the grid
     for batch in progress(batches, total=-(-n // at_once), description="generate"):
-        for (prompt, seed), image in zip(batch, _generate(sd, batch, generation, control), strict=True):
+        for (prompt, seed), image in zip(batch, _generate(sd, batch, generation, inputs, callback), strict=True):
+            # The size of an enlarged region is not that of the image.
+            sized: dict[str, Any] = (
+                {} if generation.padding_mask_crop is not None else {"height": image.height, "width": image.width}
+            )
             whole = replace(
-                generation, prompt=prompt, seed=seed, height=image.height, width=image.width, model=sd.name,
+                generation, prompt=prompt, seed=seed, **sized, model=sd.name,
                 guidance_scale=sd.guidance_scale if generation.guidance_scale is None else generation.guidance_scale,
                 spacing=generation.spacing or sd.schedule.timestep_spacing,
                 dtype=str(sd.unet.dtype).removeprefix("torch."),
@@ -383,17 +397,23 @@ def generate_files(
                 labelled[f"seed {seed}: {prompt}"] = image
     if grid:
         sheet = images.grid([*labelled.values()], count if count > 1 else None, padding=6, captions=[*labelled])
-        beside = Path(out).with_stem(f"{Path(out).stem}-grid") if _is_image_name(Path(out)) else Path(out)
+        beside = Path(out).with_stem(f"{Path(out).stem}-grid") if is_image_name(Path(out)) else Path(out)
         report.add(_save(sheet, beside, "grid", numbers))
     return report.done
 
 
 def _generate(
-    sd: StableDiffusion, batch: Sequence[tuple[str, int]], generation: Generation, control: Mapping[str, Any]
+    sd: StableDiffusion,
+    batch: Sequence[tuple[str, int]],
+    generation: Generation,
+    inputs: Mapping[str, Any],
+    callback: Callable[[Step], object] | None,
 ) -> list[Image.Image]:
-    """Generate one image for each (prompt, seed). `control` are the ControlNets and their images."""
+    """Generate one image for each (prompt, seed), from the image and the mask of `inputs`, if there are any."""
     prompts, seeds = zip(*batch, strict=True)
-    drawn: list[Image.Image] = sd(prompts, seed=seeds, batch_size=len(batch), **generation.options(), **control)
+    drawn: list[Image.Image] = sd(
+        prompts, seed=seeds, batch_size=len(batch), callback=callback, **generation.options(), **inputs
+    )
     return drawn
 
 
@@ -424,7 +444,7 @@ def demo_files(
         reconstructions.
     """
     folder = Path(out)
-    _check_writable(folder)
+    check_writable(folder)
     made = sd(DEMO_PROMPTS, seed=[0] * len(DEMO_PROMPTS))
     images.save(images.grid(made, 4, padding=6, captions=DEMO_PROMPTS), folder / "generated.png")
     if photos:
@@ -441,7 +461,7 @@ def demo_files(
     return folder / "generated.png", kind, reconstruct_files(sd.vae, photos, folder)
 
 
-def _is_image_name(out: Path) -> bool:
+def is_image_name(out: Path) -> bool:
     """Return whether `out` names an image file rather than a folder."""
     return out.suffix.lower() in images.FORMATS and not os.path.isdir(out)  # noqa: PTH112 - pathlib's may raise
 
@@ -450,7 +470,7 @@ def _save(
     image: Image.Image, out: Path, stem: str, numbers: Iterable[int], text: Mapping[str, str] | None = None
 ) -> Path:
     """Write a PNG to the file `out`, or into the folder `out` under the first free number. Return its path."""
-    if _is_image_name(out):
+    if is_image_name(out):
         images.save(image, out, text)
         return out
     for number in numbers:
@@ -478,7 +498,7 @@ def _slug(prompt: str) -> str:
     return os.fsdecode(slug.encode())  # the name on disk is UTF-8 whatever the locale
 
 
-def _check_writable(path: Path, *, is_file: bool = False) -> None:
+def check_writable(path: Path, *, is_file: bool = False) -> None:
     """Raise SdkitError if a folder or a file cannot be written, before any work is done for it."""
     try:
         check_name(path)

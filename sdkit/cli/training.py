@@ -74,7 +74,7 @@ GROUPS = {
     "optimisation": "max_steps batch_size gradient_accumulation_steps learning_rate lr_scheduler lr_warmup_steps "
     "max_grad_norm ema_decay seed",
     "speed and memory": "mixed_precision gradient_checkpointing use_8bit_adam",
-    "validation": "validate_every validation_data validation_prompts",
+    "validation": "validate_every validation_data validation_prompts evaluate",
     "checkpoints and logs": "save_every keep_checkpoints report_to",
 }
 

@@ -1,8 +1,12 @@
-"""Device and dtype of a network, and the meaning of "auto" on this machine."""
+"""Device and dtype of a network: the meaning of "auto" on this machine, and what depends on the kind of device.
+
+Only this module calls torch.cuda. Its functions accept every device, so that callers need not ask for the kind.
+"""
 
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from sdkit.errors import ArgumentError
 
@@ -60,3 +64,34 @@ def memory_format(dtype: torch.dtype) -> torch.memory_format:
     """Return the memory layout: channels_last in half precision, which is twice as fast; contiguous in float32, to be
     bit-identical to diffusers."""
     return torch.contiguous_format if dtype == torch.float32 else torch.channels_last
+
+
+def has_fused_adam(device: torch.device) -> bool:
+    """Return whether to use PyTorch's fused AdamW on a device, which is three times as fast as its default."""
+    return device.type in ("cpu", "cuda")
+
+
+def pinned(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return a tensor from which a copy to a device can be asynchronous.
+
+    For a CUDA GPU this is a copy in pinned memory: `pinned(x, device).to(device, non_blocking=True)` returns at once,
+    while the GPU computes. For other devices it is the tensor itself.
+    """
+    return tensor.pin_memory() if device.type == "cuda" and tensor.device.type == "cpu" else tensor
+
+
+def release_memory(device: torch.device) -> None:
+    """Free the unused memory blocks that PyTorch caches on a CUDA GPU; a no-op on other devices."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def device_rng_state(device: torch.device) -> Tensor | None:
+    """Return the state of a CUDA GPU's random generator; None for other devices, whose generator is the CPU's."""
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+
+def set_device_rng_state(state: Tensor, device: torch.device) -> None:
+    """Set a CUDA GPU's random generator to a state from `device_rng_state`; a no-op on other devices."""
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state, device)

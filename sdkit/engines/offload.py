@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from sdkit.engines.device import release_memory
+
 
 @contextmanager
 def on_device(network: nn.Module, device: torch.device) -> Iterator[None]:
@@ -17,5 +19,4 @@ def on_device(network: nn.Module, device: torch.device) -> Iterator[None]:
         yield
     finally:
         network.to("cpu")
-        if device.type == "cuda":
-            torch.cuda.empty_cache()  # the next network's tensors rarely fit the cached blocks
+        release_memory(device)  # the next network's tensors rarely fit the cached blocks

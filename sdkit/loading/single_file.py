@@ -92,6 +92,7 @@ TEXT_FIELDS = (
     "bos_token_id",
     "eos_token_id",
 )
+INPAINTING = 9
 INPUTS = {5: "a depth model", 7: "an upscaler", 8: "InstructPix2Pix", 9: "an inpainting model"}
 
 
@@ -145,8 +146,8 @@ def family_of(file: TensorFile) -> str:
     latents = next((_inputs(file, key) for key in keys_of(file, VAE) if key.endswith("decoder.conv_in.weight")), 4)
     if latents != 4:
         raise SourceError(f"{file.label} holds a VAE of another family: {latents} latent channels where SD has 4.")
-    channels = _inputs(file, FIRST_CONV) if FIRST_CONV in file.shapes else 4
-    if channels != 4:
+    channels = inputs_of(file)
+    if channels not in (4, INPAINTING):
         name = INPUTS.get(channels, "another kind of model")
         raise SourceError(f"{file.label} looks like {name} ({channels} input channels); give a text-to-image model.")
     if unet := keys_of(file, UNET) or keys_of(file, CONTROLNET):
@@ -157,6 +158,11 @@ def family_of(file: TensorFile) -> str:
     else:
         family = "sd2" if any(key.startswith(OPEN_CLIP) for key in file.shapes) else "sd1"
     return "sd2-v" if family == "sd2" and marked_prediction(file) == "v_prediction" else family
+
+
+def inputs_of(file: TensorFile) -> int:
+    """Return the number of input channels of a file's U-Net: 4, or `INPAINTING` for an inpainting model."""
+    return _inputs(file, FIRST_CONV) if FIRST_CONV in file.shapes else 4
 
 
 def _inputs(file: TensorFile, key: str) -> int:
@@ -180,13 +186,24 @@ def probe_prediction(unet: Any) -> str:
     Its input is pure noise at the last timestep. There x_t is nearly eps: an eps model returns nearly its input, a v
     model nearly -x0, which is uncorrelated with the input.
     """
-    channels, width = unet.config.in_channels, unet.config.cross_attention_dim
+    channels, width = min(unet.config.in_channels, unet.config.out_channels), unet.config.cross_attention_dim
     # 8 x 8 latents are enough, and fast even in float16 on a CPU, where 32 x 32 take a minute.
     x_t = torch.randn((1, channels, 8, 8), generator=torch.Generator().manual_seed(0))
     cond = torch.zeros((1, 77, width), dtype=unet.dtype)
-    output = unet(x_t.to(unet.dtype), 999, cond).sample.float()[:, :channels]
+    beside = torch.zeros((1, unet.config.in_channels - channels, 8, 8))  # an inpainting model's mask and image
+    beside[:, :1] = 1  # all is drawn
+    output = unet(torch.cat([x_t, beside], dim=1).to(unet.dtype), 999, cond).sample.float()[:, :channels]
     correlation = torch.corrcoef(torch.stack([x_t.flatten(), output.flatten()]))[0, 1]
     return "epsilon" if correlation > 0.5 else "v_prediction"
+
+
+def config_of(file: TensorFile, part: Part, configs: Path) -> dict[str, Any]:
+    """Return the config of a part. The public configs are those of text-to-image models, and serve inpainting models
+    too: these differ only in the number of input channels.
+    """
+    config = read_config(configs / part.config_path, part.checks)
+    inputs = {"in_channels": inputs_of(file)} if part is UNET and configs.parent == ASSETS else {}
+    return config | inputs
 
 
 def load_network(file: TensorFile, part: Part, configs: Path, dtype: torch.dtype) -> Any:
@@ -206,7 +223,7 @@ def load_network(file: TensorFile, part: Part, configs: Path, dtype: torch.dtype
     against = f"the public config {configs.name!r}" if configs.parent == ASSETS else f"the config in {str(configs)!r}"
     return build(
         part,
-        read_config(path, part.checks),
+        config_of(file, part, configs),
         lambda network: part.rename(file.read(keys), network),
         dtype,
         file=file,

@@ -119,13 +119,19 @@ class Source:
         """Load the VAE's network, in eval mode, on the CPU, converted to `dtype`. "pixels" is a `PixelIdentity`."""
         return cast("AutoencoderKL | AutoencoderTiny | VQModel", self._backend.network(VAE, dtype))
 
-    def denoiser(self, dtype: torch.dtype = torch.float32) -> UNet2DConditionModel:
-        """Load the U-Net's network, in eval mode, on the CPU, converted to `dtype`."""
+    def denoiser(self, dtype: torch.dtype = torch.float32, *, inpainting: bool = False) -> UNet2DConditionModel:
+        """Load the U-Net's network, in eval mode, on the CPU, converted to `dtype`.
+
+        Args:
+            dtype: The dtype of its weights.
+            inpainting: Whether it may be an inpainting model, which also takes a mask and the latents of an image.
+        """
         unet = cast("UNet2DConditionModel", self._backend.network(UNET, dtype))
         label, settings = self.place.label, cast("Any", unet.config)
         if settings.addition_embed_type or settings.class_embed_type or settings.num_class_embeds:
             raise SourceError(f"{label} holds a U-Net of Stable Diffusion XL or of another kind; give SD 1.x or 2.x.")
-        if settings.in_channels > latent_channels(settings):  # it takes more than noised latents
+        latents = latent_channels(settings)
+        if settings.in_channels not in (latents, *([2 * latents + 1] if inpainting else [])):
             name = single_file.INPUTS.get(settings.in_channels, "another kind of model")
             raise SourceError(
                 f"{label} looks like {name} ({settings.in_channels} input channels); give a text-to-image model."
@@ -303,7 +309,7 @@ class _File:
         file, configs = self.file, self.configs
         for part in PARTS.values():
             if keys := single_file.keys_of(file, part):
-                yield _component(part, read_config(configs / part.config_path, part.checks), file.summary(keys))
+                yield _component(part, single_file.config_of(file, part, configs), file.summary(keys))
         if single_file.keys_of(file, UNET):
             schedule = read_config(configs / SCHEDULER.config_path, SCHEDULER.checks)
             marked = single_file.marked_prediction(file)

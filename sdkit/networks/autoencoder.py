@@ -212,7 +212,7 @@ class VAE(Wrapper):
             raise SourceError(f"{vae._label} has weights that are too large for {dtype}; take dtype 'fp32'.")
         quicken_attention(vae.network, dtype, device)
         if compile:
-            compile_modules(*vae.kind.compiled_parts)
+            compile_modules(*vae.kind.compiled_parts, device=device)
         return vae
 
     @overload

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import lru_cache
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +38,8 @@ class UNet(Wrapper):
         input_channels: Channels of its input: those of the latents, and those of `Conditioning.concat`.
         width: D, the width of the text embeddings it attends to.
         sample_size: Side of the latents it was trained on.
+        inpaints: Whether it was trained to paint into images: its input is then x_t, a mask (one channel), and the
+            latents of the image without the masked part.
         guided: Whether it takes the guidance scale as an input and needs no second pass, as latent consistency models
             do.
         run: An engine that computes in the network's place, with its arguments and its result; None is the network.
@@ -51,6 +54,7 @@ class UNet(Wrapper):
         self.channels, self.input_channels = latent_channels(config), int(config.in_channels)
         self.width = _one(config.cross_attention_dim)
         self.sample_size = _one(config.sample_size or 64)
+        self.inpaints = self.input_channels == 2 * self.channels + 1
         self.guided = config.time_cond_proj_dim is not None
         self.run: Callable[..., Any] | None = None
         embed_timestep_once(network)
@@ -75,7 +79,7 @@ class UNet(Wrapper):
     @classmethod
     def from_source(cls, source: Source, *, dtype: torch.dtype, device: torch.device, compile: bool = False) -> UNet:
         """Load a U-Net from an opened `Source`."""
-        unet = cls(source.denoiser(dtype))
+        unet = cls(source.denoiser(dtype, inpainting=True))
         unet.name = source.name
         # On a CPU, channels_last slows the group norms of small feature maps by more than it speeds up convolutions.
         small = device.type == "cpu" and unet.sample_size < 32
@@ -83,7 +87,7 @@ class UNet(Wrapper):
         unet.eval().to(device=device, memory_format=layout)  # type: ignore[call-overload]
         quicken_attention(unet.network, dtype, device)
         if compile:
-            compile_modules(unet.network)
+            compile_modules(unet.network, device=device)
         return unet
 
     def try_out(self) -> None:
@@ -129,7 +133,7 @@ class UNet(Wrapper):
         with shared_timestep(isinstance(t, int)):
             output: Tensor = (self.network if self.run is None else self.run)(
                 sample, timesteps, encoder_hidden_states=cond.text, encoder_attention_mask=cond.mask, return_dict=False,
-                timestep_cond=None if guidance_scale is None else self._guidance(guidance_scale).to(sample),
+                timestep_cond=None if guidance_scale is None else self._guidance(guidance_scale),
                 class_labels=cond.label, added_cond_kwargs=cond.added,
                 down_block_additional_residuals=down, mid_block_additional_residual=mid,
             )[0]  # fmt: skip
@@ -159,7 +163,10 @@ class UNet(Wrapper):
 
     def _guidance(self, scale: float | Tensor) -> Tensor:
         """Embed a guidance scale: a number as (1, W), (B,) as (B, W)."""
-        return guidance_embedding(torch.as_tensor(scale).reshape(-1), self.network.config.time_cond_proj_dim)
+        width = self.network.config.time_cond_proj_dim
+        if isinstance(scale, Tensor):
+            return guidance_embedding(scale.reshape(-1), width).to(self.device, self.dtype)
+        return _number_embedding(float(scale), width, self.device, self.dtype)
 
     @torch.no_grad()
     def cross_attention(
@@ -218,6 +225,14 @@ def guidance_embedding(scale: Tensor, width: int) -> Tensor:
     frequencies = torch.exp(torch.arange(half) * -(torch.log(torch.tensor(10000.0)) / (half - 1)))
     angles = w[:, None] * frequencies
     return F.pad(torch.cat([angles.sin(), angles.cos()], dim=1), (0, width % 2))
+
+
+@lru_cache(maxsize=8)
+def _number_embedding(scale: float, width: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Return `guidance_embedding` (1, width) of a number, on a device. Every step of a sampler has the same number, and
+    a copy to a GPU in each step would synchronise with it."""
+    with torch.inference_mode(False):  # a cached tensor must also serve callers that need gradients
+        return guidance_embedding(torch.tensor([scale]), width).to(device, dtype)
 
 
 def _sides(area: int, height: int, width: int) -> tuple[int, int]:

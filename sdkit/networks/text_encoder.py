@@ -140,6 +140,14 @@ class TextEncoder(Wrapper):
                 weights[b, c, 1 : len(framed) - 1] = torch.tensor([weight for _, weight in chunk])
         return ids, weights
 
+    def spelled(self, ids: Tensor) -> str:
+        """Return the text of token ids (k, 77), without special tokens. `tokenize` makes the same ids of it."""
+        end = self.tokenizer.eos_token_id
+        tokens = [token for chunk in ids.tolist() for token in chunk[1 : chunk.index(end, 1)]]
+        with _tokenizing:
+            text: str = self.tokenizer.decode(tokens)
+        return text.strip()
+
     def _chunks(self, prompt: str, weighting: bool) -> list[Tokens]:
         """Return the prompt's tokens and weights in chunks of at most 75. With `weighting`, BREAK ends a chunk."""
         if not weighting:

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 
 from sdkit.arguments import flag, number
@@ -20,9 +19,10 @@ from sdkit.diffusion.conditioning import Conditioning, Residuals
 from sdkit.diffusion.guidance import Model
 from sdkit.diffusion.samplers import Timesteps
 from sdkit.errors import ArgumentError
-from sdkit.images import Images, to_pil, to_tensors
+from sdkit.images import Images, to_tensors
 from sdkit.networks.controlnet import ControlNet
 from sdkit.networks.denoiser import UNet
+from sdkit.pipelines.image_to_image import check_number, for_each_image, resized
 
 if TYPE_CHECKING:
     from sdkit.pipelines.settings import DrawingSettings
@@ -166,6 +166,20 @@ def open_controls(
     ]
 
 
+def in_region(controls: Sequence[Control], whole: tuple[int, int], box: tuple[int, int, int, int]) -> list[Control]:
+    """Crop the images of ControlNets to the region of an image that is drawn.
+
+    Args:
+        controls: The ControlNets.
+        whole: Height and width of the whole image, which the control images show.
+        box: Top, left, bottom, and right of the region, in pixels.
+    """
+    top, left, bottom, right = box
+    return [
+        replace(control, images=_resized(control.images, whole)[:, :, top:bottom, left:right]) for control in controls
+    ]
+
+
 def fitted(controls: Sequence[Control], unet: UNet, factor: int, size: tuple[int, int]) -> list[Control]:
     """Bring the images of ControlNets to the size of a drawing.
 
@@ -248,8 +262,7 @@ def _for_each(name: str, value: float | Sequence[float], n: int) -> list[float]:
 def _read(images: Images, prompts: int, copies: int) -> Tensor:
     """Read the images of one ControlNet. Returns (prompts * copies, 3, H, W) in [0, 1], on the CPU."""
     found = [one.detach().cpu() for one in to_tensors(images)]
-    if len(found) not in (1, prompts):
-        raise ArgumentError(f"{len(found)} control images cannot serve {prompts} prompts: give one, or one for each.")
+    check_number("control images", len(found), prompts)
     sizes = sorted({(one.shape[2], one.shape[1]) for one in found})
     if len(sizes) > 1:
         (width, height), (other_width, other_height) = sizes[:2]
@@ -257,16 +270,9 @@ def _read(images: Images, prompts: int, copies: int) -> Tensor:
             f"the control images differ in size: {width} x {height} and {other_width} x {other_height} pixels; resize "
             "them, or draw them one by one."
         )
-    rows = ((torch.stack(found) + 1) / 2).clamp(0, 1)
-    if len(rows) == 1:
-        return rows.expand(prompts * copies, *rows.shape[1:])  # takes no memory
-    return rows.repeat_interleave(copies, dim=0)
+    return for_each_image(((torch.stack(found) + 1) / 2).clamp(0, 1), prompts, copies)
 
 
 def _resized(images: Tensor, size: tuple[int, int]) -> Tensor:
     """Resize images (N, 3, H, W) in [0, 1] to a height and a width. Images of that size are returned unchanged."""
-    height, width = size
-    if tuple(images.shape[2:]) == size:
-        return images
-    resized = [one.resize((width, height), Image.Resampling.LANCZOS) for one in to_pil(images * 2 - 1)]
-    return (torch.stack(to_tensors(resized)) + 1) / 2
+    return images if tuple(images.shape[2:]) == size else (resized(images * 2 - 1, size) + 1) / 2

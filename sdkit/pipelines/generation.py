@@ -17,6 +17,7 @@ from sdkit.files import sha256
 from sdkit.loading.place import EMBEDDED, PIXELS
 from sdkit.pipelines import infotext
 from sdkit.pipelines.controlnet import DEFAULTS, check_control_numbers
+from sdkit.pipelines.image_to_image import check_inputs
 from sdkit.pipelines.settings import DrawingSettings
 
 if TYPE_CHECKING:
@@ -32,6 +33,9 @@ EARLIER_NAMES = {
 SOURCES = ("lora", "controlnet", "control_image")
 """Fields with several files, folders, or Hub ids."""
 
+INPUTS = {"image": "white", "mask_image": "black"}
+"""Field of an input image -> the colour behind its transparent pixels."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Generation(DrawingSettings):
@@ -43,6 +47,10 @@ class Generation(DrawingSettings):
         prompt: The prompt.
         negative_prompt: The prompt to steer away from.
         seed: Seed of the noise.
+        image: File of the image to start from.
+        image_sha256: SHA-256 of that file.
+        mask_image: File of the mask.
+        mask_image_sha256: SHA-256 of that file.
         model: Source of the model; see `StableDiffusion.from_pretrained`, as for the next six fields.
         revision: Branch, tag, or commit of a Hub repository.
         variant: Variant of a repository's weight files.
@@ -60,6 +68,10 @@ class Generation(DrawingSettings):
     prompt: str = ""
     negative_prompt: str = ""
     seed: int = 0
+    image: str | None = None
+    image_sha256: str | None = None
+    mask_image: str | None = None
+    mask_image_sha256: str | None = None
     model: str = "emoji"
     revision: str | None = None
     variant: str | None = None
@@ -79,7 +91,7 @@ class Generation(DrawingSettings):
         return list(zip(self.lora, self.lora_scale or [1.0] * len(self.lora), strict=True))
 
     def options(self) -> dict[str, Any]:
-        """Return the keywords of the pipeline's call, except the prompt and the seed."""
+        """Return the keywords of the pipeline's call, except the prompt, the seed, and the images of `inputs`."""
         settings = {field.name: getattr(self, field.name) for field in fields(DrawingSettings)}
         return {"negative_prompt": self.negative_prompt, **settings}
 
@@ -89,6 +101,7 @@ class Generation(DrawingSettings):
         strings("prompt", self.prompt)
         strings("negative_prompt", self.negative_prompt)
         first_seed(self.seed, 1)
+        check_inputs(self, image=self.image is not None, mask=self.mask_image is not None)
         check_control_numbers(self, len(self.controlnet), len(self.control_image))
         for scale in self.lora_scale:
             number("lora_scale", scale)
@@ -102,6 +115,24 @@ class Generation(DrawingSettings):
         if self.prediction_type is not None:
             one_of("prediction_type", self.prediction_type, PREDICTIONS)
 
+    def inputs(self) -> tuple[dict[str, Any], Generation]:
+        """Read the image and the mask.
+
+        Returns:
+            Keywords of the pipeline's call, and these settings with the SHA-256 of each file.
+
+        Raises:
+            ImageError: A file cannot be read, or has changed since these settings were written.
+        """
+        pictures, hashes = dict[str, Any](), dict[str, str]()
+        for name, background in INPUTS.items():
+            path, expected = getattr(self, name), getattr(self, f"{name}_sha256")
+            if path is None:
+                continue
+            pictures[name] = images.read(path, background)
+            hashes[f"{name}_sha256"] = _hash(path, name, expected)
+        return pictures, self.but(**hashes)
+
     def control_images(self) -> tuple[list[Image.Image], Generation]:
         """Read the images of the ControlNets.
 
@@ -111,15 +142,10 @@ class Generation(DrawingSettings):
         Raises:
             ImageError: A file cannot be read, or has changed since these settings were written.
         """
+        expected = self.control_image_sha256 or [None] * len(self.control_image)
         pictures = [images.read(path) for path in self.control_image]
-        hashes = tuple(sha256(Path(path)) for path in self.control_image)
-        for path, expected, found in zip(self.control_image, self.control_image_sha256 or hashes, hashes, strict=True):
-            if expected != found:
-                raise ImageError(
-                    f"{path} has changed since it was drawn from; restore it, or give it anew as control_image to draw "
-                    "from what it is now."
-                )
-        return pictures, replace(self, control_image_sha256=hashes)
+        hashes = [_hash(path, "control_image", one) for path, one in zip(self.control_image, expected, strict=True)]
+        return pictures, replace(self, control_image_sha256=tuple(hashes))
 
     def text(self) -> dict[str, str]:
         """Return the text chunks of a PNG: each setting, and all of them as A1111 writes them (see `infotext`).
@@ -129,7 +155,7 @@ class Generation(DrawingSettings):
         values = {key: value for key, value in asdict(self).items() if value not in (None, ())}
         if self.guidance_interval is not None:
             values["guidance_interval"] = " ".join(map(str, self.guidance_interval))
-        values |= {key: anywhere(values[key]) for key in ("model", "config", "vae") if key in values}
+        values |= {key: anywhere(values[key]) for key in ("model", "config", "vae", *INPUTS) if key in values}
         if not self.controlnet:
             values = {key: value for key, value in values.items() if key not in DEFAULTS}
         for name, value in values.items():
@@ -157,12 +183,13 @@ class Generation(DrawingSettings):
         """Return a copy with some values changed.
 
         A change of the model resets all settings that belong to a model, its VAE and LoRAs included. A change of the
-        LoRAs resets their scales. A control image that is given anew may hold anything.
+        LoRAs resets their scales. An input that is given anew may hold anything.
         """
         if "control_image" in changes:
             changes = {"control_image_sha256": (), **changes}
         if "lora" in changes:
             changes = {"lora_scale": (), **changes}
+        changes = {**{f"{name}_sha256": None for name in INPUTS if name in changes}, **changes}
         if anywhere(changes.get("model", self.model)) != anywhere(self.model):
             of_model = (
                 "guidance_scale",
@@ -181,6 +208,17 @@ class Generation(DrawingSettings):
 
 
 Generation.__doc__ = with_inherited_fields(Generation)
+
+
+def _hash(path: str, name: str, expected: str | None) -> str:
+    """Return the SHA-256 of an input's file. Raise ImageError if it is not the expected one."""
+    found = sha256(Path(path))
+    if expected not in (None, found):
+        raise ImageError(
+            f"{path} has changed since it was drawn from; restore it, or give it anew as {name} to draw from what it "
+            "is now."
+        )
+    return found
 
 
 def anywhere(source: str) -> str:

@@ -43,6 +43,7 @@ def infotext(generation: Generation) -> str:
     line. A value of a setting is quoted as JSON where it holds a comma, a colon, or a line break. Settings that are not
     known, since the model decides on them, are left out.
     """
+    masked = generation.mask_image is not None
     sized = generation.height is not None and generation.width is not None
     settings: dict[str, Any] = {
         "Steps": generation.num_inference_steps,
@@ -52,6 +53,8 @@ def infotext(generation: Generation) -> str:
         "Seed": generation.seed,
         "Size": f"{generation.width}x{generation.height}" if sized else None,
         "Model": _model(generation.model),
+        "Denoising strength": generation.strength_used(mask=masked) if generation.image else None,
+        "Mask blur": generation.mask_blur if masked else None,
         "Clip skip": generation.clip_skip + 1 if generation.clip_skip else None,  # A1111 counts the last layer as 1
         "Eta DDIM": generation.eta or None,
         "Version": f"sdkit {__version__}",

@@ -27,6 +27,11 @@ class DrawingSettings:
             cost. None is the model's own, 7.5 for most.
         guidance_rescale: Strength phi of rescaled guidance, from 0 (off) to 1, against overexposure.
         guidance_interval: Noise levels sigma in (low, high] at which to guide. None guides at all of them.
+        strength: With an image to start from: share of the steps that are made, above 0 and at most 1. Low values stay
+            close to the image. None is 0.8, or 1 with a mask.
+        mask_blur: With a mask: blur of its edge, inwards, as a standard deviation in pixels; 0 is a sharp edge.
+        padding_mask_crop: With a mask: draw only the masked region, enlarged, with this many pixels around it. None
+            draws the whole image.
         controlnet_conditioning_scale: Strength of a ControlNet: factor of what it adds to the U-Net. One number for
             all ControlNets, or one for each.
         control_guidance_start: Share of the steps, from 0 to 1, before a ControlNet begins to act. One number, or one
@@ -47,6 +52,9 @@ class DrawingSettings:
     guidance_scale: float | None = None
     guidance_rescale: float = 0.0
     guidance_interval: tuple[float, float] | None = None
+    strength: float | None = None
+    mask_blur: float = 0.0
+    padding_mask_crop: int | None = None
     controlnet_conditioning_scale: float | tuple[float, ...] = 1.0
     control_guidance_start: float | tuple[float, ...] = 0.0
     control_guidance_end: float | tuple[float, ...] = 1.0
@@ -68,6 +76,8 @@ class DrawingSettings:
         from sdkit.diffusion.schedule import check_spacing, check_steps
         from sdkit.networks.text_encoder import check_clip_skip
         from sdkit.pipelines.controlnet import check_control_settings
+        from sdkit.pipelines.image_to_image import check_strength
+        from sdkit.pipelines.inpainting import check_mask_blur, check_padding
         from sdkit.pipelines.steps import check_side
 
         for name, pixels in (("height", self.height), ("width", self.width)):
@@ -82,7 +92,15 @@ class DrawingSettings:
             check_scale(self.guidance_scale)
         check_rescale(self.guidance_rescale)
         check_interval(self.guidance_interval)
+        check_strength(self.strength)
+        check_mask_blur(self.mask_blur)
+        check_padding(self.padding_mask_crop)
         check_clip_skip(self.clip_skip)
+
+    def strength_used(self, *, mask: bool) -> float:
+        """Return the strength with an image: the given one, else diffusers' defaults, which differ with a mask."""
+        usual = 1.0 if mask else 0.8
+        return usual if self.strength is None else self.strength
 
 
 class DrawingKeywords(TypedDict, total=False):
@@ -97,6 +115,9 @@ class DrawingKeywords(TypedDict, total=False):
     guidance_scale: float | None
     guidance_rescale: float
     guidance_interval: tuple[float, float] | None
+    strength: float | None
+    mask_blur: float
+    padding_mask_crop: int | None
     controlnet_conditioning_scale: float | tuple[float, ...]
     control_guidance_start: float | tuple[float, ...]
     control_guidance_end: float | tuple[float, ...]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from os import PathLike
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, overload
@@ -19,6 +19,7 @@ from torch import Tensor
 from sdkit.arguments import number, one_of, seeded, strings, whole_number
 from sdkit.diffusion.conditioning import Conditioning
 from sdkit.diffusion.guidance import APG, Model, check_scale, guided
+from sdkit.diffusion.inversion import ITERATIONS, ddim_inversion
 from sdkit.diffusion.samplers import Generators, Sampler, Step, Timesteps, default_spacing, sampler_by_name
 from sdkit.diffusion.schedule import NoiseSchedule, Predict
 from sdkit.engines.device import resolve_place
@@ -26,7 +27,7 @@ from sdkit.engines.offload import on_device
 from sdkit.errors import ArgumentError, SdkitError
 from sdkit.fields import takes_fields
 from sdkit.files import expanded
-from sdkit.images import OUTPUT_TYPES
+from sdkit.images import OUTPUT_TYPES, Images, from_tensors
 from sdkit.loading.lora_file import LoRA, read_lora
 from sdkit.loading.source import USUAL_GUIDANCE, Source
 from sdkit.loading.tensors import is_file
@@ -36,7 +37,9 @@ from sdkit.networks.denoiser import UNet
 from sdkit.networks.lora import merge_lora
 from sdkit.networks.text_encoder import TextEncoder
 from sdkit.networks.wrapper import Wrapper
-from sdkit.pipelines.controlnet import Control, ControlNets, controlled, fitted, open_controls
+from sdkit.pipelines.controlnet import Control, ControlNets, controlled, fitted, in_region, open_controls
+from sdkit.pipelines.image_to_image import check_inputs, last_steps
+from sdkit.pipelines.inpainting import Canvas, Original, keep_outside, latent_mask, open_canvas
 from sdkit.pipelines.settings import DrawingKeywords, DrawingSettings
 from sdkit.pipelines.steps import check_side, decode, denoise, embed, start
 
@@ -57,6 +60,8 @@ Texts: TypeAlias = str | Sequence[str]
 class CallKeywords(DrawingKeywords, total=False):
     """The keywords of `StableDiffusion.__call__` that all its overloads share, for type checkers."""
 
+    image: Images | None
+    mask_image: Any
     seed: int | Sequence[int]
     num_images_per_prompt: int
     latents: Tensor | None
@@ -98,7 +103,8 @@ class StableDiffusion:
                 f"this U-Net attends to embeddings of width {unet.width}, this text encoder makes {text.width}: "
                 "they belong to different models."
             )
-        for verb, channels in (("takes", unet.input_channels), ("gives", unet.channels)):
+        takes = unet.channels if unet.inpaints else unet.input_channels
+        for verb, channels in (("takes", takes), ("gives", unet.channels)):
             if channels != vae.channels:
                 raise ArgumentError(
                     f"this U-Net {verb} {channels} channels, this VAE's latents have {vae.channels}: "
@@ -224,6 +230,8 @@ class StableDiffusion:
         prompt: Texts,
         negative_prompt: Texts | None = None,
         *,
+        image: Images | None = None,
+        mask_image: Any = None,
         seed: int | Sequence[int] = 0,
         num_images_per_prompt: int = 1,
         latents: Tensor | None = None,
@@ -237,6 +245,10 @@ class StableDiffusion:
     ) -> list[Image.Image] | npt.NDArray[np.uint8] | Tensor:
         """Draw images of prompts: `num_images_per_prompt` of the first, then of the second, and so on.
 
+        With `image`, sampling starts from that image, and `strength` says how far from it. With `mask_image` too, only
+        the white part of the mask is drawn anew; all other pixels come back bit-identical. Any model does both; one
+        that was trained to paint into images needs both.
+
         The U-Net of a latent consistency model takes the guidance scale as an input and makes one pass a step. It
         accepts neither a negative prompt nor any other option of guidance, and is sampled by `sampler`, not by LCM's
         own sampler.
@@ -244,10 +256,16 @@ class StableDiffusion:
         Args:
             prompt: A prompt, or a list of them.
             negative_prompt: Prompt to steer away from, one for all images or one for each prompt; None is "".
+            image: Image to start from, one for all prompts or one for each: PIL images, paths, uint8 arrays, or tensors
+                (B, 3, H, W) in [-1, 1]. The height and the width are its own by default; if they are given, it is
+                resized.
+            mask_image: Mask of that image's size: an image, white where it is drawn anew and black where it is kept; or
+                a tensor (H, W) or (B, 1, H, W) of numbers in [0, 1].
             seed: Image i starts from seed + i, or from the i-th seed of a list. A seed gives the same image alone and
                 in a batch.
             num_images_per_prompt: Number of images of each prompt.
-            latents: (N, 4, h, w) standard normal noise to start from, in place of noise from the seeds.
+            latents: (N, 4, h, w) standard normal noise to start from, in place of noise from the seeds. With `image`,
+                the noise that is added to it.
             output_type: "pil", "np", "pt", or "latent"; see Returns.
             callback: Called with each `Step` of each batch.
             controlnet: A ControlNet, or a list of them, that the drawing follows. It stays on its own device, even
@@ -269,6 +287,7 @@ class StableDiffusion:
 
         Examples:
             >>> import sdkit
+            >>> from PIL import Image
             >>> sd = sdkit.StableDiffusion.from_pretrained("emoji")
             >>> images = sd("a red apple on a blue background", num_inference_steps=4, seed=42)
             >>> images[0].save("apple.png")
@@ -277,42 +296,141 @@ class StableDiffusion:
 
             >>> sd(["a cat", "a dog"], num_images_per_prompt=2, num_inference_steps=2, output_type="np").shape
             (4, 128, 128, 3)
+
+            From an image, and into a part of it:
+
+            >>> green = sd("a green apple", image=images[0], strength=0.6, num_inference_steps=4)
+            >>> mask = Image.new("L", images[0].size)
+            >>> mask.paste(255, (32, 32, 96, 96))
+            >>> star = sd("a yellow star", image=images[0], mask_image=mask, num_inference_steps=4)
         """
         one_of("output_type", output_type, (*OUTPUT_TYPES, "latent"))
         prompts, negatives = self._prompts(prompt, negative_prompt, num_images_per_prompt)
         settings = DrawingSettings(**options)
+        canvas = self._canvas(image, mask_image, settings, len(prompts), num_images_per_prompt)
         n = len(prompts) // num_images_per_prompt
         controls = open_controls(controlnet, control_image, settings, prompts=n, copies=num_images_per_prompt)
         plan = self._plan(
-            settings, controls, prompts, negatives, seed=seed, latents=latents, apg=apg, batch_size=batch_size,
+            settings, canvas, controls, prompts, negatives, seed=seed, latents=latents, apg=apg, batch_size=batch_size,
             finite=output_type != "latent", callback=callback,
         )  # fmt: skip
-        x_T = start(plan.generators, plan.shape, latents)
-        z = self._sampled(x_T, plan.timesteps, plan)
+        if canvas is None:
+            z = self._sampled(start(plan.generators, plan.shape, latents), plan)
+        else:
+            z = self._drawn_on(canvas, plan, latents)
         if output_type == "latent":
             return z
         self._check_latents(z)
         with self._working(self.vae):
-            return decode(self.vae, z, plan.size, output_type=output_type, batch_size=batch_size)
+            if canvas is None:
+                return decode(self.vae, z, plan.size, output_type=output_type, batch_size=batch_size)
+            pixels = decode(self.vae, z, plan.size, output_type="pt", batch_size=batch_size)
+        finished: list[Image.Image] | npt.NDArray[np.uint8] | Tensor
+        finished = from_tensors([*canvas.finished(pixels)], output_type)
+        return finished
+
+    @takes_fields(DrawingSettings)
+    def invert(
+        self,
+        image: Images,
+        prompt: Texts = "",
+        negative_prompt: Texts | None = None,
+        *,
+        iterations: int = ITERATIONS,
+        batch_size: int | None = None,
+        **options: Unpack[DrawingKeywords],
+    ) -> Tensor:
+        """Return the noise that draws an image again, by DDIM inversion.
+
+        `sd(prompt, latents=sd.invert(image, prompt))` draws about what `sd.vae.reconstruct(image)` returns; another
+        prompt in the first place edits the image. The other options must be the same in both calls. Guidance makes the
+        inversion less exact; with guidance_scale=1 in both calls it is most exact.
+
+        Args:
+            image: Image to invert, one for all prompts or one for each; see the call.
+            prompt: A prompt that describes the image, or a list of them.
+            negative_prompt: As in the call.
+            iterations: Evaluations of the U-Net for each step; see `sdkit.diffusion.inversion`. 1 is the plain, less
+                exact inversion.
+            batch_size: As in the call.
+
+        Returns:
+            (N, 4, h, w) noise, for the call's `latents`.
+
+        Raises:
+            ImageError: Something is no image.
+            ArgumentError: An argument is out of range, or belongs to another sampler than DDIM with eta 0.
+
+        Example:
+            >>> import sdkit
+            >>> sd = sdkit.StableDiffusion.from_pretrained("emoji")
+            >>> cat = sd("a cat", seed=1, num_inference_steps=4)
+            >>> noise = sd.invert(cat, "a cat", num_inference_steps=4)
+            >>> dog = sd("a dog", latents=noise, num_inference_steps=4)
+        """
+        settings = DrawingSettings(**options)
+        if settings.sampler != "ddim" or settings.eta != 0 or settings.strength is not None:
+            raise ArgumentError("inversion is DDIM's, over all steps: leave sampler, eta, and strength out.")
+        prompts, negatives = self._prompts(prompt, negative_prompt, 1)
+        side = self.unet.sample_size * self.vae.factor
+        whole = replace(settings, strength=1.0)
+        canvas = open_canvas(image, None, whole, prompts=len(prompts), copies=1, side=side)
+        plan = self._plan(
+            settings, canvas, prompts, negatives, seed=0, latents=None, apg=None, batch_size=batch_size, finite=True,
+            callback=None,
+        )  # fmt: skip
+        with self._working(self.vae):
+            z = self.vae.encode(canvas.images, sample=False)
+        noise = self._sampled(z, replace(plan, sampler=partial(ddim_inversion, iterations=iterations)))
+        self._check_latents(noise)
+        return noise
+
+    def _canvas(
+        self, image: Images | None, mask_image: Any, settings: DrawingSettings, n: int, copies: int
+    ) -> Canvas | None:
+        """Read what N images are drawn on; None without an image.
+
+        Args:
+            image: As in `__call__`.
+            mask_image: As in `__call__`.
+            settings: How to draw.
+            n: N, the number of prompts times `copies`.
+            copies: Number of images of each prompt.
+        """
+        if self.unet.inpaints and (image is None or mask_image is None):
+            raise ArgumentError(
+                "this model was trained to paint into images: give image and mask_image, or take a text-to-image model."
+            )
+        if image is None:
+            check_inputs(settings, image=False, mask=mask_image is not None)
+            return None
+        side = self.unet.sample_size * self.vae.factor
+        return open_canvas(image, mask_image, settings, prompts=n // copies, copies=copies, side=side)
 
     def _plan(
-        self, settings: DrawingSettings, controls: list[Control], prompts: list[str], negatives: list[str], *,
-        seed: int | Sequence[int], latents: Tensor | None, apg: APG | None, batch_size: int | None, finite: bool,
-        callback: Callable[[Step], object] | None,
+        self, settings: DrawingSettings, canvas: Canvas | None, controls: list[Control], prompts: list[str],
+        negatives: list[str], *, seed: int | Sequence[int], latents: Tensor | None, apg: APG | None,
+        batch_size: int | None, finite: bool, callback: Callable[[Step], object] | None,
     ) -> Plan:  # fmt: skip
         """Check the settings and the arguments of a call against this model, and return all that is drawn."""
-        size = self._size(settings.height, settings.width, latents, controls)
+        given = (settings.height, settings.width) if canvas is None else canvas.size
+        size = self._size(*given, latents, controls)
+        spacing = default_spacing(settings.sampler) if settings.spacing is None else settings.spacing
+        timesteps: Timesteps = self.schedule.timesteps(settings.num_inference_steps, spacing)
+        if canvas is not None:
+            timesteps = last_steps(timesteps, canvas.strength)
+            if canvas.box is not None:
+                controls = in_region(controls, (canvas.whole.shape[2], canvas.whole.shape[3]), canvas.box)
         guidance: dict[str, Any] = {
             "interval": settings.guidance_interval, "phi": settings.guidance_rescale, "projected": apg,
         }  # fmt: skip
         model, scale = self._model(settings.guidance_scale, negatives, guidance)
         shape = self._latent_shape(*size)
-        spacing = default_spacing(settings.sampler) if settings.spacing is None else settings.spacing
         return Plan(
             settings=settings,
             size=size,
             shape=shape,
-            timesteps=self.schedule.timesteps(settings.num_inference_steps, spacing),
+            timesteps=timesteps,
             generators=seeded(seed, len(prompts)),
             batches=list(self._batches(prompts, negatives, scale, settings.weighting, shape, batch_size)),
             sampler=sampler_by_name(settings.sampler, eta=settings.eta),
@@ -323,12 +441,49 @@ class StableDiffusion:
             callback=callback,
         )
 
-    def _sampled(self, x_T: Tensor, timesteps: Timesteps, plan: Plan, predictor: Predictor | None = None) -> Tensor:
+    def _drawn_on(self, canvas: Canvas, plan: Plan, latents: Tensor | None) -> Tensor:
+        """Sample from the noised latents of a canvas's images, or of their masked part.
+
+        As in diffusers, an image's generator first draws from the posterior of the image, then x_T.
+
+        Args:
+            canvas: The images and masks.
+            plan: All that is drawn.
+            latents: (N, C, h, w) noise in place of that from the seeds, or None.
+
+        Returns:
+            Latents (N, C, h, w), float32, on the CPU.
+        """
+        mask = canvas.mask
+        if self.unet.inpaints and mask is not None:
+            return self._painted_into(canvas, mask, plan, latents)
+        with self._working(self.vae):
+            z = self.vae.encode(canvas.images, generator=plan.generators)
+        noise = start(plan.generators, plan.shape, latents)
+        noised = self.schedule.add_noise(z, noise, plan.timesteps[0][0])
+        if mask is None:
+            return self._sampled(noised, plan)
+        original = Original(z=z, noise=noise, mask=latent_mask(mask, self.vae.factor))
+        x_T = noise if canvas.anew else noised
+        return original.outside(self._sampled(x_T, plan, self._inside(plan, original)))
+
+    def _painted_into(self, canvas: Canvas, mask: Tensor, plan: Plan, latents: Tensor | None) -> Tensor:
+        """Sample with a U-Net that is told the mask and the image without the masked part; see `_drawn_on`."""
+        images = canvas.images
+        with self._working(self.vae):
+            encode = partial(self.vae.encode, generator=plan.generators)
+            z = None if canvas.anew else encode(images)
+            noise = start(plan.generators, plan.shape, latents)
+            masked = encode(images * (1 - mask))
+        x_T = noise if z is None else self.schedule.add_noise(z, noise, plan.timesteps[0][0])
+        concat = torch.cat([latent_mask(mask, self.vae.factor), masked], dim=1)
+        return self._sampled(x_T, plan, self._beside(plan, concat))
+
+    def _sampled(self, x_T: Tensor, plan: Plan, predictor: Predictor | None = None) -> Tensor:
         """Embed the prompts of a plan, and denoise its images, batch by batch.
 
         Args:
-            x_T: (N, C, h, w), where sampling starts, on the CPU.
-            timesteps: Pairs (t, t_prev), the first of them at the noise level of `x_T`.
+            x_T: (N, C, h, w), where sampling starts, on the CPU, at the noise level of the plan's first timestep.
             plan: All that is drawn.
             predictor: Makes the predictor of a batch; None is `guided` with the plan's model and guidance.
 
@@ -346,7 +501,7 @@ class StableDiffusion:
                         predict,
                         x_T[batch.images].to(self.unet.device),
                         self.schedule,
-                        timesteps,
+                        plan.timesteps,
                         sampler=plan.sampler,
                         generators=[plan.generators[i] for i in batch.images],
                         callback=plan.callback,
@@ -360,6 +515,25 @@ class StableDiffusion:
             controls = [control[batch.images] for control in plan.controls]
             model = controlled(plan.model, controls, plan.timesteps)
             return guided(model, self.schedule, cond, uncond, **plan.guidance)
+
+        return predictor
+
+    def _beside(self, plan: Plan, concat: Tensor) -> Predictor:
+        """Return the function that makes a batch's predictor, which is also told `concat` (N, C', h, w)."""
+
+        def predictor(batch: Batch, cond: Conditioning, uncond: Conditioning | None) -> Predict:
+            rows = concat[batch.images].to(self.unet.device)
+            told = replace(cond, concat=rows), None if uncond is None else replace(uncond, concat=rows)
+            return self._guided(plan)(batch, *told)
+
+        return predictor
+
+    def _inside(self, plan: Plan, original: Original) -> Predictor:
+        """Return the function that makes a batch's predictor, which leaves the original outside the mask."""
+
+        def predictor(batch: Batch, cond: Conditioning, uncond: Conditioning | None) -> Predict:
+            rows = original[batch.images].to(self.unet.device)
+            return keep_outside(self._guided(plan)(batch, cond, uncond), rows)
 
         return predictor
 

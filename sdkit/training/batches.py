@@ -12,8 +12,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from accelerate.utils import recursively_apply
 
 from sdkit.data.transform import draw
+from sdkit.engines.device import pinned
 from sdkit.prefetch import ahead
 from sdkit.training.settings import LoopSettings
 from sdkit.training.stage import Samples, Stage
@@ -58,11 +60,12 @@ def _permutation(seed: int, epoch: int, size: int) -> npt.NDArray[np.int64]:
 
 @contextlib.contextmanager
 def loaded_ahead(
-    stage: Stage, settings: LoopSettings, first_step: int, rank: int, world: int
+    stage: Stage, settings: LoopSettings, first_step: int, rank: int, world: int, device: torch.device
 ) -> Iterator[Iterator[tuple[Samples, dict[str, Any]]]]:
     """Yield an iterator over this process's micro-batches, with their samples, from `first_step` to the last step.
 
-    Threads load the next micro-batches in the background.
+    Threads load the next micro-batches in the background. For a CUDA GPU their tensors are in pinned memory, so that
+    the loop can copy them to `device` asynchronously.
     """
     micro_batches = range(settings.gradient_accumulation_steps)
     micro = ((step, i) for step in range(first_step, settings.max_steps) for i in micro_batches)
@@ -70,7 +73,8 @@ def loaded_ahead(
     pool = ThreadPoolExecutor(LOADERS)
 
     def load(samples: Samples) -> tuple[Samples, dict[str, Any]]:
-        return samples, stage.batch(samples)
+        batch: dict[str, Any] = recursively_apply(pinned, stage.batch(samples), device)
+        return samples, batch
 
     try:
         yield ahead(pool, load, jobs, LOADERS)

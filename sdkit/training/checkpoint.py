@@ -28,6 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from sdkit.atomic import beside, sync
+from sdkit.engines.device import device_rng_state, set_device_rng_state
 from sdkit.errors import SdkitError, TrainingError
 from sdkit.files import sha256
 from sdkit.messages import clean, reason
@@ -425,7 +426,8 @@ def rng_state(device: torch.device) -> dict[str, Tensor]:
         "numpy_gauss": torch.tensor(cached, dtype=torch.float64),
         "torch": torch.get_rng_state(),
     }
-    return state | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
+    on_gpu = device_rng_state(device)
+    return state if on_gpu is None else state | {"cuda": on_gpu}
 
 
 def set_rng_state(state: Tensors, device: torch.device) -> None:
@@ -443,7 +445,7 @@ def set_rng_state(state: Tensors, device: torch.device) -> None:
             ("MT19937", np.array(keys, dtype=np.uint32), position, has_gauss, state["numpy_gauss"].item())
         )
         torch.set_rng_state(state["torch"])
-        if device.type == "cuda" and "cuda" in state:
-            torch.cuda.set_rng_state(state["cuda"], device)
+        if "cuda" in state:
+            set_device_rng_state(state["cuda"], device)
     except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise _mismatch("its random numbers are damaged") from error

@@ -65,7 +65,7 @@ def fit(stage: Stage, settings: LoopSettings, out_dir: str | Path) -> Path:
         stop = stack.enter_context(StopSignals())
         loop = _Loop(stage, settings, accelerator, run, stop, start.checkpoint)
         stack.enter_context(_trackers(accelerator, settings))
-        batches = stack.enter_context(loaded_ahead(stage, settings, loop.step, rank, world))
+        batches = stack.enter_context(loaded_ahead(stage, settings, loop.step, rank, world, accelerator.device))
         hidden = rank > 0 or None  # None: tqdm hides the bar if stderr is no terminal
         bar = stack.enter_context(tqdm(total=settings.max_steps, initial=loop.step, disable=hidden, desc="training"))
         saved = loop.step if start.checkpoint else -1  # the step of the newest checkpoint

@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator
 from torch.optim import AdamW
 
+from sdkit.engines.device import has_fused_adam
 from sdkit.errors import ArgumentError
 from sdkit.training.distributed import gather, is_sharded, reshard, sharded_copy
 from sdkit.training.ema import EMA
@@ -107,7 +108,7 @@ def make_optimizer(player: Player, settings: LoopSettings, device: torch.device)
         "lr": player.learning_rate, "betas": player.betas, "weight_decay": player.weight_decay
     }  # fmt: skip
     if not settings.use_8bit_adam:
-        return AdamW(parameters, **options, fused=device.type in ("cpu", "cuda"))  # fused is three times as fast
+        return AdamW(parameters, **options, fused=has_fused_adam(device))
     try:
         library = import_module("bitsandbytes.optim")
     except ImportError as error:

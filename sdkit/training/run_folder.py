@@ -28,7 +28,8 @@ DIFFERENCES = {  # setting -> description of the difference, where the two value
     "data_identity": "its data was different (names, captions, or sizes of files)",
     "model_identity": "its model was different (weights or noise schedule)",
     "vae_identity": "its VAE was different (weights or scale)",
-    "lpips_identity": "its LPIPS had different weights",
+    "lpips_backbone_identity": "its LPIPS was the network {was}, this is {now} (give lpips= or --lpips as it was)",
+    "lpips_identity": "its LPIPS had different weights (see lpips in its config.json)",
     "validation_identity": "its validation data was different (names, captions, or sizes of files)",
     "samples_per_step": "its steps took {was} samples, these take {now} (batch_size x gradient_accumulation_steps x "
     "processes, whose product must stay)",

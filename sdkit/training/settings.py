@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from sdkit.errors import ArgumentError
 from sdkit.fields import with_inherited_fields
@@ -22,6 +22,44 @@ CONDITIONS = ("canny", "grey", "outlines", "colour_blocks")  # names in sdkit.im
 RECONSTRUCTIONS = ("l1", "l2")
 REGULARIZERS = ("none", "kl", "vq")
 LPIPS_VARIABLE = "SDKIT_LPIPS"  # environment variable that names the weights of LPIPS
+METRICS = ("lpips", "frechet", "kid", "clip_score")  # of pictures, at validation
+
+
+class Metric(NamedTuple):
+    """A metric of pictures, as `evaluate` names it.
+
+    Attributes:
+        name: "lpips", "frechet", "kid", or "clip_score".
+        extractor: Feature extractor, as `sdkit.evaluation.open_extractor` takes it; empty for "lpips".
+        key: Name of the metric in metrics.jsonl.
+    """
+
+    name: str
+    extractor: str
+    key: str
+
+    @classmethod
+    def parse(cls, text: str) -> Metric:
+        """Read "METRIC" or "METRIC:EXTRACTOR", such as "kid:dinov2:facebook/dinov2-base"; for "clip_score", a CLIP.
+
+        Raises:
+            ArgumentError: There is no such metric or extractor.
+        """
+        from sdkit.arguments import one_of
+        from sdkit.evaluation.extractors import NAMES
+
+        name, _, extractor = text.partition(":")
+        one_of("evaluate", name, METRICS)
+        if name == "lpips":
+            if extractor:
+                raise ArgumentError(f"evaluate {text!r}: lpips takes no extractor; leave it out.")
+            return cls(name, "", name)
+        if name == "clip_score":
+            return cls(name, f"clip:{extractor}" if extractor else "clip", name)
+        kind = extractor.partition(":")[0]
+        if extractor:
+            one_of(f"evaluate {name}: the extractor", kind, NAMES)
+        return cls(name, extractor or "alex", f"{name}_{kind}" if extractor else name)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,6 +155,10 @@ class StageSettings(LoopSettings):
             images).
         gradient_checkpointing: Recompute activations in the backward pass: less memory, about a third more
             time.
+        evaluate: Metrics of pictures at each validation: lpips, frechet, kid, and, for a U-Net, clip_score.
+            A VAE's reconstructions, or a U-Net's drawings of captions, are compared with the held-out images.
+            Another extractor than alex may follow, as in frechet:inception or kid:dinov2. Distances of so few
+            images can be compared only with each other.
     """
 
     model: str | os.PathLike[str] = "emoji"
@@ -130,9 +172,10 @@ class StageSettings(LoopSettings):
     size: int | tuple[int, int] | None = None
     augment: tuple[str, ...] = ()
     gradient_checkpointing: bool = False
+    evaluate: tuple[str, ...] = ()
 
     # "init" is a path. The fingerprint of the model changes with the contents of the file.
-    may_change = LoopSettings.may_change | {"init"}
+    may_change = LoopSettings.may_change | {"evaluate", "init"}
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -153,11 +196,20 @@ class StageSettings(LoopSettings):
         self._keep("augment", tuple(strings("augment", self.augment)) if self.augment else ())
         for name in self.augment:
             one_of("augment", name, AUGMENTATIONS)
+        self._keep("evaluate", tuple(strings("evaluate", self.evaluate)) if self.evaluate else ())
+        keys = [metric.key for metric in self.metrics]
+        if repeated := next((key for key in keys if keys.count(key) > 1), None):
+            raise ArgumentError(f"evaluate names {repeated} twice; leave one of them out.")
         flag("gradient_checkpointing", self.gradient_checkpointing)
         flag("class_folders", self.class_folders)
         for name, value in self.opened_with().items():
             if value is not None and not isinstance(value, (str, bool)):
                 raise ArgumentError(f"{name} must be text, not {value!r}.")
+
+    @property
+    def metrics(self) -> list[Metric]:
+        """Metrics that `evaluate` names."""
+        return [Metric.parse(text) for text in self.evaluate]
 
     def opened_with(self) -> dict[str, Any]:
         """Return the keyword arguments with which `open_examples` opens `data`."""
@@ -191,8 +243,9 @@ class VAEConfig(StageSettings):
             may no longer fit.
         reconstruction: Reconstruction loss: l1 (as in latent diffusion) or l2 (as in Stability's ft-mse).
         lpips_weight: Weight of the perceptual loss LPIPS; without it, reconstructions are blurred.
-        lpips: Weights of LPIPS (VGG): a file, or a folder or Hub id with one; None reads the variable
-            SDKIT_LPIPS.
+        lpips: Network of LPIPS: alex, which ships with sdkit, or VGG, recommended where its weights are at
+            hand: a file, a folder, or a Hub id of them, or vgg, if the variable SDKIT_LPIPS names them. None
+            is what SDKIT_LPIPS names, or else alex.
         regularizer: Regularizer of the latents: kl, vq (for a VQModel only), or none (an autoencoder
             without noise).
         kl_weight: Weight of the KL next to a loss summed over pixels, as in latent diffusion; ignored if
@@ -220,12 +273,13 @@ class VAEConfig(StageSettings):
         super().__post_init__()
         from sdkit.arguments import flag, number, one_of, path_or_name, whole_number
 
-        if self.lpips is None and os.environ.get(LPIPS_VARIABLE):
-            self._keep("lpips", os.environ[LPIPS_VARIABLE])  # saved with the settings, because the run depends on it
-        for name in ("lpips", "validation_data"):
-            if (value := getattr(self, name)) is not None:
-                path_or_name(name, value)
+        if self.lpips is None:  # saved with the settings, because the run depends on it
+            self._keep("lpips", os.environ.get(LPIPS_VARIABLE) or "alex")
+        if any(metric.name == "clip_score" for metric in self.metrics):
+            raise ArgumentError("evaluate clip_score compares drawings with prompts, and a VAE has none; leave it out.")
+        path_or_name("lpips", self.lpips)
         if self.validation_data is not None:
+            path_or_name("validation_data", self.validation_data)
             self._keep_apart("validation_data", self.validation_data)
         flag("train_encoder", self.train_encoder)
         one_of("reconstruction", self.reconstruction, RECONSTRUCTIONS)

@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import errno
 import functools
+import hashlib
 import io
 import json
 import os
@@ -109,7 +110,7 @@ def test_version_and_help(run: Callable[..., Ran]) -> None:
     assert run("--version") == Ran(0, f"sdkit {sdkit.__version__}\n", "")
     code, out, err = run("--help")
     listed = re.findall(r"^    ([a-z]+)\b", out, flags=re.MULTILINE)
-    assert " ".join(listed) == "generate encode decode reconstruct info demo data cache train plot convert"
+    assert " ".join(listed) == "generate encode decode reconstruct info demo data cache train plot convert evaluate"
     for command in ([], *([name] for name in listed), ["data", "check"], ["train", "vae"], ["train", "unet"]):
         code, out, err = run(*command, "--help")
         assert (code, err) == (0, "")
@@ -130,7 +131,8 @@ COMMANDS = {parser.prog: parser for parser in parsers(_parser())}
 
 def test_the_choices_in_the_help_are_all_there_are() -> None:
     options = {action.dest: action for action in COMMANDS["sdkit generate"]._actions}
-    assert set(Generation.__dataclass_fields__) - {"prompt"} <= set(options)
+    found_out = {"image_sha256", "mask_image_sha256"}  # no options
+    assert set(Generation.__dataclass_fields__) - {"prompt", *found_out} <= set(options)
     crop = next(action for action in COMMANDS["sdkit cache"]._actions if action.dest == "crop")
     for option, known in (
         (options["sampler"], SAMPLERS),
@@ -216,6 +218,49 @@ def test_generate_from_makes_the_same_image_again(run: Callable[..., Ran], work:
     again, first = (opened(path).text for path in ("other.png", made))  # type: ignore[attr-defined]
     assert again == first | {"seed": "4", "parameters": first["parameters"].replace("Seed: 3", "Seed: 4")}
     assert not np.array_equal(np.asarray(opened("other.png")), np.asarray(opened(made)))
+
+
+def test_generate_from_an_image_and_into_a_mask(run: Callable[..., Ran], work: Path) -> None:
+    run("generate", "a red apple", *QUICK, "-o", "apple.png")
+    mask = Image.new("L", (128, 128))
+    mask.paste(255, (32, 40, 96, 90))
+    mask.save("mask.png")
+    options = ("--image", "apple.png", "--mask", "mask.png", "--mask-blur", "2", "--strength", "0.7", "--steps", "3")
+    assert run("generate", "a cat", *options, "-o", "cat.png") == Ran(0, "cat.png\n", "")
+    kept = (np.asarray(opened("cat.png")) == np.asarray(opened("apple.png"))).all(-1)
+    assert kept[np.asarray(mask) == 0].all()
+    assert kept[np.asarray(mask) > 0].mean() < 0.5
+    text = opened("cat.png").text  # type: ignore[attr-defined]
+    for name, path in (("image", work / "apple.png"), ("mask_image", work / "mask.png")):
+        assert text[name] == str(path)
+        assert text[f"{name}_sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert "Denoising strength: 0.7, Mask blur: 2.0" in text["parameters"]
+    assert run("generate", "--from", "cat.png", "-o", "again.png").code == 0
+    assert Path("again.png").read_bytes() == Path("cat.png").read_bytes()
+    assert run("generate", "a cat", "--image", "apple.png", "--strength", "0.5", *QUICK, "--count", 2).code == 0
+
+
+def test_an_input_that_has_changed_is_reported(run: Callable[..., Ran], work: Path) -> None:
+    assert run("generate", "a cat", "--image", "good.png", "--strength", "1", "--steps", 1, "-o", "cat.png").code == 0
+    Image.new("RGB", (40, 24), "red").save("good.png")
+    code, out, err = run("generate", "--from", "cat.png", "-o", "again.png")
+    assert (code, out) == (2, "")
+    assert "good.png has changed since it was drawn from; restore it, or give it anew as image" in err
+    assert run("generate", "--from", "cat.png", "--image", "good.png", "-o", "again.png").code == 0
+    Path("good.png").unlink()
+    assert "good.png" in run("generate", "--from", "cat.png", "-o", "again.png").err
+
+
+def test_an_enlarged_region_is_drawn_again(run: Callable[..., Ran], work: Path, astronaut: Image.Image) -> None:
+    astronaut.save("photo.png")
+    mask = Image.new("L", astronaut.size)
+    mask.paste(255, (100, 40, 140, 90))
+    mask.save("mask.png")
+    options = ("--image", "photo.png", "--mask", "mask.png", "--only-masked", 8, "--steps", 1)
+    assert run("generate", "a cat", *options, "-o", "cat.png").code == 0
+    assert opened("cat.png").size == astronaut.size
+    assert run("generate", "--from", "cat.png", "-o", "again.png").code == 0
+    assert Path("again.png").read_bytes() == Path("cat.png").read_bytes()
 
 
 def test_prompts_come_from_files_and_from_stdin(
@@ -305,6 +350,25 @@ BAD = {
     "generate: hostile weighting": (("generate", "--from", "hostile-weighting.png"), 2, "weighting = 'maybe'"),
     "generate: hostile sampler": (("generate", "--from", "hostile-sampler.png"), 2, "sampler '../../x'"),
     "generate: hostile model": (("generate", "--from", "hostile-model.png"), 2, "../no/such/model"),
+    "generate: image missing": (("generate", "a", "--image", "no.png"), 2, "no.png"),
+    "generate: image torn": (("generate", "a", "--image", "torn.png"), 2, "torn.png"),
+    "generate: image no image": (("generate", "a", "--image", "text.png"), 2, "text.png is not an image"),
+    "generate: strength without an image": (("generate", "a", "--strength", "0.5"), 2, "belongs to an image"),
+    "generate: strength 0": (("generate", "a", "--image", "good.png", "--strength", "0"), 2, "must be above 0"),
+    "generate: strength 1.5": (("generate", "a", "--image", "good.png", "--strength", "1.5"), 2, "from 0 to 1"),
+    "generate: mask without an image": (("generate", "a", "--mask", "good.png"), 2, "mask_image belongs to an image"),
+    "generate: mask of another size": (
+        ("generate", "a", "--image", "good.png", "--mask", "photo.jpg"),
+        2,
+        "16 x 16 pixels, the image 40 x 24",
+    ),
+    "generate: mask missing": (("generate", "a", "--image", "good.png", "--mask", "no.png"), 2, "no.png"),
+    "generate: blur without a mask": (("generate", "a", "--mask-blur", "3"), 2, "mask_blur belongs to a mask"),
+    "generate: padding -1": (
+        ("generate", "a", "--image", "good.png", "--mask", "good.png", "--only-masked", "-1"),
+        2,
+        "must be a whole number of at least 0",
+    ),
     "generate: unknown sampler": (("generate", "a", "--sampler", "plms"), 2, "sampler 'plms' is not one of"),
     "generate: unknown spacing": (("generate", "a", "--spacing", "log"), 2, "spacing 'log' is not one of"),
     "generate: steps 0": (("generate", "a", "--steps", "0"), 2, "of at least 1, not 0"),

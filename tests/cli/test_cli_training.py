@@ -195,6 +195,7 @@ COMMON: dict[str, tuple[str, Any]] = {
     "size": ("64 96", (64, 96)),
     "augment": ("crop flip", ("crop", "flip")),
     "gradient_checkpointing": ("", True),
+    "evaluate": ("frechet kid:dinov2:some/model", ("frechet", "kid:dinov2:some/model")),
 }
 OWN: dict[str, dict[str, tuple[str, Any]]] = {
     "vae": {

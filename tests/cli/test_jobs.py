@@ -396,6 +396,13 @@ def test_a_recipe_goes_through_a_png_unchanged(tmp_path: Path) -> None:
         prediction_type="epsilon",
         dtype="float16",
         vae="some/vae",
+        image="some/photo.png",
+        image_sha256="ab" * 32,
+        mask_image="some/mask.png",
+        mask_image_sha256="cd" * 32,
+        strength=0.3,
+        mask_blur=2.5,
+        padding_mask_crop=16,
         lora=("some/lora", "[other]"),
         lora_scale=(-0.3, 1.0),
     )
@@ -439,6 +446,9 @@ def test_a_recipe_names_files_and_folders_absolutely(tmp_path: Path, monkeypatch
         ({"height": 7}, "height"),
         ({"width": 16385}, "width"),
         ({"negative_prompt": "\udce9"}, "negative_prompt"),
+        ({"strength": 0.5}, "strength belongs to an image"),
+        ({"mask_blur": 1.0}, "mask_blur belongs to a mask"),
+        ({"padding_mask_crop": 0}, "padding_mask_crop belongs to a mask"),
     ],
 )
 def test_what_a_recipe_refuses_the_model_refuses_too(
@@ -449,7 +459,7 @@ def test_what_a_recipe_refuses_the_model_refuses_too(
     with pytest.raises(ArgumentError, match=fragment):
         recipe.check()
     with pytest.raises(ArgumentError):
-        _generate(sd, [("a", recipe.seed)], recipe)
+        _generate(sd, [("a", recipe.seed)], recipe, {})
 
 
 def test_another_model_takes_nothing_over_from_the_old_one() -> None:

@@ -13,17 +13,17 @@ from sdkit.loading.single_file import ASSETS
 EMOJI = ASSETS / "emoji"
 
 
-def diffusers_pipeline(sd: sdkit.StableDiffusion, scheduler: Any = None) -> Any:
-    """Build diffusers' own pipeline on the same networks, as a reference."""
+def diffusers_pipeline(sd: sdkit.StableDiffusion, scheduler: Any = None, kind: str = "StableDiffusionPipeline") -> Any:
+    """Build diffusers' own pipeline on the same networks, as a reference. `kind` is the name of its class."""
     import warnings
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        from diffusers import DDIMScheduler, StableDiffusionPipeline
+        import diffusers
 
     if scheduler is None:
-        scheduler = DDIMScheduler.from_pretrained(EMOJI, subfolder="scheduler")
-    pipe = StableDiffusionPipeline(
+        scheduler = diffusers.DDIMScheduler.from_pretrained(EMOJI, subfolder="scheduler")
+    pipe = getattr(diffusers, kind)(
         vae=sd.vae.network,
         text_encoder=sd.text.network,
         tokenizer=sd.text.tokenizer,
@@ -35,6 +35,38 @@ def diffusers_pipeline(sd: sdkit.StableDiffusion, scheduler: Any = None) -> Any:
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def sd_shaped(
+    text: sdkit.TextEncoder, in_channels: int = 4, prediction_type: str = "epsilon"
+) -> tuple[sdkit.StableDiffusion, Any]:
+    """Build a small random model with SD 1.x's block types and schedule; return it with diffusers' scheduler.
+
+    Args:
+        text: The text encoder.
+        in_channels: Channels of the U-Net's input: 4, or 9 for an inpainting model.
+        prediction_type: What the U-Net predicts.
+    """
+    from diffusers import AutoencoderKL, DDIMScheduler
+
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        sample_size=8, in_channels=in_channels, out_channels=4, block_out_channels=(32, 64, 64, 64),
+        layers_per_block=1, cross_attention_dim=text.width, attention_head_dim=8, norm_num_groups=16,
+    )  # fmt: skip
+    vae = AutoencoderKL(
+        block_out_channels=(16,) * 4,
+        down_block_types=["DownEncoderBlock2D"] * 4,
+        up_block_types=["UpDecoderBlock2D"] * 4,
+        latent_channels=4,
+        norm_num_groups=8,
+    )
+    scheduler = DDIMScheduler(
+        beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False, set_alpha_to_one=False,
+        steps_offset=1, prediction_type=prediction_type,
+    )  # fmt: skip
+    schedule = sdkit.NoiseSchedule.from_config(scheduler.config)
+    return sdkit.StableDiffusion(sdkit.VAE(vae.eval()), text, sdkit.UNet(unet.eval()), schedule), scheduler
 
 
 def guided_network(cross_attention_dim: int = 8) -> UNet2DConditionModel:

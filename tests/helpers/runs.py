@@ -105,7 +105,7 @@ def _sentence(settings: dict[str, Any]) -> Path:
 def lpips_weights(path: Path) -> Path:
     """Write random weights for LPIPS. They are good enough where no test looks at the pictures."""
     torch.manual_seed(0)
-    state = LPIPS().state_dict().items()
+    state = LPIPS("vgg").state_dict().items()
     names = {k: f"lin{k[6:]}.weight" if k.startswith("heads.") else k.replace("vgg", "features") for k, _ in state}
     save_file({names[key]: value for key, value in state}, path)
     return path

@@ -491,6 +491,16 @@ def test_probe_tells_eps_from_v() -> None:
     assert probe_prediction(load_unet("emoji")) == "v_prediction"  # a trained v model
 
 
+def test_probe_of_an_inpainting_model() -> None:
+    for sign, kind in ((1.0, "epsilon"), (-1.0, "v_prediction")):
+        unet = identity_unet(sign)
+        wide = UNet2DConditionModel.from_config({**unet.config, "in_channels": 9}).eval()
+        state = unet.state_dict()
+        state["conv_in.weight"] = torch.nn.functional.pad(state["conv_in.weight"], (0, 0, 0, 0, 0, 5))
+        wide.load_state_dict(state)
+        assert probe_prediction(wide) == kind
+
+
 def test_probe_is_made_once_for_a_file(sd2: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     probes: list[Any] = []
     monkeypatch.setattr(source.single_file, "probe_prediction", lambda unet: probes.append(unet) or "v_prediction")
@@ -1031,8 +1041,8 @@ CASES: list[Case] = [
     ),
     (
         "unet",
-        lambda m, p: sketch(p / "a.safetensors", **{CROSS: (8, 768), CONV_IN: (8, 9, 3, 3)}),
-        r"looks like an inpainting model \(9 input channels\)",
+        lambda m, p: sketch(p / "a.safetensors", **{CROSS: (8, 768), CONV_IN: (8, 5, 3, 3)}),
+        r"looks like a depth model \(5 input channels\)",
     ),
     (
         "vae",
@@ -1154,6 +1164,16 @@ def test_unets_of_other_kinds_in_diffusers_layout(tmp_path: Path, options: dict[
     UNet2DConditionModel(**blocks, cross_attention_dim=8, **options).save_pretrained(tmp_path)
     with pytest.raises(SourceError, match=expected):
         load_unet(tmp_path)
+
+
+@pytest.mark.parametrize(("width", "family"), [(768, "sd1"), (1024, "sd2-v")])
+def test_the_public_configs_serve_inpainting_models_in_single_files(tmp_path: Path, width: int, family: str) -> None:
+    """These differ from text-to-image models only in the number of input channels."""
+    for channels in (4, 9):
+        shapes = {CROSS: (8, width), CONV_IN: (8, channels, 3, 3)}
+        description = describe(sketch(tmp_path / f"{channels}.safetensors", V if width == 1024 else None, **shapes))
+        unet = next(part for part in description.components if part.part == "unet")
+        assert (description.family, unet.config["in_channels"]) == (family, channels)
 
 
 def test_config_must_be_a_folder_of_configs(sd1: Tiny, sd2: Tiny, tmp_path: Path) -> None:

@@ -131,10 +131,10 @@ class TestFinite:
             sdkit.VAE.from_pretrained(where, dtype="fp16", device="cpu")
 
     def test_lpips(self, tmp_path: Path) -> None:
-        tensors = {key.replace("vgg.", "features."): t for key, t in LPIPS().state_dict().items() if "vgg" in key}
+        tensors = {key.replace("alex.", "features."): t for key, t in LPIPS().state_dict().items() if "alex" in key}
         tensors |= {f"lin{i}.weight": head for i, head in enumerate(LPIPS().heads)}
-        tensors["features.2.bias"][0] = float("nan")
-        with pytest.raises(SourceError, match=r"is damaged: its features.2.bias is not finite"):
+        tensors["features.3.bias"][0] = float("nan")
+        with pytest.raises(SourceError, match=r"is damaged: its features.3.bias is not finite"):
             LPIPS.from_pretrained(saved(tmp_path / "l.safetensors", tensors))
 
 

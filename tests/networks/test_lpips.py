@@ -1,7 +1,10 @@
-"""LPIPS with its real weights, if available, against values of the package `lpips`. Other tests use random weights."""
+"""LPIPS against values of the package `lpips`, with the embedded AlexNet, and with VGG-16 if its real weights are
+available. Other tests of VGG-16 use random weights.
+"""
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import huggingface_hub.constants
@@ -9,11 +12,12 @@ import numpy as np
 import pytest
 import skimage.data
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sdkit.errors import ImageError, SdkitError, SourceError
-from sdkit.networks.lpips import LPIPS
+from sdkit.networks.lpips import EMBEDDED, LPIPS
 from tests.helpers import shared_data
 
 
@@ -23,9 +27,14 @@ def real() -> LPIPS:
 
 
 @pytest.fixture(scope="module")
+def alex() -> LPIPS:
+    return LPIPS.from_pretrained("alex")
+
+
+@pytest.fixture(scope="module")
 def random() -> LPIPS:
     torch.manual_seed(0)
-    return LPIPS()
+    return LPIPS("vgg")
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +76,78 @@ def test_equal_to_the_package_lpips(real: LPIPS) -> None:
         assert real(*pairs()).tolist() == pytest.approx([0.640984, 0.139721, 0.505928], abs=2e-6)
 
 
+class TestAlexNet:
+    def test_equal_to_the_package_lpips(self, alex: LPIPS) -> None:
+        with torch.no_grad():
+            assert alex(*pairs()).tolist() == pytest.approx([0.543723, 0.008303, 0.433629], abs=2e-6)
+
+    def test_equal_to_its_formula_in_float64(self, alex: LPIPS) -> None:
+        """The layers and eq. 1 of the paper, written with functions over the stored tensors."""
+        stored = {name: tensor.double() for name, tensor in load_file(EMBEDDED).items()}
+        x, y = pixels(1, 3, 47, 40).double(), pixels(1, 3, 47, 40, seed=1).double()
+
+        def activations(h: Tensor) -> list[Tensor]:
+            h = (h - torch.tensor([-0.030, -0.088, -0.188])[:, None, None]) / torch.tensor([0.458, 0.448, 0.450])[
+                :, None, None
+            ]
+            found = []
+            for name, stride, padding, pooled in (
+                (0, 4, 2, 0),
+                (3, 1, 2, 1),
+                (6, 1, 1, 1),
+                (8, 1, 1, 0),
+                (10, 1, 1, 0),
+            ):
+                h = F.max_pool2d(h, 3, 2) if pooled else h
+                h = F.conv2d(h, stored[f"features.{name}.weight"], stored[f"features.{name}.bias"], stride, padding)
+                h = h.clamp(min=0)
+                found.append(h)
+            return found
+
+        expected = 0.0
+        for i, (a, b) in enumerate(zip(activations(x), activations(y), strict=True)):
+            a, b = (h / (h.square().sum(1, keepdim=True).sqrt() + 1e-10) for h in (a, b))
+            expected += float(((a - b).square() * stored[f"lin{i}.weight"]).sum(1).mean())
+        double = copy.deepcopy(alex).double()
+        assert double(x, y).item() == pytest.approx(expected, rel=1e-6)  # the package's constants are float32
+        assert double(x, y).dtype == torch.float64
+        assert alex(x.float(), y.float()).item() == pytest.approx(expected, rel=1e-5)
+
+    def test_weights_stored_in_float16_compute_in_float32(self, alex: LPIPS) -> None:
+        stored = load_file(EMBEDDED)
+        assert stored["features.0.weight"].dtype == torch.float16
+        assert {p.dtype for p in alex.parameters()} == {torch.float32}
+        assert torch.equal(alex.state_dict()["alex.10.weight"], stored["features.10.weight"].float())
+        assert torch.equal(alex.heads[4], stored["lin4.weight"])
+
+    def test_the_gradient_reaches_the_image_and_no_weight(self, alex: LPIPS) -> None:
+        x, y = pixels(2, 3, 32, 40).requires_grad_(), pixels(2, 3, 32, 40, seed=1)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            alex(x, y).sum().backward()
+        assert x.grad is not None
+        assert x.grad.isfinite().all()
+        assert (x.grad != 0).float().mean() > 0.99
+        assert not any(p.requires_grad or p.grad is not None for p in alex.parameters())
+        assert not alex.training
+        double = copy.deepcopy(alex).double()
+        one, other = pixels(1, 3, 31, 33).double().requires_grad_(), pixels(1, 3, 31, 33, seed=1).double()
+        assert torch.autograd.gradcheck(lambda x: double(x, other), (one,), fast_mode=True)
+
+    def test_features_give_the_distance(self, alex: LPIPS) -> None:
+        x, y = pixels(2, 3, 64, 48), pixels(2, 3, 64, 48, seed=1)
+        distances = (alex.features(x) - alex.features(y)).square().sum(1)
+        torch.testing.assert_close(distances, alex(x, y), rtol=1e-5, atol=0)
+        assert alex.features(x, grid=2).shape == (2, 1152 * 4)
+
+    def test_the_smallest_image_is_checked_in_one_sentence(self, alex: LPIPS) -> None:
+        assert alex.smallest == 31
+        assert alex(pixels(1, 3, 31, 31), pixels(1, 3, 31, 31, seed=1)).isfinite().all()
+        with pytest.raises(
+            ImageError, match=r"^LPIPS needs images .* of at least 31 x 31 pixels, not \(1, 3, 30, 40\)"
+        ):
+            alex(pixels(1, 3, 30, 40), pixels(1, 3, 30, 40))
+
+
 def test_zero_for_equal_images_and_symmetric(random: LPIPS) -> None:
     x, y = pixels(2, 3, 32, 40), pixels(2, 3, 32, 40, seed=1)
     assert random(x, x).tolist() == [0, 0]
@@ -80,7 +161,7 @@ class TestGradient:
 
     @pytest.mark.parametrize("which", ["random", "real"])
     def test_equals_finite_differences(self, which: str, request: pytest.FixtureRequest) -> None:
-        model = LPIPS()
+        model = LPIPS("vgg")
         model.load_state_dict(request.getfixturevalue(which).state_dict())
         model.double()
         x, y = pixels(1, 3, 16, 17).double().requires_grad_(), pixels(1, 3, 16, 17, seed=1).double()
@@ -106,7 +187,7 @@ class TestGradient:
 
     @pytest.mark.parametrize("bias", [-1.0, 0.0, 1e-30])
     def test_is_finite_where_activations_are_zero_or_their_squares_underflow(self, bias: float) -> None:
-        model = LPIPS()
+        model = LPIPS("vgg")
         for name, parameter in model.named_parameters():
             parameter.fill_(bias if name.endswith("bias") else 0.0)
         for head in model.heads:
@@ -206,10 +287,30 @@ class TestWeights:
         loaded = LPIPS.from_pretrained(tmp_path / "lpips.pt").state_dict()
         assert all(torch.equal(loaded[key], value) for key, value in random.state_dict().items())
 
-    def test_none_given_is_one_sentence(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_the_embedded_weights_are_the_default(self, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv("SDKIT_LPIPS", raising=False)
-        with pytest.raises(SourceError, match=r"give the path or the Hub id .* environment variable SDKIT_LPIPS\.$"):
-            LPIPS.from_pretrained()
+        assert LPIPS.from_pretrained().network == "alex"
+        monkeypatch.setenv("SDKIT_LPIPS", str(file))
+        networks = [LPIPS.from_pretrained(source).network for source in (None, "alex", "vgg", EMBEDDED)]
+        assert networks == ["vgg", "alex", "vgg", "alex"]
+
+    @pytest.mark.parametrize("variable", ["", "alex", "vgg"])
+    def test_vgg_that_is_not_named_is_one_sentence(self, variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("SDKIT_LPIPS", variable)
+        with pytest.raises(
+            SourceError, match=r"VGG do not ship: .* variable SDKIT_LPIPS, or take 'alex', which ships\.$"
+        ):
+            LPIPS.from_pretrained("vgg")
+
+    def test_weights_of_another_network_are_one_sentence(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("SDKIT_LPIPS", str(EMBEDDED))
+        with pytest.raises(SourceError, match="does not hold the weights of LPIPS with VGG-16"):
+            LPIPS.from_pretrained("vgg")
+
+    def test_names_that_fingerprints_of_runs_hold(self) -> None:
+        """Runs made when VGG was the only network resume, as its parameters keep their names."""
+        names = [*LPIPS("vgg").state_dict()]
+        assert (names[0], names[-1], len(names)) == ("vgg.0.weight", "heads.4", 31)
 
     @pytest.mark.parametrize(
         ("source", "sentence"),

@@ -14,7 +14,7 @@ from diffusers import MultiControlNetModel
 from PIL import Image
 
 import sdkit
-from sdkit.pipelines.controlnet import DEFAULTS, Control, controlled
+from sdkit.pipelines.controlnet import DEFAULTS, Control, controlled, in_region
 from sdkit.pipelines.settings import DrawingSettings
 from tests.helpers import tiny
 from tests.helpers.networks import control_network, diffusers_pipeline
@@ -41,22 +41,24 @@ def pictures(n: int, size: int = SIZE) -> list[Image.Image]:
     return [Image.fromarray(one) for one in levels]
 
 
-def theirs(model: sdkit.StableDiffusion, controls: list[sdkit.ControlNet], **options: Any) -> torch.Tensor:
-    """Latents of diffusers' pipeline, from the noise of seeds 3 and 4."""
-    from diffusers import StableDiffusionControlNetPipeline
+def theirs(
+    model: sdkit.StableDiffusion, controls: list[sdkit.ControlNet], kind: str = "", **options: Any
+) -> torch.Tensor:
+    """Latents of diffusers' StableDiffusionControlNet(kind)Pipeline, with the noise of seeds 3 and 4."""
+    import diffusers
 
     networks = [one.network for one in controls]
     plain = diffusers_pipeline(model, tiny.scheduler())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        pipe = StableDiffusionControlNetPipeline(
+        pipe = getattr(diffusers, f"StableDiffusionControlNet{kind}Pipeline")(
             **{name: part for name, part in plain.components.items() if name != "image_encoder"},
             controlnet=networks[0] if len(networks) == 1 else MultiControlNetModel(networks),
             requires_safety_checker=False,
         )  # fmt: skip
         pipe.set_progress_bar_config(disable=True)
-        noise = torch.stack([torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(seed)) for seed in (3, 4)])
-        latents: torch.Tensor = pipe(PROMPTS, latents=noise, output_type="latent", **options).images
+        generator = [torch.Generator().manual_seed(seed) for seed in (3, 4)]
+        latents: torch.Tensor = pipe(PROMPTS, generator=generator, output_type="latent", **options).images
     return latents
 
 
@@ -115,6 +117,39 @@ def test_one_that_pools_is_always_in_guess_mode(model: sdkit.StableDiffusion) ->
         output_type="latent",
     )  # fmt: skip
     torch.testing.assert_close(z, expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("options", [{}, {"control_guidance_end": 0.6}], ids=str)
+def test_image_to_image_equals_diffusers(
+    model: sdkit.StableDiffusion, controls: list[sdkit.ControlNet], options: dict[str, Any]
+) -> None:
+    start = torch.rand(2, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    options = {"num_inference_steps": 8, "strength": 0.5, "guidance_scale": 4.0, "image": start, **options}
+    options["controlnet_conditioning_scale"] = 0.7
+    expected = theirs(model, controls[:1], "Img2Img", control_image=pictures(2), **options)
+    given = {"controlnet": controls[0], "control_image": pictures(2)}
+    z = model(PROMPTS, seed=3, output_type="latent", **given, **options)
+    torch.testing.assert_close(z, expected, atol=1e-4, rtol=0)
+
+
+def test_inpainting_follows_it_inside_the_mask_alone(
+    model: sdkit.StableDiffusion, controls: list[sdkit.ControlNet]
+) -> None:
+    image, mask = pictures(1)[0], Image.new("L", (SIZE, SIZE))
+    mask.paste(255, (16, 16, 48, 48))
+    options: dict[str, Any] = {"image": image, "mask_image": mask, "num_inference_steps": 3, "output_type": "np"}
+    without = model("a", **options)
+    for crop in (None, 4):
+        drawn = model("a", controlnet=controls[0], control_image=pictures(2)[0], padding_mask_crop=crop, **options)
+        outside = np.asarray(mask) == 0
+        assert np.array_equal(drawn[0][outside], np.asarray(image)[outside])
+        assert (drawn[0] != without[0])[~outside].mean() > 0.3
+
+
+def test_region_of_a_control_image(controls: list[sdkit.ControlNet]) -> None:
+    images = torch.rand(1, 3, 20, 30)
+    (control,) = in_region([Control(network=controls[0], images=images)], (20, 30), (4, 5, 12, 25))
+    assert torch.equal(control.images, images[:, :, 4:12, 5:25])
 
 
 @pytest.mark.parametrize("guess_mode", [False, True])

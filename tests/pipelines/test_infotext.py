@@ -91,6 +91,15 @@ def test_a_drawn_image_says_the_models_own_scale_and_size(sd: sdkit.StableDiffus
     assert float(found["CFG scale"]) == sd.guidance_scale
 
 
+def test_strength_and_mask_blur_are_named_as_in_a1111() -> None:
+    inputs = {"image": "photo.png", "mask_image": "mask.png"}
+    found = parsed(Generation(prompt="a", **inputs, mask_blur=4.0).text()["parameters"])
+    assert (found["Denoising strength"], found["Mask blur"]) == ("1.0", "4.0")
+    found = parsed(Generation(prompt="a", image="photo.png").text()["parameters"])
+    assert found["Denoising strength"] == "0.8"
+    assert "Mask blur" not in found
+
+
 def test_our_own_text_wins(tmp_path: Path) -> None:
     generation = Generation(prompt="ours", num_inference_steps=7)
     theirs: dict[str, Any] = {"parameters": "theirs\nSteps: 20, Sampler: Euler a, CFG scale: 7, Seed: 1, Size: 8x8"}

@@ -18,10 +18,11 @@ import pytest
 from PIL import Image
 
 from sdkit.cli.jobs import DEMO_PROMPTS
-from sdkit.data import open_examples
 from sdkit.errors import DataError, SdkitError
 from sdkit.recipes.emoji import pictures as table
 from sdkit.recipes.emoji import prepare as module
+from sdkit.recipes.emoji.compositions import Composition, companions
+from sdkit.recipes.emoji.drawings import VECTORS, Drawings
 from sdkit.recipes.emoji.pictures import (
     BACKGROUNDS,
     SIDE,
@@ -33,9 +34,8 @@ from sdkit.recipes.emoji.pictures import (
     used,
     with_article,
 )
-from sdkit.recipes.emoji.prepare import prepare
-from sdkit.recipes.emoji.settings import settings
-from tests.helpers.emoji_pictures import COLOUR, FEW, make_drawn, make_photographs
+from sdkit.recipes.emoji.prepare import prepare_tiles
+from tests.helpers.emoji_pictures import COLOUR, FEW, make_drawings, make_drawn, make_photographs
 
 
 @pytest.fixture
@@ -49,15 +49,22 @@ def photographs(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def data(drawn: Path, photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Make the data sets of the first pictures."""
+def drawings(tmp_path: Path) -> Drawings:
+    """Make pictures in all styles; vector graphics need resvg-py, which is in the extra `recipes`."""
+    pytest.importorskip("resvg_py")
+    return make_drawings(tmp_path / "packages")
+
+
+@pytest.fixture
+def data(drawings: Drawings, photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Make the VAE's data sets of the first pictures."""
     monkeypatch.setattr(module, "pictures", lambda: FEW)
     monkeypatch.setattr(
         module,
         "TILES",
         {"tiles": module.Tiles(64, 20, 0.5, 0.0), "fine_tiles": module.Tiles(SIZE, 12, 0.3, 0.6)},
     )
-    prepare(drawn, photographs, tmp_path / "data")
+    prepare_tiles(drawings, photographs, tmp_path / "data")
     return tmp_path / "data"
 
 
@@ -120,8 +127,8 @@ def prompts_written_out() -> list[str]:
 
 def test_prompts_that_are_shown_are_captions_that_were_learned() -> None:
     known = {with_article(name) for one in pictures() for name in one.names} | {"grapes"}
-    shown = [*DEMO_PROMPTS, *settings("unet-1")["validation_prompts"], *prompts_written_out()]
-    assert len(shown) > 35
+    shown = [*DEMO_PROMPTS, *prompts_written_out()]
+    assert len(shown) > 27
     for prompt in shown:
         name, *background = re.split(r" on an? (\w+) background$", prompt)
         assert name in known, prompt
@@ -177,59 +184,26 @@ def test_what_is_not_used(tmp_path: Path) -> None:
         used(tmp_path)
 
 
-def test_captioned_images_lack_the_pairs_held_out(data: Path) -> None:
-    """Every picture is on every background except the held-out one. On white, some captions do not name
-    the background.
-    """
-    captioned, held_out = rows(data / "captioned"), rows(data / "held_out")
-    for one in FEW:
-        backgrounds = {name.split("-")[-2] for name in captioned if name.startswith(f"{one.file}-")}
-        assert backgrounds == BACKGROUNDS.keys() - {one.held_out}
-        assert held_out[f"{one.file}-{one.held_out}.png"] == caption(one.name, one.held_out)
-        plain = {text for text in captioned.values() if "background" not in text}
-        assert {one.name, with_article(one.name)} <= plain
-    for name, text in captioned.items():
-        colour = name.split("-")[-2]
-        assert text.endswith(f"{with_article(colour)} background") or (colour == "white" and "background" not in text)
-        with Image.open(data / "captioned" / name) as image:
+def test_held_out_images_show_the_held_out_pairs(data: Path) -> None:
+    """Every picture is on its held-out background, and in its held-out style if it has one."""
+    held_out = rows(data / "held_out")
+    assert len(held_out) == len(FEW)
+    for number, (one, name) in enumerate(zip(FEW, held_out, strict=True)):
+        plan = module._held_out_plan(number)
+        assert plan.background == one.held_out
+        assert plan.style == (one.held_out_style or plan.style)
+        assert plan.caption == held_out[name]
+        with Image.open(data / "held_out" / name) as image:
             assert image.size == (SIZE, SIZE)
-            assert image.getpixel((0, 0)) == BACKGROUNDS[colour]
-            assert image.getpixel((SIZE // 2, SIZE // 2)) == COLOUR
+            assert image.getpixel((0, 0)) == BACKGROUNDS[one.held_out]
 
 
-@pytest.mark.parametrize(
-    ("other_name", "number", "on_backgrounds"),
-    [
-        ("bird", 0, {"an owl on": 6, "owl on": 2, "bird on": 3}),
-        ("bird", 1, {"an owl on": 5, "owl on": 3, "bird on": 3}),
-        ("", 0, {"an owl on": 6, "owl on": 5}),
-        ("", 1, {"an owl on": 5, "owl on": 6}),
-    ],
-)
-def test_how_often_each_caption_is(
-    other_name: str, number: int, on_backgrounds: dict[str, int], drawn: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Half of the captions have an article, and a quarter the other name, in turns from picture to picture. One
-    background is held out. On white, there are also each name with its article, and the first name without.
-    """
-    one = Picture(FEW[0].file, "owl", other_name, "gray")
-    monkeypatch.setattr(module, "pictures", lambda: [one, one])
-    files, _, texts = zip(*module._captioned(drawn, number), strict=True)
-    on_white = ["owl", "an owl", *(["a bird"] if other_name else [])]
-    assert Counter(re.sub(r"(?<= on) an? \w+ background$", "", text) for text in texts) == {
-        **on_backgrounds,
-        **dict.fromkeys(on_white, 1),
-    }
-    named = Counter(text.split()[-2] for text in texts if "background" in text)
-    assert named == dict.fromkeys(BACKGROUNDS.keys() - {"gray"}, 1)
-    assert len({*files}) == len(files)
-    assert {text for file, text in zip(files, texts, strict=True) if "-white-" in file} > {*on_white}
-
-
-def test_sdkit_reads_the_data(data: Path) -> None:
-    examples = open_examples(data / "captioned")
-    assert len(examples) == len(rows(data / "captioned"))
-    assert examples[0].caption
+def test_every_held_out_pair_is_planned() -> None:
+    """Whether the caption names the background or not."""
+    plans = [module._held_out_plan(number) for number in range(len(pictures()))]
+    assert [plan.background for plan in plans] == [one.held_out for one in pictures()]
+    assert all(plan.style == (one.held_out_style or plan.style) for plan, one in zip(plans, pictures(), strict=True))
+    assert 0.5 < sum("background" in plan.caption for plan in plans) / len(plans) < 0.7
 
 
 def test_tiles(data: Path) -> None:
@@ -264,9 +238,9 @@ def test_how_many_tiles_there_are_of_each_kind(name: str, monkeypatch: pytest.Mo
     tiles, n = module.TILES[name], 4000
     monkeypatch.setattr(module, "_photo_tile", lambda *_: "photograph")
     monkeypatch.setattr(module, "_drawn_tile", lambda *_: "other")
-    monkeypatch.setattr(module, "read", lambda *_: None)
-    monkeypatch.setattr(module, "composed", lambda *_: Image.new("1", (SIZE, SIZE)))
-    made = [module._tile(name, Path(), [], [], number)[0][1] for number in range(n)]
+    monkeypatch.setattr(Composition, "drawn", lambda *_: Image.new("1", (SIZE, SIZE)))
+    beside, drawings = companions(pictures()), Drawings(Path(), Path())
+    made = [module._tile(name, drawings, [], [], beside, number)[0][1] for number in range(n)]
     kinds = Counter(tile if isinstance(tile, str) else "captioned" for tile in made)
     assert is_share(kinds["photograph"], n, tiles.photographs)
     assert is_share(kinds["captioned"], n, tiles.captioned)
@@ -275,20 +249,22 @@ def test_how_many_tiles_there_are_of_each_kind(name: str, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("size", [64, SIZE])
 def test_captioned_tiles(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tiles are cut from anywhere in the captioned images: every picture, on all backgrounds except the
-    held-out one.
+    """Tiles are cut from anywhere in compositions of every picture, in all styles and on all backgrounds except the
+    held-out ones.
     """
     places = np.zeros((SIZE, SIZE, 3), np.uint8)
     places[..., 0], places[..., 1] = np.arange(SIZE), np.arange(SIZE)[:, None]
     seen = []
     monkeypatch.setattr(module, "pictures", lambda: FEW)
     monkeypatch.setattr(module, "TILES", {"tiles": module.Tiles(size, 0, 0.0, 1.0)})
-    monkeypatch.setattr(module, "read", lambda folder, file: file)
-    monkeypatch.setattr(module, "composed", lambda *what: seen.append(what) or Image.fromarray(places))
-    tiles = [np.asarray(module._tile("tiles", Path(), [], [], number)[0][1]) for number in range(1500)]
-    assert {*seen} == {
-        (one.file, colour) for one in FEW for name, colour in BACKGROUNDS.items() if name != one.held_out
+    monkeypatch.setattr(Composition, "drawn", lambda self, drawings: seen.append(self) or Image.fromarray(places))
+    beside = companions(FEW)
+    tiles = [np.asarray(module._tile("tiles", None, [], [], beside, number)[0][1]) for number in range(1500)]
+    shown = {(part.picture, one.background, one.style) for one in seen for part in one.parts}
+    assert {(picture, background) for picture, background, _ in shown} == {
+        (one, background) for one in FEW for background in one.backgrounds
     }
+    assert {(picture, style) for picture, _, style in shown} == {(one, style) for one in FEW for style in one.styles}
     lefts, tops = ({int(tile[0, 0, axis]) for tile in tiles} for axis in (0, 1))
     assert lefts == tops == {*range(SIZE - size + 1)}
     for tile in tiles:
@@ -307,45 +283,58 @@ def test_other_tiles_as_captioned(size: int, share: float, drawn: Path) -> None:
     assert is_share(sum(tile == composed(picture, tile.getpixel((0, 0))) for tile in tiles), 300, share)
 
 
-def test_tiles_are_made_alike_again(data: Path, drawn: Path, photographs: Path) -> None:
+def test_tiles_are_made_alike_again(data: Path, drawings: Drawings, photographs: Path) -> None:
+    photos, beside = module._photos(photographs), companions(FEW)
     for number in range(6):
-        made = module._tile("tiles", drawn, used(drawn), module._photos(photographs), number)
+        made = module._tile("tiles", drawings, used(drawings.solid), photos, beside, number)
         with Image.open(data / "tiles" / made[0][0]) as image:
             assert np.array_equal(np.asarray(image), np.asarray(made[0][1]))
 
 
-def test_what_is_made_is_not_made_again(data: Path, drawn: Path, photographs: Path) -> None:
+def test_what_is_made_is_not_made_again(data: Path, drawings: Drawings, photographs: Path) -> None:
     """A missing set is made again. Sets that exist are not, even if their source files moved or have another time."""
     file = data / "tiles" / "00000.png"
     before = file.stat().st_mtime_ns
     shutil.rmtree(data / "held_out")
-    (drawn / "1f468.webp").touch()
-    prepare(drawn.rename(data.parent / "moved"), photographs.rename(data.parent / "moved too"), data)
+    (drawings.solid / "1f468.webp").touch()
+    moved = replace(drawings, solid=drawings.solid.rename(data.parent / "moved"))
+    prepare_tiles(moved, photographs.rename(data.parent / "moved too"), data)
     assert file.stat().st_mtime_ns == before
     assert len(rows(data / "held_out")) == len(list((data / "held_out").glob("*.png"))) == len(FEW)
 
 
-def test_another_way_makes_all_of_a_set_anew(
-    data: Path, drawn: Path, photographs: Path, monkeypatch: pytest.MonkeyPatch
+def test_only_the_named_tiles_are_made(
+    drawings: Drawings, photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No file of the earlier set may remain, because training would take it for an image without a caption."""
-    file = data / "captioned" / next(iter(rows(data / "captioned")))
+    monkeypatch.setattr(module, "pictures", lambda: FEW)
+    monkeypatch.setattr(module, "TILES", dict.fromkeys(("one", "other"), module.Tiles(64, 2, 0.0, 1.0)))
+    prepare_tiles(drawings, photographs, tmp_path / "data", ["other"])
+    assert {path.name for path in (tmp_path / "data").iterdir()} == {"other", "held_out"}
+
+
+def test_another_way_makes_all_of_a_set_anew(
+    data: Path, drawings: Drawings, photographs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No file of the earlier set may remain, because training would take it for one of its own."""
+    file = data / "fine_tiles" / next(iter(rows(data / "fine_tiles")))
     before = file.stat().st_mtime_ns
     monkeypatch.setattr(module, "TILES", {**module.TILES, "tiles": module.Tiles(64, 3, 0.5, 0.0)})
-    prepare(drawn, photographs, data)
+    prepare_tiles(drawings, photographs, data, ["tiles", "fine_tiles"])
     assert len(list((data / "tiles").glob("*.png"))) == 3
     assert file.stat().st_mtime_ns == before
 
 
 @pytest.fixture
 def remade(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], set[str]]:
-    """Return a function that calls `prepare` again, and returns the sets that it made anew. All sets are empty here."""
-    for file in ("assets/1f468.webp", "assets/1f469.webp", "assets/1f1e6-1f1e8.webp", "photographs/Dune.jpg"):
-        (tmp_path / file).parent.mkdir(exist_ok=True)
+    """Return a function that calls `prepare_tiles` again, and returns the sets that are new. All sets are empty."""
+    files = [f"vectors/{package}/{name}.json" for package in VECTORS.values() for name in ("icons", "chars")]
+    files += [f"assets/{stem}.webp" for stem in ("1f468", "1f469", "1f1e6-1f1e8")]
+    for file in (*files, "photographs/Dune.jpg"):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / file).touch()
     monkeypatch.setattr(module, "pictures", lambda: FEW)
     monkeypatch.setattr(module, "_photos", lambda folder: sorted(folder.iterdir()))
-    for make in ("_tile", "_captioned", "_held_out"):
+    for make in ("_tile", "_captioned"):
         monkeypatch.setattr(module, make, lambda *_: [])
     tiles = {"tiles": module.Tiles(64, 1, 0.5, 0.5), "others": module.Tiles(64, 1, 0.5, 0.5)}
     monkeypatch.setattr(module, "TILES", tiles)
@@ -354,7 +343,8 @@ def remade(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], set[
         sets = [*(tmp_path / "data").glob("*")]
         for folder in sets:
             (folder / "mark").touch()
-        prepare(tmp_path / "assets", tmp_path / "photographs", tmp_path / "data")
+        drawings = Drawings(tmp_path / "assets", tmp_path / "vectors")
+        prepare_tiles(drawings, tmp_path / "photographs", tmp_path / "data", tiles)
         return {folder.name for folder in sets if not (folder / "mark").exists()}
 
     again()
@@ -365,19 +355,12 @@ def remade(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], set[
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("AS_CAPTIONED", 0.6),
-        ("FLAT", 21),
-        ("PHOTO_HEIGHT", 1601),
         ("SIZE", 129),
-        ("SIDE", 111),
         ("BACKGROUNDS", {**BACKGROUNDS, "white": (254, 254, 254)}),
-        ("BACKGROUNDS", {("cream" if name == "white" else name): colour for name, colour in BACKGROUNDS.items()}),
-        ("caption", lambda name, background, article: caption(name, background, article and name != FEW[-1].name)),
-        ("caption", lambda name, background, article: caption(name, background, True)),
         ("pictures", lambda: FEW[:-1]),
         *(
-            ("pictures", lambda field=field: [replace(FEW[0], **{field: "another"}), *FEW[1:]])
-            for field in ("file", "name", "other_name", "held_out")
+            ("pictures", lambda field=field, value=value: [replace(FEW[0], **{field: value}), *FEW[1:]])
+            for field, value in (("file", "1f8ff"), ("name", "another"), ("held_out", "pink"), ("mirrored", ""))
         ),
     ],
 )
@@ -385,18 +368,17 @@ def test_another_way_makes_all_sets_anew(
     name: str, value: object, remade: Callable[[], set[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, name, value)
-    assert remade() == {"tiles", "others", "captioned", "held_out"}
+    assert remade() == {"tiles", "others", "held_out"}
 
 
-@pytest.mark.parametrize("word", ["gray", "bird"])
-def test_another_article_makes_all_sets_anew(
-    word: str, remade: Callable[[], set[str]], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("name", "value"), [("AS_CAPTIONED", 0.6), ("FLAT", 21), ("PHOTO_HEIGHT", 1601), ("SIDE", 111), ("TWO", 0.5)]
+)
+def test_another_way_makes_tiles_anew(
+    name: str, value: object, remade: Callable[[], set[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The article may be a background's or a second name's."""
-    monkeypatch.setattr(module, "pictures", lambda: [replace(FEW[0], other_name="bird")])
-    assert remade()
-    monkeypatch.setattr(table, "AN", f"{table.AN}|{word}")
-    assert remade() == {"tiles", "others", "captioned", "held_out"}
+    monkeypatch.setattr(module, name, value)
+    assert remade() == {"tiles", "others"}
 
 
 @pytest.mark.parametrize(("field", "value"), [("size", 63), ("number", 2), ("photographs", 0.4), ("captioned", 0.4)])
@@ -410,7 +392,7 @@ def test_other_tiles_make_their_set_anew(
 @pytest.mark.parametrize(("file", "name"), [("assets/1f468.webp", "1f46a.webp"), ("photographs/Dune.jpg", "Sea.jpg")])
 def test_other_files_make_all_sets_anew(file: str, name: str, remade: Callable[[], set[str]], tmp_path: Path) -> None:
     """Files with another size or name count. Files that are not used do not."""
-    everything = {"tiles", "others", "captioned", "held_out"}
+    everything = {"tiles", "others", "held_out"}
     (tmp_path / file).write_bytes(b"longer")
     assert remade() == everything
     (tmp_path / file).rename((tmp_path / file).with_name(name))
@@ -419,19 +401,17 @@ def test_other_files_make_all_sets_anew(file: str, name: str, remade: Callable[[
     assert remade() == set()
 
 
-def test_sets_of_tiles_do_not_repeat_one_another(
-    drawn: Path, photographs: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_sets_of_tiles_do_not_repeat_one_another(photographs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "TILES", dict.fromkeys(("one", "other"), module.Tiles(64, 1, 1.0, 0.0)))
-    one, other = (module._tile(name, drawn, [], module._photos(photographs), 0)[0][1] for name in ("one", "other"))
+    one, other = (module._tile(name, None, [], module._photos(photographs), {}, 0)[0][1] for name in ("one", "other"))
     assert one.tobytes() != other.tobytes()
 
 
-def test_a_damaged_photograph_leaves_nothing_half_made(drawn: Path, photographs: Path, tmp_path: Path) -> None:
+def test_a_damaged_photograph_leaves_nothing_half_made(drawings: Drawings, photographs: Path, tmp_path: Path) -> None:
     for path in photographs.rglob("*.jpg"):
         path.write_bytes(b"\xff\xd8\xff")
     with pytest.raises(SdkitError, match=r"\.jpg is not an image"):
-        prepare(drawn, photographs, tmp_path / "data")
+        prepare_tiles(drawings, photographs, tmp_path / "data")
     assert not [*(tmp_path / "data").iterdir()]
 
 
@@ -439,26 +419,26 @@ def test_a_damaged_photograph_leaves_nothing_half_made(drawn: Path, photographs:
     ("size", "sentence"), [((300, 320), "next to nothing but plain areas"), ((100, 100), "is too small, 100 x 100")]
 )
 def test_photographs_that_are_none(
-    size: tuple[int, int], sentence: str, data: Path, drawn: Path, photographs: Path
+    size: tuple[int, int], sentence: str, data: Path, drawings: Drawings, photographs: Path
 ) -> None:
     module._photo.cache_clear()
     for path in photographs.rglob("*.jpg"):
         Image.new("RGB", size).save(path)
     with pytest.raises(DataError, match=sentence):
-        prepare(drawn, photographs, data)
+        prepare_tiles(drawings, photographs, data)
 
 
-def test_a_folder_of_the_users_own_is_left_alone(data: Path, drawn: Path, photographs: Path) -> None:
-    (data / "captioned" / module.MADE_OF).unlink()
-    with pytest.raises(DataError, match=r"captioned is there already, and not of this recipe"):
-        prepare(drawn, photographs, data)
-    assert rows(data / "captioned")
+def test_a_folder_of_the_users_own_is_left_alone(data: Path, drawings: Drawings, photographs: Path) -> None:
+    (data / "fine_tiles" / module.MADE_OF).unlink()
+    with pytest.raises(DataError, match=r"fine_tiles is there already, and not of this recipe"):
+        prepare_tiles(drawings, photographs, data)
+    assert rows(data / "fine_tiles")
 
 
-def test_missing_photographs_are_named(drawn: Path, photographs: Path, tmp_path: Path) -> None:
+def test_missing_photographs_are_named(drawings: Drawings, photographs: Path, tmp_path: Path) -> None:
     (photographs / "Dune.jpg").unlink()
     with pytest.raises(DataError, match=r"lacks 1 of the \d+ photographs, Dune\.jpg first"):
-        prepare(drawn, photographs, tmp_path / "data")
+        prepare_tiles(drawings, photographs, tmp_path / "data")
 
 
 def test_a_damaged_picture_is_named(drawn: Path) -> None:

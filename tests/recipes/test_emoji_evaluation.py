@@ -206,7 +206,7 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(report, "STEP_COUNTS", (2,))
     torch.manual_seed(0)
     lpips = LPIPS()
-    monkeypatch.setattr(LPIPS, "from_pretrained", lambda: lpips)
+    monkeypatch.setattr(LPIPS, "from_pretrained", lambda _: lpips)
 
 
 def command_line(monkeypatch: pytest.MonkeyPatch, drawn: Path, out: Path, *more: str) -> int:

@@ -26,6 +26,7 @@ import sdkit
 from sdkit.data import cache
 from sdkit.data.latent_cache.manifest import Manifest
 from sdkit.errors import CacheError, DataError, TrainingError
+from sdkit.networks.lpips import EMBEDDED
 from sdkit.training import UNetConfig, VAEConfig, train_unet, train_vae
 from sdkit.training.checkpoint import checkpoints, newest
 from sdkit.training.run_folder import read_metrics
@@ -296,11 +297,15 @@ CASES: list[tuple[str, str, Make, type[sdkit.SdkitError], tuple[str, ...]]] = [
      ("size 8 x 8 must divide by 8 and be at least 11",)),
     ("vae", "too small for LPIPS", lambda k, p: {"size": 8, "lpips": k / "lpips.safetensors"}, ARGUMENT,
      ("size 8 x 8 must divide by 8 and be at least 16; change it",)),
+    ("vae", "too small for AlexNet", lambda k, p: {"size": (32, 24), "lpips_weight": 0.1}, ARGUMENT,
+     ("size 32 x 24 must divide by 8 and be at least 31; change it",)),
+    ("vae", "too small for a named AlexNet file", lambda k, p: {"size": 24, "lpips": EMBEDDED}, ARGUMENT,
+     ("size 24 x 24 must divide by 8 and be at least 31; change it",)),
     ("vae", "too small for the discriminator", lambda k, p: {"size": 16, "disc_weight": 0.5}, ARGUMENT,
      ("size 16 x 16 must divide by 8 and be at least 24; change it",)),
     ("unet", "rank", lambda k, p: {"lora_rank": 10**9}, ARGUMENT, ("lora_rank 1000000000 is above", "attention, 32, ")),
-    ("vae", "no LPIPS", lambda k, p: {"lpips_weight": 0.1}, SOURCE,
-     ("LPIPS has no default weights: give", "SDKIT_LPIPS")),
+    ("vae", "no VGG", lambda k, p: {"lpips_weight": 0.1, "lpips": "vgg"}, SOURCE,
+     ("the weights of LPIPS with VGG do not ship: put", "SDKIT_LPIPS", "'alex'")),
     ("vae", "LPIPS is missing", lambda k, p: {"lpips": p / "l.safetensors"}, SOURCE,
      ("the weights of LPIPS are not at ", "l.safetensors'; give a file of them")),
     ("vae", "LPIPS is damaged", lambda k, p: {"lpips": written(p / "l.safetensors", b"x" * 99)}, SOURCE,
@@ -598,6 +603,31 @@ def test_files_of_a_vae_run_may_move(kit: Path, tmp_path: Path) -> None:
         one_sentence(lambda wanted=wanted: train("vae", kit, run, **wanted), TRAINING, holds + fragment)
 
 
+@pytest.mark.parametrize("before", ["alex", "lpips.safetensors"])
+def test_a_run_keeps_its_network_of_lpips(
+    before: str, kit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another network is refused, however it is named. Runs of VGG from before the choice resume without being asked
+    for a network."""
+    networks = {"alex": "alex", "lpips.safetensors": "vgg"}
+    (after,) = networks.keys() - {before}
+    monkeypatch.setenv("SDKIT_LPIPS", str(kit / before) if before != "alex" else "")
+    run = train("vae", kit, tmp_path / "run", lpips_weight=0.1)
+    config = json.loads((run / "config.json").read_text())
+    assert config["lpips_backbone_identity"] == networks[before]
+    assert config["settings"]["lpips"].endswith(before)
+    sentence = f"holds another run: its LPIPS was the network '{networks[before]}', this is '{networks[after]}' (give"
+    named = after if after == "alex" else kit / after
+    one_sentence(lambda: train("vae", kit, run, lpips_weight=0.1, lpips=named), TRAINING, sentence)
+    monkeypatch.setenv("SDKIT_LPIPS", str(named))
+    one_sentence(lambda: train("vae", kit, run, lpips_weight=0.1), TRAINING, sentence)
+    monkeypatch.setenv("SDKIT_LPIPS", str(kit / before) if before != "alex" else "")
+    del config["lpips_backbone_identity"]
+    (run / "config.json").write_text(json.dumps(config))
+    train("vae", kit, run, lpips_weight=0.1, max_steps=2)
+    assert newest(run / "checkpoints") == run / "checkpoints" / "step-00000002"
+
+
 def test_torch_compile_on_a_cpu(kit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Compiled training on a CPU would go on silently with gradients of 0."""
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "inductor")
@@ -620,4 +650,4 @@ def test_names_too_long_for_a_file(kit: Path, tmp_path: Path) -> None:
 
 def test_an_empty_variable_names_no_lpips(kit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SDKIT_LPIPS", "")
-    assert VAEConfig(data=kit, out_dir=tmp_path / "run").lpips is None
+    assert VAEConfig(data=kit, out_dir=tmp_path / "run").lpips == "alex"

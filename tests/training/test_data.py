@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import shutil
 import signal
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -261,6 +262,20 @@ class TestLatents:
         assert len(different) > 60  # of 66 examples, a few of which can be equal
         pixels, _ = straight.images.load([11], 0, 0)
         torch.testing.assert_close(cached.validation(0)["mean"], moments(kit, pixels)[0], rtol=2**-10, atol=1e-5)
+
+    def test_a_cache_without_captions_is_told_once(self, kit: Kit, tmp_path: Path) -> None:
+        photos = tiny.photos(tmp_path / "photos", 3)
+        for file in photos.glob("*.txt"):
+            file.unlink()
+        cache(kit.model, photos, tmp_path / "none", size=32, augmentations=2, flip=True, dtype="fp32", device="cpu")
+        (photos / "001.txt").write_text("a disc")
+        cache(kit.model, photos, tmp_path / "one", size=32, dtype="fp32", device="cpu")
+        with pytest.warns(UserWarning, match=r"^none of the 3 images in .*none has a caption; the empty ") as warned:
+            kit.latents(tmp_path / "none")
+        assert len(warned) == 1
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            kit.latents(tmp_path / "one")
 
     def test_what_a_cache_skipped_is_known(self, kit: Kit) -> None:
         (skipped,) = kit.latents(kit.caches["plain"]).skipped.items()

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 
 from sdkit.errors import ArgumentError, DataError, TrainingError
 from sdkit.training import loop
-from sdkit.training.batches import samples_of
+from sdkit.training.batches import loaded_ahead, samples_of
 from sdkit.training.checkpoint import checkpoints, newest
 from sdkit.training.distributed import make_accelerator
 from sdkit.training.run_folder import read_metrics
@@ -292,6 +292,58 @@ def test_a_gradient_scaler_finds_its_scale_and_is_resumed(tmp_path: Path, monkey
     fresh = toy.Toy(toy.ToySettings()).generator[0].weight
     assert torch.equal(load_file(first / "generator.safetensors")["0.weight"], fresh)
     assert last(tmp_path / "whole", "generator.ema")["num_updates"] == 16 - sum(overflowed)
+
+
+def test_an_overflow_in_float16_skips_the_update_and_halves_the_scale(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PyTorch's gradient scaler, with float16 autocast on the CPU. The third step's gradient is not finite: weights,
+    optimizer, and moving average must stay as they were, and a resumed run must continue at the halved scale.
+    """
+    dtypes: set[torch.dtype] = set()
+
+    def scaled(settings: LoopSettings, out_dir: Path) -> Accelerator:
+        accelerator = make_accelerator(settings, out_dir)
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=3)
+        accelerator.native_amp, accelerator.state._mixed_precision = True, "fp16"
+        return accelerator
+
+    monkeypatch.setattr(loop, "make_accelerator", scaled)
+
+    def train(out: Path, steps: int) -> None:
+        settings = toy.ToySettings(
+            max_steps=steps, save_every=1, keep_checkpoints=20, steep_samples=(2,), ema_decay=0.5, discriminator=False,
+            lr_scheduler="constant_with_warmup", lr_warmup_steps=5,
+        )  # fmt: skip
+        stage = toy.Toy(settings)
+        stage.generator[4].register_forward_hook(lambda _, args, output: dtypes.add(output.dtype))
+        loop.fit(stage, settings, out)
+
+    train(tmp_path / "whole", 8)
+    assert torch.float16 in dtypes
+    for stop in (3, 8):  # the first run ends right after the overflow
+        train(tmp_path / "parts", stop)
+    assert files(tmp_path / "parts" / "checkpoints") == files(tmp_path / "whole" / "checkpoints")
+
+    saved = dict(enumerate(reversed(checkpoints(tmp_path / "whole" / "checkpoints")), 1))
+    for name in ("generator", "generator.optimizer", "generator.ema"):
+        assert [files(saved[step])[f"{name}.safetensors"] for step in (2, 3)] == 2 * [
+            files(saved[2])[f"{name}.safetensors"]
+        ]
+        assert files(saved[4])[f"{name}.safetensors"] != files(saved[3])[f"{name}.safetensors"]
+    scalers = [json.loads((saved[step] / "state.json").read_text())["scaler"] for step in saved]
+    # Three good steps in a row double the scale: those after the overflow, not the two before it.
+    assert [state["scale"] for state in scalers] == [1024, 1024, 512, 512, 512, 1024, 1024, 1024]
+    assert [state["_growth_tracker"] for state in scalers] == [1, 2, 0, 1, 2, 0, 1, 2]
+
+    lines = [line for line in metrics(tmp_path / "whole") if "loss" in line]
+    assert [line["step"] for line in lines if line["grad_norm"] is None] == [3]
+    assert not any("skipped" in line for line in lines)  # a scaler that looks for its scale is no bad data
+    # The learning rate depends on the number of the step, whether or not the step is skipped.
+    assert [line["lr"] for line in lines] == pytest.approx([1e-2 * min(1, step / 5) for step in range(8)])
+    assert last(tmp_path / "whole", "generator.ema")["num_updates"] == 7
+    steps = {float(v) for k, v in last(tmp_path / "whole", "generator.optimizer").items() if k.endswith("/step")}
+    assert steps == {7.0}
 
 
 # Losses that are not finite
@@ -580,6 +632,35 @@ def test_the_bar_shows_loss_rate_and_time_left(tmp_path: Path, monkeypatch: pyte
     assert "training:  50%|" in Terminal.text
     assert re.search(r"2/4 \[\d\d:\d\d<\d\d:\d\d, ", Terminal.text)
     assert "it/s, loss=" in Terminal.text
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_batches_for_a_gpu_are_pinned_and_otherwise_the_same(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pinned: set[int] = set()
+
+    def pin(tensor: torch.Tensor) -> torch.Tensor:
+        copy = tensor.clone()
+        pinned.add(copy.data_ptr())
+        kept.append(copy)
+        return copy
+
+    kept: list[torch.Tensor] = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    settings = toy.ToySettings(max_steps=7, batch_size=3, gradient_accumulation_steps=2)
+    stage = toy.Toy(settings)
+    monkeypatch.setattr(stage, "batch", lambda samples: {**toy.Toy.batch(stage, samples), "parts": [stage.x[:2], 5]})
+    with loaded_ahead(stage, settings, 2, 0, 1, torch.device(kind)) as batches:
+        loaded = list(batches)
+    assert [samples for samples, _ in loaded] == [
+        samples_of(settings, s, i, 0, 1, 10) for s in range(2, 7) for i in (0, 1)
+    ]
+    for samples, batch in loaded:
+        expected = stage.batch(samples)
+        assert batch.keys() == expected.keys()
+        assert (batch["n"], batch["parts"][1]) == (expected["n"], 5)
+        for ours, own in ((batch["x"], expected["x"]), (batch["y"], expected["y"]), (batch["parts"][0], stage.x[:2])):
+            assert torch.equal(ours, own)
+            assert (ours.data_ptr() in pinned) == (kind == "cuda")
 
 
 def test_settings_may_be_numpy_s(tmp_path: Path) -> None:

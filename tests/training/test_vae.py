@@ -53,7 +53,7 @@ def kit(tmp_path_factory: pytest.TempPathFactory) -> Kit:
     torch.manual_seed(0)
     lpips = {
         f"features.{key[4:]}" if key.startswith("vgg.") else f"lin{key[6:]}.weight": value.half()
-        for key, value in LPIPS().state_dict().items()
+        for key, value in LPIPS("vgg").state_dict().items()
     }
     save_file(lpips, folder / "lpips_vgg16.safetensors")
     photos = tiny.photos(folder / "photos", 40)
@@ -534,6 +534,23 @@ class TestResult:
         assert all(torch.equal(result[name], last[name]) for name in last)
 
 
+def test_data_and_a_folder_are_enough(kit: Kit, tmp_path: Path) -> None:
+    """Nothing else must be found or set: LPIPS is in the loss, and falls. (Steps and size are set to save time.)"""
+    run = train_vae(VAEConfig(data=kit.photos, out_dir=tmp_path / "run", size=64, max_steps=6))
+    config = json.loads((run / "config.json").read_text())
+    assert (config["settings"]["lpips"], config["lpips_backbone_identity"]) == ("alex", "alex")
+    measured = [line for line in read_metrics(run / "metrics.jsonl") if "validation/lpips" in line]
+    assert [line["step"] for line in measured] == [0, 6]
+    assert measured[1]["validation/lpips"] < measured[0]["validation/lpips"]
+
+
+def test_small_images_are_validated_without_lpips(kit: Kit, tmp_path: Path) -> None:
+    """Where LPIPS is not in the loss, and no network is named. The embedded one takes 31 pixels."""
+    with torch.no_grad():
+        assert "lpips" not in VAEStage(kit.config(tmp_path / "a", size=24)).validate(0)
+        assert VAEStage(kit.config(tmp_path / "b", size=32)).validate(0)["lpips"] > 0
+
+
 def test_a_broken_image_is_left_out_and_named(kit: Kit, tmp_path: Path) -> None:
     data = tiny.photos(tmp_path / "photos", 24)
     (data / "003.png").write_bytes(b"no image")
@@ -571,11 +588,14 @@ class TestPrecision:
         assert losses[1] != pytest.approx(losses[0], rel=1e-6)  # it did run in another precision
         assert lines(tmp_path / "bf16", validation=True)[0]["latent_drift"] == 0
 
-    def test_lpips_in_bf16_teaches_the_decoder_the_same(self, kit: Kit, tmp_path: Path, chelsea: Image.Image) -> None:
+    @pytest.mark.parametrize("network", ["alex", "vgg"])
+    def test_lpips_in_bf16_teaches_the_decoder_the_same(
+        self, network: str, kit: Kit, tmp_path: Path, chelsea: Image.Image
+    ) -> None:
         """Cosine between the gradients of the decoder's weights in bf16 and float32, with real LPIPS weights, the
         embedded model's VAE, and a photo of a cat.
         """
-        weights = shared_data.lpips_weights()
+        weights = "alex" if network == "alex" else shared_data.lpips_weights()
         config = kit.config(tmp_path, model="emoji", lpips=weights, lpips_weight=1.0, mixed_precision="bf16")
         stage = VAEStage(config)
         assert {p.dtype for p in stage.training_lpips.parameters()} == {torch.bfloat16}
@@ -587,8 +607,8 @@ class TestPrecision:
         y = stage.vae(x)[0]
         trained = [p for p in stage.vae.parameters() if p.requires_grad]
         half, full = (
-            torch.cat([g.flatten() for g in torch.autograd.grad(network(y, x).mean(), trained, retain_graph=True)])
-            for network in (stage.training_lpips, stage.lpips)
+            torch.cat([g.flatten() for g in torch.autograd.grad(lpips(y, x).mean(), trained, retain_graph=True)])
+            for lpips in (stage.training_lpips, stage.lpips)
         )
         assert F.cosine_similarity(half, full, dim=0) > 0.99
         assert half.norm() / full.norm() == pytest.approx(1, abs=0.05)

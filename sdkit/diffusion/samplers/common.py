@@ -69,4 +69,6 @@ def noise_like(x: Tensor, generators: Generators | None) -> Tensor:
     if len(generators) != len(x):
         raise ArgumentError(f"{len(generators)} generators cannot serve a batch of {len(x)}: give one for each image.")
     noise = torch.stack([torch.randn(x.shape[1:], generator=generator) for generator in generators])
-    return noise.to(x, non_blocking=x.device.type == "cuda")  # a blocking copy synchronises with the GPU
+    if x.device.type != "cuda":
+        return noise.to(x)
+    return noise.to(x.dtype).pin_memory().to(x.device, non_blocking=True)  # any other copy synchronises with the GPU

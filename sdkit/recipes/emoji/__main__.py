@@ -4,27 +4,33 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from sdkit.cli.console import exit_code_of, say, say_path
 from sdkit.cli.parser import Parser
 
-STEPS = ("prepare", "vae", "latents", "unet", "decoder", "export", "evaluate")
+STEPS = ("tiles", "vae", "captioned", "latents", "unet", "decoder", "export", "evaluate")
 EPILOG = """
 steps, in this order:
-  prepare   make tiles, captioned images, and held-out images from the pictures and the photographs
-  vae       train the VAE: vae-1 from scratch, vae-2 on tiles of captioned images, vae-3 and vae-4 with LPIPS
-  latents   make a tokenizer, an untrained text encoder, and the latent cache
-  unet      train the U-Net and the text encoder: unet-1
-  decoder   train only the VAE's decoder, for sharper images: vae-5
-  export    assemble model/, in float16
-  evaluate  measure the model, or those of --models; evaluation/ also keeps the results of earlier calls
+  tiles      make tiles and held-out images, for the VAE, from the pictures and the photographs
+  vae        train the VAE: vae-1 from scratch, vae-2 on tiles of captioned images, vae-3 to vae-5 with LPIPS
+  captioned  make captioned images from the pictures
+  latents    make a tokenizer, an untrained text encoder, and the latent caches
+  unet       train the U-Net and the text encoder: unet-1 from scratch, unet-2 on more images, unet-3 to the end
+  decoder    train only the VAE's decoder, for sharper images: vae-6
+  export     assemble model/, in float16
+  evaluate   measure the model, or those of --models; evaluation/ also keeps the results of earlier calls
 A training or a latent cache that was stopped is resumed. If the data has changed, remove its folder first.
+With --vae, only vae-5 of the VAE's runs is made, which then fine-tunes that VAE.
 The raw material:
-  npm pack @lobehub/fluent-emoji-3d@1.1.0 && tar -xf lobehub-fluent-emoji-3d-*.tgz  (--drawn package/assets)
+  npm install --ignore-scripts --no-save @lobehub/fluent-emoji-3d@1.1.0 @iconify-json/fluent-emoji-flat@1.2.6 \\
+    @iconify-json/noto@1.2.9 @iconify-json/twemoji@1.2.5
+  pip install 'sdkit[recipes]'  (resvg-py, which renders the last three)
   apt-get download mate-backgrounds plasma-workspace-wallpapers lomiri-wallpapers-16.04 lomiri-wallpapers-20.04
   for deb in *.deb; do dpkg -x $deb photographs; done                               (--photographs photographs)
-The environment variable SDKIT_LPIPS names the weights of LPIPS.
+The environment variable SDKIT_LPIPS names the weights of LPIPS with VGG.
 """
 
 
@@ -39,19 +45,24 @@ def main() -> int:
 def _run(step: str, args: argparse.Namespace) -> None:
     """Run one step."""
     from sdkit.recipes.emoji import training
-    from sdkit.recipes.emoji.prepare import prepare
+    from sdkit.recipes.emoji.drawings import Drawings
+    from sdkit.recipes.emoji.prepare import prepare_captioned, prepare_tiles
     from sdkit.recipes.emoji.report import evaluate
 
-    root = args.out
-    if step == "prepare":
-        prepare(args.drawn, args.photographs, root / "data")
+    root, drawings = args.out, Drawings(args.drawn, args.vectors)
+    if step == "tiles":
+        names = {*training.vae_runs(args.vae).values(), training.FINE}
+        prepare_tiles(drawings, args.photographs, root / "data", names)
+        say_path(root / "data")
+    elif step == "captioned":
+        prepare_captioned(drawings, root / "data")
         say_path(root / "data")
     elif step == "evaluate":
         models = args.models or [root / "model"]
         say(evaluate(models, args.drawn, root / "evaluation", prompts=args.prompts, sweeps=args.sweeps))
     else:
-        functions = {
-            "vae": training.train_the_vae,
+        functions: dict[str, Callable[[Path], object]] = {
+            "vae": partial(training.train_the_vae, vae=args.vae),
             "latents": training.make_latents,
             "unet": training.train_the_unet,
             "decoder": training.train_the_decoder,
@@ -71,8 +82,11 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("step", choices=("all", *STEPS), help="the step to run, or all of them")
     add("--out", "-o", type=Path, default=Path("runs/emoji"), metavar="FOLDER", help="results (default: %(default)s)")
-    add("--drawn", type=Path, default=Path("package/assets"), metavar="FOLDER", help="the npm package's assets/")
+    solid, vectors = Path("node_modules/@lobehub/fluent-emoji-3d/assets"), Path("node_modules/@iconify-json")
+    add("--drawn", type=Path, default=solid, metavar="FOLDER", help="3D pictures (default: %(default)s)")
+    add("--vectors", type=Path, default=vectors, metavar="FOLDER", help="vector graphics (default: %(default)s)")
     add("--photographs", type=Path, default=Path("photographs"), metavar="FOLDER", help="the unpacked photographs")
+    add("--vae", metavar="SOURCE", help="a trained VAE to begin with, such as emoji (default: from scratch)")
     add("--models", nargs="+", metavar="SOURCE", help="models to evaluate side by side (default: OUT/model)")
     add("--prompts", type=int, default=320, metavar="N", help="prompts to evaluate with (default: %(default)s)")
     add("--no-sweeps", dest="sweeps", action="store_false", help="evaluate at one guidance scale and number of steps")

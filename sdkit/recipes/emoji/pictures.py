@@ -31,7 +31,10 @@ BACKGROUNDS = {
     "pink": (245, 150, 190),
     "brown": (130, 85, 50),
 }
-"""sRGB colours that captions name. A caption without a background means white."""
+"""sRGB colours that captions name."""
+
+STYLES = ("3d", "flat", "noto", "twemoji")
+"""Words for the styles in which every picture is drawn: Fluent 3D, Fluent flat, Noto, and Twemoji."""
 
 AN = r"(?!ewe|one|ufo|unicorn)[aeiou]|hour|x-ray"
 """Pattern that matches the beginning of names that take "an"."""
@@ -51,17 +54,32 @@ class Picture:
         name: Its name.
         other_name: A second, shorter name, or "".
         held_out: Background on which no training image shows it.
+        held_out_style: Style in which no training image shows it, or "". A tenth of all pairs of picture and style
+            are held out, equally many in each style.
+        mirrored: "no" if its mirror image would be wrong, because of letters, digits, or a side that matters; or "".
     """
 
     file: str
     name: str
     other_name: str
     held_out: str
+    held_out_style: str = ""
+    mirrored: str = ""
 
     @property
     def names(self) -> list[str]:
         """The name, and the other name if there is one."""
         return [self.name, *([self.other_name] if self.other_name else [])]
+
+    @property
+    def backgrounds(self) -> list[str]:
+        """Names of the backgrounds on which training shows it."""
+        return [name for name in BACKGROUNDS if name != self.held_out]
+
+    @property
+    def styles(self) -> list[str]:
+        """Words for the styles in which training shows it."""
+        return [style for style in STYLES if style != self.held_out_style]
 
 
 @cache

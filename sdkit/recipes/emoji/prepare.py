@@ -1,4 +1,4 @@
-"""Make the data sets from the unpacked npm package and a folder of photographs.
+"""Make the data sets from the unpacked npm packages and a folder of photographs.
 
 There are tiles for the VAE, captioned images for the U-Net, and images that are held out of both.
 """
@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
 from pathlib import Path
@@ -23,17 +23,20 @@ from sdkit import images as image_io
 from sdkit.errors import DataError, SdkitError
 from sdkit.prefetch import ahead
 from sdkit.progress import progress
+from sdkit.recipes.emoji import compositions
+from sdkit.recipes.emoji.compositions import Companions, Composition, all_pairs, companions
+from sdkit.recipes.emoji.drawings import Drawings
 from sdkit.recipes.emoji.pictures import (
     BACKGROUNDS,
     SIDE,
     SIZE,
-    caption,
+    STYLES,
+    Picture,
     composed,
     held_out,
     pictures,
     read,
     used,
-    with_article,
 )
 from sdkit.training.checkpoint import whole_folder
 
@@ -61,7 +64,10 @@ TILES = {
     "fine_tiles": Tiles(SIZE, 12_000, 0.1, 0.8),
     "details": Tiles(64, 24_000, 0.1, 0.8),
 }
-AS_CAPTIONED = 0.7  # share of `_drawn_tile`'s SIZE x SIZE tiles that are laid out like captioned images
+CAPTIONED = {"captioned-1": 4, "captioned-2": 16}
+"""Captioned set -> images of each pair of picture and style. A later set has compositions that no earlier one has."""
+TWO = 0.12  # share of captioned images with two pictures, of those that can have them
+AS_CAPTIONED = 0.7  # share of `_drawn_tile`'s SIZE x SIZE tiles that show the picture as large as possible
 FLAT = 20  # largest standard deviation, of values from 0 to 255, at which a photograph's tile counts as plain
 PHOTO_HEIGHT = 1600  # pixels; larger photographs are reduced to this before tiles are cut
 
@@ -71,43 +77,79 @@ AHEAD = 64  # pictures or tiles that threads make ahead of time
 Captioned = tuple[str, Image.Image, str]  # file name, image, caption
 
 
-def prepare(drawn: Path, photographs: Path, out: Path) -> None:
-    """Write the data sets: out/tiles, out/fine_tiles, out/details, out/captioned, and out/held_out.
+class _Set(NamedTuple):
+    """A data set to make.
+
+    Attributes:
+        make: Function from a number to its images.
+        n: Number of calls of `make`.
+        made_of: Description of everything that the images depend on, except the raw material.
+    """
+
+    make: Callable[[int], list[Captioned]]
+    n: int
+    made_of: object
+
+
+def prepare_tiles(drawings: Drawings, photographs: Path, out: Path, names: Collection[str] = tuple(TILES)) -> None:
+    """Write the data sets of the VAE: those of `TILES`, and out/held_out.
 
     Each is a folder of images with a metadata.jsonl. A data set that an earlier call made in the same way, from files
     with the same names and sizes, is left unchanged.
 
     Args:
-        drawn: assets/ of the unpacked npm package.
+        drawings: The pictures in all styles.
         photographs: Folder with the photographs that photos.txt names, at any depth.
         out: Folder to write.
+        names: The sets of `TILES` to write.
 
     Raises:
         DataError: Raw material is missing or damaged, or `out` holds folders of something else.
         TrainingError: A folder cannot be written.
     """
-    stems, photos = used(drawn), _photos(photographs)
-    sets: list[tuple[str, Callable[..., list[Captioned]], int]] = [
-        *((name, partial(_tile, name, drawn, stems, photos), tiles.number) for name, tiles in TILES.items()),
-        ("captioned", partial(_captioned, drawn), len(pictures())),
-        ("held_out", partial(_held_out, drawn), len(pictures())),
-    ]
-    files = [*photos, *(drawn / f"{stem}.webp" for stem in stems)]
+    stems, photos = used(drawings.solid), _photos(photographs)
+    beside, held = companions(pictures()), [_held_out_plan(number) for number in range(len(pictures()))]
+    constants = (AS_CAPTIONED, FLAT, PHOTO_HEIGHT, SIDE)
+    samples = [_plan(name, picture, style, beside) for name in CAPTIONED for picture, style in all_pairs(pictures())]
+    sets = {
+        name: _Set(partial(_tile, name, drawings, stems, photos, beside), tiles.number, (tiles, constants, samples))
+        for name, tiles in TILES.items()
+        if name in names
+    }
+    sets["held_out"] = _Set(partial(_captioned, drawings, [[one] for one in held]), len(held), held)
+    _make(sets, [*photos, *(drawings.solid / f"{stem}.webp" for stem in stems), *drawings.files], out)
+
+
+def prepare_captioned(drawings: Drawings, out: Path) -> None:
+    """Write the data sets of the U-Net, which `CAPTIONED` lists, as `prepare_tiles` does.
+
+    Raises:
+        DataError: Raw material is missing or damaged, or `out` holds folders of something else.
+        TrainingError: A folder cannot be written.
+    """
+    stems, beside = used(drawings.solid), companions(pictures())
+    sets = {}
+    for name in CAPTIONED:
+        plans = [_plan(name, picture, style, beside) for picture, style in all_pairs(pictures())]
+        sets[name] = _Set(partial(_captioned, drawings, plans), len(plans), plans)
+    _make(sets, [*(drawings.solid / f"{stem}.webp" for stem in stems), *drawings.files], out)
+
+
+def _make(sets: Mapping[str, _Set], files: Sequence[Path], out: Path) -> None:
+    """Write the data sets, except those that an earlier call made in the same way from the same files."""
     material = [(file.name, file.stat().st_size) for file in files]
-    texts = [_texts(number) for number in range(len(pictures()))]
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # threads help, because Pillow releases the GIL
-        for name, make, n in sets:
-            parameters = (TILES.get(name), n, AS_CAPTIONED, FLAT, PHOTO_HEIGHT, SIZE, SIDE, BACKGROUNDS)
-            made_of = f"{name} {parameters} {pictures()} {texts} {material}"
+        for name, one in sets.items():
+            made_of = f"{name} {one.n} {one.made_of} {SIZE} {compositions.MARGIN} {BACKGROUNDS} {material}"
             digest, folder = hashlib.sha256(made_of.encode()).hexdigest(), out / name
             if (folder / MADE_OF).is_file() and (folder / MADE_OF).read_text() == digest:
                 continue
             if folder.exists() and not (folder / MADE_OF).is_file():
                 raise DataError(f"{folder} is there already, and not of this recipe; move it, or name another --out.")
             with whole_folder(folder) as unfinished:
-                made = ahead(pool, partial(_written, make, unfinished), range(n), AHEAD)
+                made = ahead(pool, partial(_written, one.make, unfinished), range(one.n), AHEAD)
                 try:
-                    lines = [line for lines_of_one in progress(made, n, name) for line in lines_of_one]
+                    lines = [line for lines_of_one in progress(made, one.n, name) for line in lines_of_one]
                 except SdkitError as error:  # without its cause, which `whole_folder` would take for a failed write
                     raise error from None
                 (unfinished / "metadata.jsonl").write_text("".join(lines), encoding="utf-8")
@@ -123,53 +165,55 @@ def _written(make: Callable[[int], list[Captioned]], folder: Path, number: int) 
     return lines
 
 
-def _captioned(drawn: Path, number: int) -> list[Captioned]:
-    """Return a picture on all backgrounds except the one held out."""
+def _captioned(drawings: Drawings, plans: Sequence[Sequence[Composition]], number: int) -> list[Captioned]:
+    """Return the images of one of the plans."""
+    return [
+        (f"{number:04}-{n}.png", composition.drawn(drawings), composition.caption)
+        for n, composition in enumerate(plans[number])
+    ]
+
+
+def _plan(name: str, picture: Picture, style: str, beside: Companions) -> list[Composition]:
+    """Return the compositions of a picture in a style in one of the captioned sets."""
+    rng = Random(f"{name} {picture.file} {style}")
+    return [_composition(picture, style, beside, rng) for _ in range(CAPTIONED[name])]
+
+
+def _composition(picture: Picture, style: str, beside: Companions, rng: Random) -> Composition:
+    """Return a random composition of a picture in a style, in some cases beside another picture."""
+    if rng.random() >= TWO or picture not in beside[style] or len(beside[style]) < 2:
+        return compositions.one(picture, style, rng)
+    other = picture
+    while other == picture:
+        other = rng.choice(beside[style])
+    both = [picture, other]
+    rng.shuffle(both)
+    return compositions.two(both, style, rng)
+
+
+def _held_out_plan(number: int) -> Composition:
+    """Return a picture on its held-out background, and in its held-out style if there is one."""
     picture = pictures()[number]
-    image = read(drawn, picture.file)
-    captioned = []
-    for background, texts in _texts(number).items():
-        composition = composed(image, BACKGROUNDS[background])
-        captioned += [(f"{picture.file}-{background}-{n}.png", composition, text) for n, text in enumerate(texts)]
-    return captioned
+    style = picture.held_out_style or STYLES[number % len(STYLES)]
+    return compositions.one(picture, style, Random(f"held_out {picture.file}"), [picture.held_out])
 
 
-def _texts(number: int) -> dict[str, list[str]]:
-    """Return a picture's captions on each background except the held-out one. On white, some name no background."""
-    picture = pictures()[number]
-    texts = {}
-    for k, background in enumerate(BACKGROUNDS):
-        if background == picture.held_out:
-            continue
-        # A quarter of the captions use the other name, if there is one, and half of all captions have articles.
-        takes_other_name = (number + k) % 4 == 3 and picture.other_name
-        name = picture.other_name if takes_other_name else picture.name
-        texts[background] = [caption(name, background, article=(number + k) % 2 == 0)]
-        if background == "white":
-            texts[background] += [picture.name, *map(with_article, picture.names)]
-    return texts
-
-
-def _held_out(drawn: Path, number: int) -> list[Captioned]:
-    """Return a picture on its held-out background."""
-    picture = pictures()[number]
-    image = composed(read(drawn, picture.file), BACKGROUNDS[picture.held_out])
-    return [(f"{picture.file}-{picture.held_out}.png", image, caption(picture.name, picture.held_out))]
-
-
-def _tile(name: str, drawn: Path, stems: Sequence[str], photos: Sequence[Path], number: int) -> list[Captioned]:
-    """Return a tile: a square of a photograph, a square of a captioned image, or any picture at a random place."""
+def _tile(
+    name: str, drawings: Drawings, stems: Sequence[str], photos: Sequence[Path], beside: Companions, number: int
+) -> list[Captioned]:
+    """Return a tile: a square of a photograph, a square of a composition, or any picture at a random place."""
     rng = Random(f"{name} {number}")
     tiles, size = TILES[name], TILES[name].size
     kind = rng.random()
     if kind < tiles.photographs:
         tile = _photo_tile(size, photos, rng)
     elif kind < tiles.photographs + tiles.captioned:
-        file = rng.choice(pictures()).file
+        picture = rng.choice(pictures())
+        composition = _composition(picture, rng.choice(picture.styles), beside, rng)
         left, top = (rng.randint(0, SIZE - size) for _ in "xy")
-        tile = composed(read(drawn, file), rng.choice(_trained_on(file))).crop((left, top, left + size, top + size))
+        tile = composition.drawn(drawings).crop((left, top, left + size, top + size))
     else:
-        tile = _drawn_tile(size, drawn, stems, rng)
+        tile = _drawn_tile(size, drawings.solid, stems, rng)
     return [(f"{number:05}.png", tile, "")]
 
 

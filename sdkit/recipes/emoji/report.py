@@ -69,7 +69,7 @@ def evaluate(
         )
     if sweeps:
         _canvas()
-    lpips = LPIPS.from_pretrained()
+    lpips = LPIPS.from_pretrained("vgg")
     gallery = Gallery(drawn, lpips, out / "gallery")
     asked = measure.prompts(prompts), measure.prompts_held_out(prompts)
     if missing := {prompt.picture.file for of_one_kind in asked for prompt in of_one_kind} - {*gallery.names}:

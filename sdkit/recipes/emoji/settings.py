@@ -21,8 +21,12 @@ def shape(part: str) -> dict[str, Any]:
 
 
 def settings(run: str) -> dict[str, Any]:
-    """Return the settings of a training run, from runs/. Its model, data, and folder are added by the recipe."""
-    return _read(HERE / "runs" / f"{run}.json")
+    """Return the settings of a training run, from runs/. Its model, data, and folder are added by the recipe.
+
+    Runs of the U-Net draw the prompts in prompts.txt at each validation: a sheet of eight rows of eight images.
+    """
+    prompts = (HERE / "prompts.txt").read_text(encoding="utf-8").splitlines()
+    return _read(HERE / "runs" / f"{run}.json") | ({"validation_prompts": prompts} if run.startswith("unet") else {})
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -18,18 +18,34 @@ from sdkit.recipes.emoji.start import make_start
 from sdkit.training import UNetConfig, VAEConfig, train_unet, train_vae
 from sdkit.training.checkpoint import whole_folder
 
-VAE_RUNS = {"vae-1": "tiles", "vae-2": "fine_tiles", "vae-3": "details", "vae-4": "details"}
+VAE_RUNS = {
+    "vae-1": "tiles", "vae-2": "fine_tiles", "vae-3": "details", "vae-4": "details", "vae-5": "fine_tiles"
+}  # fmt: skip
 """Run of the VAE -> its data set. The first run starts from scratch, and each later run from the result before it."""
-WHOLE, SHARPENED = "vae-4", "vae-5"
+WHOLE, SHARPENED, FINE = "vae-5", "vae-6", "fine_tiles"
+UNET_RUNS = {"unet-1": "captioned-1", "unet-2": "captioned-2", "unet-3": "captioned-2"}
+"""Run of the U-Net -> its data set. The first run starts from scratch, and each later run from the result before it."""
+TRAINED = "unet-3"
 DRAWN_AT = 1.5  # default guidance scale of the model: images follow their prompts, and backgrounds stay even
 
 
-def train_the_vae(root: Path) -> None:
-    """Train the VAE in the folders root/vae-1 to root/vae-4."""
-    if any(settings(run)["lpips_weight"] for run in VAE_RUNS):
-        LPIPS.from_pretrained()  # raises now, not after hours of training, if the weights are missing
-    start: dict[str, Any] = {"init": shape_file("vae")}
-    for run, tiles in VAE_RUNS.items():
+def vae_runs(vae: str | None) -> dict[str, str]:
+    """Return the runs, with their data sets, that train the whole VAE: only the last one if it begins with `vae`."""
+    return VAE_RUNS if vae is None else {WHOLE: VAE_RUNS[WHOLE]}
+
+
+def train_the_vae(root: Path, vae: str | None = None) -> None:
+    """Train the VAE in the folders root/vae-1 to root/vae-5.
+
+    Args:
+        root: Folder of the recipe's results.
+        vae: A trained VAE, which vae-5 fine-tunes in place of the result of vae-4; None trains from scratch.
+    """
+    runs = vae_runs(vae)
+    if any(settings(run)["lpips_weight"] for run in runs):
+        LPIPS.from_pretrained("vgg")  # raises now, not after hours of training, if the weights are missing
+    start: dict[str, Any] = {"init": shape_file("vae")} if vae is None else {"model": vae}
+    for run, tiles in runs.items():
         _train_vae(root, run, tiles, **start)
         start = {"model": _result(root, run)}
 
@@ -49,7 +65,7 @@ def _result(root: Path, run: str) -> Path:
 
 def _data(root: Path, name: str) -> Path:
     """Return the folder of a data set. Raises SourceError if it is missing."""
-    return _existing(root / "data" / name, "prepare makes it")
+    return _existing(root / "data" / name, f"{'captioned' if name in UNET_RUNS.values() else 'tiles'} makes it")
 
 
 def _existing(folder: Path, hint: str) -> Path:
@@ -70,31 +86,36 @@ def _replaceable(folder: Path) -> Path:
 
 
 def make_latents(root: Path) -> None:
-    """Make root/start, a pipeline without a U-Net, and root/latents, the latent cache of the captioned images."""
-    start, vae, data = _replaceable(root / "start"), _result(root, WHOLE), _data(root, "captioned")
+    """Make root/start, a pipeline without a U-Net, and root/latents, with a latent cache of each captioned set.
+
+    The tokenizer learns from the captions of the first set, which hold all names.
+    """
+    first, *others = dict.fromkeys(UNET_RUNS.values())
+    start, vae, data = _replaceable(root / "start"), _result(root, WHOLE), _data(root, first)
     VAE.from_pretrained(vae)  # raises if the VAE is damaged
     make_start(vae, open_examples(data).captions, start)
-    cache(start, data, root / "latents", size=SIZE)
+    for name in (first, *others):
+        cache(start, _data(root, name), root / "latents" / name, size=SIZE, dtype="auto")
 
 
 def train_the_unet(root: Path) -> None:
-    """Train the U-Net and the text encoder from scratch, in root/unet-1."""
-    latents = _existing(root / "latents", "latents makes it")
-    train_unet(
-        UNetConfig(
-            **settings("unet-1"), data=latents, size=SIZE, train_text_encoder=True, model=root / "start",
-            init=shape_file("unet"), out_dir=root / "unet-1",
+    """Train the U-Net and the text encoder in the folders root/unet-1 to root/unet-3, the first from scratch."""
+    start: dict[str, Any] = {"model": root / "start", "init": shape_file("unet")}
+    for run, images in UNET_RUNS.items():
+        latents = _existing(root / "latents" / images, "latents makes it")
+        train_unet(
+            UNetConfig(**settings(run), data=latents, size=SIZE, train_text_encoder=True, out_dir=root / run, **start)
         )
-    )  # fmt: skip
+        start = {"model": _result(root, run)}
 
 
 def train_the_decoder(root: Path) -> None:
-    """Train only the VAE's decoder, in root/vae-5. The encoder is frozen, so that the latents still suit the U-Net."""
-    _train_vae(root, SHARPENED, "fine_tiles", model=_result(root, WHOLE))
+    """Train only the VAE's decoder, in root/vae-6. The encoder is frozen, so that the latents still suit the U-Net."""
+    _train_vae(root, SHARPENED, FINE, model=_result(root, WHOLE))
 
 
 def export(root: Path) -> Path:
-    """Write root/model: the U-Net and the text encoder of root/unet-1 with the VAE of root/vae-5, in float16.
+    """Write root/model: the U-Net and the text encoder of root/unet-3 with the VAE of root/vae-6, in float16.
 
     Returns:
         The folder of the model.
@@ -105,12 +126,12 @@ def export(root: Path) -> Path:
     """
     import torch
 
-    vae, unet = _result(root, SHARPENED), _result(root, "unet-1")
+    vae, unet = _result(root, SHARPENED), _result(root, TRAINED)
     sharpened, trained = VAE.from_pretrained(vae, dtype="fp32"), StableDiffusion.from_pretrained(unet, dtype="fp32")
     if sharpened.identity != trained.vae.identity:
         raise SourceError(
             f"{unet} learned from the latents of another VAE than {vae} is; remove {root / 'latents'} and "
-            f"{root / 'unet-1'}, and train again from `latents`."
+            f"{', '.join(str(root / run) for run in UNET_RUNS)}, and train again from `latents`."
         )
     with quiet("diffusers", "transformers"), no_warnings():
         from diffusers import AutoencoderKL, StableDiffusionPipeline

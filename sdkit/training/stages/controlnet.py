@@ -16,6 +16,7 @@ from sdkit.diffusion.conditioning import Conditioning
 from sdkit.diffusion.losses import diffusion_loss
 from sdkit.engines.attention import PlainWhereSmall
 from sdkit.errors import ArgumentError
+from sdkit.images import to_tensors
 from sdkit.loading.source import Source
 from sdkit.messages import no_warnings, quiet
 from sdkit.networks.autoencoder import VAE
@@ -32,7 +33,8 @@ from sdkit.training.stages.conditions import open_control_examples
 from sdkit.training.stages.denoising import DenoisingObjective
 from sdkit.training.stages.drawing import Drawing
 from sdkit.training.stages.encoding import BatchEncoder
-from sdkit.training.stages.examples import collated
+from sdkit.training.stages.evaluating import Picture, PictureMetrics
+from sdkit.training.stages.examples import Row, collated
 from sdkit.training.stages.images import identity_of, report_skipped
 from sdkit.training.stages.unet import HALF, enable_gradient_checkpointing
 
@@ -139,8 +141,15 @@ class ControlNetStage:
         }
         self.size = len(self.examples.train)
         self.evaluators: list[Callable[[int], Mapping[str, float]]] = []
+        self.drawing = self._drawing(model.guidance_scale)
         if config.validation_prompts:
-            self.evaluators.append(self._drawing(model.guidance_scale))
+            self.evaluators.append(self.drawing)
+        if config.evaluate:
+            self.pictures = PictureMetrics(
+                config.metrics, count=len(self.examples.held_out), picture=self._picture, size=self.drawing.size,
+                device=lambda: self.unet.device,
+            )  # fmt: skip
+            self.evaluators.append(self._evaluate)
         rate, ema = config.learning_rate, config.ema_decay > 0
         self.players = [Player("controlnet", self.denoiser, self.loss, learning_rate=rate, ema=ema)]
 
@@ -161,6 +170,8 @@ class ControlNetStage:
         from diffusers import ControlNetModel
 
         config = self.config
+        if self.unet.inpaints:
+            raise ArgumentError("a ControlNet cannot be trained with an inpainting U-Net; give a text-to-image model.")
         if self.unet.guided:
             raise ArgumentError(
                 "a U-Net that takes the guidance scale as an input (latent consistency) cannot be trained with; give "
@@ -189,12 +200,11 @@ class ControlNetStage:
         self.denoiser = ControlledDenoiser(self.unet, self.controlnet)
 
     def _drawing(self, guidance_scale: float) -> Drawing:
-        """Return the evaluator that draws the validation prompts, each with the condition of a held-out image."""
+        """Return the drawing of the validation prompts, each with the condition of a held-out image."""
         config, held_out = self.config, self.examples.held_out
         height, width = (side * self.vae.factor for side in self.examples.shape)
         conditions = [
-            self.examples.validation(i % len(held_out))["condition"] * 2 - 1
-            for i in range(len(config.validation_prompts))
+            control_image(self.examples.validation(i % len(held_out))) for i in range(len(config.validation_prompts))
         ]
         return Drawing(
             self.unet, self.vae, self.text, self.schedule, prompts=config.validation_prompts, folder=config.samples,
@@ -262,7 +272,24 @@ class ControlNetStage:
         batch = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in collated(rows).items()}
         return float(diffusion_loss(*self._denoised(self.denoiser, batch)))
 
+    def _evaluate(self, step: int) -> Mapping[str, float]:
+        """Return the metrics of pictures of the held-out captions and conditions."""
+        metrics = self.pictures(step)
+        self.drawing.rest()
+        return metrics
+
+    def _picture(self, i: int) -> Picture:
+        """Draw the caption of held-out image i with its condition, always from the same seed."""
+        row, caption = self.examples.validation(i), self.examples.held_out_caption(i)
+        (drawn,) = to_tensors(self.drawing.draw(caption, i, control_image(row)))
+        return Picture(drawn, row["pixels"], caption)
+
     def export(self, folder: Path) -> None:
         """Write the ControlNet in diffusers layout into an empty folder."""
         with quiet("diffusers"), no_warnings():
             self.controlnet.network.save_pretrained(folder)
+
+
+def control_image(row: Row) -> Tensor:
+    """Return the condition of an example as the pipeline takes it, (3, H, W) in [-1, 1]."""
+    return row["condition"] * 2 - 1

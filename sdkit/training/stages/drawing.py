@@ -25,14 +25,14 @@ VALIDATION_STEPS = 25  # sampling steps of the images of validation prompts
 
 
 class Drawing:
-    """An evaluator that draws prompts, always from the same seeds, and saves a sheet of the images.
+    """Draws prompts with the networks of a run. As an evaluator, it saves a sheet of the validation prompts' images.
 
     Args:
         unet: The U-Net in training. The other networks are brought to its device.
         vae: The VAE.
         text: The text encoder.
         schedule: The noise schedule.
-        prompts: Prompts to draw.
+        prompts: Prompts on the sheets, always drawn from the same seeds.
         folder: Folder of the sheets.
         size: Height and width of the images in pixels.
         guidance_scale: Guidance scale.
@@ -67,24 +67,36 @@ class Drawing:
         """Save a sheet with an image of each prompt. There are no metrics to return."""
         images = [
             Image.fromarray(pixels)
-            for pixels in split_over_processes(len(self.prompts), lambda i: np.asarray(self._generate(i)))
+            for pixels in split_over_processes(len(self.prompts), lambda i: np.asarray(self._prompt(i)))
         ]
-        self.vae.cpu()  # frozen networks need GPU memory only while they work
-        if not self.trains_text:
-            self.text.cpu()
+        self.rest()
         if PartialState().is_main_process:
             sheet = image_io.grid(images, captions=self.prompts, padding=8)
             image_io.save(sheet, self.folder / f"step-{step:08d}.png")
         return {}
 
-    def _generate(self, i: int) -> Image.Image:
-        """Return the image of prompt i, generated in the run's precision and decoded in float32."""
-        control_image = None if self.controlnet is None else self.control_images[i]
+    def rest(self) -> None:
+        """Move the frozen networks to the CPU: they need GPU memory only while they work."""
+        self.vae.cpu()
+        if not self.trains_text:
+            self.text.cpu()
+
+    def _prompt(self, i: int) -> Image.Image:
+        return self.draw(self.prompts[i], i, self.control_images[i] if self.control_images else None)
+
+    def draw(self, prompt: str, seed: int, control_image: Tensor | None = None) -> Image.Image:
+        """Return an image of `prompt`, generated in the run's precision and decoded in float32.
+
+        Args:
+            prompt: The prompt.
+            seed: Seed of the noise.
+            control_image: (3, H, W) in [-1, 1], what the ControlNet reads.
+        """
         device, (height, width) = self.unet.device, self.size
         sd = StableDiffusion(self.vae.to(device), self.text.to(device), self.unet, self.schedule)
         with torch.autocast(device.type, self.half, enabled=self.half is not None):
             z = sd(
-                self.prompts[i], seed=i, height=height, width=width, num_inference_steps=VALIDATION_STEPS,
+                prompt, seed=seed, height=height, width=width, num_inference_steps=VALIDATION_STEPS,
                 guidance_scale=self.guidance_scale, controlnet=self.controlnet, control_image=control_image,
                 output_type="latent", callback=lambda _: raise_if_stopped(),
             )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection, Mapping, Sequence
 from inspect import signature
 from os import PathLike
@@ -19,6 +20,7 @@ from sdkit.data.latent_cache.reading import Item, LatentCache, Prompt
 from sdkit.data.sources import open_examples
 from sdkit.data.transform import Transform
 from sdkit.errors import ArgumentError
+from sdkit.messages import clean
 from sdkit.networks.autoencoder import Autoencoder
 from sdkit.networks.text_encoder import TextEncoder
 from sdkit.processes import is_main_process
@@ -65,6 +67,9 @@ class DenoisingExamples(Protocol):
     def validation(self, i: int) -> Row:
         """Return held-out example i."""
 
+    def held_out_caption(self, i: int) -> str:
+        """Return the caption of held-out example i."""
+
     def name(self, item: int) -> str:
         """Return the name of training example `item`, for messages."""
 
@@ -91,7 +96,7 @@ class CachedLatents:
         augment: Collection[str] = (),
         trains_text: bool = False,
     ) -> None:
-        self.cache = LatentCache(data)
+        self.cache, self._text = LatentCache(data), text
         made = self.cache.manifest.settings
         # The run accepts the size and augmentations of the cache unless it asks for others.
         wanted_size: Any = size or made.size
@@ -115,6 +120,17 @@ class CachedLatents:
         if is_main_process() and sum(file.bytes for file in self.cache.manifest.files) <= VERIFIED:
             self.cache.verify()
         self.skipped = {image.name: image.reason for image in self.cache.manifest.skipped}
+        self._warn_of_captions(copies)
+
+    def _warn_of_captions(self, copies: int) -> None:
+        """Warn, in the main process, if no image of the cache has a caption."""
+        images = range(0, len(self.cache), copies)
+        empty = self.empty["ids"]
+        if is_main_process() and all(torch.equal(self.cache[i]["ids"], empty) for i in images):
+            warnings.warn(
+                f"none of the {len(images)} images in {clean(self.cache.path)} has a caption; the empty prompt is "
+                "taken for all.", stacklevel=1,
+            )  # fmt: skip
 
     def load(self, item: int, epoch: int) -> Row:  # noqa: ARG002 - a cache's augmentations are examples of their own
         """Return training example `item`."""
@@ -123,6 +139,10 @@ class CachedLatents:
     def validation(self, i: int) -> Row:
         """Return held-out example i."""
         return self._example(self.held_out[i])
+
+    def held_out_caption(self, i: int) -> str:
+        """Return the caption of held-out example i, as its tokens spell it: a cache does not hold the text."""
+        return self._text.spelled(self.cache[self.held_out[i]]["ids"])
 
     def name(self, item: int) -> str:
         """Return the name of training example `item`, for messages."""
@@ -174,6 +194,10 @@ class ImageLatents:
         """Return held-out example i."""
         pixels, example = self.validation_images.load_held_out(self.held_out, i)
         return {"pixels": pixels, "ids": self._ids(example.caption)}
+
+    def held_out_caption(self, i: int) -> str:
+        """Return the caption of held-out example i."""
+        return self.validation_images.load_held_out(self.held_out, i)[1].caption
 
     def name(self, item: int) -> str:
         """Return the name of training example `item`, for messages."""

@@ -18,13 +18,14 @@ from sdkit.diffusion.losses import diffusion_loss
 from sdkit.diffusion.schedule import NoiseSchedule, completed
 from sdkit.engines.attention import PlainWhereSmall
 from sdkit.errors import ArgumentError
+from sdkit.images import to_tensors
 from sdkit.loading.configs import GUIDANCE
 from sdkit.loading.lora_file import FILENAME, save_lora
 from sdkit.loading.new_network import new_network
 from sdkit.loading.single_file import ASSETS
 from sdkit.loading.source import USUAL_GUIDANCE, Source
 from sdkit.messages import no_warnings, quiet
-from sdkit.networks.autoencoder import VAE
+from sdkit.networks.autoencoder import VAE, latents_of
 from sdkit.networks.denoiser import UNet
 from sdkit.networks.lora import TARGETS, add_lora, lora_tensors
 from sdkit.networks.text_encoder import TextEncoder
@@ -37,6 +38,7 @@ from sdkit.training.stage import Player, Samples
 from sdkit.training.stages.denoising import DenoisingObjective
 from sdkit.training.stages.drawing import Drawing
 from sdkit.training.stages.encoding import BatchEncoder
+from sdkit.training.stages.evaluating import Picture, PictureMetrics
 from sdkit.training.stages.examples import collated, open_provider
 from sdkit.training.stages.images import identity_of, report_skipped
 
@@ -147,14 +149,20 @@ class UNetStage:
         self.identity = {"data": self.latents.identity, "model": networks, "vae": self.vae.identity}
         self.size = len(self.latents.train)
         self.evaluators: list[Callable[[int], Mapping[str, float]]] = []
+        height, width = (side * self.vae.factor for side in self.latents.shape)
+        self.drawing = Drawing(
+            self.unet, self.vae, self.text, self.schedule, prompts=config.validation_prompts,
+            folder=config.samples, size=(height, width), guidance_scale=self.guidance_scale,
+            half=HALF.get(config.mixed_precision), trains_text=config.train_text_encoder,
+        )  # fmt: skip
         if config.validation_prompts:
-            height, width = (side * self.vae.factor for side in self.latents.shape)
-            drawing = Drawing(
-                self.unet, self.vae, self.text, self.schedule, prompts=config.validation_prompts,
-                folder=config.samples, size=(height, width), guidance_scale=self.guidance_scale,
-                half=HALF.get(config.mixed_precision), trains_text=config.train_text_encoder,
+            self.evaluators.append(self.drawing)
+        if config.evaluate:
+            self.pictures = PictureMetrics(
+                config.metrics, count=len(self.latents.held_out), picture=self._picture, size=(height, width),
+                device=lambda: self.unet.device,
             )  # fmt: skip
-            self.evaluators.append(drawing)
+            self.evaluators.append(self._evaluate)
         rate, ema = config.learning_rate, config.ema_decay > 0
         self.players = [Player("unet", self.denoiser, self.loss, learning_rate=rate, ema=ema)]
 
@@ -164,6 +172,8 @@ class UNetStage:
         network = model.denoiser() if config.init is None else new_network(config.init, "unet")
         self.unet = UNet(network)
         StableDiffusion(self.vae, self.text, self.unet, self.schedule)  # raises if the parts do not fit each other
+        if self.unet.inpaints:
+            raise ArgumentError("an inpainting U-Net cannot be trained; give a text-to-image model.")
         if network.config.out_channels != self.unet.channels:
             raise ArgumentError(
                 "a U-Net that learned its variance cannot be trained; give one that predicts one thing."
@@ -250,6 +260,24 @@ class UNetStage:
         device = self.unet.device
         batch = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in collated(rows).items()}
         return float(diffusion_loss(*self._denoised(self.denoiser, batch)))
+
+    def _evaluate(self, step: int) -> Mapping[str, float]:
+        """Return the metrics of pictures of the held-out captions."""
+        metrics = self.pictures(step)
+        self.drawing.rest()
+        return metrics
+
+    def _picture(self, i: int) -> Picture:
+        """Draw the caption of held-out image i, always from the same seed. A cached image is decoded."""
+        row, caption = self.latents.validation(i), self.latents.held_out_caption(i)
+        (drawn,) = to_tensors(self.drawing.draw(caption, seed=i))
+        if "pixels" in row:
+            original = row["pixels"]
+        else:
+            mean, logvar = (row[name][None].to(self.unet.device) for name in ("mean", "logvar"))
+            z = latents_of(mean, logvar, torch.zeros_like(mean), self.latents.scale, self.latents.shift)
+            original = self.vae.to(self.unet.device).decode(z, output_type="pt")[0].cpu()
+        return Picture(drawn, original, caption)
 
     def export(self, folder: Path) -> None:
         """Write the LoRA, or the pipeline in diffusers layout, into an empty folder."""

@@ -32,13 +32,13 @@ from sdkit.networks.autoencoder_kinds import Kind, kind_of
 from sdkit.networks.discriminator import SMALLEST as DISCRIMINATOR_SMALLEST
 from sdkit.networks.discriminator import Discriminator
 from sdkit.networks.lpips import LPIPS
-from sdkit.networks.lpips import SMALLEST as LPIPS_SMALLEST
 from sdkit.training.batches import noise_of
 from sdkit.training.distributed import split_over_processes
 from sdkit.training.loop import fit
 from sdkit.training.settings import VAEConfig
 from sdkit.training.signals import raise_if_stopped
 from sdkit.training.stage import Player, Samples
+from sdkit.training.stages.evaluating import Picture, PictureMetrics
 from sdkit.training.stages.images import (
     TrainingImages,
     identity_of,
@@ -61,7 +61,7 @@ def train_vae(config: VAEConfig) -> Path:
     valid. With `train_encoder`, validation measures how far latents have moved from those of the starting VAE.
 
     Args:
-        config: Settings of the run. The default `lpips_weight` needs weights of LPIPS; see `VAEConfig`.
+        config: Settings of the run.
 
     Returns:
         The run folder. Its result/ is the VAE in diffusers layout.
@@ -73,7 +73,7 @@ def train_vae(config: VAEConfig) -> Path:
     Example:
         >>> import sdkit
         >>> from sdkit.training import VAEConfig, train_vae
-        >>> run = train_vae(VAEConfig(data="photos", out_dir="runs/vae", size=64, max_steps=2, lpips_weight=0))
+        >>> run = train_vae(VAEConfig(data="photos", out_dir="runs/vae", size=64, max_steps=2))
         >>> vae = sdkit.VAE.from_pretrained(run / "result")
         >>> vae.factor, vae.channels
         (8, 4)
@@ -106,10 +106,18 @@ class VAEStage:
         self.config = config
         self.trains_encoder = config.train_encoder or config.init is not None
         self._make_networks()
-        self._load_lpips()
-        self._open_data(self._size())
+        size = self._size()
+        self._load_lpips(size)
+        self._check_size(size)
+        self._open_data(size)
         self.size = len(self.train)
         self.evaluators: list[Callable[[int], Mapping[str, float]]] = []
+        metrics = [metric for metric in config.metrics if metric.name != "lpips"]  # `validate` reports LPIPS itself
+        if metrics:
+            pictures = PictureMetrics(
+                metrics, count=len(self.held_out), picture=self._picture, size=size, device=lambda: self.vae.device
+            )
+            self.evaluators.append(pictures)
         self.players = [
             Player("vae", self.vae, self.loss, learning_rate=config.learning_rate, ema=config.ema_decay > 0)
         ]
@@ -148,10 +156,16 @@ class VAEStage:
         if self.start:
             self.start.network.decoder = nn.Identity()
 
-    def _load_lpips(self) -> None:
-        """Load LPIPS for validation and for the loss. With bf16, the loss uses a copy in bfloat16."""
+    def _load_lpips(self, size: tuple[int, int]) -> None:
+        """Load LPIPS for validation and for the loss. With bf16, the loss uses a copy in bfloat16.
+
+        If it is not in the loss and nobody named its weights, images that are too small for it are not measured by it.
+        """
         config = self.config
-        self.lpips = LPIPS.from_pretrained(config.lpips) if config.lpips_weight or config.lpips else None
+        self.lpips: LPIPS | None = LPIPS.from_pretrained(config.lpips)
+        needed = config.lpips_weight or config.lpips != "alex" or "lpips" in config.evaluate
+        if not needed and min(size) < self.lpips.smallest:
+            self.lpips = None
         self.training_lpips = self.lpips
         if self.lpips and config.lpips_weight and config.mixed_precision == "bf16":
             # On two cores, a step of the embedded model's VAE takes 0.45 s with channels_last, and 0.52 s without it.
@@ -180,16 +194,22 @@ class VAEStage:
         )
         if self.lpips and config.lpips_weight:
             self.identity["lpips"] = identity_of(self.lpips)
+            self.identity["lpips_backbone"] = self.lpips.network
 
     def _size(self) -> tuple[int, int]:
+        """Return height and width of the images: those of the settings, or the VAE's own."""
         own: Any = self.vae.network.config.sample_size
         size: Any = self.config.size or ((own, own) if isinstance(own, int) else tuple(own))
-        smallest = max(WINDOW, LPIPS_SMALLEST if self.lpips else 0, DISCRIMINATOR_SMALLEST if self.discriminator else 0)
+        return size  # type: ignore[no-any-return]
+
+    def _check_size(self, size: tuple[int, int]) -> None:
+        """Raise ArgumentError if a network cannot take images of `size`."""
+        needed = [WINDOW, self.lpips.smallest if self.lpips else 0, DISCRIMINATOR_SMALLEST if self.discriminator else 0]
+        smallest = max(needed)
         if any(side % self.vae.factor or side < smallest for side in size):
             raise ArgumentError(
                 f"size {size[0]} x {size[1]} must divide by {self.vae.factor} and be at least {smallest}; change it."
             )
-        return size  # type: ignore[no-any-return]
 
     def batch(self, samples: Samples) -> dict[str, Any]:
         """Return pixels (B, 3, H, W) and the posterior's noise (B, 4, H/8, W/8) of samples (n, item)."""
@@ -261,11 +281,11 @@ class VAEStage:
         """Measure held-out images, reconstructed from the posterior's mean, and save a sheet of the first ones.
 
         Returns:
-            PSNR (dB) and SSIM, and LPIPS if its weights are loaded; mean and standard deviation of the scaled latents,
-            and `recommended_scale`, the VAE scale that would make their standard deviation 1; for a `VQModel`, how
-            much of the codebook is in use, and its perplexity. If the encoder is fine-tuned, also `latent_drift`: the
-            root mean square distance of the latents from those of the starting VAE, in standard deviations of the
-            latter. Metrics of the `evaluators` come last.
+            PSNR (dB) and SSIM, and LPIPS if the images are large enough for it; mean and standard deviation of the
+            scaled latents, and `recommended_scale`, the VAE scale that would make their standard deviation 1; for a
+            `VQModel`, how much of the codebook is in use, and its perplexity. If the encoder is fine-tuned, also
+            `latent_drift`: the root mean square distance of the latents from those of the starting VAE, in standard
+            deviations of the latter. Metrics of the `evaluators` come last.
         """
         found = split_over_processes(len(self.held_out), self._measured)
         report_skipped(self.images.skipped | self.validation.skipped, Path(self.config.out_dir) / "skipped.json")
@@ -307,6 +327,12 @@ class VAEStage:
             measured["moved"] = float((mean - start_mean).square().mean())
         pair = (image_io.to_pil(x)[0], image_io.to_pil(y.nan_to_num())[0]) if i < SHOWN else None
         return Measured(measured, pair, None if codes is None else self.vae.quantize(mean)[1].cpu())
+
+    def _picture(self, i: int) -> Picture:
+        """Return held-out image i and its reconstruction from the posterior's mean."""
+        x = self.validation.load_held_out(self.held_out, i)[0]
+        y = VAE.forward(self.vae, x[None].to(self.vae.device))[0][0]
+        return Picture(y.clamp(-1, 1).nan_to_num().cpu(), x)
 
     def _show(self, pairs: list[tuple[Image.Image, Image.Image]], step: int) -> None:
         originals, reconstructions = zip(*pairs, strict=True)

@@ -1,0 +1,78 @@
+"""Mean and covariance of feature vectors, collected batch by batch in float64 and merged across processes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from sdkit.errors import ArgumentError
+
+
+class Moments:
+    """Mean and scatter of vectors, updated batch by batch (Chan et al. 1979, eq. 2.1).
+
+    Deviations are taken from the running mean, so that large means cost no digits. Everything is float64 on the CPU:
+    the memory is 8 D^2 bytes, however many vectors are added.
+
+    Attributes:
+        count: Number of vectors.
+        mean: Their mean (D,).
+        scatter: Sum of the outer products of their deviations from the mean (D, D).
+    """
+
+    def __init__(self, width: int) -> None:
+        """Start without vectors; `width` is D."""
+        self.count = 0
+        self.mean = torch.zeros(width, dtype=torch.float64)
+        self.scatter = torch.zeros(width, width, dtype=torch.float64)
+
+    @classmethod
+    def of(cls, vectors: Tensor) -> Moments:
+        """Return the moments of vectors (N, D)."""
+        moments = cls(vectors.shape[1])
+        moments.add(vectors)
+        return moments
+
+    @classmethod
+    def merged(cls, parts: Iterable[Moments]) -> Moments:
+        """Return the moments of the union of disjoint sets. They equal the moments of all vectors up to rounding."""
+        first, *others = parts
+        whole = cls(len(first.mean))
+        for part in (first, *others):
+            whole._merge(part.count, part.mean, part.scatter)
+        return whole
+
+    @property
+    def width(self) -> int:
+        """D, the number of features in a vector."""
+        return len(self.mean)
+
+    @property
+    def covariance(self) -> Tensor:
+        """Unbiased covariance (D, D): the scatter over N - 1; zero for a single vector.
+
+        Raises:
+            ArgumentError: There is no vector.
+        """
+        if not self.count:
+            raise ArgumentError("there is no image to measure; give at least one.")
+        return self.scatter / max(self.count - 1, 1)
+
+    def add(self, vectors: Tensor) -> None:
+        """Add vectors (B, D) of any floating-point type, on any device."""
+        batch = vectors.detach().cpu().double()
+        if len(batch):
+            mean = batch.mean(dim=0)
+            deviations = batch - mean
+            self._merge(len(batch), mean, deviations.T @ deviations)
+
+    def _merge(self, count: int, mean: Tensor, scatter: Tensor) -> None:
+        total = self.count + count
+        if total == 0:
+            return
+        shift = mean - self.mean
+        self.scatter += scatter + torch.outer(shift, shift) * (self.count * count / total)
+        self.mean += shift * (count / total)
+        self.count = total

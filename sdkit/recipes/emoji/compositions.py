@@ -1,0 +1,202 @@
+"""Compositions: one picture, or two side by side, in some style, at some size and place, on a plain background.
+
+A caption names each of these attributes or leaves it open, so that most captions have many right images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from random import Random
+from typing import Any
+
+from PIL import Image
+
+from sdkit.recipes.emoji.drawings import Drawings
+from sdkit.recipes.emoji.pictures import BACKGROUNDS, SIZE, STYLES, Picture, with_article
+
+MARGIN = 4  # pixels between a picture and the edge of the image, at least
+SIZES = {"small": (36, 52), "": (56, 96), "large": (100, 118)}
+"""Word for a size -> smallest and largest extent in pixels, of the longer side. "" is between the two."""
+PLACES = {"left": "on the left", "right": "on the right", "top": "at the top", "bottom": "at the bottom"}
+"""Places that captions name, in words."""
+PLACED = (36, 80)  # smallest and largest extent at a named place: larger pictures have no room to move
+BESIDE = (40, 58)  # smallest and largest extent of each of two pictures side by side
+
+STYLE_NAMED, SIZE_NAMED, PLACE_NAMED, BACKGROUND_NAMED = 0.6, 0.4, 0.35, 0.6  # shares of captions
+WHITE = 0.2  # share of white among backgrounds that are not named, besides its turn among all backgrounds
+LONGEST = 3  # longest name, in words, of two pictures side by side
+
+Companions = Mapping[str, Sequence[Picture]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """A picture in a composition.
+
+    Attributes:
+        picture: The picture.
+        extent: Pixels on its longer side.
+        across: Horizontal position from 0 to 1, from the left end of its room to the right end.
+        down: Vertical position from 0 to 1, from the top.
+        mirrored: Whether it is mirrored, left to right.
+    """
+
+    picture: Picture
+    extent: int
+    across: float
+    down: float
+    mirrored: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Composition:
+    """An image to be drawn, and its caption.
+
+    Attributes:
+        parts: One picture, or two side by side, the left one first.
+        style: Word for the style.
+        background: Name of the background's colour.
+        caption: The caption.
+    """
+
+    parts: tuple[Part, ...]
+    style: str
+    background: str
+    caption: str
+
+    def drawn(self, drawings: Drawings) -> Image.Image:
+        """Return the image, RGB, `SIZE` x `SIZE`."""
+        canvas = Image.new("RGBA", (SIZE, SIZE), (*BACKGROUNDS[self.background], 255))
+        room = SIZE // len(self.parts)
+        for n, part in enumerate(self.parts):
+            picture = drawings.trimmed(part.picture.file, self.style)
+            if part.mirrored:
+                picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+            scale = part.extent / max(picture.size)
+            width, height = (max(1, round(scale * side)) for side in picture.size)
+            left = n * room + MARGIN + part.across * (room - 2 * MARGIN - width)
+            top = MARGIN + part.down * (SIZE - 2 * MARGIN - height)
+            # Pillow weights colours by alpha when it resizes RGBA, so the picture gets no dark rim.
+            resized = picture.resize((width, height), Image.Resampling.LANCZOS)
+            canvas.alpha_composite(resized, (round(left), round(top)))
+        return canvas.convert("RGB")
+
+
+def described(
+    names: Sequence[str], *, style: str = "", suffix: bool = False, size: str = "", place: str = "",
+    background: str = "", article: bool = True,
+) -> str:  # fmt: skip
+    """Return a caption, such as "a small flat cat on the left of a blue background".
+
+    Args:
+        names: Names of one or two pictures.
+        style: Word for the style, or "".
+        suffix: Whether the style comes last (", flat style") instead of before each name.
+        size: "small", "large", or "".
+        place: A key of `PLACES`, or "".
+        background: Name of the background's colour, or "".
+        article: Whether the first name has its article.
+    """
+    adjectives = [word for word in (size, "" if suffix else style) if word]
+    things = [" ".join([*adjectives, name]) for name in names]
+    words = [" and ".join([with_article(things[0]) if article else things[0], *map(with_article, things[1:])])]
+    words += [PLACES[place]] if place else []
+    words += [f"{'of' if place else 'on'} {with_article(background)} background"] if background else []
+    return " ".join(words) + (f", {style} style" if suffix and style else "")
+
+
+def one(picture: Picture, style: str, rng: Random, backgrounds: Sequence[str] | None = None) -> Composition:
+    """Return a random composition of one picture.
+
+    Args:
+        picture: The picture.
+        style: Word for its style.
+        rng: Random numbers.
+        backgrounds: Backgrounds to choose from; None takes those on which training shows the picture.
+    """
+    size = rng.choice(("small", "large")) if rng.random() < SIZE_NAMED else ""
+    place = rng.choice(tuple(PLACES)) if size != "large" and rng.random() < PLACE_NAMED else ""
+    part = Part(
+        picture=picture,
+        extent=_extent(size, place, rng),
+        mirrored=_mirrored(picture, rng),
+        **_position(place, rng),
+    )
+    backgrounds = backgrounds or picture.backgrounds
+    name = rng.choice(picture.names) if rng.random() < 0.5 else picture.name
+    background, shared = _shared(style, backgrounds, rng)
+    caption = described([name], size=size, place=place, **shared)
+    return Composition(parts=(part,), style=style, background=background, caption=caption)
+
+
+def two(pictures: Sequence[Picture], style: str, rng: Random) -> Composition:
+    """Return a random composition of two pictures, the left one first, on a background on which training shows both."""
+    parts = tuple(
+        Part(
+            picture=picture, extent=rng.randint(*BESIDE), across=rng.uniform(0.2, 0.8), down=rng.uniform(0.35, 0.65),
+            mirrored=_mirrored(picture, rng),
+        )
+        for picture in pictures
+    )  # fmt: skip
+    backgrounds = [name for name in BACKGROUNDS if all(name in picture.backgrounds for picture in pictures)]
+    background, shared = _shared(style, backgrounds, rng)
+    caption = described([picture.name for picture in pictures], **shared)
+    return Composition(parts=parts, style=style, background=background, caption=caption)
+
+
+def may_be_beside(picture: Picture) -> bool:
+    """Return whether a picture's name is short, and cannot be mistaken for two."""
+    words = picture.name.split()
+    return len(words) <= LONGEST and "and" not in words and "with" not in words
+
+
+def _shared(style: str, backgrounds: Sequence[str], rng: Random) -> tuple[str, dict[str, Any]]:
+    """Draw a background, and what a caption says of style and background.
+
+    Returns:
+        The name of the background, and arguments of `described`. A background that is not named is often white.
+    """
+    named = rng.random() < BACKGROUND_NAMED
+    white = not named and rng.random() < WHITE and "white" in backgrounds
+    background = "white" if white else rng.choice(backgrounds)
+    return background, {
+        "style": style if rng.random() < STYLE_NAMED else "",
+        "suffix": rng.random() < 0.5,
+        "background": background if named else "",
+        "article": rng.random() < 0.75,
+    }
+
+
+def _extent(size: str, place: str, rng: Random) -> int:
+    """Return the extent in pixels of a picture, if its caption names this size and this place. "" is any."""
+    if place and not size:
+        return rng.randint(*PLACED)
+    drawn = size or rng.choices(tuple(SIZES), (0.1, 0.5, 0.4))[0]
+    return rng.randint(*SIZES[drawn])
+
+
+def _position(place: str, rng: Random) -> dict[str, float]:
+    """Return `across` and `down` of a picture, if its caption names this place. "" is any, in half of the images."""
+    middle = {"across": rng.uniform(0.4, 0.6), "down": rng.uniform(0.4, 0.6)}
+    near = rng.uniform(0, 0.12)
+    if place:
+        axis = "across" if place in ("left", "right") else "down"
+        return middle | {axis: near if place in ("left", "top") else 1 - near}
+    return middle if rng.random() < 0.5 else {"across": rng.random(), "down": rng.random()}
+
+
+def _mirrored(picture: Picture, rng: Random) -> bool:
+    """Return whether to mirror a picture: half of the time, where that is natural."""
+    return rng.random() < 0.5 and picture.mirrored != "no"
+
+
+def all_pairs(pictures: Sequence[Picture]) -> list[tuple[Picture, str]]:
+    """Return all pairs of picture and style that training shows."""
+    return [(picture, style) for picture in pictures for style in picture.styles]
+
+
+def companions(pictures: Sequence[Picture]) -> Companions:
+    """Return for each style the pictures that training shows in it beside others."""
+    short = [picture for picture in pictures if may_be_beside(picture)]
+    return {style: [picture for picture in short if style in picture.styles] for style in STYLES}
