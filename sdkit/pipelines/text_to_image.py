@@ -375,8 +375,9 @@ class StableDiffusion:
         side = self.unet.sample_size * self.vae.factor
         whole = replace(settings, strength=1.0)
         canvas = open_canvas(image, None, whole, prompts=len(prompts), copies=1, side=side)
+        controls = open_controls(None, None, settings, prompts=len(prompts), copies=1)
         plan = self._plan(
-            settings, canvas, prompts, negatives, seed=0, latents=None, apg=None, batch_size=batch_size, finite=True,
+            settings, canvas, controls, prompts, negatives, seed=0, latents=None, apg=None, batch_size=batch_size, finite=True,
             callback=None,
         )  # fmt: skip
         with self._working(self.vae):
