@@ -377,8 +377,8 @@ class StableDiffusion:
         canvas = open_canvas(image, None, whole, prompts=len(prompts), copies=1, side=side)
         controls = open_controls(None, None, settings, prompts=len(prompts), copies=1)
         plan = self._plan(
-            settings, canvas, controls, prompts, negatives, seed=0, latents=None, apg=None, batch_size=batch_size, finite=True,
-            callback=None,
+            settings, canvas, controls, prompts, negatives, seed=0, latents=None, apg=None, batch_size=batch_size,
+            finite=True, callback=None,
         )  # fmt: skip
         with self._working(self.vae):
             z = self.vae.encode(canvas.images, sample=False)
