@@ -81,7 +81,8 @@ def test_public_configs_are_those_that_diffusers_derives_from_the_unet(family: s
         unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(ASSETS / family / "unet"))
         expected = ControlNetModel.from_unet(unet, load_weights_from_unet=False)
         made = ControlNetModel.from_config(ControlNetModel.load_config(ASSETS / family / "controlnet"))
-    assert dict(made.config) | {"_use_default_values": 0} == dict(expected.config) | {"_use_default_values": 0}
+    found, wanted = (json.loads(json.dumps(dict(one.config))) for one in (made, expected))
+    assert {key: found[key] for key in wanted if key[0] != "_"} == {key: wanted[key] for key in wanted if key[0] != "_"}
     if family == "sd1":
         assert sum(p.numel() for p in made.parameters()) == 361_279_120
 
@@ -117,7 +118,7 @@ class TestBadInput:
         assert "control_model.zork" in self.refused(lambda: load(tmp_path / "a.safetensors", config=folder))
 
     def test_a_folder_of_something_else(self, tmp_path: Path) -> None:
-        tiny.networks((16, 16)).vae.save_pretrained(tmp_path)
+        tiny.networks((16, 16), unet=tiny.TWO_LEVELS).vae.save_pretrained(tmp_path)
         assert "holds an AutoencoderKL, not a ControlNet (ControlNetModel); give" in self.refused(
             lambda: load(tmp_path)
         )
