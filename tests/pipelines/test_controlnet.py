@@ -156,8 +156,8 @@ def test_region_of_a_control_image(controls: list[sdkit.ControlNet]) -> None:
 def test_an_image_is_the_same_alone_and_in_a_batch(sd: sdkit.StableDiffusion, guess_mode: bool) -> None:
     images, model = pictures(3, 128), sd
     options: dict[str, Any] = {
-        "controlnet": sdkit.ControlNet(control_network(sd.unet.network)), "guess_mode": guess_mode, "num_inference_steps": 3, "guidance_scale": 3.0,
-        "output_type": "latent",
+        "controlnet": sdkit.ControlNet(control_network(sd.unet.network)), "guess_mode": guess_mode,
+        "num_inference_steps": 3, "guidance_scale": 3.0, "output_type": "latent",
     }  # fmt: skip
     together = model(["a", "b", "c"], control_image=images, seed=5, num_images_per_prompt=2, **options)
     for i, (prompt, image) in enumerate(zip("abc", images, strict=True)):
