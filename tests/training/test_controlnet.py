@@ -84,8 +84,9 @@ def test_settings_name_the_conditions_that_can_be_made() -> None:
 
 def test_loss_is_that_of_diffusers_networks(made: Path) -> None:
     """As in diffusers' train_controlnet.py. One caption has two chunks, which diffusers would take alone."""
-    stage = with_weights(ControlNetStage(config(made, caption_dropout=0.3, augment=("crop", "flip"))))
+    stage = with_weights(ControlNetStage(config(made, caption_dropout=0.0, augment=("crop", "flip"))))
     batch = stage.batch(BATCH)
+    assert batch["mask"] is not None
     found, parts = stage.loss({"controlnet": stage.denoiser}, batch, 0)
     assert parts == {}
     vae = AutoencoderKL.from_pretrained(made / "model" / "vae")
@@ -98,14 +99,20 @@ def test_loss_is_that_of_diffusers_networks(made: Path) -> None:
         eps, t = batch["eps"][i : i + 1], torch.tensor([batch["t"][i]])
         x_t = scheduler.add_noise(x0, eps, t)
         text = stage.encoder.captions(batch)[i : i + 1]
-        if batch["mask"] is not None:
-            text = text[:, batch["mask"][i]]
+        text = text[:, batch["mask"][i]]
         condition = batch["condition"][i : i + 1]
         down, mid = stage.controlnet.network(x_t, t, text, condition, return_dict=False)
         output = unet(x_t, t, text, down_block_additional_residuals=down, mid_block_additional_residual=mid).sample
         losses.append((output - eps).square().mean())
-    assert batch["mask"] is not None
     torch.testing.assert_close(found, torch.stack(losses).mean(), atol=1e-5, rtol=1e-5)
+
+
+def test_half_of_the_captions_are_dropped(made: Path) -> None:
+    """Zhang et al. 2023, section 3.4."""
+    stage = ControlNetStage(config(made))
+    empty = stage.examples.empty["ids"]
+    dropped = [torch.equal(stage.batch([(n, 0)])["ids"][0], empty) for n in range(64)]
+    assert 20 < sum(dropped) < 44
 
 
 def test_begins_as_the_model_and_only_zero_convolutions_move_first(made: Path) -> None:
@@ -182,7 +189,7 @@ def test_result_loads_in_diffusers_and_in_sdkit(made: Path, tmp_path: Path) -> N
     assert theirs.state_dict().keys() == ours.network.state_dict().keys()
     for name, tensor in theirs.state_dict().items():
         assert torch.equal(tensor, ours.network.state_dict()[name])
-    assert float(theirs.controlnet_mid_block.weight.abs().max()) > 0  # trained
+    assert float(theirs.controlnet_mid_block.weight.detach().abs().max()) > 0  # trained
     assert len([*(out / "samples").iterdir()]) == 2
     losses = [line["validation/loss"] for line in read_metrics(out / "metrics.jsonl") if "validation/loss" in line]
     assert losses[-1] < losses[0]
@@ -347,7 +354,7 @@ def test_command_line(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     arguments += ["--out-dir", tmp_path / "run", "--size", tiny.SIZE, "--max-steps", 1]
     assert main([str(one) for one in arguments]) == 0
     assert (tmp_path / "run" / "result" / "config.json").exists()
-    assert json.loads((tmp_path / "run" / "config.json").read_text())["condition"] == "canny"
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["settings"]["condition"] == "canny"
     edges = tmp_path / "edges.png"
     sdkit.images.canny(Image.open(made / "photos" / "000.png")).save(edges)
     arguments = ["generate", "a red disc", "--model", made / "model", "--controlnet", tmp_path / "run" / "result"]
