@@ -44,7 +44,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "maps").mkdir()
     rows: dict[str, list[Any]] = {"image": [], "conditioning_image": [], "text": []}
     for path in sorted((folder / "photos").glob("*.png")):
-        image = Image.open(path).resize((48, 40))  # wider than high, so that there is something to crop
+        image = sdkit.images.read(path).resize((48, 40))  # wider than high, so that there is something to crop
         image.save(path)
         ImageOps.invert(image).save(folder / "maps" / f"{path.stem}.webp", lossless=True)
         rows["image"].append(str(path))
@@ -170,7 +170,7 @@ class TestConditions:
 
     def test_of_a_smaller_size_serve(self, made: Path, tmp_path: Path) -> None:
         for path in (made / "maps").iterdir():
-            Image.open(path).resize((24, 20)).save(tmp_path / f"{path.stem}.png")
+            sdkit.images.read(path).resize((24, 20)).save(tmp_path / f"{path.stem}.png")
         row = ControlNetStage(config(made, conditioning_data=tmp_path)).examples.load(0, 0)
         assert float((row["condition"] - 1 + (row["pixels"] + 1) / 2).abs().mean()) < 0.1
 
@@ -356,19 +356,20 @@ def test_command_line(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert (tmp_path / "run" / "result" / "config.json").exists()
     assert json.loads((tmp_path / "run" / "config.json").read_text())["settings"]["condition"] == "canny"
     edges = tmp_path / "edges.png"
-    sdkit.images.canny(Image.open(made / "photos" / "000.png")).save(edges)
+    sdkit.images.canny(sdkit.images.read(made / "photos" / "000.png")).save(edges)
     arguments = ["generate", "a red disc", "--model", made / "model", "--controlnet", tmp_path / "run" / "result"]
     arguments += ["--control-image", edges, "--steps", 2, "--controlnet-conditioning-scale", 0.5, "--out"]
     capsys.readouterr()
     assert main([str(one) for one in [*arguments, tmp_path / "a.png"]]) == 0
-    assert Image.open(tmp_path / "a.png").size == (48, 40)
+    first = sdkit.images.read(tmp_path / "a.png")
+    assert first.size == (48, 40)
     again = ["generate", "--from", tmp_path / "a.png", "--out", tmp_path / "b.png"]
     assert main([str(one) for one in again]) == 0
-    assert np.array_equal(np.asarray(Image.open(tmp_path / "a.png")), np.asarray(Image.open(tmp_path / "b.png")))
+    assert np.array_equal(np.asarray(sdkit.images.read(tmp_path / "b.png")), np.asarray(first))
     text = sdkit.images.read_text(tmp_path / "a.png")
     assert text["control_image"] == str(edges)
     assert text["controlnet_conditioning_scale"] == "0.5"
-    ImageOps.invert(Image.open(edges)).save(edges)
+    ImageOps.invert(sdkit.images.read(edges)).save(edges)
     capsys.readouterr()
     assert main([str(one) for one in again]) == 2
     assert re.search(r"edges.png has changed since it was drawn from; restore it", capsys.readouterr().err)
