@@ -248,9 +248,10 @@ def _add_images(commands: Commands) -> None:
         usage="[GENERATED] --reference DATA [OPTION ...]",
         examples=(
             "sdkit evaluate images outputs/ --reference photos/",
-            "sdkit evaluate images outputs/ --reference photos/ --prompts prompts.txt --extractor dinov2 clip",
-            "sdkit evaluate images --model runs/u/result --prompts prompts.txt --count 4 --reference photos/",
-            "accelerate launch -m sdkit evaluate images outputs/ --reference photos/ --json",
+            "sdkit evaluate images outputs/ --reference photos/ --extractor dinov2 clip",
+            "sdkit evaluate images outputs/ --reference photos/ --prompts prompts.txt",
+            "sdkit evaluate images -m runs/u/result --prompts p.txt --reference photos/",
+            "accelerate launch -m sdkit evaluate images outputs/ --reference photos/",
         ),
     )
     add = parser.add_argument_group("what to measure").add_argument
