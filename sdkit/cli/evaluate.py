@@ -339,7 +339,8 @@ def _add_images(commands: Commands) -> None:
         examples=(
             "sdkit evaluate images outputs/ --reference photos/",
             "sdkit evaluate images outputs/ --reference photos/ --extractor dinov2 clip",
-            "sdkit evaluate images --model emoji --prompts p.txt --reference photos/",
+            "sdkit evaluate images outputs/ --reference photos/ --prompts prompts.txt",
+            "sdkit evaluate images -m runs/u/result --prompts p.txt --reference photos/",
             "accelerate launch -m sdkit evaluate images outputs/ --reference photos/",
         ),
     )
