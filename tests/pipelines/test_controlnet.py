@@ -251,7 +251,7 @@ CASES: list[tuple[dict[str, Any], str]] = [
 
 
 class TestBadInput:
-    @pytest.mark.parametrize(("change", "sentence"), CASES, ids=str)
+    @pytest.mark.parametrize(("change", "sentence"), CASES, ids=[sentence for _, sentence in CASES])
     def test_is_one_sentence(
         self, model: sdkit.StableDiffusion, controls: list[sdkit.ControlNet], change: dict[str, Any], sentence: str
     ) -> None:
