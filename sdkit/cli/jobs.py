@@ -28,7 +28,7 @@ from PIL import Image
 from sdkit import __version__, images
 from sdkit.arguments import first_seed, strings, whole_number
 from sdkit.data import latent_file as latents
-from sdkit.diffusion.samplers import Step
+from sdkit.diffusion.samplers import Step, default_spacing
 from sdkit.errors import ArgumentError, LatentError, SdkitError
 from sdkit.evaluation import similarity as metrics
 from sdkit.file_search import find_files
@@ -389,7 +389,7 @@ def generate_files(
             whole = replace(
                 generation, prompt=prompt, seed=seed, **sized, model=sd.name,
                 guidance_scale=sd.guidance_scale if generation.guidance_scale is None else generation.guidance_scale,
-                spacing=generation.spacing or sd.schedule.timestep_spacing,
+                spacing=generation.spacing or default_spacing(generation.sampler) or sd.schedule.timestep_spacing,
                 dtype=str(sd.unet.dtype).removeprefix("torch."),
             )  # fmt: skip
             report.add(_save(image, Path(out), f"{_slug(prompt)}-{seed}", numbers, whole.text()))

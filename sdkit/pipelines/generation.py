@@ -13,6 +13,7 @@ from PIL import Image
 
 from sdkit import __version__, images, strict_json
 from sdkit.arguments import PREDICTIONS, first_seed, number, one_of, strings
+from sdkit.diffusion.samplers import default_spacing
 from sdkit.errors import ArgumentError, ImageError
 from sdkit.fields import with_inherited_fields
 from sdkit.files import sha256
@@ -183,12 +184,15 @@ class Generation(DrawingSettings):
         """Return a copy with some values changed.
 
         A change of the model resets all settings that belong to a model, its VAE and LoRAs included. A change of the
-        LoRAs resets their scales. An input that is given anew may hold anything.
+        LoRAs resets their scales, and one between samplers that need different spacings resets the spacing. An input
+        that is given anew may hold anything.
         """
         if "control_image" in changes:
             changes = {"control_image_sha256": (), **changes}
         if "lora" in changes:
             changes = {"lora_scale": (), **changes}
+        if default_spacing(changes.get("sampler", self.sampler)) != default_spacing(self.sampler):
+            changes = {"spacing": None, **changes}
         changes = {**{f"{name}_sha256": None for name in INPUTS if name in changes}, **changes}
         if anywhere(changes.get("model", self.model)) != anywhere(self.model):
             of_model = (

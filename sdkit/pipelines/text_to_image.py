@@ -250,8 +250,7 @@ class StableDiffusion:
         that was trained to paint into images needs both.
 
         The U-Net of a latent consistency model takes the guidance scale as an input and makes one pass a step. It
-        accepts neither a negative prompt nor any other option of guidance, and is sampled by `sampler`, not by LCM's
-        own sampler.
+        accepts neither a negative prompt nor any other option of guidance. Its own sampler is "lcm", not the default.
 
         Args:
             prompt: A prompt, or a list of them.
