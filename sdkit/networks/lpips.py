@@ -144,7 +144,8 @@ class LPIPS(nn.Module):
         shapes = {name: file.shapes[key] for name, key in stored.items()}
         if network is None:
             network = "alex" if shapes.get("features.0.weight") == (64, 3, 11, 11) else "vgg"
-        model = cls(network)
+        with torch.random.fork_rng(devices=[]):  # the random weights are replaced: leave the caller's generator alone
+            model = cls(network)
         names = {_file_key(key): key for key in model.state_dict()}
         wanted = {name: tuple(model.state_dict()[key].shape) for name, key in names.items()}
         title = NETWORKS[network].title
