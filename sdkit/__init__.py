@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from sdkit.diffusion.samplers import Step
     from sdkit.diffusion.schedule import NoiseSchedule, Prediction
     from sdkit.networks.autoencoder import VAE
+    from sdkit.networks.controlnet import ControlNet
     from sdkit.networks.denoiser import UNet
     from sdkit.networks.text_encoder import TextEncoder
     from sdkit.pipelines.text_to_image import StableDiffusion
@@ -38,6 +39,7 @@ __version__ = "0.1.0"
 __all__ = [
     "ArgumentError",
     "CacheError",
+    "ControlNet",
     "DataError",
     "ImageError",
     "Latent",
@@ -66,6 +68,7 @@ __all__ = [
 _MODULES = ("data", "evaluation", "guidance", "images", "latents", "metrics", "samplers", "training")
 _HOMES = {
     **{name: f"sdkit.{name}" for name in _MODULES},
+    "ControlNet": "sdkit.networks.controlnet",
     "Latent": "sdkit.data.latent_file",
     "NoiseSchedule": "sdkit.diffusion.schedule",
     "Prediction": "sdkit.diffusion.schedule",

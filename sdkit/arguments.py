@@ -48,7 +48,10 @@ def whole_number(name: str, value: Any, low: int, high: int | None = None) -> in
 
 def number(name: str, value: Any, low: float = -math.inf, high: float = math.inf) -> float:
     """Check that `value` is a finite number from `low` to `high`, both included."""
-    x = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
+    try:
+        x = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
+    except OverflowError:  # a whole number or a fraction beyond the largest float
+        x = math.inf
     if not math.isfinite(x) or not low <= x <= high:
         if math.isinf(low) and math.isinf(high):
             raise ArgumentError(f"{name} must be a finite number, not {value!r}.")

@@ -17,7 +17,10 @@ from PIL import Image
 import sdkit
 from sdkit.pipelines import steps
 
-FACES = (sdkit, sdkit.data, sdkit.guidance, sdkit.images, sdkit.latents, sdkit.metrics, sdkit.samplers, sdkit.training)
+FACES = (
+    sdkit, sdkit.data, sdkit.evaluation, sdkit.guidance, sdkit.images, sdkit.latents, sdkit.metrics, sdkit.samplers,
+    sdkit.training,
+)  # fmt: skip
 MAIN = (
     "VAE",
     "VAE.encode",
@@ -67,6 +70,7 @@ def photos(
     monkeypatch.chdir(tmp_path)
 
 
+@pytest.mark.filterwarnings("ignore:3 images are fewer than")
 @pytest.mark.usefixtures("photos")
 @pytest.mark.parametrize("name", dict.fromkeys((*MAIN, *WITH_EXAMPLES)))
 def test_example_runs(name: str) -> None:

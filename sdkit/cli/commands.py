@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from sdkit.cli.jobs import Reconstruction, Report
     from sdkit.cli.preview import PreviewFile
     from sdkit.networks.autoencoder import VAE
+    from sdkit.networks.controlnet import ControlNet
     from sdkit.pipelines.generation import Generation
     from sdkit.pipelines.text_to_image import StableDiffusion
 
@@ -106,6 +107,7 @@ def generate(args: argparse.Namespace) -> int:
     options = _drawing_options()
     given = {field.name: getattr(args, field.name) for field in fields(Generation) if field.name in args}
     given |= {name: options[name].value(value) for name, value in given.items() if name in options}
+    given |= {name: tuple(given[name]) for name in ("controlnet", "control_image") if name in given}
     generation = (Generation.read(args.from_image) if args.from_image else Generation()).but(**given)
     _check_guidance(given, generation)
     sizes = {"count": args.count, "batch_size": args.batch_size}
@@ -114,9 +116,13 @@ def generate(args: argparse.Namespace) -> int:
     _check_place(generation.dtype, args.device)
     if args.preview_every is not None:
         whole_number("preview_every", args.preview_every, 1)
+    controlnets = _load_controlnets(args, generation)
     report, sd = Report[Path](on_done=say_path), _load_sd(args, generation)
     preview = _preview(args, sd)
-    generate_files(sd, prompts, args.out, generation, grid=args.grid, report=report, callback=preview, **sizes)
+    generate_files(
+        sd, prompts, args.out, generation, grid=args.grid, controlnets=controlnets, report=report, callback=preview,
+        **sizes,
+    )  # fmt: skip
     return 0
 
 
@@ -256,6 +262,15 @@ def _load_vae(args: argparse.Namespace) -> VAE:
     )  # fmt: skip
 
 
+def _load_controlnets(args: argparse.Namespace, generation: Generation) -> list[ControlNet]:
+    from sdkit.networks.controlnet import ControlNet
+
+    return [
+        ControlNet.from_pretrained(source, dtype=generation.dtype, device=args.device)
+        for source in generation.controlnet
+    ]
+
+
 def _load_sd(args: argparse.Namespace, generation: Generation) -> StableDiffusion:
     from sdkit.loading.lora_file import read_lora
     from sdkit.pipelines.text_to_image import StableDiffusion
@@ -346,6 +361,7 @@ def _add_generate(commands: Commands) -> None:
             'sdkit generate "a cat" --model sd-v1-5.safetensors --steps 20 --scale 7',
             "sdkit generate --from outputs/0001-a-cat-0.png --seed 7 --out again.png",
             "sdkit generate --prompts prompts.txt --lora runs/zork/result --lora-scale 0.8",
+            'sdkit generate "a fox" --controlnet runs/edges/result --control-image edges.png',
         ),
     )
     unset: dict[str, Any] = {"default": argparse.SUPPRESS}
@@ -362,6 +378,10 @@ def _add_generate(commands: Commands) -> None:
     add("--lora", action="append", metavar="SOURCE", help=lora, **unset)
     lora_scale = "Scale of the LoRA; with several, give one for each, in the same order (default: 1)"
     add("--lora-scale", action="append", type=float, metavar="S", help=lora_scale, **unset)
+    controlnet = "Add a ControlNet: a folder, a file, or a Hub id. May be given several times"
+    add("--controlnet", action="append", metavar="SOURCE", help=controlnet, **unset)
+    control_image = "Image that the ControlNet follows, such as edges; with several, one for each, in the same order"
+    add("--control-image", action="append", metavar="FILE", help=control_image, **unset)
     add = parser.add_argument_group("where to write").add_argument
     add("--out", "-o", metavar="PATH", default="outputs", help="Folder, or a .png for one image (default: outputs)")
     add("--grid", action="store_true", help="Also write one picture of all images, with labels")

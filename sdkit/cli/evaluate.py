@@ -132,7 +132,7 @@ def add_evaluate_commands(commands: Commands) -> None:
     evaluate = add_command_group(
         commands,
         "evaluate",
-        "Measure the quality of images and of VAEs, beside controls that show what the numbers mean.",
+        "Measure images and VAEs, beside controls that show what numbers mean.",
         ("sdkit evaluate images outputs/ --reference photos/", "sdkit evaluate vae emoji runs/v/result --data photos/"),
     )
     _add_images(evaluate)
@@ -164,7 +164,9 @@ def images(args: argparse.Namespace) -> int:
         found = evaluate_images(generated, reference, prompts=prompts, **options)
     else:
         draw, count = _drawing(settings, prompts or [])
-        found = evaluate_images(draw, reference, prompts=prompts, count=count, **options)
+        # Drawing needs prompts, but no CLIP, which does not ship: measure the CLIP score only where CLIP is asked for.
+        scored = prompts if any(name.partition(":")[0] == "clip" for name in settings.extractor) else None
+        found = evaluate_images(draw, reference, prompts=scored, count=count, **options)
     if is_main_process():
         if settings.json:
             say_json(found.asdict())
@@ -336,9 +338,10 @@ def _add_images(commands: Commands) -> None:
         usage="[GENERATED] --reference DATA [OPTION ...]",
         examples=(
             "sdkit evaluate images outputs/ --reference photos/",
-            "sdkit evaluate images outputs/ --reference photos/ --prompts prompts.txt --extractor dinov2 clip",
-            "sdkit evaluate images --model runs/u/result --prompts prompts.txt --count 4 --reference photos/",
-            "accelerate launch -m sdkit evaluate images outputs/ --reference photos/ --json",
+            "sdkit evaluate images outputs/ --reference photos/ --extractor dinov2 clip",
+            "sdkit evaluate images outputs/ --reference photos/ --prompts prompts.txt",
+            "sdkit evaluate images -m runs/u/result --prompts p.txt --reference photos/",
+            "accelerate launch -m sdkit evaluate images outputs/ --reference photos/",
         ),
     )
     add = parser.add_argument_group("what to measure").add_argument
@@ -346,8 +349,11 @@ def _add_images(commands: Commands) -> None:
     add("generated", nargs="?", metavar="GENERATED", help=f"The generated images: {kinds}")
     add("--reference", required=True, metavar="DATA", help="Real images, of the same kinds; at least as many")
     add("--split", default="train", metavar="NAME", help="Split of a data set on the Hub (default: train)")
-    prompts = "File of the prompts of the images, one per line, in the order of their names"
-    add("--prompts", metavar="FILE", help=f"{prompts}; each may have several successive images")
+    prompts = (
+        "File of the prompts of the images, one per line, in the order of their names; each may have several "
+        "successive images. Adds the CLIP score and the extractor clip; with --model only if clip is named"
+    )
+    add("--prompts", metavar="FILE", help=prompts)
     add = parser.add_argument_group("how to measure").add_argument
     extractor = (
         "Feature extractors: alex (embedded), inception (the FID's), dinov2, or clip; with :SOURCE, such as "
@@ -387,8 +393,8 @@ def _add_vae(commands: Commands) -> None:
         usage="SOURCE ... --data DATA [OPTION ...]",
         examples=(
             "sdkit evaluate vae emoji runs/v/result --data photos/",
-            "sdkit evaluate vae sd-v1-5.safetensors madebyollin/taesd --data photos/ --size 512 --json",
-            "accelerate launch -m sdkit evaluate vae emoji --data photos/ --extractor inception",
+            "sdkit evaluate vae sd-v1-5.safetensors --data photos/ --size 512 --json",
+            "accelerate launch -m sdkit evaluate vae emoji --data photos/",
         ),
     )
     add = parser.add_argument_group("what to measure").add_argument

@@ -28,13 +28,14 @@ from PIL import Image
 from sdkit import __version__, images
 from sdkit.arguments import first_seed, strings, whole_number
 from sdkit.data import latent_file as latents
-from sdkit.diffusion.samplers import Step
+from sdkit.diffusion.samplers import Step, default_spacing
 from sdkit.errors import ArgumentError, LatentError, SdkitError
 from sdkit.evaluation import similarity as metrics
 from sdkit.file_search import find_files
 from sdkit.files import check_name, encodable, status, utf8_name
 from sdkit.messages import reason
 from sdkit.networks.autoencoder import VAE
+from sdkit.networks.controlnet import ControlNet
 from sdkit.networks.tiling import check_tile
 from sdkit.pipelines.generation import Generation
 from sdkit.pipelines.inpainting import open_canvas
@@ -317,6 +318,7 @@ def check_generation(
     """
     generation.check()
     inputs, _ = generation.inputs()
+    generation.control_images()
     if inputs:
         open_canvas(inputs["image"], inputs.get("mask_image"), generation, prompts=1, copies=1, side=512)
     n = len(strings("prompts", prompts)) * whole_number("count", count, 1)
@@ -338,6 +340,7 @@ def generate_files(
     count: int = 1,
     grid: bool = False,
     batch_size: int | None = None,
+    controlnets: Sequence[ControlNet] = (),
     report: Report[Path] | None = None,
     callback: Callable[[Step], object] | None = None,
 ) -> list[Path]:
@@ -353,6 +356,7 @@ def generate_files(
         count: Images per prompt.
         grid: Whether to write also a grid of all images, with labels.
         batch_size: Images generated together; None takes as many as fit.
+        controlnets: The ControlNets that `generation.controlnet` names.
         report: The report to add to; None makes a new one.
         callback: Called with each `Step` of each batch, for example a `PreviewFile`.
 
@@ -365,8 +369,12 @@ def generate_files(
     generation, report = generation or Generation(), report or Report()
     n = check_generation(prompts, out, generation, count=count, batch_size=batch_size)
     inputs, generation = generation.inputs()
+    control_images, generation = generation.control_images()
+    drawn_on = [inputs["image"]] if "image" in inputs else control_images
+    if controlnets:
+        inputs = {**inputs, "controlnet": [*controlnets], "control_image": control_images}
     side = sd.unet.sample_size * sd.vae.factor
-    width, height = inputs["image"].size if "image" in inputs else (side, side)
+    width, height = drawn_on[0].size if drawn_on else (side, side)
     at_once = batch_size or sd.images_at_once(generation.height or height, generation.width or width)
     wanted = ((prompt, generation.seed + r * count + c) for r, prompt in enumerate(prompts) for c in range(count))
     batches = iter(lambda: list(itertools.islice(wanted, at_once)), [])  # stops at the first empty batch
@@ -381,7 +389,7 @@ def generate_files(
             whole = replace(
                 generation, prompt=prompt, seed=seed, **sized, model=sd.name,
                 guidance_scale=sd.guidance_scale if generation.guidance_scale is None else generation.guidance_scale,
-                spacing=generation.spacing or sd.schedule.timestep_spacing,
+                spacing=generation.spacing or default_spacing(generation.sampler) or sd.schedule.timestep_spacing,
                 dtype=str(sd.unet.dtype).removeprefix("torch."),
             )  # fmt: skip
             report.add(_save(image, Path(out), f"{_slug(prompt)}-{seed}", numbers, whole.text()))

@@ -32,9 +32,11 @@ from sdkit.processes import is_main_process
 from sdkit.strict_json import read_object
 from sdkit.training.settings import (
     AUGMENTATIONS,
+    CONDITIONS,
     LR_SCHEDULERS,
     RECONSTRUCTIONS,
     REGULARIZERS,
+    ControlNetConfig,
     StageSettings,
     UNetConfig,
     VAEConfig,
@@ -57,16 +59,18 @@ CHOICES = {
     "prediction_type": PREDICTION_TYPES,
     "reconstruction": RECONSTRUCTIONS,
     "regularizer": REGULARIZERS,
+    "condition": CONDITIONS,
 }
 
 # Title of a group of options in the help -> its fields. Fields that a stage lacks are left out.
 GROUPS = {
     "required, here or in the --config file": "data out_dir",
-    "data": "split image_column caption_column default_caption class_folders size augment",
+    "data": "split image_column caption_column default_caption class_folders size augment "
+    "condition conditioning_data conditioning_image_column",
     "model": "model vae init",
-    "what is trained": "lora_rank train_text_encoder train_encoder",
+    "what is trained": "lora_rank train_text_encoder train_encoder controlnet",
     "loss": "prediction_type zero_snr snr_gamma noise_offset caption_dropout reconstruction lpips_weight lpips "
-    "regularizer kl_weight disc_weight disc_start",
+    "regularizer codebook_decay normalize_codes kl_weight disc_weight disc_start",
     "optimisation": "max_steps batch_size gradient_accumulation_steps learning_rate lr_scheduler lr_warmup_steps "
     "max_grad_norm ema_decay seed",
     "speed and memory": "mixed_precision gradient_checkpointing use_8bit_adam",
@@ -105,6 +109,14 @@ STAGES = {
             "sdkit train unet --data photos/ --out-dir runs/zork --lora-rank 8",
             "sdkit train unet --config runs/zork/config.json --max-steps 2000",
             "accelerate launch -m sdkit train unet --data cache/ --out-dir runs/full",
+        ),
+    ),
+    "controlnet": StageCommand(
+        ControlNetConfig,
+        "Train a ControlNet, for the model to follow edges or other images.",
+        (
+            "sdkit train controlnet --data photos/ --condition canny --out-dir runs/edges",
+            "sdkit train controlnet --data photos/ --conditioning-data maps/ --out-dir runs/maps",
         ),
     ),
 }

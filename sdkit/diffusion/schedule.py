@@ -148,8 +148,9 @@ class NoiseSchedule:
         one_of("prediction_type", self.prediction_type, PREDICTIONS)
         one_of("timestep_spacing", self.timestep_spacing, SPACINGS)
         one_of("variance_type", self.variance_type, VARIANCE_TYPES)
-        if 1 - betas[0] == 1 or bool((torch.cumprod(1 - betas[:-1], dim=0) == 0).any()):
-            raise ArgumentError("betas must begin above 0, and only the last may be 1.")
+        # Two timesteps of equal alphas_cumprod are one noise level: solvers would divide by a step of length 0.
+        if bool((1 - betas == 1).any()) or bool((torch.cumprod(1 - betas[:-1], dim=0) == 0).any()):
+            raise ArgumentError("betas must be above 0, and only the last may be 1.")
         whole_number("steps_offset", self.steps_offset, 0)
         object.__setattr__(self, "betas", betas.clone())
         object.__setattr__(self, "prediction_type", PREDICTIONS[self.prediction_type])

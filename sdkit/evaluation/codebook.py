@@ -18,6 +18,15 @@ def codebook_use(numbers: Tensor, size: int) -> tuple[float, float]:
     Returns:
         The share of codes that occur, in [0, 1], and the perplexity, in [1, size].
     """
-    counts = torch.bincount(numbers.flatten().cpu(), minlength=size).double()
+    return use_of_counts(torch.bincount(numbers.flatten().cpu(), minlength=size))
+
+
+def use_of_counts(counts: Tensor) -> tuple[float, float]:
+    """Return the share of codes that occur, and the perplexity of their frequencies, as `codebook_use` does.
+
+    Args:
+        counts: How often each code was chosen (N,), as numbers or as shares.
+    """
+    counts = counts.cpu().double()
     shares = counts[counts > 0] / counts.sum()
     return float((counts > 0).double().mean()), float(torch.exp(-(shares * shares.log()).sum()))

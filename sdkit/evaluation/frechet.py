@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sdkit.arguments import whole_number
 from sdkit.errors import ArgumentError
-from sdkit.evaluation.moments import Moments
+from sdkit.evaluation.moments import Moments, check_comparable, check_finite_features
 
 SIZES = 15
 """Number of subset sizes to which `frechet_at_infinity` fits its line; as in the paper."""
@@ -23,8 +23,9 @@ Z95 = 1.959964
 def frechet_distance(a: Moments | Tensor, b: Moments | Tensor) -> float:
     """Return the Fréchet distance between the Gaussians with the moments of two sets (Heusel et al. 2017, eq. 6).
 
-    https://arxiv.org/abs/1706.08500. It is biased upwards: by about D^2 / N for isotropic features, and more where N is
-    below D; see `frechet_at_infinity`. Compare only distances of equal N.
+    https://arxiv.org/abs/1706.08500. It is biased upwards: for two sets of N vectors with isotropic features, by about
+    D^2 / 2N times their variance, and more where N is below D; see `frechet_at_infinity`. Compare only distances of
+    equal N.
 
     Args:
         a: One set: its moments, or its vectors (N, D). Where N is below D, vectors take much less time.
@@ -34,10 +35,10 @@ def frechet_distance(a: Moments | Tensor, b: Moments | Tensor) -> float:
         The distance, at least 0. (It is the square of the 2-Wasserstein distance.)
 
     Raises:
-        ArgumentError: A set is empty, or the widths differ.
+        ArgumentError: A set is empty, the widths differ, or a feature is not finite.
     """
     (mean_a, root_a), (mean_b, root_b) = _mean_and_root(a), _mean_and_root(b)
-    _check_widths(mean_a, mean_b)
+    check_comparable(mean_a, mean_b)
     return _distance(mean_a, root_a, mean_b, root_b)
 
 
@@ -53,9 +54,9 @@ def gaussian_distance(mean_a: Tensor, covariance_a: Tensor, mean_b: Tensor, cova
         covariance_b: Covariance B (D, D), symmetric.
 
     Raises:
-        ArgumentError: The widths differ.
+        ArgumentError: The widths differ, or a number is not finite.
     """
-    _check_widths(mean_a, mean_b)
+    check_comparable(mean_a, mean_b)
     return _distance(mean_a.double(), _root(covariance_a), mean_b.double(), _root(covariance_b))
 
 
@@ -142,13 +143,6 @@ def _distance(mean_a: Tensor, root_a: Tensor, mean_b: Tensor, root_b: Tensor) ->
     return max(0.0, squares - 2 * trace)
 
 
-def _check_widths(mean_a: Tensor, mean_b: Tensor) -> None:
-    if len(mean_a) != len(mean_b):
-        raise ArgumentError(
-            f"features of {len(mean_a)} and {len(mean_b)} numbers cannot be compared; extract both with one network."
-        )
-
-
 def _mean_and_root(features: Moments | Tensor) -> tuple[Tensor, Tensor]:
     """Return the mean (D,) of a set, and R (rows, D) with R^T R = covariance.
 
@@ -158,6 +152,7 @@ def _mean_and_root(features: Moments | Tensor) -> tuple[Tensor, Tensor]:
         return features.mean, _root(features.covariance)
     if not len(features):
         raise ArgumentError("there is no image to measure; give at least one.")
+    check_finite_features(features)
     x = features.detach().cpu().double()
     deviations = (x - x.mean(dim=0)) / max(len(x) - 1, 1) ** 0.5
     if len(x) > x.shape[1]:
@@ -167,6 +162,7 @@ def _mean_and_root(features: Moments | Tensor) -> tuple[Tensor, Tensor]:
 
 def _root(covariance: Tensor) -> Tensor:
     """Return R (rank, D) with R^T R = covariance, from its symmetric eigen-decomposition."""
+    check_finite_features(covariance)
     values, vectors = torch.linalg.eigh(covariance.double())
     noise = len(values) * torch.finfo(torch.float64).eps * values[-1].clamp(min=0)
     kept = values > noise  # smaller eigenvalues, negative ones among them, are rounding

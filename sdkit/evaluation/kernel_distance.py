@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sdkit.errors import ArgumentError
+from sdkit.evaluation.moments import check_comparable
 
 BLOCK = 1024
 """Rows and columns of the blocks in which kernels are computed: 8 MiB each."""
@@ -36,7 +37,7 @@ def kid(a: Tensor, b: Tensor) -> float:
         The distance, about 0 for sets of equal distribution, where it may be negative.
 
     Raises:
-        ArgumentError: A set is too small, or the widths differ.
+        ArgumentError: A set is too small, the widths differ, or a feature is not finite.
     """
     _check(a, b, least=2)
     a, b = a.double(), b.double()
@@ -65,7 +66,7 @@ def cmmd(a: Tensor, b: Tensor) -> float:
         The distance, at least 0.
 
     Raises:
-        ArgumentError: A set is empty, or the widths differ.
+        ArgumentError: A set is empty, the widths differ, or a feature is not finite.
     """
     _check(a, b, least=1)
     a, b = F.normalize(a.double(), dim=1), F.normalize(b.double(), dim=1)
@@ -93,7 +94,4 @@ def _diagonal(kernel: Callable[[Tensor, Tensor], Tensor], a: Tensor) -> float:
 def _check(a: Tensor, b: Tensor, least: int) -> None:
     if min(len(a), len(b)) < least:
         raise ArgumentError(f"a kernel distance needs at least {least} images in each set, not {len(a)} and {len(b)}.")
-    if a.shape[1] != b.shape[1]:
-        raise ArgumentError(
-            f"features of {a.shape[1]} and {b.shape[1]} numbers cannot be compared; extract both with one network."
-        )
+    check_comparable(a, b)

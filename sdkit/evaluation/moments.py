@@ -10,6 +10,30 @@ from torch import Tensor
 from sdkit.errors import ArgumentError
 
 
+def check_comparable(a: Tensor, b: Tensor) -> None:
+    """Check that features of two sets can be compared.
+
+    Args:
+        a: Vectors (N, D), or their mean (D,).
+        b: Vectors (M, D), or their mean (D,).
+
+    Raises:
+        ArgumentError: The widths differ, or a number is not finite.
+    """
+    if a.shape[-1] != b.shape[-1]:
+        raise ArgumentError(
+            f"features of {a.shape[-1]} and {b.shape[-1]} numbers cannot be compared; extract both with one network."
+        )
+    for features in (a, b):
+        check_finite_features(features)
+
+
+def check_finite_features(features: Tensor) -> None:
+    """Raise ArgumentError if a feature is NaN or infinite: the maximum of 0 and NaN would be a perfect distance."""
+    if not bool(torch.isfinite(features).all()):
+        raise ArgumentError("features must be finite numbers; these hold NaN or infinity.")
+
+
 class Moments:
     """Mean and scatter of vectors, updated batch by batch (Chan et al. 1979, eq. 2.1).
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sdkit.arguments import whole_number
 from sdkit.errors import ArgumentError
+from sdkit.evaluation.moments import check_comparable
 
 NEIGHBOURS = 3
 """k of the paper."""
@@ -44,18 +45,14 @@ def precision_recall(generated: Tensor, real: Tensor, *, k: int = NEIGHBOURS) ->
         k: Number of neighbours.
 
     Raises:
-        ArgumentError: k is below 1, a set has no k neighbours, or the widths differ.
+        ArgumentError: k is below 1, a set has no k neighbours, the widths differ, or a feature is not finite.
     """
     whole_number("k", k, 1)
     if min(len(generated), len(real)) <= k:
         raise ArgumentError(
             f"precision and recall need more than {k} images in each set, not {len(generated)} and {len(real)}."
         )
-    if generated.shape[1] != real.shape[1]:
-        raise ArgumentError(
-            f"features of {generated.shape[1]} and {real.shape[1]} numbers cannot be compared; extract both with one "
-            "network."
-        )
+    check_comparable(generated, real)
     centre = real.double().mean(dim=0)  # distances are the same, and lose fewer digits
     x, y = generated.double() - centre, real.double() - centre
     return PrecisionRecall(_covered(x, y, _radii(y, k)), _covered(y, x, _radii(x, k)))

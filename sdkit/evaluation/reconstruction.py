@@ -343,11 +343,13 @@ class _Measure:
         extractor: Network whose features are collected.
         originals: Moments of the features of all images so far.
         decoded: Moments of the features of their reconstructions.
+        kept: The best and the worst reconstructions so far, the best one first.
     """
 
     def __init__(self, subject: Subject, lpips: LPIPS | None, extractor: Extractor) -> None:
         self.subject, self.lpips, self.extractor = subject, lpips, extractor
         self.originals, self.decoded = Moments(extractor.width), Moments(extractor.width)
+        self.kept = list[Reconstruction]()
 
     @property
     def smallest(self) -> int:
@@ -379,6 +381,15 @@ class _Measure:
             Scores(one.number, one.name, *similarity.result(), distance)
             for one, similarity, distance in zip(loaded, similarities, distances, strict=True)
         ]
+        self._keep(
+            [
+                Reconstruction(
+                    name=score.name, psnr=score.psnr, ssim=score.ssim, lpips=score.lpips, original=one.picture,
+                    decoded=made,
+                )
+                for one, score, made in zip(loaded, scores, decoded, strict=True)
+            ]
+        )  # fmt: skip
         seconds = ((encoded - begun) / len(x), (ended - encoded) / len(x))
         return Batch(number, scores, statistics(mean), statistics(logvar.exp()), *seconds, peak, skipped)
 
@@ -389,14 +400,10 @@ class _Measure:
         with torch.inference_mode():
             return [*map(float, self.lpips(x.to(device), y.to(device)))]
 
-    def again(self, original: Image.Image, scores: Scores) -> Reconstruction:
-        """Make the reconstruction of an image again, to show it."""
-        (x,) = to_tensors(original)
-        mean, _ = self.subject.encode(x[None])
-        (decoded,) = to_pil(self.subject.decode(mean, (original.height, original.width)))
-        return Reconstruction(
-            name=scores.name, psnr=scores.psnr, ssim=scores.ssim, lpips=scores.lpips, original=original, decoded=decoded
-        )
+    def _keep(self, found: Sequence[Reconstruction]) -> None:
+        """Keep the best and the worst reconstructions of all batches so far."""
+        ranked = sorted([*self.kept, *found], key=_badness)
+        self.kept = ranked if len(ranked) <= 2 * SHOWN else ranked[:SHOWN] + ranked[-SHOWN:]
 
 
 class _Evaluation:
@@ -427,22 +434,25 @@ class _Evaluation:
 
     def run(self) -> VAEEvaluation:
         """Measure all images."""
-        found = gathered((list(self._batches()), self.measure.originals, self.measure.decoded), self.share.world)
+        measure = self.measure
+        own = list(self._batches())
+        found = gathered((own, measure.originals, measure.decoded, measure.kept), self.share.world)
         # In the order of the images: sums then do not depend on the number of processes.
-        batches = sorted((batch for one, _, _ in found for batch in one), key=lambda batch: batch.number)
+        batches = sorted((batch for one, *_ in found for batch in one), key=lambda batch: batch.number)
         scores = [one for batch in batches for one in batch.scores]
         skipped = [one for batch in batches for one in batch.skipped]
         if not scores:
             raise _unusable(len(self.images), skipped[0].reason)
-        extractor, lpips = self.measure.extractor, self.measure.lpips
-        originals = Moments.merged([one for _, one, _ in found])
-        decoded = Moments.merged([one for _, _, one in found])
+        extractor, lpips = measure.extractor, measure.lpips
+        originals = Moments.merged([one for _, one, _, _ in found])
+        decoded = Moments.merged([one for _, _, one, _ in found])
+        ranked = sorted((one for *_, kept in found for one in kept), key=_badness)
+        shown = max(1, min(SHOWN, len(scores) // 2))
         if self.share.rank == 0 and len(scores) > 1:
             warn_if_few(len(scores), extractor.width, extractor.name)
-        worst, best = self._ends(scores)
         measured = [batch for batch in batches if batch.scores]
         return VAEEvaluation(
-            vae=self.measure.subject.name,
+            vae=measure.subject.name,
             images=len(scores),
             size=self.size,
             psnr=_average([one.psnr for one in scores]),
@@ -451,13 +461,13 @@ class _Evaluation:
             lpips_network=lpips.network if lpips else None,
             rfid=frechet_distance(originals, decoded) if len(scores) > 1 else None,
             extractor=extractor.name,
-            **_latents(measured, self.measure.subject),
+            **_latents(measured, measure.subject),
             encoded_per_second=1 / median(batch.encoding for batch in measured),
             decoded_per_second=1 / median(batch.decoding for batch in measured),
             peak_memory=max((batch.peak for batch in measured if batch.peak is not None), default=None),
             skipped=tuple(skipped),
-            worst=worst,
-            best=best,
+            worst=tuple(ranked[: -shown - 1 : -1]),
+            best=tuple(ranked[:shown]),
         )
 
     def _batches(self) -> Iterator[Batch]:
@@ -509,15 +519,10 @@ class _Evaluation:
                     f"{self.size[1]} x {self.size[0]}: give a size to which all are reduced and cropped."
                 )
 
-    def _ends(self, scores: Sequence[Scores]) -> tuple[tuple[Reconstruction, ...], tuple[Reconstruction, ...]]:
-        """Return the worst and the best reconstructions."""
-        ranked = sorted(scores, key=lambda one: -one.psnr if one.lpips is None else one.lpips)
-        n = max(1, min(SHOWN, len(ranked) // 2))
-        again = [
-            self.measure.again(self._picture(self.images[one.number], one.number), one)
-            for one in (*ranked[: -n - 1 : -1], *ranked[:n])
-        ]
-        return tuple(again[:n]), tuple(again[n:])
+
+def _badness(one: Reconstruction) -> tuple[float, str]:
+    """Return the key by which reconstructions are ranked, from the best to the worst."""
+    return -one.psnr if one.lpips is None else one.lpips, one.name
 
 
 def _latents(batches: Sequence[Batch], subject: Subject) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from sdkit.images.conditions import canny, colour_blocks, grey, outlines
 from sdkit.images.convert import OUTPUT_TYPES, Images, from_tensors, to_pil, to_tensors, to_uint8
 from sdkit.images.grid import grid
 from sdkit.images.image_file import FORMATS, READABLE, UNREADABLE, read, read_text, save
@@ -13,8 +14,12 @@ __all__ = [
     "OUTPUT_TYPES",
     "READABLE",
     "UNREADABLE",
+    "canny",
+    "colour_blocks",
     "from_tensors",
+    "grey",
     "grid",
+    "outlines",
     "read",
     "read_text",
     "save",

@@ -55,6 +55,16 @@ def unet(tensors: Tensors, network: Any) -> Tensors:
     return _with_dropped(named, tensors)
 
 
+def controlnet(tensors: Tensors, network: Any) -> Tensors:
+    """Rename the tensors of a ControlNet."""
+    from diffusers.loaders.single_file_utils import convert_controlnet_checkpoint
+
+    found = convert_controlnet_checkpoint(tensors, network.config)
+    # The converter gives None for layers that are missing.
+    named = {key: tensor for key, tensor in found.items() if tensor is not None}
+    return _with_dropped(named, tensors)
+
+
 def text(tensors: Tensors, network: Any) -> Tensors:
     """Rename the tensors of a text encoder. Leave out those that SD does not use: buffers, projections, an image
     encoder, and the last layer of SD 2.x."""

@@ -37,7 +37,7 @@ class Part:
     """One part of a model.
 
     Attributes:
-        name: "vae", "unet", "text", or "scheduler".
+        name: "vae", "unet", "controlnet", "text", or "scheduler".
         noun: What messages call it.
         folder: Its subfolder in a pipeline's folder.
         config: The file name of its config.
@@ -151,6 +151,35 @@ UNET = Part(
     prefixes=("model.diffusion_model.",),
     rename=original_names.unet,
 )
+CONTROLNET = Part(
+    name="controlnet",
+    noun="a ControlNet",
+    folder="controlnet",
+    classes={"ControlNetModel": "diffusers:ControlNetModel"},
+    telling=dict.fromkeys(("conditioning_channels", "conditioning_embedding_out_channels"), "ControlNetModel"),
+    checks={
+        "cross_attention_dim": WHOLE_OR_LIST,
+        **dict.fromkeys(("block_out_channels", "conditioning_embedding_out_channels"), WHOLES),
+        **dict.fromkeys(("in_channels", "conditioning_channels"), WHOLE),
+        "down_block_types": BLOCKS,
+        "layers_per_block": COUNT,
+        "transformer_layers_per_block": or_null(NESTED_COUNTS),
+        **dict.fromkeys(("attention_head_dim", "num_attention_heads"), or_null(WHOLE_OR_LIST)),
+        **dict.fromkeys(
+            (
+                "norm_num_groups",
+                "encoder_hid_dim",
+                "num_class_embeds",
+                "addition_time_embed_dim",
+                "projection_class_embeddings_input_dim",
+            ),
+            or_null(WHOLE),
+        ),
+    },
+    shown={"in_channels": 4, "cross_attention_dim": 1280},
+    prefixes=("control_model.",),
+    rename=original_names.controlnet,
+)
 TEXT = Part(
     name="text",
     noun="a CLIP text encoder",
@@ -188,5 +217,5 @@ SCHEDULER = Part(
     },
     shown={"prediction_type": "epsilon", "timestep_spacing": "leading", "rescale_betas_zero_snr": False},
 )
-PARTS = {part.name: part for part in (VAE, UNET, TEXT, SCHEDULER)}
+PARTS = {part.name: part for part in (VAE, UNET, CONTROLNET, TEXT, SCHEDULER)}
 """Name -> part, in the order in which a `Description` lists them."""

@@ -17,7 +17,7 @@ from sdkit.arguments import PREDICTIONS
 from sdkit.errors import SourceError
 from sdkit.loading.configs import class_name, layers_of, read_config
 from sdkit.loading.original_names import OPEN_CLIP, Tensors
-from sdkit.loading.parts import PARTS, TEXT, UNET, VAE, Part
+from sdkit.loading.parts import CONTROLNET, PARTS, TEXT, UNET, VAE, Part
 from sdkit.loading.tensors import EMBEDDING, TensorFile, check_dtypes, check_finite, check_fit, guarded
 from sdkit.messages import clean
 
@@ -34,7 +34,6 @@ FOREIGN = (
     ("conditioner.embedders.", "Stable Diffusion XL"),
     ("joint_blocks.", "Stable Diffusion 3"),
     ("double_blocks.", "Flux"),
-    ("control_model.", "a ControlNet"),
     ("label_emb.", "a class-conditioned model such as SD 2.1 unCLIP"),
 )
 # Substrings of tensor names of additions to a model, and their kind. Not checked in a whole checkpoint, which may
@@ -151,7 +150,7 @@ def family_of(file: TensorFile) -> str:
     if channels not in (4, INPAINTING):
         name = INPUTS.get(channels, "another kind of model")
         raise SourceError(f"{file.label} looks like {name} ({channels} input channels); give a text-to-image model.")
-    if unet := keys_of(file, UNET):
+    if unet := keys_of(file, UNET) or keys_of(file, CONTROLNET):
         width = next((_inputs(file, key) for key in unet if key.endswith(".attn2.to_k.weight")), 0)
         family = WIDTHS.get(width, "a model of another family")
         if family not in ("sd1", "sd2"):

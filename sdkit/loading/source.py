@@ -19,14 +19,14 @@ from sdkit.diffusion.schedule import NoiseSchedule
 from sdkit.errors import SourceError
 from sdkit.loading import diffusers_folder, single_file, tokenizer
 from sdkit.loading.configs import GUIDANCE, INDEX, class_name, read_config, read_json
-from sdkit.loading.parts import PARTS, SCHEDULER, TEXT, UNET, VAE, Part
+from sdkit.loading.parts import CONTROLNET, PARTS, SCHEDULER, TEXT, UNET, VAE, Part
 from sdkit.loading.place import Place, SourceName, absent, resolve
 from sdkit.loading.single_file import ASSETS
 from sdkit.loading.tensors import is_file, open_tensors
 from sdkit.messages import clean
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel, VQModel
+    from diffusers import AutoencoderKL, AutoencoderTiny, ControlNetModel, UNet2DConditionModel, VQModel
     from transformers import CLIPTextModel, CLIPTokenizer
 
 USUAL_GUIDANCE = 7.5
@@ -37,7 +37,7 @@ class Component:
     """Description of one part of a source. A value is None if it cannot be known without downloading the weights.
 
     Attributes:
-        part: "vae", "unet", "text", or "scheduler".
+        part: "vae", "unet", "controlnet", "text", or "scheduler".
         class_name: The class that its config names.
         parameters: Number of parameters.
         dtype: The dtype that most parameters are stored in, such as "float16".
@@ -137,6 +137,17 @@ class Source:
                 f"{label} looks like {name} ({settings.in_channels} input channels); give a text-to-image model."
             )
         return unet
+
+    def controlnet(self, dtype: torch.dtype = torch.float32) -> ControlNetModel:
+        """Load the ControlNet's network, in eval mode, on the CPU, converted to `dtype`."""
+        controlnet = cast("ControlNetModel", self._backend.network(CONTROLNET, dtype))
+        settings = cast("Any", controlnet.config)
+        if settings.addition_embed_type or settings.class_embed_type or settings.num_class_embeds:
+            raise SourceError(
+                f"{self.place.label} holds a ControlNet of Stable Diffusion XL or of another kind; give one of SD 1.x "
+                "or 2.x."
+            )
+        return controlnet
 
     def text_encoder(self, dtype: torch.dtype = torch.float32) -> tuple[CLIPTextModel, CLIPTokenizer]:
         """Load the text encoder's network, in eval mode, on the CPU, converted to `dtype`; and its tokenizer.

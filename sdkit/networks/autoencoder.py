@@ -58,12 +58,14 @@ class Forward(NamedTuple):
         mean: Mean of the posterior (B, 4, H/8, W/8). For a `VQModel`: the latents before quantization.
         logvar: Log-variance of the posterior, shaped like `mean`.
         codes: The codes that a `VQModel` decoded, shaped like `mean`, for the codebook loss; None for other kinds.
+        numbers: The numbers of these codes (B, H/8, W/8); None for other kinds.
     """
 
     pixels: Tensor
     mean: Tensor
     logvar: Tensor
     codes: Tensor | None = None
+    numbers: Tensor | None = None
 
 
 class Autoencoder(Protocol):
@@ -616,8 +618,8 @@ class VAE(Wrapper):
             quantization and reaches `mean`; the gradient of the codes reaches the codebook.
         """
         mean, logvar = self.posterior(x)
-        pixels, codes = self.kind.reconstruct(mean, logvar, eps, self.dtype)
-        return Forward(pixels, mean, logvar, codes)
+        pixels, codes, numbers = self.kind.reconstruct(mean, logvar, eps, self.dtype)
+        return Forward(pixels, mean, logvar, codes, numbers)
 
     @property
     def codebook(self) -> Tensor | None:

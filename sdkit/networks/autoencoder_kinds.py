@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sdkit.loading.pixels import PixelIdentity as PixelIdentity
@@ -26,10 +27,13 @@ class Kind:
         regularizers: The regularizers that a network of this kind can be trained with, named as in `VAEConfig`; none if
             it cannot be trained.
         makes_latents: Whether it leaves the space of pixels.
+        normalizes: Whether a `VQModel` in training normalises latents to length 1, like its codes. Other uses need not
+            do so: among codes of length 1, the nearest is the same for a latent of any length.
     """
 
     regularizers: tuple[str, ...] = ()
     makes_latents = True
+    normalizes = False
 
     def __init__(self, network: Any) -> None:
         self.network = network
@@ -87,14 +91,14 @@ class Kind:
 
     def reconstruct(
         self, mean: Tensor, logvar: Tensor, eps: Tensor | None, dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Decode a posterior with gradient, for training; `dtype` is the network's.
 
         Returns:
             Pixels (B, 3, H, W), float32, decoded from the posterior's sample by standard normal noise `eps`, or from
-            its mean if `eps` is None; and the codes that a `VQModel` decoded, or None.
+            its mean if `eps` is None; and the codes that a `VQModel` decoded, with their numbers, or None and None.
         """
-        return self.decode(sampled(mean, logvar, eps).to(dtype)), None
+        return self.decode(sampled(mean, logvar, eps).to(dtype)), None, None
 
 
 class KL(Kind):
@@ -160,12 +164,15 @@ class VQ(Tiny):
 
     def reconstruct(
         self, mean: Tensor, logvar: Tensor, eps: Tensor | None, dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Decode the nearest codes. The decoder's gradient bypasses the rounding and reaches `mean` (section 3.2)."""
-        assert self.codebook is not None
-        codes = nearest_codes(self.codebook, mean)[0]
-        straight = mean + (codes - mean).detach()
-        return self.decode(straight.to(dtype)), codes
+        latents, codebook = mean, self.codebook
+        assert codebook is not None
+        if self.normalizes:  # moving averages of weights shorten the codes
+            latents, codebook = F.normalize(latents, dim=1), F.normalize(codebook, dim=1)
+        codes, numbers = nearest_codes(codebook, latents)
+        straight = latents + (codes - latents).detach()
+        return self.decode(straight.to(dtype)), codes, numbers
 
 
 class Pixels(Kind):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import lru_cache
@@ -15,10 +14,11 @@ from torch import Tensor
 
 from sdkit.diffusion.conditioning import Conditioning, check_condition
 from sdkit.engines.attention import quicken_attention
-from sdkit.engines.compile import compile_modules, eager, is_compiling
+from sdkit.engines.compile import compile_modules, eager
 from sdkit.engines.device import memory_format, resolve_place
 from sdkit.errors import ArgumentError
 from sdkit.loading.source import Source, latent_channels
+from sdkit.networks.shared_timestep import embed_timestep_once, shared_timestep, timesteps_of
 from sdkit.networks.wrapper import Wrapper, blames_network
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ class UNet(Wrapper):
         self.inpaints = self.input_channels == 2 * self.channels + 1
         self.guided = config.time_cond_proj_dim is not None
         self.run: Callable[..., Any] | None = None
-        network.time_embedding.register_forward_pre_hook(_first_row)
+        embed_timestep_once(network)
 
     @classmethod
     def from_pretrained(
@@ -125,23 +125,18 @@ class UNet(Wrapper):
             problem = "takes the guidance scale as an input" if self.guided else "has no input for the guidance scale"
             raise ArgumentError(f"this U-Net {problem}: {'give' if self.guided else 'leave out'} guidance_scale.")
         sample = x_t.to(self.device, self.dtype)
-        shares_t = isinstance(t, int)
-        # Fill a number on the device: diffusers would copy it from the CPU, which synchronises with a GPU.
-        t = t.to(self.device) if isinstance(t, Tensor) else torch.full((1,), t, device=self.device)
         cond = cond.map(self._received)
         if cond.concat is not None:
             sample = torch.cat([sample, cond.concat], dim=1)
         down, mid = (None, None) if cond.residuals is None else cond.residuals
-        _thread.shares_t = shares_t
-        try:
+        timesteps = timesteps_of(t, self.device)
+        with shared_timestep(isinstance(t, int)):
             output: Tensor = (self.network if self.run is None else self.run)(
-                sample, t, encoder_hidden_states=cond.text, encoder_attention_mask=cond.mask, return_dict=False,
+                sample, timesteps, encoder_hidden_states=cond.text, encoder_attention_mask=cond.mask, return_dict=False,
                 timestep_cond=None if guidance_scale is None else self._guidance(guidance_scale),
                 class_labels=cond.label, added_cond_kwargs=cond.added,
                 down_block_additional_residuals=down, mid_block_additional_residual=mid,
             )[0]  # fmt: skip
-        finally:
-            _thread.shares_t = False  # reset for code that calls the network directly
         return output.to(x_t)
 
     def check_runs(self, what: str) -> None:
@@ -251,21 +246,3 @@ def _sides(area: int, height: int, width: int) -> tuple[int, int]:
 def _one(value: Any) -> int:
     """Return a config's number, or the first one if the config repeats it for each side or block."""
     return int(value[0] if isinstance(value, (list, tuple)) else value)
-
-
-_thread = threading.local()
-
-
-def _first_row(_: torch.nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    """Pre-hook of the time embedding: embed a timestep once if the whole batch shares it.
-
-    The time embedding's matrix products have one row for each image, and with so few rows rounding depends on their
-    number. With a single row, image i is bit-identical whether it is drawn alone or in a batch.
-    """
-    if is_compiling():
-        return None
-    rows, shared = inputs[0], getattr(_thread, "shares_t", False)
-    if not shared and rows.device.type == "cpu":
-        # The network was called directly. Compare timesteps on the CPU only; on a GPU this would synchronise.
-        shared = bool((rows == rows[:1]).all())
-    return (rows[:1], *inputs[1:]) if shared else None

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sdkit.arguments import one_of
 from sdkit.errors import ImageError, SourceError
 from sdkit.loading.place import path_or_fetched
 from sdkit.loading.single_file import ASSETS
@@ -93,7 +94,7 @@ class LPIPS(nn.Module):
 
     def __init__(self, network: str = "alex") -> None:
         super().__init__()
-        self.network, made = network, NETWORKS[network]
+        self.network, made = network, NETWORKS[one_of("network", network, NETWORKS)]
         self.smallest, self._compared = made.smallest, made.compared
         # Runs recognise LPIPS by a fingerprint that includes the parameters' names, such as "vgg.0.weight".
         self.add_module(network, made.layers())

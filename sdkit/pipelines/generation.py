@@ -13,11 +13,13 @@ from PIL import Image
 
 from sdkit import __version__, images, strict_json
 from sdkit.arguments import PREDICTIONS, first_seed, number, one_of, strings
+from sdkit.diffusion.samplers import default_spacing
 from sdkit.errors import ArgumentError, ImageError
 from sdkit.fields import with_inherited_fields
 from sdkit.files import sha256
 from sdkit.loading.place import EMBEDDED, PIXELS
 from sdkit.pipelines import infotext
+from sdkit.pipelines.controlnet import DEFAULTS, check_control_numbers
 from sdkit.pipelines.image_to_image import check_inputs
 from sdkit.pipelines.settings import DrawingSettings
 
@@ -28,6 +30,8 @@ EARLIER_NAMES = {
     "interval": "guidance_interval",
 }
 """Key in PNGs that earlier versions wrote -> the field of `Generation` that it is today."""
+SOURCES = ("lora", "controlnet", "control_image")
+"""Fields with several files, folders, or Hub ids."""
 
 INPUTS = {"image": "white", "mask_image": "black"}
 """Field of an input image -> the colour behind its transparent pixels."""
@@ -56,6 +60,9 @@ class Generation(DrawingSettings):
         vae: Source of a VAE that replaces the model's own.
         lora: Sources of LoRAs, which are merged in this order.
         lora_scale: A scale for each LoRA; empty stands for 1 each.
+        controlnet: Sources of ControlNets; see `ControlNet.from_pretrained`.
+        control_image: Files of the images that they read, one for each.
+        control_image_sha256: SHA-256 of each of these files.
     """
 
     prompt: str = ""
@@ -74,6 +81,9 @@ class Generation(DrawingSettings):
     vae: str | None = None
     lora: tuple[str, ...] = ()
     lora_scale: tuple[float, ...] = ()
+    controlnet: tuple[str, ...] = ()
+    control_image: tuple[str, ...] = ()
+    control_image_sha256: tuple[str, ...] = ()
 
     @property
     def loras(self) -> list[tuple[str, float]]:
@@ -92,6 +102,7 @@ class Generation(DrawingSettings):
         strings("negative_prompt", self.negative_prompt)
         first_seed(self.seed, 1)
         check_inputs(self, image=self.image is not None, mask=self.mask_image is not None)
+        check_control_numbers(self, len(self.controlnet), len(self.control_image))
         for scale in self.lora_scale:
             number("lora_scale", scale)
         if self.lora_scale and not self.lora:
@@ -104,7 +115,7 @@ class Generation(DrawingSettings):
         if self.prediction_type is not None:
             one_of("prediction_type", self.prediction_type, PREDICTIONS)
 
-    def inputs(self) -> tuple[dict[str, Image.Image], Generation]:
+    def inputs(self) -> tuple[dict[str, Any], Generation]:
         """Read the image and the mask.
 
         Returns:
@@ -113,19 +124,29 @@ class Generation(DrawingSettings):
         Raises:
             ImageError: A file cannot be read, or has changed since these settings were written.
         """
-        pictures, hashes = dict[str, Image.Image](), dict[str, str]()
+        pictures: dict[str, Image.Image] = {}
+        hashes: dict[str, str] = {}
         for name, background in INPUTS.items():
             path, expected = getattr(self, name), getattr(self, f"{name}_sha256")
             if path is None:
                 continue
             pictures[name] = images.read(path, background)
-            hashes[f"{name}_sha256"] = found = sha256(Path(path))
-            if expected not in (None, found):
-                raise ImageError(
-                    f"{path} has changed since it was drawn from; restore it, or give it anew as {name} to draw from "
-                    "what it is now."
-                )
+            hashes[f"{name}_sha256"] = _hash(path, name, expected)
         return pictures, self.but(**hashes)
+
+    def control_images(self) -> tuple[list[Image.Image], Generation]:
+        """Read the images of the ControlNets.
+
+        Returns:
+            The images, and these settings with the SHA-256 of each file.
+
+        Raises:
+            ImageError: A file cannot be read, or has changed since these settings were written.
+        """
+        expected = self.control_image_sha256 or [None] * len(self.control_image)
+        pictures = [images.read(path) for path in self.control_image]
+        hashes = [_hash(path, "control_image", one) for path, one in zip(self.control_image, expected, strict=True)]
+        return pictures, replace(self, control_image_sha256=tuple(hashes))
 
     def text(self) -> dict[str, str]:
         """Return the text chunks of a PNG: each setting, and all of them as A1111 writes them (see `infotext`).
@@ -136,9 +157,11 @@ class Generation(DrawingSettings):
         if self.guidance_interval is not None:
             values["guidance_interval"] = " ".join(map(str, self.guidance_interval))
         values |= {key: anywhere(values[key]) for key in ("model", "config", "vae", *INPUTS) if key in values}
-        for name, items in (("lora", [anywhere(lora) for lora in self.lora]), ("lora_scale", self.lora_scale)):
-            if items:
-                values[name] = _listed(items)
+        if not self.controlnet:
+            values = {key: value for key, value in values.items() if key not in DEFAULTS}
+        for name, value in values.items():
+            if isinstance(value, (list, tuple)):
+                values[name] = _listed([anywhere(item) for item in value] if name in SOURCES else value)
         own = {key: str(value) for key, value in values.items()}
         return {**own, "sdkit": __version__, infotext.KEY: infotext.infotext(self)}
 
@@ -161,10 +184,15 @@ class Generation(DrawingSettings):
         """Return a copy with some values changed.
 
         A change of the model resets all settings that belong to a model, its VAE and LoRAs included. A change of the
-        LoRAs resets their scales. An input that is given anew may hold anything.
+        LoRAs resets their scales, and one between samplers that need different spacings resets the spacing. An input
+        that is given anew may hold anything.
         """
+        if "control_image" in changes:
+            changes = {"control_image_sha256": (), **changes}
         if "lora" in changes:
             changes = {"lora_scale": (), **changes}
+        if default_spacing(changes.get("sampler", self.sampler)) != default_spacing(self.sampler):
+            changes = {"spacing": None, **changes}
         changes = {**{f"{name}_sha256": None for name in INPUTS if name in changes}, **changes}
         if anywhere(changes.get("model", self.model)) != anywhere(self.model):
             of_model = (
@@ -178,11 +206,23 @@ class Generation(DrawingSettings):
                 "prediction_type",
                 "vae",
             )
-            changes = {**dict.fromkeys(of_model), "lora": (), "lora_scale": (), **changes}
+            lists: dict[str, Any] = dict.fromkeys(("lora", "lora_scale", "controlnet"), ())
+            changes = {**dict.fromkeys(of_model), **lists, **changes}
         return replace(self, **changes)
 
 
 Generation.__doc__ = with_inherited_fields(Generation)
+
+
+def _hash(path: str, name: str, expected: str | None) -> str:
+    """Return the SHA-256 of an input's file. Raise ImageError if it is not the expected one."""
+    found = sha256(Path(path))
+    if expected not in (None, found):
+        raise ImageError(
+            f"{path} has changed since it was drawn from; restore it, or give it anew as {name} to draw from what it "
+            "is now."
+        )
+    return found
 
 
 def anywhere(source: str) -> str:
@@ -218,14 +258,20 @@ def _items(text: str) -> list[Any]:
     return found
 
 
-def _loras(text: str) -> tuple[str, ...]:
-    """Read the field `lora`."""
+def _texts(text: str) -> tuple[str, ...]:
+    """Read a field of several texts."""
     return tuple(map(str, _items(text)))
 
 
-def _scales(text: str) -> tuple[float, ...]:
-    """Read the field `lora_scale`."""
+def _numbers(text: str) -> tuple[float, ...]:
+    """Read a field of several numbers."""
     return tuple(map(float, _items(text)))
+
+
+def _one_or_more(text: str) -> float | tuple[float, ...]:
+    """Read a field of one number or several."""
+    numbers = _numbers(text)
+    return numbers if text.startswith("[") else numbers[0]
 
 
 def _interval(text: str) -> tuple[float, float]:
@@ -242,8 +288,9 @@ _TYPES: dict[str, Callable[[str], Any]] = {
 }
 """Parsers of fields by their types."""
 _PARSERS: dict[str, Callable[[str], Any]] = {
-    "lora": _loras,
-    "lora_scale": _scales,
+    **dict.fromkeys((*SOURCES, "control_image_sha256"), _texts),
+    "lora_scale": _numbers,
+    **dict.fromkeys([name for name, default in DEFAULTS.items() if isinstance(default, float)], _one_or_more),
     "guidance_interval": _interval,
 }
 """Parsers of fields whose text is of a form of its own."""

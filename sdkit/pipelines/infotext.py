@@ -31,7 +31,7 @@ SAMPLERS = {
     "lcm": "LCM",
     "tcd": "TCD",
 }
-"""Name of a sampler -> A1111's name of it. A1111 has no DDPM."""
+"""Name of a sampler -> A1111's name of it. A1111 has neither DDPM nor TCD."""
 SCHEDULES = {"karras": "Karras", "exponential": "Exponential"}
 """Spacing -> A1111's "Schedule type"."""
 

@@ -32,6 +32,13 @@ class DrawingSettings:
         mask_blur: With a mask: blur of its edge, inwards, as a standard deviation in pixels; 0 is a sharp edge.
         padding_mask_crop: With a mask: draw only the masked region, enlarged, with this many pixels around it. None
             draws the whole image.
+        controlnet_conditioning_scale: Strength of a ControlNet: factor of what it adds to the U-Net. One number for
+            all ControlNets, or one for each.
+        control_guidance_start: Share of the steps, from 0 to 1, before a ControlNet begins to act. One number, or one
+            for each.
+        control_guidance_end: Share of the steps after which a ControlNet no longer acts. One number, or one for each.
+        guess_mode: Let ControlNets guess what the control image shows: they act less on fine detail, and not on the
+            negative prompt, so that an empty prompt works.
         clip_skip: Number of the text encoder's last layers to skip.
         weighting: Read weights in prompts, such as (word:1.3), as A1111 does.
     """
@@ -48,6 +55,10 @@ class DrawingSettings:
     strength: float | None = None
     mask_blur: float = 0.0
     padding_mask_crop: int | None = None
+    controlnet_conditioning_scale: float | tuple[float, ...] = 1.0
+    control_guidance_start: float | tuple[float, ...] = 0.0
+    control_guidance_end: float | tuple[float, ...] = 1.0
+    guess_mode: bool = False
     clip_skip: int = 0
     weighting: bool = False
 
@@ -64,6 +75,7 @@ class DrawingSettings:
         from sdkit.diffusion.samplers import sampler_by_name
         from sdkit.diffusion.schedule import check_spacing, check_steps
         from sdkit.networks.text_encoder import check_clip_skip
+        from sdkit.pipelines.controlnet import check_control_settings
         from sdkit.pipelines.image_to_image import check_strength
         from sdkit.pipelines.inpainting import check_mask_blur, check_padding
         from sdkit.pipelines.steps import check_side
@@ -71,6 +83,7 @@ class DrawingSettings:
         for name, pixels in (("height", self.height), ("width", self.width)):
             if pixels is not None:
                 check_side(name, pixels)
+        check_control_settings(self)
         check_steps(self.num_inference_steps)
         sampler_by_name(self.sampler, eta=self.eta)
         if self.spacing is not None:
@@ -105,5 +118,9 @@ class DrawingKeywords(TypedDict, total=False):
     strength: float | None
     mask_blur: float
     padding_mask_crop: int | None
+    controlnet_conditioning_scale: float | tuple[float, ...]
+    control_guidance_start: float | tuple[float, ...]
+    control_guidance_end: float | tuple[float, ...]
+    guess_mode: bool
     clip_skip: int
     weighting: bool

@@ -37,6 +37,7 @@ from sdkit.networks.denoiser import UNet
 from sdkit.networks.lora import merge_lora
 from sdkit.networks.text_encoder import TextEncoder
 from sdkit.networks.wrapper import Wrapper
+from sdkit.pipelines.controlnet import Control, ControlNets, controlled, fitted, in_region, open_controls
 from sdkit.pipelines.image_to_image import check_inputs, last_steps
 from sdkit.pipelines.inpainting import Canvas, Original, keep_outside, latent_mask, open_canvas
 from sdkit.pipelines.settings import DrawingKeywords, DrawingSettings
@@ -65,6 +66,8 @@ class CallKeywords(DrawingKeywords, total=False):
     num_images_per_prompt: int
     latents: Tensor | None
     callback: Callable[[Step], object] | None
+    controlnet: ControlNets | None
+    control_image: Any
     apg: APG | None
     batch_size: int | None
 
@@ -234,6 +237,8 @@ class StableDiffusion:
         latents: Tensor | None = None,
         output_type: Literal["pil", "np", "pt", "latent"] = "pil",
         callback: Callable[[Step], object] | None = None,
+        controlnet: ControlNets | None = None,
+        control_image: Any = None,
         apg: APG | None = None,
         batch_size: int | None = None,
         **options: Unpack[DrawingKeywords],
@@ -245,8 +250,7 @@ class StableDiffusion:
         that was trained to paint into images needs both.
 
         The U-Net of a latent consistency model takes the guidance scale as an input and makes one pass a step. It
-        accepts neither a negative prompt nor any other option of guidance, and is sampled by `sampler`, not by LCM's
-        own sampler.
+        accepts neither a negative prompt nor any other option of guidance. Its own sampler is "lcm", not the default.
 
         Args:
             prompt: A prompt, or a list of them.
@@ -263,6 +267,12 @@ class StableDiffusion:
                 the noise that is added to it.
             output_type: "pil", "np", "pt", or "latent"; see Returns.
             callback: Called with each `Step` of each batch.
+            controlnet: A ControlNet, or a list of them, that the drawing follows. It stays on its own device, even
+                where the model is offloaded.
+            control_image: Image that the ControlNet reads, such as edges: one for all prompts, or one for each; PIL
+                images, paths, uint8 arrays, or tensors (B, 3, H, W) in [-1, 1]. With a list of ControlNets, a list with
+                this for each of them. The height and the width are its own by default; if they are given, it is
+                resized.
             apg: Settings of adaptive projected guidance, which replaces classifier-free guidance.
             batch_size: Number of images denoised together; None fits it to their size.
 
@@ -297,8 +307,10 @@ class StableDiffusion:
         prompts, negatives = self._prompts(prompt, negative_prompt, num_images_per_prompt)
         settings = DrawingSettings(**options)
         canvas = self._canvas(image, mask_image, settings, len(prompts), num_images_per_prompt)
+        n = len(prompts) // num_images_per_prompt
+        controls = open_controls(controlnet, control_image, settings, prompts=n, copies=num_images_per_prompt)
         plan = self._plan(
-            settings, canvas, prompts, negatives, seed=seed, latents=latents, apg=apg, batch_size=batch_size,
+            settings, canvas, controls, prompts, negatives, seed=seed, latents=latents, apg=apg, batch_size=batch_size,
             finite=output_type != "latent", callback=callback,
         )  # fmt: skip
         if canvas is None:
@@ -363,9 +375,10 @@ class StableDiffusion:
         side = self.unet.sample_size * self.vae.factor
         whole = replace(settings, strength=1.0)
         canvas = open_canvas(image, None, whole, prompts=len(prompts), copies=1, side=side)
+        controls = open_controls(None, None, settings, prompts=len(prompts), copies=1)
         plan = self._plan(
-            settings, canvas, prompts, negatives, seed=0, latents=None, apg=None, batch_size=batch_size, finite=True,
-            callback=None,
+            settings, canvas, controls, prompts, negatives, seed=0, latents=None, apg=None, batch_size=batch_size,
+            finite=True, callback=None,
         )  # fmt: skip
         with self._working(self.vae):
             z = self.vae.encode(canvas.images, sample=False)
@@ -396,16 +409,19 @@ class StableDiffusion:
         return open_canvas(image, mask_image, settings, prompts=n // copies, copies=copies, side=side)
 
     def _plan(
-        self, settings: DrawingSettings, canvas: Canvas | None, prompts: list[str], negatives: list[str], *,
-        seed: int | Sequence[int], latents: Tensor | None, apg: APG | None, batch_size: int | None, finite: bool,
-        callback: Callable[[Step], object] | None,
+        self, settings: DrawingSettings, canvas: Canvas | None, controls: list[Control], prompts: list[str],
+        negatives: list[str], *, seed: int | Sequence[int], latents: Tensor | None, apg: APG | None,
+        batch_size: int | None, finite: bool, callback: Callable[[Step], object] | None,
     ) -> Plan:  # fmt: skip
         """Check the settings and the arguments of a call against this model, and return all that is drawn."""
-        size = self._size(*((settings.height, settings.width) if canvas is None else canvas.size), latents)
+        given = (settings.height, settings.width) if canvas is None else canvas.size
+        size = self._size(*given, latents, controls)
         spacing = default_spacing(settings.sampler) if settings.spacing is None else settings.spacing
         timesteps: Timesteps = self.schedule.timesteps(settings.num_inference_steps, spacing)
         if canvas is not None:
             timesteps = last_steps(timesteps, canvas.strength)
+            if canvas.box is not None:
+                controls = in_region(controls, (canvas.whole.shape[2], canvas.whole.shape[3]), canvas.box)
         guidance: dict[str, Any] = {
             "interval": settings.guidance_interval, "phi": settings.guidance_rescale, "projected": apg,
         }  # fmt: skip
@@ -420,6 +436,7 @@ class StableDiffusion:
             batches=list(self._batches(prompts, negatives, scale, settings.weighting, shape, batch_size)),
             sampler=sampler_by_name(settings.sampler, eta=settings.eta),
             model=model,
+            controls=fitted(controls, self.unet, self.vae.factor, size),
             guidance={"scale": scale, **guidance},
             finite=finite,
             callback=callback,
@@ -494,7 +511,13 @@ class StableDiffusion:
 
     def _guided(self, plan: Plan) -> Predictor:
         """Return the function that makes a batch's predictor with the plan's model and guidance."""
-        return lambda _, cond, uncond: guided(plan.model, self.schedule, cond, uncond, **plan.guidance)
+
+        def predictor(batch: Batch, cond: Conditioning, uncond: Conditioning | None) -> Predict:
+            controls = [control[batch.images] for control in plan.controls]
+            model = controlled(plan.model, controls, plan.timesteps)
+            return guided(model, self.schedule, cond, uncond, **plan.guidance)
+
+        return predictor
 
     def _beside(self, plan: Plan, concat: Tensor) -> Predictor:
         """Return the function that makes a batch's predictor, which is also told `concat` (N, C', h, w)."""
@@ -575,14 +598,20 @@ class StableDiffusion:
         copies = whole_number("num_images_per_prompt", copies, 1)
         return [text for text in prompts for _ in range(copies)], [text for text in negatives for _ in range(copies)]
 
-    def _size(self, height: int | None, width: int | None, latents: Tensor | None) -> tuple[int, int]:
-        """Return the images' height and width in pixels: the given ones, else those of `latents`, else the model's."""
+    def _size(
+        self, height: int | None, width: int | None, latents: Tensor | None, controls: Sequence[Control]
+    ) -> tuple[int, int]:
+        """Return the images' height and width in pixels: the given ones, else those of `latents`, else those of the
+        first control image, else the model's."""
         factor, side = self.vae.factor, self.unet.sample_size
         if latents is not None:
             if not isinstance(latents, Tensor) or latents.ndim != 4:
                 raise ArgumentError("latents must be a tensor (N, 4, h, w) of standard normal noise.")
             height = latents.shape[2] * factor if height is None else height
             width = latents.shape[3] * factor if width is None else width
+        elif controls:
+            height = controls[0].images.shape[2] if height is None else height
+            width = controls[0].images.shape[3] if width is None else width
         height = check_side("height", side * factor if height is None else height, factor)
         return height, check_side("width", side * factor if width is None else width, factor)
 
@@ -670,6 +699,7 @@ class Plan:
         batches: All N images, grouped into batches.
         sampler: The sampling loop.
         model: The U-Net as `guided` calls it.
+        controls: ControlNets, with images of the size of the drawing.
         guidance: The keywords of `guided`, the scale among them.
         finite: Whether embeddings must be finite.
         callback: Called with each `Step` of each batch.
@@ -683,6 +713,7 @@ class Plan:
     batches: Sequence[Batch]
     sampler: Sampler
     model: Model
+    controls: Sequence[Control]
     guidance: Mapping[str, Any]
     finite: bool
     callback: Callable[[Step], object] | None

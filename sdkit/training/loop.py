@@ -254,14 +254,14 @@ class _Loop:
         *means, grad_norm, stopping = self._reduce(rows, norm)
 
         # Update the weights, unless the loss or a gradient is NaN or infinite on some process.
-        bad_micro_batches = None
+        bad_micro_batches, more = None, dict[str, float]()
         if self._gradients_are_good(grad_norm) and math.isfinite(means[0]):
-            self._take_step(prepared, grad_norm)
+            more = self._take_step(prepared, grad_norm, batches)
         else:
             bad_micro_batches = self._skip_step(rows)
         prepared.optimizer.zero_grad()
 
-        metrics = {**dict(zip(names, means, strict=True)), "lr": learning_rate, "grad_norm": grad_norm}
+        metrics = {**dict(zip(names, means, strict=True)), **more, "lr": learning_rate, "grad_norm": grad_norm}
         return _Turn(metrics, bad_micro_batches, stopping > 0)
 
     def _set_learning_rate(self, prepared: PreparedPlayer) -> float:
@@ -319,11 +319,23 @@ class _Loop:
         scaler = self.accelerator.scaler
         return math.isfinite(grad_norm) or (scaler is not None and scaler.get_scale() >= 1)
 
-    def _take_step(self, prepared: PreparedPlayer, grad_norm: float) -> None:
-        """Update the weights and their moving average. After an overflow the scaler skips the update by itself."""
+    def _take_step(
+        self, prepared: PreparedPlayer, grad_norm: float, batches: Sequence[dict[str, Any]]
+    ) -> dict[str, float]:
+        """Update the weights and their moving average. After an overflow the scaler skips the update by itself.
+
+        Returns:
+            Metrics of the player's `after_update`.
+        """
         prepared.optimizer.step()
-        if prepared.ema and math.isfinite(grad_norm):
-            prepared.ema.update()
+        metrics = dict[str, float]()
+        if math.isfinite(grad_norm):
+            if prepared.player.after_update:
+                with torch.no_grad():
+                    metrics |= prepared.player.after_update(self.networks, batches, self.step)
+            if prepared.ema:
+                prepared.ema.update()
+        return metrics
 
     def _skip_step(self, rows: list[Tensor]) -> set[int]:
         """Skip the update. Return the indices of this process's micro-batches whose loss is not finite."""

@@ -18,6 +18,7 @@ from sdkit.files import expanded
 LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
 
 AUGMENTATIONS = ("crop", "flip")
+CONDITIONS = ("canny", "grey", "outlines", "colour_blocks")  # names in sdkit.images.conditions.CONDITIONS
 RECONSTRUCTIONS = ("l1", "l2")
 REGULARIZERS = ("none", "kl", "vq")
 LPIPS_VARIABLE = "SDKIT_LPIPS"  # environment variable that names the weights of LPIPS
@@ -247,6 +248,9 @@ class VAEConfig(StageSettings):
             is what SDKIT_LPIPS names, or else alex.
         regularizer: Regularizer of the latents: kl, vq (for a VQModel only), or none (an autoencoder
             without noise).
+        codebook_decay: Decay of the moving averages that the codes of a VQModel follow (VQ-VAE, appendix A.1),
+            with a k-means start and restarts of dead codes; 0 trains the codes by gradient alone.
+        normalize_codes: Codes of length 1, compared with latents by their angle (ViT-VQGAN).
         kl_weight: Weight of the KL next to a loss summed over pixels, as in latent diffusion; ignored if
             the encoder is frozen.
         disc_weight: Weight of the adversarial loss of a PatchGAN discriminator, multiplied by VQGAN's
@@ -261,6 +265,8 @@ class VAEConfig(StageSettings):
     lpips_weight: float = 0.1
     lpips: str | os.PathLike[str] | None = None
     regularizer: str = "kl"
+    codebook_decay: float = 0.99
+    normalize_codes: bool = False
     kl_weight: float = 1e-6
     disc_weight: float = 0.0
     disc_start: int = 0
@@ -283,6 +289,12 @@ class VAEConfig(StageSettings):
         flag("train_encoder", self.train_encoder)
         one_of("reconstruction", self.reconstruction, RECONSTRUCTIONS)
         one_of("regularizer", self.regularizer, REGULARIZERS)
+        self._keep("codebook_decay", number("codebook_decay", self.codebook_decay, 0, 0.9999))
+        flag("normalize_codes", self.normalize_codes)
+        if self.normalize_codes and not (self.regularizer == "vq" and (self.train_encoder or self.init is not None)):
+            raise ArgumentError(
+                "normalize_codes changes the codes of a VQModel; it needs regularizer vq, and train_encoder or init."
+            )
         for name in ("lpips_weight", "kl_weight", "disc_weight"):
             self._keep(name, number(name, getattr(self, name), 0))
         self._keep("disc_start", whole_number("disc_start", self.disc_start, 0))
@@ -370,3 +382,52 @@ class UNetConfig(DenoisingSettings):
             self._keep("lora_rank", whole_number("lora_rank", self.lora_rank, 1))
             if self.init is not None:
                 raise ArgumentError("a network made from init= has nothing for LoRA to add to; leave one of them out.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ControlNetConfig(DenoisingSettings):
+    """Settings of `train_controlnet`. The model is frozen; the data need a condition for each image.
+
+    Attributes:
+        controlnet: ControlNet to train further: a folder, a Hub id, or a single file. None begins with a copy
+            of the U-Net's encoder.
+        condition: Make the conditions of the images: canny (edges), grey, outlines (of a mask or a semantic
+            map), or colour_blocks. None reads them.
+        conditioning_data: Data set of the conditions, images of the same names as those in data. None reads
+            them from a column of data.
+        conditioning_image_column: Column of the conditions in parquet files and data sets of the Hub.
+        caption_dropout: Share of samples trained with an empty caption, so that the ControlNet learns to read
+            the condition alone (Zhang et al. 2023, section 3.4).
+        validation_prompts: Prompts of images generated at each validation, always from the same seeds, with
+            the conditions of the first held-out images.
+    """
+
+    controlnet: str | os.PathLike[str] | None = None
+    condition: str | None = None
+    conditioning_data: str | os.PathLike[str] | None = None
+    conditioning_image_column: str = "conditioning_image"
+    caption_dropout: float = 0.5
+
+    # Paths; fingerprints cover the contents.
+    may_change = DenoisingSettings.may_change | {"controlnet", "conditioning_data"}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        from sdkit.arguments import one_of, path_or_name
+
+        if self.init is not None:
+            raise ArgumentError(
+                "init has no meaning for a ControlNet, which begins as a copy of the U-Net; leave it out."
+            )
+        for name in ("controlnet", "conditioning_data"):
+            if (value := getattr(self, name)) is not None:
+                path_or_name(name, value)
+        if self.conditioning_data is not None:
+            self._keep_apart("conditioning_data", self.conditioning_data)
+        path_or_name("conditioning_image_column", self.conditioning_image_column)
+        if self.condition is not None:
+            one_of("condition", self.condition, CONDITIONS)
+            if self.conditioning_data is not None:
+                raise ArgumentError(
+                    "conditions are either made (condition) or read (conditioning_data); leave one of them out."
+                )

@@ -12,6 +12,9 @@ from torch import Tensor, nn
 Loss = Callable[[Mapping[str, nn.Module], dict[str, Any], int], tuple[Tensor, Mapping[str, float | Tensor]]]
 """Signature: loss(networks by player name, batch, optimizer step) -> (the loss, its parts to log by name)."""
 
+AfterUpdate = Callable[[Mapping[str, nn.Module], Sequence[dict[str, Any]], int], Mapping[str, float]]
+"""Signature: after_update(networks by player name, this process's micro-batches, optimizer step) -> metrics to log."""
+
 Samples = list[tuple[int, int]]
 """(n, item): the n-th sample since the run began is example `item`."""
 
@@ -35,6 +38,8 @@ class Player:
         ema: Whether a moving average of the weights is kept, validated, and exported.
         betas: Betas of AdamW.
         weight_decay: Weight decay of AdamW.
+        after_update: A function that is called on every process after each update of the weights, without gradients.
+            It may change the weights further, on every process in the same way. None for most players.
     """
 
     name: str
@@ -46,6 +51,7 @@ class Player:
     ema: bool = False
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 0.01
+    after_update: AfterUpdate | None = None
 
 
 class Stage(Protocol):

@@ -32,7 +32,7 @@ from sdkit.cli.commands import _parser
 from sdkit.cli.training import CHOICES, _add_settings, _settings
 from sdkit.data import LatentCache, check
 from sdkit.errors import ArgumentError
-from sdkit.training import UNetConfig, VAEConfig, train_unet
+from sdkit.training import UNetConfig, train_unet
 from sdkit.training.checkpoint import checkpoints
 from sdkit.training.run_folder import read_metrics
 from sdkit.training.settings import StageSettings
@@ -103,22 +103,25 @@ def test_help_tells_every_field_with_its_docstring_and_default(run: Callable[...
     adam = "Use AdamW of bitsandbytes, with its state in 8 bits (default: no)"
     assert f"--use-8bit-adam, --no-use-8bit-adam {adam}" in told
     assert "required, here or in the --config file: --data PATH" in told
-    text = "Train the text encoder together with the U-Net (default: no)"
-    own = text if stage == "unet" else "(as in Stability's ft-mse) (default: l2)"
-    assert own in told
+    own = {
+        "unet": "Train the text encoder together with the U-Net (default: no)",
+        "vae": "(as in Stability's ft-mse) (default: l2)",
+        "controlnet": "Column of the conditions in parquet files and data sets of the Hub (default: cond",
+    }
+    assert own[stage] in told
 
 
 @pytest.mark.parametrize("field", CHOICES)
 def test_the_choices_in_the_help_are_those_of_the_settings(field: str) -> None:
-    stage = VAEConfig if hasattr(VAEConfig, field) else UNetConfig
+    name, stage = next((name, stage) for name, stage in STAGES.items() if hasattr(stage, field))
     with pytest.raises(ArgumentError) as refused:
         stage(data="photos", out_dir="run", **{field: "unheard-of"})
     known = re.findall(r"'([^']+)'", str(refused.value).partition("is not one of")[2])
     assert set(CHOICES[field]) == {PREDICTIONS.get(name, name) for name in known}
     train = _parser()._subparsers._group_actions[0].choices["train"]  # type: ignore[union-attr,index]
-    options = train._subparsers._group_actions[0].choices["vae" if stage is VAEConfig else "unet"]._actions
+    options = train._subparsers._group_actions[0].choices[name]._actions
     (option,) = (option for option in options if option.dest == field)
-    assert all(name in f"{option.metavar} {option.help}" for name in CHOICES[field])
+    assert all(choice in f"{option.metavar} {option.help}" for choice in CHOICES[field])
 
 
 def test_every_option_is_explained() -> None:
@@ -164,10 +167,8 @@ def test_help_loads_no_heavy_library() -> None:
 # Options
 
 
-def settings(stage: str, *arguments: str) -> VAEConfig | UNetConfig:
-    found = _settings(STAGES[stage], _parser().parse_args(["train", stage, *arguments]))
-    assert isinstance(found, (VAEConfig, UNetConfig))
-    return found
+def settings(stage: str, *arguments: str) -> StageSettings:
+    return _settings(STAGES[stage], _parser().parse_args(["train", stage, *arguments]))
 
 
 COMMON: dict[str, tuple[str, Any]] = {
@@ -197,6 +198,17 @@ COMMON: dict[str, tuple[str, Any]] = {
     "gradient_checkpointing": ("", True),
     "evaluate": ("frechet kid:dinov2:some/model", ("frechet", "kid:dinov2:some/model")),
 }
+DENOISING: dict[str, tuple[str, Any]] = {
+    "vae": ("a/vae", "a/vae"),
+    "prediction_type": ("v_prediction", "v_prediction"),
+    "zero_snr": ("", True),
+    "snr_gamma": ("5", 5.0),
+    "noise_offset": ("0.1", 0.1),
+    "caption_dropout": ("0", 0.0),
+    "validation_prompts": ("apple ghost", ("apple", "ghost")),
+    "caption_column": ("label", "label"),
+    "default_caption": ("ghost", "ghost"),
+}
 OWN: dict[str, dict[str, tuple[str, Any]]] = {
     "vae": {
         "init": ("config.json", "config.json"),
@@ -204,24 +216,24 @@ OWN: dict[str, dict[str, tuple[str, Any]]] = {
         "reconstruction": ("l1", "l1"),
         "lpips_weight": ("0.5", 0.5),
         "lpips": ("weights", "weights"),
-        "regularizer": ("none", "none"),
+        "regularizer": ("vq", "vq"),
+        "codebook_decay": ("0.9", 0.9),
+        "normalize_codes": ("", True),
         "kl_weight": ("1e-3", 1e-3),
         "disc_weight": ("0.5", 0.5),
         "disc_start": ("9", 9),
         "validation_data": ("others", "others"),
     },
     "unet": {
-        "vae": ("a/vae", "a/vae"),
         "lora_rank": ("8", 8),
         "train_text_encoder": ("", True),
-        "prediction_type": ("v_prediction", "v_prediction"),
-        "zero_snr": ("", True),
-        "snr_gamma": ("5", 5.0),
-        "noise_offset": ("0.1", 0.1),
-        "caption_dropout": ("0", 0.0),
-        "validation_prompts": ("apple ghost", ("apple", "ghost")),
-        "caption_column": ("label", "label"),
-        "default_caption": ("ghost", "ghost"),
+        **DENOISING,
+    },
+    "controlnet": {
+        "controlnet": ("a/controlnet", "a/controlnet"),
+        "condition": ("canny", "canny"),
+        "conditioning_image_column": ("edges", "edges"),
+        **DENOISING,
     },
 }
 
@@ -229,7 +241,8 @@ OWN: dict[str, dict[str, tuple[str, Any]]] = {
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_field_can_be_set(stage: str) -> None:
     values = COMMON | OWN[stage]
-    assert values.keys() | ({"init"} if stage == "unet" else set()) == {field.name for field in fields(STAGES[stage])}
+    others = {"vae": set[str](), "unet": {"init"}, "controlnet": {"init", "conditioning_data"}}  # exclude another one
+    assert values.keys() | others[stage] == {field.name for field in fields(STAGES[stage])}
     words = [w for name, (text, _) in values.items() for w in (f"--{name.replace('_', '-')}", *text.split())]
     assert settings(stage, *words) == STAGES[stage](**{name: value for name, (_, value) in values.items()})
     for name, (_, value) in values.items():

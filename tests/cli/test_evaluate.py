@@ -16,6 +16,8 @@ from sdkit.evaluation.generated_images import evaluate_images
 from tests.helpers.clip import save_clip
 from tests.helpers.real_images import crops, save_all
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*are fewer than the:UserWarning")
+
 QUICK = ("--steps", "1", "--dtype", "fp32", "--device", "cpu")
 
 
@@ -101,8 +103,9 @@ def test_a_model_draws_the_images(run: Callable[..., Ran], work: Path, sd: objec
     # They are the images of `sdkit generate`, and evaluated like them.
     made = work / "drawn"
     assert main(["generate", "--out", str(made), *arguments]) == 0
-    again = json.loads(run(made, "--prompts", "prompts.txt", "--reference", "real", "--extractor", "alex", clip,
-                           "--device", "cpu", "--json").out)["generated"]["scores"]  # fmt: skip
+    options = ("--prompts", "prompts.txt", "--extractor", "alex", clip, "--device", "cpu", "--json")
+    out = run(made, "--reference", "real", *options).out
+    again = json.loads(out[out.index("{") :])["generated"]["scores"]  # after the paths that `generate` printed
     for a, b in zip(found, again, strict=True):
         assert a["metric"] == b["metric"]
         assert a["value"] == pytest.approx(b["value"], rel=1e-3, abs=1e-3)
@@ -156,7 +159,7 @@ CASES = {
     "made --reference real --extractor clip:clip --prompts three.txt": "3 prompts cannot be assigned to 10 images",
     "made --reference real --batch-size 0": "batch_size must be a whole number of at least 1, not 0",
     "made --reference real --device gpu": "device 'gpu' cannot be used on this machine",
-    "--reference real --model none --prompts three.txt": "'none' is neither a path that exists nor a Hub id",
+    "--reference real --model none --prompts three.txt --count 3": "'none' is neither a path that exists nor a Hub id",
     "--reference real --model emoji --prompts three.txt --count 0": "count must be a whole number of at least 1",
     "--reference real --model emoji --prompts three.txt --count 1": "3 generated images are too few to measure",
     "--reference real --model emoji --prompts three.txt --seed -1": "seed must be a whole number",

@@ -359,6 +359,17 @@ def test_the_size_is_recorded_and_kept(sd: sdkit.StableDiffusion, tmp_path: Path
     assert (Generation.read(path).height, Generation.read(path).width) == (50, 43)
 
 
+@pytest.mark.parametrize("sampler", ["lcm", "tcd", "ddim"])
+def test_the_spacing_that_was_used_is_recorded(sd: sdkit.StableDiffusion, tmp_path: Path, sampler: str) -> None:
+    """LCM and TCD have a spacing of their own, not the schedule's."""
+    first = generate_files(sd, ["x"], tmp_path / "1.png", Generation(num_inference_steps=2, sampler=sampler))[0]
+    again = generate_files(sd, ["x"], tmp_path / "2.png", Generation.read(first))[0]
+    assert again.read_bytes() == first.read_bytes()
+    own = sd.schedule.timestep_spacing if sampler == "ddim" else "lcm"
+    assert Generation.read(first).spacing == own
+    assert Generation.read(first).but(sampler="euler").spacing == (own if sampler == "ddim" else None)
+
+
 def test_the_scale_is_the_models_own_and_recorded(sd: sdkit.StableDiffusion, tmp_path: Path) -> None:
     """Recording the scale makes the image reproducible even if the model's own scale changes."""
     own, same, other = (

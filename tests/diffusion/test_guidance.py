@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -426,3 +427,9 @@ def test_a_classifier_leaves_a_learned_variance_as_it_is() -> None:
     assert torch.equal(followed.variance, plain.variance)
     noise = math.sqrt(1 - float(schedule.alphas_cumprod[500]))
     torch.testing.assert_close(followed.eps, plain.eps + 2.0 * noise * 2 * x_t)
+
+
+@pytest.mark.parametrize("scale", [10**400, -(10**400), Fraction(10**400), float("nan"), True, "7.5"])
+def test_a_scale_that_cannot_be_is_refused(scale: Any) -> None:
+    with pytest.raises(ArgumentError, match=r"the guidance scale must be a number from -1e\+06 to 1e\+06, not"):
+        guided(Model(), NoiseSchedule.scaled_linear(), COND, UNCOND, scale)

@@ -81,12 +81,13 @@ class TestAlex:
 class TestResizing:
     def test_equal_to_torchs_antialiased_bicubic(self, alex: Extractor, coffee: Image.Image) -> None:
         for size in ((600, 400), (100, 70), (224, 224)):
-            small = coffee.resize(size)
+            # The bicubic filter overshoots at edges, and Pillow clips after each of its two passes: leave it room.
+            small = coffee.resize(size).point(lambda level: 64 + level // 2)
             x = torch.from_numpy(np.asarray(small).copy()).permute(2, 0, 1)[None].double()
             expected = F.interpolate(x, size=(224, 224), mode="bicubic", antialias=True, align_corners=False)
-            difference = alex.prepare(small)[None] - expected.clamp(0, 255)
-            assert difference.abs().max() <= 2  # Pillow rounds to 8 bits after each of its two passes
-            assert difference.abs().mean() <= 0.4
+            difference = (alex.prepare(small)[None] - expected).abs()
+            assert difference.max() <= 1.3  # Pillow rounds to 8 bits after each pass, too
+            assert difference.mean() <= 0.4
 
     def test_a_pattern_finer_than_the_result_is_averaged(self, alex: Extractor) -> None:
         # Without antialiasing, a checkerboard of single pixels would alias to a coarse pattern.

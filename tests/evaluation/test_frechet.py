@@ -148,6 +148,17 @@ def test_bad_input_is_one_sentence() -> None:
     one_sentence(lambda: frechet_distance(a, of(vectors(10, 5, 0))), ArgumentError, "features of 4 and 5 numbers")
     one_sentence(lambda: frechet_at_infinity(torch.zeros(3, 2), torch.zeros(9, 2)), ArgumentError, "3 images are too")
     one_sentence(lambda: frechet_interval(torch.zeros(9, 2), a, 0.0, resamples=1), ArgumentError, "resamples")
+    damaged = vectors(10, 4, 0)
+    damaged[3, 1] = math.nan
+    for b in (torch.from_numpy(damaged), of(damaged)):
+        one_sentence(lambda b=b: frechet_distance(a, b), ArgumentError, "features must be finite numbers")
+
+
+def test_the_bias_of_isotropic_features_is_as_stated() -> None:
+    width, n = 30, 3000
+    found = [frechet_distance(*torch.randn(2, n, width, generator=torch.Generator().manual_seed(s))) for s in range(4)]
+    # The second-order expansion: D (D + 1) / 2N of the covariances, and 2D / N of the means.
+    assert np.mean(found) == pytest.approx(width * (width + 1) / (2 * n) + 2 * width / n, rel=0.1)
 
 
 def test_fewer_images_than_features_warn() -> None:

@@ -25,7 +25,7 @@ from tests.helpers.sentences import one_sentence
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*are fewer than the:UserWarning")
 
-N = 40
+N = 32
 EMOJI = {
     "1f335": "a cactus", "1f33b": "a sunflower", "1f34e": "a red apple", "1f353": "a strawberry",
     "1f382": "a birthday cake", "1f388": "a balloon", "1f419": "an octopus", "1f43c": "a panda", "1f47b": "a ghost",
@@ -268,7 +268,7 @@ def test_bad_input_is_one_sentence(tmp_path: Path, alex: Extractor, reference: l
         (call(extractors=[]), ArgumentError, "there is no feature extractor; name at least one"),
         (call(extractors=[alex, "alex"]), ArgumentError, "the extractor 'alex' is named twice"),
         (call(extractors="resnet"), ArgumentError, "extractor 'resnet' is not one of 'alex', 'inception'"),
-        (call(prompts=["a"] * 7), ArgumentError, "7 prompts cannot be assigned to 40 images; give one for each"),
+        (call(prompts=["a"] * 7), ArgumentError, "7 prompts cannot be assigned to 32 images; give one for each"),
         (call(prompts=7), ArgumentError, "prompts must be a string or a list of at least one string"),
         (call(prompts=[]), ArgumentError, "prompts must be a string or a list of at least one string"),
         (call(prompts=["a", 2]), ArgumentError, "prompts must be a string or a list"),

@@ -66,3 +66,6 @@ def test_bad_input_is_one_sentence() -> None:
     one_sentence(lambda: kid(torch.zeros(1, 3), torch.zeros(5, 3)), ArgumentError, "at least 2 images", "not 1 and 5")
     one_sentence(lambda: cmmd(torch.zeros(0, 3), torch.zeros(5, 3)), ArgumentError, "at least 1 images")
     one_sentence(lambda: kid(torch.zeros(4, 3), torch.zeros(5, 2)), ArgumentError, "features of 3 and 2 numbers")
+    damaged = torch.full((5, 3), math.nan)  # not a perfect CMMD of 0
+    for metric in (kid, cmmd):
+        one_sentence(lambda metric=metric: metric(torch.zeros(4, 3), damaged), ArgumentError, "must be finite numbers")

@@ -45,3 +45,4 @@ def test_bad_input_is_one_sentence() -> None:
     one_sentence(lambda: precision_recall(x[:3], x), ArgumentError, "more than 3 images in each set, not 3 and 9")
     one_sentence(lambda: precision_recall(x, x, k=0), ArgumentError, "k must be a whole number")
     one_sentence(lambda: precision_recall(x, torch.zeros(9, 3)), ArgumentError, "features of 2 and 3 numbers")
+    one_sentence(lambda: precision_recall(x, x + torch.inf), ArgumentError, "features must be finite numbers")

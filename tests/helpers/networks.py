@@ -77,3 +77,23 @@ def guided_network(cross_attention_dim: int = 8) -> UNet2DConditionModel:
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
         cross_attention_dim=cross_attention_dim, time_cond_proj_dim=16,
     ).eval()  # fmt: skip
+
+
+def control_network(unet: UNet2DConditionModel, *, seed: int = 0, levels: int = 4, pools: bool = False) -> Any:
+    """Build a ControlNet for a U-Net, as diffusers does, whose zero convolutions have random weights.
+
+    Args:
+        unet: The U-Net.
+        seed: Seed of the weights.
+        levels: Number of levels of its image encoder; it reads 2^(levels - 1) pixels for each latent.
+        pools: Whether it reads the image as a whole, as the one for shuffled images does.
+    """
+    from diffusers import ControlNetModel
+
+    torch.manual_seed(seed)
+    network = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(8, 16, 16, 24)[:levels])
+    network.register_to_config(global_pool_conditions=pools)
+    heads = (network.controlnet_down_blocks, network.controlnet_mid_block, network.controlnet_cond_embedding.conv_out)
+    for p in (p for head in heads for p in head.parameters()):
+        torch.nn.init.normal_(p, std=0.1)
+    return network.eval()

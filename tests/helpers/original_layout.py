@@ -15,6 +15,7 @@ Tensors = dict[str, Tensor]
 Rules = list[tuple[str, str | Callable[[re.Match[str]], str]]]
 
 UNET_PREFIX = "model.diffusion_model."
+CONTROLNET_PREFIX = "control_model."
 VAE_PREFIX = "first_stage_model."
 CLIP_PREFIX = "cond_stage_model.transformer."
 OPEN_CLIP_PREFIX = "cond_stage_model.model."
@@ -90,6 +91,22 @@ def unet(state: Tensors, layers_per_block: int) -> Tensors:
         (r"^mid_block\.attentions\.0", "middle_block.1"),
     ]
     return {UNET_PREFIX + _rename(key, rules): tensor for key, tensor in state.items()}
+
+
+def controlnet(state: Tensors, layers_per_block: int) -> Tensors:
+    """Rename a ControlNetModel's tensors. The copied encoder has the U-Net's names."""
+    own: Rules = [
+        (r"^controlnet_down_blocks\.(\d+)", r"zero_convs.\1.0"),
+        (r"^controlnet_mid_block", "middle_block_out.0"),
+        (r"^controlnet_cond_embedding\.conv_in", "input_hint_block.0"),
+        (r"^controlnet_cond_embedding\.blocks\.(\d+)", lambda m: f"input_hint_block.{2 * int(m[1]) + 2}"),
+        (r"^controlnet_cond_embedding\.conv_out", "input_hint_block.14"),
+    ]
+    heads = {key: tensor for key, tensor in state.items() if key.startswith("controlnet_")}
+    copied = unet({key: tensor for key, tensor in state.items() if key not in heads}, layers_per_block)
+    names = {key.removeprefix(UNET_PREFIX): tensor for key, tensor in copied.items()}
+    names |= {_rename(key, own): tensor for key, tensor in heads.items()}
+    return {CONTROLNET_PREFIX + key: tensor for key, tensor in names.items()}
 
 
 def clip(state: Tensors) -> Tensors:

@@ -31,13 +31,27 @@ from transformers import CLIPTextModel, CLIPTokenizer  # noqa: F401
 
 from sdkit.errors import SdkitError
 from sdkit.networks.lpips import LPIPS
-from sdkit.training import UNetConfig, VAEConfig, checkpoint, train_unet, train_vae
+from sdkit.training import (
+    ControlNetConfig,
+    UNetConfig,
+    VAEConfig,
+    checkpoint,
+    train_controlnet,
+    train_unet,
+    train_vae,
+)
 from sdkit.training.ema import EMA
 from sdkit.training.loop import fit
+from sdkit.training.stages.controlnet import ControlNetStage
 from sdkit.training.stages.unet import UNetStage
 from sdkit.training.stages.vae import VAEStage
 from tests.helpers import toy
 
+STAGES: dict[str, tuple[Any, Any, Callable[[Any], Path]]] = {
+    "vae": (VAEConfig, VAEStage, train_vae),
+    "unet": (UNetConfig, UNetStage, train_unet),
+    "controlnet": (ControlNetConfig, ControlNetStage, train_controlnet),
+}
 CALLS = ("batch", "loss", "discriminator_loss", "validate", "export")
 
 
@@ -53,7 +67,7 @@ class Runs:
         """Run a training stage in a fork and return its exit code.
 
         Args:
-            stage: "vae" or "unet".
+            stage: "vae", "unet", or "controlnet".
             settings: Fields of the stage's settings.
             hook: Where to end the process, in the notation of `toy.hooks` with the names of `calling`.
 
@@ -97,9 +111,9 @@ def lpips_weights(path: Path) -> Path:
     return path
 
 
-def config_of(stage: str, settings: dict[str, Any]) -> VAEConfig | UNetConfig:
+def config_of(stage: str, settings: dict[str, Any]) -> Any:
     settings = {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
-    return (VAEConfig if stage == "vae" else UNetConfig)(**settings)
+    return STAGES[stage][0](**settings)
 
 
 def calling(at: Callable[[str, int], None]) -> None:
@@ -127,7 +141,7 @@ def calling(at: Callable[[str, int], None]) -> None:
         called("half")
         path.write_bytes(data)
 
-    for stage in (VAEStage, UNetStage):
+    for _, stage, _ in STAGES.values():
         for name in CALLS:
             if hasattr(stage, name):
                 setattr(stage, name, told(name, getattr(stage, name)))
@@ -142,7 +156,7 @@ def train(stage: str, settings: dict[str, Any], hook: str) -> int:
         calling(toy.hooks(hook))
     config = config_of(stage, settings)
     try:
-        train_vae(config) if isinstance(config, VAEConfig) else train_unet(config)
+        STAGES[stage][2](config)
     except SdkitError as error:
         _sentence(settings).write_text(str(error))
         return int(getattr(error, "exit_code", 2))
@@ -170,10 +184,10 @@ def launched(scenario: dict[str, Any]) -> None:
     """Train as one process of several, and write down the samples and files that this process was responsible for."""
     rank = PartialState(cpu=True).process_index
     config = config_of(scenario["stage"], scenario["settings"])
-    stage = VAEStage(config) if isinstance(config, VAEConfig) else UNetStage(config)
+    stage = STAGES[scenario["stage"]][1](config)
     samples: list[tuple[int, int]] = []
     batch = stage.batch
-    stage.batch = lambda mine: samples.extend(mine) or batch(mine)  # type: ignore[func-returns-value,method-assign]
+    stage.batch = lambda mine: samples.extend(mine) or batch(mine)  # type: ignore[func-returns-value]
     RENAMED.clear()
     fit(stage, config, Path(config.out_dir))
     out = Path(config.out_dir)

@@ -859,7 +859,6 @@ FOREIGN_NAMES = {
     "conditioner.embedders.1.model.ln_final.weight": "Stable Diffusion XL",
     "model.diffusion_model.joint_blocks.0.x": "Stable Diffusion 3",
     "double_blocks.0.img_attn.norm.key_norm.scale": "Flux",
-    "control_model.input_blocks.0.0.weight": "a ControlNet",
     "lora_unet_down_blocks_0.lora_down.weight": "a LoRA",
     "emb_params": "a textual inversion embedding",
     "model.diffusion_model.label_emb.0.0.weight": "a class-conditioned model",

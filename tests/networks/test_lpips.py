@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sdkit.errors import ImageError, SdkitError, SourceError
+from sdkit.errors import ArgumentError, ImageError, SdkitError, SourceError
 from sdkit.networks.lpips import EMBEDDED, LPIPS
 from tests.helpers import shared_data
 
@@ -371,3 +371,8 @@ def test_what_cannot_be_compared_is_one_sentence(
 ) -> None:
     with pytest.raises(ImageError, match=sentence):
         random(torch.zeros(x), torch.zeros(y))
+
+
+def test_an_unknown_network_is_one_sentence() -> None:
+    with pytest.raises(ArgumentError, match="network 'squeeze' is not one of 'alex', 'vgg'"):
+        LPIPS("squeeze")

@@ -368,7 +368,7 @@ class TestTraining:
         vae = copy.deepcopy(vae)
         x = tensor(astronaut.resize((32, 32)))
         eps = torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(9))
-        reconstruction, mean, logvar, _ = vae(x, eps)
+        reconstruction, mean, logvar, _, _ = vae(x, eps)
         torch.testing.assert_close(torch.stack([mean, logvar]), torch.stack(vae.moments(x)), atol=1e-5, rtol=0)
         theirs = vae.decode(vae.encode(x, seed=9), output_type="pt")
         torch.testing.assert_close(reconstruction.detach().clamp(-1, 1), theirs, atol=1e-5, rtol=0)

@@ -53,6 +53,18 @@ def vae(folder: Path, out: str, batch_size: int) -> dict[str, Any]:
     return stage(folder, out, batch_size) | {"disc_weight": 0.5, "disc_start": 1, "lpips_weight": 0, "ema_decay": 0}
 
 
+def vq(folder: Path, out: str, batch_size: int) -> dict[str, Any]:
+    """Return settings that train a codebook from scratch, whose codes die soon."""
+    shape = {
+        "_class_name": "VQModel", "num_vq_embeddings": 16, "block_out_channels": [16] * 3, "latent_channels": 4,
+        "down_block_types": ["DownEncoderBlock2D"] * 3, "up_block_types": ["UpDecoderBlock2D"] * 3,
+        "norm_num_groups": 4, "sample_size": tiny.SIZE, "mid_block_add_attention": False,
+    }  # fmt: skip
+    (folder / "shape.json").write_text(json.dumps(shape))
+    own = {"init": str(folder / "shape.json"), "regularizer": "vq", "codebook_decay": 0.05}
+    return stage(folder, out, batch_size) | own | {"lpips_weight": 0, "ema_decay": 0}
+
+
 def lora(folder: Path, out: str, batch_size: int) -> dict[str, Any]:
     extra = {"lora_rank": 2, "train_text_encoder": True, "gradient_checkpointing": True}
     return stage(folder, out, batch_size) | extra | {"validation_prompts": ["a red disc"]}
@@ -79,6 +91,7 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> Path:
         *({"out": name, "unet": UNETS[name]} for name in ("unet", "frozen", "half")),
         {"out": "unwrapped", "unet": UNETS["unwrapped"], "environment": {"FSDP_AUTO_WRAP_POLICY": "NO_WRAP"}},
         {"out": "vae", "train_vae": vae(folder, "vae", 2)},
+        {"out": "vq", "train_vae": vq(folder, "vq", 2)},
         {"out": "lora", "train_unet": lora(folder, "lora", 2)},
         {"out": "by size", "settings": PLAIN, "environment": {"FSDP_AUTO_WRAP_POLICY": "SIZE_BASED_WRAP"}},
         {
@@ -195,12 +208,12 @@ def test_a_unet_is_split_by_its_blocks(name: str, launched: Path, tmp_path: Path
     assert ("unet.conv_in.weight" in last(launched / name, "unet")) != stage.settings.frozen
 
 
-@pytest.mark.parametrize("name", ["vae", "lora"])
+@pytest.mark.parametrize("name", ["vae", "vq", "lora"])
 def test_stages_train(name: str, launched: Path) -> None:
-    if name == "vae":
-        train_vae(VAEConfig(**vae(launched, "one vae", 4)))
-    else:
+    if name == "lora":
         train_unet(UNetConfig(**lora(launched, "one lora", 4)))
+    else:
+        train_vae(VAEConfig(**{"vae": vae, "vq": vq}[name](launched, f"one {name}", 4)))
     for key in {key for line in metrics(launched / f"one {name}") for key in line}:
         split, one = (logged(launched / out, key) for out in (name, f"one {name}"))
         assert split == pytest.approx(one, rel=1e-4, abs=1e-5), key

@@ -81,17 +81,18 @@ def run(made: Path) -> Iterator[helper.Runs]:
 
 
 def settings(made: Path, kind: str, out: Path, **changes: Any) -> tuple[str, dict[str, Any]]:
-    """Return stage and settings of a kind of run: "vae", "unet", or "lora". The last two can be followed by " from a
-    cache".
+    """Return stage and settings of a kind of run: "vae", "controlnet", "unet", or "lora". The last two can be followed
+    by " from a cache".
     """
     own: dict[str, Any] = {
         "vae": {"disc_weight": 0.5, "disc_start": 3, "train_encoder": True, "lpips_weight": 0.0},
         "unet": {"caption_dropout": 0.3, "snr_gamma": 5.0, "noise_offset": 0.1, "validation_prompts": ("a red disc",)},
         "lora": {"caption_dropout": 0.3, "lora_rank": 2, "train_text_encoder": True},
+        "controlnet": {"condition": "grey", "caption_dropout": 0.3, "validation_prompts": ("a red disc",)},
     }[kind.split()[0]]
     data = made / ("cache" if "cache" in kind else "photos")
     common = RUN | {"model": made / "dropout", "data": data, "out_dir": out}
-    return "vae" if kind == "vae" else "unet", common | own | changes
+    return kind if kind in helper.STAGES else "unet", common | own | changes
 
 
 def metrics(out: Path) -> list[dict[str, Any]]:
@@ -282,7 +283,10 @@ TOGETHER: dict[str, dict[str, Any]] = {
     "vae": {"disc_start": DISC_START, "lpips_weight": 0.1, "learning_rate": 3e-5},
     "unet": {},
     "lora from a cache": {},
+    "controlnet": {},
 }
+PLAYERS = {"vae": ["vae", "discriminator"], "controlnet": ["controlnet"]}
+"""Kind of run -> its players; that of the others is the U-Net."""
 
 
 def together(made: Path, kind: str, out: Path, **changes: Any) -> tuple[str, dict[str, Any]]:
@@ -320,8 +324,8 @@ def test_two_processes_train_as_one(
     assert [line.keys() for line in many] == [line.keys() for line in one]
     for left, right in zip(many, one, strict=True):
         assert left == pytest.approx(right, abs=1e-5, rel=1e-5)
-    names = ["vae", "vae.ema", "discriminator"] if kind == "vae" else ["unet", "unet.ema"]
-    for name in names:
+    first, *others = PLAYERS.get(kind, ["unet"])
+    for name in (first, f"{first}.ema", *others):
         weights = at(launched / kind, end, name)
         assert difference(weights, at(tmp_path / "run", end, name)) < 1e-5
         assert name == "discriminator" or difference(weights, at(launched / kind, 2, name)) > 5e-5
@@ -340,7 +344,7 @@ def test_every_process_has_the_same_networks(kind: str, launched: Path) -> None:
     drift apart.
     """
     zero, one = (load_file(launched / kind / f"rank-{rank}.safetensors") for rank in (0, 1))
-    assert {name.split("/")[0] for name in zero} == ({"vae", "discriminator"} if kind == "vae" else {"unet"})
+    assert {name.split("/")[0] for name in zero} == {*PLAYERS.get(kind, ["unet"])}
     assert difference(zero, one) == 0
 
 

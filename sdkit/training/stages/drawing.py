@@ -9,10 +9,12 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from PIL import Image
+from torch import Tensor
 
 from sdkit import images as image_io
 from sdkit.diffusion.schedule import NoiseSchedule
 from sdkit.networks.autoencoder import VAE
+from sdkit.networks.controlnet import ControlNet
 from sdkit.networks.denoiser import UNet
 from sdkit.networks.text_encoder import TextEncoder
 from sdkit.pipelines.text_to_image import StableDiffusion
@@ -36,6 +38,8 @@ class Drawing:
         guidance_scale: Guidance scale.
         half: Type of the run's autocast; None is float32.
         trains_text: Whether the text encoder is in training. If not, it leaves the GPU after the drawing.
+        controlnet: A ControlNet in training, or None.
+        control_images: Its image (3, H, W) in [-1, 1] for each prompt.
     """
 
     def __init__(
@@ -51,16 +55,19 @@ class Drawing:
         guidance_scale: float,
         half: torch.dtype | None = None,
         trains_text: bool = False,
+        controlnet: ControlNet | None = None,
+        control_images: Sequence[Tensor] = (),
     ) -> None:
         self.unet, self.vae, self.text, self.schedule = unet, vae, text, schedule
         self.prompts, self.folder, self.size = prompts, folder, size
         self.guidance_scale, self.half, self.trains_text = guidance_scale, half, trains_text
+        self.controlnet, self.control_images = controlnet, control_images
 
     def __call__(self, step: int) -> Mapping[str, float]:
         """Save a sheet with an image of each prompt. There are no metrics to return."""
         images = [
             Image.fromarray(pixels)
-            for pixels in split_over_processes(len(self.prompts), lambda i: np.asarray(self.draw(self.prompts[i], i)))
+            for pixels in split_over_processes(len(self.prompts), lambda i: np.asarray(self._prompt(i)))
         ]
         self.rest()
         if PartialState().is_main_process:
@@ -74,14 +81,24 @@ class Drawing:
         if not self.trains_text:
             self.text.cpu()
 
-    def draw(self, prompt: str, seed: int) -> Image.Image:
-        """Return an image of `prompt`, generated in the run's precision and decoded in float32."""
+    def _prompt(self, i: int) -> Image.Image:
+        return self.draw(self.prompts[i], i, self.control_images[i] if self.control_images else None)
+
+    def draw(self, prompt: str, seed: int, control_image: Tensor | None = None) -> Image.Image:
+        """Return an image of `prompt`, generated in the run's precision and decoded in float32.
+
+        Args:
+            prompt: The prompt.
+            seed: Seed of the noise.
+            control_image: (3, H, W) in [-1, 1], what the ControlNet reads.
+        """
         device, (height, width) = self.unet.device, self.size
         sd = StableDiffusion(self.vae.to(device), self.text.to(device), self.unet, self.schedule)
         with torch.autocast(device.type, self.half, enabled=self.half is not None):
             z = sd(
                 prompt, seed=seed, height=height, width=width, num_inference_steps=VALIDATION_STEPS,
-                guidance_scale=self.guidance_scale, output_type="latent", callback=lambda _: raise_if_stopped(),
+                guidance_scale=self.guidance_scale, controlnet=self.controlnet, control_image=control_image,
+                output_type="latent", callback=lambda _: raise_if_stopped(),
             )  # fmt: skip
         # Draw NaN as grey instead of raising here: the loop ends a run that has diverged, and says why.
         pixels = self.vae.decode(z.nan_to_num(0, 0, 0), output_type="pt")

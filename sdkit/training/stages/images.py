@@ -100,7 +100,7 @@ class TrainingImages:
             index = int(indices[(i + j) % len(indices)])
             example = self.examples[index]
             try:
-                return self.transform(example.load(), draw(self.seed, index, augmentation)), example
+                return self.pixels(example, index, augmentation), example
             except ImageError as error:
                 tried[index] = f"{example.name}: {str(error).rstrip('.')}"
                 self._skip(example.name, str(error))
@@ -108,6 +108,10 @@ class TrainingImages:
             f"{len(tried)} images in a row in {self.examples.source} cannot be used, the first: "
             f"{tried[int(indices[i])]}; look at the data with sdkit data check."
         )
+
+    def pixels(self, example: Example, index: int, augmentation: int) -> Tensor:
+        """Return the pixels of one example. Raise ImageError if it is unusable."""
+        return self.transform(example.load(), draw(self.seed, index, augmentation))
 
     def load_held_out(self, held_out: Sequence[int], i: int) -> tuple[Tensor, Example]:
         """Load held_out[i], or the next usable held-out image; if there is none, the first usable image of the data."""

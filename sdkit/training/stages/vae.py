@@ -13,17 +13,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from accelerate import PartialState
-from accelerate.utils import reduce
+from accelerate.utils import gather, reduce
 from PIL import Image
 from torch import Tensor, nn
 
 from sdkit import images as image_io
 from sdkit.data.sources import open_examples
-from sdkit.data.transform import Transform
+from sdkit.data.transform import Transform, draw
 from sdkit.diffusion.losses import adaptive_weight, hinge_discriminator, hinge_generator, kl, l1, l2, vq
 from sdkit.errors import ArgumentError, DataError
-from sdkit.evaluation.codebook import codebook_use
+from sdkit.evaluation.codebook import codebook_use, use_of_counts
 from sdkit.evaluation.similarity import WINDOW, psnr, ssim
 from sdkit.loading.new_network import new_network
 from sdkit.loading.source import Source
@@ -33,11 +34,12 @@ from sdkit.networks.discriminator import SMALLEST as DISCRIMINATOR_SMALLEST
 from sdkit.networks.discriminator import Discriminator
 from sdkit.networks.lpips import LPIPS
 from sdkit.training.batches import noise_of
-from sdkit.training.distributed import split_over_processes
+from sdkit.training.distributed import full_tensor, sharded_as, split_over_processes
 from sdkit.training.loop import fit
 from sdkit.training.settings import VAEConfig
 from sdkit.training.signals import raise_if_stopped
 from sdkit.training.stage import Player, Samples
+from sdkit.training.stages.codebook import Chosen, CodebookAverages
 from sdkit.training.stages.evaluating import Picture, PictureMetrics
 from sdkit.training.stages.images import (
     TrainingImages,
@@ -51,6 +53,8 @@ from sdkit.training.stages.images import (
 GAN_BETAS = (0.5, 0.9)  # AdamW betas of the discriminator, as in VQGAN
 MOST_VALIDATED = 64  # largest number of images of `validation_data` that are used
 SHOWN = 8  # images on the sheet of each validation
+AVERAGES = "codebook_averages"  # name of the codebook's moving averages in the VAE
+RESTARTS = 2**32 - 2  # passed to `draw` as the number of an augmentation; no image has this many
 TOLERATED_DRIFT = 0.1  # drift of latents, in their standard deviations, above which validation warns
 
 
@@ -105,6 +109,7 @@ class VAEStage:
     def __init__(self, config: VAEConfig) -> None:
         self.config = config
         self.trains_encoder = config.train_encoder or config.init is not None
+        self.trains_codebook = self.trains_encoder and config.regularizer == "vq"
         self._make_networks()
         size = self._size()
         self._load_lpips(size)
@@ -119,8 +124,11 @@ class VAEStage:
             )
             self.evaluators.append(pictures)
         self.players = [
-            Player("vae", self.vae, self.loss, learning_rate=config.learning_rate, ema=config.ema_decay > 0)
-        ]
+            Player(
+                "vae", self.vae, self.loss, learning_rate=config.learning_rate, ema=config.ema_decay > 0,
+                after_update=self.update_codebook if self.trains_codebook else None,
+            )
+        ]  # fmt: skip
         if self.discriminator:
             self.players.append(
                 Player(
@@ -143,6 +151,8 @@ class VAEStage:
         if config.regularizer == "none":
             kind.remove_noise()
         self.vae = VAE(network, name=str(config.model))
+        if self.trains_codebook:
+            self._make_codebook_averages()
         if not self.trains_encoder:
             for part in kind.encoder_parts:
                 part.requires_grad_(False)
@@ -155,6 +165,20 @@ class VAEStage:
         self.start = VAE(copy.deepcopy(network)).eval().requires_grad_(False) if fine_tuned else None
         if self.start:
             self.start.network.decoder = nn.Identity()
+
+    @torch.no_grad()
+    def _make_codebook_averages(self) -> None:
+        """Normalise the codes if asked, and add their moving averages to the VAE, so that checkpoints hold them."""
+        config = self.config
+        codebook: Any = self.vae.codebook
+        if config.normalize_codes:
+            self.vae.kind.normalizes = True
+            codebook.copy_(F.normalize(codebook, dim=1))
+        if config.codebook_decay:
+            averages = CodebookAverages(
+                codebook, decay=config.codebook_decay, normalize=config.normalize_codes, learned=config.init is None
+            )
+            self.vae.add_module(AVERAGES, averages)
 
     def _load_lpips(self, size: tuple[int, int]) -> None:
         """Load LPIPS for validation and for the loss. With bf16, the loss uses a copy in bfloat16.
@@ -218,7 +242,8 @@ class VAEStage:
         eps = [
             torch.randn(self.vae.channels, height, width, generator=noise_of(self.config.seed, n)) for n, _ in samples
         ]
-        return {"pixels": torch.stack(pixels), "eps": torch.stack(eps)}
+        numbers = torch.tensor([n for n, _ in samples])
+        return {"pixels": torch.stack(pixels), "eps": torch.stack(eps), "n": numbers}
 
     def names(self, samples: Samples) -> list[str]:
         """Return the names of the examples of samples (n, item)."""
@@ -241,7 +266,7 @@ class VAEStage:
             The loss, and its parts by name.
         """
         config, x = self.config, batch["pixels"]
-        y, mean, logvar, codes = networks["vae"](x, batch["eps"] if config.regularizer == "kl" else None)
+        y, mean, logvar, codes, numbers = networks["vae"](x, batch["eps"] if config.regularizer == "kl" else None)
         loss = (l1 if config.reconstruction == "l1" else l2)(y, x)
         parts: dict[str, float | Tensor] = {config.reconstruction: loss.detach()}
         if config.lpips_weight and self.training_lpips:
@@ -249,8 +274,10 @@ class VAEStage:
             loss = loss + config.lpips_weight * lpips
             parts["lpips"] = lpips.detach()
         reconstruction = loss
-        if self.trains_encoder and config.regularizer == "vq":
-            codebook = vq(mean, codes)
+        if self.trains_codebook:
+            latents = F.normalize(mean, dim=1) if config.normalize_codes else mean
+            batch["latents"], batch["numbers"] = latents.detach(), numbers
+            codebook = vq(latents, codes)
             loss = loss + codebook
             parts["codebook"] = codebook.detach()
         if self.trains_encoder and config.regularizer == "kl" and config.kl_weight:
@@ -260,14 +287,50 @@ class VAEStage:
         if self.discriminator and step >= config.disc_start:
             batch["reconstruction"] = y.detach()
             adversarial = hinge_generator(networks["discriminator"](y))
-            vae: Any = getattr(networks["vae"], "module", networks["vae"])  # unwrap DDP
-            last = vae.network.decoder.conv_out.weight
+            last = _unwrapped(networks["vae"]).network.decoder.conv_out.weight
             n = x[0].numel()  # sums over an image's values, because the gradients of means underflow in float16
             average = partial(reduce, reduction="mean")
             weight = adaptive_weight(reconstruction * n, adversarial * n, last, average)
             loss = loss + config.disc_weight * weight * adversarial
             parts |= {"adversarial": adversarial.detach(), "adaptive_weight": weight}
         return loss, parts
+
+    def update_codebook(
+        self, networks: Mapping[str, nn.Module], batches: Sequence[dict[str, Any]], step: int
+    ) -> Mapping[str, float]:
+        """Update the codebook from the latents of an optimizer step on all processes.
+
+        Args:
+            networks: As in `loss`.
+            batches: The micro-batches, to which `loss` has added the latents, and the numbers of their codes.
+            step: The optimizer step.
+
+        Returns:
+            The share of codes that this step used, their perplexity, and the number of codes that were restarted.
+        """
+        vae = _unwrapped(networks["vae"])
+        latents = torch.cat([batch["latents"] for batch in batches]).flatten(2).mT.contiguous()  # (B, h * w, C)
+        numbers = torch.cat([batch["numbers"].flatten() for batch in batches])
+        codebook: Any = vae.codebook
+        own = Chosen.of(latents.flatten(0, 1), numbers, len(codebook))
+        chosen = Chosen(*(reduce(tensor, "mean") for tensor in own))
+        used, perplexity = use_of_counts(chosen.shares)
+        metrics = {"codebook_use": used, "perplexity": perplexity}
+        if self.config.codebook_decay:
+            averages = vae.get_submodule(AVERAGES)
+            assert isinstance(averages, CodebookAverages)
+            everything = partial(self._latents_of_all_processes, latents, batches)
+            metrics["codes_restarted"] = averages.step(chosen, everything, draw(self.config.seed, step, RESTARTS))
+            codebook.copy_(sharded_as(averages.codebook, codebook))
+        elif self.config.normalize_codes:
+            codebook.copy_(sharded_as(F.normalize(full_tensor(codebook), dim=1), codebook))
+        return metrics
+
+    def _latents_of_all_processes(self, latents: Tensor, batches: Sequence[dict[str, Any]]) -> Tensor:
+        """Return the latents (M, C) of a step in the order of samples, which does not depend on the processes."""
+        order = gather(torch.cat([batch["n"] for batch in batches])).argsort()
+        everything: Tensor = gather(latents)
+        return everything[order].flatten(0, 1)
 
     def discriminator_loss(
         self, networks: Mapping[str, nn.Module], batch: dict[str, Any], step: int
@@ -315,7 +378,7 @@ class VAEStage:
         raise_if_stopped()
         x = self.validation.load_held_out(self.held_out, i)[0][None].to(self.vae.device)
         # VAE.forward runs in float32; calling self.vae would run Accelerate's autocast
-        y, mean, logvar, codes = VAE.forward(self.vae, x)
+        y, mean, logvar, _, numbers = VAE.forward(self.vae, x)
         y = y.clamp(-1, 1)
         measured = {"psnr": float(psnr(x.cpu(), y.cpu())), "ssim": float(ssim(x.cpu(), y.cpu()))}
         if self.lpips:
@@ -326,7 +389,7 @@ class VAEStage:
             measured |= _moments(start_mean, start_logvar, "start_")
             measured["moved"] = float((mean - start_mean).square().mean())
         pair = (image_io.to_pil(x)[0], image_io.to_pil(y.nan_to_num())[0]) if i < SHOWN else None
-        return Measured(measured, pair, None if codes is None else self.vae.quantize(mean)[1].cpu())
+        return Measured(measured, pair, None if numbers is None else numbers.cpu())
 
     def _picture(self, i: int) -> Picture:
         """Return held-out image i and its reconstruction from the posterior's mean."""
@@ -348,6 +411,9 @@ class VAEStage:
         if self.config.init is not None:
             average = _average([self._measured(i).numbers for i in range(len(self.held_out))])
             self.vae.network.register_to_config(scaling_factor=1 / _deviation(average, ""))
+        if self.config.normalize_codes:  # moving averages of weights shorten the codes
+            codebook: Any = self.vae.codebook
+            codebook.copy_(F.normalize(codebook, dim=1))
         self.vae.network.save_pretrained(folder)
 
 
@@ -363,6 +429,13 @@ def _trainable_kind(network: Any, regularizer: str, label: str) -> Kind:
         fitting = " or ".join(map(repr, kind.regularizers))
         raise ArgumentError(f"{label!r} holds {article} {name}: its regularizer is {fitting}, not {regularizer!r}.")
     return kind
+
+
+def _unwrapped(vae: nn.Module) -> VAE:
+    """Return the VAE that DistributedDataParallel may have wrapped."""
+    unwrapped = getattr(vae, "module", vae)
+    assert isinstance(unwrapped, VAE)
+    return unwrapped
 
 
 def _average(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
