@@ -374,7 +374,8 @@ def generate_files(
     if controlnets:
         inputs = {**inputs, "controlnet": [*controlnets], "control_image": control_images}
     side = sd.unet.sample_size * sd.vae.factor
-    width, height = drawn_on[0].size if drawn_on else (side, side)
+    whole_size = drawn_on and generation.padding_mask_crop is None  # a region is about as large as a training image
+    width, height = drawn_on[0].size if whole_size else (side, side)
     at_once = batch_size or sd.images_at_once(generation.height or height, generation.width or width)
     wanted = ((prompt, generation.seed + r * count + c) for r, prompt in enumerate(prompts) for c in range(count))
     batches = iter(lambda: list(itertools.islice(wanted, at_once)), [])  # stops at the first empty batch

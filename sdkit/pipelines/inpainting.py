@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 
 LARGEST_BLUR = 512
 """Largest `mask_blur`, in pixels."""
+LONGEST = 4
+"""Longest side of an enlarged region, in sides of the model's training images."""
 CELL = 8
 """The side of the enlarged region is a multiple of this, so that no latent shows padding."""
 
@@ -245,7 +247,8 @@ def feathered(mask: Tensor, blur: float) -> Tensor:
     if blur == 0:
         return mask
     radius = math.ceil(3 * blur)
-    weights = torch.exp(-(torch.arange(-radius, radius + 1) ** 2) / (2 * blur**2))
+    offsets = torch.arange(-radius, radius + 1, dtype=torch.float64)
+    weights = torch.exp(-0.5 * (offsets / blur) ** 2).float()
     kernel = (weights / weights.sum())[None, None, None]  # (1, 1, 1, K)
     padded = F.pad(mask, (radius,) * 4, mode="replicate")
     blurred = F.conv2d(F.conv2d(padded, kernel), kernel.transpose(2, 3))
@@ -295,6 +298,7 @@ def drawing_size(box: Box, height: int | None, width: int | None, side: int) -> 
     """
     top, left, bottom, right = box
     scale = side / math.sqrt((bottom - top) * (right - left))
+    scale = min(scale, LONGEST * side / max(bottom - top, right - left))  # a thin region would get very long
     own = [max(CELL, round(length * scale / CELL) * CELL) for length in (bottom - top, right - left)]
     return height or own[0], width or own[1]
 

@@ -371,6 +371,10 @@ class StableDiffusion:
         settings = DrawingSettings(**options)
         if settings.sampler != "ddim" or settings.eta != 0 or settings.strength is not None:
             raise ArgumentError("inversion is DDIM's, over all steps: leave sampler, eta, and strength out.")
+        if settings.mask_blur != 0 or settings.padding_mask_crop is not None:
+            raise ArgumentError("inversion takes no mask: leave mask_blur and padding_mask_crop out.")
+        if self.unet.inpaints:
+            raise ArgumentError("this model was trained to paint into images; inversion takes a text-to-image model.")
         prompts, negatives = self._prompts(prompt, negative_prompt, 1)
         side = self.unet.sample_size * self.vae.factor
         whole = replace(settings, strength=1.0)

@@ -213,6 +213,8 @@ class TestInversion:
             ({"sampler": "ddpm"}, "inversion is DDIM's"),
             ({"eta": 0.5}, "inversion is DDIM's"),
             ({"strength": 0.5}, "inversion is DDIM's"),
+            ({"mask_blur": 2.0}, "inversion takes no mask"),
+            ({"padding_mask_crop": 2}, "inversion takes no mask"),
             ({"iterations": 0}, "iterations must be a whole number of at least 1"),
             ({"mask_blur": 2.0}, "mask_blur belongs to a mask"),
         ],

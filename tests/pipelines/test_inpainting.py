@@ -160,6 +160,12 @@ class TestMask:
                     block = mask[n, 0, row * 8 : row * 8 + 8, column * 8 : column * 8 + 8]
                     assert found[n, 0, row, column] == block.max()
 
+    @pytest.mark.parametrize("blur", [1e-300, 1e-30, 1e-3])
+    def test_a_blur_too_small_to_see_leaves_the_mask(self, blur: float) -> None:
+        mask = torch.zeros(1, 1, 16, 16)
+        mask[..., 4:12, 5:11] = 1
+        torch.testing.assert_close(feathered(mask, blur), mask)
+
     def test_feathered_edges_are_inside_the_mask(self) -> None:
         mask = rectangle(16, 16, 64, 64)
         share = feathered(mask, 4.0)[0, 0]
@@ -222,6 +228,9 @@ class TestRegion:
         assert height * width == pytest.approx(512**2, rel=0.02)
         assert width / height == pytest.approx(1.5, rel=0.02)
         assert drawing_size((5, 15, 25, 45), 64, 72, 512) == (64, 72)
+
+    def test_a_thin_region_does_not_get_very_long(self) -> None:
+        assert drawing_size((0, 0, 1, 4096), None, None, 512) == (8, 4 * 512)
 
     def test_the_region_alone_is_drawn_and_enlarged(self, sd: sdkit.StableDiffusion) -> None:
         shapes: list[tuple[int, ...]] = []

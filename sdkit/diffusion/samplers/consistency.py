@@ -99,7 +99,7 @@ def tcd(
         prediction = clip(predict(x, t), x, schedule.alpha_cumprod(t), clip_x0)
         alpha_prev = schedule.alpha_cumprod(t_prev)
         if t_prev >= 0 and eta > 0:
-            alpha_s = schedule.alpha_cumprod(math.floor((1 - eta) * t_prev))
+            alpha_s = schedule.alpha_cumprod(math.floor(round((1 - eta) * t_prev, 9)))  # 0.1 * 10 is 0.99...
             x = tcd_step(prediction, alpha_s, alpha_prev, noise_like(x, generators))
         else:
             x = tcd_step(prediction, alpha_prev, alpha_prev)
