@@ -145,10 +145,11 @@ def requirements() -> dict[str, set[str]]:
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_a_module_imports_only_what_is_required(path: Path) -> None:
     imported = imported_by(path) - set(sys.stdlib_module_names) - {"sdkit"}
-    distributions = {"PIL": "pillow", "huggingface_hub": "huggingface-hub"}
+    distributions = {"PIL": "pillow", "huggingface_hub": "huggingface-hub", "resvg_py": "resvg-py"}
     # The demo and the recipe use scikit-image's photos if it is installed; only type checkers read typing_extensions.
     optional = {"skimage", "typing_extensions"}
     extra = requirements()["train"] if TRAINING & set(path.parts) else set()
+    extra |= requirements()["recipes"] if "recipes" in path.parts else set()
     assert {distributions.get(name, name) for name in imported} - optional <= requirements()["dependencies"] | extra
 
 
