@@ -160,7 +160,7 @@ def test_a_step_before_its_time(step: str, tmp_path: Path, monkeypatch: pytest.M
 
 def test_the_vae_may_begin_with_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With --vae, only the last run is made, so that only its tiles are needed."""
-    monkeypatch.setattr(training.LPIPS, "from_pretrained", lambda: None)
+    monkeypatch.setattr(training.LPIPS, "from_pretrained", lambda *_: None)
     monkeypatch.setattr("sys.argv", ["emoji", "vae", "--out", str(tmp_path), "--vae", "emoji"])
     with pytest.raises(SourceError, match="data/fine_tiles is not there: tiles makes it"):
         command.main()
