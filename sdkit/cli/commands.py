@@ -361,7 +361,7 @@ def _add_generate(commands: Commands) -> None:
             'sdkit generate "a cat" --model sd-v1-5.safetensors --steps 20 --scale 7',
             "sdkit generate --from outputs/0001-a-cat-0.png --seed 7 --out again.png",
             "sdkit generate --prompts prompts.txt --lora runs/zork/result --lora-scale 0.8",
-            'sdkit generate "a fox" --controlnet runs/edges/result --control-image edges.png',
+            'sdkit generate "a fox" --controlnet runs/edges/result --control-image a.png',
         ),
     )
     unset: dict[str, Any] = {"default": argparse.SUPPRESS}

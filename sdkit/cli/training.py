@@ -116,7 +116,7 @@ STAGES = {
         "Train a ControlNet, for the model to follow edges or other images.",
         (
             "sdkit train controlnet --data photos/ --condition canny --out-dir runs/edges",
-            "sdkit train controlnet --data photos/ --conditioning-data maps/ --out-dir runs/maps",
+            "sdkit train controlnet --data photos/ --conditioning-data maps/ --out-dir run",
         ),
     ),
 }

@@ -95,3 +95,13 @@ def set_device_rng_state(state: Tensor, device: torch.device) -> None:
     """Set a CUDA GPU's random generator to a state from `device_rng_state`; a no-op on other devices."""
     if device.type == "cuda":
         torch.cuda.set_rng_state(state, device)
+
+
+def reset_device_peak(device: torch.device) -> None:
+    """Start a new measurement of `device_peak` on a CUDA GPU."""
+    torch.cuda.reset_peak_memory_stats(device)
+
+
+def device_peak(device: torch.device) -> int:
+    """Return the largest memory in bytes that tensors took on a CUDA GPU since the last reset."""
+    return torch.cuda.max_memory_allocated(device)

@@ -8,13 +8,15 @@ from pathlib import Path
 
 import torch
 
+from sdkit.engines.device import device_peak, reset_device_peak
+
 CLEAR, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 
 
 def reset_peak_memory(device: torch.device) -> None:
     """Start a new measurement with `peak_memory`. Outside of Linux, only that of a CUDA GPU can be started anew."""
     if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+        reset_device_peak(device)
         return
     with contextlib.suppress(OSError):
         CLEAR.write_text("5")  # resets the high-water mark of resident memory; see proc(5)
@@ -27,7 +29,7 @@ def peak_memory(device: torch.device) -> int | None:
     process, with Python and the libraries.
     """
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+        return device_peak(device)
     with contextlib.suppress(OSError):
         lines = STATUS.read_text().splitlines()
         return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), None)

@@ -34,9 +34,13 @@ from tests.helpers.networks import guided_network
 META = torch.device("meta")
 STEPS = 3
 Copied = Counter[tuple[str, str]]
-NOISE = {"ddpm": STEPS - 1, "ddim, eta 1": STEPS}
+NOISE = {
+    **dict.fromkeys(("ddpm", "euler_a", "dpm++2m_sde", "lcm"), STEPS - 1),
+    "dpm++sde": 2 * (STEPS - 1),
+    "ddim, eta 1": STEPS,
+}
 """Draws of noise, by sampler. Noise is drawn on the CPU, where a seed means the same for every device, and is copied.
-DDPM's last step adds none."""
+The last step adds none, except DDIM's."""
 
 
 class Copies(TorchDispatchMode):

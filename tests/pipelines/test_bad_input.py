@@ -184,7 +184,7 @@ def test_call(sd: sdkit.StableDiffusion, case: int) -> None:
         (lambda: sdkit.NoiseSchedule.from_betas([]), "betas must be"),
         (lambda: sdkit.NoiseSchedule.from_betas([0.1, 1.5]), "betas must be"),
         (lambda: sdkit.NoiseSchedule.from_betas([NAN]), "betas must be"),
-        (lambda: sdkit.NoiseSchedule.from_betas([0.0, 0.1]), "begin above 0"),
+        (lambda: sdkit.NoiseSchedule.from_betas([0.0, 0.1]), "betas must be above 0"),
         (lambda: sdkit.NoiseSchedule.from_betas([0.1, 1.0, 0.1]), "only the last may be 1"),
         (lambda: sdkit.NoiseSchedule.linear(-5), "num_timesteps must be"),
         (lambda: sdkit.NoiseSchedule.linear(steps_offset=-5), "steps_offset must be"),
