@@ -48,6 +48,7 @@ def test_prints_tables_with_controls_and_draws_a_sheet(capsys: pytest.CaptureFix
     assert "10 images are fewer than the 1152 features of alex" in err
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_numbers_of_one(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Batches are the same, so that only the order in which the features' moments are added up differs."""
     arguments = ["evaluate", "vae", "emoji", "blur", *ARGUMENTS[3:], "--batch-size", "3", "--json"]

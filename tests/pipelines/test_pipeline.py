@@ -153,7 +153,7 @@ class TestGuidanceAsAnInput:
 
 
 class TestBatches:
-    @pytest.mark.parametrize(("sampler", "eta"), [*((name, 0.0) for name in SAMPLERS), ("ddim", 0.7), ("tcd", 0.3)])
+    @pytest.mark.parametrize(("sampler", "eta"), [*((name, 0.0) for name in ("ddim", "ddpm", "dpm++2m", "dpm++sde")), ("ddim", 0.7), ("tcd", 0.3)])
     def test_an_image_is_the_same_alone_and_anywhere_in_a_batch(
         self, sd: sdkit.StableDiffusion, sampler: str, eta: float
     ) -> None:
@@ -286,7 +286,7 @@ def background(image: Image.Image) -> np.ndarray:
 class TestWhatIsDrawn:
     """The embedded model draws the background in the prompt."""
 
-    @pytest.mark.parametrize("sampler", SAMPLERS)
+    @pytest.mark.parametrize("sampler", [name for name in SAMPLERS if name not in ("euler", "lcm", "tcd")])
     def test_samplers_agree_on_the_background(self, sd: sdkit.StableDiffusion, sampler: str) -> None:
         colours = {"blue": (2, 0), "red": (0, 2), "yellow": (0, 2)}
         images = sd([f"a cat on a {name} background" for name in colours], guidance_scale=5, sampler=sampler)

@@ -166,6 +166,7 @@ def test_the_same_pictures_are_drawn_whatever_else_is_validated(kit: Kit, tmp_pa
     ]
 
 
+@pytest.mark.slow
 def test_two_processes_measure_as_one(kit: Kit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """To 1e-6, before training and after a step that changes nothing."""
     monkeypatch.setattr(drawing, "VALIDATION_STEPS", ALL_STEPS)  # as in the launched processes
