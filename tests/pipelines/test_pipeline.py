@@ -153,7 +153,10 @@ class TestGuidanceAsAnInput:
 
 
 class TestBatches:
-    @pytest.mark.parametrize(("sampler", "eta"), [*((name, 0.0) for name in ("ddim", "ddpm", "dpm++2m", "dpm++sde")), ("ddim", 0.7), ("tcd", 0.3)])
+    @pytest.mark.parametrize(
+        ("sampler", "eta"),
+        [*((name, 0.0) for name in ("ddim", "ddpm", "dpm++2m", "dpm++sde")), ("ddim", 0.7), ("tcd", 0.3)],
+    )
     def test_an_image_is_the_same_alone_and_anywhere_in_a_batch(
         self, sd: sdkit.StableDiffusion, sampler: str, eta: float
     ) -> None:
