@@ -114,7 +114,7 @@ class Extractor:
 
     @property
     def resizing(self) -> str:
-        """What is done to an image before the network sees it."""
+        """The resizing of an image before the network sees it."""
         how = "shorter side resized, then cropped at the centre" if self.crops else "aspect ratio not kept"
         return f"{self.side} x {self.side} pixels, antialiased bicubic, {how}"
 

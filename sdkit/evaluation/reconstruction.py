@@ -55,7 +55,7 @@ class Pictures(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Subject:
-    """What is evaluated: a VAE, or a control.
+    """The subject of an evaluation: a VAE, or a control.
 
     Attributes:
         name: Its name.
@@ -139,7 +139,7 @@ class Skipped(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class VAEEvaluation:
-    """What `evaluate_vae` measured.
+    """The measurements of `evaluate_vae`.
 
     Images are decoded from the posterior's mean, and compared as 8-bit images. Means are over images.
 

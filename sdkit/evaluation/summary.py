@@ -1,4 +1,4 @@
-"""What an evaluation keeps of a set of images, however many there are, and however they are split over processes."""
+"""The summary of a set of images: bounded, however many there are, and however they are split over processes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ KEPT = 10_000
 
 @dataclass(frozen=True)
 class Features:
-    """What metrics take of a set of images.
+    """The features of a set of images that metrics take.
 
     Attributes:
         count: Number of images.
@@ -35,7 +35,7 @@ class Features:
 
     @property
     def exact(self) -> Moments | Tensor:
-        """What the Fréchet distance takes: all vectors if there are no more, or else the moments."""
+        """The argument for the Fréchet distance: all vectors if there are no more, or else the moments."""
         return self.vectors if len(self.vectors) == self.count else self.moments
 
 

@@ -50,7 +50,7 @@ def _word(value: Any) -> bool:
 
 
 Check = tuple[str, Callable[[Any], bool]]
-"""What messages call a valid value, and a function that returns whether a value is valid."""
+"""The words for a valid value in messages, and a function that returns whether a value is valid."""
 
 
 def or_null(check: Check) -> Check:

@@ -1,4 +1,4 @@
-"""ControlNets in the pipeline: their images and settings, and a model that is told their outputs.
+"""ControlNets in the pipeline: their images and settings, and a model that takes their outputs.
 
 `controlled` turns a model into one that runs ControlNets before it in each step. Guidance, samplers, and all that is
 built on them call the new model like the old one.
@@ -22,7 +22,7 @@ from sdkit.errors import ArgumentError
 from sdkit.images import Images, to_tensors
 from sdkit.networks.controlnet import ControlNet
 from sdkit.networks.denoiser import UNet
-from sdkit.pipelines.image_to_image import check_number, for_each_image, resized
+from sdkit.pipelines.image_to_image import check_number, check_one_size, for_each_image, resized
 
 if TYPE_CHECKING:
     from sdkit.pipelines.settings import DrawingSettings
@@ -263,13 +263,7 @@ def _read(images: Images, prompts: int, copies: int) -> Tensor:
     """Read the images of one ControlNet. Returns (prompts * copies, 3, H, W) in [0, 1], on the CPU."""
     found = [one.detach().cpu() for one in to_tensors(images)]
     check_number("control images", len(found), prompts)
-    sizes = sorted({(one.shape[2], one.shape[1]) for one in found})
-    if len(sizes) > 1:
-        (width, height), (other_width, other_height) = sizes[:2]
-        raise ArgumentError(
-            f"the control images differ in size: {width} x {height} and {other_width} x {other_height} pixels; resize "
-            "them, or draw them one by one."
-        )
+    check_one_size("control images", found)
     return for_each_image(((torch.stack(found) + 1) / 2).clamp(0, 1), prompts, copies)
 
 

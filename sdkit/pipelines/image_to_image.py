@@ -7,6 +7,7 @@ to image, and `StableDiffusion` calls these functions before it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -77,19 +78,24 @@ def read_images(image: Images, prompts: int) -> Tensor:
     """
     images = [one.detach().cpu() for one in to_tensors(image)]
     check_number("images", len(images), prompts)
-    sizes = sorted({(one.shape[1], one.shape[2]) for one in images})
-    if len(sizes) > 1:
-        (height, width), (other_height, other_width) = sizes[:2]
-        raise ArgumentError(
-            f"the images differ in size: {width} x {height} and {other_width} x {other_height} pixels; resize them, or "
-            "draw them one by one."
-        )
+    check_one_size("images", images)
     try:
-        for name, pixels in zip(("height", "width"), sizes[0], strict=True):
+        for name, pixels in zip(("height", "width"), images[0].shape[1:], strict=True):
             check_side(name, pixels)
     except ArgumentError as error:
         raise ImageError(f"the image cannot be drawn on: its {error}") from error
     return torch.stack(images)
+
+
+def check_one_size(what: str, images: Sequence[Tensor]) -> None:
+    """Raise ArgumentError unless all of `what`, images (3, H, W), have one size."""
+    sizes = sorted({(one.shape[1], one.shape[2]) for one in images})
+    if len(sizes) > 1:
+        (height, width), (other_height, other_width) = sizes[:2]
+        raise ArgumentError(
+            f"the {what} differ in size: {width} x {height} and {other_width} x {other_height} pixels; resize them, or "
+            "draw them one by one."
+        )
 
 
 def check_number(what: str, n: int, prompts: int) -> None:

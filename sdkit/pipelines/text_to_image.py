@@ -473,7 +473,7 @@ class StableDiffusion:
         return original.outside(self._sampled(x_T, plan, self._inside(plan, original)))
 
     def _painted_into(self, canvas: Canvas, mask: Tensor, plan: Plan, latents: Tensor | None) -> Tensor:
-        """Sample with a U-Net that is told the mask and the image without the masked part; see `_drawn_on`."""
+        """Sample with a U-Net that takes the mask and the image without the masked part; see `_drawn_on`."""
         images = canvas.images
         with self._working(self.vae):
             encode = partial(self.vae.encode, generator=plan.generators)

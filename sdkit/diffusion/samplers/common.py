@@ -1,4 +1,4 @@
-"""What all samplers share: the types, clamping of x0, and noise that belongs to an image."""
+"""The common parts of all samplers: types, clamping of x0, and noise that belongs to an image."""
 
 from __future__ import annotations
 

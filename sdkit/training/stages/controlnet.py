@@ -24,7 +24,6 @@ from sdkit.networks.controlnet import ControlNet
 from sdkit.networks.denoiser import UNet
 from sdkit.networks.text_encoder import TextEncoder
 from sdkit.pipelines.text_to_image import StableDiffusion
-from sdkit.training.batches import noise_of
 from sdkit.training.distributed import split_over_processes
 from sdkit.training.loop import fit
 from sdkit.training.settings import ControlNetConfig
@@ -34,7 +33,7 @@ from sdkit.training.stages.denoising import DenoisingObjective
 from sdkit.training.stages.drawing import Drawing
 from sdkit.training.stages.encoding import BatchEncoder
 from sdkit.training.stages.evaluating import Picture, PictureMetrics
-from sdkit.training.stages.examples import Row, collated
+from sdkit.training.stages.examples import Row, denoising_batch, validation_batch
 from sdkit.training.stages.images import identity_of, report_skipped
 from sdkit.training.stages.unet import HALF, enable_gradient_checkpointing
 
@@ -217,16 +216,15 @@ class ControlNetStage:
 
         All random values depend only on n and the seed.
         """
-        rows = []
-        for n, item in samples:
-            row: dict[str, Any] = {**self.examples.load(item, n // self.size)}
-            generator = noise_of(self.config.seed, n)
-            if float(torch.rand((), generator=generator)) < self.config.caption_dropout:
-                row |= self.examples.empty
-            row["t"] = self.objective.timestep(generator)
-            row |= self.objective.noise(self._shape, generator)
-            rows.append(row)
-        return collated(rows)
+        config = self.config
+        return denoising_batch(
+            samples,
+            self.examples,
+            self.objective,
+            self._shape,
+            seed=config.seed,
+            caption_dropout=config.caption_dropout,
+        )
 
     @property
     def _shape(self) -> tuple[int, int, int]:
@@ -266,10 +264,7 @@ class ControlNetStage:
 
     def _validation_loss(self, i: int) -> float:
         """Return the loss of one held-out image over the validation grid."""
-        example = self.examples.validation(i)
-        rows = [example | drawn for drawn in self.objective.validation_grid(i, self._shape)]
-        device = self.controlnet.device
-        batch = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in collated(rows).items()}
+        batch = validation_batch(i, self.examples, self.objective, self._shape, self.controlnet.device)
         return float(diffusion_loss(*self._denoised(self.denoiser, batch)))
 
     def _evaluate(self, step: int) -> Mapping[str, float]:

@@ -34,7 +34,7 @@ class Picture(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """What the metrics need of one picture.
+    """One picture, as the metrics need it.
 
     Attributes:
         lpips: Its LPIPS from the original; None if that is not asked for.

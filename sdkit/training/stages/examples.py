@@ -24,6 +24,9 @@ from sdkit.messages import clean
 from sdkit.networks.autoencoder import Autoencoder
 from sdkit.networks.text_encoder import TextEncoder
 from sdkit.processes import is_main_process
+from sdkit.training.batches import noise_of
+from sdkit.training.stage import Samples
+from sdkit.training.stages.denoising import DenoisingObjective
 from sdkit.training.stages.images import TrainingImages, is_cache, split, training_transform
 
 Row = dict[str, Tensor]
@@ -245,6 +248,56 @@ def open_provider(
     vae.check_size(height_width)
     examples = open_examples(data, **opened_with)
     return ImageLatents(examples, training_transform(height_width, augment), vae, text, seed=seed)
+
+
+def denoising_batch(
+    samples: Samples,
+    examples: DenoisingExamples,
+    objective: DenoisingObjective,
+    shape: tuple[int, ...],
+    *,
+    seed: int,
+    caption_dropout: float,
+) -> dict[str, Any]:
+    """Return examples with a timestep `t` and noise for each, as `collated` does.
+
+    All random values depend only on n and the seed.
+
+    Args:
+        samples: Pairs (n, item) of the number of a sample in the run, and the index of its example.
+        examples: The provider of examples.
+        objective: The objective that draws timesteps and noise.
+        shape: Shape (C, h, w) of the latents of one example.
+        seed: Random seed of the run.
+        caption_dropout: Share of the samples whose caption is replaced by the empty one.
+    """
+    rows = []
+    for n, item in samples:
+        row: dict[str, Any] = {**examples.load(item, n // len(examples.train))}
+        generator = noise_of(seed, n)
+        if float(torch.rand((), generator=generator)) < caption_dropout:
+            row |= examples.empty
+        row["t"] = objective.timestep(generator)
+        row |= objective.noise(shape, generator)
+        rows.append(row)
+    return collated(rows)
+
+
+def validation_batch(
+    i: int, examples: DenoisingExamples, objective: DenoisingObjective, shape: tuple[int, ...], device: torch.device
+) -> dict[str, Any]:
+    """Return held-out example i at each point of the validation grid, as `collated` does, with its tensors on a device.
+
+    Args:
+        i: Number of the held-out example.
+        examples: The provider of examples.
+        objective: The objective that draws the grid.
+        shape: Shape (C, h, w) of the latents of one example.
+        device: Device of the tensors.
+    """
+    example = examples.validation(i)
+    rows = [example | drawn for drawn in objective.validation_grid(i, shape)]
+    return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in collated(rows).items()}
 
 
 def collated(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

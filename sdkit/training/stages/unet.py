@@ -30,7 +30,6 @@ from sdkit.networks.denoiser import UNet
 from sdkit.networks.lora import TARGETS, add_lora, lora_tensors
 from sdkit.networks.text_encoder import TextEncoder
 from sdkit.pipelines.text_to_image import StableDiffusion
-from sdkit.training.batches import noise_of
 from sdkit.training.distributed import split_over_processes
 from sdkit.training.loop import fit
 from sdkit.training.settings import UNetConfig
@@ -39,7 +38,7 @@ from sdkit.training.stages.denoising import DenoisingObjective
 from sdkit.training.stages.drawing import Drawing
 from sdkit.training.stages.encoding import BatchEncoder
 from sdkit.training.stages.evaluating import Picture, PictureMetrics
-from sdkit.training.stages.examples import collated, open_provider
+from sdkit.training.stages.examples import denoising_batch, open_provider, validation_batch
 from sdkit.training.stages.images import identity_of, report_skipped
 
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -206,16 +205,10 @@ class UNetStage:
 
         All random values depend only on n and the seed.
         """
-        rows = []
-        for n, item in samples:
-            row: dict[str, Any] = {**self.latents.load(item, n // self.size)}
-            generator = noise_of(self.config.seed, n)
-            if float(torch.rand((), generator=generator)) < self.config.caption_dropout:
-                row |= self.latents.empty
-            row["t"] = self.objective.timestep(generator)
-            row |= self.objective.noise(self._shape, generator)
-            rows.append(row)
-        return collated(rows)
+        config = self.config
+        return denoising_batch(
+            samples, self.latents, self.objective, self._shape, seed=config.seed, caption_dropout=config.caption_dropout
+        )
 
     @property
     def _shape(self) -> tuple[int, int, int]:
@@ -255,10 +248,7 @@ class UNetStage:
 
     def _validation_loss(self, i: int) -> float:
         """Return the loss of one held-out image over the validation grid."""
-        example = self.latents.validation(i)
-        rows = [example | drawn for drawn in self.objective.validation_grid(i, self._shape)]
-        device = self.unet.device
-        batch = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in collated(rows).items()}
+        batch = validation_batch(i, self.latents, self.objective, self._shape, self.unet.device)
         return float(diffusion_loss(*self._denoised(self.denoiser, batch)))
 
     def _evaluate(self, step: int) -> Mapping[str, float]:
