@@ -9,6 +9,7 @@ from sdkit.diffusion.guidance import (
     apg,
     cfg,
     classifier,
+    energy,
     guided,
     rescale,
 )
@@ -22,6 +23,7 @@ __all__ = [
     "apg",
     "cfg",
     "classifier",
+    "energy",
     "guided",
     "rescale",
 ]

@@ -1,7 +1,8 @@
-"""Guidance: steer samples by an unconditional prediction or by a classifier's gradient.
+"""Guidance: steer samples by an unconditional prediction, or by the gradient of a classifier or an energy.
 
-`cfg`, `rescale`, and `apg` are functions of tensors. `guided` turns a model into a predictor that samplers take, and
-`classifier` guides a predictor by the gradient of a classifier.
+`cfg`, `rescale`, and `apg` are functions of tensors. `guided` turns a model into a predictor that samplers take;
+`classifier` guides a predictor by the gradient of a classifier of noisy images, and `energy` by that of any function of
+the predicted clean image.
 """
 
 from __future__ import annotations
@@ -226,3 +227,60 @@ def classifier(
         return schedule.prediction(eps, x_t, t, "epsilon")._replace(variance=unguided.variance)
 
     return guided_by_classifier
+
+
+def energy(
+    predict: Predict, energy: Callable[[Tensor], Tensor], schedule: NoiseSchedule, scale: float = 1.0
+) -> Predict:
+    """Return a predictor guided by an energy of the image that it predicts: eps + scale * sqrt(1 - a) * grad E(x0),
+    with the gradient taken by x_t, through the network (Bansal et al. 2023, https://arxiv.org/abs/2302.07121, eq. 6).
+
+    This is `classifier` with log p(y | x_t) = -E(x0) up to a constant. The energy sees clean images, so that a network
+    which never saw noise will do: CLIP, the features of a style, the distance to a reference. `VAE.pixels` decodes
+    latents with gradient.
+
+    Where the SNR is zero, x_t holds no information about the image, and the prediction is left unguided.
+
+    Args:
+        predict: The predictor to guide, such as that of `guided`. Its network must not run in inference mode.
+        energy: energy(x0) -> (B,), small where the image is as it should be, differentiable in x0 (B, C, h, w).
+            Image i's value may depend on image i alone.
+        schedule: The model's noise schedule.
+        scale: Strength; 0 leaves the prediction as it is.
+
+    Returns:
+        predict(x_t, t) -> Prediction, as samplers take it.
+
+    Raises:
+        ArgumentError: `scale` is not a number from -1e6 to 1e6, or the energy does not return a number for each image.
+
+    Example:
+        >>> import torch, sdkit
+        >>> from sdkit.guidance import energy
+        >>> schedule = sdkit.NoiseSchedule.scaled_linear()
+        >>> def denoise(x_t, t):  # the ideal denoiser of images whose every pixel is normally distributed
+        ...     return schedule.prediction(schedule.alpha_cumprod(t) ** 0.5 * x_t, x_t, t, "sample")
+        >>> darker = energy(denoise, lambda x0: x0.mean(dim=(1, 2, 3)), schedule, scale=50)
+        >>> x_t = torch.randn(1, 4, 8, 8)
+        >>> bool(darker(x_t, 500).x0.mean() < denoise(x_t, 500).x0.mean())
+        True
+    """
+    scale = check_scale(scale)
+
+    def guided_by_energy(x_t: Tensor, t: int) -> Prediction:
+        if scale == 0 or (a := schedule.alpha_cumprod(t)) == 0:
+            return predict(x_t, t)
+        with torch.inference_mode(False), torch.enable_grad():
+            x = x_t.detach().clone().requires_grad_()
+            unguided = predict(x, t)
+            values = energy(unguided.x0)
+            if values.shape != x.shape[:1]:
+                raise ArgumentError(
+                    f"an energy returns ({len(x)},), a number for each image, not {tuple(values.shape)}."
+                )
+            (gradient,) = torch.autograd.grad(values.sum(), x)
+        eps = unguided.eps.detach() + scale * math.sqrt(1 - a) * gradient
+        variance = None if unguided.variance is None else unguided.variance.detach()
+        return schedule.prediction(eps, x_t, t, "epsilon")._replace(variance=variance)
+
+    return guided_by_energy
