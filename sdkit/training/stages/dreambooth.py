@@ -183,7 +183,8 @@ def prior_preserving_loss(
     objective: DenoisingObjective, output: Tensor, target: Tensor, t: Sequence[int], prior_weight: float
 ) -> tuple[Tensor, dict[str, float | Tensor]]:
     """Return DreamBooth's loss (Ruiz et al. 2023, section 3.2): that of the object plus `prior_weight` times that of
-    the class.
+    the class. Both have the weights of min-SNR, as w_t stands before both in the paper; diffusers' script weights the
+    first alone.
 
     Args:
         objective: The denoising objective.
