@@ -110,8 +110,7 @@ STAGES = {
         (
             "sdkit train unet --data photos/ --out-dir runs/zork --lora-rank 8",
             "sdkit train unet --config runs/zork/config.json --max-steps 2000",
-            'sdkit train unet --instance-data dog/ --instance-prompt "a sks dog" \\\n      '
-            '--class-prompt "a dog" --out-dir runs/dog',
+            'sdkit train unet --instance-data dog/ --instance-prompt "sks dog" -o runs/dog',
             "accelerate launch -m sdkit train unet --data cache/ --out-dir runs/full",
         ),
     ),
