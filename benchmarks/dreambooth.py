@@ -53,11 +53,12 @@ OTHERS = (
     *("a robot", "a 3d sunflower", "a bird", "a cup with straw", "a ghost on an orange background", "an octopus"),
 )
 SEEDS, CLASS_SEEDS = range(4), range(8)
+CLASS: dict[str, Any] = {"class_prompt": "a teapot", "class_count": 48}
 WAYS: dict[str, dict[str, Any]] = {
     "without class images": {},
-    "whole": {"class_prompt": "a teapot"},
-    "lora": {"class_prompt": "a teapot", "lora_rank": 16, "learning_rate": 2e-3},
-    "text": {"class_prompt": "a teapot", "train_text_encoder": True, "learning_rate": 1e-4},
+    "whole": CLASS,
+    "lora": CLASS | {"lora_rank": 16, "learning_rate": 2e-3},
+    "text": CLASS | {"train_text_encoder": True},
 }
 
 

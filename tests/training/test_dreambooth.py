@@ -1,6 +1,6 @@
-"""DreamBooth: the loss against the formula of diffusers' script, the class images, runs that are killed, and settings.
+"""DreamBooth: the loss against the formula of diffusers' script, the batch, the class images, and bad input.
 
-In two processes it is trained in test_runs.py.
+Runs that are killed, and two processes, are tested in test_runs.py.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import functools
 import json
 import shutil
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +23,14 @@ from transformers import CLIPTextModel
 
 import sdkit
 from sdkit.data import cache
-from sdkit.errors import ArgumentError, DataError, SdkitError
+from sdkit.data.transform import Transform
+from sdkit.errors import ArgumentError, DataError, SdkitError, TrainingError
 from sdkit.images import to_tensors
-from sdkit.training import UNetConfig, train_unet
+from sdkit.training import TrainingStopped, UNetConfig, train_unet
 from sdkit.training.run_folder import read_metrics
-from sdkit.training.stages.dreambooth import CLASS_IMAGES
+from sdkit.training.stages.drawing import Drawing
+from sdkit.training.stages.dreambooth import CLASS_IMAGES, ClassImages
 from sdkit.training.stages.unet import UNetStage
-from tests.helpers import runs as helper
 from tests.helpers import tiny
 from tests.helpers.sentences import one_sentence
 
@@ -76,16 +77,24 @@ def stage_of(made: Path, **changes: Any) -> UNetStage:
 # The loss
 
 
+@functools.cache
+def theirs(model: Path) -> tuple[Any, Any, Any, Any]:
+    """Load diffusers' and transformers' networks, and the function that tokenizes."""
+    return (
+        AutoencoderKL.from_pretrained(model / "vae").eval(),
+        CLIPTextModel.from_pretrained(model / "text_encoder").eval(),
+        UNet2DConditionModel.from_pretrained(model / "unet").eval(),
+        sdkit.TextEncoder.from_pretrained(model, device="cpu").tokenize,
+    )
+
+
 def diffusers_loss(model: Path, batch: dict[str, Any], prompts: list[str], prior_weight: float, v: bool) -> Tensor:
     """Return the loss as examples/dreambooth/train_dreambooth.py of diffusers writes it, on a batch's images, noise,
     and timesteps: the batch is instance images, then class images; the prediction is chunked in two."""
-    vae: Any = AutoencoderKL.from_pretrained(model / "vae").eval()
-    text: Any = CLIPTextModel.from_pretrained(model / "text_encoder").eval()
-    unet: Any = UNet2DConditionModel.from_pretrained(model / "unet").eval()
+    vae, text, unet, tokenize = theirs(model)
     scheduler: Any = DDPMScheduler.from_pretrained(
         model / "scheduler", prediction_type="v_prediction" if v else "epsilon"
     )
-    tokenize = sdkit.TextEncoder.from_pretrained(model, device="cpu").tokenize
     with torch.no_grad():
         posterior = vae.encode(batch["pixels"]).latent_dist
         latents = (posterior.mean + posterior.std * batch["posterior_eps"]) * vae.config.scaling_factor
@@ -119,11 +128,11 @@ def test_loss_is_that_of_diffusers_script(made: Path, changes: dict[str, Any]) -
         loss, parts = stage.loss({"unet": stage.denoiser}, batch, 0)
     weight = changes.get("prior_weight", 1.0)
     prompts = [INSTANCE] * 4 + [CLASS] * 4
-    theirs = diffusers_loss(made / "model", batch, prompts, weight, "prediction_type" in changes)
-    assert float(loss) == pytest.approx(float(theirs), rel=1e-5)
+    expected = diffusers_loss(made / "model", batch, prompts, weight, "prediction_type" in changes)
+    assert float(loss) == pytest.approx(float(expected), rel=1e-5)
     assert float(loss) == pytest.approx(float(parts["instance_loss"] + weight * parts["prior_loss"]), rel=1e-6)
     swapped = diffusers_loss(made / "model", batch, prompts[::-1], weight, "prediction_type" in changes)
-    assert float(theirs) != pytest.approx(float(swapped), rel=1e-5)  # the prompts matter
+    assert float(expected) != pytest.approx(float(swapped), rel=1e-5)  # the prompts matter
 
 
 def test_min_snr_weights_both_parts(made: Path) -> None:
@@ -173,13 +182,14 @@ def test_batch_is_instances_then_as_many_of_the_class(made: Path) -> None:
 
 def test_batch_depends_on_numbers_alone(made: Path) -> None:
     samples = [(n, n % 5) for n in range(12)]
-    whole = stage_of(made, augment=("flip",)).batch(samples)
-    for n, item in samples:
-        one = stage_of(made, augment=("flip",)).batch([(n, item)]) if n in (0, 7) else None
-        for i, at in enumerate((n, 12 + n)) if one is not None else ():
+    whole, again = (stage_of(made, augment=("flip",)) for _ in range(2))
+    batch = whole.batch(samples)
+    for n, item in reversed(samples):
+        one = again.batch([(n, item)])
+        for i, at in enumerate((n, 12 + n)):
             for key in ("pixels", "eps", "posterior_eps", "ids"):
-                assert torch.equal(one[key][i], whole[key][at])
-            assert one["t"][i] == whole["t"][at]
+                assert torch.equal(one[key][i], batch[key][at])
+            assert one["t"][i] == batch["t"][at]
 
 
 def test_no_prompt_is_dropped(made: Path) -> None:
@@ -257,111 +267,63 @@ def test_identity_covers_the_class_images(made: Path) -> None:
     changes: tuple[dict[str, Any], ...] = (
         {}, {"class_data": made / "captioned"}, {"class_count": 2}, {"class_count": 6}, {"class_data": None},
         {"class_data": None, "class_prompt": "a red disc"}, {"class_data": None, "seed": 1},
+        {"class_data": None, "mixed_precision": "bf16"},
     )  # fmt: skip
-    identities = {stage_of(made, **change).identity["class_images"] for change in changes}
-    assert len(identities) == len(changes)
-    assert "class_images" not in stage_of(made, class_data=None, class_prompt=None).identity
+    found = [
+        ClassImages(
+            config(made, made / "unused", **change), Transform(size=(tiny.SIZE, tiny.SIZE)), torch.zeros(1, 32),
+            model=("a model",), draw=lambda *_: pytest.fail("nothing is drawn yet"), skipped={},
+        )
+        for change in changes
+    ]  # fmt: skip
+    assert len({one.identity for one in found}) == len(changes)
+    assert len({one.folder for one in found}) == 4  # another count needs no other drawings
+    assert [len(one) for one in found] == [4, 5, 2, 6, *[CLASS_IMAGES] * 4]
 
 
-# Runs that are killed
+def test_a_stop_amid_the_drawing(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    draw = Drawing.draw
 
-RUN: dict[str, Any] = OWN | {
-    "max_steps": 4, "batch_size": 2, "save_every": 2, "keep_checkpoints": 1, "validate_every": 2, "seed": 7,
-    "lr_scheduler": "cosine", "learning_rate": 1e-3, "augment": ("crop", "flip"), "ema_decay": 0.9,
-    "class_count": COUNT,
-}  # fmt: skip
-KINDS: dict[str, dict[str, Any]] = {"whole": {}, "lora": {"lora_rank": 2, "train_text_encoder": True}}
-POINTS = [
-    ("whole", "os.rename:class_images 2", 0),
-    ("lora", "batch 2", 0),
-    ("lora", "loss 4", 2),
-    ("whole", "half 6", 2),
-    ("lora", "export 1", 4),
-]
-"""Kind of run, the point at which it is killed, and the step of the newest checkpoint at that time; 0 for none."""
+    def then_stop(self: Drawing, *given: Any) -> Any:
+        image = draw(self, *given)
+        signal.raise_signal(signal.SIGTERM)
+        return image
 
-
-@pytest.fixture(scope="module")
-def run() -> Iterator[helper.Runs]:
-    one = helper.Runs()
-    yield one
-    one.close()
-
-
-def settings_of(made: Path, out: Path, kind: str) -> dict[str, Any]:
-    return RUN | KINDS[kind] | {"model": made / "model", "instance_data": made / "object", "out_dir": out}
-
-
-def everything(out: Path) -> dict[str, Any]:
-    """Read all that two bit-identical runs share."""
-    found: dict[str, Any] = {
-        str(path.relative_to(out)): path.read_bytes()
-        for name in ("checkpoints", "result", "class_images")
-        for path in sorted((out / name).rglob("*"))
-        if path.is_file()
-    }
-    lines = [
-        {key: value for key, value in line.items() if not key.endswith("seconds")}
-        for line in read_metrics(out / "metrics.jsonl")
-    ]
-    return found | {"metrics": lines}
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(made: Path, run: helper.Runs) -> Callable[[str], dict[str, Any]]:
-    @functools.cache
-    def train(kind: str) -> dict[str, Any]:
-        assert run("unet", settings_of(made, made / "uninterrupted" / kind, kind)) == 0
-        return everything(made / "uninterrupted" / kind)
-
-    return train
-
-
-@pytest.mark.parametrize(("kind", "point", "step"), POINTS)
-def test_a_killed_run_ends_as_one_never_stopped_to_the_bit(
-    kind: str, point: str, step: int, made: Path, run: helper.Runs, uninterrupted: Any, tmp_path: Path
-) -> None:
-    given = settings_of(made, tmp_path / "run", kind)
-    assert run("unet", given, f"SIGKILL {point}") == -signal.SIGKILL
-    steps = [int(path.name[5:]) for path in (tmp_path / "run").glob("checkpoints/step-*")]
-    assert max(steps, default=0) == step
-    images = sorted((tmp_path / "run" / "class_images").rglob("0*.png"))
-    assert len(images) == (1 if "class_images" in point else COUNT)
-    kept = [path.stat().st_mtime_ns for path in images]
-    assert run("unet", given) == 0
-    assert everything(tmp_path / "run") == uninterrupted(kind)
-    assert [path.stat().st_mtime_ns for path in images] == kept  # nothing is drawn twice
-
-
-def test_a_stop_while_class_images_are_drawn(made: Path, run: helper.Runs, uninterrupted: Any, tmp_path: Path) -> None:
-    given = settings_of(made, tmp_path / "run", "whole")
-    assert run("unet", given, "SIGTERM os.rename:class_images 1") == 128 + signal.SIGTERM
-    assert run.said(given) == "stopped before the first step; the same command resumes it."
-    assert len(drawn(tmp_path / "run")) == 1
-    # Another class has other images, and those that are there are not taken for it.
-    assert run("unet", given | {"class_prompt": "a cat", "max_steps": 1, "out_dir": tmp_path / "run"}) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(Drawing, "draw", then_stop)
+        with pytest.raises(TrainingStopped, match=r"^stopped before the first step; the same command resumes it\.$"):
+            train_unet(config(made, tmp_path / "run", class_data=None, class_count=2))
+    assert [*drawn(tmp_path / "run")] == ["00000.png"]
+    # Another class has images of its own: those that are there are not taken for it.
+    train_unet(config(made, tmp_path / "run", class_data=None, class_count=2, class_prompt="a cat", max_steps=1))
     folders = sorted(len([*folder.iterdir()]) for folder in (tmp_path / "run" / "class_images").iterdir())
-    assert folders == [1, COUNT]
+    assert folders == [1, 2]
 
 
-GOLDEN = {"whole": [0.0] * 4, "lora": [0.0] * 4}
+def test_other_class_images_are_another_run(made: Path, tmp_path: Path) -> None:
+    common = {"lora_rank": 2, "batch_size": 1}
+    train_unet(config(made, tmp_path / "run", max_steps=1, **common))
+    shutil.copytree(made / "class", tmp_path / "moved")
+    moved = common | {"class_data": tmp_path / "moved"}
+    train_unet(config(made, tmp_path / "run", max_steps=2, **moved))  # the path may change
+    (tmp_path / "moved" / "000.png").unlink()
+    one_sentence(
+        lambda: train_unet(config(made, tmp_path / "run", max_steps=3, **moved)), TrainingError,
+        "holds another run: its class images was different",
+    )  # fmt: skip
+
+
+GOLDEN = {"whole": [2.11696, 2.23416, 1.73359], "lora": [2.11696, 2.39181, 1.80378]}
+KINDS: dict[str, dict[str, Any]] = {"whole": {}, "lora": {"lora_rank": 2, "train_text_encoder": True}}
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_golden_losses(kind: str, uninterrupted: Any) -> None:
-    """Losses of four steps in float32 on one thread, to 1e-3. A change in them is a change in what is learned."""
-    found = [line["loss"] for line in uninterrupted(kind)["metrics"] if "loss" in line]
+def test_golden_losses(made: Path, tmp_path: Path, kind: str) -> None:
+    """Losses of three steps in float32 on one thread, to 1e-3. A change in them is a change in what is learned."""
+    given = KINDS[kind] | {"seed": 7, "batch_size": 2, "max_steps": 3, "augment": ("crop", "flip")}
+    out = train_unet(config(made, tmp_path / "run", **given))
+    found = [line["loss"] for line in read_metrics(out / "metrics.jsonl") if "loss" in line]
     assert found == pytest.approx(GOLDEN[kind], rel=1e-3)
-
-
-def test_other_class_images_are_another_run(made: Path, run: helper.Runs, tmp_path: Path) -> None:
-    given = settings_of(made, tmp_path / "run", "lora") | {"class_count": None, "class_data": made / "class"}
-    assert run("unet", given | {"max_steps": 1}) == 0
-    shutil.copytree(made / "class", tmp_path / "moved")
-    assert run("unet", given | {"max_steps": 2, "class_data": tmp_path / "moved"}) == 0  # the path may change
-    (tmp_path / "moved" / "000.png").unlink()
-    assert run("unet", given | {"max_steps": 3, "class_data": tmp_path / "moved"}) == 2
-    assert "holds another run: its class images was different" in run.said(given)
 
 
 # Bad input

@@ -115,9 +115,9 @@ def files(folder: Path) -> dict[str, bytes]:
 
 def everything(out: Path) -> dict[str, Any]:
     """Read all that two bit-identical runs share: checkpoints (weights, averages, optimizer states, random numbers),
-    result, pictures, metrics, and skipped files.
+    result, pictures, class images, metrics, and skipped files.
     """
-    found: dict[str, Any] = {name: files(out / name) for name in ("checkpoints", "result", "samples")}
+    found: dict[str, Any] = {name: files(out / name) for name in ("checkpoints", "result", "samples", "class_images")}
     skipped = out / "skipped.json"
     return found | {"metrics": metrics(out), "skipped": skipped.exists() and json.loads(skipped.read_text())}
 
@@ -158,6 +158,8 @@ KILLS = [
 ]
 for i, point in enumerate(point for point in POINTS if "discriminator" not in point):
     KILLS += [("unet" + CACHE * (i % 2), point), ("lora" + CACHE * (1 - i % 2), point)]
+POINTS["os.rename:class_images 2"] = 0  # an image of DreamBooth's class is written, but not renamed yet
+KILLS += [("dreambooth", point) for point in ("os.rename:class_images 2", "loss 6", "half 8")]
 KILLS.remove(("lora", "os.rename:samples 2"))  # this run has no prompts to draw
 
 
