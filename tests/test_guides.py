@@ -33,6 +33,7 @@ HERE = {
     r"[\w-]+/(?:sd-vae-ft-mse|stable-diffusion-v1-5)|v1-5-pruned-emaonly\.safetensors": "emoji",
     r" --variant fp16": "",
     r"(max.steps[= ])\d+": r"\g<1>2",
+    r"(class-count )\d+": r"\g<1>1",
     "org/name": "photos",
     "--num_processes 8": "--num_processes 2",
 }

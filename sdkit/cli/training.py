@@ -67,6 +67,8 @@ GROUPS = {
     "required, here or in the --config file": "data out_dir",
     "data": "split image_column caption_column default_caption class_folders size augment "
     "condition conditioning_data conditioning_image_column",
+    "DreamBooth: one object from a few images": "instance_data instance_prompt class_data class_prompt class_count "
+    "prior_weight",
     "model": "model vae init",
     "what is trained": "lora_rank train_text_encoder train_encoder controlnet",
     "loss": "prediction_type zero_snr snr_gamma noise_offset caption_dropout reconstruction lpips_weight lpips "
@@ -108,6 +110,7 @@ STAGES = {
         (
             "sdkit train unet --data photos/ --out-dir runs/zork --lora-rank 8",
             "sdkit train unet --config runs/zork/config.json --max-steps 2000",
+            'sdkit train unet --instance-data dog/ --instance-prompt "sks dog" -o runs/dog',
             "accelerate launch -m sdkit train unet --data cache/ --out-dir runs/full",
         ),
     ),
@@ -199,7 +202,8 @@ def _train(name: str, args: argparse.Namespace) -> int:
 
     settings = _settings(STAGES[name].settings, args)
     check_files(Path(settings.out_dir))
-    check_source(settings.data)
+    for source in settings.sources:
+        check_source(source)
     folder = getattr(training, f"train_{name}")(settings)
     if is_main_process():
         say_path(folder / "result")

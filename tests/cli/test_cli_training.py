@@ -285,7 +285,8 @@ GIVEN = ("--data", "photos", "--out-dir", "r", "--model", "nowhere")  # no such 
 BAD: dict[str, tuple[tuple[str, ...], str]] = {
     "train: no stage": (("train",), "required: COMMAND"),
     "train: unknown stage": (("train", "text"), "invalid choice: 'text'"),
-    "train: nothing given": (("train", "unet"), "--data and --out-dir must be given"),
+    "train: nothing given": (("train", "vae"), "--data and --out-dir must be given"),
+    "train: no data": (("train", "unet", "-o", "r"), "data must be given (--data), or instance_data"),
     "train: no folder": (("train", "vae", "--data", "photos"), "--out-dir must be given"),
     "train: option of the other stage": (("train", "vae", *GIVEN, "--lora-rank", "4"), "--lora-rank"),
     "train: abbreviated": (("train", "unet", *GIVEN, "--lora", "4"), "--lora"),

@@ -189,7 +189,7 @@ def launched(scenario: dict[str, Any]) -> None:
     batch = stage.batch
     stage.batch = lambda mine: samples.extend(mine) or batch(mine)  # type: ignore[func-returns-value]
     RENAMED.clear()
-    fit(stage, config, Path(config.out_dir))
+    fit(stage, config, Path(config.out_dir), before=getattr(stage, "prepare", None))
     out = Path(config.out_dir)
     inside = sorted({path.relative_to(out).parts[0] for path in RENAMED if path.is_relative_to(out)})
     (out / f"rank-{rank}.json").write_text(json.dumps({"samples": sorted(samples), "wrote": inside}))

@@ -81,14 +81,21 @@ def run(made: Path) -> Iterator[helper.Runs]:
 
 
 def settings(made: Path, kind: str, out: Path, **changes: Any) -> tuple[str, dict[str, Any]]:
-    """Return stage and settings of a kind of run: "vae", "controlnet", "unet", or "lora". The last two can be followed
-    by " from a cache".
+    """Return stage and settings of a kind of run: "vae", "controlnet", "dreambooth", "unet", or "lora". The last two
+    can be followed by " from a cache".
     """
     own: dict[str, Any] = {
         "vae": {"disc_weight": 0.5, "disc_start": 3, "train_encoder": True, "lpips_weight": 0.0},
         "unet": {"caption_dropout": 0.3, "snr_gamma": 5.0, "noise_offset": 0.1, "validation_prompts": ("a red disc",)},
         "lora": {"caption_dropout": 0.3, "lora_rank": 2, "train_text_encoder": True},
         "controlnet": {"condition": "grey", "caption_dropout": 0.3, "validation_prompts": ("a red disc",)},
+        "dreambooth": {
+            "data": "",
+            "instance_data": made / "photos",
+            "class_prompt": "a disc",
+            "class_count": 3,
+            "lora_rank": 2,
+        },
     }[kind.split()[0]]
     data = made / ("cache" if "cache" in kind else "photos")
     common = RUN | {"model": made / "dropout", "data": data, "out_dir": out}
@@ -108,9 +115,9 @@ def files(folder: Path) -> dict[str, bytes]:
 
 def everything(out: Path) -> dict[str, Any]:
     """Read all that two bit-identical runs share: checkpoints (weights, averages, optimizer states, random numbers),
-    result, pictures, metrics, and skipped files.
+    result, pictures, class images, metrics, and skipped files.
     """
-    found: dict[str, Any] = {name: files(out / name) for name in ("checkpoints", "result", "samples")}
+    found: dict[str, Any] = {name: files(out / name) for name in ("checkpoints", "result", "samples", "class_images")}
     skipped = out / "skipped.json"
     return found | {"metrics": metrics(out), "skipped": skipped.exists() and json.loads(skipped.read_text())}
 
@@ -151,6 +158,8 @@ KILLS = [
 ]
 for i, point in enumerate(point for point in POINTS if "discriminator" not in point):
     KILLS += [("unet" + CACHE * (i % 2), point), ("lora" + CACHE * (1 - i % 2), point)]
+POINTS["os.rename:class_images 2"] = 0  # an image of DreamBooth's class is written, but not renamed yet
+KILLS += [("dreambooth", point) for point in ("os.rename:class_images 2", "loss 6", "half 8")]
 KILLS.remove(("lora", "os.rename:samples 2"))  # this run has no prompts to draw
 
 
@@ -284,9 +293,11 @@ TOGETHER: dict[str, dict[str, Any]] = {
     "unet": {},
     "lora from a cache": {},
     "controlnet": {},
+    "dreambooth": {},
 }
 PLAYERS = {"vae": ["vae", "discriminator"], "controlnet": ["controlnet"]}
 """Kind of run -> its players; that of the others is the U-Net."""
+WITHOUT_PICTURES = ("lora from a cache", "dreambooth")
 
 
 def together(made: Path, kind: str, out: Path, **changes: Any) -> tuple[str, dict[str, Any]]:
@@ -332,10 +343,11 @@ def test_two_processes_train_as_one(
     skipped = [json.loads((out / "skipped.json").read_text()) for out in (launched / kind, tmp_path / "run")]
     assert skipped[0] == skipped[1] != {}
     pictures = [*(launched / kind / "samples").glob(f"step-{end:08d}.png")]
-    assert pictures or kind == "lora from a cache"
+    assert pictures or kind in WITHOUT_PICTURES
     for drawn in pictures:
         levels = [np.asarray(Image.open(path), float) for path in (drawn, tmp_path / "run" / "samples" / drawn.name)]
         assert np.abs(levels[0] - levels[1]).max() <= 1
+    assert files(launched / kind / "class_images") == files(tmp_path / "run" / "class_images")
 
 
 @pytest.mark.parametrize("kind", TOGETHER)
@@ -354,9 +366,10 @@ def test_processes_share_the_data_and_one_writes(kind: str, launched: Path) -> N
     zero, one = (json.loads((launched / kind / f"rank-{rank}.json").read_text()) for rank in (0, 1))
     numbers = sorted(n for n, _ in zero["samples"] + one["samples"])
     assert numbers == list(range(4 * STEPS))
-    assert one["wrote"] == []
-    pictures = [] if kind == "lora from a cache" else ["samples"]
-    written = ["checkpoints", "config.json", "metrics.jsonl", "result", *pictures, "skipped.json"]
+    drawn = ["class_images"] if kind == "dreambooth" else []  # the work of both processes
+    assert one["wrote"] == drawn
+    pictures = [] if kind in WITHOUT_PICTURES else ["samples"]
+    written = ["checkpoints", *drawn, "config.json", "metrics.jsonl", "result", *pictures, "skipped.json"]
     assert [name for name in zero["wrote"] if not name.startswith(".sdkit")] == written
 
 

@@ -259,7 +259,22 @@ def denoising_batch(
     seed: int,
     caption_dropout: float,
 ) -> dict[str, Any]:
-    """Return examples with a timestep `t` and noise for each, as `collated` does.
+    """Return examples with a timestep `t` and noise for each, as `collated` does. For the arguments see
+    `denoising_rows`."""
+    drawn = denoising_rows(samples, examples, objective, shape, seed=seed, caption_dropout=caption_dropout)
+    return collated(drawn)
+
+
+def denoising_rows(
+    samples: Samples,
+    examples: DenoisingExamples,
+    objective: DenoisingObjective,
+    shape: tuple[int, ...],
+    *,
+    seed: int,
+    caption_dropout: float,
+) -> list[dict[str, Any]]:
+    """Return examples with a timestep `t` and noise for each, as rows of a batch.
 
     All random values depend only on n and the seed.
 
@@ -280,7 +295,7 @@ def denoising_batch(
         row["t"] = objective.timestep(generator)
         row |= objective.noise(shape, generator)
         rows.append(row)
-    return collated(rows)
+    return rows
 
 
 def validation_batch(

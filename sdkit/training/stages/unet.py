@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from torch import Tensor, nn
 
 from sdkit.diffusion.conditioning import Conditioning
@@ -35,11 +36,12 @@ from sdkit.training.loop import fit
 from sdkit.training.settings import UNetConfig
 from sdkit.training.stage import Player, Samples
 from sdkit.training.stages.denoising import DenoisingObjective
-from sdkit.training.stages.drawing import Drawing
+from sdkit.training.stages.drawing import VALIDATION_STEPS, Drawing
+from sdkit.training.stages.dreambooth import ClassImages, open_instances, prior_preserving_loss
 from sdkit.training.stages.encoding import BatchEncoder
 from sdkit.training.stages.evaluating import Picture, PictureMetrics
-from sdkit.training.stages.examples import denoising_batch, open_provider, validation_batch
-from sdkit.training.stages.images import identity_of, report_skipped
+from sdkit.training.stages.examples import DenoisingExamples, collated, denoising_rows, open_provider, validation_batch
+from sdkit.training.stages.images import identity_of, report_skipped, training_transform
 
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -66,7 +68,8 @@ def train_unet(config: UNetConfig) -> Path:
         >>> sorted(path.name for path in (run / "result").iterdir())
         ['pytorch_lora_weights.safetensors', 'training.json']
     """
-    return fit(UNetStage(config), config, Path(config.out_dir))
+    stage = UNetStage(config)
+    return fit(stage, config, Path(config.out_dir), before=stage.prepare)
 
 
 class Denoiser(nn.Module):
@@ -135,10 +138,14 @@ class UNetStage:
             torch.manual_seed(config.seed)
             self._make_networks(model)
         side = self.unet.sample_size * self.vae.factor
-        self.latents = open_provider(
-            config.data, self.vae, self.text, size=config.size, own_size=(side, side), augment=config.augment,
-            seed=config.seed, trains_text=config.train_text_encoder, **config.opened_with(),
-        )  # fmt: skip
+        self.latents: DenoisingExamples
+        if config.instance_data is not None:
+            self.latents = open_instances(config, config.instance_data, self.vae, self.text, (side, side))
+        else:
+            self.latents = open_provider(
+                config.data, self.vae, self.text, size=config.size, own_size=(side, side), augment=config.augment,
+                seed=config.seed, trains_text=config.train_text_encoder, **config.opened_with(),
+            )  # fmt: skip
         self.encoder = BatchEncoder(
             self.vae, self.text, scale=self.latents.scale, shift=self.latents.shift,
             trains_text=config.train_text_encoder,
@@ -154,6 +161,9 @@ class UNetStage:
             folder=config.samples, size=(height, width), guidance_scale=self.guidance_scale,
             half=HALF.get(config.mixed_precision), trains_text=config.train_text_encoder,
         )  # fmt: skip
+        self.class_images: ClassImages | None = None
+        if config.class_prompt is not None:
+            self.class_images = self._class_images(config.class_prompt, (height, width))
         if config.validation_prompts:
             self.evaluators.append(self.drawing)
         if config.evaluate:
@@ -200,15 +210,39 @@ class UNetStage:
                 enable_gradient_checkpointing(part)
         self.denoiser = Denoiser(self.unet, self.text if config.train_text_encoder else None)
 
+    def _class_images(self, prompt: str, size: tuple[int, int]) -> ClassImages:
+        """Open or plan the class images of DreamBooth, and add their fingerprint to that of the data."""
+        images = ClassImages(
+            self.config, training_transform(size, self.config.augment), self.text.tokenize(prompt)[0][0],
+            model=(self.identity["model"], self.guidance_scale, VALIDATION_STEPS), draw=self.drawing.draw,
+            skipped=self.latents.skipped,
+        )  # fmt: skip
+        self.identity["class_images"] = images.identity
+        return images
+
+    def prepare(self) -> None:
+        """Draw the class images of DreamBooth that are missing, on every process, with the untrained networks."""
+        if self.class_images is None:
+            return
+        self.denoiser.eval().to(PartialState().device)
+        with torch.no_grad():
+            self.class_images.prepare()
+        self.denoiser.cpu()
+        self.drawing.rest()
+
     def batch(self, samples: Samples) -> dict[str, Any]:
         """Return posterior or pixels, caption, timestep, and noise of samples (n, item), as `collated` does.
 
-        All random values depend only on n and the seed.
+        With class images, as many of them follow. All random values depend only on n and the seed.
         """
         config = self.config
-        return denoising_batch(
-            samples, self.latents, self.objective, self._shape, seed=config.seed, caption_dropout=config.caption_dropout
+        dropout = config.caption_dropout if config.instance_data is None else 0.0
+        rows = denoising_rows(
+            samples, self.latents, self.objective, self._shape, seed=config.seed, caption_dropout=dropout
         )
+        if self.class_images is not None:
+            rows += self.class_images.rows(samples, self.objective, self._shape)
+        return collated(rows)
 
     @property
     def _shape(self) -> tuple[int, int, int]:
@@ -223,8 +257,10 @@ class UNetStage:
     def loss(
         self, networks: Mapping[str, nn.Module], batch: dict[str, Any], step: int
     ) -> tuple[Tensor, Mapping[str, float | Tensor]]:
-        """Return the denoising loss, and its parts to log; see `DenoisingObjective.loss`."""
+        """Return the loss, and its parts to log; see `DenoisingObjective.loss` and `prior_preserving_loss`."""
         output, target = self._denoised(networks["unet"], batch)
+        if self.class_images is not None:
+            return prior_preserving_loss(self.objective, output, target, batch["t"], self.config.prior_weight)
         return self.objective.loss(output, target, batch["t"], batch.get("weight"))
 
     def _denoised(self, network: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
