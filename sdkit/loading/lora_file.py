@@ -107,6 +107,7 @@ class LoRA:
         unet: Layer -> its update, in the U-Net.
         text_encoder: Layer -> its update, in the text encoder.
         name: A short name, from that of the file or its folder.
+        path: The file; None if it was made in Python.
         metadata: The metadata of a safetensors file.
     """
 
@@ -114,6 +115,7 @@ class LoRA:
     unet: dict[str, Update]
     text_encoder: dict[str, Update]
     name: str = "lora"
+    path: Path | None = None
     metadata: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -143,7 +145,7 @@ def save_lora(
         ArgumentError: The name or the layout cannot be used.
     """
     one_of("layout", layout, LAYOUTS)
-    _check_name(path)
+    check_lora_name(path)
     groups = _group(tensors, "the LoRA")
     if layout == "diffusers":
         _write(tensors, path, {} if alpha is None and not rslora else _alpha_metadata(tensors, groups, alpha, rslora))
@@ -184,12 +186,17 @@ def convert_lora(source: str | os.PathLike[str], path: str | Path) -> None:
     Raises:
         SourceError: As in `read_lora`.
     """
-    _check_name(path)
-    lora = read_lora(source)
+    check_lora_name(path)
+    write_lora(read_lora(source), path)
+
+
+def write_lora(lora: LoRA, path: str | Path) -> None:
+    """Write a LoRA to one .safetensors file in kohya's layout, atomically, with what its metadata say of it."""
     _write(_kohya(lora), path, {key: value for key, value in lora.metadata.items() if key.startswith(KEPT)})
 
 
-def _check_name(path: str | Path) -> None:
+def check_lora_name(path: str | Path) -> None:
+    """Raise ArgumentError unless a LoRA can be written under this name."""
     if Path(path).suffix != ".safetensors":
         raise ArgumentError(f"a LoRA cannot be saved as {str(path)!r}; give a name that ends in .safetensors.")
 
@@ -239,7 +246,7 @@ def read_lora(source: str | os.PathLike[str], *, filename: str | None = None, re
         parts[part][plain_name(module)] = _update(own, alphas[part], module, file.label)
     for name in dict.fromkeys(name.removeprefix(BUNDLED).split(".")[0] for name in file.shapes if name not in tensors):
         warnings.warn(f"{file.label} brings the embedding {clean(name)!r} along, which is not used.", stacklevel=2)
-    return LoRA(label=file.label, name=_short_name(source, path), metadata=file.metadata, **parts)
+    return LoRA(label=file.label, name=_short_name(source, path), path=path, metadata=file.metadata, **parts)
 
 
 def _update(tensors: dict[str, Tensor], alphas: _Alphas, module: str, label: str) -> Update:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -19,14 +18,12 @@ from sdkit.diffusion.schedule import NoiseSchedule, completed
 from sdkit.engines.attention import PlainWhereSmall
 from sdkit.errors import ArgumentError
 from sdkit.images import to_tensors
-from sdkit.loading.configs import GUIDANCE
 from sdkit.loading.new_network import new_network
-from sdkit.loading.single_file import ASSETS
 from sdkit.loading.source import USUAL_GUIDANCE, Source
-from sdkit.messages import no_warnings, quiet
 from sdkit.networks.autoencoder import VAE, latents_of
 from sdkit.networks.denoiser import UNet
 from sdkit.networks.text_encoder import TextEncoder
+from sdkit.pipelines.saving import save_pipeline
 from sdkit.pipelines.text_to_image import StableDiffusion
 from sdkit.training.distributed import split_over_processes
 from sdkit.training.loop import fit
@@ -267,22 +264,10 @@ class UNetStage:
         if self.config.lora_rank is not None:
             export_lora(folder, self.config, self.unet.network, text and text.network)
             return
-        with quiet("diffusers", "transformers"), no_warnings():
-            import diffusers
-
-            scheduler = getattr(diffusers, self.scheduler.get("_class_name") or "DDIMScheduler")
-            pipeline = diffusers.StableDiffusionPipeline(
-                vae=self.vae.network if self.vae.kind.makes_latents else None,
-                text_encoder=self.text.network, tokenizer=self.tokenizer,
-                unet=self.unet.network, scheduler=scheduler.from_config(self.scheduler), safety_checker=None,
-                feature_extractor=None, requires_safety_checker=False,
-            )  # fmt: skip
-            if self.guidance_scale != USUAL_GUIDANCE:
-                pipeline.register_to_config(**{GUIDANCE: self.guidance_scale})
-            pipeline.save_pretrained(folder)
-        if not self.vae.kind.makes_latents:  # diffusers has no such VAE; `Source` reads this
-            (folder / "vae").mkdir()
-            shutil.copy(ASSETS / "pixels" / "config.json", folder / "vae")
+        save_pipeline(
+            folder, vae=self.vae, text_encoder=self.text.network, tokenizer=self.tokenizer, unet=self.unet.network,
+            scheduler=self.scheduler, guidance_scale=self.guidance_scale,
+        )  # fmt: skip
 
 
 def enable_gradient_checkpointing(network: nn.Module) -> None:
