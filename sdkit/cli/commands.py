@@ -19,6 +19,7 @@ from sdkit import __version__
 from sdkit.cli.console import complain, exit_code_of, flush, say, say_json, say_path, say_table
 from sdkit.cli.evaluate import add_evaluate_commands
 from sdkit.cli.field_options import FieldOption, field_options
+from sdkit.cli.lora import add_lora_commands
 from sdkit.cli.options import (
     PREDICTION_TYPES,
     SAMPLERS,
@@ -332,6 +333,7 @@ def _parser() -> argparse.ArgumentParser:
     for add_to in (_add_generate, _add_encode, _add_decode, _add_reconstruct, _add_info, _add_demo):
         add_to(commands)
     add_training_commands(commands)
+    add_lora_commands(commands)
     add_evaluate_commands(commands)
     return parser
 

@@ -70,7 +70,8 @@ GROUPS = {
     "DreamBooth: one object from a few images": "instance_data instance_prompt class_data class_prompt class_count "
     "prior_weight",
     "model": "model vae init",
-    "what is trained": "lora_rank train_text_encoder train_encoder controlnet",
+    "what is trained": "lora_rank lora_alpha lora_dropout lora_rank_stabilized lora_targets train_text_encoder "
+    "train_encoder controlnet",
     "loss": "prediction_type zero_snr snr_gamma noise_offset caption_dropout reconstruction lpips_weight lpips "
     "regularizer codebook_decay normalize_codes kl_weight disc_weight disc_start",
     "optimisation": "max_steps batch_size gradient_accumulation_steps learning_rate lr_scheduler lr_warmup_steps "

@@ -6,6 +6,7 @@ from the U-Net and these conditions, `denoise` samples latents z with it, and `d
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -34,7 +35,7 @@ from sdkit.loading.tensors import is_file
 from sdkit.messages import clean
 from sdkit.networks.autoencoder import VAE
 from sdkit.networks.denoiser import UNet
-from sdkit.networks.lora import merge_lora
+from sdkit.networks.lora import Active, MergedLoRAs
 from sdkit.networks.text_encoder import TextEncoder
 from sdkit.networks.wrapper import Wrapper
 from sdkit.pipelines.controlnet import Control, ControlNets, controlled, fitted, in_region, open_controls
@@ -117,6 +118,7 @@ class StableDiffusion:
         self.name = name
         self.guidance_scale = guidance_scale
         self.offload_to = offload_to
+        self._loras = MergedLoRAs()
 
     @classmethod
     def from_pretrained(
@@ -180,34 +182,116 @@ class StableDiffusion:
         self,
         source: str | PathLike[str],
         scale: float = 1.0,
+        name: str | None = None,
         *,
         filename: str | None = None,
         revision: str | None = None,
-    ) -> None:
-        """Merge a LoRA, times `scale`, into the weights of the U-Net and the text encoder.
+    ) -> str:
+        """Add a LoRA, times `scale`, to the weights of the U-Net and the text encoder.
 
-        Sampling is as fast as without a LoRA. Several LoRAs add up. Loading one again with -scale undoes it, up to
-        rounding. In half precision, updates smaller than the rounding of the weights are partly lost; load the model
-        with dtype "fp32" to keep them.
+        Sampling is as fast as without a LoRA. Several LoRAs add up. `set_lora_scales` changes their scales, and
+        `unload_lora` takes them out: the weights are then bit-identical to what they were. In half precision, updates
+        smaller than the rounding of the weights are partly lost; load the model with dtype "fp32" to keep them.
+
+        LoCon, LoHa, LoKr, and DoRA are loaded as well. The scale multiplies the whole change of a weight, also that of
+        DoRA, as in A1111 and ComfyUI; diffusers scales B A within DoRA's norm instead, which differs except at 1.
 
         Args:
             source: A file, a folder, or a Hub id, in the layout of diffusers, kohya (A1111, civitai), or peft.
             scale: Factor of the LoRA's update.
+            name: Name for `set_lora_scales` and `unload_lora`. None is that of the file or its folder, with a number
+                if it is taken.
             filename: Name of the file in a folder or Hub repository. None tries the usual names, of which
                 pytorch_lora_weights.safetensors comes first.
             revision: Branch, tag, or commit of a Hub repository.
 
+        Returns:
+            The LoRA's name.
+
         Raises:
             SourceError: The LoRA cannot be read, or was made for another model. The weights are unchanged.
+            ArgumentError: The scale is not finite, or another LoRA has this name.
+
+        Example:
+            >>> import sdkit
+            >>> sd = sdkit.StableDiffusion.from_pretrained("emoji")
+            >>> sd.load_lora("runs/lora/result", 0.8, name="photo")
+            'photo'
+            >>> sd.set_lora_scales({"photo": 0.5})
+            >>> sd.lora_scales
+            {'photo': 0.5}
+            >>> sd.unload_lora("photo")
         """
         scale = number("scale", scale)
+        self._check_lora_name(name)
         lora = read_lora(source, filename=filename, revision=revision)
-        self.merge_lora(lora, scale)
+        return self.merge_lora(lora, scale, name)
 
-    def merge_lora(self, lora: LoRA, scale: float = 1.0) -> None:
-        """Merge a LoRA that has been read; see `load_lora`."""
+    def merge_lora(self, lora: LoRA, scale: float = 1.0, name: str | None = None) -> str:
+        """Add a LoRA that has been read; see `load_lora`."""
+        self._check_lora_name(name)
+        scale = number("scale", scale)
+        numbered = (f"{lora.name}-{i}" for i in itertools.count(2))
+        free = (each for each in itertools.chain([lora.name], numbered) if each not in self._loras.active)
+        own = next(free) if name is None else name
+        self._set_loras({**self._loras.active, own: Active(lora, scale)})
+        return own
+
+    @property
+    def lora_scales(self) -> dict[str, float]:
+        """The scale of each loaded LoRA, by name."""
+        return {name: one.scale for name, one in self._loras.active.items()}
+
+    def set_lora_scales(self, scales: Mapping[str, float]) -> None:
+        """Change the scales of loaded LoRAs. The weights are then as if they had been loaded with these.
+
+        Args:
+            scales: Name of a LoRA -> its new scale. 0 turns it off. Others keep theirs.
+
+        Raises:
+            ArgumentError: No LoRA has such a name, or a scale is not finite.
+            SourceError: A weight would overflow. The weights are unchanged.
+        """
+        if not isinstance(scales, Mapping):
+            raise ArgumentError(f"scales must be a dict of names and numbers, not {type(scales).__name__}.")
+        changed = dict(self._loras.active)
+        for name, scale in scales.items():
+            self._check_loaded(name)
+            changed[name] = Active(changed[name].lora, number("scale", scale))
+        self._set_loras(changed)
+
+    def unload_lora(self, name: str | None = None) -> None:
+        """Take a LoRA out again. Without any LoRA, the weights are bit-identical to what they were before.
+
+        Args:
+            name: Name of the LoRA; None takes all out.
+
+        Raises:
+            ArgumentError: No LoRA has this name, or none is loaded.
+        """
+        if name is None and not self._loras.active:
+            raise ArgumentError("no LoRA is loaded, so there is none to take out.")
+        if name is not None:
+            self._check_loaded(name)
+        kept = {other: one for other, one in self._loras.active.items() if name is not None and other != name}
+        self._set_loras(kept)
+
+    def _set_loras(self, active: Mapping[str, Active]) -> None:
         self.unet.check_runs("a LoRA")
-        merge_lora(lora, self.unet.network, self.text.network, scale)
+        self._loras.set(active, self.unet.network, self.text.network)
+
+    def _check_lora_name(self, name: str | None) -> None:
+        """Raise ArgumentError for a name that a LoRA cannot be given."""
+        if name is not None and (not isinstance(name, str) or not name):
+            raise ArgumentError(f"the name of a LoRA must be text, not {name!r}.")
+        if name in self._loras.active:
+            raise ArgumentError(f"a LoRA named {clean(name)!r} is loaded already; give another name, or unload it.")
+
+    def _check_loaded(self, name: str) -> None:
+        """Raise ArgumentError unless a LoRA of this name is loaded."""
+        if name not in self._loras.active:
+            loaded = ", ".join(map(clean, self._loras.active)) or "none is"
+            raise ArgumentError(f"no LoRA named {clean(name)!r} is loaded; loaded: {loaded}.")
 
     @overload
     def __call__(

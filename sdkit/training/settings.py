@@ -470,11 +470,21 @@ class UNetConfig(DreamBoothSettings):
     """Settings of `train_unet`. `data` may also be a latent cache, which spares the work of the frozen networks.
 
     Attributes:
-        lora_rank: Rank of the LoRA on the attention's projections; None trains the whole network.
+        lora_rank: Rank of the LoRA; None trains the whole network.
+        lora_alpha: Alpha of the LoRA, whose update is multiplied by alpha / rank; None is the rank.
+        lora_dropout: Share of the inputs of the LoRA's layers that are set to 0 in training.
+        lora_rank_stabilized: Multiply by alpha / sqrt(rank) instead, so that a high rank learns as fast
+            (rsLoRA, Kalajdzievski 2023).
+        lora_targets: Layers of the LoRA: attention, feed_forward, convolutions, or ends of layers' names, such as
+            attn2.to_k.
         train_text_encoder: Train the text encoder together with the U-Net.
     """
 
     lora_rank: int | None = None
+    lora_alpha: float | None = None
+    lora_dropout: float = 0.0
+    lora_rank_stabilized: bool = False
+    lora_targets: tuple[str, ...] = ("attention",)
     train_text_encoder: bool = False
 
     def __post_init__(self) -> None:
@@ -482,10 +492,25 @@ class UNetConfig(DreamBoothSettings):
         from sdkit.arguments import flag, whole_number
 
         flag("train_text_encoder", self.train_text_encoder)
+        self._check_lora()
         if self.lora_rank is not None:
             self._keep("lora_rank", whole_number("lora_rank", self.lora_rank, 1))
             if self.init is not None:
                 raise ArgumentError("a network made from init= has nothing for LoRA to add to; leave one of them out.")
+
+    def _check_lora(self) -> None:
+        """Check the settings of the LoRA, except its rank."""
+        from sdkit.arguments import flag, number, strings
+
+        if self.lora_alpha is not None:
+            self._keep("lora_alpha", number("lora_alpha", self.lora_alpha, 1e-6, 1e6))
+        self._keep("lora_dropout", number("lora_dropout", self.lora_dropout, 0, 0.99))
+        flag("lora_rank_stabilized", self.lora_rank_stabilized)
+        self._keep("lora_targets", tuple(strings("lora_targets", self.lora_targets)))
+        names = ("lora_alpha", "lora_dropout", "lora_rank_stabilized", "lora_targets")
+        given = [name for name in names if getattr(self, name) != getattr(type(self), name)]
+        if given and self.lora_rank is None:
+            raise ArgumentError(f"{given[0]} belongs to a LoRA, and there is none; give lora_rank, too.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -87,7 +87,15 @@ def settings(made: Path, kind: str, out: Path, **changes: Any) -> tuple[str, dic
     own: dict[str, Any] = {
         "vae": {"disc_weight": 0.5, "disc_start": 3, "train_encoder": True, "lpips_weight": 0.0},
         "unet": {"caption_dropout": 0.3, "snr_gamma": 5.0, "noise_offset": 0.1, "validation_prompts": ("a red disc",)},
-        "lora": {"caption_dropout": 0.3, "lora_rank": 2, "train_text_encoder": True},
+        "lora": {
+            "caption_dropout": 0.3,
+            "lora_rank": 2,
+            "train_text_encoder": True,
+            "lora_alpha": 3.0,
+            "lora_dropout": 0.2,
+            "lora_rank_stabilized": True,
+            "lora_targets": ("attention", "feed_forward", "conv1"),
+        },
         "controlnet": {"condition": "grey", "caption_dropout": 0.3, "validation_prompts": ("a red disc",)},
         "dreambooth": {
             "data": "",
@@ -291,7 +299,7 @@ TOGETHER: dict[str, dict[str, Any]] = {
     # cancel, and AdamW turns the remaining rounding errors into full steps.
     "vae": {"disc_start": DISC_START, "lpips_weight": 0.1, "learning_rate": 3e-5},
     "unet": {},
-    "lora from a cache": {},
+    "lora from a cache": {"lora_dropout": 0.0},
     "controlnet": {},
     "dreambooth": {},
 }

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -20,16 +19,12 @@ from sdkit.diffusion.schedule import NoiseSchedule, completed
 from sdkit.engines.attention import PlainWhereSmall
 from sdkit.errors import ArgumentError
 from sdkit.images import to_tensors
-from sdkit.loading.configs import GUIDANCE
-from sdkit.loading.lora_file import FILENAME, save_lora
 from sdkit.loading.new_network import new_network
-from sdkit.loading.single_file import ASSETS
 from sdkit.loading.source import USUAL_GUIDANCE, Source
-from sdkit.messages import no_warnings, quiet
 from sdkit.networks.autoencoder import VAE, latents_of
 from sdkit.networks.denoiser import UNet
-from sdkit.networks.lora import TARGETS, add_lora, lora_tensors
 from sdkit.networks.text_encoder import TextEncoder
+from sdkit.pipelines.saving import save_pipeline
 from sdkit.pipelines.text_to_image import StableDiffusion
 from sdkit.training.distributed import split_over_processes
 from sdkit.training.loop import fit
@@ -42,6 +37,7 @@ from sdkit.training.stages.encoding import BatchEncoder
 from sdkit.training.stages.evaluating import Picture, PictureMetrics
 from sdkit.training.stages.examples import DenoisingExamples, collated, denoising_rows, open_provider, validation_batch
 from sdkit.training.stages.images import identity_of, report_skipped, training_transform
+from sdkit.training.stages.lora import add_lora_layers, export_lora
 
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -193,19 +189,12 @@ class UNetStage:
                 "model that it was distilled from."
             )
         network.set_attn_processor(PlainWhereSmall())
-        trained = [network, *([self.text.network] if config.train_text_encoder else [])]
-        for part in trained:
+        trained = {"U-Net": network} | ({"text encoder": self.text.network} if config.train_text_encoder else {})
+        if config.lora_rank is not None:
+            add_lora_layers(trained, config, config.lora_rank, HALF.get(config.mixed_precision, torch.float32))
+        for part in trained.values():
             if config.lora_rank is None:
                 part.requires_grad_(True)
-            elif config.lora_rank > (widest := _widest(part)):
-                raise ArgumentError(
-                    f"lora_rank {config.lora_rank} is above the width of this model's attention, {widest}, where LoRA "
-                    "saves nothing; give a smaller one."
-                )
-            else:
-                for p in part.parameters():  # frozen weights can be in half precision, since autocast casts them anyway
-                    p.data = p.data.to(HALF.get(config.mixed_precision, torch.float32))
-                add_lora(part, config.lora_rank)
             if config.gradient_checkpointing:
                 enable_gradient_checkpointing(part)
         self.denoiser = Denoiser(self.unet, self.text if config.train_text_encoder else None)
@@ -309,24 +298,12 @@ class UNetStage:
         """Write the LoRA, or the pipeline in diffusers layout, into an empty folder."""
         text = self.text if self.config.train_text_encoder else None
         if self.config.lora_rank is not None:
-            save_lora(lora_tensors(self.unet.network, text and text.network), folder / FILENAME)
+            export_lora(folder, self.config, self.unet.network, text and text.network)
             return
-        with quiet("diffusers", "transformers"), no_warnings():
-            import diffusers
-
-            scheduler = getattr(diffusers, self.scheduler.get("_class_name") or "DDIMScheduler")
-            pipeline = diffusers.StableDiffusionPipeline(
-                vae=self.vae.network if self.vae.kind.makes_latents else None,
-                text_encoder=self.text.network, tokenizer=self.tokenizer,
-                unet=self.unet.network, scheduler=scheduler.from_config(self.scheduler), safety_checker=None,
-                feature_extractor=None, requires_safety_checker=False,
-            )  # fmt: skip
-            if self.guidance_scale != USUAL_GUIDANCE:
-                pipeline.register_to_config(**{GUIDANCE: self.guidance_scale})
-            pipeline.save_pretrained(folder)
-        if not self.vae.kind.makes_latents:  # diffusers has no such VAE; `Source` reads this
-            (folder / "vae").mkdir()
-            shutil.copy(ASSETS / "pixels" / "config.json", folder / "vae")
+        save_pipeline(
+            folder, vae=self.vae, text_encoder=self.text.network, tokenizer=self.tokenizer, unet=self.unet.network,
+            scheduler=self.scheduler, guidance_scale=self.guidance_scale,
+        )  # fmt: skip
 
 
 def enable_gradient_checkpointing(network: nn.Module) -> None:
@@ -334,12 +311,6 @@ def enable_gradient_checkpointing(network: nn.Module) -> None:
     # The method's name in diffusers, in recent versions of transformers, and in older ones.
     names = ("enable_gradient_checkpointing", "activation_checkpointing_enable", "gradient_checkpointing_enable")
     getattr(network, next(name for name in names if hasattr(network, name)))()
-
-
-def _widest(network: nn.Module) -> int:
-    """Return the highest useful rank of a LoRA: the largest min(rows, columns) of the weights that it is added to."""
-    layers = (layer for name, layer in network.named_modules() if name.endswith(TARGETS))
-    return max(min(layer.weight.shape) for layer in layers if isinstance(layer, nn.Linear))
 
 
 def _scheduler(model: Source, config: UNetConfig, *, latents: bool) -> dict[str, Any]:
