@@ -111,10 +111,8 @@ def read_embedding(
         )
     if not is_finite(vectors):
         raise not_finite(file.label, name)
-    if name == NAMELESS or name.startswith(f"{EMBEDDING}."):
-        own = file.metadata.get("name") or path.stem
-    else:
-        own = name
+    nameless = name == NAMELESS or name.startswith(f"{EMBEDDING}.")
+    own = (file.metadata.get("name") or path.stem) if nameless else name
     return Embedding(
         label=file.label,
         token=own if token is None else token,

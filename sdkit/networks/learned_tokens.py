@@ -29,7 +29,7 @@ class GrownEmbedding(nn.Embedding):
     """
 
     def __init__(self, vocabulary: nn.Embedding, learned: Tensor) -> None:
-        super().__init__(*vocabulary.weight.shape, _weight=vocabulary.weight)
+        super().__init__(len(vocabulary.weight), vocabulary.embedding_dim, _weight=vocabulary.weight)
         self.weight = vocabulary.weight
         self.learned = nn.Parameter(learned.to(vocabulary.weight))
 
@@ -41,7 +41,7 @@ class GrownEmbedding(nn.Embedding):
 
     def without(self) -> nn.Embedding:
         """Return the embedding of the vocabulary alone."""
-        plain = nn.Embedding(*self.weight.shape, _weight=self.weight)
+        plain = nn.Embedding(len(self.weight), self.embedding_dim, _weight=self.weight)
         plain.weight = self.weight
         return plain
 
