@@ -81,15 +81,19 @@ def run(made: Path) -> Iterator[helper.Runs]:
 
 
 def settings(made: Path, kind: str, out: Path, **changes: Any) -> tuple[str, dict[str, Any]]:
-    """Return stage and settings of a kind of run: "vae", "controlnet", "unet", or "lora". The last two can be followed
-    by " from a cache".
+    """Return stage and settings of a kind of run: "vae", "controlnet", "embedding", "unet", or "lora". The last two
+    can be followed by " from a cache".
     """
     own: dict[str, Any] = {
         "vae": {"disc_weight": 0.5, "disc_start": 3, "train_encoder": True, "lpips_weight": 0.0},
         "unet": {"caption_dropout": 0.3, "snr_gamma": 5.0, "noise_offset": 0.1, "validation_prompts": ("a red disc",)},
         "lora": {"caption_dropout": 0.3, "lora_rank": 2, "train_text_encoder": True},
         "controlnet": {"condition": "grey", "caption_dropout": 0.3, "validation_prompts": ("a red disc",)},
-    }[kind.split()[0]]
+        "embedding": {
+            "token": "<zork>", "init_token": "apple", "vectors": 2, "keep_norm": True, "ema_decay": 0.9,
+            "validation_prompts": ("a red <zork>",),
+        },
+    }[kind.split()[0]]  # fmt: skip
     data = made / ("cache" if "cache" in kind else "photos")
     common = RUN | {"model": made / "dropout", "data": data, "out_dir": out}
     return kind if kind in helper.STAGES else "unet", common | own | changes
@@ -284,8 +288,9 @@ TOGETHER: dict[str, dict[str, Any]] = {
     "unet": {},
     "lora from a cache": {},
     "controlnet": {},
+    "embedding": {},
 }
-PLAYERS = {"vae": ["vae", "discriminator"], "controlnet": ["controlnet"]}
+PLAYERS = {"vae": ["vae", "discriminator"], "controlnet": ["controlnet"], "embedding": ["embedding"]}
 """Kind of run -> its players; that of the others is the U-Net."""
 
 
