@@ -140,6 +140,14 @@ class TestCaptions:
         stage = EmbeddingStage(config(made, template="style"))
         assert stage.examples.held_out_caption(5) == "a painting in the style of <zork>"
 
+    def test_are_templates_where_there_are_none(self, made: Path, tmp_path: Path) -> None:
+        """Without a warning, which would be an error here."""
+        tiny.photos(tmp_path / "photos", 2)
+        for path in (tmp_path / "photos").glob("*.txt"):
+            path.unlink()
+        stage = EmbeddingStage(config(made, data=tmp_path / "photos"))
+        assert stage.examples.held_out_caption(1) == "a photo of a <zork>"
+
     def test_of_a_cache_are_those_of_the_images(self, made: Path) -> None:
         images, cached = (EmbeddingStage(config(made, data=made / data)) for data in ("photos", "cache"))
         for epoch in range(3):

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -180,10 +181,12 @@ class EmbeddingStage:
         )
         side = self.unet.sample_size * self.vae.factor
         plain = TextEncoder(self.text.network, self.text.tokenizer)
-        examples = open_provider(
-            config.data, self.vae, plain, size=config.size, own_size=(side, side), augment=config.augment,
-            seed=config.seed, trains_text=True, **config.opened_with(),
-        )  # fmt: skip
+        with warnings.catch_warnings():  # templates replace captions that are missing
+            warnings.filterwarnings("ignore", message=".*the empty prompt is taken for all")
+            examples = open_provider(
+                config.data, self.vae, plain, size=config.size, own_size=(side, side), augment=config.augment,
+                seed=config.seed, trains_text=True, **config.opened_with(),
+            )  # fmt: skip
         self._add_token()
         self.examples = TokenCaptions(
             examples, plain, self.text, token=config.token, templates=TEMPLATES[config.template], seed=config.seed
