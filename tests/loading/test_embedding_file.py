@@ -131,7 +131,7 @@ BAD: dict[str, tuple[str, Any, str]] = {
     "a bare tensor": ("a.pt", VECTORS, "holds no named tensors"),
     "text": ("a.safetensors", b"no tensors at all", "is damaged or not a .safetensors file"),
     "empty": ("a.pt", b"", "is empty; download it again"),
-    "a picture": ("a.png", b"\x89PNG\r\n\x1a\n" + bytes(64), "not the weights"),
+    "a picture": ("a.png", b"\x89PNG\r\n\x1a\n" + bytes(64), "not (the|a file of) weights"),
 }  # fmt: skip
 
 
@@ -158,7 +158,7 @@ def test_what_is_no_embedding_is_one_sentence(tmp_path: Path, monkeypatch: pytes
         ("", SourceError, "the embedding '' does not exist"),
         (3, ArgumentError, "an embedding is a path or a Hub id, not int"),
         (".", SourceError, r"the folder '\.' has no learned_embeds.safetensors; it holds a.safetensors, b.safetensors"),
-        ("./empty", SourceError, "has no learned_embeds.safetensors; it holds no other; give another source"),
+        ("./empty", SourceError, "the folder './empty' has no learned_embeds.safetensors; it holds no other"),
     ],
 )
 def test_a_source_without_one(
@@ -168,7 +168,7 @@ def test_a_source_without_one(
     Path("empty").mkdir()
     for name in "ab":
         save_file({"<zork>": VECTORS}, f"{name}.safetensors")
-    with pytest.raises(kind, match=f"^{sentence}|{sentence}$"):
+    with pytest.raises(kind, match=f"^{sentence}"):
         read_embedding(source)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from safetensors.torch import load_file
 from transformers import CLIPTextModel
 
@@ -25,6 +25,7 @@ from sdkit.training.run_folder import read_metrics
 from sdkit.training.stages.embedding import TEMPLATES, EmbeddingStage
 from tests.helpers import runs as helper
 from tests.helpers import tiny
+from tests.helpers.networks import diffusers_pipeline
 
 BATCH = [(n, n) for n in range(4)]
 LONG = "a red <zork> beside an apple on a blue background and a cat " * 3  # takes 2 chunks of 30 tokens
@@ -207,12 +208,12 @@ def test_the_result_draws_the_same_in_diffusers(made: Path, tmp_path: Path) -> N
     without = sd("a red <zork> on a cat", **options)
     assert sd.load_embedding(out / "result") == "<zork>"
     ours = sd("a red <zork> on a cat", **options)
+    sd.unload_embedding()
+    pipe = diffusers_pipeline(sd, tiny.scheduler())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        pipe = StableDiffusionPipeline.from_pretrained(made / "model", safety_checker=None)
-        pipe.set_progress_bar_config(disable=True)
         pipe.load_textual_inversion(str(out / "result"))
-        theirs = pipe("a red <zork> on a cat", height=tiny.SIZE, width=tiny.SIZE, **options).images
+    theirs = pipe("a red <zork> on a cat", height=tiny.SIZE, width=tiny.SIZE, **options).images
     assert float((ours - theirs).abs().max()) < 1e-4 < float((ours - without).abs().max())
 
 

@@ -147,8 +147,9 @@ class TokenCaptions:
         return {**kept, "ids": self.text.tokenize(caption)[0][0]}
 
     def _caption(self, caption: str, template: str) -> str:
-        named = self._named.sub(lambda _: f" {self.token} ", caption)
-        return named.strip() if named != caption else template
+        if not self._named.search(caption):
+            return template
+        return " ".join(self._named.sub(lambda _: f" {self.token} ", caption).split())
 
 
 class EmbeddingStage:
