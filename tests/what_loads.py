@@ -209,6 +209,12 @@ def _lora(source: Any, kit: Kit) -> object:
     return sdkit.StableDiffusion.from_pretrained(kit.folder, dtype="fp32", device="cpu").load_lora(source)
 
 
+def _embedding(source: Any, kit: Kit) -> str:
+    sd = sdkit.StableDiffusion.from_pretrained(kit.folder, dtype="fp32", device="cpu")
+    token = sd.load_embedding(source)
+    return f"`{token}`, vectors: {len(sd.text.learned[token])}"
+
+
 def _data(source: Any, _: Kit) -> str:
     from sdkit.data import open_examples
 
@@ -222,6 +228,7 @@ def _data(source: Any, _: Kit) -> str:
 MODELS = Group("Models", _model)
 VAES = Group("Standalone VAEs", _vae)
 LORAS = Group("LoRA", _lora)
+EMBEDDINGS = Group("Textual inversion embeddings", _embedding)
 IMAGES = Group("Images", lambda path, _: sdkit.images.read(path))
 DATA = Group("Images with captions", _data)
 
@@ -247,7 +254,7 @@ CACHES = Group("Latent caches", _cache)
 RECIPES = Group("PNGs that carry their settings (`sdkit generate --from`)", lambda path, _: Generation.read(path))
 PROMPTS = Group("Prompts (`sdkit generate --prompts`)", lambda path, _: "; ".join(read_prompts(path)))
 RUNS = Group("Resumed runs", _resumed)
-GROUPS = (MODELS, VAES, SCHEDULES, LORAS, IMAGES, DATA, RECIPES, PROMPTS, LATENTS, CACHES, RUNS)
+GROUPS = (MODELS, VAES, SCHEDULES, LORAS, EMBEDDINGS, IMAGES, DATA, RECIPES, PROMPTS, LATENTS, CACHES, RUNS)
 
 
 def outcome(case: Case, kit: Kit, folder: Path) -> str:
@@ -551,6 +558,74 @@ def _(kit: Kit, here: Path) -> Path:
 def _(kit: Kit, here: Path) -> Path:
     """A textual inversion embedding instead of a LoRA"""
     return written(here / "zork.safetensors", {"emb_params": torch.ones(2, 16)})
+
+
+def _a1111(vectors: torch.Tensor, **changes: Any) -> dict[str, Any]:
+    return {"string_to_token": {"*": 265}, "string_to_param": {"*": vectors}, "name": "zork", "step": 9} | changes
+
+
+@EMBEDDINGS
+def _(kit: Kit, here: Path) -> Path:
+    """diffusers' `learned_embeds.safetensors`, in a folder: the token is the tensor's name"""
+    written(here / "learned_embeds.safetensors", {"<zork>": torch.ones(2, 16)})
+    return here
+
+
+@EMBEDDINGS
+def _(kit: Kit, here: Path) -> Path:
+    """diffusers' `learned_embeds.bin`"""
+    torch.save({"<zork>": torch.ones(16)}, here / "learned_embeds.bin")
+    return here
+
+
+@EMBEDDINGS
+def _(kit: Kit, here: Path) -> Path:
+    """A1111's .pt: the token is the name in it"""
+    torch.save(_a1111(torch.ones(3, 16)), here / "other.pt")
+    return here / "other.pt"
+
+
+@EMBEDDINGS
+def _(kit: Kit, here: Path) -> Path:
+    """`emb_params` in .safetensors: the token is the file's name"""
+    return written(here / "zork.safetensors", {"emb_params": torch.ones(2, 16)})
+
+
+@EMBEDDINGS
+def _(kit: Kit, here: Path) -> Path:
+    """A token that is a word of the vocabulary (`token=` gives it another)"""
+    return written(here / "a.safetensors", {"cat": torch.ones(2, 16)})
+
+
+@EMBEDDINGS
+def _(kit: Kit, here: Path) -> Path:
+    """An embedding of another width"""
+    return written(here / "a.safetensors", {"<zork>": torch.ones(2, 1024)})
+
+
+@EMBEDDINGS
+def _(kit: Kit, here: Path) -> Path:
+    """More vectors than the model reads tokens"""
+    return written(here / "a.safetensors", {"<zork>": torch.ones(99, 16)})
+
+
+@EMBEDDINGS
+def _(kit: Kit, here: Path) -> Path:
+    """An embedding of Stable Diffusion XL"""
+    return written(here / "a.safetensors", {"clip_g": torch.ones(1, 1280), "clip_l": torch.ones(1, 768)})
+
+
+@EMBEDDINGS
+def _(kit: Kit, here: Path) -> Path:
+    """A pickle that holds more than tensors"""
+    torch.save(_a1111(torch.ones(2, 16), sd_checkpoint=Path("a")), here / "a.pt")
+    return here / "a.pt"
+
+
+@EMBEDDINGS
+def _(kit: Kit, here: Path) -> Path:
+    """A LoRA instead of an embedding"""
+    return written(here / "a.safetensors", kit.lora())
 
 
 for suffix in ("png", "jpg", "jfif", "webp", "avif", "bmp", "gif", "tif", "tga", "jp2", "ppm"):

@@ -108,7 +108,8 @@ def generate(args: argparse.Namespace) -> int:
     options = _drawing_options()
     given = {field.name: getattr(args, field.name) for field in fields(Generation) if field.name in args}
     given |= {name: options[name].value(value) for name, value in given.items() if name in options}
-    given |= {name: tuple(given[name]) for name in ("controlnet", "control_image") if name in given}
+    several = ("controlnet", "control_image", "embedding", "embedding_token")
+    given |= {name: tuple(given[name]) for name in several if name in given}
     generation = (Generation.read(args.from_image) if args.from_image else Generation()).but(**given)
     _check_guidance(given, generation)
     sizes = {"count": args.count, "batch_size": args.batch_size}
@@ -117,8 +118,11 @@ def generate(args: argparse.Namespace) -> int:
     _check_place(generation.dtype, args.device)
     if args.preview_every is not None:
         whole_number("preview_every", args.preview_every, 1)
+    embeddings, generation = generation.embeddings()  # small, like LoRAs: a bad one is reported early
     controlnets = _load_controlnets(args, generation)
     report, sd = Report[Path](on_done=say_path), _load_sd(args, generation)
+    for embedding in embeddings:
+        sd.add_embedding(embedding)
     preview = _preview(args, sd)
     generate_files(
         sd, prompts, args.out, generation, grid=args.grid, controlnets=controlnets, report=report, callback=preview,
@@ -380,6 +384,10 @@ def _add_generate(commands: Commands) -> None:
     add("--lora", action="append", metavar="SOURCE", help=lora, **unset)
     lora_scale = "Scale of the LoRA; with several, give one for each, in the same order (default: 1)"
     add("--lora-scale", action="append", type=float, metavar="S", help=lora_scale, **unset)
+    embedding = "Add a textual inversion embedding: a file, a folder, or a Hub id. May be given several times"
+    add("--embedding", action="append", metavar="SOURCE", help=embedding, **unset)
+    token = "Word that stands for the embedding; with several, one for each, in the same order (default: its own)"
+    add("--embedding-token", action="append", metavar="WORD", help=token, **unset)
     controlnet = "Add a ControlNet: a folder, a file, or a Hub id. May be given several times"
     add("--controlnet", action="append", metavar="SOURCE", help=controlnet, **unset)
     control_image = "Image that the ControlNet follows, such as edges; with several, one for each, in the same order"

@@ -36,7 +36,9 @@ from sdkit.training.settings import (
     LR_SCHEDULERS,
     RECONSTRUCTIONS,
     REGULARIZERS,
+    TEMPLATES,
     ControlNetConfig,
+    EmbeddingConfig,
     StageSettings,
     UNetConfig,
     VAEConfig,
@@ -60,18 +62,19 @@ CHOICES = {
     "reconstruction": RECONSTRUCTIONS,
     "regularizer": REGULARIZERS,
     "condition": CONDITIONS,
+    "template": TEMPLATES,
 }
 
 # Title of a group of options in the help -> its fields. Fields that a stage lacks are left out.
 GROUPS = {
-    "required, here or in the --config file": "data out_dir",
+    "required, here or in the --config file": "data out_dir token init_token",
     "data": "split image_column caption_column default_caption class_folders size augment "
-    "condition conditioning_data conditioning_image_column",
+    "condition conditioning_data conditioning_image_column template",
     "DreamBooth: one object from a few images": "instance_data instance_prompt class_data class_prompt class_count "
     "prior_weight",
     "model": "model vae init",
     "what is trained": "lora_rank lora_alpha lora_dropout lora_rank_stabilized lora_targets train_text_encoder "
-    "train_encoder controlnet",
+    "train_encoder controlnet vectors keep_norm",
     "loss": "prediction_type zero_snr snr_gamma noise_offset caption_dropout reconstruction lpips_weight lpips "
     "regularizer codebook_decay normalize_codes kl_weight disc_weight disc_start",
     "optimisation": "max_steps batch_size gradient_accumulation_steps learning_rate lr_scheduler lr_warmup_steps "
@@ -89,11 +92,13 @@ class StageCommand(NamedTuple):
         settings: Class of its settings, whose fields are its options.
         summary: Its description.
         examples: Command lines to show in its help.
+        usage: Its options that must be given.
     """
 
     settings: type[StageSettings]
     summary: str
     examples: tuple[str, ...]
+    usage: str = STAGE_USAGE
 
 
 STAGES = {
@@ -122,6 +127,15 @@ STAGES = {
             "sdkit train controlnet --data photos/ --condition canny --out-dir runs/edges",
             "sdkit train controlnet --data photos/ --conditioning-data maps/ --out-dir run",
         ),
+    ),
+    "embedding": StageCommand(
+        EmbeddingConfig,
+        "Learn a new word from a few images (textual inversion).",
+        (
+            'sdkit train embedding --token "<zork>" --init-token cat --data five/ -o run',
+            'sdkit generate "a <zork> on the beach" --embedding run/result',
+        ),
+        f"--token WORD --init-token WORD {STAGE_USAGE}",
     ),
 }
 
@@ -339,7 +353,7 @@ def _add_stage(commands: Commands, name: str, stage: StageCommand) -> None:
         return _train(name, args)
 
     run.__name__, run.__doc__ = name, stage.summary
-    _add_settings(add_command(commands, run, usage=STAGE_USAGE, examples=stage.examples), stage.settings)
+    _add_settings(add_command(commands, run, usage=stage.usage, examples=stage.examples), stage.settings)
 
 
 def _add_settings(parser: argparse.ArgumentParser, stage: type[StageSettings]) -> None:

@@ -29,6 +29,7 @@ from sdkit.errors import ArgumentError, SdkitError
 from sdkit.fields import takes_fields
 from sdkit.files import expanded
 from sdkit.images import OUTPUT_TYPES, Images, from_tensors
+from sdkit.loading.embedding_file import Embedding, read_embedding
 from sdkit.loading.lora_file import LoRA, read_lora
 from sdkit.loading.source import USUAL_GUIDANCE, Source
 from sdkit.loading.tensors import is_file
@@ -292,6 +293,47 @@ class StableDiffusion:
         if name not in self._loras.active:
             loaded = ", ".join(map(clean, self._loras.active)) or "none is"
             raise ArgumentError(f"no LoRA named {clean(name)!r} is loaded; loaded: {loaded}.")
+
+    def load_embedding(
+        self,
+        source: str | PathLike[str],
+        token: str | None = None,
+        *,
+        filename: str | None = None,
+        revision: str | None = None,
+    ) -> str:
+        """Load a textual inversion embedding, whose token then stands for it in prompts.
+
+        Prompts without the token draw bit-identically as before. The vectors of the embedding stay together in a chunk
+        of a long prompt.
+
+        Args:
+            source: A file, a folder, or a Hub id, in the layout of diffusers or A1111.
+            token: Token that stands for it in prompts; None is the one that the file names, or else the file's own name
+                without its suffix.
+            filename: Name of the file in a folder or Hub repository. None tries the usual names, of which
+                learned_embeds.safetensors comes first.
+            revision: Branch, tag, or commit of a Hub repository.
+
+        Returns:
+            The token.
+
+        Raises:
+            SourceError: The embedding cannot be read, or was made for another model.
+            ArgumentError: The token is a word of the vocabulary, or an embedding of that name is loaded.
+        """
+        embedding = read_embedding(source, token=token, filename=filename, revision=revision)
+        self.add_embedding(embedding)
+        return embedding.token
+
+    def add_embedding(self, embedding: Embedding) -> None:
+        """Add an embedding that has been read; see `load_embedding`."""
+        self.text.add_token(embedding.token, embedding.vectors, label=embedding.label)
+
+    def unload_embedding(self, token: str | None = None) -> None:
+        """Remove the embedding with this token, or all embeddings. Raises ArgumentError if there is none with it."""
+        for one in [*self.text.learned] if token is None else [token]:
+            self.text.remove_token(one)
 
     @overload
     def __call__(

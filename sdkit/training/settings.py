@@ -19,6 +19,7 @@ LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "cosine
 
 AUGMENTATIONS = ("crop", "flip")
 CONDITIONS = ("canny", "grey", "outlines", "colour_blocks")  # names in sdkit.images.conditions.CONDITIONS
+TEMPLATES = ("object", "style")  # names in sdkit.training.stages.embedding.TEMPLATES
 RECONSTRUCTIONS = ("l1", "l2")
 REGULARIZERS = ("none", "kl", "vq")
 LPIPS_VARIABLE = "SDKIT_LPIPS"  # environment variable that names the weights of LPIPS
@@ -560,3 +561,58 @@ class ControlNetConfig(DenoisingSettings):
                 raise ArgumentError(
                     "conditions are either made (condition) or read (conditioning_data); leave one of them out."
                 )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbeddingConfig(DenoisingSettings):
+    """Settings of `train_embedding`. All networks are frozen; `data` may also be a latent cache.
+
+    Attributes:
+        token: New token to learn, which no word of the vocabulary is, such as "<zork>". Prompts name it so.
+        init_token: Word of the vocabulary from whose vector learning starts, such as "cat".
+        vectors: Vectors of the token. More vectors show more detail, and take more of a prompt's 75 tokens.
+        template: Captions of images whose own caption does not name the token: photos of an object, or
+            paintings in a style (Gal et al. 2022).
+        keep_norm: Scale the vectors to the mean length of the vocabulary's after each step, so that the other
+            words of a prompt keep their weight.
+        learning_rate: Learning rate of AdamW, which the schedule multiplies.
+        ema_decay: Decay of the moving average of the vectors, which is validated and exported; 0 turns it off.
+        caption_dropout: Share of samples trained with an empty caption, from which a token learns nothing.
+    """
+
+    token: str
+    init_token: str
+    vectors: int = 1
+    template: str = "object"
+    keep_norm: bool = False
+    learning_rate: float = 5e-3
+    ema_decay: float = 0.0
+    caption_dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        from sdkit.arguments import flag, one_of, whole_number
+
+        for name in ("token", "init_token"):
+            if not isinstance(value := getattr(self, name), str) or not value:
+                raise ArgumentError(f"{name} must be a word, not {value!r}.")
+        self._keep("vectors", whole_number("vectors", self.vectors, 1))
+        one_of("template", self.template, TEMPLATES)
+        flag("keep_norm", self.keep_norm)
+        if self.init is not None:
+            raise ArgumentError("init has no meaning for an embedding, which is learned for a model; leave it out.")
+
+    def check_schedule(self, schedule: dict[str, Any]) -> None:
+        """Raise ArgumentError if the run asks for another noise schedule than the model's.
+
+        Args:
+            schedule: The config of the model's scheduler.
+        """
+        own = {
+            "prediction_type": schedule.get("prediction_type", "epsilon"),
+            "zero_snr": bool(schedule.get("rescale_betas_zero_snr")),
+        }
+        if changed := [name for name, value in own.items() if getattr(self, name) not in (None, value)]:
+            raise ArgumentError(
+                f"an embedding is used with the model's own noise schedule, which {changed[0]} would change."
+            )

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -107,6 +107,7 @@ def test_help_tells_every_field_with_its_docstring_and_default(run: Callable[...
         "unet": "Train the text encoder together with the U-Net (default: no)",
         "vae": "(as in Stability's ft-mse) (default: l2)",
         "controlnet": "Column of the conditions in parquet files and data sets of the Hub (default: cond",
+        "embedding": "paintings in a style (Gal et al. 2022) (default: object)",
     }
     assert own[stage] in told
 
@@ -114,8 +115,9 @@ def test_help_tells_every_field_with_its_docstring_and_default(run: Callable[...
 @pytest.mark.parametrize("field", CHOICES)
 def test_the_choices_in_the_help_are_those_of_the_settings(field: str) -> None:
     name, stage = next((name, stage) for name, stage in STAGES.items() if hasattr(stage, field))
+    needed = {one.name: "photos" for one in fields(stage) if one.default is MISSING}
     with pytest.raises(ArgumentError) as refused:
-        stage(data="photos", out_dir="run", **{field: "unheard-of"})
+        stage(**needed | {"out_dir": "run", field: "unheard-of"})
     known = re.findall(r"'([^']+)'", str(refused.value).partition("is not one of")[2])
     assert set(CHOICES[field]) == {PREDICTIONS.get(name, name) for name in known}
     train = _parser()._subparsers._group_actions[0].choices["train"]  # type: ignore[union-attr,index]
@@ -235,13 +237,23 @@ OWN: dict[str, dict[str, tuple[str, Any]]] = {
         "conditioning_image_column": ("edges", "edges"),
         **DENOISING,
     },
+    "embedding": {
+        "token": ("<zork>", "<zork>"),
+        "init_token": ("cat", "cat"),
+        "vectors": ("3", 3),
+        "template": ("style", "style"),
+        "keep_norm": ("", True),
+        **DENOISING,
+    },
 }
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_field_can_be_set(stage: str) -> None:
     values = COMMON | OWN[stage]
-    others = {"vae": set[str](), "unet": {"init"}, "controlnet": {"init", "conditioning_data"}}  # exclude another one
+    others = {  # exclude another one
+        "vae": set[str](), "unet": {"init"}, "controlnet": {"init", "conditioning_data"}, "embedding": {"init"},
+    }  # fmt: skip
     assert values.keys() | others[stage] == {field.name for field in fields(STAGES[stage])}
     words = [w for name, (text, _) in values.items() for w in (f"--{name.replace('_', '-')}", *text.split())]
     assert settings(stage, *words) == STAGES[stage](**{name: value for name, (_, value) in values.items()})

@@ -33,16 +33,19 @@ from sdkit.errors import SdkitError
 from sdkit.networks.lpips import LPIPS
 from sdkit.training import (
     ControlNetConfig,
+    EmbeddingConfig,
     UNetConfig,
     VAEConfig,
     checkpoint,
     train_controlnet,
+    train_embedding,
     train_unet,
     train_vae,
 )
 from sdkit.training.ema import EMA
 from sdkit.training.loop import fit
 from sdkit.training.stages.controlnet import ControlNetStage
+from sdkit.training.stages.embedding import EmbeddingStage
 from sdkit.training.stages.unet import UNetStage
 from sdkit.training.stages.vae import VAEStage
 from tests.helpers import toy
@@ -51,6 +54,7 @@ STAGES: dict[str, tuple[Any, Any, Callable[[Any], Path]]] = {
     "vae": (VAEConfig, VAEStage, train_vae),
     "unet": (UNetConfig, UNetStage, train_unet),
     "controlnet": (ControlNetConfig, ControlNetStage, train_controlnet),
+    "embedding": (EmbeddingConfig, EmbeddingStage, train_embedding),
 }
 CALLS = ("batch", "loss", "discriminator_loss", "validate", "export")
 
@@ -67,7 +71,7 @@ class Runs:
         """Run a training stage in a fork and return its exit code.
 
         Args:
-            stage: "vae", "unet", or "controlnet".
+            stage: "vae", "unet", "controlnet", or "embedding".
             settings: Fields of the stage's settings.
             hook: Where to end the process, in the notation of `toy.hooks` with the names of `calling`.
 

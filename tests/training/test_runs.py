@@ -81,8 +81,8 @@ def run(made: Path) -> Iterator[helper.Runs]:
 
 
 def settings(made: Path, kind: str, out: Path, **changes: Any) -> tuple[str, dict[str, Any]]:
-    """Return stage and settings of a kind of run: "vae", "controlnet", "dreambooth", "unet", or "lora". The last two
-    can be followed by " from a cache".
+    """Return stage and settings of a kind of run: "vae", "controlnet", "dreambooth", "embedding", "unet", or "lora".
+    The last two can be followed by " from a cache".
     """
     own: dict[str, Any] = {
         "vae": {"disc_weight": 0.5, "disc_start": 3, "train_encoder": True, "lpips_weight": 0.0},
@@ -104,7 +104,11 @@ def settings(made: Path, kind: str, out: Path, **changes: Any) -> tuple[str, dic
             "class_count": 3,
             "lora_rank": 2,
         },
-    }[kind.split()[0]]
+        "embedding": {
+            "token": "<zork>", "init_token": "apple", "vectors": 2, "keep_norm": True, "ema_decay": 0.9,
+            "validation_prompts": ("a red <zork>",),
+        },
+    }[kind.split()[0]]  # fmt: skip
     data = made / ("cache" if "cache" in kind else "photos")
     common = RUN | {"model": made / "dropout", "data": data, "out_dir": out}
     return kind if kind in helper.STAGES else "unet", common | own | changes
@@ -302,8 +306,9 @@ TOGETHER: dict[str, dict[str, Any]] = {
     "lora from a cache": {"lora_dropout": 0.0},
     "controlnet": {},
     "dreambooth": {},
+    "embedding": {},
 }
-PLAYERS = {"vae": ["vae", "discriminator"], "controlnet": ["controlnet"]}
+PLAYERS = {"vae": ["vae", "discriminator"], "controlnet": ["controlnet"], "embedding": ["embedding"]}
 """Kind of run -> its players; that of the others is the U-Net."""
 WITHOUT_PICTURES = ("lora from a cache", "dreambooth")
 
