@@ -342,14 +342,13 @@ def test_a_controlnet_of_another_model(made: Path, tmp_path: Path) -> None:
         ControlNetStage(config(made, controlnet=tmp_path))
 
 
+@pytest.fixture(scope="module")
+def cached(made: Path) -> Path:
+    return sdkit.data.cache(made / "model", made / "photos", made / "cache", size=tiny.SIZE, dtype="fp32", device="cpu")
+
+
 class TestLatentCache:
     """A cache holds the latents; conditions are read beside it, and cropped like the cached images."""
-
-    @pytest.fixture(scope="class")
-    def cached(self, made: Path) -> Path:
-        return sdkit.data.cache(
-            made / "model", made / "photos", made / "cache", size=tiny.SIZE, dtype="fp32", device="cpu"
-        )
 
     @pytest.mark.parametrize("changes", [{}, {"condition": "canny"}], ids=["read", "made"])
     def test_losses_are_those_from_images(self, made: Path, cached: Path, changes: dict[str, Any]) -> None:
