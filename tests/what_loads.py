@@ -32,6 +32,7 @@ from sdkit.loading.single_file import ASSETS
 from sdkit.pipelines.generation import Generation
 from tests.helpers import original_layout, tiny
 from tests.helpers.color_profiles import P3, matrix_profile
+from tests.helpers.networks import control_network
 
 GUIDE = Path(__file__).parents[1] / "notebooks" / "what_loads.md"
 HEAD = """# What loads
@@ -113,6 +114,21 @@ class Kit:
             model=self.folder, data=self.photos, out_dir=out_dir, size=64, max_steps=steps, lora_rank=1, ema_decay=0
         )
         return sdkit.training.train_unet(settings)
+
+    @cached_property
+    def controlnet(self) -> Path:
+        """Return a folder with a ControlNet of the model in controlnet/, in diffusers layout."""
+        from diffusers import UNet2DConditionModel
+
+        here = self.root / "control"
+        control_network(UNet2DConditionModel.from_pretrained(self.folder / "unet")).save_pretrained(here / "controlnet")
+        return here
+
+    @property
+    def control(self) -> Tensors:
+        """Return the ControlNet's tensors in the original layout."""
+        (file,) = (self.controlnet / "controlnet").glob("*.safetensors")
+        return original_layout.controlnet(load_file(file), layers_per_block=2)
 
     def lora(self, prefix: str = "lora_unet_") -> Tensors:
         """Return a LoRA of one layer, in kohya's layout."""
@@ -205,6 +221,11 @@ def _vae(source: Any, kit: Kit) -> object:
     return sdkit.VAE.from_pretrained(source, dtype="fp32", device="cpu", **options)
 
 
+def _controlnet(source: Path, kit: Kit) -> object:
+    options = {"config": kit.controlnet} if source.is_file() else {}
+    return sdkit.ControlNet.from_pretrained(source, dtype="fp32", device="cpu", **options)
+
+
 def _lora(source: Any, kit: Kit) -> object:
     return sdkit.StableDiffusion.from_pretrained(kit.folder, dtype="fp32", device="cpu").load_lora(source)
 
@@ -227,6 +248,7 @@ def _data(source: Any, _: Kit) -> str:
 
 MODELS = Group("Models", _model)
 VAES = Group("Standalone VAEs", _vae)
+CONTROLNETS = Group("ControlNets", _controlnet)
 LORAS = Group("LoRA", _lora)
 EMBEDDINGS = Group("Textual inversion embeddings", _embedding)
 IMAGES = Group("Images", lambda path, _: sdkit.images.read(path))
@@ -254,7 +276,21 @@ CACHES = Group("Latent caches", _cache)
 RECIPES = Group("PNGs that carry their settings (`sdkit generate --from`)", lambda path, _: Generation.read(path))
 PROMPTS = Group("Prompts (`sdkit generate --prompts`)", lambda path, _: "; ".join(read_prompts(path)))
 RUNS = Group("Resumed runs", _resumed)
-GROUPS = (MODELS, VAES, SCHEDULES, LORAS, EMBEDDINGS, IMAGES, DATA, RECIPES, PROMPTS, LATENTS, CACHES, RUNS)
+GROUPS = (
+    MODELS,
+    VAES,
+    SCHEDULES,
+    CONTROLNETS,
+    LORAS,
+    EMBEDDINGS,
+    IMAGES,
+    DATA,
+    RECIPES,
+    PROMPTS,
+    LATENTS,
+    CACHES,
+    RUNS,
+)
 
 
 def outcome(case: Case, kit: Kit, folder: Path) -> str:
@@ -493,6 +529,58 @@ def _(kit: Kit, here: Path) -> Path:
 def _(kit: Kit, here: Path) -> Path:
     """A folder with one part (config.json and weights)"""
     return kit.folder / "vae"
+
+
+@CONTROLNETS
+def _(kit: Kit, here: Path) -> Path:
+    """A folder in diffusers layout (config.json and weights)"""
+    return kit.controlnet / "controlnet"
+
+
+@CONTROLNETS
+def _(kit: Kit, here: Path) -> Path:
+    """One .safetensors file in the original layout (`control_model.*`)"""
+    return written(here / "control.safetensors", kit.control)
+
+
+@CONTROLNETS
+def _(kit: Kit, here: Path) -> Path:
+    """The same as a pickle (.pth), with Stable Diffusion's tensors beside it, as the first ones came"""
+    torch.save(kit.control | kit.original, here / "control.pth")
+    return here / "control.pth"
+
+
+@CONTROLNETS
+def _(kit: Kit, here: Path) -> Path:
+    """A pickle (.pth) that would call a function"""
+    torch.save({"state_dict": kit.control, "path": Path("x")}, here / "control.pth")
+    return here / "control.pth"
+
+
+@CONTROLNETS
+def _(kit: Kit, here: Path) -> Path:
+    """A weights file in diffusers layout, given without its folder"""
+    return kit.controlnet / "controlnet" / "diffusion_pytorch_model.safetensors"
+
+
+@CONTROLNETS
+def _(kit: Kit, here: Path) -> Path:
+    """A model instead of a ControlNet"""
+    return written(here / "model.safetensors", kit.original)
+
+
+@CONTROLNETS
+def _(kit: Kit, here: Path) -> Path:
+    """A ControlNet of Stable Diffusion XL"""
+    folder = here / "control"
+    shutil.copytree(kit.controlnet / "controlnet", folder)
+    edited(
+        folder / "config.json",
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=64,
+    )
+    return folder
 
 
 @LORAS

@@ -99,7 +99,7 @@ def generate(args: argparse.Namespace) -> int:
     from dataclasses import fields
 
     from sdkit.arguments import whole_number
-    from sdkit.cli.jobs import Report, check_generation, generate_files, read_prompts
+    from sdkit.cli.jobs import Report, check_generation, read_prompts, run_generation
     from sdkit.pipelines.generation import Generation
 
     if not args.prompts and not args.prompts_file and not args.from_image:
@@ -112,9 +112,10 @@ def generate(args: argparse.Namespace) -> int:
     given |= {name: tuple(given[name]) for name in several if name in given}
     generation = (Generation.read(args.from_image) if args.from_image else Generation()).but(**given)
     _check_guidance(given, generation)
-    sizes = {"count": args.count, "batch_size": args.batch_size}
-    prompts = prompts or [generation.prompt]
-    check_generation(prompts, args.out, generation, **sizes)  # before a model is loaded or downloaded
+    # Checked before a model is loaded or downloaded.
+    job = check_generation(
+        prompts or [generation.prompt], args.out, generation, count=args.count, batch_size=args.batch_size
+    )
     _check_place(generation.dtype, args.device)
     if args.preview_every is not None:
         whole_number("preview_every", args.preview_every, 1)
@@ -124,10 +125,7 @@ def generate(args: argparse.Namespace) -> int:
     for embedding in embeddings:
         sd.add_embedding(embedding)
     preview = _preview(args, sd)
-    generate_files(
-        sd, prompts, args.out, generation, grid=args.grid, controlnets=controlnets, report=report, callback=preview,
-        **sizes,
-    )  # fmt: skip
+    run_generation(sd, job, grid=args.grid, controlnets=controlnets, report=report, callback=preview)
     return 0
 
 
@@ -268,12 +266,12 @@ def _load_vae(args: argparse.Namespace) -> VAE:
 
 
 def _load_controlnets(args: argparse.Namespace, generation: Generation) -> list[ControlNet]:
+    from sdkit.engines.device import resolve_place
     from sdkit.networks.controlnet import ControlNet
 
-    return [
-        ControlNet.from_pretrained(source, dtype=generation.dtype, device=args.device)
-        for source in generation.controlnet
-    ]
+    dtype, device = resolve_place(generation.dtype, args.device)
+    home = "cpu" if args.offload else device  # the pipeline moves it with the U-Net
+    return [ControlNet.from_pretrained(source, dtype=dtype, device=home) for source in generation.controlnet]
 
 
 def _load_sd(args: argparse.Namespace, generation: Generation) -> StableDiffusion:

@@ -20,7 +20,7 @@ from sdkit.files import sha256
 from sdkit.loading.embedding_file import Embedding, read_embedding
 from sdkit.loading.place import EMBEDDED, PIXELS
 from sdkit.pipelines import infotext
-from sdkit.pipelines.controlnet import DEFAULTS, check_control_numbers
+from sdkit.pipelines.controlnet import OWN, SHARED, check_control_numbers
 from sdkit.pipelines.image_to_image import check_inputs
 from sdkit.pipelines.settings import DrawingSettings
 
@@ -193,7 +193,7 @@ class Generation(DrawingSettings):
             values["guidance_interval"] = " ".join(map(str, self.guidance_interval))
         values |= {key: anywhere(values[key]) for key in ("model", "config", "vae", *INPUTS) if key in values}
         if not self.controlnet:
-            values = {key: value for key, value in values.items() if key not in DEFAULTS}
+            values = {key: value for key, value in values.items() if key not in OWN}
         for name, value in values.items():
             if isinstance(value, (list, tuple)):
                 values[name] = _listed([anywhere(item) for item in value] if name in SOURCES else value)
@@ -329,7 +329,7 @@ _TYPES: dict[str, Callable[[str], Any]] = {
 _PARSERS: dict[str, Callable[[str], Any]] = {
     **dict.fromkeys((*SOURCES, "control_image_sha256", "embedding_token", "embedding_sha256"), _texts),
     "lora_scale": _numbers,
-    **dict.fromkeys([name for name, default in DEFAULTS.items() if isinstance(default, float)], _one_or_more),
+    **dict.fromkeys(SHARED, _one_or_more),
     "guidance_interval": _interval,
 }
 """Parsers of fields whose text is of a form of its own."""

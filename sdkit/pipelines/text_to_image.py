@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from os import PathLike
@@ -393,8 +393,8 @@ class StableDiffusion:
                 the noise that is added to it.
             output_type: "pil", "np", "pt", or "latent"; see Returns.
             callback: Called with each `Step` of each batch.
-            controlnet: A ControlNet, or a list of them, that the drawing follows. It stays on its own device, even
-                where the model is offloaded.
+            controlnet: A ControlNet, or a list of them, that the drawing follows. Where the model is offloaded, those
+                on the CPU move to the GPU with the U-Net; others stay on their devices.
             control_image: Image that the ControlNet reads, such as edges: one for all prompts, or one for each; PIL
                 images, paths, uint8 arrays, or tensors (B, 3, H, W) in [-1, 1]. With a list of ControlNets, a list with
                 this for each of them. The height and the width are its own by default; if they are given, it is
@@ -622,11 +622,13 @@ class StableDiffusion:
             Latents (N, C, h, w), float32, on the CPU.
         """
         z = torch.empty_like(x_T)
+        # A ControlNet is its caller's: where it is on a GPU, it stays there.
+        waiting = dict.fromkeys(control.network for control in plan.controls if control.network.device.type == "cpu")
         with torch.no_grad():
             for batch in plan.batches:
                 with self._working(self.text):
                     cond, uncond = self._embedded(batch, plan)
-                with self._working(self.unet):
+                with self._working(self.unet, *waiting):
                     predict = (predictor or self._guided(plan))(batch, cond, uncond)
                     z[batch.images] = denoise(
                         predict,
@@ -668,9 +670,14 @@ class StableDiffusion:
 
         return predictor
 
-    def _working(self, network: Wrapper) -> AbstractContextManager[None]:
-        """Return a context that keeps a network on `offload_to` while it computes; a no-op without offloading."""
-        return nullcontext() if self.offload_to is None else on_device(network, self.offload_to)
+    @contextmanager
+    def _working(self, *networks: Wrapper) -> Iterator[None]:
+        """Keep networks on `offload_to` while they compute; a no-op without offloading."""
+        with ExitStack() as moved:
+            if self.offload_to is not None:
+                for network in networks:
+                    moved.enter_context(on_device(network, self.offload_to))
+            yield
 
     def _model(
         self, guidance_scale: float | None, negatives: list[str], guidance: dict[str, Any]

@@ -523,8 +523,9 @@ class ControlNetConfig(DenoisingSettings):
             of the U-Net's encoder.
         condition: Make the conditions of the images: canny (edges), grey, outlines (of a mask or a semantic
             map), or colour_blocks. None reads them.
-        conditioning_data: Data set of the conditions, images of the same names as those in data. None reads
-            them from a column of data.
+        conditioning_data: Data set of the conditions, images of the same names as those in data; with condition,
+            of the images that they are made of, which a latent cache does not hold. None reads the conditions
+            from a column of data.
         conditioning_image_column: Column of the conditions in parquet files and data sets of the Hub.
         caption_dropout: Share of samples trained with an empty caption, so that the ControlNet learns to read
             the condition alone (Zhang et al. 2023, section 3.4).
@@ -557,10 +558,6 @@ class ControlNetConfig(DenoisingSettings):
         path_or_name("conditioning_image_column", self.conditioning_image_column)
         if self.condition is not None:
             one_of("condition", self.condition, CONDITIONS)
-            if self.conditioning_data is not None:
-                raise ArgumentError(
-                    "conditions are either made (condition) or read (conditioning_data); leave one of them out."
-                )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -238,6 +238,25 @@ def test_generate_from_an_image_and_into_a_mask(run: Callable[..., Ran], work: P
     assert run("generate", "--from", "cat.png", "-o", "again.png").code == 0
     assert Path("again.png").read_bytes() == Path("cat.png").read_bytes()
     assert run("generate", "a cat", "--image", "apple.png", "--strength", "0.5", *QUICK, "--count", 2).code == 0
+
+
+def test_inputs_are_read_and_hashed_once(run: Callable[..., Ran], work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from sdkit.pipelines import generation
+
+    done: list[str] = []
+
+    def noted(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(path: Any, *rest: Any) -> Any:
+            done.append(f"{function.__name__} {Path(path).name}")
+            return function(path, *rest)
+
+        return call
+
+    monkeypatch.setattr(sdkit.images, "read", noted(sdkit.images.read))
+    monkeypatch.setattr(generation, "sha256", noted(generation.sha256))
+    Image.new("L", opened("good.png").size, 255).save("mask.png")
+    assert run("generate", "a", "--image", "good.png", "--mask", "mask.png", "--steps", 1, "-o", "a.png").code == 0
+    assert sorted(done) == ["read good.png", "read mask.png", "sha256 good.png", "sha256 mask.png"]
 
 
 def test_an_input_that_has_changed_is_reported(run: Callable[..., Ran], work: Path) -> None:

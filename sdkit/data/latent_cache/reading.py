@@ -89,10 +89,7 @@ class LatentCache:
     def __getitem__(self, i: int) -> Item:
         if not -len(self) <= i < len(self):
             raise IndexError(f"there is no item {i} among {len(self)}.")
-        i %= len(self)
-        number = bisect.bisect_right(self._ends, i)
-        one = self.manifest.shards[number]
-        row, augmentation = divmod(i - (self._ends[number - 1] if number else 0), self.manifest.settings.augmentations)
+        one, row, augmentation = self._place(i % len(self))
         with _raised_as_cache_error(self.path / one.file):
             shard = self._shard(one)
             index = int(shard.get("index", row))
@@ -106,6 +103,18 @@ class LatentCache:
                 "augmentation": augmentation,
                 **_prompt(shard, row),
             }
+
+    def name(self, i: int) -> str:
+        """Return the name of the example of item i. Its tensors are not read."""
+        one, row, _ = self._place(i)
+        with _raised_as_cache_error(self.path / one.file):
+            return self._shard(one).name(row)
+
+    def _place(self, i: int) -> tuple[Shard, int, int]:
+        """Return the shard of item i, its row there, and the number of its augmentation."""
+        number = bisect.bisect_right(self._ends, i)
+        first = self._ends[number - 1] if number else 0
+        return self.manifest.shards[number], *divmod(i - first, self.manifest.settings.augmentations)
 
     def __iter__(self) -> Iterator[Item]:
         return (self[i] for i in range(len(self)))

@@ -48,6 +48,15 @@ class BatchEncoder:
             mean, logvar = batch["mean"], batch["logvar"]
         return latents_of(mean, logvar, batch["posterior_eps"], self.scale, self.shift)
 
+    def original(self, row: Mapping[str, Any], device: torch.device) -> Tensor:
+        """Return the image of an example as pixels (3, H, W) in [-1, 1]. A cached one is decoded on a device."""
+        if "pixels" in row:
+            pixels: Tensor = row["pixels"]
+            return pixels
+        mean, logvar = (row[name][None].to(device) for name in ("mean", "logvar"))
+        z = latents_of(mean, logvar, torch.zeros_like(mean), self.scale, self.shift)
+        return self.vae.to(device).decode(z, output_type="pt")[0].cpu()
+
     def conditioning(self, batch: Mapping[str, Any]) -> Conditioning:
         """Return the denoiser's conditioning: the captions, and their mask."""
         return Conditioning(self.captions(batch), batch["mask"])

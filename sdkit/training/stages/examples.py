@@ -149,7 +149,7 @@ class CachedLatents:
 
     def name(self, item: int) -> str:
         """Return the name of training example `item`, for messages."""
-        return self.cache[int(self.train[item])]["name"]
+        return self.cache.name(int(self.train[item]))
 
     def _example(self, index: int) -> Row:
         item = self.cache[index]
@@ -240,14 +240,19 @@ def open_provider(
         SdkitError: The data cannot be opened, or do not fit the settings or the networks.
     """
     if is_cache(data):
-        defaults = {name: parameter.default for name, parameter in signature(open_examples).parameters.items()}
-        if given := [name for name, value in opened_with.items() if value != defaults[name]]:
-            raise ArgumentError(f"{given[0]}= has no meaning for a latent cache; give it to sdkit cache instead.")
+        check_opened_with_nothing(opened_with)
         return CachedLatents(data, vae, text, size=size, augment=augment, trains_text=trains_text)
     height_width: Any = size or own_size
     vae.check_size(height_width)
     examples = open_examples(data, **opened_with)
     return ImageLatents(examples, training_transform(height_width, augment), vae, text, seed=seed)
+
+
+def check_opened_with_nothing(opened_with: Mapping[str, Any]) -> None:
+    """Raise ArgumentError unless all keyword arguments of `open_examples` are defaults, as a latent cache needs."""
+    defaults = {name: parameter.default for name, parameter in signature(open_examples).parameters.items()}
+    if given := [name for name, value in opened_with.items() if value != defaults[name]]:
+        raise ArgumentError(f"{given[0]}= has no meaning for a latent cache; give it to sdkit cache instead.")
 
 
 def denoising_batch(

@@ -21,7 +21,7 @@ from sdkit.errors import ArgumentError
 from sdkit.images import to_tensors
 from sdkit.loading.new_network import new_network
 from sdkit.loading.source import USUAL_GUIDANCE, Source
-from sdkit.networks.autoencoder import VAE, latents_of
+from sdkit.networks.autoencoder import VAE
 from sdkit.networks.denoiser import UNet
 from sdkit.networks.text_encoder import TextEncoder
 from sdkit.pipelines.saving import save_pipeline
@@ -286,13 +286,7 @@ class UNetStage:
         """Draw the caption of held-out image i, always from the same seed. A cached image is decoded."""
         row, caption = self.latents.validation(i), self.latents.held_out_caption(i)
         (drawn,) = to_tensors(self.drawing.draw(caption, seed=i))
-        if "pixels" in row:
-            original = row["pixels"]
-        else:
-            mean, logvar = (row[name][None].to(self.unet.device) for name in ("mean", "logvar"))
-            z = latents_of(mean, logvar, torch.zeros_like(mean), self.latents.scale, self.latents.shift)
-            original = self.vae.to(self.unet.device).decode(z, output_type="pt")[0].cpu()
-        return Picture(drawn, original, caption)
+        return Picture(drawn, self.encoder.original(row, self.unet.device), caption)
 
     def export(self, folder: Path) -> None:
         """Write the LoRA, or the pipeline in diffusers layout, into an empty folder."""
