@@ -319,7 +319,7 @@ def check_generation(
     generation.check()
     inputs, _ = generation.inputs()
     generation.control_images()
-    if inputs:
+    if "image" in inputs:
         open_canvas(inputs["image"], inputs.get("mask_image"), generation, prompts=1, copies=1, side=512)
     n = len(strings("prompts", prompts)) * whole_number("count", count, 1)
     first_seed(generation.seed, n)
@@ -370,7 +370,7 @@ def generate_files(
     n = check_generation(prompts, out, generation, count=count, batch_size=batch_size)
     inputs, generation = generation.inputs()
     control_images, generation = generation.control_images()
-    drawn_on = [inputs["image"]] if "image" in inputs else control_images
+    drawn_on = [inputs[name] for name in ("image", "condition") if name in inputs] or control_images
     if controlnets:
         inputs = {**inputs, "controlnet": [*controlnets], "control_image": control_images}
     side = sd.unet.sample_size * sd.vae.factor
@@ -410,7 +410,7 @@ def _generate(
     inputs: Mapping[str, Any],
     callback: Callable[[Step], object] | None,
 ) -> list[Image.Image]:
-    """Generate one image for each (prompt, seed), from the image and the mask of `inputs`, if there are any."""
+    """Generate one image for each (prompt, seed), from the images of `inputs`, if there are any."""
     prompts, seeds = zip(*batch, strict=True)
     drawn: list[Image.Image] = sd(
         prompts, seed=seeds, batch_size=len(batch), callback=callback, **generation.options(), **inputs
