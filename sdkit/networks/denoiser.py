@@ -17,8 +17,7 @@ from sdkit.engines.attention import quicken_attention
 from sdkit.engines.compile import compile_modules, eager
 from sdkit.engines.device import memory_format, resolve_place
 from sdkit.errors import ArgumentError
-from sdkit.loading.configs import CONDITION
-from sdkit.loading.source import Source, condition_channels, condition_of, latent_channels
+from sdkit.loading.source import Source, condition_of, latent_channels
 from sdkit.networks.shared_timestep import embed_timestep_once, shared_timestep, timesteps_of
 from sdkit.networks.wrapper import Wrapper, blames_network
 
@@ -214,31 +213,6 @@ class UNet(Wrapper):
                     hooks.enter_context(layer.register_forward_pre_hook(look, with_kwargs=True))
             self(x_t, t, cond, guidance_scale=guidance_scale)
         return torch.stack(maps).mean(0)
-
-
-def widen(network: UNet2DConditionModel, condition: str) -> None:
-    """Give a U-Net input channels for a condition, in place (Rombach et al. 2022, section 3.3; Brooks et al. 2023,
-    section 3.2).
-
-    The new weights of the first convolution are zero: the U-Net computes what it did before, whatever the condition.
-    The config names the condition, where diffusers ignores it, and the new number of channels, which diffusers reads.
-
-    Args:
-        network: A U-Net whose input is x_t alone.
-        condition: "latents" or "map"; see `UNet.condition`.
-    """
-    old: Any = network.conv_in
-    more = condition_channels(condition, latent_channels(network.config))
-    new: Any = type(old)(
-        old.in_channels + more, old.out_channels, old.kernel_size, padding=old.padding, device=old.weight.device,
-        dtype=old.weight.dtype,
-    )  # fmt: skip
-    with torch.no_grad():
-        new.weight.zero_()
-        new.weight[:, : old.in_channels] = old.weight
-        new.bias.copy_(old.bias)
-    network.conv_in = new.requires_grad_(old.weight.requires_grad).train(network.training)
-    network.register_to_config(in_channels=new.in_channels, **{CONDITION: condition})
 
 
 def guidance_embedding(scale: Tensor, width: int) -> Tensor:

@@ -8,12 +8,12 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from sdkit.diffusion.guidance import check_image_scale
 from sdkit.errors import ArgumentError
 from sdkit.images import Images, to_tensors
+from sdkit.networks.concatenation import channels_of
 from sdkit.pipelines.image_to_image import check_number, check_one_size, for_each_image, resized
 
 if TYPE_CHECKING:
@@ -95,26 +95,9 @@ def told(images: Tensor, kind: str, vae: VAE, size: tuple[int, int]) -> Tensor:
         size: Height and width of the drawing in pixels.
 
     Returns:
-        (N, C', ceil(height / factor), ceil(width / factor)), on the CPU. Latents are the posterior's mean, and not
-        scaled, as in InstructPix2Pix.
+        (N, C', ceil(height / factor), ceil(width / factor)), on the CPU; see `channels_of`.
     """
-    if kind == "latents":
-        return _each(images, lambda one: vae.moments(resized(one, size))[0])
-    return _each(images, lambda one: map_of(resized(one, size), vae.factor))
-
-
-def map_of(pixels: Tensor, factor: int) -> Tensor:
-    """Return the mean colour of the pixels that each latent stands for.
-
-    Args:
-        pixels: (B, 3, H, W). The right and lower edges are repeated up to a multiple of `factor`, as for the VAE.
-        factor: Pixels for each latent position, on each side.
-
-    Returns:
-        (B, 3, ceil(H / factor), ceil(W / factor)).
-    """
-    below, beside = (-side % factor for side in pixels.shape[2:])
-    return F.avg_pool2d(F.pad(pixels, (0, beside, 0, below), mode="replicate"), factor)
+    return _each(images, lambda one: channels_of([*resized(one, size)], kind, vae))
 
 
 def _each(images: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:

@@ -19,8 +19,8 @@ import sdkit
 from sdkit.cli import main
 from sdkit.diffusion.guidance import APG
 from sdkit.loading.source import Source
-from sdkit.networks.denoiser import widen
-from sdkit.pipelines.concatenation import map_of, told
+from sdkit.networks.concatenation import map_of, widen
+from sdkit.pipelines.concatenation import told
 from tests.helpers import original_layout, tiny
 from tests.helpers.networks import control_network, diffusers_pipeline, guided_network, sd_shaped
 

@@ -21,8 +21,9 @@ from sdkit.strict_json import read_object, require
 
 MANIFEST_FILE = "manifest.json"
 FORMAT = "sdkit.cache"
-FORMAT_VERSION = 2
-"""Version of the format. Since version 2, the manifest holds a checksum of itself."""
+FORMAT_VERSION = 3
+"""Version of the format. Since version 2, the manifest holds a checksum of itself; since 3, a cache may hold
+conditions."""
 LARGEST = 2**29
 """Largest size in bytes of a manifest that is read: enough to name two million skipped images."""
 T = TypeVar("T")
@@ -48,6 +49,8 @@ class Settings:
         dtype: Dtype that the VAE computed in.
         data: Fingerprint of the data; see `Examples.identity`.
         shard_size: Examples in a shard; those that cannot be used count.
+        condition: Kind of the conditions, "latents" or "map"; empty if there are none. Their fingerprint is part of
+            `data`.
     """
 
     vae: str
@@ -65,6 +68,7 @@ class Settings:
     dtype: str
     data: str
     shard_size: int
+    condition: str = ""
 
 
 WORDS = {
