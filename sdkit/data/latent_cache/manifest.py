@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from sdkit.atomic import atomic_write
 from sdkit.errors import CacheError
+from sdkit.loading.configs import CONDITIONS
 from sdkit.loading.fingerprint import weights_fingerprint
 from sdkit.messages import clean, reason
 from sdkit.networks.text_encoder import TextEncoder
@@ -225,6 +226,8 @@ def _check(manifest: Manifest) -> None:
     """Raise ValueError if values are impossible or contradict one another."""
     made = manifest.settings
     finite = math.isfinite(made.scale) and math.isfinite(made.shift)
+    if made.condition not in ("", *CONDITIONS):
+        raise ValueError("has conditions of an unknown kind")
     if not finite or made.scale <= 0 or min(made.factor, made.augmentations, made.shard_size) < 1:
         raise ValueError("has impossible settings")
     if any(side % made.factor for side in made.size):

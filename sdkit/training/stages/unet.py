@@ -34,11 +34,12 @@ from sdkit.training.distributed import split_over_processes
 from sdkit.training.loop import fit
 from sdkit.training.settings import UNetConfig
 from sdkit.training.stage import Player, Samples
+from sdkit.training.stages.concatenation import condition_image, open_conditioned, prepare_input, told
 from sdkit.training.stages.denoising import DenoisingObjective
 from sdkit.training.stages.drawing import Drawing
 from sdkit.training.stages.encoding import BatchEncoder
 from sdkit.training.stages.evaluating import Picture, PictureMetrics
-from sdkit.training.stages.examples import denoising_batch, open_provider, validation_batch
+from sdkit.training.stages.examples import DenoisingExamples, denoising_batch, open_provider, validation_batch
 from sdkit.training.stages.images import identity_of, report_skipped
 
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -135,10 +136,14 @@ class UNetStage:
             torch.manual_seed(config.seed)
             self._make_networks(model)
         side = self.unet.sample_size * self.vae.factor
-        self.latents = open_provider(
-            config.data, self.vae, self.text, size=config.size, own_size=(side, side), augment=config.augment,
-            seed=config.seed, trains_text=config.train_text_encoder, **config.opened_with(),
-        )  # fmt: skip
+        self.latents: DenoisingExamples
+        if self.unet.condition is not None:
+            self.latents = open_conditioned(config, self.unet.condition, self.vae, self.text, (side, side))
+        else:
+            self.latents = open_provider(
+                config.data, self.vae, self.text, size=config.size, own_size=(side, side), augment=config.augment,
+                seed=config.seed, trains_text=config.train_text_encoder, **config.opened_with(),
+            )  # fmt: skip
         self.encoder = BatchEncoder(
             self.vae, self.text, scale=self.latents.scale, shift=self.latents.shift,
             trains_text=config.train_text_encoder,
@@ -153,6 +158,7 @@ class UNetStage:
             self.unet, self.vae, self.text, self.schedule, prompts=config.validation_prompts,
             folder=config.samples, size=(height, width), guidance_scale=self.guidance_scale,
             half=HALF.get(config.mixed_precision), trains_text=config.train_text_encoder,
+            conditions=[self._condition(i) for i in range(len(config.validation_prompts)) if self.unet.condition],
         )  # fmt: skip
         if config.validation_prompts:
             self.evaluators.append(self.drawing)
@@ -168,7 +174,8 @@ class UNetStage:
     def _make_networks(self, model: Source) -> None:
         """Load or make the U-Net, and mark the parameters to train. Raises ArgumentError if it cannot be trained."""
         config = self.config
-        network = model.denoiser() if config.init is None else new_network(config.init, "unet")
+        network = model.denoiser(conditioned=True) if config.init is None else new_network(config.init, "unet")
+        prepare_input(network, config)
         self.unet = UNet(network)
         StableDiffusion(self.vae, self.text, self.unet, self.schedule)  # raises if the parts do not fit each other
         if self.unet.inpaints:
@@ -206,9 +213,10 @@ class UNetStage:
         All random values depend only on n and the seed.
         """
         config = self.config
-        return denoising_batch(
+        batch = denoising_batch(
             samples, self.latents, self.objective, self._shape, seed=config.seed, caption_dropout=config.caption_dropout
         )
+        return batch if self.unet.condition is None else batch | {"told": told(samples, config)}
 
     @property
     def _shape(self) -> tuple[int, int, int]:
@@ -257,10 +265,16 @@ class UNetStage:
         self.drawing.rest()
         return metrics
 
+    def _condition(self, i: int) -> Tensor:
+        """Return the condition of held-out image i, or of the first ones again, as the pipeline takes it."""
+        row, kind = self.latents.validation(i % len(self.latents.held_out)), self.unet.condition
+        return condition_image(row, kind or "", self.vae, self.unet.device)
+
     def _picture(self, i: int) -> Picture:
         """Draw the caption of held-out image i, always from the same seed. A cached image is decoded."""
         row, caption = self.latents.validation(i), self.latents.held_out_caption(i)
-        (drawn,) = to_tensors(self.drawing.draw(caption, seed=i))
+        condition = self._condition(i) if self.unet.condition else None
+        (drawn,) = to_tensors(self.drawing.draw(caption, seed=i, condition=condition))
         if "pixels" in row:
             original = row["pixels"]
         else:
@@ -279,7 +293,9 @@ class UNetStage:
             import diffusers
 
             scheduler = getattr(diffusers, self.scheduler.get("_class_name") or "DDIMScheduler")
-            pipeline = diffusers.StableDiffusionPipeline(
+            edits = self.unet.condition == "latents"
+            kind = diffusers.StableDiffusionInstructPix2PixPipeline if edits else diffusers.StableDiffusionPipeline
+            pipeline = kind(
                 vae=self.vae.network if self.vae.kind.makes_latents else None,
                 text_encoder=self.text.network, tokenizer=self.tokenizer,
                 unet=self.unet.network, scheduler=scheduler.from_config(self.scheduler), safety_checker=None,
