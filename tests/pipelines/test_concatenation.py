@@ -273,8 +273,9 @@ def test_bad_input(sd: sdkit.StableDiffusion, edits: tuple[sdkit.StableDiffusion
     bad(model, "image_guidance_scale must be a number from 0", condition=one, image_guidance_scale="2")
     bad(model, "projected guidance (APG) has one scale", condition=one, apg=APG(), **scale)
     bad(model, "height must be a whole number from 8", condition=one, height=4)
-    bad(model, "there is no image in", condition=[])
-    bad(model, "'missing.png'", condition="missing.png")
+    bad(model, "the list of images is empty; give at least one", condition=[])
+    with pytest.raises(sdkit.ImageError, match=r"missing\.png"):
+        model("a", condition="missing.png")
     masked = {"image": one, "mask_image": torch.ones(SIZE, SIZE)}
     bad(nine, "this model's U-Net takes an image and a mask: leave condition out", condition=one, **masked)
     control = sdkit.ControlNet(control_network(plain.unet.network))

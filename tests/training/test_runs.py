@@ -70,6 +70,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         size=tiny.SIZE, crop="random", flip=True, augmentations=2, dtype="fp32", device="cpu",
     )  # fmt: skip
     helper.lpips_weights(folder / "lpips.safetensors")
+    (folder / "maps").mkdir()
+    for path in (folder / "photos").glob("*.png"):  # conditions: colours that differ from image to image
+        Image.new("RGB", (48, 40), (7 * int(path.stem), 90, 200)).save(folder / "maps" / path.name)
     return folder
 
 
@@ -81,14 +84,20 @@ def run(made: Path) -> Iterator[helper.Runs]:
 
 
 def settings(made: Path, kind: str, out: Path, **changes: Any) -> tuple[str, dict[str, Any]]:
-    """Return stage and settings of a kind of run: "vae", "controlnet", "unet", or "lora". The last two can be followed
-    by " from a cache".
+    """Return stage and settings of a kind of run: "vae", "controlnet", "concat" (a U-Net that reads conditions),
+    "unet", or "lora". The last two can be followed by " from a cache".
     """
     own: dict[str, Any] = {
         "vae": {"disc_weight": 0.5, "disc_start": 3, "train_encoder": True, "lpips_weight": 0.0},
         "unet": {"caption_dropout": 0.3, "snr_gamma": 5.0, "noise_offset": 0.1, "validation_prompts": ("a red disc",)},
         "lora": {"caption_dropout": 0.3, "lora_rank": 2, "train_text_encoder": True},
         "controlnet": {"condition": "grey", "caption_dropout": 0.3, "validation_prompts": ("a red disc",)},
+        "concat": {
+            "conditioning_data": made / "maps",
+            "condition_kind": "map",
+            "condition_dropout": 0.3,
+            "validation_prompts": ("a red disc",),
+        },
     }[kind.split()[0]]
     data = made / ("cache" if "cache" in kind else "photos")
     common = RUN | {"model": made / "dropout", "data": data, "out_dir": out}
@@ -284,6 +293,7 @@ TOGETHER: dict[str, dict[str, Any]] = {
     "unet": {},
     "lora from a cache": {},
     "controlnet": {},
+    "concat": {},
 }
 PLAYERS = {"vae": ["vae", "discriminator"], "controlnet": ["controlnet"]}
 """Kind of run -> its players; that of the others is the U-Net."""
