@@ -84,21 +84,17 @@ def run(made: Path) -> Iterator[helper.Runs]:
 
 
 def settings(made: Path, kind: str, out: Path, **changes: Any) -> tuple[str, dict[str, Any]]:
-    """Return stage and settings of a kind of run: "vae", "controlnet", "concat" (a U-Net that reads conditions),
-    "unet", or "lora". The last two can be followed by " from a cache".
+    """Return stage and settings of a kind of run: "vae", "controlnet", "unet", or "lora". The last two can be followed
+    by " from a cache". A U-Net that is trained from images also reads conditions.
     """
     own: dict[str, Any] = {
         "vae": {"disc_weight": 0.5, "disc_start": 3, "train_encoder": True, "lpips_weight": 0.0},
         "unet": {"caption_dropout": 0.3, "snr_gamma": 5.0, "noise_offset": 0.1, "validation_prompts": ("a red disc",)},
         "lora": {"caption_dropout": 0.3, "lora_rank": 2, "train_text_encoder": True},
         "controlnet": {"condition": "grey", "caption_dropout": 0.3, "validation_prompts": ("a red disc",)},
-        "concat": {
-            "conditioning_data": made / "maps",
-            "condition_kind": "map",
-            "condition_dropout": 0.3,
-            "validation_prompts": ("a red disc",),
-        },
     }[kind.split()[0]]
+    if kind == "unet":
+        own |= {"conditioning_data": made / "maps", "condition_kind": "map", "condition_dropout": 0.3}
     data = made / ("cache" if "cache" in kind else "photos")
     common = RUN | {"model": made / "dropout", "data": data, "out_dir": out}
     return kind if kind in helper.STAGES else "unet", common | own | changes
@@ -293,7 +289,6 @@ TOGETHER: dict[str, dict[str, Any]] = {
     "unet": {},
     "lora from a cache": {},
     "controlnet": {},
-    "concat": {},
 }
 PLAYERS = {"vae": ["vae", "discriminator"], "controlnet": ["controlnet"]}
 """Kind of run -> its players; that of the others is the U-Net."""
