@@ -213,7 +213,8 @@ def _model(source: Any, kit: Kit) -> object:
     if isinstance(source, Path) and source.is_file():
         options = {"config": kit.folder, **options}
     sd = sdkit.StableDiffusion.from_pretrained(source, dtype="fp32", device="cpu", **options)
-    return sd("a cat", num_inference_steps=1, output_type="latent")
+    condition = Image.new("RGB", (64, 64)) if sd.unet.condition else None
+    return sd("a cat", condition=condition, num_inference_steps=1, output_type="latent")
 
 
 def _vae(source: Any, kit: Kit) -> object:
@@ -492,6 +493,30 @@ def _(kit: Kit, here: Path) -> Path:
 def _(kit: Kit, here: Path) -> str:
     """The name of a folder that does not exist (it could be a Hub id)"""
     return "models/sd15"
+
+
+def widened(kit: Kit, to: Path, channels: int) -> Path:
+    """Copy the model, and give its U-Net this number of input channels."""
+    unet = kit.copy(to) / "unet"
+    edited(unet / "config.json", in_channels=channels)
+    (file,) = unet.glob("*.safetensors")
+    tensors = load_file(file)
+    weight = tensors["conv_in.weight"]
+    tensors["conv_in.weight"] = torch.cat([weight, weight.new_zeros(len(weight), channels - 4, 3, 3)], dim=1)
+    written(file, tensors)
+    return to
+
+
+@MODELS
+def _(kit: Kit, here: Path) -> Path:
+    """InstructPix2Pix: a U-Net with eight input channels, which also reads an image (`condition=`)"""
+    return widened(kit, here / "model", 8)
+
+
+@MODELS
+def _(kit: Kit, here: Path) -> Path:
+    """An upscaler: a U-Net with seven input channels"""
+    return widened(kit, here / "model", 7)
 
 
 @VAES

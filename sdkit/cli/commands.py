@@ -149,7 +149,7 @@ def _check_guidance(given: dict[str, Any], generation: Generation) -> None:
     """Raise ArgumentError if an option of guidance is given at scale 1, where guidance is off and would ignore it."""
     options = {"negative_prompt": "negative-prompt", "guidance_rescale": "rescale", "guidance_interval": "interval"}
     unused = [option for name, option in options.items() if given.get(name)]
-    if unused and generation.guidance_scale == 1:
+    if unused and generation.guidance_scale == generation.image_guidance_scale == 1:
         raise ArgumentError(f"--{unused[0]} belongs to guidance, and --scale 1 is none; leave one of them out.")
 
 
@@ -366,6 +366,7 @@ def _add_generate(commands: Commands) -> None:
             "sdkit generate --from outputs/0001-a-cat-0.png --seed 7 --out again.png",
             "sdkit generate --prompts prompts.txt --lora runs/zork/result --lora-scale 0.8",
             'sdkit generate "a fox" --controlnet runs/edges/result --control-image a.png',
+            'sdkit generate "make it red" --model runs/edit/result --condition cat.png',
         ),
     )
     unset: dict[str, Any] = {"default": argparse.SUPPRESS}
@@ -409,6 +410,8 @@ def _add_what_to_draw(add: Add, unset: dict[str, Any]) -> None:
     add("--image", metavar="FILE", help="Image to start from", **unset)
     mask = "Mask of --image: only its white part is drawn anew"
     add("--mask-image", "--mask", metavar="FILE", help=mask, **unset)
+    condition = "Image that the model reads beside the noise, if it was trained with conditions"
+    add("--condition", metavar="FILE", help=condition, **unset)
     prompts = 'File of more prompts, one per line; "-" reads stdin. Lines that begin with # are skipped'
     add("--prompts", dest="prompts_file", metavar="FILE", help=prompts)
     again = "Draw an image that sdkit made again; options given here override its own"

@@ -20,6 +20,7 @@ from sdkit.files import sha256
 from sdkit.loading.embedding_file import Embedding, read_embedding
 from sdkit.loading.place import EMBEDDED, PIXELS
 from sdkit.pipelines import infotext
+from sdkit.pipelines.concatenation import check_condition_settings
 from sdkit.pipelines.controlnet import OWN, SHARED, check_control_numbers
 from sdkit.pipelines.image_to_image import check_inputs
 from sdkit.pipelines.settings import DrawingSettings
@@ -34,7 +35,7 @@ EARLIER_NAMES = {
 SOURCES = ("lora", "embedding", "controlnet", "control_image")
 """Fields with several files, folders, or Hub ids."""
 
-INPUTS = {"image": "white", "mask_image": "black"}
+INPUTS = {"image": "white", "mask_image": "black", "condition": "white"}
 """Field of an input image -> the colour behind its transparent pixels."""
 
 
@@ -52,6 +53,8 @@ class Generation(DrawingSettings):
         image_sha256: SHA-256 of that file.
         mask_image: File of the mask.
         mask_image_sha256: SHA-256 of that file.
+        condition: File of the image that the U-Net reads beside the noise.
+        condition_sha256: SHA-256 of that file.
         model: Source of the model; see `StableDiffusion.from_pretrained`, as for the next six fields.
         revision: Branch, tag, or commit of a Hub repository.
         variant: Variant of a repository's weight files.
@@ -76,6 +79,8 @@ class Generation(DrawingSettings):
     image_sha256: str | None = None
     mask_image: str | None = None
     mask_image_sha256: str | None = None
+    condition: str | None = None
+    condition_sha256: str | None = None
     model: str = "emoji"
     revision: str | None = None
     variant: str | None = None
@@ -109,6 +114,7 @@ class Generation(DrawingSettings):
         strings("negative_prompt", self.negative_prompt)
         first_seed(self.seed, 1)
         check_inputs(self, image=self.image is not None, mask=self.mask_image is not None)
+        check_condition_settings(self, condition=self.condition is not None)
         check_control_numbers(self, len(self.controlnet), len(self.control_image))
         for scale in self.lora_scale:
             number("lora_scale", scale)
@@ -128,7 +134,7 @@ class Generation(DrawingSettings):
             one_of("prediction_type", self.prediction_type, PREDICTIONS)
 
     def inputs(self) -> tuple[dict[str, Any], Generation]:
-        """Read the image and the mask.
+        """Read the image, the mask, and the condition.
 
         Returns:
             Keywords of the pipeline's call, and these settings with the SHA-256 of each file.
@@ -192,6 +198,8 @@ class Generation(DrawingSettings):
         if self.guidance_interval is not None:
             values["guidance_interval"] = " ".join(map(str, self.guidance_interval))
         values |= {key: anywhere(values[key]) for key in ("model", "config", "vae", *INPUTS) if key in values}
+        if self.condition is None:
+            values.pop("image_guidance_scale")
         if not self.controlnet:
             values = {key: value for key, value in values.items() if key not in OWN}
         for name, value in values.items():
@@ -242,11 +250,13 @@ class Generation(DrawingSettings):
                 "config",
                 "prediction_type",
                 "vae",
+                "condition",
+                "condition_sha256",
             )
             lists: dict[str, Any] = dict.fromkeys(
                 ("lora", "lora_scale", "embedding", "embedding_token", "embedding_sha256", "controlnet"), ()
             )
-            changes = {**dict.fromkeys(of_model), **lists, **changes}
+            changes = {**dict.fromkeys(of_model), "image_guidance_scale": 1.0, **lists, **changes}
         return replace(self, **changes)
 
 

@@ -18,6 +18,7 @@ from sdkit.files import expanded
 LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
 
 AUGMENTATIONS = ("crop", "flip")
+CONDITION_KINDS = ("latents", "map")  # names in sdkit.loading.configs.CONDITIONS
 CONDITIONS = ("canny", "grey", "outlines", "colour_blocks")  # names in sdkit.images.conditions.CONDITIONS
 TEMPLATES = ("object", "style")  # names in sdkit.training.stages.embedding.TEMPLATES
 RECONSTRUCTIONS = ("l1", "l2")
@@ -479,6 +480,15 @@ class UNetConfig(DreamBoothSettings):
         lora_targets: Layers of the LoRA: attention, feed_forward, convolutions, or ends of layers' names, such as
             attn2.to_k.
         train_text_encoder: Train the text encoder together with the U-Net.
+        condition_column: Column of an image that the U-Net is to read beside the noise, in parquet files and
+            data sets of the Hub: the image to edit, a semantic map, or the image itself to enlarge. Its first
+            convolution gets further channels, which begin at zero.
+        conditioning_data: Data set of the conditions, images of the same names as those in data, in place of
+            condition_column. A latent cache holds its own.
+        condition_kind: What the U-Net reads of a condition: its latents, or, with map, its colours at the size
+            of the latents. None is the model's own, or latents.
+        condition_dropout: Share of samples trained without their condition, which image guidance needs; half
+            of them without their caption, too (InstructPix2Pix).
     """
 
     lora_rank: int | None = None
@@ -487,6 +497,12 @@ class UNetConfig(DreamBoothSettings):
     lora_rank_stabilized: bool = False
     lora_targets: tuple[str, ...] = ("attention",)
     train_text_encoder: bool = False
+    condition_column: str | None = None
+    conditioning_data: str | os.PathLike[str] | None = None
+    condition_kind: str | None = None
+    condition_dropout: float = 0.1
+
+    may_change = DenoisingSettings.may_change | {"conditioning_data"}  # a path; a fingerprint covers the contents
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -494,6 +510,7 @@ class UNetConfig(DreamBoothSettings):
 
         flag("train_text_encoder", self.train_text_encoder)
         self._check_lora()
+        self._check_condition()
         if self.lora_rank is not None:
             self._keep("lora_rank", whole_number("lora_rank", self.lora_rank, 1))
             if self.init is not None:
@@ -512,6 +529,25 @@ class UNetConfig(DreamBoothSettings):
         given = [name for name in names if getattr(self, name) != getattr(type(self), name)]
         if given and self.lora_rank is None:
             raise ArgumentError(f"{given[0]} belongs to a LoRA, and there is none; give lora_rank, too.")
+
+    def _check_condition(self) -> None:
+        """Raise ArgumentError for settings of conditions that contradict each other."""
+        from sdkit.arguments import number, one_of, path_or_name
+
+        for name in ("condition_column", "conditioning_data"):
+            if (value := getattr(self, name)) is not None:
+                path_or_name(name, value)
+                if self.instance_data is not None:
+                    raise ArgumentError(f"{name} has no meaning for DreamBooth, which learns from images alone.")
+        if self.conditioning_data is not None:
+            self._keep_apart("conditioning_data", self.conditioning_data)
+            if self.condition_column is not None:
+                raise ArgumentError(
+                    "condition_column and conditioning_data both name the conditions; leave one of them out."
+                )
+        if self.condition_kind is not None:
+            one_of("condition_kind", self.condition_kind, CONDITION_KINDS)
+        self._keep("condition_dropout", number("condition_dropout", self.condition_dropout, 0, 1))
 
 
 @dataclass(frozen=True, kw_only=True)

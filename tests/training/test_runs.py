@@ -70,6 +70,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         size=tiny.SIZE, crop="random", flip=True, augmentations=2, dtype="fp32", device="cpu",
     )  # fmt: skip
     helper.lpips_weights(folder / "lpips.safetensors")
+    (folder / "maps").mkdir()
+    for path in (folder / "photos").glob("*.png"):  # conditions: colours that differ from image to image
+        Image.new("RGB", (48, 40), (7 * int(path.stem), 90, 200)).save(folder / "maps" / path.name)
     return folder
 
 
@@ -83,6 +86,7 @@ def run(made: Path) -> Iterator[helper.Runs]:
 def settings(made: Path, kind: str, out: Path, **changes: Any) -> tuple[str, dict[str, Any]]:
     """Return stage and settings of a kind of run: "vae", "controlnet", "dreambooth", "embedding", "unet", or "lora".
     The last two can be followed by " from a cache".
+    A U-Net that is trained from images also reads conditions.
     """
     own: dict[str, Any] = {
         "vae": {"disc_weight": 0.5, "disc_start": 3, "train_encoder": True, "lpips_weight": 0.0},
@@ -109,6 +113,8 @@ def settings(made: Path, kind: str, out: Path, **changes: Any) -> tuple[str, dic
             "validation_prompts": ("a red <zork>",),
         },
     }[kind.split()[0]]  # fmt: skip
+    if kind == "unet":
+        own |= {"conditioning_data": made / "maps", "condition_kind": "map", "condition_dropout": 0.3}
     data = made / ("cache" if "cache" in kind else "photos")
     common = RUN | {"model": made / "dropout", "data": data, "out_dir": out}
     return kind if kind in helper.STAGES else "unet", common | own | changes

@@ -30,6 +30,7 @@ from sdkit.training.distributed import split_over_processes
 from sdkit.training.loop import fit
 from sdkit.training.settings import UNetConfig
 from sdkit.training.stage import Player, Samples
+from sdkit.training.stages.concatenation import condition_image, open_conditioned, prepare_input, told
 from sdkit.training.stages.denoising import DenoisingObjective
 from sdkit.training.stages.drawing import VALIDATION_STEPS, Drawing
 from sdkit.training.stages.dreambooth import ClassImages, open_instances, prior_preserving_loss
@@ -137,6 +138,8 @@ class UNetStage:
         self.latents: DenoisingExamples
         if config.instance_data is not None:
             self.latents = open_instances(config, config.instance_data, self.vae, self.text, (side, side))
+        elif self.unet.condition is not None:
+            self.latents = open_conditioned(config, self.unet.condition, self.vae, self.text, (side, side))
         else:
             self.latents = open_provider(
                 config.data, self.vae, self.text, size=config.size, own_size=(side, side), augment=config.augment,
@@ -156,6 +159,7 @@ class UNetStage:
             self.unet, self.vae, self.text, self.schedule, prompts=config.validation_prompts,
             folder=config.samples, size=(height, width), guidance_scale=self.guidance_scale,
             half=HALF.get(config.mixed_precision), trains_text=config.train_text_encoder,
+            conditions=[self._condition(i) for i in range(len(config.validation_prompts)) if self.unet.condition],
         )  # fmt: skip
         self.class_images: ClassImages | None = None
         if config.class_prompt is not None:
@@ -174,7 +178,8 @@ class UNetStage:
     def _make_networks(self, model: Source) -> None:
         """Load or make the U-Net, and mark the parameters to train. Raises ArgumentError if it cannot be trained."""
         config = self.config
-        network = model.denoiser() if config.init is None else new_network(config.init, "unet")
+        network = model.denoiser(conditioned=True) if config.init is None else new_network(config.init, "unet")
+        prepare_input(network, config)
         self.unet = UNet(network)
         StableDiffusion(self.vae, self.text, self.unet, self.schedule)  # raises if the parts do not fit each other
         if self.unet.inpaints:
@@ -231,7 +236,8 @@ class UNetStage:
         )
         if self.class_images is not None:
             rows += self.class_images.rows(samples, self.objective, self._shape)
-        return collated(rows)
+        batch = collated(rows)
+        return batch if self.unet.condition is None else batch | {"told": told(samples, config)}
 
     @property
     def _shape(self) -> tuple[int, int, int]:
@@ -282,10 +288,16 @@ class UNetStage:
         self.drawing.rest()
         return metrics
 
+    def _condition(self, i: int) -> Tensor:
+        """Return the condition of held-out image i, or of the first ones again, as the pipeline takes it."""
+        row, kind = self.latents.validation(i % len(self.latents.held_out)), self.unet.condition
+        return condition_image(row, kind or "", self.vae, self.unet.device)
+
     def _picture(self, i: int) -> Picture:
         """Draw the caption of held-out image i, always from the same seed. A cached image is decoded."""
         row, caption = self.latents.validation(i), self.latents.held_out_caption(i)
-        (drawn,) = to_tensors(self.drawing.draw(caption, seed=i))
+        condition = self._condition(i) if self.unet.condition else None
+        (drawn,) = to_tensors(self.drawing.draw(caption, seed=i, condition=condition))
         return Picture(drawn, self.encoder.original(row, self.unet.device), caption)
 
     def export(self, folder: Path) -> None:
