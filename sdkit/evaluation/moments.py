@@ -37,7 +37,7 @@ def check_finite_features(features: Tensor) -> None:
         raise ArgumentError("features must be finite numbers; these hold NaN or infinity.")
 
 
-def float64_blocks(vectors: Tensor, rows: int = ROWS) -> Iterator[Tensor]:
+def float64_blocks(vectors: Tensor, rows: int) -> Iterator[Tensor]:
     """Yield vectors (N, D) on the CPU in float64, at most `rows` at a time, so that no whole copy is held."""
     for block in vectors.detach().split(rows):
         yield block.cpu().double()
@@ -46,7 +46,7 @@ def float64_blocks(vectors: Tensor, rows: int = ROWS) -> Iterator[Tensor]:
 def mean_of(vectors: Tensor) -> Tensor:
     """Return the mean (D,) of vectors (N, D), in float64."""
     total = torch.zeros(vectors.shape[1], dtype=torch.float64)
-    for block in float64_blocks(vectors):
+    for block in float64_blocks(vectors, ROWS):
         total += block.sum(dim=0)
     return total / len(vectors)
 

@@ -43,7 +43,6 @@ def test_no_metric_makes_a_float64_copy_of_all_vectors(name: str, monkeypatch: p
     monkeypatch.setattr(moments, "ROWS", ROWS)
     monkeypatch.setattr(precision_recall, "ROWS", ROWS)
     monkeypatch.setattr(kernel_distance, "BLOCK", ROWS)
-    monkeypatch.setattr(moments.float64_blocks, "__defaults__", (ROWS,))
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.randn(N, WIDTH, generator=generator) for _ in range(2))
     with Largest() as largest:
