@@ -127,7 +127,7 @@ def warn_if_few(count: int, width: int, name: str) -> None:
     if count < width:
         warnings.warn(
             f"{count} images are fewer than the {width} features of {name}: the Fréchet distance is far too high; "
-            "compare the extrapolated one, and only with distances of as many images.",
+            "compare only distances of as many images, or extrapolated ones.",
             stacklevel=1,
         )
 
