@@ -48,6 +48,24 @@ def test_prints_tables_with_controls_and_draws_a_sheet(capsys: pytest.CaptureFix
     assert "10 images are fewer than the 1152 features of alex" in err
 
 
+@pytest.mark.usefixtures("photos")
+def test_replaces_a_sheet_only_if_it_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    """As `sdkit generate` does: a default name spares what is there, and `--sheet` says what to replace."""
+    kept = ("vae-evaluation.png", "vae-evaluation-2.png")
+    for name in (*kept, "mine.png"):
+        Path(name).write_text("an earlier sheet")
+    Path("photos/torn.png").unlink()
+    arguments = ["evaluate", "vae", "blur", *ARGUMENTS[3:]]
+    assert main(arguments) == 0
+    assert capsys.readouterr().out.splitlines()[-1].endswith(": vae-evaluation-3.png")
+    assert main([*arguments, "--sheet", "mine.png", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["sheet"] == "mine.png"
+    assert [Path(name).read_text() for name in kept] == ["an earlier sheet"] * 2
+    for name in ("vae-evaluation-3.png", "mine.png"):
+        with Image.open(name) as sheet:
+            assert sheet.width > 8 * 64
+
+
 @pytest.mark.slow
 def test_two_processes_give_the_numbers_of_one(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Batches are the same, so that only the order in which the features' moments are added up differs."""
