@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import os
 import re
 import signal
@@ -36,7 +35,7 @@ from sdkit.training import UNetConfig, train_unet
 from sdkit.training.checkpoint import checkpoints
 from sdkit.training.run_folder import read_metrics
 from sdkit.training.settings import StageSettings
-from tests.helpers import tiny, toy
+from tests.helpers import forks, tiny, toy
 
 ROOT = Path(__file__).parents[2]
 STAGES = {name: stage.settings for name, stage in commands.STAGES.items()}
@@ -601,23 +600,12 @@ def test_a_vae_beside_the_model(run: Callable[..., Ran], work: Path) -> None:
 # Interrupting and resuming
 
 
-def command(arguments: list[str], folder: Path, said: Path, hook: str, environment: dict[str, str]) -> None:
-    """Run the command in this process, with its output in files. `hook` is in the notation of `toy.hooks`."""
-    os.chdir(folder)
-    os.environ.update(environment)
-    torch.set_num_threads(1)
-    toy.hooks(hook)
-    for number, suffix in ((1, ".out"), (2, ".err")):
-        os.dup2(os.open(said.with_suffix(suffix), os.O_CREAT | os.O_WRONLY | os.O_TRUNC), number)
-    sys.exit(main(arguments))
-
-
 def started(*arguments: str, hook: str = "", said: str = "said", **environment: str) -> Any:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([toy.__name__, "sdkit.training.stages.unet", "datasets", "peft"])
-    process = context.Process(target=command, args=(arguments, Path.cwd(), Path(said).resolve(), hook, environment))
-    process.start()
-    return process
+    """Start the command in another process, which ends at `hook`, in the notation of `toy.hooks`."""
+    out, err = (Path(f"{said}{suffix}").resolve() for suffix in (".out", ".err"))
+    for path in (out, err):
+        path.write_text("")
+    return forks.start(toy.command, list(arguments), hook, environment=environment, out=out, err=err)
 
 
 def ended(process: Any, said: str = "said") -> Ran:
@@ -716,15 +704,14 @@ def test_a_launched_run_stops_and_goes_on_and_speaks_with_one_voice(
         "sdkit: stopping with a checkpoint; Ctrl-C again leaves at once.",
         f"sdkit: stopped after step {done}, with a checkpoint; the same command resumes it.",
     ]
-    second = launch(*steps, "--max-steps", str(done + 1))
-    out, err = second.communicate(timeout=60)
-    assert (second.returncode, out) == (0, f"r{os.sep}result\n"), err
-    assert err.count("resuming from") == 1
+    second = forks.launch(toy.command, [*steps, "--max-steps", str(done + 1)])
+    assert second == ([0, 0], f"r{os.sep}result\n", second.err)
+    assert second.err.count("resuming from") == 1
     assert json.loads(Path("r/config.json").read_text())["samples_per_step"] == 2
 
 
-def test_a_launched_commands_error_is_told_once(launch: Callable[..., subprocess.Popen[str]]) -> None:
-    process = launch(*LORA, "--out-dir", "file")
-    out, err = process.communicate(timeout=60)
-    assert (process.returncode, out) == (1, "")  # the launcher's own exit code
+@pytest.mark.usefixtures("work")
+def test_a_launched_commands_error_is_told_once() -> None:
+    codes, out, err = forks.launch(toy.command, [*LORA, "--out-dir", "file"])
+    assert (codes[0], out) == (2, "")  # the other is ended by the launcher, or tells after a while
     assert sentences(err) == ["sdkit: cannot write into file: not a directory; give another folder."]

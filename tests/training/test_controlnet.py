@@ -6,7 +6,7 @@ import functools
 import json
 import re
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -222,10 +222,8 @@ POINTS = {
 
 
 @pytest.fixture(scope="module")
-def run() -> Iterator[helper.Runs]:
-    one = helper.Runs()
-    yield one
-    one.close()
+def run() -> helper.Runs:
+    return helper.Runs()
 
 
 def everything(out: Path) -> dict[str, Any]:

@@ -7,9 +7,7 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +23,8 @@ from sdkit.training.checkpoint import checkpoints, newest
 from sdkit.training.loop import fit
 from sdkit.training.run_folder import read_metrics
 from sdkit.training.stages.unet import UNetStage
+from tests.helpers import forks, tiny
 from tests.helpers import runs as helper
-from tests.helpers import tiny
 
 # Of 23 images one is broken and one is held out. Epochs have 22 samples, and a step takes 4.
 RUN: dict[str, Any] = {
@@ -77,10 +75,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def run(made: Path) -> Iterator[helper.Runs]:
-    one = helper.Runs()
-    yield one
-    one.close()
+def run() -> helper.Runs:
+    return helper.Runs()
 
 
 def settings(made: Path, kind: str, out: Path, **changes: Any) -> tuple[str, dict[str, Any]]:
@@ -280,7 +276,7 @@ def test_two_runs_in_one_folder_at_once_are_refused(made: Path, run: helper.Runs
 
 @pytest.fixture(scope="module")
 def launched(made: Path) -> Path:
-    """Launch two processes with `accelerate launch`. They train several runs one after another."""
+    """Launch two processes, which train several runs one after another."""
     folder = made / "launched"
     wanted = [together(made, kind, folder / kind) for kind in TOGETHER]
     for out, steps in (("whole", STEPS), ("parts", 3), ("parts", STEPS)):
@@ -293,13 +289,8 @@ def launched(made: Path) -> Path:
         wanted.append(together(made, "lora from a cache", folder / out, keep_checkpoints=1, **changes))
     folder.mkdir()
     scenarios = [{"stage": stage, "settings": config} for stage, config in wanted]
-    (folder / "scenarios.json").write_text(json.dumps(scenarios, default=str))
-    # With --cpu, Accelerate starts one process, whatever number is asked for, unless it is configured for MPI.
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    command = [*launch, helper.__file__, str(folder / "scenarios.json")]
-    ran = subprocess.run(command, capture_output=True, text=True, env=helper.environment())
-    assert ran.returncode == 0, ran.stderr
+    ended = forks.launch(helper.launched, scenarios)
+    assert ended.codes == [0, 0], ended.err
     return folder
 
 
