@@ -31,7 +31,7 @@ from sdkit.training.run_folder import read_metrics
 from sdkit.training.stages.drawing import Drawing
 from sdkit.training.stages.dreambooth import CLASS_IMAGES, ClassImages
 from sdkit.training.stages.unet import UNetStage
-from tests.helpers import tiny
+from tests.helpers import VALIDATION_STEPS, tiny
 from tests.helpers.sentences import one_sentence
 
 pytest.importorskip("datasets")
@@ -238,7 +238,7 @@ def test_class_images_are_the_models_own_drawings(made: Path, tmp_path: Path) ->
     assert [*before] == ["00000.png", "00001.png"]
     sd = sdkit.StableDiffusion.from_pretrained(made / "model", dtype="fp32", device="cpu")
     for i, path in enumerate(sorted((out / "class_images").rglob("*.png"))):
-        (expected,) = sd(CLASS, seed=5 + i, height=tiny.SIZE, width=tiny.SIZE, num_inference_steps=25)
+        (expected,) = sd(CLASS, seed=5 + i, height=tiny.SIZE, width=tiny.SIZE, num_inference_steps=VALIDATION_STEPS)
         levels = [np.asarray(image, float) for image in (sdkit.images.read(path), expected)]
         assert np.abs(levels[0] - levels[1]).max() <= 1
     next(iter(sorted((out / "class_images").rglob("*.png")))).unlink()
