@@ -16,7 +16,7 @@ from sdkit.files import expanded
 from sdkit.loading.configs import GUIDANCE
 from sdkit.loading.lora_file import LoRA
 from sdkit.loading.single_file import ASSETS
-from sdkit.loading.source import USUAL_GUIDANCE, Source
+from sdkit.loading.source import USUAL_GUIDANCE, Source, condition_of
 from sdkit.messages import no_warnings, quiet, reason
 from sdkit.networks.autoencoder import VAE
 from sdkit.networks.lora import Active, MergedLoRAs
@@ -47,7 +47,9 @@ def save_pipeline(
         import diffusers
 
         scheduler_class = getattr(diffusers, scheduler.get("_class_name") or "DDIMScheduler")
-        pipeline = diffusers.StableDiffusionPipeline(
+        edits = condition_of(unet.config) == "latents"
+        kind = diffusers.StableDiffusionInstructPix2PixPipeline if edits else diffusers.StableDiffusionPipeline
+        pipeline = kind(
             vae=vae.network if vae.kind.makes_latents else None,
             text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=scheduler_class.from_config(scheduler),
             safety_checker=None, feature_extractor=None, requires_safety_checker=False,
@@ -87,7 +89,7 @@ def merge_into_model(
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise ArgumentError(f"{out} exists already; name another folder.")
     source = Source.open(model)
-    unet, (text_encoder, tokenizer) = source.denoiser(inpainting=True), source.text_encoder()
+    unet, (text_encoder, tokenizer) = source.denoiser(inpainting=True, conditioned=True), source.text_encoder()
     active = {str(i): Active(lora, scale) for i, (lora, scale) in enumerate(loras)}
     MergedLoRAs().set(active, unet, text_encoder)
     vae = VAE(source.autoencoder())

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from os import PathLike
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from sdkit.arguments import number, one_of, seeded, strings, whole_number
 from sdkit.diffusion.conditioning import Conditioning
-from sdkit.diffusion.guidance import APG, Model, check_scale, guided
+from sdkit.diffusion.guidance import APG, Model, check_image_scale, check_scale, guided
 from sdkit.diffusion.inversion import ITERATIONS, ddim_inversion
 from sdkit.diffusion.samplers import Generators, Sampler, Step, Timesteps, default_spacing, sampler_by_name
 from sdkit.diffusion.schedule import NoiseSchedule, Predict
@@ -29,6 +29,7 @@ from sdkit.errors import ArgumentError, SdkitError
 from sdkit.fields import takes_fields
 from sdkit.files import expanded
 from sdkit.images import OUTPUT_TYPES, Images, from_tensors
+from sdkit.loading.embedding_file import Embedding, read_embedding
 from sdkit.loading.lora_file import LoRA, read_lora
 from sdkit.loading.source import USUAL_GUIDANCE, Source
 from sdkit.loading.tensors import is_file
@@ -38,6 +39,7 @@ from sdkit.networks.denoiser import UNet
 from sdkit.networks.lora import Active, MergedLoRAs
 from sdkit.networks.text_encoder import TextEncoder
 from sdkit.networks.wrapper import Wrapper
+from sdkit.pipelines.concatenation import cut_out, read_condition, told
 from sdkit.pipelines.controlnet import Control, ControlNets, controlled, fitted, in_region, open_controls
 from sdkit.pipelines.image_to_image import check_inputs, last_steps
 from sdkit.pipelines.inpainting import Canvas, Original, keep_outside, latent_mask, open_canvas
@@ -69,6 +71,7 @@ class CallKeywords(DrawingKeywords, total=False):
     callback: Callable[[Step], object] | None
     controlnet: ControlNets | None
     control_image: Any
+    condition: Images | None
     apg: APG | None
     batch_size: int | None
 
@@ -104,7 +107,7 @@ class StableDiffusion:
                 f"this U-Net attends to embeddings of width {unet.width}, this text encoder makes {text.width}: "
                 "they belong to different models."
             )
-        takes = unet.channels if unet.inpaints else unet.input_channels
+        takes = unet.channels if unet.inpaints or unet.condition else unet.input_channels
         for verb, channels in (("takes", takes), ("gives", unet.channels)):
             if channels != vae.channels:
                 raise ArgumentError(
@@ -283,6 +286,47 @@ class StableDiffusion:
             loaded = ", ".join(map(clean, self._loras.active)) or "none is"
             raise ArgumentError(f"no LoRA named {clean(name)!r} is loaded; loaded: {loaded}.")
 
+    def load_embedding(
+        self,
+        source: str | PathLike[str],
+        token: str | None = None,
+        *,
+        filename: str | None = None,
+        revision: str | None = None,
+    ) -> str:
+        """Load a textual inversion embedding, whose token then stands for it in prompts.
+
+        Prompts without the token draw bit-identically as before. The vectors of the embedding stay together in a chunk
+        of a long prompt.
+
+        Args:
+            source: A file, a folder, or a Hub id, in the layout of diffusers or A1111.
+            token: Token that stands for it in prompts; None is the one that the file names, or else the file's own name
+                without its suffix.
+            filename: Name of the file in a folder or Hub repository. None tries the usual names, of which
+                learned_embeds.safetensors comes first.
+            revision: Branch, tag, or commit of a Hub repository.
+
+        Returns:
+            The token.
+
+        Raises:
+            SourceError: The embedding cannot be read, or was made for another model.
+            ArgumentError: The token is a word of the vocabulary, or an embedding of that name is loaded.
+        """
+        embedding = read_embedding(source, token=token, filename=filename, revision=revision)
+        self.add_embedding(embedding)
+        return embedding.token
+
+    def add_embedding(self, embedding: Embedding) -> None:
+        """Add an embedding that has been read; see `load_embedding`."""
+        self.text.add_token(embedding.token, embedding.vectors, label=embedding.label)
+
+    def unload_embedding(self, token: str | None = None) -> None:
+        """Remove the embedding with this token, or all embeddings. Raises ArgumentError if there is none with it."""
+        for one in [*self.text.learned] if token is None else [token]:
+            self.text.remove_token(one)
+
     @overload
     def __call__(
         self, prompt: Texts, negative_prompt: Texts | None = None, *, output_type: Literal["pil"] = "pil",
@@ -313,6 +357,7 @@ class StableDiffusion:
         callback: Callable[[Step], object] | None = None,
         controlnet: ControlNets | None = None,
         control_image: Any = None,
+        condition: Images | None = None,
         apg: APG | None = None,
         batch_size: int | None = None,
         **options: Unpack[DrawingKeywords],
@@ -341,12 +386,15 @@ class StableDiffusion:
                 the noise that is added to it.
             output_type: "pil", "np", "pt", or "latent"; see Returns.
             callback: Called with each `Step` of each batch.
-            controlnet: A ControlNet, or a list of them, that the drawing follows. It stays on its own device, even
-                where the model is offloaded.
+            controlnet: A ControlNet, or a list of them, that the drawing follows. Where the model is offloaded, those
+                on the CPU move to the GPU with the U-Net; others stay on their devices.
             control_image: Image that the ControlNet reads, such as edges: one for all prompts, or one for each; PIL
                 images, paths, uint8 arrays, or tensors (B, 3, H, W) in [-1, 1]. With a list of ControlNets, a list with
                 this for each of them. The height and the width are its own by default; if they are given, it is
                 resized.
+            condition: Image that the U-Net reads beside the noise, for a model that was trained to: one for all
+                prompts, or one for each, as for `image`. The height and the width are its own by default; if others are
+                given, it is resized. `image_guidance_scale` says how closely to follow it.
             apg: Settings of adaptive projected guidance, which replaces classifier-free guidance.
             batch_size: Number of images denoised together; None fits it to their size.
 
@@ -383,9 +431,12 @@ class StableDiffusion:
         canvas = self._canvas(image, mask_image, settings, len(prompts), num_images_per_prompt)
         n = len(prompts) // num_images_per_prompt
         controls = open_controls(controlnet, control_image, settings, prompts=n, copies=num_images_per_prompt)
+        beside = read_condition(
+            condition, self.unet, settings, prompts=n, copies=num_images_per_prompt, controls=bool(controls)
+        )
         plan = self._plan(
             settings, canvas, controls, prompts, negatives, seed=seed, latents=latents, apg=apg, batch_size=batch_size,
-            finite=output_type != "latent", callback=callback,
+            finite=output_type != "latent", callback=callback, condition=beside,
         )  # fmt: skip
         if canvas is None:
             z = self._sampled(start(plan.generators, plan.shape, latents), plan)
@@ -447,6 +498,10 @@ class StableDiffusion:
             raise ArgumentError("inversion is DDIM's, over all steps: leave sampler, eta, and strength out.")
         if settings.mask_blur != 0 or settings.padding_mask_crop is not None:
             raise ArgumentError("inversion takes no mask: leave mask_blur and padding_mask_crop out.")
+        if self.unet.condition is not None or settings.image_guidance_scale != 1:
+            raise ArgumentError(
+                "inversion takes no condition: leave image_guidance_scale out, and take a text-to-image model."
+            )
         if self.unet.inpaints:
             raise ArgumentError("this model was trained to paint into images; inversion takes a text-to-image model.")
         prompts, negatives = self._prompts(prompt, negative_prompt, 1)
@@ -490,35 +545,50 @@ class StableDiffusion:
         self, settings: DrawingSettings, canvas: Canvas | None, controls: list[Control], prompts: list[str],
         negatives: list[str], *, seed: int | Sequence[int], latents: Tensor | None, apg: APG | None,
         batch_size: int | None, finite: bool, callback: Callable[[Step], object] | None,
+        condition: Tensor | None = None,
     ) -> Plan:  # fmt: skip
         """Check the settings and the arguments of a call against this model, and return all that is drawn."""
         given = (settings.height, settings.width) if canvas is None else canvas.size
-        size = self._size(*given, latents, controls)
+        size = self._size(*given, latents, controls[0].images if controls else condition)
         spacing = default_spacing(settings.sampler) if settings.spacing is None else settings.spacing
         timesteps: Timesteps = self.schedule.timesteps(settings.num_inference_steps, spacing)
         if canvas is not None:
             timesteps = last_steps(timesteps, canvas.strength)
             if canvas.box is not None:
-                controls = in_region(controls, (canvas.whole.shape[2], canvas.whole.shape[3]), canvas.box)
+                whole = (canvas.whole.shape[2], canvas.whole.shape[3])
+                controls = in_region(controls, whole, canvas.box)
+                condition = None if condition is None else cut_out(condition, whole, canvas.box)
         guidance: dict[str, Any] = {
             "interval": settings.guidance_interval, "phi": settings.guidance_rescale, "projected": apg,
+            "image_scale": check_image_scale(settings.image_guidance_scale),
         }  # fmt: skip
         model, scale = self._model(settings.guidance_scale, negatives, guidance)
         shape = self._latent_shape(*size)
+        unguided = scale == 1 and guidance["image_scale"] == 1
         return Plan(
             settings=settings,
             size=size,
             shape=shape,
             timesteps=timesteps,
             generators=seeded(seed, len(prompts)),
-            batches=list(self._batches(prompts, negatives, scale, settings.weighting, shape, batch_size)),
+            batches=list(
+                self._batches(prompts, None if unguided else negatives, settings.weighting, shape, batch_size)
+            ),
             sampler=sampler_by_name(settings.sampler, eta=settings.eta),
             model=model,
             controls=fitted(controls, self.unet, self.vae.factor, size),
+            beside=self._told(condition, size),
             guidance={"scale": scale, **guidance},
             finite=finite,
             callback=callback,
         )
+
+    def _told(self, condition: Tensor | None, size: tuple[int, int]) -> Tensor | None:
+        """Return what the U-Net reads beside x_t, of conditions (N, 3, H, W); None without them."""
+        if condition is None or self.unet.condition is None:
+            return None
+        with self._working(self.vae):
+            return told(condition, self.unet.condition, self.vae, size)
 
     def _drawn_on(self, canvas: Canvas, plan: Plan, latents: Tensor | None) -> Tensor:
         """Sample from the noised latents of a canvas's images, or of their masked part.
@@ -556,7 +626,7 @@ class StableDiffusion:
             masked = encode(images * (1 - mask))
         x_T = noise if z is None else self.schedule.add_noise(z, noise, plan.timesteps[0][0])
         concat = torch.cat([latent_mask(mask, self.vae.factor), masked], dim=1)
-        return self._sampled(x_T, plan, self._beside(plan, concat))
+        return self._sampled(x_T, replace(plan, beside=concat))
 
     def _sampled(self, x_T: Tensor, plan: Plan, predictor: Predictor | None = None) -> Tensor:
         """Embed the prompts of a plan, and denoise its images, batch by batch.
@@ -570,11 +640,13 @@ class StableDiffusion:
             Latents (N, C, h, w), float32, on the CPU.
         """
         z = torch.empty_like(x_T)
+        # A ControlNet is its caller's: where it is on a GPU, it stays there.
+        waiting = dict.fromkeys(control.network for control in plan.controls if control.network.device.type == "cpu")
         with torch.no_grad():
             for batch in plan.batches:
                 with self._working(self.text):
                     cond, uncond = self._embedded(batch, plan)
-                with self._working(self.unet):
+                with self._working(self.unet, *waiting):
                     predict = (predictor or self._guided(plan))(batch, cond, uncond)
                     z[batch.images] = denoise(
                         predict,
@@ -588,22 +660,16 @@ class StableDiffusion:
         return z
 
     def _guided(self, plan: Plan) -> Predictor:
-        """Return the function that makes a batch's predictor with the plan's model and guidance."""
+        """Return the function that makes a batch's predictor with the plan's model, conditions, and guidance."""
 
         def predictor(batch: Batch, cond: Conditioning, uncond: Conditioning | None) -> Predict:
+            if plan.beside is not None:
+                rows = plan.beside[batch.images].to(self.unet.device)
+                cond = replace(cond, concat=rows)
+                uncond = None if uncond is None else replace(uncond, concat=rows)
             controls = [control[batch.images] for control in plan.controls]
             model = controlled(plan.model, controls, plan.timesteps)
             return guided(model, self.schedule, cond, uncond, **plan.guidance)
-
-        return predictor
-
-    def _beside(self, plan: Plan, concat: Tensor) -> Predictor:
-        """Return the function that makes a batch's predictor, which is also told `concat` (N, C', h, w)."""
-
-        def predictor(batch: Batch, cond: Conditioning, uncond: Conditioning | None) -> Predict:
-            rows = concat[batch.images].to(self.unet.device)
-            told = replace(cond, concat=rows), None if uncond is None else replace(uncond, concat=rows)
-            return self._guided(plan)(batch, *told)
 
         return predictor
 
@@ -616,9 +682,14 @@ class StableDiffusion:
 
         return predictor
 
-    def _working(self, network: Wrapper) -> AbstractContextManager[None]:
-        """Return a context that keeps a network on `offload_to` while it computes; a no-op without offloading."""
-        return nullcontext() if self.offload_to is None else on_device(network, self.offload_to)
+    @contextmanager
+    def _working(self, *networks: Wrapper) -> Iterator[None]:
+        """Keep networks on `offload_to` while they compute; a no-op without offloading."""
+        with ExitStack() as moved:
+            if self.offload_to is not None:
+                for network in networks:
+                    moved.enter_context(on_device(network, self.offload_to))
+            yield
 
     def _model(
         self, guidance_scale: float | None, negatives: list[str], guidance: dict[str, Any]
@@ -650,7 +721,8 @@ class StableDiffusion:
     def _check_guided(negatives: list[str], guidance: dict[str, Any]) -> None:
         """Raise ArgumentError for guidance options other than the scale, which a distilled U-Net does not support."""
         used = {"negative_prompt": any(negatives), "guidance_interval": guidance["interval"] is not None,
-                "guidance_rescale": bool(guidance["phi"]), "apg": guidance["projected"] is not None}  # fmt: skip
+                "guidance_rescale": bool(guidance["phi"]), "apg": guidance["projected"] is not None,
+                "image_guidance_scale": guidance["image_scale"] != 1}  # fmt: skip
         if option := next((option for option, given in used.items() if given), None):
             raise ArgumentError(
                 "this model's U-Net takes the guidance scale as an input and makes one pass, without guidance: "
@@ -677,19 +749,19 @@ class StableDiffusion:
         return [text for text in prompts for _ in range(copies)], [text for text in negatives for _ in range(copies)]
 
     def _size(
-        self, height: int | None, width: int | None, latents: Tensor | None, controls: Sequence[Control]
+        self, height: int | None, width: int | None, latents: Tensor | None, followed: Tensor | None
     ) -> tuple[int, int]:
-        """Return the images' height and width in pixels: the given ones, else those of `latents`, else those of the
-        first control image, else the model's."""
+        """Return the images' height and width in pixels: the given ones, else those of `latents`, else those of
+        `followed`, control images or conditions (N, 3, H, W), else the model's."""
         factor, side = self.vae.factor, self.unet.sample_size
         if latents is not None:
             if not isinstance(latents, Tensor) or latents.ndim != 4:
                 raise ArgumentError("latents must be a tensor (N, 4, h, w) of standard normal noise.")
             height = latents.shape[2] * factor if height is None else height
             width = latents.shape[3] * factor if width is None else width
-        elif controls:
-            height = controls[0].images.shape[2] if height is None else height
-            width = controls[0].images.shape[3] if width is None else width
+        elif followed is not None:
+            height = followed.shape[2] if height is None else height
+            width = followed.shape[3] if width is None else width
         height = check_side("height", side * factor if height is None else height, factor)
         return height, check_side("width", side * factor if width is None else width, factor)
 
@@ -700,23 +772,23 @@ class StableDiffusion:
     def _batches(
         self,
         prompts: list[str],
-        negatives: list[str],
-        scale: float,
+        negatives: list[str] | None,
         weighting: bool,
         shape: tuple[int, int, int],
         batch_size: int | None,
     ) -> Iterator[Batch]:
         """Group images into batches.
 
-        Images in a batch have prompts with the same number of chunks, since padding a prompt changes its image.
+        Images in a batch have prompts with the same number of chunks, since padding a prompt changes its image. Without
+        guidance there are no negative prompts.
         """
+        against = prompts if negatives is None else negatives
         lengths: dict[str, int] = {
-            text: self.text.tokenize(text, weighting=weighting)[0].shape[1] for text in {*prompts, *negatives}
+            text: self.text.tokenize(text, weighting=weighting)[0].shape[1] for text in {*prompts, *against}
         }
         groups: dict[int, list[int]] = {}
-        for i, (prompt, negative) in enumerate(zip(prompts, negatives, strict=True)):
-            chunks = lengths[prompt] if scale == 1 else max(lengths[prompt], lengths[negative])
-            groups.setdefault(chunks, []).append(i)
+        for i, (prompt, negative) in enumerate(zip(prompts, against, strict=True)):
+            groups.setdefault(max(lengths[prompt], lengths[negative]), []).append(i)
         fitting = self.images_at_once(shape[1] * self.vae.factor, shape[2] * self.vae.factor)
         n = fitting if batch_size is None else whole_number("batch_size", batch_size, 1)
         for chunks, group in sorted(groups.items()):
@@ -724,7 +796,7 @@ class StableDiffusion:
                 yield Batch(
                     images=indices,
                     prompts=[prompts[i] for i in indices],
-                    negatives=None if scale == 1 else [negatives[i] for i in indices],
+                    negatives=None if negatives is None else [negatives[i] for i in indices],
                     chunks=chunks,
                 )
 
@@ -778,6 +850,7 @@ class Plan:
         sampler: The sampling loop.
         model: The U-Net as `guided` calls it.
         controls: ControlNets, with images of the size of the drawing.
+        beside: (N, C', h, w), what the U-Net reads beside x_t, or None.
         guidance: The keywords of `guided`, the scale among them.
         finite: Whether embeddings must be finite.
         callback: Called with each `Step` of each batch.
@@ -792,6 +865,7 @@ class Plan:
     sampler: Sampler
     model: Model
     controls: Sequence[Control]
+    beside: Tensor | None
     guidance: Mapping[str, Any]
     finite: bool
     callback: Callable[[Step], object] | None
