@@ -597,15 +597,10 @@ def _(kit: Kit, here: Path) -> Path:
 @CONTROLNETS
 def _(kit: Kit, here: Path) -> Path:
     """A ControlNet of Stable Diffusion XL"""
-    folder = here / "control"
-    shutil.copytree(kit.controlnet / "controlnet", folder)
-    edited(
-        folder / "config.json",
-        addition_embed_type="text_time",
-        addition_time_embed_dim=8,
-        projection_class_embeddings_input_dim=64,
-    )
-    return folder
+    added = {"addition_embed_type": "text_time", "addition_time_embed_dim": 8}
+    unet = {**tiny.TWO_LEVELS, **added, "projection_class_embeddings_input_dim": 64}
+    control_network(tiny.networks((8, 16), unet=unet).unet).save_pretrained(here / "control")
+    return here / "control"
 
 
 @LORAS

@@ -14,6 +14,7 @@ from torch import Tensor
 
 import sdkit
 from sdkit import images
+from sdkit.errors import SdkitError
 from sdkit.pipelines.image_to_image import for_each_image, last_steps, read_images, resized
 from tests.helpers.networks import diffusers_pipeline, sd_shaped
 
@@ -216,11 +217,24 @@ class TestInversion:
             ({"mask_blur": 2.0}, "inversion takes no mask"),
             ({"padding_mask_crop": 2}, "inversion takes no mask"),
             ({"iterations": 0}, "iterations must be a whole number of at least 1"),
+            ({"iterations": 1.5}, "iterations must be a whole number"),
+            ({"sampler": "dpm++2m"}, "inversion is DDIM's"),
+            ({"guess_mode": True}, "guess_mode belongs to a ControlNet"),
+            ({"num_inference_steps": 0}, "the number of steps must be a whole number from 1"),
+            ({"guidance_scale": float("nan")}, "guidance scale must be a number"),
+            ({"prompt": 3}, "prompt must be a string or a list of at least one string"),
+            ({"prompt": ["a cat"] * 3, "image": pixels(2)}, "2 images cannot serve 3 prompts"),
+            ({"image": torch.zeros(3, 7, 16)}, "its height must be a whole number from 8"),
+            ({"image": "missing.png"}, "missing.png"),
+            ({"image": None}, "type NoneType is no image"),
+            ({"image": []}, "the list of images is empty"),
         ],
     )
     def test_bad_input(self, sd: sdkit.StableDiffusion, options: dict[str, Any], fragment: str) -> None:
-        with pytest.raises(sdkit.ArgumentError, match=fragment):
-            sd.invert(pixels(1), "a cat", num_inference_steps=1, **options)
+        given: dict[str, Any] = {"image": pixels(1), "prompt": "a cat", "num_inference_steps": 1, **options}
+        with pytest.raises(SdkitError, match=fragment) as caught:
+            sd.invert(**given)
+        assert "\n" not in str(caught.value)
 
 
 def decibels(x: Image.Image, y: Image.Image) -> float:
