@@ -78,8 +78,8 @@ def test_five_pictures_teach_an_object_on_other_backgrounds(tmp_path: Path) -> N
     data = sdkit.data.cache("emoji", tmp_path / "five", tmp_path / "cache", dtype="fp32", device="cpu")
     run = train_embedding(
         EmbeddingConfig(
-            data=data, out_dir=tmp_path / "run", token=TOKEN, init_token=INIT, vectors=6, learning_rate=0.02,
-            max_steps=400, batch_size=5, lr_scheduler="cosine", mixed_precision="bf16", validate_every=100,
+            data=data, out_dir=tmp_path / "run", token=TOKEN, init_token=INIT, vectors=4, learning_rate=0.02,
+            max_steps=300, batch_size=5, lr_scheduler="cosine", mixed_precision="bf16", validate_every=150,
         )
     )  # fmt: skip
     sd = sdkit.StableDiffusion.from_pretrained("emoji", dtype="fp32", device="cpu")
