@@ -247,6 +247,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
         {"conditioning_data": None, "condition_column": "a"},
         r"condition_column: .*photos holds files, which have no col",
     ),
+    ({"data": "", "instance_data": "x", "instance_prompt": "a zork"}, "DreamBooth takes no conditions: leave them out"),
     ({"lora_rank": 2}, "a LoRA cannot train the new input channels of a condition"),
     ({"conditioning_data": "./none"}, ".*none"),
 ]
