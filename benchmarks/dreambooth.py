@@ -36,7 +36,7 @@ from sdkit.recipes.emoji.pictures import BACKGROUNDS
 from sdkit.training import UNetConfig, train_unet
 
 SIDE, CROP, FINE = 128, 64, 4  # pixels of an image and of a cut-out object; oversampling of the teapot's drawing
-INSTANCES = (("white", 72, (64, 64)), ("gray", 84, (60, 70)), ("orange", 64, (74, 56)), ("green", 90, (66, 66)),
+INSTANCES = (("white", 72, (64, 64)), ("gray", 84, (60, 70)), ("orange", 64, (74, 56)), ("brown", 90, (66, 66)),
              ("yellow", 78, (52, 60)))  # fmt: skip
 """Background, extent, and centre of the object in each of the five pictures."""
 NAMED = {
