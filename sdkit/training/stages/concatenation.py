@@ -39,8 +39,8 @@ def prepare_input(network: Any, config: UNetConfig) -> None:
             which cannot train the new channels.
     """
     own, kind = condition_of(network.config), _kind_in(config)
-    if config.instance_data is not None and (own or kind):
-        raise ArgumentError("DreamBooth takes no conditions: leave them out, and give a text-to-image model.")
+    if config.instance_data is not None and own is not None:
+        raise ArgumentError("DreamBooth takes no conditions, and this model needs one: give a text-to-image model.")
     if kind is None:
         if own is not None:
             raise ArgumentError(
