@@ -4,7 +4,8 @@
     python benchmarks/pipelines.py --parts samplers inpaint9      # only these two
 
 Parts: `text`, text to image, for comparison; `img2img`; `inpaint`, with a U-Net of four input channels; `inpaint9`,
-with one of nine; `control` and `controls`, one ControlNet and two; `samplers`, each sampler's steps without a network.
+with one of nine; `control` and `controls`, one ControlNet and two; `loras`, two LoRAs, which sdkit merges into the
+weights; `samplers`, each sampler's steps without a network.
 
 Both sides have the same weights, steps, dtype, and seeds: those of the embedded model, and random ones for nine
 channels and for ControlNets. They take turns within one process, and the result is the median of the ratios within
@@ -20,6 +21,7 @@ import argparse
 import json
 import platform
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -32,6 +34,8 @@ import diffusers
 import numpy as np
 import torch
 import transformers
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
 from PIL import Image
 from torch import Tensor
 
@@ -40,7 +44,7 @@ from sdkit.diffusion.samplers import default_spacing, sampler_by_name
 from sdkit.guidance import Conditioning, guided
 
 EMOJI = Path(__file__).resolve().parent.parent / "sdkit" / "assets" / "emoji"
-PATHS = ("text", "img2img", "inpaint", "inpaint9", "control", "controls")
+PATHS = ("text", "img2img", "inpaint", "inpaint9", "control", "controls", "loras")
 PARTS = (*PATHS, "samplers")
 PROMPT, SCALE, SIZE = "a red apple on a blue background", 3.0, 128
 SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -149,12 +153,15 @@ def path_sides(part: str, n: int, args: argparse.Namespace) -> Iterator[tuple[st
         "inpaint9": ("Inpaint", {"strength": 1.0, "mask_image": mask}, {}),
         "control": ("ControlNet", {}, {"image": edges[:1]}),
         "controls": ("ControlNet", {}, {"image": edges}),
+        "loras": ("", {}, {}),
     }[part]
     common |= own
     if kind in ("Img2Img", "Inpaint"):
         common["image"] = image
     following: Row = {"controlnet": ours, "control_image": edges} if controls else {}
     pipe = pipeline(model, theirs, kind)
+    if part == "loras":
+        load_loras(sd, pipe)
 
     def drawn() -> Any:
         return sd([PROMPT] * n, seed=0, **common, **following)
@@ -198,6 +205,24 @@ def pipeline(sd: sdkit.StableDiffusion, controls: Sequence[sdkit.ControlNet], ki
     )  # fmt: skip
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def load_loras(sd: sdkit.StableDiffusion, pipe: Any) -> None:
+    """Load two LoRAs with random weights, at scales 0.8 and 0.5."""
+    scales = {"one": 0.8, "other": 0.5}
+    with tempfile.TemporaryDirectory() as scratch:
+        for seed, name in enumerate(scales):
+            torch.manual_seed(seed)
+            unet = diffusers.UNet2DConditionModel.from_pretrained(EMOJI, subfolder="unet")
+            names = ["to_q", "to_k", "to_v", "to_out.0"]
+            unet.add_adapter(LoraConfig(r=8, init_lora_weights="gaussian", target_modules=names))
+            for weights in (weights for key, weights in unet.named_parameters() if "lora_B" in key):
+                torch.nn.init.normal_(weights, std=0.02)
+            layers = get_peft_model_state_dict(unet)
+            diffusers.StableDiffusionPipeline.save_lora_weights(f"{scratch}/{name}", unet_lora_layers=layers)
+            sd.load_lora(f"{scratch}/{name}", scales[name])
+            pipe.load_lora_weights(f"{scratch}/{name}", adapter_name=name)
+        pipe.set_adapters([*scales], [*scales.values()])
 
 
 def sampler_sides(n: int, args: argparse.Namespace) -> Iterator[tuple[str, Side, Side]]:
