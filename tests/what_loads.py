@@ -32,6 +32,7 @@ from sdkit.loading.single_file import ASSETS
 from sdkit.pipelines.generation import Generation
 from tests.helpers import original_layout, tiny
 from tests.helpers.color_profiles import P3, matrix_profile
+from tests.helpers.networks import control_network
 
 GUIDE = Path(__file__).parents[1] / "notebooks" / "what_loads.md"
 HEAD = """# What loads
@@ -113,6 +114,21 @@ class Kit:
             model=self.folder, data=self.photos, out_dir=out_dir, size=64, max_steps=steps, lora_rank=1, ema_decay=0
         )
         return sdkit.training.train_unet(settings)
+
+    @cached_property
+    def controlnet(self) -> Path:
+        """Return a folder with a ControlNet of the model in controlnet/, in diffusers layout."""
+        from diffusers import UNet2DConditionModel
+
+        here = self.root / "control"
+        control_network(UNet2DConditionModel.from_pretrained(self.folder / "unet")).save_pretrained(here / "controlnet")
+        return here
+
+    @property
+    def control(self) -> Tensors:
+        """Return the ControlNet's tensors in the original layout."""
+        (file,) = (self.controlnet / "controlnet").glob("*.safetensors")
+        return original_layout.controlnet(load_file(file), layers_per_block=2)
 
     def lora(self, prefix: str = "lora_unet_") -> Tensors:
         """Return a LoRA of one layer, in kohya's layout."""
@@ -197,7 +213,8 @@ def _model(source: Any, kit: Kit) -> object:
     if isinstance(source, Path) and source.is_file():
         options = {"config": kit.folder, **options}
     sd = sdkit.StableDiffusion.from_pretrained(source, dtype="fp32", device="cpu", **options)
-    return sd("a cat", num_inference_steps=1, output_type="latent")
+    condition = Image.new("RGB", (64, 64)) if sd.unet.condition else None
+    return sd("a cat", condition=condition, num_inference_steps=1, output_type="latent")
 
 
 def _vae(source: Any, kit: Kit) -> object:
@@ -205,8 +222,19 @@ def _vae(source: Any, kit: Kit) -> object:
     return sdkit.VAE.from_pretrained(source, dtype="fp32", device="cpu", **options)
 
 
+def _controlnet(source: Path, kit: Kit) -> object:
+    options = {"config": kit.controlnet} if source.is_file() else {}
+    return sdkit.ControlNet.from_pretrained(source, dtype="fp32", device="cpu", **options)
+
+
 def _lora(source: Any, kit: Kit) -> object:
     return sdkit.StableDiffusion.from_pretrained(kit.folder, dtype="fp32", device="cpu").load_lora(source)
+
+
+def _embedding(source: Any, kit: Kit) -> str:
+    sd = sdkit.StableDiffusion.from_pretrained(kit.folder, dtype="fp32", device="cpu")
+    token = sd.load_embedding(source)
+    return f"`{token}`, vectors: {len(sd.text.learned[token])}"
 
 
 def _data(source: Any, _: Kit) -> str:
@@ -221,7 +249,9 @@ def _data(source: Any, _: Kit) -> str:
 
 MODELS = Group("Models", _model)
 VAES = Group("Standalone VAEs", _vae)
+CONTROLNETS = Group("ControlNets", _controlnet)
 LORAS = Group("LoRA", _lora)
+EMBEDDINGS = Group("Textual inversion embeddings", _embedding)
 IMAGES = Group("Images", lambda path, _: sdkit.images.read(path))
 DATA = Group("Images with captions", _data)
 
@@ -247,7 +277,21 @@ CACHES = Group("Latent caches", _cache)
 RECIPES = Group("PNGs that carry their settings (`sdkit generate --from`)", lambda path, _: Generation.read(path))
 PROMPTS = Group("Prompts (`sdkit generate --prompts`)", lambda path, _: "; ".join(read_prompts(path)))
 RUNS = Group("Resumed runs", _resumed)
-GROUPS = (MODELS, VAES, SCHEDULES, LORAS, IMAGES, DATA, RECIPES, PROMPTS, LATENTS, CACHES, RUNS)
+GROUPS = (
+    MODELS,
+    VAES,
+    SCHEDULES,
+    CONTROLNETS,
+    LORAS,
+    EMBEDDINGS,
+    IMAGES,
+    DATA,
+    RECIPES,
+    PROMPTS,
+    LATENTS,
+    CACHES,
+    RUNS,
+)
 
 
 def outcome(case: Case, kit: Kit, folder: Path) -> str:
@@ -451,6 +495,30 @@ def _(kit: Kit, here: Path) -> str:
     return "models/sd15"
 
 
+def widened(kit: Kit, to: Path, channels: int) -> Path:
+    """Copy the model, and give its U-Net this number of input channels."""
+    unet = kit.copy(to) / "unet"
+    edited(unet / "config.json", in_channels=channels)
+    (file,) = unet.glob("*.safetensors")
+    tensors = load_file(file)
+    weight = tensors["conv_in.weight"]
+    tensors["conv_in.weight"] = torch.cat([weight, weight.new_zeros(len(weight), channels - 4, 3, 3)], dim=1)
+    written(file, tensors)
+    return to
+
+
+@MODELS
+def _(kit: Kit, here: Path) -> Path:
+    """InstructPix2Pix: a U-Net with eight input channels, which also reads an image (`condition=`)"""
+    return widened(kit, here / "model", 8)
+
+
+@MODELS
+def _(kit: Kit, here: Path) -> Path:
+    """An upscaler: a U-Net with seven input channels"""
+    return widened(kit, here / "model", 7)
+
+
 @VAES
 def _(kit: Kit, here: Path) -> Path:
     """One .safetensors file in the original layout"""
@@ -486,6 +554,58 @@ def _(kit: Kit, here: Path) -> Path:
 def _(kit: Kit, here: Path) -> Path:
     """A folder with one part (config.json and weights)"""
     return kit.folder / "vae"
+
+
+@CONTROLNETS
+def _(kit: Kit, here: Path) -> Path:
+    """A folder in diffusers layout (config.json and weights)"""
+    return kit.controlnet / "controlnet"
+
+
+@CONTROLNETS
+def _(kit: Kit, here: Path) -> Path:
+    """One .safetensors file in the original layout (`control_model.*`)"""
+    return written(here / "control.safetensors", kit.control)
+
+
+@CONTROLNETS
+def _(kit: Kit, here: Path) -> Path:
+    """The same as a pickle (.pth), with Stable Diffusion's tensors beside it, as the first ones came"""
+    torch.save(kit.control | kit.original, here / "control.pth")
+    return here / "control.pth"
+
+
+@CONTROLNETS
+def _(kit: Kit, here: Path) -> Path:
+    """A pickle (.pth) that would call a function"""
+    torch.save({"state_dict": kit.control, "path": Path("x")}, here / "control.pth")
+    return here / "control.pth"
+
+
+@CONTROLNETS
+def _(kit: Kit, here: Path) -> Path:
+    """A weights file in diffusers layout, given without its folder"""
+    return kit.controlnet / "controlnet" / "diffusion_pytorch_model.safetensors"
+
+
+@CONTROLNETS
+def _(kit: Kit, here: Path) -> Path:
+    """A model instead of a ControlNet"""
+    return written(here / "model.safetensors", kit.original)
+
+
+@CONTROLNETS
+def _(kit: Kit, here: Path) -> Path:
+    """A ControlNet of Stable Diffusion XL"""
+    folder = here / "control"
+    shutil.copytree(kit.controlnet / "controlnet", folder)
+    edited(
+        folder / "config.json",
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=64,
+    )
+    return folder
 
 
 @LORAS
@@ -551,6 +671,74 @@ def _(kit: Kit, here: Path) -> Path:
 def _(kit: Kit, here: Path) -> Path:
     """A textual inversion embedding instead of a LoRA"""
     return written(here / "zork.safetensors", {"emb_params": torch.ones(2, 16)})
+
+
+def _a1111(vectors: torch.Tensor, **changes: Any) -> dict[str, Any]:
+    return {"string_to_token": {"*": 265}, "string_to_param": {"*": vectors}, "name": "zork", "step": 9} | changes
+
+
+@EMBEDDINGS
+def _(kit: Kit, here: Path) -> Path:
+    """diffusers' `learned_embeds.safetensors`, in a folder: the token is the tensor's name"""
+    written(here / "learned_embeds.safetensors", {"<zork>": torch.ones(2, 16)})
+    return here
+
+
+@EMBEDDINGS
+def _(kit: Kit, here: Path) -> Path:
+    """diffusers' `learned_embeds.bin`"""
+    torch.save({"<zork>": torch.ones(16)}, here / "learned_embeds.bin")
+    return here
+
+
+@EMBEDDINGS
+def _(kit: Kit, here: Path) -> Path:
+    """A1111's .pt: the token is the name in it"""
+    torch.save(_a1111(torch.ones(3, 16)), here / "other.pt")
+    return here / "other.pt"
+
+
+@EMBEDDINGS
+def _(kit: Kit, here: Path) -> Path:
+    """`emb_params` in .safetensors: the token is the file's name"""
+    return written(here / "zork.safetensors", {"emb_params": torch.ones(2, 16)})
+
+
+@EMBEDDINGS
+def _(kit: Kit, here: Path) -> Path:
+    """A token that is a word of the vocabulary (`token=` gives it another)"""
+    return written(here / "a.safetensors", {"cat": torch.ones(2, 16)})
+
+
+@EMBEDDINGS
+def _(kit: Kit, here: Path) -> Path:
+    """An embedding of another width"""
+    return written(here / "a.safetensors", {"<zork>": torch.ones(2, 1024)})
+
+
+@EMBEDDINGS
+def _(kit: Kit, here: Path) -> Path:
+    """More vectors than the model reads tokens"""
+    return written(here / "a.safetensors", {"<zork>": torch.ones(99, 16)})
+
+
+@EMBEDDINGS
+def _(kit: Kit, here: Path) -> Path:
+    """An embedding of Stable Diffusion XL"""
+    return written(here / "a.safetensors", {"clip_g": torch.ones(1, 1280), "clip_l": torch.ones(1, 768)})
+
+
+@EMBEDDINGS
+def _(kit: Kit, here: Path) -> Path:
+    """A pickle that holds more than tensors"""
+    torch.save(_a1111(torch.ones(2, 16), sd_checkpoint=Path("a")), here / "a.pt")
+    return here / "a.pt"
+
+
+@EMBEDDINGS
+def _(kit: Kit, here: Path) -> Path:
+    """A LoRA instead of an embedding"""
+    return written(here / "a.safetensors", kit.lora())
 
 
 for suffix in ("png", "jpg", "jfif", "webp", "avif", "bmp", "gif", "tif", "tga", "jp2", "ppm"):

@@ -301,10 +301,38 @@ def _read_prompts(path: str | Path) -> bytes:
         return pipe.read(PROMPTS + 1)  # returns b"" at once if the pipe has no writer
 
 
+@dataclass(frozen=True, kw_only=True)
+class GenerationJob:
+    """Arguments of `generate_files` that have been checked, and the images that they name, read once.
+
+    Attributes:
+        prompts: The prompts.
+        out: A folder, or a .png for a single image.
+        generation: Settings of the images, with the SHA-256 of each input.
+        count: Images per prompt.
+        batch_size: Images generated together; None takes as many as fit.
+        inputs: The image and the mask, as keywords of the pipeline's call.
+        control_images: The images of the ControlNets.
+    """
+
+    prompts: Sequence[str]
+    out: Path
+    generation: Generation
+    count: int
+    batch_size: int | None
+    inputs: Mapping[str, Image.Image]
+    control_images: Sequence[Image.Image]
+
+    @property
+    def images(self) -> int:
+        """Number of images."""
+        return len(self.prompts) * self.count
+
+
 def check_generation(
     prompts: Sequence[str], out: str | Path, generation: Generation, *, count: int = 1, batch_size: int | None = None
-) -> int:
-    """Check the arguments of `generate_files` before a model is loaded, and return the number of images.
+) -> GenerationJob:
+    """Check the arguments of `generate_files` before a model is loaded, and read the images that they name.
 
     Args:
         prompts: At least one prompt.
@@ -317,18 +345,22 @@ def check_generation(
         SdkitError: An argument is wrong whatever the model, or `out` cannot be written.
     """
     generation.check()
-    inputs, _ = generation.inputs()
-    generation.control_images()
-    if inputs:
+    inputs, generation = generation.inputs()
+    control_images, generation = generation.control_images()
+    if "image" in inputs:
         open_canvas(inputs["image"], inputs.get("mask_image"), generation, prompts=1, copies=1, side=512)
-    n = len(strings("prompts", prompts)) * whole_number("count", count, 1)
+    prompts = strings("prompts", prompts)
+    n = len(prompts) * whole_number("count", count, 1)
     first_seed(generation.seed, n)
     if batch_size is not None:
         whole_number("batch_size", batch_size, 1)
     if is_image_name(Path(out)) and (Path(out).suffix.lower() != ".png" or n > 1):
         raise ArgumentError(f"{out} cannot hold {n} PNG image(s); give a folder, or a .png for a single image.")
     check_writable(Path(out), is_file=is_image_name(Path(out)))
-    return n
+    return GenerationJob(
+        prompts=prompts, out=Path(out), generation=generation, count=count, batch_size=batch_size, inputs=inputs,
+        control_images=control_images,
+    )  # fmt: skip
 
 
 def generate_files(
@@ -366,22 +398,40 @@ def generate_files(
     Raises:
         SdkitError: An argument is wrong, or an output cannot be written.
     """
-    generation, report = generation or Generation(), report or Report()
-    n = check_generation(prompts, out, generation, count=count, batch_size=batch_size)
-    inputs, generation = generation.inputs()
-    control_images, generation = generation.control_images()
-    drawn_on = [inputs["image"]] if "image" in inputs else control_images
+    job = check_generation(prompts, out, generation or Generation(), count=count, batch_size=batch_size)
+    return run_generation(sd, job, grid=grid, controlnets=controlnets, report=report, callback=callback)
+
+
+def run_generation(
+    sd: StableDiffusion,
+    job: GenerationJob,
+    *,
+    grid: bool = False,
+    controlnets: Sequence[ControlNet] = (),
+    report: Report[Path] | None = None,
+    callback: Callable[[Step], object] | None = None,
+) -> list[Path]:
+    """Generate the images of a job. For the other arguments see `generate_files`.
+
+    Raises:
+        SdkitError: An argument does not fit the model, or an output cannot be written.
+    """
+    report = report or Report()
+    generation, out = job.generation, job.out
+    drawn_on = [job.inputs[name] for name in ("image", "condition") if name in job.inputs] or job.control_images
+    inputs: dict[str, Any] = {**job.inputs}
     if controlnets:
-        inputs = {**inputs, "controlnet": [*controlnets], "control_image": control_images}
+        inputs |= {"controlnet": [*controlnets], "control_image": [*job.control_images]}
     side = sd.unet.sample_size * sd.vae.factor
     whole_size = drawn_on and generation.padding_mask_crop is None  # a region is about as large as a training image
     width, height = drawn_on[0].size if whole_size else (side, side)
-    at_once = batch_size or sd.images_at_once(generation.height or height, generation.width or width)
-    wanted = ((prompt, generation.seed + r * count + c) for r, prompt in enumerate(prompts) for c in range(count))
+    at_once = job.batch_size or sd.images_at_once(generation.height or height, generation.width or width)
+    seeded = itertools.product(job.prompts, range(job.count))
+    wanted = ((prompt, generation.seed + i) for i, (prompt, _) in enumerate(seeded))
     batches = iter(lambda: list(itertools.islice(wanted, at_once)), [])  # stops at the first empty batch
-    numbers = _numbers(Path(out))
+    numbers = _numbers(out)
     labelled: dict[str, Image.Image] = {}  # label -> image, for the grid
-    for batch in progress(batches, total=-(-n // at_once), description="generate"):
+    for batch in progress(batches, total=-(-job.images // at_once), description="generate"):
         for (prompt, seed), image in zip(batch, _generate(sd, batch, generation, inputs, callback), strict=True):
             # The size of an enlarged region is not that of the image.
             sized: dict[str, Any] = (
@@ -393,12 +443,12 @@ def generate_files(
                 spacing=generation.spacing or default_spacing(generation.sampler) or sd.schedule.timestep_spacing,
                 dtype=str(sd.unet.dtype).removeprefix("torch."),
             )  # fmt: skip
-            report.add(_save(image, Path(out), f"{_slug(prompt)}-{seed}", numbers, whole.text()))
+            report.add(_save(image, out, f"{_slug(prompt)}-{seed}", numbers, whole.text()))
             if grid:
                 labelled[f"seed {seed}: {prompt}"] = image
     if grid:
-        sheet = images.grid([*labelled.values()], count if count > 1 else None, padding=6, captions=[*labelled])
-        beside = Path(out).with_stem(f"{Path(out).stem}-grid") if is_image_name(Path(out)) else Path(out)
+        sheet = images.grid([*labelled.values()], job.count if job.count > 1 else None, padding=6, captions=[*labelled])
+        beside = out.with_stem(f"{out.stem}-grid") if is_image_name(out) else out
         report.add(_save(sheet, beside, "grid", numbers))
     return report.done
 
@@ -410,7 +460,7 @@ def _generate(
     inputs: Mapping[str, Any],
     callback: Callable[[Step], object] | None,
 ) -> list[Image.Image]:
-    """Generate one image for each (prompt, seed), from the image and the mask of `inputs`, if there are any."""
+    """Generate one image for each (prompt, seed), from the images of `inputs`, if there are any."""
     prompts, seeds = zip(*batch, strict=True)
     drawn: list[Image.Image] = sd(
         prompts, seed=seeds, batch_size=len(batch), callback=callback, **generation.options(), **inputs

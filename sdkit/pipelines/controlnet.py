@@ -29,15 +29,10 @@ if TYPE_CHECKING:
 
 ControlNets: TypeAlias = ControlNet | Sequence[ControlNet]
 """One ControlNet, or several."""
-DEFAULTS = {
-    "controlnet_conditioning_scale": 1.0,
-    "control_guidance_start": 0.0,
-    "control_guidance_end": 1.0,
-    "guess_mode": False,
-}
-"""Settings of ControlNets -> their defaults in `DrawingSettings`."""
 SHARED = ("controlnet_conditioning_scale", "control_guidance_start", "control_guidance_end")
 """Settings that take one number for all ControlNets, or one for each."""
+OWN = (*SHARED, "guess_mode")
+"""Settings of `DrawingSettings` that belong to ControlNets."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -242,7 +237,7 @@ def _after_zeros(x: Tensor) -> Tensor:
 
 def _check_unused(settings: DrawingSettings, *, image: bool) -> None:
     """Raise ArgumentError for anything that belongs to a ControlNet, where there is none."""
-    given = [name for name, default in DEFAULTS.items() if getattr(settings, name) != default]
+    given = [name for name in OWN if getattr(settings, name) != getattr(type(settings), name)]  # its default
     if given := [*given, *(["control_image"] if image else [])]:
         raise ArgumentError(f"{given[0]} belongs to a ControlNet; give one as controlnet, or leave {given[0]} out.")
 

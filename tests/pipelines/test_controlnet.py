@@ -14,8 +14,7 @@ from diffusers import MultiControlNetModel
 from PIL import Image
 
 import sdkit
-from sdkit.pipelines.controlnet import DEFAULTS, Control, controlled, in_region
-from sdkit.pipelines.settings import DrawingSettings
+from sdkit.pipelines.controlnet import Control, controlled, in_region
 from tests.helpers import tiny
 from tests.helpers.networks import control_network, diffusers_pipeline
 
@@ -228,11 +227,6 @@ def test_timesteps_inside_a_step_belong_to_it(controls: list[sdkit.ControlNet]) 
     assert seen == [(999, False), (700, False), (599, True), (400, True), (399, False), (0, False)]
 
 
-def test_defaults_are_those_of_the_settings() -> None:
-    settings = DrawingSettings()
-    assert {name: getattr(settings, name) for name in DEFAULTS} == DEFAULTS
-
-
 CASES: list[tuple[dict[str, Any], str]] = [
     ({"control_image": None}, "a ControlNet needs an image to follow; give it as control_image"),
     ({"controlnet": "canny"}, "controlnet takes ControlNets, as from sdkit.ControlNet.from_pretrained"),
@@ -263,9 +257,19 @@ class TestBadInput:
             model(PROMPTS, num_inference_steps=1, **given)
         assert "\n" not in str(caught.value)
 
-    def test_settings_without_a_controlnet(self, model: sdkit.StableDiffusion) -> None:
-        with pytest.raises(sdkit.ArgumentError, match=r"^guess_mode belongs to a ControlNet; give one as controlnet"):
-            model("a", guess_mode=True)
+    @pytest.mark.parametrize(
+        "setting",
+        [
+            {"guess_mode": True},
+            {"controlnet_conditioning_scale": 0.5},
+            {"control_guidance_start": 0.1},
+            {"control_guidance_end": (0.9,)},
+        ],
+        ids=str,
+    )
+    def test_settings_without_a_controlnet(self, model: sdkit.StableDiffusion, setting: dict[str, Any]) -> None:
+        with pytest.raises(sdkit.ArgumentError, match=rf"^{next(iter(setting))} belongs to a ControlNet; "):
+            model("a", **setting)
 
     def test_number_of_images_for_several(self, model: sdkit.StableDiffusion, controls: list[sdkit.ControlNet]) -> None:
         with pytest.raises(sdkit.ArgumentError, match=r"^1 of control_image cannot serve 2 ControlNets: give"):

@@ -6,7 +6,7 @@ import functools
 import json
 import re
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from diffusers import AutoencoderKL, ControlNetModel, DDPMScheduler, UNet2DCondi
 from PIL import Image, ImageOps
 
 import sdkit
+from sdkit.data.transform import Transform, draw
 from sdkit.errors import DataError, SdkitError
 from sdkit.images import to_pil, to_tensors
 from sdkit.images.conditions import CONDITIONS
@@ -221,10 +222,8 @@ POINTS = {
 
 
 @pytest.fixture(scope="module")
-def run() -> Iterator[helper.Runs]:
-    one = helper.Runs()
-    yield one
-    one.close()
+def run() -> helper.Runs:
+    return helper.Runs()
 
 
 def everything(out: Path) -> dict[str, Any]:
@@ -289,7 +288,7 @@ def test_other_conditions_are_other_data(made: Path, run: helper.Runs, tmp_path:
 
 BAD: list[tuple[dict[str, Any], type[SdkitError], str]] = [
     ({"condition": "depth"}, sdkit.ArgumentError, "condition 'depth' is not one of 'canny', 'grey'"),
-    ({"condition": "canny", "conditioning_data": "x"}, sdkit.ArgumentError, "conditions are either made"),
+    ({"condition": "canny", "conditioning_data": "./x"}, sdkit.DataError, ".*x"),
     ({"init": "x"}, sdkit.ArgumentError, "init has no meaning for a ControlNet"),
     ({"conditioning_image_column": ""}, sdkit.ArgumentError, "conditioning_image_column must be a path or a name"),
     ({"conditioning_data": None}, sdkit.ArgumentError, ".*photos holds images without conditions: name the folder"),
@@ -341,10 +340,79 @@ def test_a_controlnet_of_another_model(made: Path, tmp_path: Path) -> None:
         ControlNetStage(config(made, controlnet=tmp_path))
 
 
-def test_a_latent_cache(made: Path, tmp_path: Path) -> None:
-    sdkit.data.cache(made / "model", made / "photos", tmp_path / "cache", size=tiny.SIZE, dtype="fp32", device="cpu")
-    with pytest.raises(sdkit.ArgumentError, match=r"^a latent cache holds no conditions; train a ControlNet on the im"):
-        ControlNetStage(config(made, data=tmp_path / "cache", condition="canny"))
+@pytest.fixture(scope="module")
+def cached(made: Path) -> Path:
+    return sdkit.data.cache(made / "model", made / "photos", made / "cache", size=tiny.SIZE, dtype="fp32", device="cpu")
+
+
+class TestLatentCache:
+    """A cache holds the latents; conditions are read beside it, and cropped like the cached images."""
+
+    @pytest.mark.parametrize("changes", [{}, {"condition": "canny"}], ids=["read", "made"])
+    def test_losses_are_those_from_images(self, made: Path, cached: Path, changes: dict[str, Any]) -> None:
+        """Edges are made of the photos, which the cache lacks. Moments are stored in float16."""
+        beside = {"conditioning_data": made / ("photos" if changes else "maps")}
+        straight = with_weights(ControlNetStage(config(made, **changes, **({} if changes else beside))))
+        stage = with_weights(ControlNetStage(config(made, data=cached, **changes, **beside)))
+        assert stage.size == straight.size == 22
+        for samples in (BATCH, [(n, n % 22) for n in range(20, 25)]):
+            one, other = straight.batch(samples), stage.batch(samples)
+            assert torch.equal(one["condition"], other["condition"])
+            expected, _ = straight.loss({"controlnet": straight.denoiser}, one, 0)
+            found, _ = stage.loss({"controlnet": stage.denoiser}, other, 0)
+            torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+        assert stage._validation_loss(0) == pytest.approx(straight._validation_loss(0), abs=1e-4)
+        assert stage.identity["data"] != straight.identity["data"]
+        seen = (stage.encoder.original(stage.examples.validation(0), torch.device("cpu")) + 1) / 2
+        decoded = straight.vae.reconstruct([to_pil(straight.examples.validation(0)["pixels"])[0]], output_type="pt")
+        torch.testing.assert_close(seen, (decoded[0] + 1) / 2, atol=0.01, rtol=0)
+
+    def test_conditions_are_cropped_and_mirrored_like_their_images(self, made: Path, tmp_path: Path) -> None:
+        """The conditions are the inverted images, of which the cache has three crops each."""
+        sdkit.data.cache(
+            made / "model", made / "photos", tmp_path / "cache", size=tiny.SIZE, crop="random", flip=True,
+            augmentations=3, dtype="fp32", device="cpu", seed=5,
+        )  # fmt: skip
+        stage = ControlNetStage(config(made, data=tmp_path / "cache"))
+        crops = Transform(size=(tiny.SIZE, tiny.SIZE), crop="random", flip=True)
+        for item in range(0, 30, 4):
+            (index,) = stage.examples.train[item : item + 1] // 3
+            image = sdkit.images.read(made / "photos" / f"{index:03}.png")
+            pixels = crops(image, draw(5, int(index), item % 3))
+            condition = stage.examples.load(item, 0)["condition"]
+            torch.testing.assert_close(condition, 1 - (pixels + 1) / 2, atol=2 / 255, rtol=0)
+
+    def test_a_condition_that_cannot_be_used_is_skipped(self, made: Path, cached: Path, tmp_path: Path) -> None:
+        for path in (made / "maps").iterdir():
+            (tmp_path / path.name).write_bytes(path.read_bytes())
+        (tmp_path / "000.webp").write_bytes(b"RIFF")
+        stage = ControlNetStage(config(made, data=cached, conditioning_data=tmp_path))
+        with pytest.warns(UserWarning, match=r"^000\.png is skipped: "):
+            first = stage.examples.load(0, 0)
+        assert torch.equal(first["mean"], stage.examples.load(1, 0)["mean"])
+        assert torch.equal(first["condition"], stage.examples.load(1, 0)["condition"])
+        assert stage.examples.skipped.keys() == {"000.png"}
+
+    def test_bad_input_is_one_sentence(self, made: Path, cached: Path, tmp_path: Path) -> None:
+        (tmp_path / "000.webp").write_bytes((made / "maps" / "000.webp").read_bytes())
+        for changes, sentence in (
+            ({"condition": "canny"}, "a latent cache holds no conditions: name the folder of the conditions"),
+            ({"conditioning_data": None}, "a latent cache holds no conditions: name the folder of the conditions"),
+            ({"conditioning_data": tmp_path}, f"{tmp_path} has no condition for 22 of 23 images, such as 001.png"),
+            ({"default_caption": "a"}, "default_caption= has no meaning for a latent cache"),
+            ({"size": 64}, f"the cache {cached} was made with size 32 x 32, not 64 x 64"),
+        ):  # fmt: skip
+            with pytest.raises(SdkitError, match=f"^{re.escape(sentence)}"):
+                ControlNetStage(config(made, data=cached, **changes))
+
+
+def test_conditions_are_made_of_other_images(made: Path) -> None:
+    """With both options, the images in conditioning_data are what conditions are made of."""
+    both = ControlNetStage(config(made, condition="grey", conditioning_data=made / "maps"))
+    read = ControlNetStage(config(made))
+    (expected,) = to_tensors(CONDITIONS["grey"](to_pil(read.examples.load(0, 0)["condition"] * 2 - 1)[0]))
+    torch.testing.assert_close(both.examples.load(0, 0)["condition"], (expected + 1) / 2)
+    assert both.identity["data"] != read.identity["data"]
 
 
 def test_command_line(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -40,6 +40,8 @@ class Item(Prompt):
     Attributes:
         mean: Mean of the posterior (4, H/8, W/8), float32, not scaled.
         logvar: Log-variance of the posterior (4, H/8, W/8), float32, not scaled.
+        concat: Channels of the condition (C', H/8, W/8), float32; None if the cache has none. See
+            `sdkit.networks.concatenation.channels_of`.
         name: Name of the example.
         index: Index of the example in its data set.
         augmentation: Number of the augmentation, from 0.
@@ -47,6 +49,7 @@ class Item(Prompt):
 
     mean: Tensor
     logvar: Tensor
+    concat: Tensor | None
     name: str
     index: int
     augmentation: int
@@ -78,7 +81,7 @@ class LatentCache:
             )
         self._ends = list(accumulate(shard.items for shard in self.manifest.shards))
         self._opened: dict[str, ShardFile] = {}
-        self._lengths: dict[str, int] = {}  # sizes of the axes C, L, and D; known from the first shard
+        self._lengths: dict[str, int] = {}  # sizes of the axes C, E, L, and D; known from the first shard
 
     def __reduce__(self) -> tuple[type[LatentCache], tuple[Path]]:
         return LatentCache, (self.path,)  # memory-mapped files cannot be pickled; the copy opens them again
@@ -89,10 +92,7 @@ class LatentCache:
     def __getitem__(self, i: int) -> Item:
         if not -len(self) <= i < len(self):
             raise IndexError(f"there is no item {i} among {len(self)}.")
-        i %= len(self)
-        number = bisect.bisect_right(self._ends, i)
-        one = self.manifest.shards[number]
-        row, augmentation = divmod(i - (self._ends[number - 1] if number else 0), self.manifest.settings.augmentations)
+        one, row, augmentation = self._place(i % len(self))
         with _raised_as_cache_error(self.path / one.file):
             shard = self._shard(one)
             index = int(shard.get("index", row))
@@ -104,8 +104,21 @@ class LatentCache:
                 "name": shard.name(row),
                 "index": index,
                 "augmentation": augmentation,
+                "concat": shard.get("concat", row, augmentation).float() if shard.has("concat") else None,
                 **_prompt(shard, row),
             }
+
+    def name(self, i: int) -> str:
+        """Return the name of the example of item i. Its tensors are not read."""
+        one, row, _ = self._place(i)
+        with _raised_as_cache_error(self.path / one.file):
+            return self._shard(one).name(row)
+
+    def _place(self, i: int) -> tuple[Shard, int, int]:
+        """Return the shard of item i, its row there, and the number of its augmentation."""
+        number = bisect.bisect_right(self._ends, i)
+        first = self._ends[number - 1] if number else 0
+        return self.manifest.shards[number], *divmod(i - first, self.manifest.settings.augmentations)
 
     def __iter__(self) -> Iterator[Item]:
         return (self[i] for i in range(len(self)))
@@ -168,7 +181,7 @@ class LatentCache:
             shard = ShardFile(self.path / one.file, made, self._lengths, prompt_only=is_prompt)
             if shard.images * made.augmentations != one.items:
                 raise ValueError("holds another number of images than the manifest says")
-            self._lengths |= {axis: shard.lengths[axis] for axis in "CLD" if axis in shard.lengths}
+            self._lengths |= {axis: shard.lengths[axis] for axis in "CELD" if axis in shard.lengths}
             self._opened[one.file] = shard
         return self._opened[one.file]
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from os import PathLike
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from PIL import Image
 from torch import Tensor
@@ -23,11 +26,34 @@ from sdkit.images.conditions import CONDITIONS
 from sdkit.messages import clean
 from sdkit.networks.autoencoder import Autoencoder
 from sdkit.networks.text_encoder import TextEncoder
-from sdkit.training.stages.examples import ImageLatents, Row
-from sdkit.training.stages.images import TrainingImages, is_cache, training_transform
+from sdkit.training.stages.examples import CachedLatents, ImageLatents, Row, check_opened_with_nothing
+from sdkit.training.stages.images import TrainingImages, first_usable, is_cache, training_transform
 
 PROPORTIONS = 0.02
 """Largest relative difference between the aspect ratios of an image and of its condition."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conditions:
+    """The conditions of a data set of images.
+
+    Attributes:
+        identity: Fingerprint of the conditions.
+        images: The condition of each image, or the image that it is made of; None if that is the image itself.
+        make: Makes a condition of an image that is cropped already; None takes the image as it is.
+    """
+
+    identity: str
+    images: Sequence[Example] | None
+    make: Callable[[Image.Image], Image.Image] | None
+
+    def of(self, pixels: Tensor) -> Tensor:
+        """Return the condition that is made of pixels (3, H, W) in [-1, 1], in the same range."""
+        return pixels if self.make is None else to_tensors(self.make(to_pil(pixels)[0]))[0]
+
+    def added_to(self, identity: str) -> str:
+        """Return the fingerprint of images with these conditions, given that of the images."""
+        return hashlib.sha256(f"{identity} {self.identity}".encode()).hexdigest()[:16]
 
 
 class TrainingPairs(TrainingImages):
@@ -37,16 +63,10 @@ class TrainingPairs(TrainingImages):
         examples: The images.
         transform: Applied to the image and to its condition, with the same crop and the same flip.
         seed: Seed of the augmentations.
-        conditions: The condition of each example; or a function that makes it of the image, after the crop.
+        conditions: Their conditions.
     """
 
-    def __init__(
-        self,
-        examples: Examples,
-        transform: Transform,
-        seed: int,
-        conditions: Sequence[Example] | Callable[[Image.Image], Image.Image],
-    ) -> None:
+    def __init__(self, examples: Examples, transform: Transform, seed: int, conditions: Conditions) -> None:
         super().__init__(examples, transform, seed)
         self.conditions = conditions
 
@@ -54,10 +74,9 @@ class TrainingPairs(TrainingImages):
         """Return an image and its condition as pixels (6, H, W) in [-1, 1]."""
         image = example.load()
         pixels = self.transform(image, draw(self.seed, index, augmentation))
-        if not isinstance(self.conditions, Sequence):
-            (made,) = to_tensors(self.conditions(to_pil(pixels)[0]))
-            return torch.cat([pixels, made])
-        condition = self.conditions[index].load()
+        if self.conditions.images is None:
+            return torch.cat([pixels, self.conditions.of(pixels)])
+        condition = self.conditions.images[index].load()
         if abs(image.width * condition.height / (image.height * condition.width) - 1) > PROPORTIONS:
             raise ImageError(
                 f"its condition has {condition.width} x {condition.height} pixels, the image {image.width} x "
@@ -65,7 +84,8 @@ class TrainingPairs(TrainingImages):
             )
         if condition.size != image.size:
             condition = condition.resize(image.size, Image.Resampling.LANCZOS)
-        return torch.cat([pixels, self.transform(condition, draw(self.seed, index, augmentation))])
+        cropped = self.transform(condition, draw(self.seed, index, augmentation))
+        return torch.cat([pixels, self.conditions.of(cropped)])
 
 
 class ControlExamples(ImageLatents):
@@ -73,8 +93,7 @@ class ControlExamples(ImageLatents):
 
     Args:
         examples: Images with captions.
-        conditions: As in `TrainingPairs`.
-        condition_identity: Fingerprint of the conditions.
+        conditions: Their conditions.
         transform: The transform of training images.
         vae: The VAE of the run.
         text: The text encoder of the run.
@@ -84,8 +103,7 @@ class ControlExamples(ImageLatents):
     def __init__(
         self,
         examples: Examples,
-        conditions: Sequence[Example] | Callable[[Image.Image], Image.Image],
-        condition_identity: str,
+        conditions: Conditions,
         transform: Transform,
         vae: Autoencoder,
         text: TextEncoder,
@@ -96,7 +114,7 @@ class ControlExamples(ImageLatents):
         self.images = TrainingPairs(examples, transform, seed, conditions)
         self.validation_images = TrainingPairs(examples, Transform(size=transform.size), 0, conditions)
         self.skipped = self.validation_images.skipped = self.images.skipped
-        self.identity = hashlib.sha256(f"{self.identity} {condition_identity}".encode()).hexdigest()[:16]
+        self.identity = conditions.added_to(self.identity)
 
     def load(self, item: int, epoch: int) -> Row:
         """Return training example `item`, or the next usable one, augmented for `epoch`."""
@@ -105,6 +123,64 @@ class ControlExamples(ImageLatents):
     def validation(self, i: int) -> Row:
         """Return held-out example i."""
         return _divided(super().validation(i))
+
+
+class CachedControlExamples(CachedLatents):
+    """Examples from a latent cache, with a `condition` (3, H, W) in [0, 1] each, which is read and cropped anew like
+    the cached image. For the attributes see `DenoisingExamples`.
+
+    Args:
+        data: The cache.
+        beside: Images of the same names as those in the cache, except for their suffixes: the conditions, or what they
+            are made of.
+        make: Makes a condition of a cropped image, and its name; None takes the images as they are.
+        vae: The VAE of the run.
+        text: The text encoder of the run.
+        size: As in `CachedLatents`.
+        augment: As in `CachedLatents`.
+
+    Raises:
+        SdkitError: The cache does not fit the networks or the settings, or an image has no condition.
+    """
+
+    def __init__(
+        self,
+        data: str | PathLike[str],
+        beside: Examples,
+        make: str | None,
+        vae: Autoencoder,
+        text: TextEncoder,
+        *,
+        size: int | tuple[int, int] | None,
+        augment: Sequence[str],
+    ) -> None:
+        super().__init__(data, vae, text, size=size, augment=augment)
+        made = self.cache.manifest.settings
+        self._transform, self._seed = Transform(size=made.size, crop=made.crop, flip=made.flip), made.seed
+        names = [self.cache.name(i) for i in range(0, len(self.cache), made.augmentations)]
+        self._conditions = _read(beside, names, make)
+        self.identity = self._conditions.added_to(self.identity)
+
+    def load(self, item: int, epoch: int) -> Row:  # noqa: ARG002 - as in `CachedLatents`
+        """Return training example `item`, or the next one whose condition is usable."""
+        return self._first_usable(self.train, item)
+
+    def validation(self, i: int) -> Row:
+        """Return held-out example i, or another one whose condition is usable."""
+        return self._first_usable([*self.held_out[i:], *self.held_out[:i], *range(len(self.cache))], 0)
+
+    def _first_usable(self, indices: Sequence[int] | npt.NDArray[np.int64], i: int) -> Row:
+        return first_usable(
+            indices, i, self._with_condition, name=self.cache.name, skipped=self.skipped, source=str(self.cache.path)
+        )
+
+    def _with_condition(self, index: int) -> Row:
+        """Return an item of the cache with its condition. Raise ImageError if that is unusable."""
+        item, images = self.cache[index], self._conditions.images
+        assert images is not None  # a cache holds no images of which conditions could be made
+        image = images[index // self.cache.manifest.settings.augmentations].load()
+        pixels = self._transform(image, draw(self._seed, item["index"], item["augmentation"]))
+        return self._example(index) | {"condition": (self._conditions.of(pixels) + 1) / 2}
 
 
 def _divided(row: Row) -> Row:
@@ -125,38 +201,45 @@ def open_control_examples(
     augment: Sequence[str],
     seed: int,
     **opened_with: Any,
-) -> ControlExamples:
-    """Open images with captions and their conditions.
+) -> ControlExamples | CachedControlExamples:
+    """Open images with captions, or a latent cache of them, and their conditions.
 
     Args:
-        data: Any source that `open_examples` takes.
+        data: A latent cache, or any source that `open_examples` takes.
         vae: The VAE of the run.
         text: The text encoder of the run.
-        condition: Name in `CONDITIONS` of the function that makes the conditions; None reads them.
+        condition: Name in `CONDITIONS` of the function that makes the conditions, of the images in `conditioning_data`
+            if that is given; None reads them.
         conditioning_data: Images of the same names as those in `data`, except for their suffixes. None reads them from
             a column of `data`.
         conditioning_image_column: That column.
-        size: Size of the images in pixels; None takes `own_size`.
+        size: Size of the images in pixels; None takes that of the cache, or `own_size`.
         own_size: Height and width that the model was made for.
         augment: Augmentations, as in `training_transform`.
-        seed: Random seed of the augmentations.
-        **opened_with: Keyword arguments of `open_examples`.
+        seed: Random seed of the augmentations of images.
+        **opened_with: Keyword arguments of `open_examples`. A latent cache takes none but defaults.
 
     Raises:
-        ArgumentError: The data are a latent cache, or have no columns and nothing else says where conditions are.
+        ArgumentError: Nothing says where conditions are, or an argument has no meaning for a latent cache.
         DataError: The data cannot be opened, or an image has no condition.
     """
     if is_cache(data):
-        raise ArgumentError("a latent cache holds no conditions; train a ControlNet on the images themselves.")
+        if conditioning_data is None:
+            raise ArgumentError(
+                "a latent cache holds no conditions: name the folder of the conditions (conditioning_data), or of the "
+                f"images that they are made of (with condition, one of {', '.join(CONDITIONS)})."
+            )
+        check_opened_with_nothing(opened_with)
+        beside = open_examples(conditioning_data)
+        return CachedControlExamples(data, beside, condition, vae, text, size=size, augment=augment)
     height_width: Any = size or own_size
     vae.check_size(height_width)
     examples = open_examples(data, **opened_with)
-    conditions: Sequence[Example] | Callable[[Image.Image], Image.Image]
-    if condition is not None:
-        conditions, identity = CONDITIONS[condition], condition
-    elif conditioning_data is not None:
+    if conditioning_data is not None:
         beside = open_examples(conditioning_data, split=opened_with.get("split", "train"))
-        conditions, identity = _of_same_names(examples, beside), beside.identity
+        conditions = _read(beside, examples.names, condition)
+    elif condition is not None:
+        conditions = Conditions(identity=condition, images=None, make=CONDITIONS[condition])
     elif NAME in examples.dataset.column_names:  # files, which have no columns
         raise ArgumentError(
             f"{clean(os.fspath(data))} holds images without conditions: name the folder of the conditions "
@@ -167,9 +250,16 @@ def open_control_examples(
             column = open_examples(data, **opened_with | {"image_column": conditioning_image_column})
         except DataError as error:
             raise DataError(f"conditioning_image_column: {str(error).removeprefix('image_column: ')}") from error
-        conditions, identity = _Rows(column), column.identity
-    transform = training_transform(height_width, augment)
-    return ControlExamples(examples, conditions, identity, transform, vae, text, seed=seed)
+        conditions = Conditions(identity=column.identity, images=_Rows(column), make=None)
+    return ControlExamples(examples, conditions, training_transform(height_width, augment), vae, text, seed=seed)
+
+
+def _read(beside: Examples, names: Sequence[str], make: str | None) -> Conditions:
+    """Return the conditions of examples of these names. Raises DataError if one is missing."""
+    identity = beside.identity if make is None else f"{make} of {beside.identity}"
+    return Conditions(
+        identity=identity, images=_of_same_names(names, beside), make=None if make is None else CONDITIONS[make]
+    )
 
 
 class _Rows(Sequence[Example]):
@@ -185,21 +275,20 @@ class _Rows(Sequence[Example]):
         return self.examples[self.rows[i]]
 
 
-def _of_same_names(examples: Examples, conditions: Examples) -> Sequence[Example]:
-    """Return the condition of each example, found by its name without suffix. Raise DataError if one is missing."""
+def _of_same_names(names: Sequence[str], conditions: Examples) -> Sequence[Example]:
+    """Return the condition of each name, found by its name without suffix. Raise DataError if one is missing."""
     found: dict[str, int] = {}
     for i, name in enumerate(conditions.names):
         if found.setdefault(_stem(name), i) != i:
             raise DataError(
                 f"{clean(conditions.source)} has two conditions called {clean(_stem(name))}; leave one of them."
             )
-    names = [_stem(name) for name in examples.names]
-    if missing := [name for name, stem in zip(examples.names, names, strict=True) if stem not in found]:
+    if missing := [name for name in names if _stem(name) not in found]:
         raise DataError(
             f"{clean(conditions.source)} has no condition for {len(missing)} of {len(names)} images, such as "
             f"{clean(missing[0])}; give each image one of the same name."
         )
-    return _Rows(conditions, [found[name] for name in names])
+    return _Rows(conditions, [found[_stem(name)] for name in names])
 
 
 def _stem(name: str) -> str:

@@ -47,7 +47,8 @@ def train_controlnet(config: ControlNetConfig) -> Path:
 
     Args:
         config: Settings of the run. `config.data` is a data set of images with captions, and each has a condition: in a
-            column, in another folder, or made of the image.
+            column, in another folder, or made of the image. Or it is a latent cache of the images; conditions are then
+            in another folder, or made of the images in it.
 
     Returns:
         The run folder. Its result/ is a ControlNet in diffusers layout.
@@ -274,10 +275,11 @@ class ControlNetStage:
         return metrics
 
     def _picture(self, i: int) -> Picture:
-        """Draw the caption of held-out image i with its condition, always from the same seed."""
+        """Draw the caption of held-out image i with its condition, always from the same seed. A cached image is
+        decoded."""
         row, caption = self.examples.validation(i), self.examples.held_out_caption(i)
         (drawn,) = to_tensors(self.drawing.draw(caption, i, control_image(row)))
-        return Picture(drawn, row["pixels"], caption)
+        return Picture(drawn, self.encoder.original(row, self.unet.device), caption)
 
     def export(self, folder: Path) -> None:
         """Write the ControlNet in diffusers layout into an empty folder."""

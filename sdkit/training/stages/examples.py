@@ -149,7 +149,7 @@ class CachedLatents:
 
     def name(self, item: int) -> str:
         """Return the name of training example `item`, for messages."""
-        return self.cache[int(self.train[item])]["name"]
+        return self.cache.name(int(self.train[item]))
 
     def _example(self, index: int) -> Row:
         item = self.cache[index]
@@ -221,6 +221,7 @@ def open_provider(
     augment: Collection[str] = (),
     seed: int = 0,
     trains_text: bool = False,
+    cached: type[CachedLatents] = CachedLatents,
     **opened_with: Any,
 ) -> DenoisingExamples:
     """Open `data`, which is a latent cache or images.
@@ -234,20 +235,26 @@ def open_provider(
         augment: Augmentations, as in `training_transform`.
         seed: Random seed of the augmentations of images.
         trains_text: Whether the text encoder is trained.
+        cached: The provider of examples from a cache.
         **opened_with: Keyword arguments of `open_examples`. A latent cache takes none but defaults.
 
     Raises:
         SdkitError: The data cannot be opened, or do not fit the settings or the networks.
     """
     if is_cache(data):
-        defaults = {name: parameter.default for name, parameter in signature(open_examples).parameters.items()}
-        if given := [name for name, value in opened_with.items() if value != defaults[name]]:
-            raise ArgumentError(f"{given[0]}= has no meaning for a latent cache; give it to sdkit cache instead.")
-        return CachedLatents(data, vae, text, size=size, augment=augment, trains_text=trains_text)
+        check_opened_with_nothing(opened_with)
+        return cached(data, vae, text, size=size, augment=augment, trains_text=trains_text)
     height_width: Any = size or own_size
     vae.check_size(height_width)
     examples = open_examples(data, **opened_with)
     return ImageLatents(examples, training_transform(height_width, augment), vae, text, seed=seed)
+
+
+def check_opened_with_nothing(opened_with: Mapping[str, Any]) -> None:
+    """Raise ArgumentError unless all keyword arguments of `open_examples` are defaults, as a latent cache needs."""
+    defaults = {name: parameter.default for name, parameter in signature(open_examples).parameters.items()}
+    if given := [name for name, value in opened_with.items() if value != defaults[name]]:
+        raise ArgumentError(f"{given[0]}= has no meaning for a latent cache; give it to sdkit cache instead.")
 
 
 def denoising_batch(
@@ -259,7 +266,22 @@ def denoising_batch(
     seed: int,
     caption_dropout: float,
 ) -> dict[str, Any]:
-    """Return examples with a timestep `t` and noise for each, as `collated` does.
+    """Return examples with a timestep `t` and noise for each, as `collated` does. For the arguments see
+    `denoising_rows`."""
+    drawn = denoising_rows(samples, examples, objective, shape, seed=seed, caption_dropout=caption_dropout)
+    return collated(drawn)
+
+
+def denoising_rows(
+    samples: Samples,
+    examples: DenoisingExamples,
+    objective: DenoisingObjective,
+    shape: tuple[int, ...],
+    *,
+    seed: int,
+    caption_dropout: float,
+) -> list[dict[str, Any]]:
+    """Return examples with a timestep `t` and noise for each, as rows of a batch.
 
     All random values depend only on n and the seed.
 
@@ -280,7 +302,7 @@ def denoising_batch(
         row["t"] = objective.timestep(generator)
         row |= objective.noise(shape, generator)
         rows.append(row)
-    return collated(rows)
+    return rows
 
 
 def validation_batch(

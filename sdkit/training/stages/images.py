@@ -7,9 +7,9 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +27,8 @@ from sdkit.errors import DataError, ImageError
 from sdkit.files import encodable, expanded
 from sdkit.loading.fingerprint import weights_fingerprint
 from sdkit.strict_json import read_object
+
+T = TypeVar("T")
 
 MOST_HELD_OUT, OF = 16, 20  # one image in 20 is held out, but at most 16 in all
 TRIES = 100  # unusable images in a row before the run ends with an error
@@ -95,19 +97,15 @@ class TrainingImages:
         Raises:
             DataError: 100 images in a row, or all, are unusable.
         """
-        tried: dict[int, str] = {}
-        for j in range(min(TRIES, len(indices))):
-            index = int(indices[(i + j) % len(indices)])
+
+        def load(index: int) -> tuple[Tensor, Example]:
             example = self.examples[index]
-            try:
-                return self.pixels(example, index, augmentation), example
-            except ImageError as error:
-                tried[index] = f"{example.name}: {str(error).rstrip('.')}"
-                self._skip(example.name, str(error))
-        raise DataError(
-            f"{len(tried)} images in a row in {self.examples.source} cannot be used, the first: "
-            f"{tried[int(indices[i])]}; look at the data with sdkit data check."
-        )
+            return self.pixels(example, index, augmentation), example
+
+        return first_usable(
+            indices, i, load, name=lambda index: self.examples[index].name, skipped=self.skipped,
+            source=self.examples.source,
+        )  # fmt: skip
 
     def pixels(self, example: Example, index: int, augmentation: int) -> Tensor:
         """Return the pixels of one example. Raise ImageError if it is unusable."""
@@ -117,9 +115,46 @@ class TrainingImages:
         """Load held_out[i], or the next usable held-out image; if there is none, the first usable image of the data."""
         return self.load(np.concatenate([held_out[i:], held_out[:i], np.arange(len(self.examples))]), 0, 0)
 
-    def _skip(self, name: str, reason: str) -> None:
-        if self.skipped.setdefault(name, reason) is reason:  # of several threads, only one warns
-            warnings.warn(f"{name} is skipped: {reason}", stacklevel=3)
+
+def first_usable(
+    indices: Sequence[int] | npt.NDArray[np.int64],
+    i: int,
+    load: Callable[[int], T],
+    *,
+    name: Callable[[int], str],
+    skipped: dict[str, str],
+    source: str,
+) -> T:
+    """Load the example indices[i], or the first usable one after it. Unusable images are recorded.
+
+    Args:
+        indices: Indices of examples.
+        i: Position in `indices`.
+        load: Loads the example of an index, and raises ImageError if its image is unusable.
+        name: Returns the name of an index.
+        skipped: Name of each unusable image -> the reason; those found are added.
+        source: Name of the data, for messages.
+
+    Returns:
+        What `load` returned.
+
+    Raises:
+        DataError: 100 images in a row, or all, are unusable.
+    """
+    tried: dict[int, str] = {}
+    for j in range(min(TRIES, len(indices))):
+        index = int(indices[(i + j) % len(indices)])
+        try:
+            return load(index)
+        except ImageError as error:
+            reason = str(error)
+            tried[index] = f"{name(index)}: {reason.rstrip('.')}"
+            if skipped.setdefault(name(index), reason) is reason:  # of several threads, only one warns
+                warnings.warn(f"{name(index)} is skipped: {reason}", stacklevel=3)
+    raise DataError(
+        f"{len(tried)} images in a row in {source} cannot be used, the first: {tried[int(indices[i])]}; look at the "
+        "data with sdkit data check."
+    )
 
 
 def report_skipped(skipped: dict[str, str], path: Path) -> None:
