@@ -4,8 +4,8 @@
     python benchmarks/pipelines.py --parts samplers inpaint9      # only these two
 
 Parts: `text`, text to image, for comparison; `img2img`; `inpaint`, with a U-Net of four input channels; `inpaint9`,
-with one of nine; `control` and `controls`, one ControlNet and two; `loras`, two LoRAs, which sdkit merges into the
-weights; `samplers`, each sampler's steps without a network.
+with one of nine; `control` and `controls`, one ControlNet and two; `edit`, InstructPix2Pix; `loras`, two LoRAs, which
+sdkit merges into the weights; `embedding`, textual inversion; `samplers`, each sampler's steps without a network.
 
 Both sides have the same weights, steps, dtype, and seeds: those of the embedded model, and random ones for nine
 channels and for ControlNets. They take turns within one process, and the result is the median of the ratios within
@@ -42,9 +42,10 @@ from torch import Tensor
 import sdkit
 from sdkit.diffusion.samplers import default_spacing, sampler_by_name
 from sdkit.guidance import Conditioning, guided
+from sdkit.loading.embedding_file import save_embedding
 
 EMOJI = Path(__file__).resolve().parent.parent / "sdkit" / "assets" / "emoji"
-PATHS = ("text", "img2img", "inpaint", "inpaint9", "control", "controls", "loras")
+PATHS = ("text", "img2img", "inpaint", "inpaint9", "control", "controls", "edit", "loras", "embedding")
 PARTS = (*PATHS, "samplers")
 PROMPT, SCALE, SIZE = "a red apple on a blue background", 3.0, 128
 SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -138,7 +139,7 @@ def middle(size: int) -> tuple[int, int, int, int]:
 
 def path_sides(part: str, n: int, args: argparse.Namespace) -> Iterator[tuple[str, Side, Side]]:
     """Yield the name of a path, and what draws n images on it with sdkit and with diffusers."""
-    channels = 9 if part == "inpaint9" else 4
+    channels = {"inpaint9": 9, "edit": 8}.get(part, 4)
     controls = {"control": 1, "controls": 2}.get(part, 0)
     (sd, ours), (model, theirs) = (networks(channels, controls, args.dtype) for _ in range(2))
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8))
@@ -153,24 +154,31 @@ def path_sides(part: str, n: int, args: argparse.Namespace) -> Iterator[tuple[st
         "inpaint9": ("Inpaint", {"strength": 1.0, "mask_image": mask}, {}),
         "control": ("ControlNet", {}, {"image": edges[:1]}),
         "controls": ("ControlNet", {}, {"image": edges}),
+        "edit": ("InstructPix2Pix", {"image_guidance_scale": 1.5}, {"image": image}),
         "loras": ("", {}, {}),
+        "embedding": ("", {}, {}),
     }[part]
     common |= own
     if kind in ("Img2Img", "Inpaint"):
         common["image"] = image
     following: Row = {"controlnet": ours, "control_image": edges} if controls else {}
+    if part == "edit":
+        following = {"condition": image}
+    prompt = PROMPT.replace("apple", "<zork>") if part == "embedding" else PROMPT
     pipe = pipeline(model, theirs, kind)
     if part == "loras":
         load_loras(sd, pipe)
+    if part == "embedding":
+        load_embedding(sd, pipe)
 
     def drawn() -> Any:
-        return sd([PROMPT] * n, seed=0, **common, **following)
+        return sd([prompt] * n, seed=0, **common, **following)
 
     def expected() -> Any:
-        size = {} if kind in ("ControlNet", "Img2Img") else {"height": SIZE, "width": SIZE}
+        size = {} if kind in ("ControlNet", "Img2Img", "InstructPix2Pix") else {"height": SIZE, "width": SIZE}
         generators = [torch.Generator().manual_seed(i) for i in range(n)]
         one_each = {key: value * n if controls == 1 else value for key, value in other.items()}
-        prompts = [PROMPT] * n if controls < 2 else PROMPT
+        prompts = [prompt] * n if controls < 2 else prompt
         copies = {} if controls < 2 else {"num_images_per_prompt": n}
         return pipe(prompts, generator=generators, **size, **common, **one_each, **copies).images
 
@@ -223,6 +231,15 @@ def load_loras(sd: sdkit.StableDiffusion, pipe: Any) -> None:
             sd.load_lora(f"{scratch}/{name}", scales[name])
             pipe.load_lora_weights(f"{scratch}/{name}", adapter_name=name)
         pipe.set_adapters([*scales], [*scales.values()])
+
+
+def load_embedding(sd: sdkit.StableDiffusion, pipe: Any) -> None:
+    """Load a textual inversion embedding of four random vectors."""
+    with tempfile.TemporaryDirectory() as scratch:
+        vectors = torch.randn(4, sd.text.width, generator=torch.Generator().manual_seed(0)) * 0.1
+        save_embedding("<zork>", vectors, f"{scratch}/zork.safetensors")
+        sd.load_embedding(f"{scratch}/zork.safetensors")
+        pipe.load_textual_inversion(f"{scratch}/zork.safetensors")
 
 
 def sampler_sides(n: int, args: argparse.Namespace) -> Iterator[tuple[str, Side, Side]]:

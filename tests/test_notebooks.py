@@ -18,7 +18,8 @@ NOTEBOOKS = sorted(path for path in FOLDER.glob("*.ipynb") if not path.stem.ends
 TRANSLATIONS = sorted(FOLDER.glob("*_zh.ipynb"))
 FEW = {
     "STEPS": 4, "CONV_STEPS": 3, "TEXTURE_STEPS": 3, "LATENT_STEPS": 3, "COUNTS": (2, 4), "EXACT": 8, "QUICK": 2,
-    "PICTURES": 8, "CONTROL_STEPS": 2, "CLASS_IMAGES": 4, "OBJECT_STEPS": 2, "WORD_STEPS": 2, "MAPS": 16, "MAP_STEPS": 2,
+    "PICTURES": 8, "CONTROL_STEPS": 2, "CLASS_IMAGES": 4, "OBJECT_STEPS": 2, "WORD_STEPS": 2, "MAPS": 16,
+    "MAP_STEPS": 2,
 }  # fmt: skip
 FIRST = """
 from sdkit.pipelines.settings import DrawingSettings
