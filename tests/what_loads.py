@@ -228,7 +228,9 @@ def _controlnet(source: Path, kit: Kit) -> object:
 
 
 def _lora(source: Any, kit: Kit) -> object:
-    return sdkit.StableDiffusion.from_pretrained(kit.folder, dtype="fp32", device="cpu").load_lora(source)
+    sd = sdkit.StableDiffusion.from_pretrained(kit.folder, dtype="fp32", device="cpu")
+    sd.load_lora(source)
+    return sd
 
 
 def _embedding(source: Any, kit: Kit) -> str:
@@ -597,15 +599,10 @@ def _(kit: Kit, here: Path) -> Path:
 @CONTROLNETS
 def _(kit: Kit, here: Path) -> Path:
     """A ControlNet of Stable Diffusion XL"""
-    folder = here / "control"
-    shutil.copytree(kit.controlnet / "controlnet", folder)
-    edited(
-        folder / "config.json",
-        addition_embed_type="text_time",
-        addition_time_embed_dim=8,
-        projection_class_embeddings_input_dim=64,
-    )
-    return folder
+    added = {"addition_embed_type": "text_time", "addition_time_embed_dim": 8}
+    unet = {**tiny.TWO_LEVELS, **added, "projection_class_embeddings_input_dim": 64}
+    control_network(tiny.networks((8, 16), unet=unet).unet).save_pretrained(here / "control")
+    return here / "control"
 
 
 @LORAS
@@ -651,11 +648,52 @@ def _(kit: Kit, here: Path) -> Path:
     return written(here / "lora.safetensors", kit.lora() | kit.lora("lora_te2_text_model_"))
 
 
+TO_K = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_k"
+
+
 @LORAS
 def _(kit: Kit, here: Path) -> Path:
-    """A LoHa"""
-    name = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_k"
-    return written(here / "lora.safetensors", {f"{name}.hada_w1_a": torch.ones(8, 2)})
+    """A LoCon: a LoRA of convolutions, with a core (`lora_mid`) or without"""
+    shapes = {"lora_down": (2, 4, 1, 1), "lora_mid": (2, 2, 3, 3), "lora_up": (8, 2, 1, 1)}
+    core = {f"lora_unet_conv_in.{key}.weight": torch.full(shape, 0.1) for key, shape in shapes.items()}
+    return written(here / "lora.safetensors", kit.lora() | core)
+
+
+@LORAS
+def _(kit: Kit, here: Path) -> Path:
+    """A DoRA (`dora_scale` of LyCORIS, or `lora_magnitude_vector` of peft)"""
+    return written(here / "lora.safetensors", kit.lora() | {f"{TO_K}.dora_scale": torch.ones(8, 1)})
+
+
+@LORAS
+def _(kit: Kit, here: Path) -> Path:
+    """A LoHa of LyCORIS"""
+    shapes = {"hada_w1_a": (8, 2), "hada_w1_b": (2, 8), "hada_w2_a": (8, 2), "hada_w2_b": (2, 8)}
+    tensors = {f"{TO_K}.{key}": torch.full(shape, 0.1) for key, shape in shapes.items()}
+    return written(here / "lora.safetensors", tensors)
+
+
+@LORAS
+def _(kit: Kit, here: Path) -> Path:
+    """A LoHa of peft"""
+    (here / "adapter_config.json").write_text(json.dumps({"peft_type": "LOHA", "r": 2, "alpha": 4}))
+    layer = "base_model.model.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_k"
+    shapes = {"hada_w1_a": (8, 2), "hada_w1_b": (2, 8), "hada_w2_a": (8, 2), "hada_w2_b": (2, 8)}
+    tensors = {f"{layer}.{key}": torch.full(shape, 0.1) for key, shape in shapes.items()}
+    return written(here / "adapter_model.safetensors", tensors)
+
+
+@LORAS
+def _(kit: Kit, here: Path) -> Path:
+    """A LoKr"""
+    tensors = {f"{TO_K}.lokr_w1": torch.full((2, 4), 0.1), f"{TO_K}.lokr_w2": torch.full((4, 2), 0.1)}
+    return written(here / "lora.safetensors", tensors)
+
+
+@LORAS
+def _(kit: Kit, here: Path) -> Path:
+    """An OFT, an IA3, or a GLoRA"""
+    return written(here / "lora.safetensors", {f"{TO_K}.oft_blocks": torch.ones(2, 4, 4)})
 
 
 @LORAS

@@ -134,11 +134,8 @@ STAGES = {
     "embedding": StageCommand(
         EmbeddingConfig,
         "Learn a new word from a few images (textual inversion).",
-        (
-            'sdkit train embedding --token "<zork>" --init-token cat --data five/ -o run',
-            'sdkit generate "a <zork> on the beach" --embedding run/result',
-        ),
-        f"--token WORD --init-token WORD {STAGE_USAGE}",
+        ('sdkit train embedding --token "<zork>" --init-token cat --data five/ -o run',),
+        "--token T --init-token T --data PATH -o PATH ...",
     ),
 }
 

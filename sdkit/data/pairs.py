@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from PIL import Image
+from torch import Tensor
 
 from sdkit.arguments import one_of, path_or_name
 from sdkit.data.captioned_files import NAME
@@ -15,6 +17,7 @@ from sdkit.data.example import Example
 from sdkit.data.examples import Examples, Stream
 from sdkit.data.sources import open_examples
 from sdkit.errors import ArgumentError, DataError, ImageError
+from sdkit.images import to_pil, to_tensors
 from sdkit.loading.configs import CONDITIONS
 from sdkit.messages import clean
 
@@ -22,30 +25,40 @@ PROPORTIONS = 0.02
 """Largest relative difference between the aspect ratios of an image and of its condition."""
 
 
-class Conditions(Sequence[Example]):
-    """The condition of each example of a data set, which is read when it is used.
-
-    Args:
-        examples: A data set of the conditions.
-        rows: The row of each condition in it; None takes all in their order.
+@dataclass(frozen=True, kw_only=True)
+class Conditions:
+    """The conditions of a data set of images.
 
     Attributes:
         identity: Fingerprint of the conditions.
+        images: The condition of each image, or the image that it is made of; None if that is the image itself.
+        make: Makes a condition of an image that is cropped already; None takes the image as it is.
     """
+
+    identity: str
+    images: Sequence[Example] | None
+    make: Callable[[Image.Image], Image.Image] | None = None
+
+    def of(self, pixels: Tensor) -> Tensor:
+        """Return the condition that is made of pixels (3, H, W) in [-1, 1], in the same range."""
+        return pixels if self.make is None else to_tensors(self.make(to_pil(pixels)[0]))[0]
+
+    def added_to(self, identity: str) -> str:
+        """Return the fingerprint of images with these conditions, given that of the images."""
+        return hashlib.sha256(f"{identity} {self.identity}".encode()).hexdigest()[:16]
+
+
+class Rows(Sequence[Example]):
+    """The rows of a data set, some of them if `rows` names them, which are read when they are used."""
 
     def __init__(self, examples: Examples, rows: Sequence[int] | None = None) -> None:
         self.examples, self.rows = examples, range(len(examples)) if rows is None else rows
-        self.identity = examples.identity
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, i: Any) -> Any:
         return self.examples[self.rows[i]]
-
-    def added_to(self, identity: str) -> str:
-        """Return the fingerprint of images with these conditions, given that of the images."""
-        return hashlib.sha256(f"{identity} {self.identity}".encode()).hexdigest()[:16]
 
 
 def check_condition(
@@ -96,14 +109,15 @@ def open_conditions(
         raise ArgumentError("conditions are not read from a stream; leave streaming out.")
     if conditioning_data is not None:
         beside = open_examples(conditioning_data, split=opened_with.get("split", "train"))
-        return Conditions(beside, _rows_of_same_names(examples, beside))
+        return Conditions(identity=beside.identity, images=of_same_names(examples.names, beside))
     if NAME in examples.dataset.column_names:
         raise ArgumentError(
             f"condition_column: {clean(os.fspath(data))} holds files, which have no columns; name the folder of the "
             "conditions as conditioning_data."
         )
     try:
-        return Conditions(open_examples(data, **opened_with | {"image_column": column}))
+        found = open_examples(data, **opened_with | {"image_column": column})
+        return Conditions(identity=found.identity, images=Rows(found))
     except DataError as error:
         raise DataError(f"condition_column: {str(error).removeprefix('image_column: ')}") from error
 
@@ -118,22 +132,20 @@ def shaped_like(image: Image.Image, condition: Image.Image) -> Image.Image:
     return condition if condition.size == image.size else condition.resize(image.size, Image.Resampling.LANCZOS)
 
 
-def _rows_of_same_names(examples: Examples, conditions: Examples) -> list[int]:
-    """Return the row of each example's condition, found by its name without suffix. Raise DataError if one is
-    missing."""
+def of_same_names(names: Sequence[str], conditions: Examples) -> Rows:
+    """Return the condition of each name, found by its name without suffix. Raise DataError if one is missing."""
     found: dict[str, int] = {}
     for i, name in enumerate(conditions.names):
         if found.setdefault(_stem(name), i) != i:
             raise DataError(
                 f"{clean(conditions.source)} has two conditions called {clean(_stem(name))}; leave one of them."
             )
-    names = [_stem(name) for name in examples.names]
-    if missing := [name for name, stem in zip(examples.names, names, strict=True) if stem not in found]:
+    if missing := [name for name in names if _stem(name) not in found]:
         raise DataError(
             f"{clean(conditions.source)} has no condition for {len(missing)} of {len(names)} images, such as "
             f"{clean(missing[0])}; give each image one of the same name."
         )
-    return [found[name] for name in names]
+    return Rows(conditions, [found[_stem(name)] for name in names])
 
 
 def _stem(name: str) -> str:

@@ -148,7 +148,8 @@ def save_lora(
     check_lora_name(path)
     groups = _group(tensors, "the LoRA")
     if layout == "diffusers":
-        _write(tensors, path, {} if alpha is None and not rslora else _alpha_metadata(tensors, groups, alpha, rslora))
+        usual = alpha is None and not rslora
+        _write(tensors, path, {} if usual else _alpha_metadata(tensors, groups, alpha, rslora))
         return
     stated = _Alphas(usual=alpha, patterns=(), rslora=rslora)
     layers: dict[str, dict[str, Update]] = {"unet": {}, "text_encoder": {}}
@@ -256,11 +257,11 @@ def _update(tensors: dict[str, Tensor], alphas: _Alphas, module: str, label: str
     try:
         factors = factors_of(tensors)
         magnitude = _magnitude(magnitudes, factors.shape[0])
+        if alpha is not None and alpha.numel() != 1:
+            raise ValueError("alpha is no number")
     except ValueError as error:
         problem = f"{label} is damaged: the tensors of {clean(module)} do not fit"
         raise SourceError(f"{problem}; download it again.") from error
-    if alpha is not None and alpha.numel() != 1:
-        raise SourceError(f"{label} is damaged: the tensors of {clean(module)} do not fit; download it again.")
     try:
         if alpha is None:
             stated = alphas.of(module, factors.rank)

@@ -39,7 +39,8 @@ class LoRADescription:
         kinds: Kinds of its updates: "LoRA", "LoCon" (convolutions), "LoHa", or "LoKr", with " with DoRA" or without.
         layers: "U-Net" and "text encoder" -> the number of layers that it changes.
         ranks: Its ranks in ascending order. A LoKr of whole matrices has none.
-        alphas: Its alphas in ascending order.
+        alphas: Its alphas in ascending order, for the factor alpha / rank; that of a rank-stabilised LoRA is times the
+            square root of the rank.
         targets: Layers that it changes, without the path of blocks -> how often.
         dtype: The most common dtype of its factors.
         parameters: Number of parameters.

@@ -83,6 +83,7 @@ def add_lora(
     )  # fmt: skip
     with loading:  # while any thread loads a network, torch allocates no memory for new layers
         inject_adapter_in_model(config, network)  # also freezes all other weights
+    network.train(network.training)  # new layers are in training mode, whatever the network's is
     for parameter in network.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()

@@ -214,16 +214,6 @@ class StableDiffusion:
         Raises:
             SourceError: The LoRA cannot be read, or was made for another model. The weights are unchanged.
             ArgumentError: The scale is not finite, or another LoRA has this name.
-
-        Example:
-            >>> import sdkit
-            >>> sd = sdkit.StableDiffusion.from_pretrained("emoji")
-            >>> sd.load_lora("runs/lora/result", 0.8, name="photo")
-            'photo'
-            >>> sd.set_lora_scales({"photo": 0.5})
-            >>> sd.lora_scales
-            {'photo': 0.5}
-            >>> sd.unload_lora("photo")
         """
         scale = number("scale", scale)
         self._check_lora_name(name)

@@ -502,7 +502,7 @@ class UNetConfig(DreamBoothSettings):
     condition_kind: str | None = None
     condition_dropout: float = 0.1
 
-    may_change = DenoisingSettings.may_change | {"conditioning_data"}  # a path; a fingerprint covers the contents
+    may_change = DreamBoothSettings.may_change | {"conditioning_data"}  # a path; a fingerprint covers the contents
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -133,7 +133,7 @@ COMMANDS = {parser.prog: parser for parser in parsers(_parser())}
 
 def test_the_choices_in_the_help_are_all_there_are() -> None:
     options = {action.dest: action for action in COMMANDS["sdkit generate"]._actions}
-    found_out = {"image_sha256", "mask_image_sha256", "control_image_sha256"}  # no options
+    found_out = {"image_sha256", "mask_image_sha256", "control_image_sha256", "embedding_sha256"}  # no options
     assert set(Generation.__dataclass_fields__) - {"prompt", *found_out} <= set(options)
     crop = next(action for action in COMMANDS["sdkit cache"]._actions if action.dest == "crop")
     for option, known in (

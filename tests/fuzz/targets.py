@@ -31,7 +31,7 @@ from sdkit.errors import SdkitError
 from sdkit.files import read_regular
 from sdkit.loading.embedding_file import save_embedding
 from sdkit.loading.lora_file import convert_lora, read_lora, save_lora
-from sdkit.networks.lora import add_lora, lora_tensors, merge_lora
+from sdkit.networks.lora import add_lora, lora_layers, lora_tensors, merge_lora
 from sdkit.pipelines.generation import Generation
 from sdkit.training.loop import fit
 from sdkit.training.plot import plot
@@ -278,6 +278,26 @@ def make_lora(layout: str, suffix: str = ".safetensors") -> Callable[[Path], Non
             path.write_bytes(in_order(path.read_bytes()))
 
     return make
+
+
+def make_lycoris(folder: Path) -> None:
+    """A LoHa, a LoKr, and a DoRA, each of a layer, in kohya's layout."""
+    rng = torch.Generator().manual_seed(1)
+    layers = lora_layers(sdkit.StableDiffusion.from_pretrained(model(), **CPU).unet.network)
+    tensors = {}
+    for (name, layer), kind in zip(layers.items(), ("loha", "lokr", "dora"), strict=False):
+        outputs, inputs = layer.weight.shape
+        shapes = {
+            "loha": {"hada_w1_a": (outputs, 2), "hada_w1_b": (2, inputs), "hada_w2_a": (outputs, 2),
+                     "hada_w2_b": (2, inputs)},
+            "lokr": {"lokr_w1": (2, 2), "lokr_w2_a": (outputs // 2, 2), "lokr_w2_b": (2, inputs // 2)},
+            "dora": {"lora_down.weight": (2, inputs), "lora_up.weight": (outputs, 2), "dora_scale": (outputs, 1)},
+        }[kind]  # fmt: skip
+        for key, shape in {**shapes, "alpha": ()}.items():
+            tensors[f"lora_unet_{name.replace('.', '_')}.{key}"] = torch.randn(shape, generator=rng)
+    path = folder / "one.safetensors"
+    save_file(tensors, path)
+    path.write_bytes(in_order(path.read_bytes()))
 
 
 def read_one_lora(name: str) -> Callable[[Path, Path], None]:
@@ -611,6 +631,7 @@ TARGETS: dict[str, Target] = {
         Target(name="single-pickle", make=make_single(".ckpt"), read=read_single("one.ckpt")),
         Target(name="lora-diffusers", make=make_lora("diffusers"), read=read_one_lora("one.safetensors")),
         Target(name="lora-kohya", make=make_lora("kohya"), read=read_one_lora("one.safetensors")),
+        Target(name="lora-lycoris", make=make_lycoris, read=read_one_lora("one.safetensors")),
         Target(name="lora-pickle", make=make_lora("peft", ".bin"), read=read_one_lora("one.bin")),
         *(
             Target(name=f"embedding-{name}", make=make_embedding(f"one.{name}"), read=read_one_embedding(f"one.{name}"))

@@ -116,7 +116,7 @@ BAD: dict[str, tuple[str, Any, str]] = {
     "of SDXL": ("a.safetensors", {"clip_g": torch.ones(1, 1280), "clip_l": torch.ones(1, 768)},
                 "is a textual inversion embedding of Stable Diffusion XL or a later model"),
     "a LoRA": ("a.safetensors", LORA, "looks like a LoRA, not an embedding; load it with load_lora"),
-    "two tensors": ("a.safetensors", {"<a>": VECTORS, "<b>": VECTORS}, r"holds 2 tensors \(<a>, <b>\), and a file"),
+    "two tensors": ("a.safetensors", {"<a>": VECTORS, "<b>": VECTORS.clone()}, r"holds 2 tensors \(<a>, <b>\), and"),
     "two tokens in one pickle": ("a.pt", a1111_pickle(VECTORS) | {"string_to_param": {"*": VECTORS, "a": VECTORS}},
                                  r"holds 2 tensors \(string_to_param\.\*, string_to_param\.a\), and"),
     "a picture's latents": ("a.safetensors", {"latent": torch.ones(1, 4, 8, 8)},

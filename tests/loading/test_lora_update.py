@@ -202,7 +202,7 @@ class TestPeft:
                 live: Any = get_peft_model(copy.deepcopy(unet), config)
             for name, parameter in live.named_parameters():
                 if parameter.requires_grad:
-                    nn.init.normal_(parameter, 1.0 if "magnitude" in name else 0.0, 0.1)
+                    nn.init.normal_(parameter, *((1.0, 0.1) if "magnitude" in name else (0.0, 0.3)))
             live.save_pretrained(tmp_path, save_embedding_layers=False)
             return dict(live.merge_and_unload().state_dict())
 

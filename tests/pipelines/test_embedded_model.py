@@ -22,6 +22,7 @@ from sdkit.recipes.emoji.pictures import BACKGROUNDS, composed, pictures, read
 HERE = Path(__file__).parents[1] / "embedded"
 TWELVE = [one for one in pictures() if (HERE / f"{one.file}.webp").is_file()]
 ON_BLUE = [Prompt(one, "blue") for one in TWELVE]
+SIX = ON_BLUE[:6]
 HELD_OUT = [Prompt(one, one.held_out) for one in TWELVE]
 
 
@@ -114,24 +115,24 @@ def test_a_negative_prompt_turns_the_colour_to_the_opposite(sd: sdkit.StableDiff
 
 def test_fewer_steps_degrade_gracefully(sd: sdkit.StableDiffusion, drawn: list[Image.Image]) -> None:
     """Fewer steps must be farther from the result of many steps. Ten are still enough to recognise the object."""
-    exact = draw(sd, ON_BLUE, num_inference_steps=30)
+    exact = draw(sd, SIX, num_inference_steps=40)
     errors = []
     for steps in (20, 10, 4):
-        made = drawn if steps == 10 else draw(sd, ON_BLUE, num_inference_steps=steps)
+        made = drawn[:6] if steps == 10 else draw(sd, SIX, num_inference_steps=steps)
         errors.append(np.mean([np.abs(pixels(a) - pixels(b)).mean() for a, b in zip(made, exact, strict=True)]))
-        assert found(made, ON_BLUE) >= {20: 12, 10: 12, 4: 6}[steps]
+        assert found(made, SIX) >= {20: 6, 10: 6, 4: 3}[steps]
     assert errors[0] < errors[1] < errors[2]
 
 
-@pytest.mark.parametrize(("sampler", "steps"), [("ddpm", 30), ("dpm++2m", 10)])
+@pytest.mark.parametrize(("sampler", "steps"), [("ddpm", 40), ("dpm++2m", 10)])
 def test_samplers_agree_on_what_is_drawn(sd: sdkit.StableDiffusion, sampler: str, steps: int) -> None:
-    made = draw(sd, ON_BLUE, sampler=sampler, num_inference_steps=steps)
-    assert found(made, ON_BLUE) == 12
+    made = draw(sd, SIX, sampler=sampler, num_inference_steps=steps)
+    assert found(made, SIX) == 6
 
 
 def test_seeds_differ(sd: sdkit.StableDiffusion, drawn: list[Image.Image]) -> None:
     """Images of other seeds must differ, but show the same objects."""
-    others = draw(sd, ON_BLUE, seed=range(100, 112))
-    assert found(others, ON_BLUE) == 12
-    for one, other in zip(drawn, others, strict=True):
+    others = draw(sd, SIX, seed=range(100, 106))
+    assert found(others, SIX) == 6
+    for one, other in zip(drawn[:6], others, strict=True):
         assert np.abs(pixels(one) - pixels(other)).mean() > 0.002

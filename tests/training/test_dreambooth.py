@@ -31,7 +31,7 @@ from sdkit.training.run_folder import read_metrics
 from sdkit.training.stages.drawing import Drawing
 from sdkit.training.stages.dreambooth import CLASS_IMAGES, ClassImages
 from sdkit.training.stages.unet import UNetStage
-from tests.helpers import tiny
+from tests.helpers import VALIDATION_STEPS, tiny
 from tests.helpers.sentences import one_sentence
 
 pytest.importorskip("datasets")
@@ -39,7 +39,7 @@ pytest.importorskip("peft")
 
 INSTANCE, CLASS = "a sks disc", "a disc"
 BATCH = [(n, n) for n in range(4)]
-COUNT = 3
+COUNT = 2
 OWN: dict[str, Any] = {"instance_prompt": INSTANCE, "class_prompt": CLASS, "size": tiny.SIZE}
 
 
@@ -235,10 +235,10 @@ def test_class_images_are_the_models_own_drawings(made: Path, tmp_path: Path) ->
     given = {"class_data": None, "class_count": COUNT, "seed": 5, "learning_rate": 0.1, "save_every": 1}
     out = train_unet(config(made, tmp_path / "run", max_steps=1, **given))
     before = drawn(out)
-    assert [*before] == ["00000.png", "00001.png", "00002.png"]
+    assert [*before] == ["00000.png", "00001.png"]
     sd = sdkit.StableDiffusion.from_pretrained(made / "model", dtype="fp32", device="cpu")
     for i, path in enumerate(sorted((out / "class_images").rglob("*.png"))):
-        (expected,) = sd(CLASS, seed=5 + i, height=tiny.SIZE, width=tiny.SIZE, num_inference_steps=25)
+        (expected,) = sd(CLASS, seed=5 + i, height=tiny.SIZE, width=tiny.SIZE, num_inference_steps=VALIDATION_STEPS)
         levels = [np.asarray(image, float) for image in (sdkit.images.read(path), expected)]
         assert np.abs(levels[0] - levels[1]).max() <= 1
     next(iter(sorted((out / "class_images").rglob("*.png")))).unlink()
@@ -313,7 +313,7 @@ def test_other_class_images_are_another_run(made: Path, tmp_path: Path) -> None:
     )  # fmt: skip
 
 
-GOLDEN = {"whole": [2.11696, 2.23416, 1.73359], "lora": [2.11696, 2.39181, 1.80378]}
+GOLDEN = {"whole": [2.12339, 2.23416, 1.73359], "lora": [2.12339, 2.39181, 1.80874]}
 KINDS: dict[str, dict[str, Any]] = {"whole": {}, "lora": {"lora_rank": 2, "train_text_encoder": True}}
 
 

@@ -111,7 +111,7 @@ def test_only_the_new_rows_are_trained(made: Path, tmp_path: Path) -> None:
     fit(stage, stage.config, tmp_path / "run")
     after = {name: x for part in (stage.vae, stage.denoiser) for name, x in part.state_dict().items()}
     assert {name for name in before if not torch.equal(before[name], after[name])} == {*trained}
-    assert float((vectors(stage) - first).abs().min(dim=1).values.max()) > 0
+    assert float((vectors(stage).detach() - first).abs().min(dim=1).values.max()) > 0
     checkpoint = tmp_path / "run" / "checkpoints" / "step-00000003" / "embedding.safetensors"
     assert checkpoint.stat().st_size < 4096
 
@@ -171,7 +171,7 @@ def test_cache_and_images_give_the_same_run(made: Path, tmp_path: Path) -> None:
     torch.testing.assert_close(*found, atol=1e-4, rtol=1e-3)
 
 
-GOLDEN = [0.0] * 10
+GOLDEN = [1.022485, 1.180662, 0.785646, 1.147853, 0.94161, 1.087648, 0.776062, 1.145822, 1.252265, 0.840939]
 
 
 def test_golden_losses(made: Path, tmp_path: Path) -> None:
@@ -193,13 +193,13 @@ def test_the_result_draws_the_same_in_diffusers(made: Path, tmp_path: Path) -> N
     out = train_embedding(
         config(
             made, out_dir=tmp_path, learning_rate=0.1, max_steps=6, validation_prompts=("a red <zork>",),
-            evaluate=("frechet",), gradient_checkpointing=True,
+            evaluate=("lpips",), gradient_checkpointing=True, vectors=1,
         )
     )  # fmt: skip
     assert len([*(out / "samples").iterdir()]) == 2
     validation = [line for line in read_metrics(out / "metrics.jsonl") if "validation/loss" in line]
     assert validation[-1]["validation/loss"] < validation[0]["validation/loss"]
-    assert "validation/frechet" in validation[-1]
+    assert "validation/lpips" in validation[-1]
     noise = torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(0))
     options: dict[str, Any] = {
         "latents": noise, "num_inference_steps": 3, "guidance_scale": 4.0, "output_type": "latent"
@@ -223,21 +223,15 @@ RUN: dict[str, Any] = {
     "max_steps": 6, "batch_size": 2, "gradient_accumulation_steps": 2, "save_every": 2, "keep_checkpoints": 1,
     "validate_every": 3, "lr_scheduler": "cosine", "size": tiny.SIZE, "augment": ("crop", "flip"), "seed": 7,
     "ema_decay": 0.9, "keep_norm": True, "vectors": 2, "token": "<zork>", "init_token": "apple",
-    "validation_prompts": ("a <zork>",),
 }  # fmt: skip
 POINTS = {
-    "os.rename:config.json 1": 0,
-    "batch 3": 0,
     "loss 6": 2,
     "update 3": 2,
-    "validate 2": 2,
     "half 8": 2,
-    "os.rename:checkpoints/step- 2": 2,
-    "os.remove:.safetensors 2": 4,
     "export 1": 6,
-    "os.rename:result 1": 6,
 }
-"""Points at which a run is killed -> the step of the newest checkpoint at that time; 0 if there is none."""
+"""Points at which a run is killed -> the step of the newest checkpoint at that time. test_runs.py has those of the
+loop, which is the same for all stages."""
 
 
 @pytest.fixture(scope="module")
@@ -251,7 +245,7 @@ def everything(out: Path) -> dict[str, Any]:
     """Read all that two bit-identical runs share."""
     found: dict[str, Any] = {
         str(path.relative_to(out)): path.read_bytes()
-        for name in ("checkpoints", "result", "samples")
+        for name in ("checkpoints", "result")
         for path in sorted((out / name).rglob("*"))
         if path.is_file()
     }

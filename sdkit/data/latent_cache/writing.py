@@ -174,7 +174,8 @@ def cache(
         if not _begin(folder, manifest, processes, held):
             return folder
         pool = held.enter_context(ThreadPoolExecutor(workers))
-        encoder = ShardEncoder(autoencoder, text, transform, settings, pool, batch_size, conditions)
+        pairs = None if conditions is None else conditions.images
+        encoder = ShardEncoder(autoencoder, text, transform, settings, pool, batch_size, pairs)
         shards = _Shards(examples, shard_size)
         _write_shards(folder, encoder, shards, processes)
         processes.wait_for_everyone()

@@ -8,12 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdkit.data.example import Example
 from sdkit.data.examples import Examples
 from sdkit.data.latent_cache.manifest import Manifest
-from sdkit.data.pairs import Conditions, check_condition, open_conditions, shaped_like
+from sdkit.data.pairs import Conditions, check_condition, open_conditions
 from sdkit.data.sources import open_examples
-from sdkit.data.transform import Transform, draw
+from sdkit.data.transform import Transform
 from sdkit.errors import ArgumentError, CacheError
 from sdkit.files import expanded
 from sdkit.loading.source import condition_of
@@ -23,8 +22,9 @@ from sdkit.networks.text_encoder import TextEncoder
 from sdkit.training.batches import noise_of
 from sdkit.training.settings import UNetConfig
 from sdkit.training.stage import Samples
+from sdkit.training.stages.conditions import TrainingPairs
 from sdkit.training.stages.examples import CachedLatents, DenoisingExamples, ImageLatents, Row, open_provider
-from sdkit.training.stages.images import TrainingImages, is_cache, training_transform
+from sdkit.training.stages.images import is_cache, training_transform
 
 
 def prepare_input(network: Any, config: UNetConfig) -> None:
@@ -39,6 +39,8 @@ def prepare_input(network: Any, config: UNetConfig) -> None:
             which cannot train the new channels.
     """
     own, kind = condition_of(network.config), _kind_in(config)
+    if config.instance_data is not None and own is not None:
+        raise ArgumentError("DreamBooth takes no conditions, and this model needs one: give a text-to-image model.")
     if kind is None:
         if own is not None:
             raise ArgumentError(
@@ -65,7 +67,7 @@ def _kind_in(config: UNetConfig) -> str | None:
     """Return the kind of the conditions in the data of a run, "latents" or "map"; None if they have none."""
     if config.instance_data is not None:
         return None
-    if not is_cache(config.data):
+    if config.instance_data is not None or not is_cache(config.data):
         return check_condition(config.condition_column, config.conditioning_data, config.condition_kind)
     for name in ("condition_column", "conditioning_data"):
         if getattr(config, name) is not None:
@@ -101,27 +103,6 @@ def open_conditioned(
     )
 
 
-class Pairs(TrainingImages):
-    """Images and their conditions as pixels (6, H, W), with the same crop and the same flip.
-
-    Args:
-        examples: The images.
-        transform: The transform of both.
-        seed: Seed of the augmentations.
-        conditions: The condition of each example.
-    """
-
-    def __init__(self, examples: Examples, transform: Transform, seed: int, conditions: Conditions) -> None:
-        super().__init__(examples, transform, seed)
-        self.conditions = conditions
-
-    def pixels(self, example: Example, index: int, augmentation: int) -> Tensor:
-        """Return an image and its condition as pixels (6, H, W) in [-1, 1]."""
-        image = example.load()
-        condition = shaped_like(image, self.conditions[index].load())
-        return torch.cat([self.transform(one, draw(self.seed, index, augmentation)) for one in (image, condition)])
-
-
 class ConditionedImages(ImageLatents):
     """Images with a condition each: `concat` (3, h, w) of a map, or `concat_pixels` (3, H, W) for the VAE to encode.
 
@@ -149,8 +130,8 @@ class ConditionedImages(ImageLatents):
         seed: int = 0,
     ) -> None:
         super().__init__(examples, transform, vae, text, seed=seed)
-        self.images = Pairs(examples, transform, seed, conditions)
-        self.validation_images = Pairs(examples, Transform(size=transform.size), 0, conditions)
+        self.images = TrainingPairs(examples, transform, seed, conditions)
+        self.validation_images = TrainingPairs(examples, Transform(size=transform.size), 0, conditions)
         self.skipped = self.validation_images.skipped = self.images.skipped
         self.identity = conditions.added_to(self.identity)
         self._kind, self._factor = kind, vae.factor
