@@ -55,7 +55,12 @@ def test_it_is_small(path: Path) -> None:
     assert path.stat().st_size <= 1.5e6
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+LONG = {"08_more_than_a_prompt"}
+"""Notebooks that take about a minute even with few steps, where the others take seconds."""
+RUNS = [pytest.param(path, marks=[pytest.mark.slow] if path.stem in LONG else [], id=path.stem) for path in NOTEBOOKS]
+
+
+@pytest.mark.parametrize("path", RUNS)
 def test_it_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SDKIT_LPIPS", raising=False)
     notebook = nbformat.read(path, 4)
