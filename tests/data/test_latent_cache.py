@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 
 import sdkit
 from sdkit.data import LatentCache, Transform, cache
-from sdkit.data.latent_cache.manifest import Manifest, Settings, Shard
+from sdkit.data.latent_cache.manifest import FORMAT_VERSION, Manifest, Settings, Shard
 from sdkit.data.latent_cache.shard_file import save
 from sdkit.files import sha256
 
@@ -75,7 +75,7 @@ class TestDamage:
         ("change", "fragment"),
         [
             (lambda fields: fields | {"format": "sdkit.other"}, "is not the manifest of a latent cache"),
-            (lambda fields: fields | {"format_version": 3}, "was written by a newer version of sdkit"),
+            (lambda fields: fields | {"format_version": FORMAT_VERSION + 1}, "was written by a newer version of sdkit"),
             (lambda fields: fields | {"complete": False}, "it has a wrong checksum"),
             (lambda fields: fields | {"unknown": 1}, "is damaged"),
             (lambda fields: {key: fields[key] for key in fields if key != "checksum"}, "has no 'checksum'"),
