@@ -4,8 +4,8 @@
     python benchmarks/evaluation.py --vae tiny --parts evaluate images --images 3000 --repeats 1
     python benchmarks/evaluation.py --parts none --images 8 --repeats 1 --extractors alex inception dinov2 clip
 
-The second line shows that memory does not grow with the number of images; the network's part of it is constant, so that
-a tiny VAE will do. In the third line, networks of the papers' sizes have random weights, which take as long as trained
+The second line shows how memory grows with the number of images; the network's part of it is constant, so that a tiny
+VAE will do. In the third line, networks of the papers' sizes have random weights, which take as long as trained
 ones; NAME:SOURCE takes others. Each measurement runs in its own process, after a few images that do not
 count. The images are JPEGs of 300 x 300 pixels, cropped at random from a photo of scikit-image, and evaluated at
 256 x 256. CPU time is that of all threads, and memory the process's peak.
