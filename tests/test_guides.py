@@ -161,6 +161,7 @@ def test_guides_have_all_commands() -> None:
 BENCHMARKS = sorted({*re.findall(r"`python\s+(benchmarks/\S+\.py)`", " ".join(GUIDES.values()))})
 SMALL = {
     "benchmarks/inference.py": ["--repeats", "1", "--steps", "2", "--parts", "emoji", "cold"],
+    "benchmarks/pipelines.py": ["--turns", "1", "--steps", "2", "--batch-sizes", "1"],
     "benchmarks/training.py": ["--turns", "1", "--width", "0.1", "--size", "64", "--images", "2"],
 }
 

@@ -16,7 +16,10 @@ from nbclient import NotebookClient
 FOLDER = Path(__file__).parents[1] / "notebooks"
 NOTEBOOKS = sorted(path for path in FOLDER.glob("*.ipynb") if not path.stem.endswith("_zh"))
 TRANSLATIONS = sorted(FOLDER.glob("*_zh.ipynb"))
-FEW = {"STEPS": 4, "CONV_STEPS": 3, "TEXTURE_STEPS": 3, "LATENT_STEPS": 3, "COUNTS": (2, 4), "EXACT": 8}
+FEW = {
+    "STEPS": 4, "CONV_STEPS": 3, "TEXTURE_STEPS": 3, "LATENT_STEPS": 3, "COUNTS": (2, 4), "EXACT": 8, "QUICK": 2,
+    "PICTURES": 8, "CONTROL_STEPS": 2, "CLASS_IMAGES": 4, "OBJECT_STEPS": 2,
+}  # fmt: skip
 FIRST = """
 from sdkit.pipelines.settings import DrawingSettings
 from sdkit.training.stages import drawing
@@ -43,7 +46,7 @@ def is_parameters(cell: Any) -> bool:
 
 
 def test_they_are_all_there() -> None:
-    assert [path.stem[:2] for path in NOTEBOOKS] == ["01", "02", "03", "04", "05", "06", "07"]
+    assert [path.stem[:2] for path in NOTEBOOKS] == ["01", "02", "03", "04", "05", "06", "07", "08"]
     assert [path.stem for path in TRANSLATIONS] == ["01_encode_decode_zh", "02_text_to_image_zh"]
 
 
@@ -52,7 +55,12 @@ def test_it_is_small(path: Path) -> None:
     assert path.stat().st_size <= 1.5e6
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+LONG = {"08_more_than_a_prompt"}
+"""Notebooks that take about a minute even with few steps, where the others take seconds."""
+RUNS = [pytest.param(path, marks=[pytest.mark.slow] if path.stem in LONG else [], id=path.stem) for path in NOTEBOOKS]
+
+
+@pytest.mark.parametrize("path", RUNS)
 def test_it_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SDKIT_LPIPS", raising=False)
     notebook = nbformat.read(path, 4)

@@ -228,7 +228,9 @@ def _controlnet(source: Path, kit: Kit) -> object:
 
 
 def _lora(source: Any, kit: Kit) -> object:
-    return sdkit.StableDiffusion.from_pretrained(kit.folder, dtype="fp32", device="cpu").load_lora(source)
+    sd = sdkit.StableDiffusion.from_pretrained(kit.folder, dtype="fp32", device="cpu")
+    sd.load_lora(source)
+    return sd
 
 
 def _embedding(source: Any, kit: Kit) -> str:

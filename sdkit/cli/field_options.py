@@ -73,7 +73,8 @@ class FieldOption:
             doc = re.sub(r"\bNone\b", "the default", doc)
         words = {"True": "yes", "False": "no", "": "empty"}
         unsaid = self.default in (MISSING, None, ())
-        default = "" if unsaid else f" (default: {words.get(str(self.default), self.default)})"
+        value = " ".join(map(str, self.default)) if isinstance(self.default, tuple) else str(self.default)
+        default = "" if unsaid else f" (default: {words.get(value, value)})"
         return f"{doc}{default}".replace("%", "%%")
 
     def _parser(self) -> Callable[[str], Any]:

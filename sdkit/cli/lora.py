@@ -97,8 +97,8 @@ def _add_merge(commands: Commands) -> None:
         merge,
         usage="LORA [LORA ...] --out PATH [OPTION ...]",
         examples=(
-            "sdkit lora merge a.safetensors b.safetensors --scale 0.8 --scale 0.5 --out c.safetensors",
-            "sdkit lora merge zork.safetensors --model sd-v1-5.safetensors --out zork-model/",
+            "sdkit lora merge a.safetensors b.safetensors --out c.safetensors",
+            "sdkit lora merge a.safetensors --scale 0.8 --model emoji --out merged/",
         ),
     )
     add = parser.add_argument

@@ -119,7 +119,7 @@ STAGES = {
             "sdkit train unet --data photos/ --out-dir runs/zork --lora-rank 8",
             "sdkit train unet --config runs/zork/config.json --max-steps 2000",
             'sdkit train unet --instance-data dog/ --instance-prompt "sks dog" -o runs/dog',
-            "sdkit train unet --data edits.parquet --condition-column before --out-dir runs/edit",
+            "sdkit train unet --data edits.parquet --condition-column before -o runs/edit",
             "accelerate launch -m sdkit train unet --data cache/ --out-dir runs/full",
         ),
     ),
@@ -134,11 +134,8 @@ STAGES = {
     "embedding": StageCommand(
         EmbeddingConfig,
         "Learn a new word from a few images (textual inversion).",
-        (
-            'sdkit train embedding --token "<zork>" --init-token cat --data five/ -o run',
-            'sdkit generate "a <zork> on the beach" --embedding run/result',
-        ),
-        f"--token WORD --init-token WORD {STAGE_USAGE}",
+        ('sdkit train embedding --token "<zork>" --init-token cat --data five/ -o run',),
+        "--token T --init-token T --data PATH -o PATH ...",
     ),
 }
 

@@ -682,9 +682,13 @@ class VAE(Wrapper):
     def _moments(
         self, pixels: list[Tensor], batch_size: int | None, tile: int | None
     ) -> tuple[list[Tensor], list[Tensor]]:
-        padded = [self._pad(x) for x in pixels]
-        moments = self._each(self._encode_finite, padded, batch_size, tile, self.factor, 1, "encode")
-        means, logvars = zip(*(both.chunk(2) for both in moments), strict=True)
+        # Views of one image, such as the rows of an expanded tensor, are encoded once.
+        views = [(x.data_ptr(), x.shape, x.stride(), x.device) for x in pixels]
+        distinct = dict(zip(views, pixels, strict=True))
+        padded = [self._pad(x) for x in distinct.values()]
+        encoded = self._each(self._encode_finite, padded, batch_size, tile, self.factor, 1, "encode")
+        moments = dict(zip(distinct, encoded, strict=True))
+        means, logvars = zip(*(moments[view].chunk(2) for view in views), strict=True)
         return list(means), list(logvars)
 
     def _pad(self, x: Tensor) -> Tensor:

@@ -42,7 +42,7 @@ from sdkit.networks.wrapper import Wrapper
 from sdkit.pipelines.concatenation import cut_out, read_condition, told
 from sdkit.pipelines.controlnet import Control, ControlNets, controlled, fitted, in_region, open_controls
 from sdkit.pipelines.image_to_image import check_inputs, last_steps
-from sdkit.pipelines.inpainting import Canvas, Original, keep_outside, latent_mask, open_canvas
+from sdkit.pipelines.inpainting import Canvas, Original, keep_outside, latent_mask, open_canvas, without_inside
 from sdkit.pipelines.settings import DrawingKeywords, DrawingSettings
 from sdkit.pipelines.steps import check_side, decode, denoise, embed, start
 
@@ -623,7 +623,7 @@ class StableDiffusion:
             encode = partial(self.vae.encode, generator=plan.generators)
             z = None if canvas.anew else encode(images)
             noise = start(plan.generators, plan.shape, latents)
-            masked = encode(images * (1 - mask))
+            masked = encode(without_inside(images, mask))
         x_T = noise if z is None else self.schedule.add_noise(z, noise, plan.timesteps[0][0])
         concat = torch.cat([latent_mask(mask, self.vae.factor), masked], dim=1)
         return self._sampled(x_T, replace(plan, beside=concat))

@@ -112,7 +112,9 @@ def test_version_and_help(run: Callable[..., Ran]) -> None:
     assert run("--version") == Ran(0, f"sdkit {sdkit.__version__}\n", "")
     code, out, err = run("--help")
     listed = re.findall(r"^    ([a-z]+)\b", out, flags=re.MULTILINE)
-    assert " ".join(listed) == "generate encode decode reconstruct info demo data cache train plot convert evaluate"
+    assert (
+        " ".join(listed) == "generate encode decode reconstruct info demo data cache train plot convert lora evaluate"
+    )
     for command in ([], *([name] for name in listed), ["data", "check"], ["train", "vae"], ["train", "unet"]):
         code, out, err = run(*command, "--help")
         assert (code, err) == (0, "")
@@ -133,7 +135,7 @@ COMMANDS = {parser.prog: parser for parser in parsers(_parser())}
 
 def test_the_choices_in_the_help_are_all_there_are() -> None:
     options = {action.dest: action for action in COMMANDS["sdkit generate"]._actions}
-    found_out = {"image_sha256", "mask_image_sha256", "control_image_sha256"}  # no options
+    found_out = {name for name in Generation.__dataclass_fields__ if name.endswith("_sha256")}  # no options
     assert set(Generation.__dataclass_fields__) - {"prompt", *found_out} <= set(options)
     crop = next(action for action in COMMANDS["sdkit cache"]._actions if action.dest == "crop")
     for option, known in (
@@ -158,7 +160,7 @@ def test_each_example_in_a_help_is_understood(command: str) -> None:
         assert " ".join(words).startswith(command)
         args = _parser().parse_args(words[1:])
         if command.startswith("sdkit train ") and not args.config:
-            assert _settings(STAGES[words[2]].settings, args).data == args.data
+            assert _settings(STAGES[words[2]].settings, args).out_dir == args.out_dir
 
 
 @pytest.mark.parametrize("columns", [80, 120])

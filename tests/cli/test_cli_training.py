@@ -114,7 +114,7 @@ def test_help_tells_every_field_with_its_docstring_and_default(run: Callable[...
 @pytest.mark.parametrize("field", CHOICES)
 def test_the_choices_in_the_help_are_those_of_the_settings(field: str) -> None:
     name, stage = next((name, stage) for name, stage in STAGES.items() if hasattr(stage, field))
-    needed = {one.name: "photos" for one in fields(stage) if one.default is MISSING}
+    needed = {"data": "photos"} | {one.name: "photos" for one in fields(stage) if one.default is MISSING}
     with pytest.raises(ArgumentError) as refused:
         stage(**needed | {"out_dir": "run", field: "unheard-of"})
     known = re.findall(r"'([^']+)'", str(refused.value).partition("is not one of")[2])
@@ -227,7 +227,14 @@ OWN: dict[str, dict[str, tuple[str, Any]]] = {
     },
     "unet": {
         "lora_rank": ("8", 8),
+        "lora_alpha": ("4", 4.0),
+        "lora_dropout": ("0.1", 0.1),
+        "lora_rank_stabilized": ("", True),
+        "lora_targets": ("attention conv1", ("attention", "conv1")),
         "train_text_encoder": ("", True),
+        "condition_column": ("before", "before"),
+        "condition_kind": ("map", "map"),
+        "condition_dropout": ("0.2", 0.2),
         **DENOISING,
     },
     "controlnet": {
@@ -247,11 +254,28 @@ OWN: dict[str, dict[str, tuple[str, Any]]] = {
 }
 
 
+DREAMBOOTH: dict[str, tuple[str, Any]] = {
+    "instance_data": ("five", "five"),
+    "instance_prompt": ("a zork", "a zork"),
+    "class_data": ("class", "class"),
+    "class_prompt": ("an apple", "an apple"),
+    "class_count": ("9", 9),
+    "prior_weight": ("0.5", 0.5),
+}
+
+
+def test_the_fields_of_dreambooth_can_be_set() -> None:
+    words = [w for name, (text, _) in DREAMBOOTH.items() for w in (f"--{name.replace('_', '-')}", text)]
+    values = {name: value for name, (_, value) in DREAMBOOTH.items()}
+    assert settings("unet", *words, "--out-dir", "run") == STAGES["unet"](**values, out_dir="run")
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_field_can_be_set(stage: str) -> None:
     values = COMMON | OWN[stage]
     others = {  # exclude another one
-        "vae": set[str](), "unet": {"init"}, "controlnet": {"init", "conditioning_data"}, "embedding": {"init"},
+        "vae": set[str](), "unet": {"init", "conditioning_data", *DREAMBOOTH},
+        "controlnet": {"init", "conditioning_data"}, "embedding": {"init"},
     }  # fmt: skip
     assert values.keys() | others[stage] == {field.name for field in fields(STAGES[stage])}
     words = [w for name, (text, _) in values.items() for w in (f"--{name.replace('_', '-')}", *text.split())]

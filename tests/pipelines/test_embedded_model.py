@@ -87,11 +87,11 @@ def test_pairs_that_it_has_never_seen(sd: sdkit.StableDiffusion) -> None:
 
 def test_guidance_raises_fidelity(sd: sdkit.StableDiffusion) -> None:
     """At scale 0 the prompt is ignored. The larger the scale, the nearer the images must be to the prompt."""
-    made = [draw(sd, SIX, guidance_scale=scale) for scale in (0.0, 0.5, 1.0)]
-    far = [off(images, SIX) for images in made]
+    made = [draw(sd, ON_BLUE, guidance_scale=scale) for scale in (0.0, 0.5, 1.0)]
+    far = [off(images, ON_BLUE) for images in made]
     assert far[0] > 2 * far[1] > 4 * far[2]
-    assert found(made[0], SIX) <= 2
-    assert found(made[1], SIX) == found(made[2], SIX) == 6
+    assert found(made[0], ON_BLUE) <= 4
+    assert found(made[1], ON_BLUE) == found(made[2], ON_BLUE) == 12
 
 
 def test_a_negative_prompt_keeps_away_what_it_names(sd: sdkit.StableDiffusion) -> None:
@@ -105,7 +105,7 @@ def test_a_negative_prompt_keeps_away_what_it_names(sd: sdkit.StableDiffusion) -
 
 def test_a_negative_prompt_turns_the_colour_to_the_opposite(sd: sdkit.StableDiffusion) -> None:
     """The prompt is "a circle"; no caption gives its colour."""
-    options = {"guidance_scale": 5.0, "num_inference_steps": 10}
+    options = {"guidance_scale": 5.0, "num_inference_steps": 20}
     made = (sd("a circle", negative, **options)[0] for negative in ("", "a red circle", "a blue circle"))
     middles = [pixels(image)[48:80, 48:80].mean((0, 1)) for image in made]
     plain, not_red, not_blue = (float(red - blue) for red, _, blue in middles)

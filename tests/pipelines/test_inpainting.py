@@ -130,6 +130,22 @@ def test_an_image_is_the_same_alone_and_in_a_batch(sd: sdkit.StableDiffusion, ch
 
 
 @pytest.mark.parametrize("channels", [4, 9])
+def test_one_image_for_several_prompts_is_encoded_once(sd: sdkit.StableDiffusion, channels: int) -> None:
+    """Each of several images is drawn as if it were alone, and the VAE encodes each distinct image once."""
+    model, rows = sd_shaped(sd.text, channels)[0], list[int]()
+    common = {"strength": 0.5, "num_inference_steps": 2, "guidance_scale": 1, "output_type": "latent"}
+    with model.vae.network.encoder.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0]))):
+        batch = model(PROMPTS * 2, image=pixels(1), mask_image=MASKS[:1], seed=5, **common)
+        once = sum(rows)
+        model(PROMPTS, image=pixels(2), mask_image=MASKS, **common)
+    for i, prompt in enumerate(PROMPTS * 2):
+        alone = model(prompt, image=pixels(1), mask_image=MASKS[:1], seed=5 + i, **common)
+        torch.testing.assert_close(alone[0], batch[i], atol=3e-5, rtol=0)
+    kinds = {4: 1, 9: 2}[channels]  # the image, and for nine channels the image without the masked part
+    assert (once, sum(rows) - once) == (kinds, 2 * kinds)
+
+
+@pytest.mark.parametrize("channels", [4, 9])
 def test_evaluations_are_those_of_text_to_image(sd: sdkit.StableDiffusion, channels: int) -> None:
     model, sizes = sd_shaped(sd.text, channels)[0], list[int]()
     with model.unet.network.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0]))):

@@ -97,7 +97,7 @@ class CachedControlExamples(CachedLatents):
         data: The cache.
         beside: Images of the same names as those in the cache, except for their suffixes: the conditions, or what they
             are made of.
-        make: Makes a condition of a cropped image, and its name; None takes the images as they are.
+        make: Name in `CONDITIONS` of the function that makes conditions; None takes the images as they are.
         vae: The VAE of the run.
         text: The text encoder of the run.
         size: As in `CachedLatents`.
