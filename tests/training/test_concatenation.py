@@ -19,6 +19,7 @@ from sdkit.errors import SdkitError
 from sdkit.networks.concatenation import map_of
 from sdkit.training import UNetConfig, settings, train_unet
 from sdkit.training.batches import noise_of
+from sdkit.training.run_folder import read_metrics
 from sdkit.training.stages.concatenation import told
 from sdkit.training.stages.unet import UNetStage
 from tests.helpers import tiny
@@ -72,6 +73,10 @@ def cached(made: Path, kind: str, **changes: Any) -> UNetConfig:
 
 
 TABLE: dict[str, Any] = {"condition_column": "before", "image_column": "image", "conditioning_data": None}
+GOLDEN = {
+    "latents": [1.101685, 0.890995, 1.036265, 0.968389, 0.738381],
+    "map": [1.101685, 0.890002, 1.033906, 0.965627, 0.738653],
+}
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +91,10 @@ def runs(made: Path) -> dict[str, Path]:
     done = {kind: train_unet(cached(made, kind, out_dir=made / f"run {kind}", **common)) for kind in KINDS}
     torch.set_num_threads(threads)
     return done
+
+
+def losses(out: Path) -> list[float]:
+    return [line["loss"] for line in read_metrics(out / "metrics.jsonl") if "loss" in line]
 
 
 def test_settings_name_the_kinds_of_conditions() -> None:
@@ -192,6 +201,12 @@ def test_cached_conditions_are_cropped_and_mirrored_like_their_images(made: Path
     with pytest.raises(sdkit.CacheError, match=r"made with condition map, not latents as asked for now"):
         cache(made / "model", made / "table", folder, condition_column="before", image_column="image",
               size=tiny.SIZE, crop="random", flip=True, augmentations=3, dtype="fp32", device="cpu")  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_golden(runs: dict[str, Path], kind: str) -> None:
+    """Losses in float32 on one thread, to 1e-3. A change in these numbers is a change in what is learned."""
+    assert losses(runs[kind]) == pytest.approx(GOLDEN[kind], rel=1e-3)
 
 
 @pytest.mark.parametrize("kind", KINDS)
