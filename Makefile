@@ -2,7 +2,8 @@
 # GPU_ARGS="--wheels FOLDER".
 PYTHON ?= python3
 DEMO ?= demo
-PYTEST_ARGS ?= -n auto
+# worksteal: consecutive tests run in one process, so that a fixture of a module is made once.
+PYTEST_ARGS ?= -n auto --dist worksteal
 VENV := .venv
 BIN := $(VENV)/bin
 # The stamp is written last. While .unfinished exists, the set-up was interrupted and starts again from an empty folder.

@@ -8,7 +8,9 @@ from sdkit.diffusion.guidance import (
     Model,
     apg,
     cfg,
+    cfg_with_image,
     classifier,
+    energy,
     guided,
     rescale,
 )
@@ -21,7 +23,9 @@ __all__ = [
     "Predict",
     "apg",
     "cfg",
+    "cfg_with_image",
     "classifier",
+    "energy",
     "guided",
     "rescale",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import os
 import tempfile
+from collections.abc import Iterator
 
 # Set before huggingface_hub and torch are first imported, because they read these variables once. Subprocesses inherit
 # them.
@@ -20,10 +21,19 @@ import skimage.data  # noqa: E402
 from PIL import Image  # noqa: E402
 
 import sdkit  # noqa: E402
+from tests.helpers import VALIDATION_STEPS  # noqa: E402
 
 # No deadline, because the first call of torch is slow. Derandomized, so that every run draws the same examples.
 hypothesis.settings.register_profile("sdkit", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("sdkit")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def few_validation_steps() -> Iterator[None]:
+    """Draw the pictures of validation prompts in few steps."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sdkit.training.stages.drawing.VALIDATION_STEPS", VALIDATION_STEPS)
+        yield
 
 
 @pytest.fixture(scope="session")

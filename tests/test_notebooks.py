@@ -1,4 +1,6 @@
-"""The notebooks run as they are, with few training steps, and their committed outputs come from their current code."""
+"""The notebooks run as they are, with few steps of training and sampling, and their committed outputs come from their
+current code.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +17,12 @@ FOLDER = Path(__file__).parents[1] / "notebooks"
 NOTEBOOKS = sorted(path for path in FOLDER.glob("*.ipynb") if not path.stem.endswith("_zh"))
 TRANSLATIONS = sorted(FOLDER.glob("*_zh.ipynb"))
 FEW = {"STEPS": 4, "CONV_STEPS": 3, "TEXTURE_STEPS": 3, "LATENT_STEPS": 3, "COUNTS": (2, 4), "EXACT": 8}
+FIRST = """
+from sdkit.pipelines.settings import DrawingSettings
+from sdkit.training.stages import drawing
+DrawingSettings.__init__.__kwdefaults__["num_inference_steps"] = drawing.VALIDATION_STEPS = 2
+"""
+"""A cell that is run before all others: where a notebook names no number of sampling steps, there are two."""
 
 
 spec = importlib.util.spec_from_file_location("run", FOLDER / "run.py")
@@ -52,6 +60,7 @@ def test_it_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         names = re.findall(r"^([A-Z_]+) = ", cell.source, re.MULTILINE)
         assert names
         cell.source = "\n".join(f"{name} = {FEW[name]!r}" for name in names)
+    notebook.cells.insert(0, nbformat.v4.new_code_cell(FIRST))
     NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
 
 

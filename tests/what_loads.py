@@ -213,7 +213,8 @@ def _model(source: Any, kit: Kit) -> object:
     if isinstance(source, Path) and source.is_file():
         options = {"config": kit.folder, **options}
     sd = sdkit.StableDiffusion.from_pretrained(source, dtype="fp32", device="cpu", **options)
-    return sd("a cat", num_inference_steps=1, output_type="latent")
+    condition = Image.new("RGB", (64, 64)) if sd.unet.condition else None
+    return sd("a cat", condition=condition, num_inference_steps=1, output_type="latent")
 
 
 def _vae(source: Any, kit: Kit) -> object:
@@ -230,6 +231,12 @@ def _lora(source: Any, kit: Kit) -> object:
     return sdkit.StableDiffusion.from_pretrained(kit.folder, dtype="fp32", device="cpu").load_lora(source)
 
 
+def _embedding(source: Any, kit: Kit) -> str:
+    sd = sdkit.StableDiffusion.from_pretrained(kit.folder, dtype="fp32", device="cpu")
+    token = sd.load_embedding(source)
+    return f"`{token}`, vectors: {len(sd.text.learned[token])}"
+
+
 def _data(source: Any, _: Kit) -> str:
     from sdkit.data import open_examples
 
@@ -244,6 +251,7 @@ MODELS = Group("Models", _model)
 VAES = Group("Standalone VAEs", _vae)
 CONTROLNETS = Group("ControlNets", _controlnet)
 LORAS = Group("LoRA", _lora)
+EMBEDDINGS = Group("Textual inversion embeddings", _embedding)
 IMAGES = Group("Images", lambda path, _: sdkit.images.read(path))
 DATA = Group("Images with captions", _data)
 
@@ -269,7 +277,21 @@ CACHES = Group("Latent caches", _cache)
 RECIPES = Group("PNGs that carry their settings (`sdkit generate --from`)", lambda path, _: Generation.read(path))
 PROMPTS = Group("Prompts (`sdkit generate --prompts`)", lambda path, _: "; ".join(read_prompts(path)))
 RUNS = Group("Resumed runs", _resumed)
-GROUPS = (MODELS, VAES, SCHEDULES, CONTROLNETS, LORAS, IMAGES, DATA, RECIPES, PROMPTS, LATENTS, CACHES, RUNS)
+GROUPS = (
+    MODELS,
+    VAES,
+    SCHEDULES,
+    CONTROLNETS,
+    LORAS,
+    EMBEDDINGS,
+    IMAGES,
+    DATA,
+    RECIPES,
+    PROMPTS,
+    LATENTS,
+    CACHES,
+    RUNS,
+)
 
 
 def outcome(case: Case, kit: Kit, folder: Path) -> str:
@@ -473,6 +495,30 @@ def _(kit: Kit, here: Path) -> str:
     return "models/sd15"
 
 
+def widened(kit: Kit, to: Path, channels: int) -> Path:
+    """Copy the model, and give its U-Net this number of input channels."""
+    unet = kit.copy(to) / "unet"
+    edited(unet / "config.json", in_channels=channels)
+    (file,) = unet.glob("*.safetensors")
+    tensors = load_file(file)
+    weight = tensors["conv_in.weight"]
+    tensors["conv_in.weight"] = torch.cat([weight, weight.new_zeros(len(weight), channels - 4, 3, 3)], dim=1)
+    written(file, tensors)
+    return to
+
+
+@MODELS
+def _(kit: Kit, here: Path) -> Path:
+    """InstructPix2Pix: a U-Net with eight input channels, which also reads an image (`condition=`)"""
+    return widened(kit, here / "model", 8)
+
+
+@MODELS
+def _(kit: Kit, here: Path) -> Path:
+    """An upscaler: a U-Net with seven input channels"""
+    return widened(kit, here / "model", 7)
+
+
 @VAES
 def _(kit: Kit, here: Path) -> Path:
     """One .safetensors file in the original layout"""
@@ -600,11 +646,52 @@ def _(kit: Kit, here: Path) -> Path:
     return written(here / "lora.safetensors", kit.lora() | kit.lora("lora_te2_text_model_"))
 
 
+TO_K = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_k"
+
+
 @LORAS
 def _(kit: Kit, here: Path) -> Path:
-    """A LoHa"""
-    name = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_k"
-    return written(here / "lora.safetensors", {f"{name}.hada_w1_a": torch.ones(8, 2)})
+    """A LoCon: a LoRA of convolutions, with a core (`lora_mid`) or without"""
+    shapes = {"lora_down": (2, 4, 1, 1), "lora_mid": (2, 2, 3, 3), "lora_up": (8, 2, 1, 1)}
+    core = {f"lora_unet_conv_in.{key}.weight": torch.full(shape, 0.1) for key, shape in shapes.items()}
+    return written(here / "lora.safetensors", kit.lora() | core)
+
+
+@LORAS
+def _(kit: Kit, here: Path) -> Path:
+    """A DoRA (`dora_scale` of LyCORIS, or `lora_magnitude_vector` of peft)"""
+    return written(here / "lora.safetensors", kit.lora() | {f"{TO_K}.dora_scale": torch.ones(8, 1)})
+
+
+@LORAS
+def _(kit: Kit, here: Path) -> Path:
+    """A LoHa of LyCORIS"""
+    shapes = {"hada_w1_a": (8, 2), "hada_w1_b": (2, 8), "hada_w2_a": (8, 2), "hada_w2_b": (2, 8)}
+    tensors = {f"{TO_K}.{key}": torch.full(shape, 0.1) for key, shape in shapes.items()}
+    return written(here / "lora.safetensors", tensors)
+
+
+@LORAS
+def _(kit: Kit, here: Path) -> Path:
+    """A LoHa of peft"""
+    (here / "adapter_config.json").write_text(json.dumps({"peft_type": "LOHA", "r": 2, "alpha": 4}))
+    layer = "base_model.model.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_k"
+    shapes = {"hada_w1_a": (8, 2), "hada_w1_b": (2, 8), "hada_w2_a": (8, 2), "hada_w2_b": (2, 8)}
+    tensors = {f"{layer}.{key}": torch.full(shape, 0.1) for key, shape in shapes.items()}
+    return written(here / "adapter_model.safetensors", tensors)
+
+
+@LORAS
+def _(kit: Kit, here: Path) -> Path:
+    """A LoKr"""
+    tensors = {f"{TO_K}.lokr_w1": torch.full((2, 4), 0.1), f"{TO_K}.lokr_w2": torch.full((4, 2), 0.1)}
+    return written(here / "lora.safetensors", tensors)
+
+
+@LORAS
+def _(kit: Kit, here: Path) -> Path:
+    """An OFT, an IA3, or a GLoRA"""
+    return written(here / "lora.safetensors", {f"{TO_K}.oft_blocks": torch.ones(2, 4, 4)})
 
 
 @LORAS
@@ -620,6 +707,74 @@ def _(kit: Kit, here: Path) -> Path:
 def _(kit: Kit, here: Path) -> Path:
     """A textual inversion embedding instead of a LoRA"""
     return written(here / "zork.safetensors", {"emb_params": torch.ones(2, 16)})
+
+
+def _a1111(vectors: torch.Tensor, **changes: Any) -> dict[str, Any]:
+    return {"string_to_token": {"*": 265}, "string_to_param": {"*": vectors}, "name": "zork", "step": 9} | changes
+
+
+@EMBEDDINGS
+def _(kit: Kit, here: Path) -> Path:
+    """diffusers' `learned_embeds.safetensors`, in a folder: the token is the tensor's name"""
+    written(here / "learned_embeds.safetensors", {"<zork>": torch.ones(2, 16)})
+    return here
+
+
+@EMBEDDINGS
+def _(kit: Kit, here: Path) -> Path:
+    """diffusers' `learned_embeds.bin`"""
+    torch.save({"<zork>": torch.ones(16)}, here / "learned_embeds.bin")
+    return here
+
+
+@EMBEDDINGS
+def _(kit: Kit, here: Path) -> Path:
+    """A1111's .pt: the token is the name in it"""
+    torch.save(_a1111(torch.ones(3, 16)), here / "other.pt")
+    return here / "other.pt"
+
+
+@EMBEDDINGS
+def _(kit: Kit, here: Path) -> Path:
+    """`emb_params` in .safetensors: the token is the file's name"""
+    return written(here / "zork.safetensors", {"emb_params": torch.ones(2, 16)})
+
+
+@EMBEDDINGS
+def _(kit: Kit, here: Path) -> Path:
+    """A token that is a word of the vocabulary (`token=` gives it another)"""
+    return written(here / "a.safetensors", {"cat": torch.ones(2, 16)})
+
+
+@EMBEDDINGS
+def _(kit: Kit, here: Path) -> Path:
+    """An embedding of another width"""
+    return written(here / "a.safetensors", {"<zork>": torch.ones(2, 1024)})
+
+
+@EMBEDDINGS
+def _(kit: Kit, here: Path) -> Path:
+    """More vectors than the model reads tokens"""
+    return written(here / "a.safetensors", {"<zork>": torch.ones(99, 16)})
+
+
+@EMBEDDINGS
+def _(kit: Kit, here: Path) -> Path:
+    """An embedding of Stable Diffusion XL"""
+    return written(here / "a.safetensors", {"clip_g": torch.ones(1, 1280), "clip_l": torch.ones(1, 768)})
+
+
+@EMBEDDINGS
+def _(kit: Kit, here: Path) -> Path:
+    """A pickle that holds more than tensors"""
+    torch.save(_a1111(torch.ones(2, 16), sd_checkpoint=Path("a")), here / "a.pt")
+    return here / "a.pt"
+
+
+@EMBEDDINGS
+def _(kit: Kit, here: Path) -> Path:
+    """A LoRA instead of an embedding"""
+    return written(here / "a.safetensors", kit.lora())
 
 
 for suffix in ("png", "jpg", "jfif", "webp", "avif", "bmp", "gif", "tif", "tga", "jp2", "ppm"):

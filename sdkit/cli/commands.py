@@ -19,6 +19,7 @@ from sdkit import __version__
 from sdkit.cli.console import complain, exit_code_of, flush, say, say_json, say_path, say_table
 from sdkit.cli.evaluate import add_evaluate_commands
 from sdkit.cli.field_options import FieldOption, field_options
+from sdkit.cli.lora import add_lora_commands
 from sdkit.cli.options import (
     PREDICTION_TYPES,
     SAMPLERS,
@@ -107,7 +108,8 @@ def generate(args: argparse.Namespace) -> int:
     options = _drawing_options()
     given = {field.name: getattr(args, field.name) for field in fields(Generation) if field.name in args}
     given |= {name: options[name].value(value) for name, value in given.items() if name in options}
-    given |= {name: tuple(given[name]) for name in ("controlnet", "control_image") if name in given}
+    several = ("controlnet", "control_image", "embedding", "embedding_token")
+    given |= {name: tuple(given[name]) for name in several if name in given}
     generation = (Generation.read(args.from_image) if args.from_image else Generation()).but(**given)
     _check_guidance(given, generation)
     # Checked before a model is loaded or downloaded.
@@ -117,8 +119,11 @@ def generate(args: argparse.Namespace) -> int:
     _check_place(generation.dtype, args.device)
     if args.preview_every is not None:
         whole_number("preview_every", args.preview_every, 1)
+    embeddings, generation = generation.embeddings()  # small, like LoRAs: a bad one is reported early
     controlnets = _load_controlnets(args, generation)
     report, sd = Report[Path](on_done=say_path), _load_sd(args, generation)
+    for embedding in embeddings:
+        sd.add_embedding(embedding)
     preview = _preview(args, sd)
     run_generation(sd, job, grid=args.grid, controlnets=controlnets, report=report, callback=preview)
     return 0
@@ -144,7 +149,7 @@ def _check_guidance(given: dict[str, Any], generation: Generation) -> None:
     """Raise ArgumentError if an option of guidance is given at scale 1, where guidance is off and would ignore it."""
     options = {"negative_prompt": "negative-prompt", "guidance_rescale": "rescale", "guidance_interval": "interval"}
     unused = [option for name, option in options.items() if given.get(name)]
-    if unused and generation.guidance_scale == 1:
+    if unused and generation.guidance_scale == generation.image_guidance_scale == 1:
         raise ArgumentError(f"--{unused[0]} belongs to guidance, and --scale 1 is none; leave one of them out.")
 
 
@@ -330,6 +335,7 @@ def _parser() -> argparse.ArgumentParser:
     for add_to in (_add_generate, _add_encode, _add_decode, _add_reconstruct, _add_info, _add_demo):
         add_to(commands)
     add_training_commands(commands)
+    add_lora_commands(commands)
     add_evaluate_commands(commands)
     return parser
 
@@ -360,6 +366,7 @@ def _add_generate(commands: Commands) -> None:
             "sdkit generate --from outputs/0001-a-cat-0.png --seed 7 --out again.png",
             "sdkit generate --prompts prompts.txt --lora runs/zork/result --lora-scale 0.8",
             'sdkit generate "a fox" --controlnet runs/edges/result --control-image a.png',
+            'sdkit generate "make it red" --model runs/edit/result --condition cat.png',
         ),
     )
     unset: dict[str, Any] = {"default": argparse.SUPPRESS}
@@ -376,6 +383,10 @@ def _add_generate(commands: Commands) -> None:
     add("--lora", action="append", metavar="SOURCE", help=lora, **unset)
     lora_scale = "Scale of the LoRA; with several, give one for each, in the same order (default: 1)"
     add("--lora-scale", action="append", type=float, metavar="S", help=lora_scale, **unset)
+    embedding = "Add a textual inversion embedding: a file, a folder, or a Hub id. May be given several times"
+    add("--embedding", action="append", metavar="SOURCE", help=embedding, **unset)
+    token = "Word that stands for the embedding; with several, one for each, in the same order (default: its own)"
+    add("--embedding-token", action="append", metavar="WORD", help=token, **unset)
     controlnet = "Add a ControlNet: a folder, a file, or a Hub id. May be given several times"
     add("--controlnet", action="append", metavar="SOURCE", help=controlnet, **unset)
     control_image = "Image that the ControlNet follows, such as edges; with several, one for each, in the same order"
@@ -399,6 +410,8 @@ def _add_what_to_draw(add: Add, unset: dict[str, Any]) -> None:
     add("--image", metavar="FILE", help="Image to start from", **unset)
     mask = "Mask of --image: only its white part is drawn anew"
     add("--mask-image", "--mask", metavar="FILE", help=mask, **unset)
+    condition = "Image that the model reads beside the noise, if it was trained with conditions"
+    add("--condition", metavar="FILE", help=condition, **unset)
     prompts = 'File of more prompts, one per line; "-" reads stdin. Lines that begin with # are skipped'
     add("--prompts", dest="prompts_file", metavar="FILE", help=prompts)
     again = "Draw an image that sdkit made again; options given here override its own"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -248,6 +250,7 @@ def _complain_of_skipped(found: ImageEvaluation | VAEEvaluation) -> None:
         complain(f"{len(found.skipped) - SHOWN} more images are skipped.")
 
 
+SHEET = "vae-evaluation.png"
 CONTROLS = ("pixels", "blur")
 """Controls that `sdkit evaluate vae` adds to its tables: one loses nothing, the other all but blocks of 16 pixels."""
 
@@ -261,7 +264,6 @@ def vae(args: argparse.Namespace) -> int:
     lose nothing, and a blur that keeps one colour of each 16 x 16 pixels. The
     worst and the best reconstructions of each VAE are drawn side by side.
     """
-    from sdkit import images as image_io
     from sdkit.cli.jobs import check_writable
     from sdkit.data import open_examples
     from sdkit.evaluation import evaluate_vae, open_extractor, reconstruction_sheet
@@ -269,10 +271,10 @@ def vae(args: argparse.Namespace) -> int:
     from sdkit.networks.autoencoder import VAE
     from sdkit.networks.lpips import LPIPS
 
-    sheet = Path(args.sheet)
-    if sheet.suffix.lower() != ".png":
-        raise ArgumentError(f"the sheet {sheet} must be a .png; give another name.")
-    check_writable(sheet, is_file=True)
+    named = None if args.sheet is None else Path(args.sheet)
+    if named is not None and named.suffix.lower() != ".png":
+        raise ArgumentError(f"the sheet {named} must be a .png; give another name.")
+    check_writable(named or Path(SHEET), is_file=True)
     sources = list(dict.fromkeys(args.sources))
     for source in sources[1:]:  # a wrong one is reported before the first has been measured
         if source not in CONTROLS:
@@ -289,7 +291,7 @@ def vae(args: argparse.Namespace) -> int:
     found = [evaluate_vae(source, examples, **options) for source in sources]
     controls = [evaluate_vae(source, examples, **options) for source in CONTROLS if source not in sources]
     if is_main_process():
-        image_io.save(reconstruction_sheet(found), sheet)
+        sheet = _save_sheet(reconstruction_sheet(found), named)
         if args.json:
             rows = {"vaes": [one.asdict() for one in found], "controls": [one.asdict() for one in controls]}
             say_json({"data": args.data, **rows, "sheet": sheet})
@@ -298,6 +300,25 @@ def vae(args: argparse.Namespace) -> int:
             say(printable(f"The worst and the best reconstructions: {sheet}"))
         _complain_of_skipped(found[0])
     return 1 if found[0].skipped else 0
+
+
+def _save_sheet(sheet: Image.Image, named: Path | None) -> Path:
+    """Write the sheet to the file that the user named, or else to a new one. Return its path.
+
+    As with `--out` of `sdkit generate`: a file that is named is replaced, any other file stays.
+    """
+    from sdkit import images as image_io
+
+    if named is not None:
+        image_io.save(sheet, named)
+        return named
+    first = Path(SHEET)
+    names = (first.with_stem(f"{first.stem}-{n}") for n in itertools.count(2))
+    for path in itertools.chain([first], names):
+        with contextlib.suppress(FileExistsError):
+            image_io.save(sheet, path, overwrite=False)
+            return path
+    raise AssertionError("there are always more names")
 
 
 def _print_vaes(found: Sequence[VAEEvaluation], resizing: str) -> None:
@@ -411,8 +432,8 @@ def _add_vae(commands: Commands) -> None:
     extractor = "Feature extractor of rFID: alex (embedded), inception (the FID's), dinov2, or clip (default: alex)"
     add("--extractor", default="alex", metavar="NAME[:SOURCE]", help=extractor)
     add = parser.add_argument_group("output").add_argument
-    sheet = "Picture of the worst and the best reconstructions (default: vae-evaluation.png)"
-    add("--sheet", default="vae-evaluation.png", metavar="FILE", help=sheet)
+    sheet = f"Picture of the worst and the best reconstructions (default: {SHEET}, or a new name where that exists)"
+    add("--sheet", metavar="FILE", help=sheet)
     add("--json", action="store_true", help="Print the measurements as JSON")
     add = parser.add_argument_group("speed and memory").add_argument
     batch_size_option(add)

@@ -347,7 +347,7 @@ def check_generation(
     generation.check()
     inputs, generation = generation.inputs()
     control_images, generation = generation.control_images()
-    if inputs:
+    if "image" in inputs:
         open_canvas(inputs["image"], inputs.get("mask_image"), generation, prompts=1, copies=1, side=512)
     prompts = strings("prompts", prompts)
     n = len(prompts) * whole_number("count", count, 1)
@@ -418,7 +418,7 @@ def run_generation(
     """
     report = report or Report()
     generation, out = job.generation, job.out
-    drawn_on = [job.inputs["image"]] if "image" in job.inputs else job.control_images
+    drawn_on = [job.inputs[name] for name in ("image", "condition") if name in job.inputs] or job.control_images
     inputs: dict[str, Any] = {**job.inputs}
     if controlnets:
         inputs |= {"controlnet": [*controlnets], "control_image": [*job.control_images]}
@@ -460,7 +460,7 @@ def _generate(
     inputs: Mapping[str, Any],
     callback: Callable[[Step], object] | None,
 ) -> list[Image.Image]:
-    """Generate one image for each (prompt, seed), from the image and the mask of `inputs`, if there are any."""
+    """Generate one image for each (prompt, seed), from the images of `inputs`, if there are any."""
     prompts, seeds = zip(*batch, strict=True)
     drawn: list[Image.Image] = sd(
         prompts, seed=seeds, batch_size=len(batch), callback=callback, **generation.options(), **inputs

@@ -32,11 +32,14 @@ from sdkit.processes import is_main_process
 from sdkit.strict_json import read_object
 from sdkit.training.settings import (
     AUGMENTATIONS,
+    CONDITION_KINDS,
     CONDITIONS,
     LR_SCHEDULERS,
     RECONSTRUCTIONS,
     REGULARIZERS,
+    TEMPLATES,
     ControlNetConfig,
+    EmbeddingConfig,
     StageSettings,
     UNetConfig,
     VAEConfig,
@@ -60,17 +63,22 @@ CHOICES = {
     "reconstruction": RECONSTRUCTIONS,
     "regularizer": REGULARIZERS,
     "condition": CONDITIONS,
+    "template": TEMPLATES,
+    "condition_kind": CONDITION_KINDS,
 }
 
 # Title of a group of options in the help -> its fields. Fields that a stage lacks are left out.
 GROUPS = {
-    "required, here or in the --config file": "data out_dir",
+    "required, here or in the --config file": "data out_dir token init_token",
     "data": "split image_column caption_column default_caption class_folders size augment "
-    "condition conditioning_data conditioning_image_column",
+    "condition condition_column conditioning_data conditioning_image_column condition_kind template",
+    "DreamBooth: one object from a few images": "instance_data instance_prompt class_data class_prompt class_count "
+    "prior_weight",
     "model": "model vae init",
-    "what is trained": "lora_rank train_text_encoder train_encoder controlnet",
-    "loss": "prediction_type zero_snr snr_gamma noise_offset caption_dropout reconstruction lpips_weight lpips "
-    "regularizer codebook_decay normalize_codes kl_weight disc_weight disc_start",
+    "what is trained": "lora_rank lora_alpha lora_dropout lora_rank_stabilized lora_targets train_text_encoder "
+    "train_encoder controlnet vectors keep_norm",
+    "loss": "prediction_type zero_snr snr_gamma noise_offset caption_dropout condition_dropout reconstruction "
+    "lpips_weight lpips regularizer codebook_decay normalize_codes kl_weight disc_weight disc_start",
     "optimisation": "max_steps batch_size gradient_accumulation_steps learning_rate lr_scheduler lr_warmup_steps "
     "max_grad_norm ema_decay seed",
     "speed and memory": "mixed_precision gradient_checkpointing use_8bit_adam",
@@ -86,11 +94,13 @@ class StageCommand(NamedTuple):
         settings: Class of its settings, whose fields are its options.
         summary: Its description.
         examples: Command lines to show in its help.
+        usage: Its options that must be given.
     """
 
     settings: type[StageSettings]
     summary: str
     examples: tuple[str, ...]
+    usage: str = STAGE_USAGE
 
 
 STAGES = {
@@ -108,6 +118,8 @@ STAGES = {
         (
             "sdkit train unet --data photos/ --out-dir runs/zork --lora-rank 8",
             "sdkit train unet --config runs/zork/config.json --max-steps 2000",
+            'sdkit train unet --instance-data dog/ --instance-prompt "sks dog" -o runs/dog',
+            "sdkit train unet --data edits.parquet --condition-column before --out-dir runs/edit",
             "accelerate launch -m sdkit train unet --data cache/ --out-dir runs/full",
         ),
     ),
@@ -118,6 +130,15 @@ STAGES = {
             "sdkit train controlnet --data photos/ --condition canny --out-dir runs/edges",
             "sdkit train controlnet --data photos/ --conditioning-data maps/ --out-dir run",
         ),
+    ),
+    "embedding": StageCommand(
+        EmbeddingConfig,
+        "Learn a new word from a few images (textual inversion).",
+        (
+            'sdkit train embedding --token "<zork>" --init-token cat --data five/ -o run',
+            'sdkit generate "a <zork> on the beach" --embedding run/result',
+        ),
+        f"--token WORD --init-token WORD {STAGE_USAGE}",
     ),
 }
 
@@ -173,7 +194,10 @@ def cache(args: argparse.Namespace) -> int:
     check_files(args.out)
     if args.seed is not None and args.crop == "center" and not args.flip:
         raise ArgumentError("--seed belongs to random crops and flips, and there are none; leave it out.")
-    options = ("crop", "flip", "augmentations", "embeddings", "batch_size", "dtype", "device", "vae")
+    options = (
+        *("crop", "flip", "augmentations", "embeddings", "batch_size", "dtype", "device", "vae"),
+        *("condition_column", "conditioning_data", "condition_kind"),
+    )
     given = {name: getattr(args, name) for name in options} | {"seed": 0 if args.seed is None else args.seed}
     folder = cache(args.model, args.data, args.out, size=_size(args.size), **given, **_given_data(args))
     if is_main_process():
@@ -199,7 +223,8 @@ def _train(name: str, args: argparse.Namespace) -> int:
 
     settings = _settings(STAGES[name].settings, args)
     check_files(Path(settings.out_dir))
-    check_source(settings.data)
+    for source in settings.sources:
+        check_source(source)
     folder = getattr(training, f"train_{name}")(settings)
     if is_main_process():
         say_path(folder / "result")
@@ -249,6 +274,11 @@ def _add_cache(commands: Commands) -> None:
         ),
     )
     _data_options(parser)
+    add = parser.add_argument_group("conditions that the U-Net is to read").add_argument
+    column = "Column of the conditions in .parquet files and on the Hub; the cache then holds them, too"
+    add("--condition-column", metavar="NAME", help=column)
+    add("--conditioning-data", metavar="DATA", help="Data set of the conditions: images of the same names as in DATA")
+    add("--condition-kind", metavar=choices(CONDITION_KINDS), help="What the U-Net reads of them (default: latents)")
     add = parser.add_argument_group("model").add_argument
     sources = 'A Hub id, a diffusers folder, a single file, or "emoji", the embedded model (default: emoji)'
     add("--model", "-m", default="emoji", metavar="SOURCE", help=sources)
@@ -334,7 +364,7 @@ def _add_stage(commands: Commands, name: str, stage: StageCommand) -> None:
         return _train(name, args)
 
     run.__name__, run.__doc__ = name, stage.summary
-    _add_settings(add_command(commands, run, usage=STAGE_USAGE, examples=stage.examples), stage.settings)
+    _add_settings(add_command(commands, run, usage=stage.usage, examples=stage.examples), stage.settings)
 
 
 def _add_settings(parser: argparse.ArgumentParser, stage: type[StageSettings]) -> None:

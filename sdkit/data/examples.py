@@ -67,6 +67,11 @@ class Examples:
             return iter([self._columns.default_caption] * len(self))
         return (self._columns.caption_of(value, i) for i, value in enumerate(self.dataset[self._columns.caption]))
 
+    def captioned(self, caption: str) -> Examples:
+        """Return the same images, all with this caption."""
+        columns = self._columns
+        return Examples(self.dataset, columns.image, None, self.source, default_caption=caption, folder=columns.folder)
+
     @property
     def has_captions(self) -> bool:
         """Whether any example has a caption."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sdkit.arguments import whole_number
 from sdkit.errors import ArgumentError
-from sdkit.evaluation.moments import Moments, check_comparable, check_finite_features
+from sdkit.evaluation.moments import Moments, check_comparable, check_finite_features, float64_blocks, mean_of
 
 SIZES = 15
 """Number of subset sizes to which `frechet_at_infinity` fits its line; as in the paper."""
@@ -127,7 +127,7 @@ def warn_if_few(count: int, width: int, name: str) -> None:
     if count < width:
         warnings.warn(
             f"{count} images are fewer than the {width} features of {name}: the Fréchet distance is far too high; "
-            "compare the extrapolated one, and only with distances of as many images.",
+            "compare only distances of as many images, or extrapolated ones.",
             stacklevel=1,
         )
 
@@ -153,11 +153,14 @@ def _mean_and_root(features: Moments | Tensor) -> tuple[Tensor, Tensor]:
     if not len(features):
         raise ArgumentError("there is no image to measure; give at least one.")
     check_finite_features(features)
-    x = features.detach().cpu().double()
-    deviations = (x - x.mean(dim=0)) / max(len(x) - 1, 1) ** 0.5
-    if len(x) > x.shape[1]:
-        deviations = torch.linalg.qr(deviations, mode="r").R
-    return x.mean(dim=0), deviations
+    mean, width = mean_of(features), features.shape[1]
+    root = torch.zeros(0, width, dtype=torch.float64)
+    # The triangle of a block and of the triangle so far is that of all: the memory is O(D^2), however large N is.
+    for block in float64_blocks(features, 2 * width):
+        root = torch.cat([root, block - mean])
+        if len(root) > width:
+            root = torch.linalg.qr(root, mode="r").R
+    return mean, root / max(len(features) - 1, 1) ** 0.5
 
 
 def _root(covariance: Tensor) -> Tensor:

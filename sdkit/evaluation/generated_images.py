@@ -147,8 +147,9 @@ def evaluate_images(
 ) -> ImageEvaluation:
     """Measure generated images against real ones.
 
-    Images are streamed: the memory does not grow with their number beyond 10,000, from which on KID, CMMD, precision
-    and recall, and the interval take a random sample of 10,000. Under `accelerate launch` the processes share the
+    Images are streamed. Only the features of at most 10,000 are held, N x D numbers in float32 for each set, which KID,
+    CMMD, precision and recall, and the interval take: 4.6 kB an image with "alex". They are a random sample of more
+    images, so that the memory does not grow beyond. Under `accelerate launch` the processes share the
     images, and each returns the result.
 
     Args:

@@ -1,6 +1,7 @@
 """Kernel distances between two sets of feature vectors: KID and CMMD, both squared maximum mean discrepancies.
 
-Neither assumes that features are Gaussian. They are computed in float64, in blocks, so that no N x M matrix is held.
+Neither assumes that features are Gaussian. They are computed in float64, in blocks: neither an N x M matrix nor a
+float64 copy of the vectors is held.
 """
 
 from __future__ import annotations
@@ -40,11 +41,10 @@ def kid(a: Tensor, b: Tensor) -> float:
         ArgumentError: A set is too small, the widths differ, or a feature is not finite.
     """
     _check(a, b, least=2)
-    a, b = a.double(), b.double()
     width = a.shape[1]
 
     def kernel(x: Tensor, y: Tensor) -> Tensor:
-        return (x @ y.T / width + 1) ** 3
+        return (x.double() @ y.double().T / width + 1) ** 3
 
     n, m = len(a), len(b)
     within_a = (_sum(kernel, a, a) - _diagonal(kernel, a)) / (n * (n - 1))
@@ -69,10 +69,10 @@ def cmmd(a: Tensor, b: Tensor) -> float:
         ArgumentError: A set is empty, the widths differ, or a feature is not finite.
     """
     _check(a, b, least=1)
-    a, b = F.normalize(a.double(), dim=1), F.normalize(b.double(), dim=1)
 
     def kernel(x: Tensor, y: Tensor) -> Tensor:
-        squares = (2 - 2 * (x @ y.T)).clamp(min=0)
+        cosines = F.normalize(x.double(), dim=1) @ F.normalize(y.double(), dim=1).T
+        squares = (2 - 2 * cosines).clamp(min=0)
         # All values are near 1. Without the 1, which cancels, no digits are lost.
         return torch.expm1(-squares / (2 * SIGMA**2))
 

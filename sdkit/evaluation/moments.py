@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
 
 from sdkit.errors import ArgumentError
+
+ROWS = 1024
+"""Vectors that are converted to float64 at a time."""
 
 
 def check_comparable(a: Tensor, b: Tensor) -> None:
@@ -32,6 +35,20 @@ def check_finite_features(features: Tensor) -> None:
     """Raise ArgumentError if a feature is NaN or infinite: the maximum of 0 and NaN would be a perfect distance."""
     if not bool(torch.isfinite(features).all()):
         raise ArgumentError("features must be finite numbers; these hold NaN or infinity.")
+
+
+def float64_blocks(vectors: Tensor, rows: int) -> Iterator[Tensor]:
+    """Yield vectors (N, D) on the CPU in float64, at most `rows` at a time, so that no whole copy is held."""
+    for block in vectors.detach().split(rows):
+        yield block.cpu().double()
+
+
+def mean_of(vectors: Tensor) -> Tensor:
+    """Return the mean (D,) of vectors (N, D), in float64."""
+    total = torch.zeros(vectors.shape[1], dtype=torch.float64)
+    for block in float64_blocks(vectors, ROWS):
+        total += block.sum(dim=0)
+    return total / len(vectors)
 
 
 class Moments:
@@ -65,7 +82,8 @@ class Moments:
         first, *others = parts
         whole = cls(len(first.mean))
         for part in (first, *others):
-            whole._merge(part.count, part.mean, part.scatter)
+            whole.scatter += part.scatter
+            whole._merge_means(part.count, part.mean)
         return whole
 
     @property
@@ -86,17 +104,22 @@ class Moments:
 
     def add(self, vectors: Tensor) -> None:
         """Add vectors (B, D) of any floating-point type, on any device."""
-        batch = vectors.detach().cpu().double()
+        batch = vectors.detach().cpu().to(torch.float64, copy=True)
         if len(batch):
             mean = batch.mean(dim=0)
-            deviations = batch - mean
-            self._merge(len(batch), mean, deviations.T @ deviations)
+            batch -= mean
+            self.scatter.addmm_(batch.T, batch)
+            self._merge_means(len(batch), mean)
 
-    def _merge(self, count: int, mean: Tensor, scatter: Tensor) -> None:
+    def _merge_means(self, count: int, mean: Tensor) -> None:
+        """Merge the count and the mean of other vectors, whose own scatter has been added already.
+
+        The scatter changes in place: temporary D x D matrices, many per second, would fragment the heap.
+        """
         total = self.count + count
         if total == 0:
             return
         shift = mean - self.mean
-        self.scatter += scatter + torch.outer(shift, shift) * (self.count * count / total)
+        self.scatter.addr_(shift, shift, alpha=self.count * count / total)
         self.mean += shift * (count / total)
         self.count = total

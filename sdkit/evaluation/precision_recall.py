@@ -13,12 +13,12 @@ from torch import Tensor
 
 from sdkit.arguments import whole_number
 from sdkit.errors import ArgumentError
-from sdkit.evaluation.moments import check_comparable
+from sdkit.evaluation.moments import check_comparable, float64_blocks, mean_of
 
 NEIGHBOURS = 3
 """k of the paper."""
 ROWS = 1024
-"""Rows of distances that are held at a time."""
+"""Rows and columns of the blocks in which distances are computed: 8 MiB each."""
 
 
 class PrecisionRecall(NamedTuple):
@@ -37,7 +37,7 @@ def precision_recall(generated: Tensor, real: Tensor, *, k: int = NEIGHBOURS) ->
     """Return improved precision and recall (eq. 1 and 2 of the paper).
 
     The manifold of a set is the union of the balls around its vectors that reach to their k-th nearest neighbours in
-    the set. Distances are computed in float64, in rows: the memory is O(N + M).
+    the set. Distances are computed in float64, in blocks: beside the vectors, the memory is O(N + M).
 
     Args:
         generated: Vectors (N, D).
@@ -53,25 +53,36 @@ def precision_recall(generated: Tensor, real: Tensor, *, k: int = NEIGHBOURS) ->
             f"precision and recall need more than {k} images in each set, not {len(generated)} and {len(real)}."
         )
     check_comparable(generated, real)
-    centre = real.double().mean(dim=0)  # distances are the same, and lose fewer digits
-    x, y = generated.double() - centre, real.double() - centre
-    return PrecisionRecall(_covered(x, y, _radii(y, k)), _covered(y, x, _radii(x, k)))
+    centre = mean_of(real)  # distances from it are the same, and lose fewer digits
+    return PrecisionRecall(
+        _covered(generated, real, _radii(real, k, centre), centre),
+        _covered(real, generated, _radii(generated, k, centre), centre),
+    )
 
 
-def _radii(vectors: Tensor, k: int) -> Tensor:
+def _radii(vectors: Tensor, k: int, centre: Tensor) -> Tensor:
     """Return the squared distance of each vector to its k-th nearest neighbour (N,)."""
     radii = []
-    for start in range(0, len(vectors), ROWS):
-        squares = _squares(vectors[start : start + ROWS], vectors)
-        squares.diagonal(start).fill_(torch.inf)  # no vector is its own neighbour
-        radii.append(squares.kthvalue(k, dim=1).values)
+    for i, rows in enumerate(float64_blocks(vectors, ROWS)):
+        nearest = torch.full((len(rows), k), torch.inf, dtype=torch.float64)
+        for j, columns in enumerate(float64_blocks(vectors, ROWS)):
+            squares = _squares(rows - centre, columns - centre)
+            if i == j:
+                squares.fill_diagonal_(torch.inf)  # no vector is its own neighbour
+            nearest = torch.cat([nearest, squares], dim=1).topk(k, dim=1, largest=False).values
+        radii.append(nearest[:, -1])
     return torch.cat(radii)
 
 
-def _covered(vectors: Tensor, centres: Tensor, radii: Tensor) -> float:
+def _covered(vectors: Tensor, centres: Tensor, radii: Tensor, centre: Tensor) -> float:
     """Return the share of vectors that lie in at least one of the balls."""
-    inside = [(_squares(rows, centres) <= radii).any(dim=1) for rows in vectors.split(ROWS)]
-    return float(torch.cat(inside).double().mean())
+    covered = 0
+    for rows in float64_blocks(vectors, ROWS):
+        inside = torch.zeros(len(rows), dtype=torch.bool)
+        for columns, squared in zip(float64_blocks(centres, ROWS), radii.split(ROWS), strict=True):
+            inside |= (_squares(rows - centre, columns - centre) <= squared).any(dim=1)
+        covered += int(inside.sum())
+    return covered / len(vectors)
 
 
 def _squares(a: Tensor, b: Tensor) -> Tensor:

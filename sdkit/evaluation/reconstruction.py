@@ -217,7 +217,8 @@ def evaluate_vae(
 ) -> VAEEvaluation:
     """Encode and decode images, and measure what is lost, what the latents look like, and what it costs.
 
-    Images are streamed: threads read them, and a few batches are held at a time. Under `accelerate launch` the
+    Images are streamed: threads read them, and a few batches are held at a time. Of each image only its name and its
+    scores are kept. Under `accelerate launch` the
     processes share the images, and each returns the same result.
 
     Args:

@@ -15,6 +15,8 @@ from sdkit.evaluation.moments import Moments
 
 KEPT = 10_000
 """Vectors that are kept for metrics of pairs of images; the moments cover all images."""
+MORE = 1024
+"""Vectors above these that are added before the superfluous ones are dropped, all at a time."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,8 @@ class Summary:
     @classmethod
     def merged(cls, parts: Sequence[Summary]) -> Summary:
         """Return the summary of all images, from the summaries of disjoint sets of them."""
+        if len(parts) == 1:
+            return parts[0]  # no copy of its vectors
         whole = cls(parts[0].width, parts[0].pixels.shape[-1])
         first, second = (Moments.merged(part.halves[i] for part in parts) for i in range(2))
         whole.halves = (first, second)
@@ -156,21 +160,22 @@ class Sample:
         self._numbers.append(numbers.cpu())
         self._vectors.append(vectors.detach().float().cpu())
         self._held += len(numbers)
-        if self._held > 2 * self.size:
+        if self._held > self.size + MORE:
             self._prune()
 
     def tensors(self) -> tuple[Tensor, Tensor]:
         """Return the sampled numbers (n,), in increasing order, and their vectors (n, D), float32."""
         self._prune()
-        order = self._numbers[0].argsort()
-        return self._numbers[0][order], self._vectors[0][order]
+        return self._numbers[0], self._vectors[0]
 
     def _prune(self) -> None:
+        """Hold the sample as a single tensor of numbers, in increasing order, and one of vectors."""
+        if len(self._numbers) == 1:
+            return
         numbers, vectors = torch.cat(self._numbers), torch.cat(self._vectors)
-        if len(numbers) > self.size:
-            kept = torch.from_numpy(np.argsort(hashed(numbers), kind="stable")[: self.size])
-            numbers, vectors = numbers[kept], vectors[kept]
-        self._numbers, self._vectors, self._held = [numbers], [vectors], len(numbers)
+        kept = torch.from_numpy(np.argsort(hashed(numbers), kind="stable")[: self.size])
+        kept = kept[numbers[kept].argsort()]
+        self._numbers, self._vectors, self._held = [numbers[kept]], [vectors[kept]], len(kept)
 
 
 def in_first_half(numbers: Tensor) -> Tensor:

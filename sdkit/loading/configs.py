@@ -78,6 +78,14 @@ NESTED_COUNTS: Check = (
 GUIDANCE = "_guidance_scale"
 """Key in model_index.json of the guidance scale that suits the model best; diffusers ignores it."""
 
+CONDITION = "_condition"
+"""Key in a U-Net's config of what its further input channels hold, one of `CONDITIONS`; diffusers ignores it."""
+CONDITIONS = ("latents", "map")
+"""Conditions that a U-Net takes beside x_t: the latents of an image (not scaled, the mean of their posterior), or its
+colours at the size of the latents."""
+MAP_CHANNELS = 3
+"""Channels of a condition of the kind "map"."""
+
 INDEX: dict[str, Check] = {GUIDANCE: ("a number from 0 to 100", lambda x: _number(x, 0, 100))}
 """Checks of model_index.json. Those of the other configs are in `sdkit.loading.parts`."""
 

@@ -14,6 +14,8 @@ from sdkit.diffusion.schedule import LONGEST_CHAIN
 from sdkit.loading import original_names, pixels
 from sdkit.loading.configs import (
     BLOCKS,
+    CONDITION,
+    CONDITIONS,
     COUNT,
     COUNT_OR_LIST,
     COUNTS,
@@ -146,6 +148,7 @@ UNET = Part(
             ),
             or_null(WHOLE),
         ),
+        CONDITION: or_null((" or ".join(CONDITIONS), lambda x: x in CONDITIONS)),
     },
     shown={"in_channels": 4, "cross_attention_dim": 1280, "sample_size": None},
     prefixes=("model.diffusion_model.",),

@@ -92,7 +92,7 @@ TEXT_FIELDS = (
     "bos_token_id",
     "eos_token_id",
 )
-INPAINTING = 9
+INSTRUCT, INPAINTING = 8, 9
 INPUTS = {5: "a depth model", 7: "an upscaler", 8: "InstructPix2Pix", 9: "an inpainting model"}
 
 
@@ -147,7 +147,7 @@ def family_of(file: TensorFile) -> str:
     if latents != 4:
         raise SourceError(f"{file.label} holds a VAE of another family: {latents} latent channels where SD has 4.")
     channels = inputs_of(file)
-    if channels not in (4, INPAINTING):
+    if channels not in (4, INSTRUCT, INPAINTING):
         name = INPUTS.get(channels, "another kind of model")
         raise SourceError(f"{file.label} looks like {name} ({channels} input channels); give a text-to-image model.")
     if unet := keys_of(file, UNET) or keys_of(file, CONTROLNET):
@@ -161,7 +161,7 @@ def family_of(file: TensorFile) -> str:
 
 
 def inputs_of(file: TensorFile) -> int:
-    """Return the number of input channels of a file's U-Net: 4, or `INPAINTING` for an inpainting model."""
+    """Return the number of input channels of a file's U-Net: 4, or more for InstructPix2Pix or an inpainting model."""
     return _inputs(file, FIRST_CONV) if FIRST_CONV in file.shapes else 4
 
 
@@ -191,7 +191,8 @@ def probe_prediction(unet: Any) -> str:
     x_t = torch.randn((1, channels, 8, 8), generator=torch.Generator().manual_seed(0))
     cond = torch.zeros((1, 77, width), dtype=unet.dtype)
     beside = torch.zeros((1, unet.config.in_channels - channels, 8, 8))  # an inpainting model's mask and image
-    beside[:, :1] = 1  # all is drawn
+    if beside.shape[1] > channels:
+        beside[:, :1] = 1  # all is drawn
     output = unet(torch.cat([x_t, beside], dim=1).to(unet.dtype), 999, cond).sample.float()[:, :channels]
     correlation = torch.corrcoef(torch.stack([x_t.flatten(), output.flatten()]))[0, 1]
     return "epsilon" if correlation > 0.5 else "v_prediction"

@@ -18,7 +18,7 @@ from sdkit.arguments import PREDICTIONS, one_of
 from sdkit.diffusion.schedule import NoiseSchedule
 from sdkit.errors import SourceError
 from sdkit.loading import diffusers_folder, single_file, tokenizer
-from sdkit.loading.configs import GUIDANCE, INDEX, class_name, read_config, read_json
+from sdkit.loading.configs import CONDITION, GUIDANCE, INDEX, MAP_CHANNELS, class_name, read_config, read_json
 from sdkit.loading.parts import CONTROLNET, PARTS, SCHEDULER, TEXT, UNET, VAE, Part
 from sdkit.loading.place import Place, SourceName, absent, resolve
 from sdkit.loading.single_file import ASSETS
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderKL, AutoencoderTiny, ControlNetModel, UNet2DConditionModel, VQModel
     from transformers import CLIPTextModel, CLIPTokenizer
 
+UPSCALER = 7
 USUAL_GUIDANCE = 7.5
 
 
@@ -119,20 +120,34 @@ class Source:
         """Load the VAE's network, in eval mode, on the CPU, converted to `dtype`. "pixels" is a `PixelIdentity`."""
         return cast("AutoencoderKL | AutoencoderTiny | VQModel", self._backend.network(VAE, dtype))
 
-    def denoiser(self, dtype: torch.dtype = torch.float32, *, inpainting: bool = False) -> UNet2DConditionModel:
+    def denoiser(
+        self, dtype: torch.dtype = torch.float32, *, inpainting: bool = False, conditioned: bool = False
+    ) -> UNet2DConditionModel:
         """Load the U-Net's network, in eval mode, on the CPU, converted to `dtype`.
 
         Args:
             dtype: The dtype of its weights.
             inpainting: Whether it may be an inpainting model, which also takes a mask and the latents of an image.
+            conditioned: Whether it may be one that takes a condition beside x_t; see `condition_of`.
         """
         unet = cast("UNet2DConditionModel", self._backend.network(UNET, dtype))
         label, settings = self.place.label, cast("Any", unet.config)
-        if settings.addition_embed_type or settings.class_embed_type or settings.num_class_embeds:
+        upscales = settings.in_channels == UPSCALER and condition_of(settings) is None  # it has class embeddings
+        if not upscales and (settings.addition_embed_type or settings.class_embed_type or settings.num_class_embeds):
             raise SourceError(f"{label} holds a U-Net of Stable Diffusion XL or of another kind; give SD 1.x or 2.x.")
-        latents = latent_channels(settings)
-        if settings.in_channels not in (latents, *([2 * latents + 1] if inpainting else [])):
+        latents, condition = latent_channels(settings), condition_of(settings)
+        accepted = [latents, *([2 * latents + 1] if inpainting else [])]
+        if condition is not None:
+            wanted = latents + condition_channels(condition, latents)
+            if settings.in_channels != wanted:
+                raise SourceError(
+                    f"the U-Net of {label} has {settings.in_channels} input channels, and {wanted} with the condition "
+                    f"that its config names ({CONDITION}: {condition}); correct the config."
+                )
+            accepted += [wanted] if conditioned else []
+        if settings.in_channels not in accepted:
             name = single_file.INPUTS.get(settings.in_channels, "another kind of model")
+            name = "a model that takes a map beside x_t" if condition == "map" else name
             raise SourceError(
                 f"{label} looks like {name} ({settings.in_channels} input channels); give a text-to-image model."
             )
@@ -210,6 +225,20 @@ def latent_channels(unet: Any) -> int:
     """Return the channels of the latents that a U-Net denoises, by its config. With twice as many outputs as inputs,
     the second half is a learned variance."""
     return int(unet.in_channels if unet.out_channels == 2 * unet.in_channels else unet.out_channels)
+
+
+def condition_of(unet: Any) -> str | None:
+    """Return what a U-Net takes beside x_t by its config, "latents" or "map"; None if it takes nothing, or a mask, too.
+
+    Without a word on it, twice as many inputs as latents are InstructPix2Pix's (Brooks et al. 2023): x_t and "latents".
+    """
+    stated: str | None = unet.get(CONDITION)
+    return stated or ("latents" if unet.in_channels == 2 * latent_channels(unet) else None)
+
+
+def condition_channels(condition: str, latents: int) -> int:
+    """Return the number of channels of a condition, "latents" or "map", beside latents of that many channels."""
+    return latents if condition == "latents" else MAP_CHANNELS
 
 
 class _Folder:

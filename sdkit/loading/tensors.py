@@ -61,7 +61,7 @@ class TensorFile:
         path: The file.
         shapes: Name -> shape.
         dtypes: Name -> dtype, such as "float16".
-        metadata: The metadata of a safetensors file.
+        metadata: The metadata of a safetensors file, or the name that a pickle of A1111 gives an embedding.
         tensors: The tensors of a pickle, which are read all at once; None for a safetensors file.
     """
 
@@ -163,11 +163,12 @@ def _open_pickle(path: Path) -> TensorFile:
         mapped = zipfile.is_zipfile(path) and not misnamed
         content = torch.load(path if mapped else file, map_location="cpu", weights_only=True, mmap=mapped)
     tensors = _named_tensors(content, repr(clean(path)), path.stat().st_size)
+    name = content.get("name") if isinstance(content, dict) else None
     return TensorFile(
         path=path,
         shapes={key: tuple(value.shape) for key, value in tensors.items()},
         dtypes={key: str(value.dtype).removeprefix("torch.") for key, value in tensors.items()},
-        metadata={},
+        metadata={"name": name} if isinstance(name, str) else {},
         tensors=tensors,
     )
 

@@ -659,6 +659,19 @@ class VAE(Wrapper):
         """
         return self.kind.posterior(x.to(self.device, self.dtype))
 
+    @blames_network
+    def pixels(self, z: Tensor) -> Tensor:
+        """Decode scaled latents with gradient, for guidance by what an image looks like (`sdkit.guidance.energy`).
+
+        Args:
+            z: Scaled latents (B, 4, h, w), as `encode` returns them.
+
+        Returns:
+            Pixels (B, 3, 8h, 8w), float32. Unlike those of `decode`, they are not clamped to [-1, 1], where the
+            gradient would vanish.
+        """
+        return self.kind.decode(self._raw(z).to(self.device, self.dtype))
+
     def check_size(self, size: tuple[int, int]) -> None:
         """Raise ArgumentError for a (height, width) in pixels that `forward` and `posterior` do not take."""
         if any(side % self.factor for side in size):

@@ -17,7 +17,7 @@ from sdkit.engines.attention import quicken_attention
 from sdkit.engines.compile import compile_modules, eager
 from sdkit.engines.device import memory_format, resolve_place
 from sdkit.errors import ArgumentError
-from sdkit.loading.source import Source, latent_channels
+from sdkit.loading.source import Source, condition_of, latent_channels
 from sdkit.networks.shared_timestep import embed_timestep_once, shared_timestep, timesteps_of
 from sdkit.networks.wrapper import Wrapper, blames_network
 
@@ -38,6 +38,8 @@ class UNet(Wrapper):
         input_channels: Channels of its input: those of the latents, and those of `Conditioning.concat`.
         width: D, the width of the text embeddings it attends to.
         sample_size: Side of the latents it was trained on.
+        condition: Kind of the condition that it takes beside x_t: "latents" of an image (the posterior's mean, not
+            scaled), or "map", an image's colours in [-1, 1] at the size of the latents; None if it takes none.
         inpaints: Whether it was trained to paint into images: its input is then x_t, a mask (one channel), and the
             latents of the image without the masked part.
         guided: Whether it takes the guidance scale as an input and needs no second pass, as latent consistency models
@@ -54,7 +56,8 @@ class UNet(Wrapper):
         self.channels, self.input_channels = latent_channels(config), int(config.in_channels)
         self.width = _one(config.cross_attention_dim)
         self.sample_size = _one(config.sample_size or 64)
-        self.inpaints = self.input_channels == 2 * self.channels + 1
+        self.condition = condition_of(config)
+        self.inpaints = self.condition is None and self.input_channels == 2 * self.channels + 1
         self.guided = config.time_cond_proj_dim is not None
         self.run: Callable[..., Any] | None = None
         embed_timestep_once(network)
@@ -79,7 +82,7 @@ class UNet(Wrapper):
     @classmethod
     def from_source(cls, source: Source, *, dtype: torch.dtype, device: torch.device, compile: bool = False) -> UNet:
         """Load a U-Net from an opened `Source`."""
-        unet = cls(source.denoiser(dtype, inpainting=True))
+        unet = cls(source.denoiser(dtype, inpainting=True, conditioned=True))
         unet.name = source.name
         # On a CPU, channels_last slows the group norms of small feature maps by more than it speeds up convolutions.
         small = device.type == "cpu" and unet.sample_size < 32
@@ -154,6 +157,11 @@ class UNet(Wrapper):
             )
         if len(cond) != batch_size:
             raise ArgumentError(f"a condition of {len(cond)} images does not fit x_t of {batch_size}.")
+        beside = 0 if cond.concat is None else cond.concat.shape[1]
+        if beside != (wanted := self.input_channels - self.channels):
+            raise ArgumentError(
+                f"this U-Net takes {wanted} channels beside x_t; the condition's `concat` has {beside}."
+            )
         if cond.label is not None and getattr(self.network, "class_embedding", None) is None:
             raise ArgumentError("this U-Net takes no class labels; leave `label` out of the condition.")
 

@@ -16,8 +16,11 @@ from torch import Tensor
 
 from sdkit.arguments import strings, whole_number
 from sdkit.engines.device import resolve_place
+from sdkit.errors import ArgumentError, SourceError
 from sdkit.loading.source import Source
+from sdkit.loading.tensors import loading
 from sdkit.messages import clean
+from sdkit.networks.learned_tokens import SYNTAX, GrownEmbedding, LearnedTokens
 from sdkit.networks.wrapper import Wrapper, blames_network
 
 if TYPE_CHECKING:
@@ -43,6 +46,7 @@ class TextEncoder(Wrapper):
         name: The source that they came from.
         length: Tokens of one chunk, start and end tokens included (77).
         width: D, the width of the embeddings.
+        learned: Textual inversion embeddings: token -> its vectors (n, D), float32, on the CPU, as they were added.
         device: The device that the network computes on.
         dtype: The dtype that the network computes in.
     """
@@ -53,6 +57,8 @@ class TextEncoder(Wrapper):
         self.tokenizer: Any = tokenizer
         self.length = int(network.config.max_position_embeddings)
         self.width = int(network.config.hidden_size)
+        self.learned: dict[str, Tensor] = {}
+        self._learned = LearnedTokens({}, 0)
 
     @classmethod
     def from_pretrained(
@@ -104,6 +110,73 @@ class TextEncoder(Wrapper):
             embeddings = embeddings * weights.flatten(0, 1)[:, :, None].to(embeddings)
             embeddings = embeddings * (mean / embeddings.mean(dim=(1, 2), keepdim=True))
         return embeddings.reshape(len(ids), -1, self.width)
+
+    def add_token(self, token: str, vectors: Tensor, *, label: str = "this embedding") -> None:
+        """Add a token that is not in the vocabulary, and its vectors: a textual inversion embedding.
+
+        Prompts without the token are embedded bit-identically as before. Its case is ignored, as that of other words.
+
+        Args:
+            token: The token, as prompts spell it.
+            vectors: Its vectors (n, D).
+            label: The embedding as messages name it.
+
+        Raises:
+            ArgumentError: The token cannot be used, or there is one of that name.
+            SourceError: The vectors do not fit this text encoder.
+        """
+        self._check_token(token)
+        if not len(vectors) <= self.length - 2:
+            raise SourceError(
+                f"{label} has {len(vectors)} vectors, and this model reads at most {self.length - 2} tokens together; "
+                "give one with fewer."
+            )
+        if vectors.shape[1] != self.width:
+            raise SourceError(
+                f"{label} was made for another model: its vectors have {vectors.shape[1]} numbers, this model's have "
+                f"{self.width}; give one of its own."
+            )
+        if not bool(vectors.to(self.dtype).isfinite().all()):
+            raise SourceError(f"{label} has numbers that are too large for {self.dtype}; take dtype 'fp32'.")
+        self._set_learned({**self.learned, token: vectors.detach().float().cpu().clone()})
+
+    def remove_token(self, token: str) -> None:
+        """Remove a token that `add_token` added. Raises ArgumentError if there is none of that name."""
+        found = next((other for other in self.learned if other.lower() == str(token).lower()), None)
+        if found is None:
+            held = ", ".join(map(clean, self.learned)) or "none"
+            raise ArgumentError(f"no embedding with the token {clean(repr(token))} is loaded; loaded are: {held}.")
+        self._set_learned({other: vectors for other, vectors in self.learned.items() if other != found})
+
+    def _check_token(self, token: str) -> None:
+        """Raise ArgumentError for a token that cannot be added."""
+        if not isinstance(token, str) or not token:
+            raise ArgumentError("a token must be a text that is not empty, such as '<zork>'.")
+        name = clean(repr(token))
+        if SYNTAX.search(token):
+            raise ArgumentError(
+                f"the token {name} has a space or one of ()[]:|\\ in it, which prompts read in another way; give one "
+                "without, such as '<zork>'."
+            )
+        if token.lower() in {other.lower() for other in self.learned}:
+            raise ArgumentError(
+                f"an embedding with the token {name} is loaded already; unload it first, or give another token."
+            )
+        if len(self._plain_tokens(token)) < 2:
+            raise ArgumentError(
+                f"the token {name} is a word of the vocabulary already; give one that is not, such as '<zork>'."
+            )
+
+    def _set_learned(self, learned: dict[str, Tensor]) -> None:
+        """Give the network the rows of these tokens, in place of those that it has beside the vocabulary."""
+        owner = getattr(self.network, "text_model", self.network).embeddings
+        table = owner.token_embedding
+        vocabulary = table.without() if isinstance(table, GrownEmbedding) else table
+        with loading:  # while any thread loads a network, torch allocates no memory for new layers
+            owner.token_embedding = (
+                GrownEmbedding(vocabulary, torch.cat([*learned.values()])).eval() if learned else vocabulary
+            )
+        self.learned, self._learned = learned, LearnedTokens(learned, len(vocabulary.weight))
 
     def try_out(self) -> None:
         """Encode a chunk of token 0, which every vocabulary has."""
@@ -163,14 +236,32 @@ class TextEncoder(Wrapper):
         return [chunk for section in sections for chunk in self._filled(section)]
 
     def _filled(self, tokens: Tokens) -> list[Tokens]:
-        """Split tokens into chunks of at most 75; no tokens make one empty chunk."""
-        body = self.length - 2
-        return [tokens[i : i + body] for i in range(0, max(1, len(tokens)), body)]
+        """Split tokens into chunks of at most 75; no tokens make one empty chunk.
+
+        The vectors of a learned token stay together, as in A1111.
+        """
+        chunks: list[Tokens] = [[]]
+        i = 0
+        while i < len(tokens):
+            together = tokens[i : i + self._learned.length(tokens[i][0])]
+            if len(chunks[-1]) + len(together) > self.length - 2:
+                chunks.append([])
+            chunks[-1] += together
+            i += len(together)
+        return chunks
 
     def _tokens(self, text: str, weight: float) -> Tokens:
+        ids: list[int] = []
+        for piece in self._learned.split(text):
+            ids += self._plain_tokens(piece) if isinstance(piece, str) else piece
+        return [(token, weight) for token in ids]
+
+    def _plain_tokens(self, text: str) -> list[int]:
+        """Return the ids of a text without learned tokens."""
         with _tokenizing:
             encoded = self.tokenizer(text, add_special_tokens=False, truncation=False, padding=False, verbose=False)
-        return [(token, weight) for token in encoded.input_ids]
+        ids: list[int] = encoded.input_ids
+        return ids
 
     @blames_network
     def _embed(self, ids: Tensor, clip_skip: int) -> Tensor:

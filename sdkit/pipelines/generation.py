@@ -14,11 +14,13 @@ from PIL import Image
 from sdkit import __version__, images, strict_json
 from sdkit.arguments import PREDICTIONS, first_seed, number, one_of, strings
 from sdkit.diffusion.samplers import default_spacing
-from sdkit.errors import ArgumentError, ImageError
+from sdkit.errors import ArgumentError, ImageError, SourceError
 from sdkit.fields import with_inherited_fields
 from sdkit.files import sha256
+from sdkit.loading.embedding_file import Embedding, read_embedding
 from sdkit.loading.place import EMBEDDED, PIXELS
 from sdkit.pipelines import infotext
+from sdkit.pipelines.concatenation import check_condition_settings
 from sdkit.pipelines.controlnet import OWN, SHARED, check_control_numbers
 from sdkit.pipelines.image_to_image import check_inputs
 from sdkit.pipelines.settings import DrawingSettings
@@ -30,10 +32,10 @@ EARLIER_NAMES = {
     "interval": "guidance_interval",
 }
 """Key in PNGs that earlier versions wrote -> the field of `Generation` that it is today."""
-SOURCES = ("lora", "controlnet", "control_image")
+SOURCES = ("lora", "embedding", "controlnet", "control_image")
 """Fields with several files, folders, or Hub ids."""
 
-INPUTS = {"image": "white", "mask_image": "black"}
+INPUTS = {"image": "white", "mask_image": "black", "condition": "white"}
 """Field of an input image -> the colour behind its transparent pixels."""
 
 
@@ -51,6 +53,8 @@ class Generation(DrawingSettings):
         image_sha256: SHA-256 of that file.
         mask_image: File of the mask.
         mask_image_sha256: SHA-256 of that file.
+        condition: File of the image that the U-Net reads beside the noise.
+        condition_sha256: SHA-256 of that file.
         model: Source of the model; see `StableDiffusion.from_pretrained`, as for the next six fields.
         revision: Branch, tag, or commit of a Hub repository.
         variant: Variant of a repository's weight files.
@@ -60,6 +64,9 @@ class Generation(DrawingSettings):
         vae: Source of a VAE that replaces the model's own.
         lora: Sources of LoRAs, which are merged in this order.
         lora_scale: A scale for each LoRA; empty stands for 1 each.
+        embedding: Sources of textual inversion embeddings; see `StableDiffusion.load_embedding`.
+        embedding_token: The token of each; empty stands for their own.
+        embedding_sha256: SHA-256 of each of their files.
         controlnet: Sources of ControlNets; see `ControlNet.from_pretrained`.
         control_image: Files of the images that they read, one for each.
         control_image_sha256: SHA-256 of each of these files.
@@ -72,6 +79,8 @@ class Generation(DrawingSettings):
     image_sha256: str | None = None
     mask_image: str | None = None
     mask_image_sha256: str | None = None
+    condition: str | None = None
+    condition_sha256: str | None = None
     model: str = "emoji"
     revision: str | None = None
     variant: str | None = None
@@ -81,6 +90,9 @@ class Generation(DrawingSettings):
     vae: str | None = None
     lora: tuple[str, ...] = ()
     lora_scale: tuple[float, ...] = ()
+    embedding: tuple[str, ...] = ()
+    embedding_token: tuple[str, ...] = ()
+    embedding_sha256: tuple[str, ...] = ()
     controlnet: tuple[str, ...] = ()
     control_image: tuple[str, ...] = ()
     control_image_sha256: tuple[str, ...] = ()
@@ -102,6 +114,7 @@ class Generation(DrawingSettings):
         strings("negative_prompt", self.negative_prompt)
         first_seed(self.seed, 1)
         check_inputs(self, image=self.image is not None, mask=self.mask_image is not None)
+        check_condition_settings(self, condition=self.condition is not None)
         check_control_numbers(self, len(self.controlnet), len(self.control_image))
         for scale in self.lora_scale:
             number("lora_scale", scale)
@@ -112,11 +125,16 @@ class Generation(DrawingSettings):
                 f"{len(self.lora_scale)} of lora_scale cannot serve {len(self.lora)} LoRAs: give one for each, in the "
                 "same order, or none."
             )
+        if len(self.embedding_token) not in (0, len(self.embedding)):
+            raise ArgumentError(
+                f"{len(self.embedding_token)} of embedding_token cannot serve {len(self.embedding)} embeddings: give "
+                "one for each, in the same order, or none."
+            )
         if self.prediction_type is not None:
             one_of("prediction_type", self.prediction_type, PREDICTIONS)
 
     def inputs(self) -> tuple[dict[str, Any], Generation]:
-        """Read the image and the mask.
+        """Read the image, the mask, and the condition.
 
         Returns:
             Keywords of the pipeline's call, and these settings with the SHA-256 of each file.
@@ -148,6 +166,29 @@ class Generation(DrawingSettings):
         hashes = [_hash(path, "control_image", one) for path, one in zip(self.control_image, expected, strict=True)]
         return pictures, replace(self, control_image_sha256=tuple(hashes))
 
+    def embeddings(self) -> tuple[list[Embedding], Generation]:
+        """Read the textual inversion embeddings.
+
+        Returns:
+            The embeddings, and these settings with the token and the SHA-256 of each.
+
+        Raises:
+            SourceError: A file cannot be read, or has changed since these settings were written.
+        """
+        none = [None] * len(self.embedding)
+        found = [
+            read_embedding(source, token=token)
+            for source, token in zip(self.embedding, self.embedding_token or none, strict=True)
+        ]
+        for one, expected in zip(found, self.embedding_sha256 or none, strict=True):
+            if expected not in (None, one.sha256):
+                raise SourceError(
+                    f"{one.label} has changed since it was drawn with; restore it, or give it anew as embedding to "
+                    "draw with what it is now."
+                )
+        tokens, hashes = tuple(one.token for one in found), tuple(one.sha256 for one in found)
+        return found, replace(self, embedding_token=tokens, embedding_sha256=hashes)
+
     def text(self) -> dict[str, str]:
         """Return the text chunks of a PNG: each setting, and all of them as A1111 writes them (see `infotext`).
 
@@ -157,6 +198,8 @@ class Generation(DrawingSettings):
         if self.guidance_interval is not None:
             values["guidance_interval"] = " ".join(map(str, self.guidance_interval))
         values |= {key: anywhere(values[key]) for key in ("model", "config", "vae", *INPUTS) if key in values}
+        if self.condition is None:
+            values.pop("image_guidance_scale")
         if not self.controlnet:
             values = {key: value for key, value in values.items() if key not in OWN}
         for name, value in values.items():
@@ -183,12 +226,14 @@ class Generation(DrawingSettings):
     def but(self, **changes: Any) -> Generation:
         """Return a copy with some values changed.
 
-        A change of the model resets all settings that belong to a model, its VAE and LoRAs included. A change of the
-        LoRAs resets their scales, and one between samplers that need different spacings resets the spacing. An input
-        that is given anew may hold anything.
+        A change of the model resets all settings that belong to a model, its VAE, LoRAs, and embeddings included. A
+        change of the LoRAs resets their scales, one of the embeddings their tokens, and one between samplers that need
+        different spacings the spacing. An input that is given anew may hold anything.
         """
         if "control_image" in changes:
             changes = {"control_image_sha256": (), **changes}
+        if "embedding" in changes:
+            changes = {"embedding_token": (), "embedding_sha256": (), **changes}
         if "lora" in changes:
             changes = {"lora_scale": (), **changes}
         if default_spacing(changes.get("sampler", self.sampler)) != default_spacing(self.sampler):
@@ -205,9 +250,13 @@ class Generation(DrawingSettings):
                 "config",
                 "prediction_type",
                 "vae",
+                "condition",
+                "condition_sha256",
             )
-            lists: dict[str, Any] = dict.fromkeys(("lora", "lora_scale", "controlnet"), ())
-            changes = {**dict.fromkeys(of_model), **lists, **changes}
+            lists: dict[str, Any] = dict.fromkeys(
+                ("lora", "lora_scale", "embedding", "embedding_token", "embedding_sha256", "controlnet"), ()
+            )
+            changes = {**dict.fromkeys(of_model), "image_guidance_scale": 1.0, **lists, **changes}
         return replace(self, **changes)
 
 
@@ -288,7 +337,7 @@ _TYPES: dict[str, Callable[[str], Any]] = {
 }
 """Parsers of fields by their types."""
 _PARSERS: dict[str, Callable[[str], Any]] = {
-    **dict.fromkeys((*SOURCES, "control_image_sha256"), _texts),
+    **dict.fromkeys((*SOURCES, "control_image_sha256", "embedding_token", "embedding_sha256"), _texts),
     "lora_scale": _numbers,
     **dict.fromkeys(SHARED, _one_or_more),
     "guidance_interval": _interval,

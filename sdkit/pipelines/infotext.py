@@ -50,6 +50,7 @@ def infotext(generation: Generation) -> str:
         "Sampler": SAMPLERS.get(generation.sampler, generation.sampler),
         "Schedule type": SCHEDULES.get(generation.spacing or ""),
         "CFG scale": generation.guidance_scale,
+        "Image CFG scale": generation.image_guidance_scale if generation.condition else None,
         "Seed": generation.seed,
         "Size": f"{generation.width}x{generation.height}" if sized else None,
         "Model": _model(generation.model),

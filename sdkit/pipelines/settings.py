@@ -27,6 +27,8 @@ class DrawingSettings:
             cost. None is the model's own, 7.5 for most.
         guidance_rescale: Strength phi of rescaled guidance, from 0 (off) to 1, against overexposure.
         guidance_interval: Noise levels sigma in (low, high] at which to guide. None guides at all of them.
+        image_guidance_scale: With a condition: scale of the image; higher follows it more closely. 1 is off; any other
+            value makes three evaluations a step (InstructPix2Pix uses 1.5).
         strength: With an image to start from: share of the steps that are made, above 0 and at most 1. Low values stay
             close to the image. None is 0.8, or 1 with a mask.
         mask_blur: With a mask: blur of its edge, inwards, as a standard deviation in pixels; 0 is a sharp edge.
@@ -52,6 +54,7 @@ class DrawingSettings:
     guidance_scale: float | None = None
     guidance_rescale: float = 0.0
     guidance_interval: tuple[float, float] | None = None
+    image_guidance_scale: float = 1.0
     strength: float | None = None
     mask_blur: float = 0.0
     padding_mask_crop: int | None = None
@@ -68,6 +71,7 @@ class DrawingSettings:
         Each rule is a function beside the code that uses the value, which checks it again with the model's own bounds.
         """
         from sdkit.diffusion.guidance import (  # imported late: they load PyTorch
+            check_image_scale,
             check_interval,
             check_rescale,
             check_scale,
@@ -92,6 +96,7 @@ class DrawingSettings:
             check_scale(self.guidance_scale)
         check_rescale(self.guidance_rescale)
         check_interval(self.guidance_interval)
+        check_image_scale(self.image_guidance_scale)
         check_strength(self.strength)
         check_mask_blur(self.mask_blur)
         check_padding(self.padding_mask_crop)
@@ -115,6 +120,7 @@ class DrawingKeywords(TypedDict, total=False):
     guidance_scale: float | None
     guidance_rescale: float
     guidance_interval: tuple[float, float] | None
+    image_guidance_scale: float
     strength: float | None
     mask_blur: float
     padding_mask_crop: int | None

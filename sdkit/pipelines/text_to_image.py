@@ -6,6 +6,7 @@ from the U-Net and these conditions, `denoise` samples latents z with it, and `d
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from sdkit.arguments import number, one_of, seeded, strings, whole_number
 from sdkit.diffusion.conditioning import Conditioning
-from sdkit.diffusion.guidance import APG, Model, check_scale, guided
+from sdkit.diffusion.guidance import APG, Model, check_image_scale, check_scale, guided
 from sdkit.diffusion.inversion import ITERATIONS, ddim_inversion
 from sdkit.diffusion.samplers import Generators, Sampler, Step, Timesteps, default_spacing, sampler_by_name
 from sdkit.diffusion.schedule import NoiseSchedule, Predict
@@ -28,15 +29,17 @@ from sdkit.errors import ArgumentError, SdkitError
 from sdkit.fields import takes_fields
 from sdkit.files import expanded
 from sdkit.images import OUTPUT_TYPES, Images, from_tensors
+from sdkit.loading.embedding_file import Embedding, read_embedding
 from sdkit.loading.lora_file import LoRA, read_lora
 from sdkit.loading.source import USUAL_GUIDANCE, Source
 from sdkit.loading.tensors import is_file
 from sdkit.messages import clean
 from sdkit.networks.autoencoder import VAE
 from sdkit.networks.denoiser import UNet
-from sdkit.networks.lora import merge_lora
+from sdkit.networks.lora import Active, MergedLoRAs
 from sdkit.networks.text_encoder import TextEncoder
 from sdkit.networks.wrapper import Wrapper
+from sdkit.pipelines.concatenation import cut_out, read_condition, told
 from sdkit.pipelines.controlnet import Control, ControlNets, controlled, fitted, in_region, open_controls
 from sdkit.pipelines.image_to_image import check_inputs, last_steps
 from sdkit.pipelines.inpainting import Canvas, Original, keep_outside, latent_mask, open_canvas
@@ -68,6 +71,7 @@ class CallKeywords(DrawingKeywords, total=False):
     callback: Callable[[Step], object] | None
     controlnet: ControlNets | None
     control_image: Any
+    condition: Images | None
     apg: APG | None
     batch_size: int | None
 
@@ -103,7 +107,7 @@ class StableDiffusion:
                 f"this U-Net attends to embeddings of width {unet.width}, this text encoder makes {text.width}: "
                 "they belong to different models."
             )
-        takes = unet.channels if unet.inpaints else unet.input_channels
+        takes = unet.channels if unet.inpaints or unet.condition else unet.input_channels
         for verb, channels in (("takes", takes), ("gives", unet.channels)):
             if channels != vae.channels:
                 raise ArgumentError(
@@ -117,6 +121,7 @@ class StableDiffusion:
         self.name = name
         self.guidance_scale = guidance_scale
         self.offload_to = offload_to
+        self._loras = MergedLoRAs()
 
     @classmethod
     def from_pretrained(
@@ -180,34 +185,147 @@ class StableDiffusion:
         self,
         source: str | PathLike[str],
         scale: float = 1.0,
+        name: str | None = None,
         *,
         filename: str | None = None,
         revision: str | None = None,
-    ) -> None:
-        """Merge a LoRA, times `scale`, into the weights of the U-Net and the text encoder.
+    ) -> str:
+        """Add a LoRA, times `scale`, to the weights of the U-Net and the text encoder.
 
-        Sampling is as fast as without a LoRA. Several LoRAs add up. Loading one again with -scale undoes it, up to
-        rounding. In half precision, updates smaller than the rounding of the weights are partly lost; load the model
-        with dtype "fp32" to keep them.
+        Sampling is as fast as without a LoRA. Several LoRAs add up. `set_lora_scales` changes their scales, and
+        `unload_lora` takes them out: the weights are then bit-identical to what they were. In half precision, updates
+        smaller than the rounding of the weights are partly lost; load the model with dtype "fp32" to keep them.
+
+        LoCon, LoHa, LoKr, and DoRA are loaded as well. The scale multiplies the whole change of a weight, also that of
+        DoRA, as in A1111 and ComfyUI; diffusers scales B A within DoRA's norm instead, which differs except at 1.
 
         Args:
             source: A file, a folder, or a Hub id, in the layout of diffusers, kohya (A1111, civitai), or peft.
             scale: Factor of the LoRA's update.
+            name: Name for `set_lora_scales` and `unload_lora`. None is that of the file or its folder, with a number
+                if it is taken.
             filename: Name of the file in a folder or Hub repository. None tries the usual names, of which
                 pytorch_lora_weights.safetensors comes first.
             revision: Branch, tag, or commit of a Hub repository.
 
+        Returns:
+            The LoRA's name.
+
         Raises:
             SourceError: The LoRA cannot be read, or was made for another model. The weights are unchanged.
+            ArgumentError: The scale is not finite, or another LoRA has this name.
         """
         scale = number("scale", scale)
+        self._check_lora_name(name)
         lora = read_lora(source, filename=filename, revision=revision)
-        self.merge_lora(lora, scale)
+        return self.merge_lora(lora, scale, name)
 
-    def merge_lora(self, lora: LoRA, scale: float = 1.0) -> None:
-        """Merge a LoRA that has been read; see `load_lora`."""
+    def merge_lora(self, lora: LoRA, scale: float = 1.0, name: str | None = None) -> str:
+        """Add a LoRA that has been read; see `load_lora`."""
+        self._check_lora_name(name)
+        scale = number("scale", scale)
+        numbered = (f"{lora.name}-{i}" for i in itertools.count(2))
+        free = (each for each in itertools.chain([lora.name], numbered) if each not in self._loras.active)
+        own = next(free) if name is None else name
+        self._set_loras({**self._loras.active, own: Active(lora, scale)})
+        return own
+
+    @property
+    def lora_scales(self) -> dict[str, float]:
+        """The scale of each loaded LoRA, by name."""
+        return {name: one.scale for name, one in self._loras.active.items()}
+
+    def set_lora_scales(self, scales: Mapping[str, float]) -> None:
+        """Change the scales of loaded LoRAs. The weights are then as if they had been loaded with these.
+
+        Args:
+            scales: Name of a LoRA -> its new scale. 0 turns it off. Others keep theirs.
+
+        Raises:
+            ArgumentError: No LoRA has such a name, or a scale is not finite.
+            SourceError: A weight would overflow. The weights are unchanged.
+        """
+        if not isinstance(scales, Mapping):
+            raise ArgumentError(f"scales must be a dict of names and numbers, not {type(scales).__name__}.")
+        changed = dict(self._loras.active)
+        for name, scale in scales.items():
+            self._check_loaded(name)
+            changed[name] = Active(changed[name].lora, number("scale", scale))
+        self._set_loras(changed)
+
+    def unload_lora(self, name: str | None = None) -> None:
+        """Take a LoRA out again. Without any LoRA, the weights are bit-identical to what they were before.
+
+        Args:
+            name: Name of the LoRA; None takes all out.
+
+        Raises:
+            ArgumentError: No LoRA has this name, or none is loaded.
+        """
+        if name is None and not self._loras.active:
+            raise ArgumentError("no LoRA is loaded, so there is none to take out.")
+        if name is not None:
+            self._check_loaded(name)
+        kept = {other: one for other, one in self._loras.active.items() if name is not None and other != name}
+        self._set_loras(kept)
+
+    def _set_loras(self, active: Mapping[str, Active]) -> None:
         self.unet.check_runs("a LoRA")
-        merge_lora(lora, self.unet.network, self.text.network, scale)
+        self._loras.set(active, self.unet.network, self.text.network)
+
+    def _check_lora_name(self, name: str | None) -> None:
+        """Raise ArgumentError for a name that a LoRA cannot be given."""
+        if name is not None and (not isinstance(name, str) or not name):
+            raise ArgumentError(f"the name of a LoRA must be text, not {name!r}.")
+        if name in self._loras.active:
+            raise ArgumentError(f"a LoRA named {clean(name)!r} is loaded already; give another name, or unload it.")
+
+    def _check_loaded(self, name: str) -> None:
+        """Raise ArgumentError unless a LoRA of this name is loaded."""
+        if name not in self._loras.active:
+            loaded = ", ".join(map(clean, self._loras.active)) or "none is"
+            raise ArgumentError(f"no LoRA named {clean(name)!r} is loaded; loaded: {loaded}.")
+
+    def load_embedding(
+        self,
+        source: str | PathLike[str],
+        token: str | None = None,
+        *,
+        filename: str | None = None,
+        revision: str | None = None,
+    ) -> str:
+        """Load a textual inversion embedding, whose token then stands for it in prompts.
+
+        Prompts without the token draw bit-identically as before. The vectors of the embedding stay together in a chunk
+        of a long prompt.
+
+        Args:
+            source: A file, a folder, or a Hub id, in the layout of diffusers or A1111.
+            token: Token that stands for it in prompts; None is the one that the file names, or else the file's own name
+                without its suffix.
+            filename: Name of the file in a folder or Hub repository. None tries the usual names, of which
+                learned_embeds.safetensors comes first.
+            revision: Branch, tag, or commit of a Hub repository.
+
+        Returns:
+            The token.
+
+        Raises:
+            SourceError: The embedding cannot be read, or was made for another model.
+            ArgumentError: The token is a word of the vocabulary, or an embedding of that name is loaded.
+        """
+        embedding = read_embedding(source, token=token, filename=filename, revision=revision)
+        self.add_embedding(embedding)
+        return embedding.token
+
+    def add_embedding(self, embedding: Embedding) -> None:
+        """Add an embedding that has been read; see `load_embedding`."""
+        self.text.add_token(embedding.token, embedding.vectors, label=embedding.label)
+
+    def unload_embedding(self, token: str | None = None) -> None:
+        """Remove the embedding with this token, or all embeddings. Raises ArgumentError if there is none with it."""
+        for one in [*self.text.learned] if token is None else [token]:
+            self.text.remove_token(one)
 
     @overload
     def __call__(
@@ -239,6 +357,7 @@ class StableDiffusion:
         callback: Callable[[Step], object] | None = None,
         controlnet: ControlNets | None = None,
         control_image: Any = None,
+        condition: Images | None = None,
         apg: APG | None = None,
         batch_size: int | None = None,
         **options: Unpack[DrawingKeywords],
@@ -273,6 +392,9 @@ class StableDiffusion:
                 images, paths, uint8 arrays, or tensors (B, 3, H, W) in [-1, 1]. With a list of ControlNets, a list with
                 this for each of them. The height and the width are its own by default; if they are given, it is
                 resized.
+            condition: Image that the U-Net reads beside the noise, for a model that was trained to: one for all
+                prompts, or one for each, as for `image`. The height and the width are its own by default; if others are
+                given, it is resized. `image_guidance_scale` says how closely to follow it.
             apg: Settings of adaptive projected guidance, which replaces classifier-free guidance.
             batch_size: Number of images denoised together; None fits it to their size.
 
@@ -309,9 +431,12 @@ class StableDiffusion:
         canvas = self._canvas(image, mask_image, settings, len(prompts), num_images_per_prompt)
         n = len(prompts) // num_images_per_prompt
         controls = open_controls(controlnet, control_image, settings, prompts=n, copies=num_images_per_prompt)
+        beside = read_condition(
+            condition, self.unet, settings, prompts=n, copies=num_images_per_prompt, controls=bool(controls)
+        )
         plan = self._plan(
             settings, canvas, controls, prompts, negatives, seed=seed, latents=latents, apg=apg, batch_size=batch_size,
-            finite=output_type != "latent", callback=callback,
+            finite=output_type != "latent", callback=callback, condition=beside,
         )  # fmt: skip
         if canvas is None:
             z = self._sampled(start(plan.generators, plan.shape, latents), plan)
@@ -373,6 +498,10 @@ class StableDiffusion:
             raise ArgumentError("inversion is DDIM's, over all steps: leave sampler, eta, and strength out.")
         if settings.mask_blur != 0 or settings.padding_mask_crop is not None:
             raise ArgumentError("inversion takes no mask: leave mask_blur and padding_mask_crop out.")
+        if self.unet.condition is not None or settings.image_guidance_scale != 1:
+            raise ArgumentError(
+                "inversion takes no condition: leave image_guidance_scale out, and take a text-to-image model."
+            )
         if self.unet.inpaints:
             raise ArgumentError("this model was trained to paint into images; inversion takes a text-to-image model.")
         prompts, negatives = self._prompts(prompt, negative_prompt, 1)
@@ -416,35 +545,50 @@ class StableDiffusion:
         self, settings: DrawingSettings, canvas: Canvas | None, controls: list[Control], prompts: list[str],
         negatives: list[str], *, seed: int | Sequence[int], latents: Tensor | None, apg: APG | None,
         batch_size: int | None, finite: bool, callback: Callable[[Step], object] | None,
+        condition: Tensor | None = None,
     ) -> Plan:  # fmt: skip
         """Check the settings and the arguments of a call against this model, and return all that is drawn."""
         given = (settings.height, settings.width) if canvas is None else canvas.size
-        size = self._size(*given, latents, controls)
+        size = self._size(*given, latents, controls[0].images if controls else condition)
         spacing = default_spacing(settings.sampler) if settings.spacing is None else settings.spacing
         timesteps: Timesteps = self.schedule.timesteps(settings.num_inference_steps, spacing)
         if canvas is not None:
             timesteps = last_steps(timesteps, canvas.strength)
             if canvas.box is not None:
-                controls = in_region(controls, (canvas.whole.shape[2], canvas.whole.shape[3]), canvas.box)
+                whole = (canvas.whole.shape[2], canvas.whole.shape[3])
+                controls = in_region(controls, whole, canvas.box)
+                condition = None if condition is None else cut_out(condition, whole, canvas.box)
         guidance: dict[str, Any] = {
             "interval": settings.guidance_interval, "phi": settings.guidance_rescale, "projected": apg,
+            "image_scale": check_image_scale(settings.image_guidance_scale),
         }  # fmt: skip
         model, scale = self._model(settings.guidance_scale, negatives, guidance)
         shape = self._latent_shape(*size)
+        unguided = scale == 1 and guidance["image_scale"] == 1
         return Plan(
             settings=settings,
             size=size,
             shape=shape,
             timesteps=timesteps,
             generators=seeded(seed, len(prompts)),
-            batches=list(self._batches(prompts, negatives, scale, settings.weighting, shape, batch_size)),
+            batches=list(
+                self._batches(prompts, None if unguided else negatives, settings.weighting, shape, batch_size)
+            ),
             sampler=sampler_by_name(settings.sampler, eta=settings.eta),
             model=model,
             controls=fitted(controls, self.unet, self.vae.factor, size),
+            beside=self._told(condition, size),
             guidance={"scale": scale, **guidance},
             finite=finite,
             callback=callback,
         )
+
+    def _told(self, condition: Tensor | None, size: tuple[int, int]) -> Tensor | None:
+        """Return what the U-Net reads beside x_t, of conditions (N, 3, H, W); None without them."""
+        if condition is None or self.unet.condition is None:
+            return None
+        with self._working(self.vae):
+            return told(condition, self.unet.condition, self.vae, size)
 
     def _drawn_on(self, canvas: Canvas, plan: Plan, latents: Tensor | None) -> Tensor:
         """Sample from the noised latents of a canvas's images, or of their masked part.
@@ -482,7 +626,7 @@ class StableDiffusion:
             masked = encode(images * (1 - mask))
         x_T = noise if z is None else self.schedule.add_noise(z, noise, plan.timesteps[0][0])
         concat = torch.cat([latent_mask(mask, self.vae.factor), masked], dim=1)
-        return self._sampled(x_T, plan, self._beside(plan, concat))
+        return self._sampled(x_T, replace(plan, beside=concat))
 
     def _sampled(self, x_T: Tensor, plan: Plan, predictor: Predictor | None = None) -> Tensor:
         """Embed the prompts of a plan, and denoise its images, batch by batch.
@@ -516,22 +660,16 @@ class StableDiffusion:
         return z
 
     def _guided(self, plan: Plan) -> Predictor:
-        """Return the function that makes a batch's predictor with the plan's model and guidance."""
+        """Return the function that makes a batch's predictor with the plan's model, conditions, and guidance."""
 
         def predictor(batch: Batch, cond: Conditioning, uncond: Conditioning | None) -> Predict:
+            if plan.beside is not None:
+                rows = plan.beside[batch.images].to(self.unet.device)
+                cond = replace(cond, concat=rows)
+                uncond = None if uncond is None else replace(uncond, concat=rows)
             controls = [control[batch.images] for control in plan.controls]
             model = controlled(plan.model, controls, plan.timesteps)
             return guided(model, self.schedule, cond, uncond, **plan.guidance)
-
-        return predictor
-
-    def _beside(self, plan: Plan, concat: Tensor) -> Predictor:
-        """Return the function that makes a batch's predictor, which is also told `concat` (N, C', h, w)."""
-
-        def predictor(batch: Batch, cond: Conditioning, uncond: Conditioning | None) -> Predict:
-            rows = concat[batch.images].to(self.unet.device)
-            told = replace(cond, concat=rows), None if uncond is None else replace(uncond, concat=rows)
-            return self._guided(plan)(batch, *told)
 
         return predictor
 
@@ -583,7 +721,8 @@ class StableDiffusion:
     def _check_guided(negatives: list[str], guidance: dict[str, Any]) -> None:
         """Raise ArgumentError for guidance options other than the scale, which a distilled U-Net does not support."""
         used = {"negative_prompt": any(negatives), "guidance_interval": guidance["interval"] is not None,
-                "guidance_rescale": bool(guidance["phi"]), "apg": guidance["projected"] is not None}  # fmt: skip
+                "guidance_rescale": bool(guidance["phi"]), "apg": guidance["projected"] is not None,
+                "image_guidance_scale": guidance["image_scale"] != 1}  # fmt: skip
         if option := next((option for option, given in used.items() if given), None):
             raise ArgumentError(
                 "this model's U-Net takes the guidance scale as an input and makes one pass, without guidance: "
@@ -610,19 +749,19 @@ class StableDiffusion:
         return [text for text in prompts for _ in range(copies)], [text for text in negatives for _ in range(copies)]
 
     def _size(
-        self, height: int | None, width: int | None, latents: Tensor | None, controls: Sequence[Control]
+        self, height: int | None, width: int | None, latents: Tensor | None, followed: Tensor | None
     ) -> tuple[int, int]:
-        """Return the images' height and width in pixels: the given ones, else those of `latents`, else those of the
-        first control image, else the model's."""
+        """Return the images' height and width in pixels: the given ones, else those of `latents`, else those of
+        `followed`, control images or conditions (N, 3, H, W), else the model's."""
         factor, side = self.vae.factor, self.unet.sample_size
         if latents is not None:
             if not isinstance(latents, Tensor) or latents.ndim != 4:
                 raise ArgumentError("latents must be a tensor (N, 4, h, w) of standard normal noise.")
             height = latents.shape[2] * factor if height is None else height
             width = latents.shape[3] * factor if width is None else width
-        elif controls:
-            height = controls[0].images.shape[2] if height is None else height
-            width = controls[0].images.shape[3] if width is None else width
+        elif followed is not None:
+            height = followed.shape[2] if height is None else height
+            width = followed.shape[3] if width is None else width
         height = check_side("height", side * factor if height is None else height, factor)
         return height, check_side("width", side * factor if width is None else width, factor)
 
@@ -633,23 +772,23 @@ class StableDiffusion:
     def _batches(
         self,
         prompts: list[str],
-        negatives: list[str],
-        scale: float,
+        negatives: list[str] | None,
         weighting: bool,
         shape: tuple[int, int, int],
         batch_size: int | None,
     ) -> Iterator[Batch]:
         """Group images into batches.
 
-        Images in a batch have prompts with the same number of chunks, since padding a prompt changes its image.
+        Images in a batch have prompts with the same number of chunks, since padding a prompt changes its image. Without
+        guidance there are no negative prompts.
         """
+        against = prompts if negatives is None else negatives
         lengths: dict[str, int] = {
-            text: self.text.tokenize(text, weighting=weighting)[0].shape[1] for text in {*prompts, *negatives}
+            text: self.text.tokenize(text, weighting=weighting)[0].shape[1] for text in {*prompts, *against}
         }
         groups: dict[int, list[int]] = {}
-        for i, (prompt, negative) in enumerate(zip(prompts, negatives, strict=True)):
-            chunks = lengths[prompt] if scale == 1 else max(lengths[prompt], lengths[negative])
-            groups.setdefault(chunks, []).append(i)
+        for i, (prompt, negative) in enumerate(zip(prompts, against, strict=True)):
+            groups.setdefault(max(lengths[prompt], lengths[negative]), []).append(i)
         fitting = self.images_at_once(shape[1] * self.vae.factor, shape[2] * self.vae.factor)
         n = fitting if batch_size is None else whole_number("batch_size", batch_size, 1)
         for chunks, group in sorted(groups.items()):
@@ -657,7 +796,7 @@ class StableDiffusion:
                 yield Batch(
                     images=indices,
                     prompts=[prompts[i] for i in indices],
-                    negatives=None if scale == 1 else [negatives[i] for i in indices],
+                    negatives=None if negatives is None else [negatives[i] for i in indices],
                     chunks=chunks,
                 )
 
@@ -711,6 +850,7 @@ class Plan:
         sampler: The sampling loop.
         model: The U-Net as `guided` calls it.
         controls: ControlNets, with images of the size of the drawing.
+        beside: (N, C', h, w), what the U-Net reads beside x_t, or None.
         guidance: The keywords of `guided`, the scale among them.
         finite: Whether embeddings must be finite.
         callback: Called with each `Step` of each batch.
@@ -725,6 +865,7 @@ class Plan:
     sampler: Sampler
     model: Model
     controls: Sequence[Control]
+    beside: Tensor | None
     guidance: Mapping[str, Any]
     finite: bool
     callback: Callable[[Step], object] | None

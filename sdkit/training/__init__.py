@@ -1,4 +1,5 @@
-"""Fine-tuning: `train_unet`, `train_vae`, and `train_controlnet`, each of which takes its settings as one value."""
+"""Fine-tuning: `train_unet`, `train_vae`, `train_controlnet`, and `train_embedding`, each of which takes its settings
+as one value."""
 
 from __future__ import annotations
 
@@ -7,28 +8,33 @@ from typing import TYPE_CHECKING
 from sdkit.lazy import attributes
 
 if TYPE_CHECKING:
-    from sdkit.training.settings import ControlNetConfig, UNetConfig, VAEConfig
+    from sdkit.training.settings import ControlNetConfig, EmbeddingConfig, UNetConfig, VAEConfig
     from sdkit.training.signals import TrainingStopped
     from sdkit.training.stages.controlnet import train_controlnet
+    from sdkit.training.stages.embedding import train_embedding
     from sdkit.training.stages.unet import train_unet
     from sdkit.training.stages.vae import train_vae
 
 __all__ = [
     "ControlNetConfig",
+    "EmbeddingConfig",
     "TrainingStopped",
     "UNetConfig",
     "VAEConfig",
     "train_controlnet",
+    "train_embedding",
     "train_unet",
     "train_vae",
 ]
 
 _HOMES = {
     "ControlNetConfig": "sdkit.training.settings",
+    "EmbeddingConfig": "sdkit.training.settings",
     "TrainingStopped": "sdkit.training.signals",
     "UNetConfig": "sdkit.training.settings",
     "VAEConfig": "sdkit.training.settings",
     "train_controlnet": "sdkit.training.stages.controlnet",
+    "train_embedding": "sdkit.training.stages.embedding",
     "train_unet": "sdkit.training.stages.unet",
     "train_vae": "sdkit.training.stages.vae",
 }

@@ -42,7 +42,12 @@ def samples_of(settings: LoopSettings, step: int, micro_batch: int, rank: int, w
     """
     first = ((step * settings.gradient_accumulation_steps + micro_batch) * world + rank) * settings.batch_size
     numbers = range(first, first + settings.batch_size)
-    return [(n, int(_permutation(settings.seed, n // size, size)[n % size])) for n in numbers]
+    return [(n, item_of(settings.seed, n, size)) for n in numbers]
+
+
+def item_of(seed: int, n: int, size: int) -> int:
+    """Return the example of the n-th sample of a run: each epoch visits all `size` in a random order of its own."""
+    return int(_permutation(seed, n // size, size)[n % size])
 
 
 def noise_of(seed: int, n: int) -> torch.Generator:
@@ -53,7 +58,7 @@ def noise_of(seed: int, n: int) -> torch.Generator:
     return draw(seed, n, NOISE)
 
 
-@lru_cache(maxsize=2)  # a batch can span two epochs
+@lru_cache(maxsize=4)  # a batch can span two epochs, each of the data and of the images of a class
 def _permutation(seed: int, epoch: int, size: int) -> npt.NDArray[np.int64]:
     return np.random.default_rng((seed, epoch)).permutation(size)
 

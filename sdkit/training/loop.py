@@ -6,7 +6,7 @@ import math
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import InitVar, asdict, dataclass
 from pathlib import Path
@@ -31,7 +31,7 @@ from sdkit.training.stage import Samples, Stage
 BAD_STEPS = 10  # this many skipped steps in a row end a run
 
 
-def fit(stage: Stage, settings: LoopSettings, out_dir: str | Path) -> Path:
+def fit(stage: Stage, settings: LoopSettings, out_dir: str | Path, *, before: Callable[[], None] | None = None) -> Path:
     """Train `stage` in a run folder, or resume the run in it.
 
     Resuming is exact: a step depends only on its number, the checkpoint, and the settings that may not change.
@@ -44,6 +44,8 @@ def fit(stage: Stage, settings: LoopSettings, out_dir: str | Path) -> Path:
         stage: Networks, losses, and data.
         settings: Settings of the loop.
         out_dir: The run folder; see `RunFolder` for its contents.
+        before: Called on every process once the folder is open, while the networks are as they were before training;
+            also when a run is resumed. It may raise `Unfinished`, as `Stage.validate` may.
 
     Returns:
         The run folder, with the exported result in result/.
@@ -63,6 +65,8 @@ def fit(stage: Stage, settings: LoopSettings, out_dir: str | Path) -> Path:
             accelerator.print(f"{run.path} is finished: step {start.step}, see {run.result}.", file=sys.stderr)
             return run.path
         stop = stack.enter_context(StopSignals())
+        if before is not None:
+            _prepare(before, stop)
         loop = _Loop(stage, settings, accelerator, run, stop, start.checkpoint)
         stack.enter_context(_trackers(accelerator, settings))
         batches = stack.enter_context(loaded_ahead(stage, settings, loop.step, rank, world, accelerator.device))
@@ -94,6 +98,14 @@ def fit(stage: Stage, settings: LoopSettings, out_dir: str | Path) -> Path:
         with loop.evaluation_mode():
             on_main(accelerator, lambda: _export(run, stage, loop.step, stop))
     return run.path
+
+
+def _prepare(before: Callable[[], None], stop: StopSignals) -> None:
+    try:
+        before()
+    except Unfinished as error:
+        message = "stopped before the first step; the same command resumes it."
+        raise TrainingStopped(message, stop.exit_code or 143) from error
 
 
 def _export(run: RunFolder, stage: Stage, step: int, stop: StopSignals) -> None:

@@ -18,7 +18,9 @@ from sdkit.files import expanded
 LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
 
 AUGMENTATIONS = ("crop", "flip")
+CONDITION_KINDS = ("latents", "map")  # names in sdkit.loading.configs.CONDITIONS
 CONDITIONS = ("canny", "grey", "outlines", "colour_blocks")  # names in sdkit.images.conditions.CONDITIONS
+TEMPLATES = ("object", "style")  # names in sdkit.training.stages.embedding.TEMPLATES
 RECONSTRUCTIONS = ("l1", "l2")
 REGULARIZERS = ("none", "kl", "vq")
 LPIPS_VARIABLE = "SDKIT_LPIPS"  # environment variable that names the weights of LPIPS
@@ -182,10 +184,11 @@ class StageSettings(LoopSettings):
         from sdkit.arguments import flag, number, one_of, path_or_name, strings
         from sdkit.data.transform import sides
 
-        for name in ("model", "data", "out_dir", *(["init"] if self.init is not None else [])):
+        for name in ("model", "out_dir", *self._data_fields, *(["init"] if self.init is not None else [])):
             path_or_name(name, getattr(self, name))
         self._keep("out_dir", str(expanded(self.out_dir)))
-        self._keep_apart("data", self.data)
+        for name in self._data_fields:
+            self._keep_apart(name, getattr(self, name))
         if expanded(self.out_dir).resolve() == expanded(self.model).resolve():
             raise ArgumentError(f"out_dir {str(self.out_dir)!r} is the model's own folder; name another.")
         self._keep("learning_rate", number("learning_rate", self.learning_rate, 0, 1))
@@ -205,6 +208,16 @@ class StageSettings(LoopSettings):
         for name, value in self.opened_with().items():
             if value is not None and not isinstance(value, (str, bool)):
                 raise ArgumentError(f"{name} must be text, not {value!r}.")
+
+    @property
+    def _data_fields(self) -> tuple[str, ...]:
+        """Names of the fields that hold the data to train on."""
+        return ("data",)
+
+    @property
+    def sources(self) -> list[str | os.PathLike[str]]:
+        """Data sets to train on."""
+        return [getattr(self, name) for name in self._data_fields]
 
     @property
     def metrics(self) -> list[Metric]:
@@ -362,26 +375,179 @@ class DenoisingSettings(StageSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class UNetConfig(DenoisingSettings):
+class DreamBoothSettings(DenoisingSettings):
+    """Settings of DreamBooth (Ruiz et al. 2023, https://arxiv.org/abs/2208.12242), which teaches a model one object.
+
+    Attributes:
+        data: A folder of images with captions (in NAME.txt beside each, or a metadata.jsonl), .tar or
+            .parquet files, a data set's id on the Hub, or a latent cache. Left out if instance_data is given.
+        instance_data: Images of one object to learn (DreamBooth), about five, in place of data.
+        instance_prompt: Caption of all these images: the object's class with a rare word, such as "a sks dog".
+            None reads captions as data does. Neither it nor class_prompt is ever dropped.
+        class_data: Images of the object's class, on which the model is to stay as it is. None lets the model
+            draw them.
+        class_prompt: Caption of all class images, such as "a dog". None trains without them, and the model
+            forgets the class.
+        class_count: Number of class images. The model draws those that class_data lacks, once, into the run
+            folder. None is 100 without class_data, and with it the images that it holds.
+        prior_weight: Weight of the class images' loss, beside 1 for the object's.
+    """
+
+    data: str | os.PathLike[str] = ""
+    instance_data: str | os.PathLike[str] | None = None
+    instance_prompt: str | None = None
+    class_data: str | os.PathLike[str] | None = None
+    class_prompt: str | None = None
+    class_count: int | None = None
+    prior_weight: float = 1.0
+
+    may_change = DenoisingSettings.may_change | {"instance_data", "class_data"}  # paths; a fingerprint covers both
+
+    def __post_init__(self) -> None:
+        if self.instance_data is None and self.data == "":
+            raise ArgumentError("data must be given (--data), or instance_data (--instance-data), to train on.")
+        super().__post_init__()
+        from sdkit.arguments import number, whole_number
+
+        self._keep("prior_weight", number("prior_weight", self.prior_weight, 0))
+        if self.class_count is not None:
+            self._keep("class_count", whole_number("class_count", self.class_count, 1))
+        for name in ("instance_prompt", "class_prompt"):
+            self._check_prompt(name)
+        self._check_instances()
+        self._check_class()
+
+    @property
+    def _data_fields(self) -> tuple[str, ...]:
+        if self.instance_data is None:
+            return ("data",)
+        return ("instance_data",) if self.class_data is None else ("instance_data", "class_data")
+
+    def _check_prompt(self, name: str) -> None:
+        value = getattr(self, name)
+        if value is None:
+            return
+        if not isinstance(value, str) or not value.strip():
+            raise ArgumentError(f"{name} must be a text of at least one word, not {value!r}.")
+        self._keep(name, value.strip())
+
+    def _check_instances(self) -> None:
+        """Check the settings of the object's images with each other."""
+        if self.instance_data is None:
+            for name in ("instance_prompt", "class_data", "class_prompt", "class_count"):
+                if getattr(self, name) is not None:
+                    raise ArgumentError(f"{name} belongs to DreamBooth; give instance_data, or leave it out.")
+        elif self.data != "":
+            raise ArgumentError("data and instance_data are two ways to say what to train on; leave one of them out.")
+        named = [name for name in ("caption_column", "default_caption") if getattr(self, name)]
+        if self.instance_prompt is not None and named:
+            raise ArgumentError(f"instance_prompt is the caption of all images; leave {named[0]} out.")
+
+    def _check_class(self) -> None:
+        """Check the settings of the class images with each other."""
+        if self.class_prompt is None:
+            for name in ("class_data", "class_count"):
+                if getattr(self, name) is not None:
+                    raise ArgumentError(f"{name} needs class_prompt, the caption of the class images; give it, too.")
+            if self.prior_weight != 1:
+                raise ArgumentError("prior_weight belongs to class images; give class_prompt, or leave it out.")
+            return
+        if self.prior_weight == 0:
+            raise ArgumentError("at prior_weight 0 the class images serve for nothing; leave class_prompt out.")
+        if self.class_prompt == self.instance_prompt:
+            raise ArgumentError(
+                f"instance_prompt and class_prompt are both {self.class_prompt!r}, and the class would become the "
+                "object; give instance_prompt a rare word more."
+            )
+        if self.init is not None:
+            raise ArgumentError("a network made from init= knows no class to preserve; leave class_prompt out.")
+        if self.class_data is not None and self.instance_data is not None:
+            one, other = (expanded(path).resolve() for path in (self.instance_data, self.class_data))
+            if one == other:
+                raise ArgumentError("instance_data and class_data are the same; name images of the whole class.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class UNetConfig(DreamBoothSettings):
     """Settings of `train_unet`. `data` may also be a latent cache, which spares the work of the frozen networks.
 
     Attributes:
-        lora_rank: Rank of the LoRA on the attention's projections; None trains the whole network.
+        lora_rank: Rank of the LoRA; None trains the whole network.
+        lora_alpha: Alpha of the LoRA, whose update is multiplied by alpha / rank; None is the rank.
+        lora_dropout: Share of the inputs of the LoRA's layers that are set to 0 in training.
+        lora_rank_stabilized: Multiply by alpha / sqrt(rank) instead, so that a high rank learns as fast
+            (rsLoRA, Kalajdzievski 2023).
+        lora_targets: Layers of the LoRA: attention, feed_forward, convolutions, or ends of layers' names, such as
+            attn2.to_k.
         train_text_encoder: Train the text encoder together with the U-Net.
+        condition_column: Column of an image that the U-Net is to read beside the noise, in parquet files and
+            data sets of the Hub: the image to edit, a semantic map, or the image itself to enlarge. Its first
+            convolution gets further channels, which begin at zero.
+        conditioning_data: Data set of the conditions, images of the same names as those in data, in place of
+            condition_column. A latent cache holds its own.
+        condition_kind: What the U-Net reads of a condition: its latents, or, with map, its colours at the size
+            of the latents. None is the model's own, or latents.
+        condition_dropout: Share of samples trained without their condition, which image guidance needs; half
+            of them without their caption, too (InstructPix2Pix).
     """
 
     lora_rank: int | None = None
+    lora_alpha: float | None = None
+    lora_dropout: float = 0.0
+    lora_rank_stabilized: bool = False
+    lora_targets: tuple[str, ...] = ("attention",)
     train_text_encoder: bool = False
+    condition_column: str | None = None
+    conditioning_data: str | os.PathLike[str] | None = None
+    condition_kind: str | None = None
+    condition_dropout: float = 0.1
+
+    may_change = DreamBoothSettings.may_change | {"conditioning_data"}  # a path; a fingerprint covers the contents
 
     def __post_init__(self) -> None:
         super().__post_init__()
         from sdkit.arguments import flag, whole_number
 
         flag("train_text_encoder", self.train_text_encoder)
+        self._check_lora()
+        self._check_condition()
         if self.lora_rank is not None:
             self._keep("lora_rank", whole_number("lora_rank", self.lora_rank, 1))
             if self.init is not None:
                 raise ArgumentError("a network made from init= has nothing for LoRA to add to; leave one of them out.")
+
+    def _check_lora(self) -> None:
+        """Check the settings of the LoRA, except its rank."""
+        from sdkit.arguments import flag, number, strings
+
+        if self.lora_alpha is not None:
+            self._keep("lora_alpha", number("lora_alpha", self.lora_alpha, 1e-6, 1e6))
+        self._keep("lora_dropout", number("lora_dropout", self.lora_dropout, 0, 0.99))
+        flag("lora_rank_stabilized", self.lora_rank_stabilized)
+        self._keep("lora_targets", tuple(strings("lora_targets", self.lora_targets)))
+        names = ("lora_alpha", "lora_dropout", "lora_rank_stabilized", "lora_targets")
+        given = [name for name in names if getattr(self, name) != getattr(type(self), name)]
+        if given and self.lora_rank is None:
+            raise ArgumentError(f"{given[0]} belongs to a LoRA, and there is none; give lora_rank, too.")
+
+    def _check_condition(self) -> None:
+        """Raise ArgumentError for settings of conditions that contradict each other."""
+        from sdkit.arguments import number, one_of, path_or_name
+
+        for name in ("condition_column", "conditioning_data"):
+            if (value := getattr(self, name)) is not None:
+                path_or_name(name, value)
+                if self.instance_data is not None:
+                    raise ArgumentError(f"{name} has no meaning for DreamBooth, which learns from images alone.")
+        if self.conditioning_data is not None:
+            self._keep_apart("conditioning_data", self.conditioning_data)
+            if self.condition_column is not None:
+                raise ArgumentError(
+                    "condition_column and conditioning_data both name the conditions; leave one of them out."
+                )
+        if self.condition_kind is not None:
+            one_of("condition_kind", self.condition_kind, CONDITION_KINDS)
+        self._keep("condition_dropout", number("condition_dropout", self.condition_dropout, 0, 1))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -428,3 +594,58 @@ class ControlNetConfig(DenoisingSettings):
         path_or_name("conditioning_image_column", self.conditioning_image_column)
         if self.condition is not None:
             one_of("condition", self.condition, CONDITIONS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbeddingConfig(DenoisingSettings):
+    """Settings of `train_embedding`. All networks are frozen; `data` may also be a latent cache.
+
+    Attributes:
+        token: New token to learn, which no word of the vocabulary is, such as "<zork>". Prompts name it so.
+        init_token: Word of the vocabulary from whose vector learning starts, such as "cat".
+        vectors: Vectors of the token. More vectors show more detail, and take more of a prompt's 75 tokens.
+        template: Captions of images whose own caption does not name the token: photos of an object, or
+            paintings in a style (Gal et al. 2022).
+        keep_norm: Scale the vectors to the mean length of the vocabulary's after each step, so that the other
+            words of a prompt keep their weight.
+        learning_rate: Learning rate of AdamW, which the schedule multiplies.
+        ema_decay: Decay of the moving average of the vectors, which is validated and exported; 0 turns it off.
+        caption_dropout: Share of samples trained with an empty caption, from which a token learns nothing.
+    """
+
+    token: str
+    init_token: str
+    vectors: int = 1
+    template: str = "object"
+    keep_norm: bool = False
+    learning_rate: float = 5e-3
+    ema_decay: float = 0.0
+    caption_dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        from sdkit.arguments import flag, one_of, whole_number
+
+        for name in ("token", "init_token"):
+            if not isinstance(value := getattr(self, name), str) or not value:
+                raise ArgumentError(f"{name} must be a word, not {value!r}.")
+        self._keep("vectors", whole_number("vectors", self.vectors, 1))
+        one_of("template", self.template, TEMPLATES)
+        flag("keep_norm", self.keep_norm)
+        if self.init is not None:
+            raise ArgumentError("init has no meaning for an embedding, which is learned for a model; leave it out.")
+
+    def check_schedule(self, schedule: dict[str, Any]) -> None:
+        """Raise ArgumentError if the run asks for another noise schedule than the model's.
+
+        Args:
+            schedule: The config of the model's scheduler.
+        """
+        own = {
+            "prediction_type": schedule.get("prediction_type", "epsilon"),
+            "zero_snr": bool(schedule.get("rescale_betas_zero_snr")),
+        }
+        if changed := [name for name, value in own.items() if getattr(self, name) not in (None, value)]:
+            raise ArgumentError(
+                f"an embedding is used with the model's own noise schedule, which {changed[0]} would change."
+            )

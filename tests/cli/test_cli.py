@@ -20,6 +20,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,6 +42,7 @@ from sdkit.diffusion.samplers import SAMPLERS
 from sdkit.diffusion.schedule import ALL_SPACINGS
 from sdkit.engines.device import DTYPES
 from sdkit.pipelines.generation import Generation
+from tests.helpers import forks, toy
 
 QUICK = ("--steps", "2", "--dtype", "fp32", "--device", "cpu")
 ROOT = Path(__file__).parents[2]
@@ -593,6 +595,17 @@ def process(*arguments: str, **options: object) -> Iterator[subprocess.Popen[byt
             running.kill()
 
 
+@contextlib.contextmanager
+def forked(*arguments: str, out: Path = Path("out"), err: Path = Path("err")) -> Iterator[ForkServerProcess]:
+    """Run the command in a forked process, which is killed at the end of the test."""
+    running = forks.start(toy.command, arguments, out=out, err=err)
+    try:
+        yield running
+    finally:
+        running.kill()
+        running.join()
+
+
 def wait_for_images(work: Path, n: int) -> None:
     deadline = time.monotonic() + 120
     while len(list(work.glob("outputs/0*.png"))) < n:
@@ -620,18 +633,19 @@ def test_a_users_error_ends_the_process_with_2(work: Path) -> None:
 def test_a_signal_leaves_whole_files_only(work: Path, name: str, said: str) -> None:
     number = getattr(signal, name)
     arguments = ("generate", "a red apple", "--count", "5000", "--batch-size", "1", "--steps", "1", "--dtype", "fp32")
-    with process(*arguments, "--height", "32", "--width", "32", cwd=work) as running:
+    with forked(*arguments, "--height", "32", "--width", "32") as running:
         wait_for_images(work, 3)
-        running.send_signal(number)
-        out, err = running.communicate(timeout=60)
-    assert running.returncode == 128 + number
-    assert err.decode() == f"sdkit: stopped{said}; the files that were finished are whole.\n"
+        assert running.pid
+        os.kill(running.pid, number)
+        running.join(60)
+    assert running.exitcode == 128 + number
+    assert Path("err").read_text() == f"sdkit: stopped{said}; the files that were finished are whole.\n"
     made = sorted(path for path in (work / "outputs").iterdir() if path.is_file())
     assert 3 <= len(made) < 5000
     for path in made:
         assert path.suffix == ".png"
         opened(path).load()
-    assert {work / line for line in out.decode().splitlines()} in (set(made), set(made[:-1]))
+    assert {work / line for line in Path("out").read_text().splitlines()} in (set(made), set(made[:-1]))
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals")
@@ -659,11 +673,13 @@ def test_it_runs_in_another_thread_too(run: Callable[..., Ran]) -> None:
 def test_two_processes_share_a_folder(work: Path) -> None:
     arguments = ("generate", "a", "--count", "6", "--batch-size", "1", "--steps", "1", "--dtype", "fp32", "--grid")
     with (
-        process(*arguments, "--height", "32", "--width", "32", cwd=work) as first,
-        process(*arguments, "--height", "32", "--width", "32", cwd=work) as second,
+        forked(*arguments, "--height", "32", "--width", "32", out=Path("first")) as first,
+        forked(*arguments, "--height", "32", "--width", "32", out=Path("second")) as second,
     ):
-        told = [running.communicate(timeout=120)[0].decode().splitlines() for running in (first, second)]
-    assert (first.returncode, second.returncode) == (0, 0)
+        first.join(120)
+        second.join(120)
+    assert (first.exitcode, second.exitcode) == (0, 0)
+    told = [Path(name).read_text().splitlines() for name in ("first", "second")]
     assert len(set(told[0]) | set(told[1])) == 14
     assert {work / line for lines in told for line in lines} == set((work / "outputs").iterdir())
 
@@ -780,10 +796,10 @@ def _is_full(device: Path) -> bool:
 @pytest.mark.skipif(not _is_full(Path("/dev/full")), reason="needs a /dev/full on which each write fails")
 @pytest.mark.parametrize("arguments", [("info", "emoji"), ("info", "emoji", "--json")])
 def test_a_full_disk_below_stdout_is_one_sentence(work: Path, arguments: tuple[str, ...]) -> None:
-    with Path("/dev/full").open("wb") as full, process(*arguments, cwd=work, stdout=full) as running:
-        _, err = running.communicate(timeout=60)
-    assert running.returncode == 2
-    assert err == b"sdkit: cannot write to the standard output: no space left on device.\n"
+    with forked(*arguments, out=Path("/dev/full")) as running:
+        running.join(60)
+    assert running.exitcode == 2
+    assert Path("err").read_text() == "sdkit: cannot write to the standard output: no space left on device.\n"
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a POSIX shell")

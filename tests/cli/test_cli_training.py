@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import os
 import re
 import signal
@@ -14,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,7 +35,7 @@ from sdkit.training import UNetConfig, train_unet
 from sdkit.training.checkpoint import checkpoints
 from sdkit.training.run_folder import read_metrics
 from sdkit.training.settings import StageSettings
-from tests.helpers import tiny, toy
+from tests.helpers import forks, tiny, toy
 
 ROOT = Path(__file__).parents[2]
 STAGES = {name: stage.settings for name, stage in commands.STAGES.items()}
@@ -107,6 +106,7 @@ def test_help_tells_every_field_with_its_docstring_and_default(run: Callable[...
         "unet": "Train the text encoder together with the U-Net (default: no)",
         "vae": "(as in Stability's ft-mse) (default: l2)",
         "controlnet": "Column of the conditions in parquet files and data sets of the Hub (default: cond",
+        "embedding": "paintings in a style (Gal et al. 2022) (default: object)",
     }
     assert own[stage] in told
 
@@ -114,8 +114,9 @@ def test_help_tells_every_field_with_its_docstring_and_default(run: Callable[...
 @pytest.mark.parametrize("field", CHOICES)
 def test_the_choices_in_the_help_are_those_of_the_settings(field: str) -> None:
     name, stage = next((name, stage) for name, stage in STAGES.items() if hasattr(stage, field))
+    needed = {one.name: "photos" for one in fields(stage) if one.default is MISSING}
     with pytest.raises(ArgumentError) as refused:
-        stage(data="photos", out_dir="run", **{field: "unheard-of"})
+        stage(**needed | {"out_dir": "run", field: "unheard-of"})
     known = re.findall(r"'([^']+)'", str(refused.value).partition("is not one of")[2])
     assert set(CHOICES[field]) == {PREDICTIONS.get(name, name) for name in known}
     train = _parser()._subparsers._group_actions[0].choices["train"]  # type: ignore[union-attr,index]
@@ -235,13 +236,23 @@ OWN: dict[str, dict[str, tuple[str, Any]]] = {
         "conditioning_image_column": ("edges", "edges"),
         **DENOISING,
     },
+    "embedding": {
+        "token": ("<zork>", "<zork>"),
+        "init_token": ("cat", "cat"),
+        "vectors": ("3", 3),
+        "template": ("style", "style"),
+        "keep_norm": ("", True),
+        **DENOISING,
+    },
 }
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_field_can_be_set(stage: str) -> None:
     values = COMMON | OWN[stage]
-    others = {"vae": set[str](), "unet": {"init"}, "controlnet": {"init", "conditioning_data"}}  # exclude another one
+    others = {  # exclude another one
+        "vae": set[str](), "unet": {"init"}, "controlnet": {"init", "conditioning_data"}, "embedding": {"init"},
+    }  # fmt: skip
     assert values.keys() | others[stage] == {field.name for field in fields(STAGES[stage])}
     words = [w for name, (text, _) in values.items() for w in (f"--{name.replace('_', '-')}", *text.split())]
     assert settings(stage, *words) == STAGES[stage](**{name: value for name, (_, value) in values.items()})
@@ -285,7 +296,8 @@ GIVEN = ("--data", "photos", "--out-dir", "r", "--model", "nowhere")  # no such 
 BAD: dict[str, tuple[tuple[str, ...], str]] = {
     "train: no stage": (("train",), "required: COMMAND"),
     "train: unknown stage": (("train", "text"), "invalid choice: 'text'"),
-    "train: nothing given": (("train", "unet"), "--data and --out-dir must be given"),
+    "train: nothing given": (("train", "vae"), "--data and --out-dir must be given"),
+    "train: no data": (("train", "unet", "-o", "r"), "data must be given (--data), or instance_data"),
     "train: no folder": (("train", "vae", "--data", "photos"), "--out-dir must be given"),
     "train: option of the other stage": (("train", "vae", *GIVEN, "--lora-rank", "4"), "--lora-rank"),
     "train: abbreviated": (("train", "unet", *GIVEN, "--lora", "4"), "--lora"),
@@ -588,23 +600,12 @@ def test_a_vae_beside_the_model(run: Callable[..., Ran], work: Path) -> None:
 # Interrupting and resuming
 
 
-def command(arguments: list[str], folder: Path, said: Path, hook: str, environment: dict[str, str]) -> None:
-    """Run the command in this process, with its output in files. `hook` is in the notation of `toy.hooks`."""
-    os.chdir(folder)
-    os.environ.update(environment)
-    torch.set_num_threads(1)
-    toy.hooks(hook)
-    for number, suffix in ((1, ".out"), (2, ".err")):
-        os.dup2(os.open(said.with_suffix(suffix), os.O_CREAT | os.O_WRONLY | os.O_TRUNC), number)
-    sys.exit(main(arguments))
-
-
 def started(*arguments: str, hook: str = "", said: str = "said", **environment: str) -> Any:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([toy.__name__, "sdkit.training.stages.unet", "datasets", "peft"])
-    process = context.Process(target=command, args=(arguments, Path.cwd(), Path(said).resolve(), hook, environment))
-    process.start()
-    return process
+    """Start the command in another process, which ends at `hook`, in the notation of `toy.hooks`."""
+    out, err = (Path(f"{said}{suffix}").resolve() for suffix in (".out", ".err"))
+    for path in (out, err):
+        path.write_text("")
+    return forks.start(toy.command, list(arguments), hook, environment=environment, out=out, err=err)
 
 
 def ended(process: Any, said: str = "said") -> Ran:
@@ -703,15 +704,14 @@ def test_a_launched_run_stops_and_goes_on_and_speaks_with_one_voice(
         "sdkit: stopping with a checkpoint; Ctrl-C again leaves at once.",
         f"sdkit: stopped after step {done}, with a checkpoint; the same command resumes it.",
     ]
-    second = launch(*steps, "--max-steps", str(done + 1))
-    out, err = second.communicate(timeout=60)
-    assert (second.returncode, out) == (0, f"r{os.sep}result\n"), err
-    assert err.count("resuming from") == 1
+    second = forks.launch(toy.command, [*steps, "--max-steps", str(done + 1)])
+    assert second == ([0, 0], f"r{os.sep}result\n", second.err)
+    assert second.err.count("resuming from") == 1
     assert json.loads(Path("r/config.json").read_text())["samples_per_step"] == 2
 
 
-def test_a_launched_commands_error_is_told_once(launch: Callable[..., subprocess.Popen[str]]) -> None:
-    process = launch(*LORA, "--out-dir", "file")
-    out, err = process.communicate(timeout=60)
-    assert (process.returncode, out) == (1, "")  # the launcher's own exit code
+@pytest.mark.usefixtures("work")
+def test_a_launched_commands_error_is_told_once() -> None:
+    codes, out, err = forks.launch(toy.command, [*LORA, "--out-dir", "file"])
+    assert (codes[0], out) == (2, "")  # the other is ended by the launcher, or tells after a while
     assert sentences(err) == ["sdkit: cannot write into file: not a directory; give another folder."]

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +11,7 @@ import pytest
 from PIL import Image
 
 from sdkit.cli import main
-
-ROOT = Path(__file__).parents[2]
+from tests.helpers import forks, toy
 
 
 @pytest.fixture
@@ -48,21 +44,33 @@ def test_prints_tables_with_controls_and_draws_a_sheet(capsys: pytest.CaptureFix
     assert "10 images are fewer than the 1152 features of alex" in err
 
 
+@pytest.mark.usefixtures("photos")
+def test_replaces_a_sheet_only_if_it_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    """As `sdkit generate` does: a default name spares what is there, and `--sheet` says what to replace."""
+    kept = ("vae-evaluation.png", "vae-evaluation-2.png")
+    for name in (*kept, "mine.png"):
+        Path(name).write_text("an earlier sheet")
+    Path("photos/torn.png").unlink()
+    arguments = ["evaluate", "vae", "blur", *ARGUMENTS[3:]]
+    assert main(arguments) == 0
+    assert capsys.readouterr().out.splitlines()[-1].endswith(": vae-evaluation-3.png")
+    assert main([*arguments, "--sheet", "mine.png", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["sheet"] == "mine.png"
+    assert [Path(name).read_text() for name in kept] == ["an earlier sheet"] * 2
+    for name in ("vae-evaluation-3.png", "mine.png"):
+        with Image.open(name) as sheet:
+            assert sheet.width > 8 * 64
+
+
 @pytest.mark.slow
 def test_two_processes_give_the_numbers_of_one(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Batches are the same, so that only the order in which the features' moments are added up differs."""
     arguments = ["evaluate", "vae", "emoji", "blur", *ARGUMENTS[3:], "--batch-size", "3", "--json"]
     assert main(arguments) == 1
     alone = json.loads(capsys.readouterr().out)
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    launcher += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    ran = subprocess.run(
-        [*launcher, "-m", "sdkit", *arguments, "--sheet", "two.png"], env=environment, cwd=photos, text=True,
-        capture_output=True, check=False, timeout=300,
-    )  # fmt: skip
-    assert ran.stdout, ran.stderr
-    together = json.loads(ran.stdout)
+    ended = forks.launch(toy.command, [*arguments, "--sheet", "two.png"])
+    assert ended.out, ended.err
+    together = json.loads(ended.out)
     assert [one["vae"] for one in together["vaes"]] == ["emoji", "blur"]
     assert [one["vae"] for one in together["controls"]] == ["pixels"]
     assert numbers(together) == pytest.approx(numbers(alone), rel=1e-6, abs=1e-9)

@@ -1,25 +1,21 @@
-"""Makes a cache in a subprocess of the tests: `python cache_job.py DATA OUT [KEY=JSON ...]`."""
+"""Makes a cache, in another process of the tests."""
 
 from __future__ import annotations
 
-import json
 import os
 import sys
+from typing import Any
 
 import sdkit
 from sdkit.data import cache
 
 
-def main() -> None:
-    data, out, *options = sys.argv[1:]
-    settings = {key: json.loads(value) for key, _, value in (option.partition("=") for option in options)}
+def made(data: str, out: str, **settings: Any) -> int:
+    """Make a cache, and print the number of processes that share the work; return the exit code."""
     try:
         cache("emoji", data, out, **{"dtype": "fp32", **settings})
         print(os.environ.get("WORLD_SIZE", "1"))
     except sdkit.SdkitError as error:
         print(error, file=sys.stderr)
-        sys.exit(2)
-
-
-if __name__ == "__main__":
-    main()
+        return 2
+    return 0

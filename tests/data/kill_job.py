@@ -1,4 +1,4 @@
-"""Makes the same cache in many folders, each killed by SIGKILL at another point: `python kill_job.py DATA OUT`.
+"""Makes the same cache in many folders, each killed by SIGKILL at another point.
 
 OUT/N is killed before the N-th step of writing files (a file's fsync, its rename, or the folder's fsync) and then
 resumed. The last N is larger than the number of steps, so that cache is never killed. OUT/often is killed again and
@@ -10,12 +10,10 @@ from __future__ import annotations
 import functools
 import os
 import signal
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import datasets  # noqa: F401 - imported once, before the forks
 import torch
 
 import sdkit
@@ -49,8 +47,8 @@ def make(data: str, out: Path, kill_at: int = 0) -> bool:
     os._exit(0)
 
 
-def main() -> None:
-    data, out = sys.argv[1], Path(sys.argv[2])
+def main(data: str, out: Path) -> None:
+    """Make all caches, and print how often OUT/N and OUT/often were killed."""
     for part in (sdkit.VAE, sdkit.TextEncoder):  # loaded once, before the forks
         part.from_pretrained = functools.cache(part.from_pretrained)  # type: ignore[method-assign,assignment]
     sdkit.VAE.from_pretrained("emoji", dtype=torch.float32, device=torch.device("cpu"))
@@ -63,7 +61,3 @@ def main() -> None:
     while make(data, out / "often", 8):  # at this step one shard is in place and the next is not renamed yet
         deaths += 1
     print(point - 1, deaths)
-
-
-if __name__ == "__main__":
-    main()

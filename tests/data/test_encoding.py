@@ -7,8 +7,6 @@ import functools
 import json
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -30,11 +28,11 @@ from sdkit.data.latent_cache.manifest import Manifest, text_identity, tokenizer_
 from sdkit.data.latent_cache.shards import ShardEncoder
 from sdkit.data.transform import draw
 from sdkit.errors import CacheError
-from tests.helpers import tiny
+from tests.data import cache_job, kill_job
+from tests.helpers import forks, tiny
 
 pytest.importorskip("datasets")
 
-ROOT, HERE = Path(sdkit.__file__).parents[1], Path(__file__).parent
 LONG = "red apple blue cat " * 16  # 64 tokens, which take 3 chunks of the embedded model
 FLOAT16 = {"rtol": 2.0**-10, "atol": 1e-5}  # the rounding of float16, and that of sums of float32 in another order
 
@@ -175,24 +173,14 @@ class TestAgain:
         assert (tmp_path / "shard-00000.safetensors").stat().st_mtime_ns == kept
 
 
-def run(*command: str) -> subprocess.CompletedProcess[str]:
-    """Run a Python program of this folder, or a module, in one thread, because several threads would change the order
-    of sums.
-    """
-    path = f"{ROOT}{os.pathsep}{HERE}"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "ACCELERATE_USE_CPU": "true"}
-    whole = [sys.executable, *command]
-    return subprocess.run(whole, env=environment, cwd=HERE, capture_output=True, text=True, check=False, timeout=240)
-
-
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_killed_at_any_point_and_resumed_it_is_as_if_never_stopped(photos: Path, tmp_path: Path) -> None:
     """A cache that was killed and resumed must be bit-identical. Seven files (two manifests, four shards, and the empty
     prompt) are written in three steps each.
     """
-    done = run("kill_job.py", str(photos), str(tmp_path))
-    assert done.returncode == 0, done.stderr
-    points, deaths = map(int, done.stdout.split())
+    ended = forks.run(kill_job.main, str(photos), tmp_path)
+    assert ended.codes == [0], ended.err
+    points, deaths = map(int, ended.out.split())
     assert (points, deaths) == (21, 5)
     uninterrupted = content(tmp_path / "22")
     assert len(uninterrupted) == 7
@@ -202,27 +190,21 @@ def test_killed_at_any_point_and_resumed_it_is_as_if_never_stopped(photos: Path,
 
 
 class TestProcesses:
-    def launch(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        # With --cpu, Accelerate starts one process, whatever number is asked for, unless it is configured for MPI.
-        launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
-        launcher += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-        return run(*launcher, "-m", "cache_job", *arguments)
-
     def test_two_give_the_files_that_one_gives(self, photos: Path, tmp_path: Path) -> None:
-        settings = ["size=16", "shard_size=2", "embeddings=true", 'crop="random"', "augmentations=2"]
-        for start, out in ((functools.partial(run, "cache_job.py"), "one"), (self.launch, "two")):
-            done = start(str(photos), str(tmp_path / out), *settings)
-            assert done.returncode == 0, done.stderr
+        settings = {"size": 16, "shard_size": 2, "embeddings": True, "crop": "random", "augmentations": 2}
+        for start, out in ((forks.run, "one"), (forks.launch, "two")):
+            ended = start(functools.partial(cache_job.made, str(photos), str(tmp_path / out), **settings))
+            assert not any(ended.codes), ended.err
             # Each process prints the number of processes.
-            assert sorted(done.stdout.replace("\n", "")) == list({"one": "1", "two": "22"}[out])
+            assert sorted(ended.out.replace("\n", "")) == list({"one": "1", "two": "22"}[out])
         assert content(tmp_path / "two") == content(tmp_path / "one")
         assert len(content(tmp_path / "one")) == 7
 
     def test_an_error_ends_both_with_its_sentence(self, photos: Path, tmp_path: Path) -> None:
         (tmp_path / "diary.txt").write_text("dear diary")
-        done = self.launch(str(photos), str(tmp_path), "size=16")
-        assert done.returncode != 0
-        assert f"{tmp_path} is not empty, and holds no latent cache; name another folder." in done.stderr
+        ended = forks.launch(functools.partial(cache_job.made, str(photos), str(tmp_path), size=16))
+        assert all(ended.codes)
+        assert f"{tmp_path} is not empty, and holds no latent cache; name another folder." in ended.err
         assert content(tmp_path) == {"diary.txt": b"dear diary"}
 
 

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sdkit.diffusion.conditioning import Conditioning
-from sdkit.diffusion.guidance import APG, apg, cfg, classifier, guided, rescale
+from sdkit.diffusion.guidance import APG, apg, cfg, classifier, energy, guided, rescale
 from sdkit.diffusion.samplers import SAMPLERS
 from sdkit.diffusion.schedule import NoiseSchedule, Prediction
 from sdkit.errors import ArgumentError
@@ -427,6 +427,78 @@ def test_a_classifier_leaves_a_learned_variance_as_it_is() -> None:
     assert torch.equal(followed.variance, plain.variance)
     noise = math.sqrt(1 - float(schedule.alphas_cumprod[500]))
     torch.testing.assert_close(followed.eps, plain.eps + 2.0 * noise * 2 * x_t)
+
+
+# Guidance by an energy of x0
+
+
+@pytest.mark.parametrize("prediction_type", KINDS)
+@pytest.mark.parametrize("inference", [False, True])
+def test_an_energy_that_is_linear_in_x0_shifts_the_mean_of_a_gaussian(prediction_type: str, inference: bool) -> None:
+    """For x0 ~ N(0, s^2), p(x0) exp(-k x0) is the density of N(-k s^2, s^2), and E[exp(-k x0) | x_t] is exp(-k x0_hat)
+    times a constant: guidance by E = k x0 is exact, and its predictor is that of the shifted Gaussian."""
+    schedule = NoiseSchedule.scaled_linear(prediction_type=prediction_type)
+    s2, k = 0.6**2, 3.0
+
+    def mean_of(x_t: torch.Tensor, t: int, mean: float) -> torch.Tensor:
+        a = float(schedule.alphas_cumprod[t])
+        return mean + math.sqrt(a) * s2 / (a * s2 + 1 - a) * (x_t - math.sqrt(a) * mean)
+
+    def predict(x_t: torch.Tensor, t: int) -> Prediction:
+        return schedule.prediction(mean_of(x_t, t, 0.0), x_t, t, "sample")
+
+    guided_by = energy(predict, lambda x0: k * x0.sum(dim=(1, 2, 3)), schedule)
+    with torch.inference_mode(inference):
+        x_t = normal(6, *SHAPE, dtype=torch.float64)
+        for t in (3, 200, 600, 999):
+            prediction = guided_by(x_t, t)
+            torch.testing.assert_close(prediction.x0, mean_of(x_t, t, -k * s2), rtol=0, atol=1e-9)
+            assert not prediction.x0.requires_grad
+
+
+def test_the_gradient_of_an_energy_goes_through_the_network() -> None:
+    """Central differences of E(x0(x_t)), for a network and an energy that are not linear."""
+    schedule, t, h = NoiseSchedule.linear(), 400, 1e-5
+    weight = normal(7, 4, 4, dtype=torch.float64)
+
+    def predict(x_t: torch.Tensor, t: int) -> Prediction:
+        return schedule.prediction(torch.tanh(torch.einsum("bchw,cd->bdhw", x_t, weight)), x_t, t)
+
+    def wanted(x0: torch.Tensor) -> torch.Tensor:
+        return (x0.square().mean(dim=(1, 2, 3)) - 0.3).square()
+
+    x_t = normal(8, 2, 4, 2, 2, dtype=torch.float64)
+    numeric = torch.zeros_like(x_t)
+    for index in range(x_t[0].numel()):
+        step = torch.zeros_like(x_t).flatten(1)
+        step[:, index] = h
+        step = step.reshape(x_t.shape)
+        difference = (wanted(predict(x_t + step, t).x0) - wanted(predict(x_t - step, t).x0)) / (2 * h)
+        numeric.view(2, -1)[:, index] = difference
+    noise = math.sqrt(1 - float(schedule.alphas_cumprod[t]))
+    found = (energy(predict, wanted, schedule, 2.0)(x_t, t).eps - predict(x_t, t).eps) / (2.0 * noise)
+    torch.testing.assert_close(found, numeric, rtol=1e-5, atol=1e-8)
+
+
+def test_an_energy_leaves_pure_noise_and_a_learned_variance_as_they_are() -> None:
+    terminal = NoiseSchedule.from_betas([0.1, 0.5, 1.0], prediction_type="v_prediction")
+    x_t = normal(9, *SHAPE)
+
+    def predict(x_t: torch.Tensor, t: int) -> Prediction:
+        return terminal.prediction(torch.tanh(x_t), x_t, t)
+
+    assert torch.equal(energy(predict, lambda x0: pytest.fail("asked"), terminal)(x_t, 2).x0, predict(x_t, 2).x0)
+    schedule = NoiseSchedule.linear()
+    learned = guided(Model(learned_range=True), schedule, COND, scale=1)
+    followed = energy(learned, lambda x0: x0.square().sum(dim=(1, 2, 3)), schedule)(x_t, 500)
+    assert torch.equal(followed.variance, learned(x_t, 500).variance)
+
+
+def test_an_energy_gives_a_number_for_each_image() -> None:
+    schedule = NoiseSchedule.linear()
+    predict = guided(Model(), schedule, COND, scale=1)
+    with pytest.raises(ArgumentError, match=r"an energy returns \(3,\), a number for each image, not \(\)\."):
+        energy(predict, lambda x0: x0.sum(), schedule)(normal(10, *SHAPE), 500)
 
 
 @pytest.mark.parametrize("scale", [10**400, -(10**400), Fraction(10**400), float("nan"), True, "7.5"])

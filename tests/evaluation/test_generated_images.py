@@ -1,8 +1,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,8 @@ from sdkit.evaluation.extractors import Extractor, open_extractor
 from sdkit.evaluation.frechet import frechet_distance
 from sdkit.evaluation.generated_images import ImageEvaluation, evaluate_images
 from sdkit.evaluation.kernel_distance import kid
+from sdkit.processes import is_main_process
+from tests.helpers import forks
 from tests.helpers.clip import save_clip, save_dinov2, train_clip
 from tests.helpers.real_images import crops, save_all
 from tests.helpers.sentences import one_sentence
@@ -202,33 +202,25 @@ def test_fewer_images_than_features_warn(alex: Extractor) -> None:
         evaluate_images(crops(9, seed=1), crops(10, seed=0), extractors=alex)
 
 
-JOB = """
-import json, sys
-from sdkit.evaluation import evaluate_images
-generated, reference, clip = sys.argv[1:]
-found = evaluate_images(generated, reference, extractors=["alex", f"clip:{clip}"], prompts=["a cat", "a dog"],
-                        batch_size=4, device="cpu")
-from sdkit.processes import is_main_process
-if is_main_process():
-    print(json.dumps(found.asdict()))
-"""
+def measure(generated: Path, reference: Path, clip: Path) -> None:
+    """Measure in this process, or in this and others together, and print the numbers."""
+    found = evaluate_images(
+        generated, reference, extractors=["alex", f"clip:{clip}"], prompts=["a cat", "a dog"], batch_size=4,
+        device="cpu",
+    )  # fmt: skip
+    if is_main_process():
+        print(json.dumps(found.asdict()))
 
 
 def test_two_processes_give_the_numbers_of_one(tmp_path: Path) -> None:
     generated = save_all(crops(18, seed=1), tmp_path / "made")
     (generated / "0003.png").write_text("no image")
     reference, clip = save_all(crops(23, seed=0), tmp_path / "real"), save_clip(tmp_path / "clip")
-    (tmp_path / "job.py").write_text(JOB)
-    command = [str(tmp_path / "job.py"), str(generated), str(reference), str(clip)]
-    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
     outputs = []
-    for before in ([], [*launch, "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]):
-        done = subprocess.run(
-            [sys.executable, *before, *command], capture_output=True, text=True, check=False, timeout=240,
-            cwd=Path(__file__).parents[2],
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        outputs.append(json.loads(done.stdout[done.stdout.index("{") :]))
+    for start in (forks.run, forks.launch):
+        ended = start(measure, generated, reference, clip)
+        assert not any(ended.codes), ended.err
+        outputs.append(json.loads(ended.out))
     one, two = outputs
     assert one["skipped"] == two["skipped"]
     for row in ("generated", "floor", "ceiling", "shuffled"):

@@ -29,8 +29,9 @@ from sdkit.cli import jobs, main
 from sdkit.data import latent_file as latents
 from sdkit.errors import SdkitError
 from sdkit.files import read_regular
+from sdkit.loading.embedding_file import save_embedding
 from sdkit.loading.lora_file import convert_lora, read_lora, save_lora
-from sdkit.networks.lora import add_lora, lora_tensors, merge_lora
+from sdkit.networks.lora import add_lora, lora_layers, lora_tensors, merge_lora
 from sdkit.pipelines.generation import Generation
 from sdkit.training.loop import fit
 from sdkit.training.plot import plot
@@ -279,6 +280,26 @@ def make_lora(layout: str, suffix: str = ".safetensors") -> Callable[[Path], Non
     return make
 
 
+def make_lycoris(folder: Path) -> None:
+    """A LoHa, a LoKr, and a DoRA, each of a layer, in kohya's layout."""
+    rng = torch.Generator().manual_seed(1)
+    layers = lora_layers(sdkit.StableDiffusion.from_pretrained(model(), **CPU).unet.network)
+    tensors = {}
+    for (name, layer), kind in zip(layers.items(), ("loha", "lokr", "dora"), strict=False):
+        outputs, inputs = layer.weight.shape
+        shapes = {
+            "loha": {"hada_w1_a": (outputs, 2), "hada_w1_b": (2, inputs), "hada_w2_a": (outputs, 2),
+                     "hada_w2_b": (2, inputs)},
+            "lokr": {"lokr_w1": (2, 2), "lokr_w2_a": (outputs // 2, 2), "lokr_w2_b": (2, inputs // 2)},
+            "dora": {"lora_down.weight": (2, inputs), "lora_up.weight": (outputs, 2), "dora_scale": (outputs, 1)},
+        }[kind]  # fmt: skip
+        for key, shape in {**shapes, "alpha": ()}.items():
+            tensors[f"lora_unet_{name.replace('.', '_')}.{key}"] = torch.randn(shape, generator=rng)
+    path = folder / "one.safetensors"
+    save_file(tensors, path)
+    path.write_bytes(in_order(path.read_bytes()))
+
+
 def read_one_lora(name: str) -> Callable[[Path, Path], None]:
     def read(folder: Path, out: Path) -> None:
         lora = read_lora(folder / name)
@@ -286,6 +307,32 @@ def read_one_lora(name: str) -> Callable[[Path, Path], None]:
         merge_lora(lora, whole.unet.network, whole.text.network, 0.7)
         drawn(whole)
         convert_lora(folder / name, out / "kohya.safetensors")
+
+    return read
+
+
+# Textual inversion
+
+
+def make_embedding(name: str) -> Callable[[Path], None]:
+    def make(folder: Path) -> None:
+        vectors = torch.randn(2, sd().text.width, generator=torch.Generator().manual_seed(1))
+        if name.endswith(".pt"):  # as A1111 writes it
+            named = {"string_to_token": {"*": 265}, "string_to_param": {"*": vectors}, "name": "zork", "step": 9}
+            torch.save(named | {"sd_checkpoint": None, "sd_checkpoint_name": None}, folder / name)
+        else:
+            save_embedding("<zork>", vectors, folder / name)
+
+    return make
+
+
+def read_one_embedding(name: str) -> Callable[[Path, Path], None]:
+    def read(folder: Path, out: Path) -> None:
+        whole = sdkit.StableDiffusion.from_pretrained(model(), **CPU)
+        token = whole.load_embedding(folder / name)
+        whole.text.encode(f"a {token}")
+        drawn(whole)
+        save_embedding(token, whole.text.learned[token], out / "one.safetensors")
 
     return read
 
@@ -584,7 +631,12 @@ TARGETS: dict[str, Target] = {
         Target(name="single-pickle", make=make_single(".ckpt"), read=read_single("one.ckpt")),
         Target(name="lora-diffusers", make=make_lora("diffusers"), read=read_one_lora("one.safetensors")),
         Target(name="lora-kohya", make=make_lora("kohya"), read=read_one_lora("one.safetensors")),
+        Target(name="lora-lycoris", make=make_lycoris, read=read_one_lora("one.safetensors")),
         Target(name="lora-pickle", make=make_lora("peft", ".bin"), read=read_one_lora("one.bin")),
+        *(
+            Target(name=f"embedding-{name}", make=make_embedding(f"one.{name}"), read=read_one_embedding(f"one.{name}"))
+            for name in ("safetensors", "pt")
+        ),
         Target(name="folder", make=make_folder, read=read_data, files=("*", "sub/*")),
         Target(name="captions", make=make_folder, read=read_data, files=("*.txt", "*.jsonl")),
         Target(name="metadata-csv", make=make_csv, read=read_data, files=("*.csv",)),

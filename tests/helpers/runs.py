@@ -1,101 +1,85 @@
-"""Training runs of the real stages in subprocesses, which can be killed at any point; see `Runs`.
-
-Run as a script without arguments, it forks one process for each line of JSON that it reads. `accelerate launch runs.py
-SCENARIOS.json` trains one run after another, each in several processes.
-"""
+"""Training runs of the real stages in other processes, which can be killed at any point; see `Runs` and `launched`."""
 
 from __future__ import annotations
 
-import contextlib
-import gc
 import json
-import os
-import subprocess
+import signal
 import sys
 import threading
-import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-# Import the libraries of all runs before the forks, so that each run starts at once.
-import datasets  # noqa: F401
-import peft  # noqa: F401
 import torch
 from accelerate import PartialState
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel  # noqa: F401
 from safetensors.torch import save, save_file
-from transformers import CLIPTextModel, CLIPTokenizer  # noqa: F401
 
 from sdkit.errors import SdkitError
 from sdkit.networks.lpips import LPIPS
 from sdkit.training import (
     ControlNetConfig,
+    EmbeddingConfig,
     UNetConfig,
     VAEConfig,
     checkpoint,
     train_controlnet,
+    train_embedding,
     train_unet,
     train_vae,
 )
 from sdkit.training.ema import EMA
 from sdkit.training.loop import fit
 from sdkit.training.stages.controlnet import ControlNetStage
+from sdkit.training.stages.embedding import EmbeddingStage
 from sdkit.training.stages.unet import UNetStage
 from sdkit.training.stages.vae import VAEStage
-from tests.helpers import toy
+from tests.helpers import forks, toy
 
 STAGES: dict[str, tuple[Any, Any, Callable[[Any], Path]]] = {
     "vae": (VAEConfig, VAEStage, train_vae),
     "unet": (UNetConfig, UNetStage, train_unet),
     "controlnet": (ControlNetConfig, ControlNetStage, train_controlnet),
+    "embedding": (EmbeddingConfig, EmbeddingStage, train_embedding),
 }
 CALLS = ("batch", "loss", "discriminator_loss", "validate", "export")
 
 
 class Runs:
-    """Trains in forks of one server process, which has already imported the libraries."""
+    """Trains in forked processes."""
 
-    def __init__(self) -> None:
-        self._server = subprocess.Popen(
-            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment()
-        )
+    process: int
+    """Process id of the last run."""
 
     def __call__(self, stage: str, settings: dict[str, Any], hook: str = "") -> int:
-        """Run a training stage in a fork and return its exit code.
+        """Run a training stage in another process and return its exit code.
 
         Args:
-            stage: "vae", "unet", or "controlnet".
+            stage: "vae", "unet", "controlnet", or "embedding".
             settings: Fields of the stage's settings.
             hook: Where to end the process, in the notation of `toy.hooks` with the names of `calling`.
 
         Returns:
-            The exit code; -N if signal N killed or stopped the process. `self.process` is its process id.
+            The exit code; -N if signal N killed or stopped the process.
         """
-        assert self._server.stdin
-        assert self._server.stdout
-        print(json.dumps({"stage": stage, "settings": settings, "hook": hook}, default=str), file=self._server.stdin)
-        self._server.stdin.flush()
-        code, self.process = map(int, self._server.stdout.readline().split())
-        return code
+        process = forks.start(train, stage, settings, hook)
+        assert process.pid
+        self.process = process.pid
+        while process.exitcode is None:
+            if "SIGSTOP" in hook and _is_stopped(process.pid):
+                return -signal.SIGSTOP
+            process.join(0.05 if "SIGSTOP" in hook else None)
+        return process.exitcode
 
     def said(self, settings: dict[str, Any]) -> str:
         """Return the error sentence that the last run ended with."""
         return _sentence(settings).read_text()
 
-    def close(self) -> None:
-        assert self._server.stdin
-        assert self._server.stdout
-        self._server.stdin.close()
-        self._server.wait()
-        self._server.stdout.close()
 
-
-def environment() -> dict[str, str]:
-    root = str(Path(__file__).parents[2])
-    return os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": root}
+def _is_stopped(process: int) -> bool:
+    """Return whether a signal has stopped a process, which has not ended."""
+    return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "T"
 
 
 def _sentence(settings: dict[str, Any]) -> Path:
@@ -163,24 +147,7 @@ def train(stage: str, settings: dict[str, Any], hook: str) -> int:
     return 0
 
 
-def serve() -> None:
-    gc.freeze()  # children's garbage collection skips the libraries' objects, which saves a third of their time
-    for line in sys.stdin:
-        child = os.fork()
-        if not child:
-            code = 1
-            try:
-                with contextlib.redirect_stdout(sys.stderr):
-                    code = train(**json.loads(line))
-            except BaseException:  # noqa: BLE001 - the child must not go on with the loop
-                traceback.print_exc()
-            os._exit(code)
-        _, status = os.waitpid(child, os.WUNTRACED)
-        code = -os.WSTOPSIG(status) if os.WIFSTOPPED(status) else os.waitstatus_to_exitcode(status)
-        print(code, child, flush=True)
-
-
-def launched(scenario: dict[str, Any]) -> None:
+def _train_together(scenario: dict[str, Any]) -> None:
     """Train as one process of several, and write down the samples and files that this process was responsible for."""
     rank = PartialState(cpu=True).process_index
     config = config_of(scenario["stage"], scenario["settings"])
@@ -189,7 +156,7 @@ def launched(scenario: dict[str, Any]) -> None:
     batch = stage.batch
     stage.batch = lambda mine: samples.extend(mine) or batch(mine)  # type: ignore[func-returns-value]
     RENAMED.clear()
-    fit(stage, config, Path(config.out_dir))
+    fit(stage, config, Path(config.out_dir), before=getattr(stage, "prepare", None))
     out = Path(config.out_dir)
     inside = sorted({path.relative_to(out).parts[0] for path in RENAMED if path.is_relative_to(out)})
     (out / f"rank-{rank}.json").write_text(json.dumps({"samples": sorted(samples), "wrote": inside}))
@@ -202,13 +169,10 @@ def launched(scenario: dict[str, Any]) -> None:
 RENAMED: list[Path] = []  # paths that this process renamed into place; all files of a run are written by such a rename
 
 
-def launch(scenarios: list[dict[str, Any]]) -> None:
+def launched(scenarios: list[dict[str, Any]]) -> None:
+    """Train one run after another, as one process of several."""
     warnings.simplefilter("ignore")
     sys.addaudithook(lambda event, args: RENAMED.append(Path(args[1])) if event == "os.rename" else None)
     for scenario in scenarios:
-        launched(scenario)
+        _train_together(scenario)
     PartialState().destroy_process_group()
-
-
-if __name__ == "__main__":
-    launch(json.loads(Path(sys.argv[1]).read_text())) if len(sys.argv) > 1 else serve()

@@ -1,5 +1,5 @@
-"""A script for `accelerate launch` with FSDP: the counterpart of toy.py, which trains with data parallelism, and a
-stage with a U-Net.
+"""Training in two processes with FSDP: the counterpart of toy.py, which trains with data parallelism, and a stage
+with a U-Net.
 
 Accelerate supports FSDP on GPUs only, although PyTorch's implementation works on CPUs too. The CPUs are therefore
 presented to Accelerate as GPUs.
@@ -7,9 +7,7 @@ presented to Accelerate as GPUs.
 
 from __future__ import annotations
 
-import json
 import os
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -135,7 +133,7 @@ class UNetStage:
         self.denoiser.unet.save_pretrained(folder)
 
 
-def launched(scenario: dict[str, Any]) -> None:
+def _train_together(scenario: dict[str, Any]) -> None:
     os.environ |= scenario.get("environment", {})
     if "scaled" in scenario:
         scaled = toy.ToySettings(**scenario["scaled"])
@@ -150,16 +148,18 @@ def launched(scenario: dict[str, Any]) -> None:
         fit(stage, stage.settings, scenario["out"])
         (Path(scenario["out"]) / "groups").write_text(str(stage.groups))
     if "settings" in scenario:
-        toy.launched(scenario)
+        toy.train_together(scenario)
 
 
-if __name__ == "__main__":
+def launched(scenarios: list[dict[str, Any]]) -> None:
+    """Train one run after another, as one process of several."""
+    os.environ |= {"ACCELERATE_TORCH_DEVICE": "cpu", "ACCELERATE_USE_CPU": "false"}
     toy.Toy = Split  # type: ignore[misc]
     torch.distributed.init_process_group("gloo")
-    PartialState._prepare_backend = lambda self, *_: ("gloo", DistributedType.MULTI_GPU)
+    PartialState._prepare_backend = lambda self, *_: ("gloo", DistributedType.MULTI_GPU)  # type: ignore[method-assign]
     before = {**os.environ}
-    for scenario in json.loads(Path(sys.argv[1]).read_text()):
-        launched(scenario)
+    for scenario in scenarios:
+        _train_together(scenario)
         os.environ.clear()
         os.environ |= before
     PartialState().destroy_process_group()

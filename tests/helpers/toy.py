@@ -1,7 +1,4 @@
-"""A stage that trains in a second, a regression with a discriminator, and hooks that end it at any point.
-
-Run as a script, `accelerate launch --multi_gpu --num_processes 2 toy.py SCENARIOS.json` trains one run after another.
-"""
+"""A stage that trains in a second, a regression with a discriminator, and hooks that end it at any point."""
 
 from __future__ import annotations
 
@@ -16,12 +13,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import diffusers.optimization  # noqa: F401 - imported once by the fork server, not by each of its children
 import torch
 from accelerate import PartialState
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from sdkit.cli import main
 from sdkit.errors import SdkitError
 from sdkit.training.loop import fit
 from sdkit.training.settings import LoopSettings
@@ -176,7 +173,7 @@ def train(out: Path, settings: ToySettings, hook: str = "") -> None:
         raise SystemExit(130) from None
 
 
-def launched(scenario: dict[str, Any]) -> None:
+def train_together(scenario: dict[str, Any]) -> None:
     """Train as one process of several, and write down the samples, calls, and error of this process."""
     rank, out, settings = (
         PartialState(cpu=True).process_index,
@@ -195,7 +192,14 @@ def launched(scenario: dict[str, Any]) -> None:
     save_file(weights, out / f"rank-{rank}.safetensors")
 
 
-if __name__ == "__main__":
-    for scenario in json.loads(Path(sys.argv[1]).read_text()):
-        launched(scenario)
+def command(arguments: list[str], hook: str = "") -> int:
+    """Run sdkit's command line in this process. `hook` is where it ends, in the notation of `hooks`."""
+    hooks(hook)
+    return main(arguments)
+
+
+def launched(scenarios: list[dict[str, Any]]) -> None:
+    """Train one run after another, as one process of several."""
+    for scenario in scenarios:
+        train_together(scenario)
     PartialState().destroy_process_group()

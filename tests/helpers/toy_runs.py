@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from safetensors.torch import load_file
 from sdkit.training import loop
 from sdkit.training.checkpoint import checkpoints
 from sdkit.training.run_folder import read_metrics
-from tests.helpers import toy
+from tests.helpers import forks, toy
 
 # A short run with the hard cases: epochs that end inside a step (10 examples, 4 samples a step), dropout, and a second
 # player that starts late.
@@ -41,12 +40,8 @@ def fit(out: Path, at: Any = lambda name, k: None, **settings: Any) -> toy.Toy:
 
 
 def process(out: Path, settings: dict[str, Any], hook: str = "") -> Any:
-    """Start training in another process, forked from one that has already imported the libraries."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([toy.__name__])
-    started = context.Process(target=toy.train, args=(out, toy.ToySettings(**settings), hook))
-    started.start()
-    return started
+    """Start training in another process."""
+    return forks.start(toy.train, out, toy.ToySettings(**settings), hook)
 
 
 def train(out: Path, settings: dict[str, Any], hook: str = "") -> int:

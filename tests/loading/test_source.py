@@ -1168,9 +1168,11 @@ def test_unets_of_other_kinds_in_diffusers_layout(tmp_path: Path, options: dict[
 
 
 @pytest.mark.parametrize(("width", "family"), [(768, "sd1"), (1024, "sd2-v")])
-def test_the_public_configs_serve_inpainting_models_in_single_files(tmp_path: Path, width: int, family: str) -> None:
+def test_the_public_configs_serve_models_with_more_inputs_in_single_files(
+    tmp_path: Path, width: int, family: str
+) -> None:
     """These differ from text-to-image models only in the number of input channels."""
-    for channels in (4, 9):
+    for channels in (4, 8, 9):
         shapes = {CROSS: (8, width), CONV_IN: (8, channels, 3, 3)}
         description = describe(sketch(tmp_path / f"{channels}.safetensors", V if width == 1024 else None, **shapes))
         unet = next(part for part in description.components if part.part == "unet")

@@ -82,8 +82,10 @@ def saved(path: Path, tensors: Tensors) -> Path:
 
 class TestFinite:
     @pytest.mark.parametrize("part", LOADERS)
-    @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-    @pytest.mark.parametrize("stored", [torch.float32, torch.float16, torch.bfloat16])
+    @pytest.mark.parametrize(
+        ("value", "stored"),
+        [(float("nan"), torch.float32), (float("inf"), torch.float16), (float("-inf"), torch.bfloat16)],
+    )
     @pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
     def test_folders(self, tmp_path: Path, part: str, value: float, stored: torch.dtype, suffix: str) -> None:
         tensors = {key: tensor.to(stored) for key, tensor in weights_of(part).items()}

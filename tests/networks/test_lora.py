@@ -701,12 +701,10 @@ class TestSources:
             ("lora_te2_text_model_encoder_layers_0_mlp_fc1.lora_down.weight", "a LoRA of Stable Diffusion XL"),
             ("lora_unet_input_blocks_4_1_proj_in.lora_down.weight", "a LoRA of Stable Diffusion XL"),
             ("text_encoder_2.text_model.encoder.layers.0.mlp.fc1.lora_A.weight", "a LoRA of Stable Diffusion XL"),
-            ("lora_unet_mid_block_attentions_0_proj_in.hada_w1_a", "a LoHa"),
-            ("lora_unet_mid_block_attentions_0_proj_in.lokr_w1", "a LoKr"),
-            ("lora_unet_mid_block_attentions_0_proj_in.dora_scale", "a DoRA"),
-            ("unet.mid_block.attentions.0.proj_in.lora_magnitude_vector", "a DoRA"),
+            ("lora_unet_mid_block_attentions_0_proj_in.oft_blocks", "an OFT"),
+            ("lora_unet_mid_block_attentions_0_proj_in.a1.weight", "a GLoRA"),
+            ("lora_unet_mid_block_attentions_0_proj_in.diff_b", "a difference of whole weights"),
             ("lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_k.on_input", "an IA3"),
-            ("lora_unet_conv_in.lora_mid.weight", "a LoCon with Tucker decomposition"),
         ],
     )
     def test_other_kinds(self, tensors: Tensors, write: Callable[..., Path], key: str, kind: str) -> None:

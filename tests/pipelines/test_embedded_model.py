@@ -7,6 +7,7 @@ same background.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,12 +22,13 @@ from sdkit.recipes.emoji.pictures import BACKGROUNDS, composed, pictures, read
 HERE = Path(__file__).parents[1] / "embedded"
 TWELVE = [one for one in pictures() if (HERE / f"{one.file}.webp").is_file()]
 ON_BLUE = [Prompt(one, "blue") for one in TWELVE]
+SIX = ON_BLUE[:6]
 HELD_OUT = [Prompt(one, one.held_out) for one in TWELVE]
 
 
 def draw(sd: sdkit.StableDiffusion, asked: Sequence[Prompt], **changes: object) -> list[Image.Image]:
     """Draw an image of each prompt, with seeds 0, 1, 2, ..."""
-    settings = {"guidance_scale": 5.0, "num_inference_steps": 20, "seed": range(len(asked)), "batch_size": 12}
+    settings = {"guidance_scale": 5.0, "num_inference_steps": 10, "seed": range(len(asked)), "batch_size": 12}
     made: list[Image.Image] = sd([prompt.text for prompt in asked], **settings | changes)
     return made
 
@@ -37,8 +39,13 @@ def pixels(image: Image.Image) -> np.ndarray:
 
 def distances(image: Image.Image, background: str) -> list[float]:
     """Return the root mean square difference, from 0 to 1, to each of the twelve pictures on a background."""
-    originals = [composed(read(HERE, one.file), BACKGROUNDS[background]) for one in TWELVE]
-    return [float(np.sqrt(np.square(pixels(image) - pixels(original)).mean())) for original in originals]
+    return [float(np.sqrt(np.square(pixels(image) - original).mean())) for original in originals(background)]
+
+
+@functools.cache
+def originals(background: str) -> list[np.ndarray]:
+    """Return the pixels of the twelve pictures on a background."""
+    return [pixels(composed(read(HERE, one.file), BACKGROUNDS[background])) for one in TWELVE]
 
 
 def found(images: Sequence[Image.Image], asked: Sequence[Prompt]) -> int:
@@ -58,7 +65,7 @@ def off(images: Sequence[Image.Image], asked: Sequence[Prompt]) -> float:
 
 @pytest.fixture(scope="module")
 def drawn(sd: sdkit.StableDiffusion) -> list[Image.Image]:
-    """Draw the twelve on blue, with DDIM at guidance scale 5."""
+    """Draw the twelve on blue, with DDIM at guidance scale 5 in 10 steps."""
     return draw(sd, ON_BLUE)
 
 
@@ -80,16 +87,16 @@ def test_pairs_that_it_has_never_seen(sd: sdkit.StableDiffusion) -> None:
 
 def test_guidance_raises_fidelity(sd: sdkit.StableDiffusion) -> None:
     """At scale 0 the prompt is ignored. The larger the scale, the nearer the images must be to the prompt."""
-    made = [draw(sd, ON_BLUE, guidance_scale=scale) for scale in (0.0, 0.5, 1.0)]
-    far = [off(images, ON_BLUE) for images in made]
+    made = [draw(sd, SIX, guidance_scale=scale) for scale in (0.0, 0.5, 1.0)]
+    far = [off(images, SIX) for images in made]
     assert far[0] > 2 * far[1] > 4 * far[2]
-    assert found(made[0], ON_BLUE) <= 4
-    assert found(made[1], ON_BLUE) == found(made[2], ON_BLUE) == 12
+    assert found(made[0], SIX) <= 2
+    assert found(made[1], SIX) == found(made[2], SIX) == 6
 
 
 def test_a_negative_prompt_keeps_away_what_it_names(sd: sdkit.StableDiffusion) -> None:
     """With an empty prompt, the background must not be the one in the negative prompt."""
-    options = {"guidance_scale": 3.0, "num_inference_steps": 20, "num_images_per_prompt": 12, "batch_size": 12}
+    options = {"guidance_scale": 3.0, "num_inference_steps": 10, "num_images_per_prompt": 12, "batch_size": 12}
     any_of_them, not_white = (sd("", negative, **options) for negative in ("", "a ghost on a white background"))
     assert 1 <= sum(background_of(image) == "white" for image in any_of_them) <= 8
     assert "white" not in [background_of(image) for image in not_white]
@@ -98,7 +105,7 @@ def test_a_negative_prompt_keeps_away_what_it_names(sd: sdkit.StableDiffusion) -
 
 def test_a_negative_prompt_turns_the_colour_to_the_opposite(sd: sdkit.StableDiffusion) -> None:
     """The prompt is "a circle"; no caption gives its colour."""
-    options = {"guidance_scale": 5.0, "num_inference_steps": 20}
+    options = {"guidance_scale": 5.0, "num_inference_steps": 10}
     made = (sd("a circle", negative, **options)[0] for negative in ("", "a red circle", "a blue circle"))
     middles = [pixels(image)[48:80, 48:80].mean((0, 1)) for image in made]
     plain, not_red, not_blue = (float(red - blue) for red, _, blue in middles)
@@ -106,26 +113,26 @@ def test_a_negative_prompt_turns_the_colour_to_the_opposite(sd: sdkit.StableDiff
     assert not_blue > plain + 0.3
 
 
-def test_fewer_steps_degrade_gracefully(sd: sdkit.StableDiffusion) -> None:
+def test_fewer_steps_degrade_gracefully(sd: sdkit.StableDiffusion, drawn: list[Image.Image]) -> None:
     """Fewer steps must be farther from the result of many steps. Ten are still enough to recognise the object."""
-    exact = draw(sd, ON_BLUE, num_inference_steps=40)
+    exact = draw(sd, SIX, num_inference_steps=40)
     errors = []
     for steps in (20, 10, 4):
-        made = draw(sd, ON_BLUE, num_inference_steps=steps)
+        made = drawn[:6] if steps == 10 else draw(sd, SIX, num_inference_steps=steps)
         errors.append(np.mean([np.abs(pixels(a) - pixels(b)).mean() for a, b in zip(made, exact, strict=True)]))
-        assert found(made, ON_BLUE) >= {20: 12, 10: 12, 4: 6}[steps]
+        assert found(made, SIX) >= {20: 6, 10: 6, 4: 3}[steps]
     assert errors[0] < errors[1] < errors[2]
 
 
-@pytest.mark.parametrize(("sampler", "steps"), [("ddpm", 40), ("dpm++2m", 20)])
+@pytest.mark.parametrize(("sampler", "steps"), [("ddpm", 40), ("dpm++2m", 10)])
 def test_samplers_agree_on_what_is_drawn(sd: sdkit.StableDiffusion, sampler: str, steps: int) -> None:
-    made = draw(sd, ON_BLUE, sampler=sampler, num_inference_steps=steps)
-    assert found(made, ON_BLUE) == 12
+    made = draw(sd, SIX, sampler=sampler, num_inference_steps=steps)
+    assert found(made, SIX) == 6
 
 
 def test_seeds_differ(sd: sdkit.StableDiffusion, drawn: list[Image.Image]) -> None:
     """Images of other seeds must differ, but show the same objects."""
-    others = draw(sd, ON_BLUE, seed=range(100, 112))
-    assert found(others, ON_BLUE) == 12
-    for one, other in zip(drawn, others, strict=True):
+    others = draw(sd, SIX, seed=range(100, 106))
+    assert found(others, SIX) == 6
+    for one, other in zip(drawn[:6], others, strict=True):
         assert np.abs(pixels(one) - pixels(other)).mean() > 0.002

@@ -82,13 +82,13 @@ class TestAgainstDiffusers:
     @pytest.mark.parametrize("scale", [1.0, 5.0, 7.5])
     @pytest.mark.parametrize("spacing", ["leading", "trailing"])
     def test_embedded_model(self, sd: sdkit.StableDiffusion, scale: float, spacing: str) -> None:
-        """v-prediction with zero terminal SNR. 20 steps divide 1,000, so that diffusers' previous timestep is right
+        """v-prediction with zero terminal SNR. 10 steps divide 1,000, so that diffusers' previous timestep is right
         with trailing spacing too.
         """
         config = DDIMScheduler.from_pretrained(EMOJI, subfolder="scheduler").config
         pipe = diffusers_pipeline(sd, DDIMScheduler.from_config(config, timestep_spacing=spacing))
-        latents = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
-        common = {"negative_prompt": ["blue", "dog"], "num_inference_steps": 20, "guidance_scale": scale}
+        latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+        common = {"negative_prompt": ["blue", "dog"], "num_inference_steps": 10, "guidance_scale": scale}
         expected = theirs(pipe, prompt=PROMPTS[:2], latents=latents.clone(), **common)
         z = sd(PROMPTS[:2], latents=latents, spacing=spacing, output_type="latent", **common)
         torch.testing.assert_close(z, expected, atol=1e-4, rtol=0)
@@ -160,7 +160,7 @@ class TestBatches:
     def test_an_image_is_the_same_alone_and_anywhere_in_a_batch(
         self, sd: sdkit.StableDiffusion, sampler: str, eta: float
     ) -> None:
-        common = {"sampler": sampler, "eta": eta, "num_inference_steps": 10}
+        common = {"sampler": sampler, "eta": eta, "num_inference_steps": 5, "height": 64, "width": 64}
         batch = sd(PROMPTS, seed=[5, 6, 7, 8], output_type="latent", **common)
         turned = sd(PROMPTS[::-1], seed=[8, 7, 6, 5], output_type="latent", **common)
         torch.testing.assert_close(turned.flip(0), batch, atol=1e-5, rtol=0)
@@ -292,7 +292,8 @@ class TestWhatIsDrawn:
     @pytest.mark.parametrize("sampler", [name for name in SAMPLERS if name not in ("euler", "lcm", "tcd")])
     def test_samplers_agree_on_the_background(self, sd: sdkit.StableDiffusion, sampler: str) -> None:
         colours = {"blue": (2, 0), "red": (0, 2), "yellow": (0, 2)}
-        images = sd([f"a cat on a {name} background" for name in colours], guidance_scale=5, sampler=sampler)
+        prompts = [f"a cat on a {name} background" for name in colours]
+        images = sd(prompts, guidance_scale=5, sampler=sampler, num_inference_steps=15)
         for image, (more, less) in zip(images, colours.values(), strict=True):
             assert background(image)[more] > background(image)[less] + 60
 
@@ -304,6 +305,7 @@ class TestWhatIsDrawn:
 
     def test_options_reach_the_sampler(self, sd: sdkit.StableDiffusion) -> None:
         common = {"prompt": "a (cat:1.5) on a red background", "num_inference_steps": 5, "output_type": "latent"}
+        common |= {"height": 64, "width": 64}
         plain = sd(**common)
         options: list[dict[str, Any]] = [
             {"eta": 1.0},
@@ -330,7 +332,7 @@ class TestWhatIsDrawn:
 
     def test_bfloat16_is_within_45_db(self, sd: sdkit.StableDiffusion) -> None:
         fast = sdkit.StableDiffusion.from_pretrained("emoji", dtype="bf16", device="cpu")
-        exact, rounded = (model(PROMPTS, guidance_scale=2, output_type="np") for model in (sd, fast))
+        exact, rounded = (model(PROMPTS[:2], guidance_scale=2, output_type="np") for model in (sd, fast))
         for a, b in zip(exact, rounded, strict=True):
             assert 10 * np.log10(255**2 / np.mean((a.astype(float) - b) ** 2)) > 45
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +25,7 @@ from sdkit.training.run_folder import read_metrics
 from sdkit.training.stages import codebook as module
 from sdkit.training.stages.codebook import Chosen, CodebookAverages, kmeans, moved
 from sdkit.training.stages.vae import AVERAGES, RESTARTS, VAEStage
-from tests.helpers import runs, tiny
+from tests.helpers import forks, runs, tiny
 from tests.helpers.sentences import one_sentence
 
 CODES = 32
@@ -296,12 +294,8 @@ def agree(run: Path, other: Path) -> None:
 def test_two_processes_train_as_one(photos: Path, tmp_path: Path) -> None:
     """Statistics are summed, and restarted codes drawn from the latents of both. Both must have the same codebook."""
     two = settings(photos, tmp_path / "two", batch_size=2, learning_rate=1e-5)
-    (tmp_path / "scenarios.json").write_text(json.dumps([{"stage": "vae", "settings": two}], default=str))
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    command = [*launch, runs.__file__, str(tmp_path / "scenarios.json")]
-    ran = subprocess.run(command, capture_output=True, text=True, env=runs.environment())
-    assert ran.returncode == 0, ran.stderr
+    ended = forks.launch(runs.launched, [{"stage": "vae", "settings": two}])
+    assert ended.codes == [0, 0], ended.err
     agree(tmp_path / "two" / "run", trained(photos, tmp_path / "one", learning_rate=1e-5))
     zero, one = (load_file(tmp_path / "two" / "run" / f"rank-{rank}.safetensors") for rank in (0, 1))
     assert all(torch.equal(zero[name], one[name]) for name in zero)

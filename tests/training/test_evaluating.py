@@ -4,9 +4,6 @@ processes as in one.
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,10 +21,9 @@ from sdkit.evaluation import open_extractor
 from sdkit.networks.lpips import LPIPS
 from sdkit.training import UNetConfig, VAEConfig, train_unet, train_vae
 from sdkit.training.run_folder import read_metrics
-from sdkit.training.stages import drawing
 from sdkit.training.stages.unet import UNetStage
+from tests.helpers import VALIDATION_STEPS, forks, tiny
 from tests.helpers import runs as helper
-from tests.helpers import tiny
 from tests.helpers.clip import save_clip
 from tests.helpers.sentences import one_sentence
 
@@ -37,7 +33,6 @@ pytest.importorskip("peft")
 COUNT = 3  # images; with fewer than 20, all are validated
 FROZEN = 1e-12  # a learning rate at which both validations see the same weights
 LONG = "a red disc beside a blue disc " * 6  # two chunks of tokens
-STEPS, ALL_STEPS = 5, drawing.VALIDATION_STEPS  # of drawing a picture
 
 
 @dataclass(frozen=True)
@@ -67,11 +62,6 @@ def kit(tmp_path_factory: pytest.TempPathFactory) -> Kit:
     (photos / "001.txt").write_text(LONG)
     made = cache(model, photos, folder / "cache", size=tiny.SIZE, dtype="fp32", device="cpu")
     return Kit(model, photos, made, save_clip(folder / "clip"))
-
-
-@pytest.fixture(autouse=True)
-def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(drawing, "VALIDATION_STEPS", STEPS)
 
 
 def validation(out: Path) -> list[dict[str, float]]:
@@ -128,7 +118,7 @@ def test_drawings_of_the_captions_are_compared_with_the_images(data: str, kit: K
     train_unet(UNetConfig(**kit.settings(tmp_path, evaluate=wanted, **changes | {"data": getattr(kit, data)})))
     sd = sdkit.StableDiffusion.from_pretrained(tmp_path / "result", dtype="fp32", device="cpu")
     drawn = [
-        sd(caption, seed=i, height=tiny.SIZE, width=tiny.SIZE, num_inference_steps=STEPS)[0]
+        sd(caption, seed=i, height=tiny.SIZE, width=tiny.SIZE, num_inference_steps=VALIDATION_STEPS)[0]
         for i, caption in enumerate(kit.captions)
     ]
     originals: list[Image.Image] = (
@@ -167,9 +157,8 @@ def test_the_same_pictures_are_drawn_whatever_else_is_validated(kit: Kit, tmp_pa
 
 
 @pytest.mark.slow
-def test_two_processes_measure_as_one(kit: Kit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_processes_measure_as_one(kit: Kit, tmp_path: Path) -> None:
     """To 1e-6, before training and after a step that changes nothing."""
-    monkeypatch.setattr(drawing, "VALIDATION_STEPS", ALL_STEPS)  # as in the launched processes
     many, one = tmp_path / "many", tmp_path / "one"
     wanted = ("lpips", "frechet", "kid")
     runs: dict[str, dict[str, Any]] = {
@@ -177,13 +166,8 @@ def test_two_processes_measure_as_one(kit: Kit, tmp_path: Path, monkeypatch: pyt
         "unet": {"evaluate": (*wanted, f"clip_score:{kit.clip}"), "data": kit.cache, "size": None},
     }
     scenarios = [{"stage": name, "settings": kit.settings(many / name, **changes)} for name, changes in runs.items()]
-    many.mkdir()
-    (many / "scenarios.json").write_text(json.dumps(scenarios, default=str))
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    command = [*launch, helper.__file__, str(many / "scenarios.json")]
-    ran = subprocess.run(command, capture_output=True, text=True, env=helper.environment(), check=False)
-    assert ran.returncode == 0, ran.stderr
+    ended = forks.launch(helper.launched, scenarios)
+    assert ended.codes == [0, 0], ended.err
     for name, changes in runs.items():
         config = helper.config_of(name, kit.settings(one / name, **changes | {"batch_size": 2}))
         threads = torch.get_num_threads()

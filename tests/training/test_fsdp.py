@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +14,7 @@ from safetensors.torch import load_file
 from sdkit.errors import ArgumentError
 from sdkit.training import UNetConfig, VAEConfig, loop, train_unet, train_vae
 from sdkit.training.checkpoint import checkpoints
-from tests.helpers import sharded, tiny
+from tests.helpers import forks, sharded, tiny
 from tests.helpers.toy_runs import RUN, difference, everything, fit, last, logged, metrics, one_thread, rank  # noqa: F401
 
 CONFIG = """
@@ -72,7 +69,7 @@ def lora(folder: Path, out: str, batch_size: int) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def launched(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Launch two processes with `accelerate launch`. They train several runs one after another."""
+    """Launch two processes, which train several runs one after another."""
     folder = tmp_path_factory.mktemp("launched")
     fit(folder / "begun", **PLAIN | {"batch_size": 4, "max_steps": 3, "lr_scheduler": "constant"})
     tiny.model(folder / "model")
@@ -105,17 +102,9 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for scenario in scenarios:
         scenario["out"] = str(folder / scenario["out"])
         Path(scenario["out"]).mkdir(exist_ok=True)
-    (folder / "scenarios.json").write_text(json.dumps(scenarios))
     (folder / "fsdp.yaml").write_text(CONFIG)
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(folder / "fsdp.yaml")]
-    environment = os.environ | {
-        "ACCELERATE_TORCH_DEVICE": "cpu",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(Path(sharded.__file__).parents[2]),
-    }
-    command = [*launch, sharded.__file__, str(folder / "scenarios.json")]
-    ran = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert ran.returncode == 0, ran.stderr
+    ended = forks.launch(sharded.launched, scenarios, options=("--config_file", str(folder / "fsdp.yaml")))
+    assert ended.codes == [0, 0], ended.err
     return folder
 
 

@@ -2,10 +2,8 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -26,7 +24,7 @@ from sdkit.training.checkpoint import checkpoints, newest
 from sdkit.training.distributed import make_accelerator
 from sdkit.training.run_folder import read_metrics
 from sdkit.training.settings import LR_SCHEDULERS, LoopSettings
-from tests.helpers import toy
+from tests.helpers import forks, toy
 from tests.helpers.toy_runs import (
     RUN,
     difference,
@@ -398,7 +396,7 @@ def test_good_steps_between_bad_ones_keep_a_run_going(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def launched(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Launch two processes with `accelerate launch`. They train several runs one after another."""
+    """Launch two processes, which train several runs one after another."""
     folder = tmp_path_factory.mktemp("launched")
     plain = {"max_steps": 6, "batch_size": 2, "lr_scheduler": "linear", "validate_every": 3}
     dropout = RUN | {
@@ -419,18 +417,8 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     for scenario in scenarios:
         scenario["out"] = str(folder / scenario["out"])
-    (folder / "scenarios.json").write_text(json.dumps(scenarios))
-    # With --cpu, Accelerate starts one process, whatever number is asked for, unless it is configured for MPI.
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    environment = os.environ | {
-        "ACCELERATE_USE_CPU": "true",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(Path(toy.__file__).parents[2]),
-    }
-    command = [*launch, toy.__file__, str(folder / "scenarios.json")]
-    ran = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert ran.returncode == 0, ran.stderr
+    ended = forks.launch(toy.launched, scenarios)
+    assert ended.codes == [0, 0], ended.err
     return folder
 
 

@@ -7,9 +7,7 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +23,8 @@ from sdkit.training.checkpoint import checkpoints, newest
 from sdkit.training.loop import fit
 from sdkit.training.run_folder import read_metrics
 from sdkit.training.stages.unet import UNetStage
+from tests.helpers import forks, tiny
 from tests.helpers import runs as helper
-from tests.helpers import tiny
 
 # Of 23 images one is broken and one is held out. Epochs have 22 samples, and a step takes 4.
 RUN: dict[str, Any] = {
@@ -70,26 +68,49 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         size=tiny.SIZE, crop="random", flip=True, augmentations=2, dtype="fp32", device="cpu",
     )  # fmt: skip
     helper.lpips_weights(folder / "lpips.safetensors")
+    (folder / "maps").mkdir()
+    for path in (folder / "photos").glob("*.png"):  # conditions: colours that differ from image to image
+        Image.new("RGB", (48, 40), (7 * int(path.stem), 90, 200)).save(folder / "maps" / path.name)
     return folder
 
 
 @pytest.fixture(scope="module")
-def run(made: Path) -> Iterator[helper.Runs]:
-    one = helper.Runs()
-    yield one
-    one.close()
+def run() -> helper.Runs:
+    return helper.Runs()
 
 
 def settings(made: Path, kind: str, out: Path, **changes: Any) -> tuple[str, dict[str, Any]]:
-    """Return stage and settings of a kind of run: "vae", "controlnet", "unet", or "lora". The last two can be followed
-    by " from a cache".
+    """Return stage and settings of a kind of run: "vae", "controlnet", "dreambooth", "embedding", "unet", or "lora".
+    The last two can be followed by " from a cache".
+    A U-Net that is trained from images also reads conditions.
     """
     own: dict[str, Any] = {
         "vae": {"disc_weight": 0.5, "disc_start": 3, "train_encoder": True, "lpips_weight": 0.0},
         "unet": {"caption_dropout": 0.3, "snr_gamma": 5.0, "noise_offset": 0.1, "validation_prompts": ("a red disc",)},
-        "lora": {"caption_dropout": 0.3, "lora_rank": 2, "train_text_encoder": True},
+        "lora": {
+            "caption_dropout": 0.3,
+            "lora_rank": 2,
+            "train_text_encoder": True,
+            "lora_alpha": 3.0,
+            "lora_dropout": 0.2,
+            "lora_rank_stabilized": True,
+            "lora_targets": ("attention", "feed_forward", "conv1"),
+        },
         "controlnet": {"condition": "grey", "caption_dropout": 0.3, "validation_prompts": ("a red disc",)},
-    }[kind.split()[0]]
+        "dreambooth": {
+            "data": "",
+            "instance_data": made / "photos",
+            "class_prompt": "a disc",
+            "class_count": 3,
+            "lora_rank": 2,
+        },
+        "embedding": {
+            "token": "<zork>", "init_token": "apple", "vectors": 2, "keep_norm": True, "ema_decay": 0.9,
+            "validation_prompts": ("a red <zork>",),
+        },
+    }[kind.split()[0]]  # fmt: skip
+    if kind == "unet":
+        own |= {"conditioning_data": made / "maps", "condition_kind": "map", "condition_dropout": 0.3}
     data = made / ("cache" if "cache" in kind else "photos")
     common = RUN | {"model": made / "dropout", "data": data, "out_dir": out}
     return kind if kind in helper.STAGES else "unet", common | own | changes
@@ -108,9 +129,9 @@ def files(folder: Path) -> dict[str, bytes]:
 
 def everything(out: Path) -> dict[str, Any]:
     """Read all that two bit-identical runs share: checkpoints (weights, averages, optimizer states, random numbers),
-    result, pictures, metrics, and skipped files.
+    result, pictures, class images, metrics, and skipped files.
     """
-    found: dict[str, Any] = {name: files(out / name) for name in ("checkpoints", "result", "samples")}
+    found: dict[str, Any] = {name: files(out / name) for name in ("checkpoints", "result", "samples", "class_images")}
     skipped = out / "skipped.json"
     return found | {"metrics": metrics(out), "skipped": skipped.exists() and json.loads(skipped.read_text())}
 
@@ -149,9 +170,14 @@ CACHE = " from a cache"
 KILLS = [
     ("vae", point) for point in POINTS if point not in ("os.rename:config.json 1", "os.mkdir:checkpoints/.sdkit- 2")
 ]
+# The loop is the same for a whole U-Net and for a LoRA, so that most points are tested with one of them, in turn. What
+# they save differs, and only the first has prompts to draw.
 for i, point in enumerate(point for point in POINTS if "discriminator" not in point):
-    KILLS += [("unet" + CACHE * (i % 2), point), ("lora" + CACHE * (1 - i % 2), point)]
-KILLS.remove(("lora", "os.rename:samples 2"))  # this run has no prompts to draw
+    one = "unet" if i % 2 == 0 or "samples" in point else "lora"
+    kinds = ("unet", "lora") if point in ("half 8", "export 1") else (one,)
+    KILLS += [(kind + CACHE * (i % 4 > 1), point) for kind in kinds]
+POINTS["os.rename:class_images 2"] = 0  # an image of DreamBooth's class is written, but not renamed yet
+KILLS += [("dreambooth", point) for point in ("os.rename:class_images 2", "loss 6", "half 8")]
 
 
 @pytest.mark.parametrize(("kind", "point"), KILLS)
@@ -253,7 +279,7 @@ def test_two_runs_in_one_folder_at_once_are_refused(made: Path, run: helper.Runs
 
 @pytest.fixture(scope="module")
 def launched(made: Path) -> Path:
-    """Launch two processes with `accelerate launch`. They train several runs one after another."""
+    """Launch two processes, which train several runs one after another."""
     folder = made / "launched"
     wanted = [together(made, kind, folder / kind) for kind in TOGETHER]
     for out, steps in (("whole", STEPS), ("parts", 3), ("parts", STEPS)):
@@ -266,13 +292,8 @@ def launched(made: Path) -> Path:
         wanted.append(together(made, "lora from a cache", folder / out, keep_checkpoints=1, **changes))
     folder.mkdir()
     scenarios = [{"stage": stage, "settings": config} for stage, config in wanted]
-    (folder / "scenarios.json").write_text(json.dumps(scenarios, default=str))
-    # With --cpu, Accelerate starts one process, whatever number is asked for, unless it is configured for MPI.
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    command = [*launch, helper.__file__, str(folder / "scenarios.json")]
-    ran = subprocess.run(command, capture_output=True, text=True, env=helper.environment())
-    assert ran.returncode == 0, ran.stderr
+    ended = forks.launch(helper.launched, scenarios)
+    assert ended.codes == [0, 0], ended.err
     return folder
 
 
@@ -282,11 +303,14 @@ TOGETHER: dict[str, dict[str, Any]] = {
     # cancel, and AdamW turns the remaining rounding errors into full steps.
     "vae": {"disc_start": DISC_START, "lpips_weight": 0.1, "learning_rate": 3e-5},
     "unet": {},
-    "lora from a cache": {},
+    "lora from a cache": {"lora_dropout": 0.0},
     "controlnet": {},
+    "dreambooth": {},
+    "embedding": {},
 }
-PLAYERS = {"vae": ["vae", "discriminator"], "controlnet": ["controlnet"]}
+PLAYERS = {"vae": ["vae", "discriminator"], "controlnet": ["controlnet"], "embedding": ["embedding"]}
 """Kind of run -> its players; that of the others is the U-Net."""
+WITHOUT_PICTURES = ("lora from a cache", "dreambooth")
 
 
 def together(made: Path, kind: str, out: Path, **changes: Any) -> tuple[str, dict[str, Any]]:
@@ -332,10 +356,11 @@ def test_two_processes_train_as_one(
     skipped = [json.loads((out / "skipped.json").read_text()) for out in (launched / kind, tmp_path / "run")]
     assert skipped[0] == skipped[1] != {}
     pictures = [*(launched / kind / "samples").glob(f"step-{end:08d}.png")]
-    assert pictures or kind == "lora from a cache"
+    assert pictures or kind in WITHOUT_PICTURES
     for drawn in pictures:
         levels = [np.asarray(Image.open(path), float) for path in (drawn, tmp_path / "run" / "samples" / drawn.name)]
         assert np.abs(levels[0] - levels[1]).max() <= 1
+    assert files(launched / kind / "class_images") == files(tmp_path / "run" / "class_images")
 
 
 @pytest.mark.parametrize("kind", TOGETHER)
@@ -354,9 +379,10 @@ def test_processes_share_the_data_and_one_writes(kind: str, launched: Path) -> N
     zero, one = (json.loads((launched / kind / f"rank-{rank}.json").read_text()) for rank in (0, 1))
     numbers = sorted(n for n, _ in zero["samples"] + one["samples"])
     assert numbers == list(range(4 * STEPS))
-    assert one["wrote"] == []
-    pictures = [] if kind == "lora from a cache" else ["samples"]
-    written = ["checkpoints", "config.json", "metrics.jsonl", "result", *pictures, "skipped.json"]
+    drawn = ["class_images"] if kind == "dreambooth" else []  # the work of both processes
+    assert one["wrote"] == drawn
+    pictures = [] if kind in WITHOUT_PICTURES else ["samples"]
+    written = ["checkpoints", *drawn, "config.json", "metrics.jsonl", "result", *pictures, "skipped.json"]
     assert [name for name in zero["wrote"] if not name.startswith(".sdkit")] == written
 
 

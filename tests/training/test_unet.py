@@ -32,7 +32,7 @@ from sdkit.training.prepared import PreparedPlayer
 from sdkit.training.run_folder import read_metrics
 from sdkit.training.signals import StopSignals, Unfinished
 from sdkit.training.stages.unet import UNetStage
-from tests.helpers import tiny
+from tests.helpers import VALIDATION_STEPS, tiny
 from tests.helpers.loaders import load_guidance_scale, load_schedule
 
 pytest.importorskip("datasets")
@@ -601,7 +601,7 @@ class TestValidation:
         assert (tmp_path / "0" / "samples" / "step-00000001.png").read_bytes() != first
         for step, model in ((0, kit.models["v_prediction"]), (1, tmp_path / "0" / "result")):
             sd = sdkit.StableDiffusion.from_pretrained(model, dtype="fp32", device="cpu")
-            drawn = sd(PROMPTS, seed=0, num_inference_steps=25, batch_size=1)
+            drawn = sd(PROMPTS, seed=0, num_inference_steps=VALIDATION_STEPS, batch_size=1)
             with Image.open(tmp_path / "0" / "samples" / f"step-{step:08}.png") as sheet:
                 pixels = np.asarray(sheet)
             for x, image in zip((8, 48), drawn, strict=True):

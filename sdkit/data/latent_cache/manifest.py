@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from sdkit.atomic import atomic_write
 from sdkit.errors import CacheError
+from sdkit.loading.configs import CONDITIONS
 from sdkit.loading.fingerprint import weights_fingerprint
 from sdkit.messages import clean, reason
 from sdkit.networks.text_encoder import TextEncoder
@@ -21,8 +22,9 @@ from sdkit.strict_json import read_object, require
 
 MANIFEST_FILE = "manifest.json"
 FORMAT = "sdkit.cache"
-FORMAT_VERSION = 2
-"""Version of the format. Since version 2, the manifest holds a checksum of itself."""
+FORMAT_VERSION = 3
+"""Version of the format. Since version 2, the manifest holds a checksum of itself; since 3, a cache may hold
+conditions."""
 LARGEST = 2**29
 """Largest size in bytes of a manifest that is read: enough to name two million skipped images."""
 T = TypeVar("T")
@@ -48,6 +50,8 @@ class Settings:
         dtype: Dtype that the VAE computed in.
         data: Fingerprint of the data; see `Examples.identity`.
         shard_size: Examples in a shard; those that cannot be used count.
+        condition: Kind of the conditions, "latents" or "map"; empty if there are none. Their fingerprint is part of
+            `data`.
     """
 
     vae: str
@@ -65,6 +69,7 @@ class Settings:
     dtype: str
     data: str
     shard_size: int
+    condition: str = ""
 
 
 WORDS = {
@@ -221,6 +226,8 @@ def _check(manifest: Manifest) -> None:
     """Raise ValueError if values are impossible or contradict one another."""
     made = manifest.settings
     finite = math.isfinite(made.scale) and math.isfinite(made.shift)
+    if made.condition not in ("", *CONDITIONS):
+        raise ValueError("has conditions of an unknown kind")
     if not finite or made.scale <= 0 or min(made.factor, made.augmentations, made.shard_size) < 1:
         raise ValueError("has impossible settings")
     if any(side % made.factor for side in made.size):

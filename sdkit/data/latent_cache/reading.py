@@ -40,6 +40,8 @@ class Item(Prompt):
     Attributes:
         mean: Mean of the posterior (4, H/8, W/8), float32, not scaled.
         logvar: Log-variance of the posterior (4, H/8, W/8), float32, not scaled.
+        concat: Channels of the condition (C', H/8, W/8), float32; None if the cache has none. See
+            `sdkit.networks.concatenation.channels_of`.
         name: Name of the example.
         index: Index of the example in its data set.
         augmentation: Number of the augmentation, from 0.
@@ -47,6 +49,7 @@ class Item(Prompt):
 
     mean: Tensor
     logvar: Tensor
+    concat: Tensor | None
     name: str
     index: int
     augmentation: int
@@ -78,7 +81,7 @@ class LatentCache:
             )
         self._ends = list(accumulate(shard.items for shard in self.manifest.shards))
         self._opened: dict[str, ShardFile] = {}
-        self._lengths: dict[str, int] = {}  # sizes of the axes C, L, and D; known from the first shard
+        self._lengths: dict[str, int] = {}  # sizes of the axes C, E, L, and D; known from the first shard
 
     def __reduce__(self) -> tuple[type[LatentCache], tuple[Path]]:
         return LatentCache, (self.path,)  # memory-mapped files cannot be pickled; the copy opens them again
@@ -101,6 +104,7 @@ class LatentCache:
                 "name": shard.name(row),
                 "index": index,
                 "augmentation": augmentation,
+                "concat": shard.get("concat", row, augmentation).float() if shard.has("concat") else None,
                 **_prompt(shard, row),
             }
 
@@ -177,7 +181,7 @@ class LatentCache:
             shard = ShardFile(self.path / one.file, made, self._lengths, prompt_only=is_prompt)
             if shard.images * made.augmentations != one.items:
                 raise ValueError("holds another number of images than the manifest says")
-            self._lengths |= {axis: shard.lengths[axis] for axis in "CLD" if axis in shard.lengths}
+            self._lengths |= {axis: shard.lengths[axis] for axis in "CELD" if axis in shard.lengths}
             self._opened[one.file] = shard
         return self._opened[one.file]
 

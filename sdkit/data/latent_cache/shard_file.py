@@ -44,6 +44,7 @@ LAYOUT = {
     "ids": ("I32", "KL"),
     "ids_ends": ("I64", "N"),
     "embeddings": ("F16", "KLD"),
+    "concat": ("F16", "NAEHW"),
 }
 """Tensor -> its type and axes. An axis has the same length in all tensors."""
 PROMPT = ("ids", "ids_ends", "embeddings")
@@ -56,7 +57,10 @@ def shard_file(number: int) -> str:
 
 
 def _digest(settings: Settings) -> str:
-    return hashlib.sha256(json.dumps(asdict(settings), sort_keys=True).encode()).hexdigest()
+    given = asdict(settings)
+    if not settings.condition:  # as in caches of format version 2
+        del given["condition"]
+    return hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()
 
 
 def save(path: Path, tensors: dict[str, Tensor], skipped: Sequence[Skipped], settings: Settings) -> None:
@@ -80,7 +84,7 @@ class ShardFile:
     Args:
         path: The file.
         settings: Settings of the cache.
-        lengths: Known lengths of axes in `LAYOUT`. C, L, and D depend on the networks.
+        lengths: Known lengths of axes in `LAYOUT`. C, E, L, and D depend on the networks.
         prompt_only: Whether the file is that of the empty prompt.
 
     Attributes:
@@ -106,7 +110,8 @@ class ShardFile:
         self.lengths = {"A": settings.augmentations, "H": height // settings.factor, "W": width // settings.factor}
         self.lengths |= {"N": 1} if prompt_only else {}
         self.lengths |= lengths or {}
-        wanted = [name for name in LAYOUT if settings.embeddings or name != "embeddings"]
+        absent = {"embeddings": not settings.embeddings, "concat": not settings.condition}
+        wanted = [name for name in LAYOUT if not absent.get(name)]
         self._tensors: dict[str, Any] = {}
         for name in (name for name in wanted if not prompt_only or name in PROMPT):
             self._tensors[name] = self._checked(name, file)

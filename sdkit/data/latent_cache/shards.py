@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from sdkit.data.example import Example
 from sdkit.data.latent_cache.manifest import Settings, Skipped
 from sdkit.data.latent_cache.shard_file import ShardFile, unreadable
+from sdkit.data.pairs import shaped_like
 from sdkit.data.transform import Transform, draw
 from sdkit.errors import ImageError
 from sdkit.files import encodable
+from sdkit.loading.source import condition_channels
 from sdkit.networks.autoencoder import PIXELS_AT_ONCE, Autoencoder
+from sdkit.networks.concatenation import channels_of
 from sdkit.networks.text_encoder import CHUNKS_AT_ONCE, TextEncoder
 from sdkit.prefetch import ahead
 
@@ -30,24 +34,26 @@ class _Loaded:
         index: Index of the example in its data set.
         example: The example, without its encoded image.
         pixels: (3, H, W) for each augmentation; empty if the image cannot be used.
+        conditions: The condition's pixels, likewise; empty if there are no conditions.
         reason: The reason, if the image cannot be used.
     """
 
     index: int
     example: Example
     pixels: list[Tensor]
+    conditions: list[Tensor] = field(default_factory=list)
     reason: str = ""
 
 
 class ShardEncoder:
-    """Encodes examples into the tensors of a shard."""
+    """Encodes examples, and their conditions if the cache holds them, into the tensors of a shard."""
 
     def __init__(
         self, vae: Autoencoder, text: TextEncoder, transform: Transform, settings: Settings, pool: ThreadPoolExecutor,
-        batch_size: int | None,
+        batch_size: int | None, conditions: Sequence[Example] | None = None,
     ) -> None:  # fmt: skip
         self.vae, self.text, self.transform, self.settings, self.pool = vae, text, transform, settings, pool
-        self.batch_size = batch_size
+        self.batch_size, self.conditions = batch_size, conditions
         height, width = settings.size
         fitting = batch_size or max(1, PIXELS_AT_ONCE // (height * width))
         self.images_at_once = -(-fitting // settings.augmentations)
@@ -66,6 +72,7 @@ class ShardEncoder:
         """
         lengths = {"C": self.vae.channels, "L": self.text.length}
         lengths |= {"D": self.text.width} if self.settings.embeddings else {}
+        lengths |= {"E": self._condition_channels} if self.settings.condition else {}
         try:
             shard = ShardFile(path, self.settings, lengths, prompt_only=prompt_only)
             shard.check(self.text.network.get_input_embeddings().num_embeddings, first)
@@ -82,6 +89,7 @@ class ShardEncoder:
         height, width = (side // self.vae.factor for side in self.settings.size)
         shape = (0, self.settings.augmentations, self.vae.channels, height, width)
         moments = [torch.empty(2, *shape, dtype=torch.float16)]
+        concat = list[Tensor]()
         encoded: list[_Loaded] = []
         skipped: list[_Loaded] = []
         loaded = iter(ahead(self.pool, self._load, rows, 2 * self.images_at_once))
@@ -90,14 +98,23 @@ class ShardEncoder:
             skipped += [one for one in batch if not one.pixels]
             if usable:
                 both, finite = self._moments([x for one in usable for x in one.pixels], shape[1:])
+                if self.conditions is not None:
+                    beside, also = self._concat([x for one in usable for x in one.conditions])
+                    finite = [all(pair) for pair in zip(finite, also, strict=True)]
+                    concat.append(beside[finite])
                 moments.append(both[:, finite])
-                encoded += [replace(one, pixels=[]) for one, good in zip(usable, finite, strict=True) if good]
+                encoded += [
+                    replace(one, pixels=[], conditions=[]) for one, good in zip(usable, finite, strict=True) if good
+                ]
                 reason = "the VAE gives numbers that are not finite for it."
                 skipped += [replace(one, reason=reason) for one, good in zip(usable, finite, strict=True) if not good]
         mean, logvar = torch.cat(moments, dim=1)
         names, name_ends = _packed([one.example.name for one in encoded])
         tensors = {"mean": mean, "logvar": logvar, "names": names, "names_ends": name_ends}
         tensors["index"] = torch.tensor([one.index for one in encoded], dtype=torch.int64)
+        if self.conditions is not None:
+            empty = torch.empty(shape[0], shape[1], self._condition_channels, height, width, dtype=torch.float16)
+            tensors["concat"] = torch.cat([empty, *concat])
         tensors |= self.prompts([one.example.caption for one in encoded])
         skipped.sort(key=lambda one: one.index)
         reasons = [Skipped(name=encodable(one.example.name), reason=encodable(one.reason)) for one in skipped]
@@ -105,13 +122,20 @@ class ShardEncoder:
 
     def _load(self, numbered: tuple[int, Example]) -> _Loaded:
         index, example = numbered
-        draws = (draw(self.settings.seed, index, a) for a in range(self.settings.augmentations))
         try:
             image = example.load()
             bare = replace(example, data=None)
-            return _Loaded(index, bare, [self.transform(image, generator) for generator in draws])
+            pixels, conditions = self._augmented(image, index), list[Tensor]()
+            if self.conditions is not None:
+                conditions = self._augmented(shaped_like(image, self.conditions[index].load()), index)
+            return _Loaded(index, bare, pixels, conditions)
         except ImageError as error:
-            return _Loaded(index, replace(example, data=None), [], str(error))
+            return _Loaded(index, replace(example, data=None), [], reason=str(error))
+
+    def _augmented(self, image: Image.Image, index: int) -> list[Tensor]:
+        """Return the pixels (3, H, W) of each augmentation of image `index`, or of its condition."""
+        draws = (draw(self.settings.seed, index, a) for a in range(self.settings.augmentations))
+        return [self.transform(image, generator) for generator in draws]
 
     def _moments(self, pixels: list[Tensor], shape: tuple[int, ...]) -> tuple[Tensor, list[bool]]:
         """Encode n images with `a` augmentations each, where `shape` is (a, 4, H/8, W/8).
@@ -121,6 +145,17 @@ class ShardEncoder:
         means, logvars = self.vae.moments(pixels, batch_size=self.batch_size)
         both = torch.stack([means, logvars]).half().unflatten(1, (-1, shape[0]))
         return both, both.isfinite().all(dim=0).flatten(1).all(dim=1).tolist()
+
+    @property
+    def _condition_channels(self) -> int:
+        return condition_channels(self.settings.condition, self.vae.channels)
+
+    def _concat(self, pixels: list[Tensor]) -> tuple[Tensor, list[bool]]:
+        """Return the channels of n conditions with `a` augmentations each, (n, a, C', H/8, W/8), float16, and for each
+        condition whether all are finite."""
+        rows = channels_of(pixels, self.settings.condition, self.vae, batch_size=self.batch_size).half()
+        rows = rows.unflatten(0, (-1, self.settings.augmentations))
+        return rows, rows.isfinite().flatten(1).all(dim=1).tolist()
 
     def prompts(self, captions: list[str]) -> dict[str, Tensor]:
         """Return the tensors of captions: token ids (K, 77) of all chunks, the end of each caption, and embeddings.

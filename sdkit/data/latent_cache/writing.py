@@ -40,6 +40,7 @@ from sdkit.data.latent_cache.manifest import (
 from sdkit.data.latent_cache.reading import damaged_files
 from sdkit.data.latent_cache.shard_file import ShardFile, save, shard_file
 from sdkit.data.latent_cache.shards import ShardEncoder
+from sdkit.data.pairs import check_condition, open_conditions
 from sdkit.data.sources import open_examples
 from sdkit.data.transform import Transform, sides
 from sdkit.engines.device import resolve_device, resolve_dtype
@@ -74,6 +75,9 @@ def cache(
     streaming: bool = False,
     class_folders: bool = False,
     default_caption: str = "",
+    condition_column: str | None = None,
+    conditioning_data: str | os.PathLike[str] | None = None,
+    condition_kind: str | None = None,
     batch_size: int | None = None,
     workers: int = 4,
     dtype: str | torch.dtype = "fp32",
@@ -98,6 +102,11 @@ def cache(
         augmentations: Random crops and flips of each image. More than 1 needs a random crop or `flip`.
         embeddings: Also store the text encoder's last hidden states (float16), of the empty prompt too.
         split, image_column, caption_column, streaming, class_folders, default_caption: See `open_examples`.
+        condition_column: Column of an image that a U-Net is to read beside the noise, in parquet files and data sets of
+            the Hub. The cache then also holds these conditions, cropped and mirrored like their images.
+        conditioning_data: Data set of the conditions, images of the same names as those in `data`, in place of
+            `condition_column`.
+        condition_kind: What a U-Net is to read of them: "latents" (None), or "map"; see `sdkit.UNet`.
         batch_size: Images that go through the VAE at once. None chooses by their size.
         workers: Threads that read and resize images.
         dtype: Dtype that the VAE computes in. bfloat16 is faster, but its rounding (0.3 % of a latent) stays in the
@@ -140,6 +149,13 @@ def cache(
         class_folders=class_folders, default_caption=default_caption,
     )  # fmt: skip
     warn_of_captions(examples)
+    conditions = None
+    kind = check_condition(condition_column, conditioning_data, condition_kind)
+    if kind is not None:
+        conditions = open_conditions(
+            examples, data, column=condition_column, conditioning_data=conditioning_data, split=split,
+            image_column=image_column, class_folders=class_folders,
+        )  # fmt: skip
     autoencoder = VAE.from_source(beside, dtype=resolve_dtype(dtype, place), device=place)
     # Always float32, so that the text encoder's fingerprint does not depend on `dtype`. The VAE takes most of the time.
     text = TextEncoder.from_source(opened, dtype=torch.float32, device=place if embeddings else torch.device("cpu"))
@@ -149,7 +165,8 @@ def cache(
         vae=autoencoder.identity, scale=autoencoder.scale, shift=autoencoder.shift, factor=autoencoder.factor,
         text=text_identity(text), tokenizer=tokenizer_identity(text), embeddings=embeddings,
         size=transform.size, crop=crop, flip=flip, augmentations=augmentations, seed=seed,
-        dtype=str(autoencoder.dtype).removeprefix("torch."), data=examples.identity, shard_size=shard_size,
+        dtype=str(autoencoder.dtype).removeprefix("torch."), shard_size=shard_size,
+        data=examples.identity if conditions is None else conditions.added_to(examples.identity), condition=kind or "",
     )  # fmt: skip
     named = str(model) if vae is None else f"{model} with the VAE {vae}"
     manifest = Manifest(settings=settings, sdkit=__version__, model=encodable(named), source=encodable(os.fspath(data)))
@@ -157,7 +174,7 @@ def cache(
         if not _begin(folder, manifest, processes, held):
             return folder
         pool = held.enter_context(ThreadPoolExecutor(workers))
-        encoder = ShardEncoder(autoencoder, text, transform, settings, pool, batch_size)
+        encoder = ShardEncoder(autoencoder, text, transform, settings, pool, batch_size, conditions)
         shards = _Shards(examples, shard_size)
         _write_shards(folder, encoder, shards, processes)
         processes.wait_for_everyone()

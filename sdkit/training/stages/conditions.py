@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike
 from typing import Any
@@ -12,15 +12,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image
 from torch import Tensor
 
 from sdkit.data.captioned_files import NAME
 from sdkit.data.example import Example
 from sdkit.data.examples import Examples
+from sdkit.data.pairs import Conditions, rows_of_same_names, shaped_like
 from sdkit.data.sources import open_examples
 from sdkit.data.transform import Transform, draw
-from sdkit.errors import ArgumentError, DataError, ImageError
+from sdkit.errors import ArgumentError, DataError
 from sdkit.images import to_pil, to_tensors
 from sdkit.images.conditions import CONDITIONS
 from sdkit.messages import clean
@@ -29,31 +29,28 @@ from sdkit.networks.text_encoder import TextEncoder
 from sdkit.training.stages.examples import CachedLatents, ImageLatents, Row, check_opened_with_nothing
 from sdkit.training.stages.images import TrainingImages, first_usable, is_cache, training_transform
 
-PROPORTIONS = 0.02
-"""Largest relative difference between the aspect ratios of an image and of its condition."""
-
 
 @dataclass(frozen=True, kw_only=True)
-class Conditions:
-    """The conditions of a data set of images.
+class ControlImages:
+    """What a ControlNet reads beside each image of a data set.
 
     Attributes:
-        identity: Fingerprint of the conditions.
         images: The condition of each image, or the image that it is made of; None if that is the image itself.
-        make: Makes a condition of an image that is cropped already; None takes the image as it is.
+        make: Name in `CONDITIONS` of the function that makes conditions; None takes the images as they are.
     """
 
-    identity: str
-    images: Sequence[Example] | None
-    make: Callable[[Image.Image], Image.Image] | None
+    images: Conditions | None
+    make: str | None
 
     def of(self, pixels: Tensor) -> Tensor:
-        """Return the condition that is made of pixels (3, H, W) in [-1, 1], in the same range."""
-        return pixels if self.make is None else to_tensors(self.make(to_pil(pixels)[0]))[0]
+        """Return the condition that is made of cropped pixels (3, H, W) in [-1, 1], in the same range."""
+        return pixels if self.make is None else to_tensors(CONDITIONS[self.make](to_pil(pixels)[0]))[0]
 
     def added_to(self, identity: str) -> str:
         """Return the fingerprint of images with these conditions, given that of the images."""
-        return hashlib.sha256(f"{identity} {self.identity}".encode()).hexdigest()[:16]
+        parts = [self.make, None if self.images is None else self.images.identity]
+        own = " of ".join(part for part in parts if part is not None)
+        return hashlib.sha256(f"{identity} {own}".encode()).hexdigest()[:16]
 
 
 class TrainingPairs(TrainingImages):
@@ -66,7 +63,7 @@ class TrainingPairs(TrainingImages):
         conditions: Their conditions.
     """
 
-    def __init__(self, examples: Examples, transform: Transform, seed: int, conditions: Conditions) -> None:
+    def __init__(self, examples: Examples, transform: Transform, seed: int, conditions: ControlImages) -> None:
         super().__init__(examples, transform, seed)
         self.conditions = conditions
 
@@ -76,14 +73,7 @@ class TrainingPairs(TrainingImages):
         pixels = self.transform(image, draw(self.seed, index, augmentation))
         if self.conditions.images is None:
             return torch.cat([pixels, self.conditions.of(pixels)])
-        condition = self.conditions.images[index].load()
-        if abs(image.width * condition.height / (image.height * condition.width) - 1) > PROPORTIONS:
-            raise ImageError(
-                f"its condition has {condition.width} x {condition.height} pixels, the image {image.width} x "
-                f"{image.height}: they must have the same proportions."
-            )
-        if condition.size != image.size:
-            condition = condition.resize(image.size, Image.Resampling.LANCZOS)
+        condition = shaped_like(image, self.conditions.images[index].load())
         cropped = self.transform(condition, draw(self.seed, index, augmentation))
         return torch.cat([pixels, self.conditions.of(cropped)])
 
@@ -103,7 +93,7 @@ class ControlExamples(ImageLatents):
     def __init__(
         self,
         examples: Examples,
-        conditions: Conditions,
+        conditions: ControlImages,
         transform: Transform,
         vae: Autoencoder,
         text: TextEncoder,
@@ -158,7 +148,7 @@ class CachedControlExamples(CachedLatents):
         made = self.cache.manifest.settings
         self._transform, self._seed = Transform(size=made.size, crop=made.crop, flip=made.flip), made.seed
         names = [self.cache.name(i) for i in range(0, len(self.cache), made.augmentations)]
-        self._conditions = _read(beside, names, make)
+        self._conditions = ControlImages(images=Conditions(beside, rows_of_same_names(names, beside)), make=make)
         self.identity = self._conditions.added_to(self.identity)
 
     def load(self, item: int, epoch: int) -> Row:  # noqa: ARG002 - as in `CachedLatents`
@@ -237,9 +227,10 @@ def open_control_examples(
     examples = open_examples(data, **opened_with)
     if conditioning_data is not None:
         beside = open_examples(conditioning_data, split=opened_with.get("split", "train"))
-        conditions = _read(beside, examples.names, condition)
+        images = Conditions(beside, rows_of_same_names(examples.names, beside))
+        conditions = ControlImages(images=images, make=condition)
     elif condition is not None:
-        conditions = Conditions(identity=condition, images=None, make=CONDITIONS[condition])
+        conditions = ControlImages(images=None, make=condition)
     elif NAME in examples.dataset.column_names:  # files, which have no columns
         raise ArgumentError(
             f"{clean(os.fspath(data))} holds images without conditions: name the folder of the conditions "
@@ -250,46 +241,5 @@ def open_control_examples(
             column = open_examples(data, **opened_with | {"image_column": conditioning_image_column})
         except DataError as error:
             raise DataError(f"conditioning_image_column: {str(error).removeprefix('image_column: ')}") from error
-        conditions = Conditions(identity=column.identity, images=_Rows(column), make=None)
+        conditions = ControlImages(images=Conditions(column), make=None)
     return ControlExamples(examples, conditions, training_transform(height_width, augment), vae, text, seed=seed)
-
-
-def _read(beside: Examples, names: Sequence[str], make: str | None) -> Conditions:
-    """Return the conditions of examples of these names. Raises DataError if one is missing."""
-    identity = beside.identity if make is None else f"{make} of {beside.identity}"
-    return Conditions(
-        identity=identity, images=_of_same_names(names, beside), make=None if make is None else CONDITIONS[make]
-    )
-
-
-class _Rows(Sequence[Example]):
-    """The rows of a data set, some of them if `rows` names them, which are read when they are used."""
-
-    def __init__(self, examples: Examples, rows: Sequence[int] | None = None) -> None:
-        self.examples, self.rows = examples, range(len(examples)) if rows is None else rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, i: Any) -> Any:
-        return self.examples[self.rows[i]]
-
-
-def _of_same_names(names: Sequence[str], conditions: Examples) -> Sequence[Example]:
-    """Return the condition of each name, found by its name without suffix. Raise DataError if one is missing."""
-    found: dict[str, int] = {}
-    for i, name in enumerate(conditions.names):
-        if found.setdefault(_stem(name), i) != i:
-            raise DataError(
-                f"{clean(conditions.source)} has two conditions called {clean(_stem(name))}; leave one of them."
-            )
-    if missing := [name for name in names if _stem(name) not in found]:
-        raise DataError(
-            f"{clean(conditions.source)} has no condition for {len(missing)} of {len(names)} images, such as "
-            f"{clean(missing[0])}; give each image one of the same name."
-        )
-    return _Rows(conditions, [found[_stem(name)] for name in names])
-
-
-def _stem(name: str) -> str:
-    return os.path.splitext(name)[0]  # noqa: PTH122 - the name of an example is no path

@@ -40,6 +40,7 @@ class Drawing:
         trains_text: Whether the text encoder is in training. If not, it leaves the GPU after the drawing.
         controlnet: A ControlNet in training, or None.
         control_images: Its image (3, H, W) in [-1, 1] for each prompt.
+        conditions: For each prompt, the image (3, H, W) in [-1, 1] that the U-Net reads beside the noise.
     """
 
     def __init__(
@@ -57,11 +58,12 @@ class Drawing:
         trains_text: bool = False,
         controlnet: ControlNet | None = None,
         control_images: Sequence[Tensor] = (),
+        conditions: Sequence[Tensor] = (),
     ) -> None:
         self.unet, self.vae, self.text, self.schedule = unet, vae, text, schedule
         self.prompts, self.folder, self.size = prompts, folder, size
         self.guidance_scale, self.half, self.trains_text = guidance_scale, half, trains_text
-        self.controlnet, self.control_images = controlnet, control_images
+        self.controlnet, self.control_images, self.conditions = controlnet, control_images, conditions
 
     def __call__(self, step: int) -> Mapping[str, float]:
         """Save a sheet with an image of each prompt. There are no metrics to return."""
@@ -82,15 +84,19 @@ class Drawing:
             self.text.cpu()
 
     def _prompt(self, i: int) -> Image.Image:
-        return self.draw(self.prompts[i], i, self.control_images[i] if self.control_images else None)
+        control_image = self.control_images[i] if self.control_images else None
+        return self.draw(self.prompts[i], i, control_image, self.conditions[i] if self.conditions else None)
 
-    def draw(self, prompt: str, seed: int, control_image: Tensor | None = None) -> Image.Image:
+    def draw(
+        self, prompt: str, seed: int, control_image: Tensor | None = None, condition: Tensor | None = None
+    ) -> Image.Image:
         """Return an image of `prompt`, generated in the run's precision and decoded in float32.
 
         Args:
             prompt: The prompt.
             seed: Seed of the noise.
             control_image: (3, H, W) in [-1, 1], what the ControlNet reads.
+            condition: (3, H, W) in [-1, 1], what the U-Net reads beside the noise.
         """
         device, (height, width) = self.unet.device, self.size
         sd = StableDiffusion(self.vae.to(device), self.text.to(device), self.unet, self.schedule)
@@ -98,7 +104,7 @@ class Drawing:
             z = sd(
                 prompt, seed=seed, height=height, width=width, num_inference_steps=VALIDATION_STEPS,
                 guidance_scale=self.guidance_scale, controlnet=self.controlnet, control_image=control_image,
-                output_type="latent", callback=lambda _: raise_if_stopped(),
+                condition=condition, output_type="latent", callback=lambda _: raise_if_stopped(),
             )  # fmt: skip
         # Draw NaN as grey instead of raising here: the loop ends a run that has diverged, and says why.
         pixels = self.vae.decode(z.nan_to_num(0, 0, 0), output_type="pt")

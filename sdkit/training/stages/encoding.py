@@ -40,12 +40,7 @@ class BatchEncoder:
 
     def latents(self, batch: Mapping[str, Any]) -> Tensor:
         """Return scaled latents (B, 4, h, w), sampled from the posteriors with the batch's own noise."""
-        if "pixels" in batch:
-            pixels: Tensor = batch["pixels"]
-            with torch.no_grad(), torch.autocast(pixels.device.type, torch.bfloat16, enabled=self.half):
-                mean, logvar = self.vae.to(pixels.device).posterior(pixels)
-        else:
-            mean, logvar = batch["mean"], batch["logvar"]
+        mean, logvar = self._posterior(batch["pixels"]) if "pixels" in batch else (batch["mean"], batch["logvar"])
         return latents_of(mean, logvar, batch["posterior_eps"], self.scale, self.shift)
 
     def original(self, row: Mapping[str, Any], device: torch.device) -> Tensor:
@@ -57,9 +52,20 @@ class BatchEncoder:
         z = latents_of(mean, logvar, torch.zeros_like(mean), self.scale, self.shift)
         return self.vae.to(device).decode(z, output_type="pt")[0].cpu()
 
+    def _posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.no_grad(), torch.autocast(pixels.device.type, torch.bfloat16, enabled=self.half):
+            return self.vae.to(pixels.device).posterior(pixels)
+
     def conditioning(self, batch: Mapping[str, Any]) -> Conditioning:
-        """Return the denoiser's conditioning: the captions, and their mask."""
-        return Conditioning(self.captions(batch), batch["mask"])
+        """Return the denoiser's conditioning: the captions, their mask, and the channels beside x_t, if there are any.
+
+        A batch has these as `concat` (B, C', h, w), or `concat_pixels` (B, 3, H, W) to encode; and `told` (B,), which
+        is 0 for samples that get zeros in their place.
+        """
+        concat = self._posterior(batch["concat_pixels"])[0] if "concat_pixels" in batch else batch.get("concat")
+        if concat is not None and "told" in batch:
+            concat = concat * batch["told"][:, None, None, None]
+        return Conditioning(self.captions(batch), batch["mask"], concat)
 
     def captions(self, batch: Mapping[str, Any]) -> Tensor:
         """Return embeddings (B, 77k, D), or token ids (B, k, 77) if the text encoder is in training."""

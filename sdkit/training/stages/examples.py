@@ -221,6 +221,7 @@ def open_provider(
     augment: Collection[str] = (),
     seed: int = 0,
     trains_text: bool = False,
+    cached: type[CachedLatents] = CachedLatents,
     **opened_with: Any,
 ) -> DenoisingExamples:
     """Open `data`, which is a latent cache or images.
@@ -234,6 +235,7 @@ def open_provider(
         augment: Augmentations, as in `training_transform`.
         seed: Random seed of the augmentations of images.
         trains_text: Whether the text encoder is trained.
+        cached: The provider of examples from a cache.
         **opened_with: Keyword arguments of `open_examples`. A latent cache takes none but defaults.
 
     Raises:
@@ -241,7 +243,7 @@ def open_provider(
     """
     if is_cache(data):
         check_opened_with_nothing(opened_with)
-        return CachedLatents(data, vae, text, size=size, augment=augment, trains_text=trains_text)
+        return cached(data, vae, text, size=size, augment=augment, trains_text=trains_text)
     height_width: Any = size or own_size
     vae.check_size(height_width)
     examples = open_examples(data, **opened_with)
@@ -264,7 +266,22 @@ def denoising_batch(
     seed: int,
     caption_dropout: float,
 ) -> dict[str, Any]:
-    """Return examples with a timestep `t` and noise for each, as `collated` does.
+    """Return examples with a timestep `t` and noise for each, as `collated` does. For the arguments see
+    `denoising_rows`."""
+    drawn = denoising_rows(samples, examples, objective, shape, seed=seed, caption_dropout=caption_dropout)
+    return collated(drawn)
+
+
+def denoising_rows(
+    samples: Samples,
+    examples: DenoisingExamples,
+    objective: DenoisingObjective,
+    shape: tuple[int, ...],
+    *,
+    seed: int,
+    caption_dropout: float,
+) -> list[dict[str, Any]]:
+    """Return examples with a timestep `t` and noise for each, as rows of a batch.
 
     All random values depend only on n and the seed.
 
@@ -285,7 +302,7 @@ def denoising_batch(
         row["t"] = objective.timestep(generator)
         row |= objective.noise(shape, generator)
         rows.append(row)
-    return collated(rows)
+    return rows
 
 
 def validation_batch(

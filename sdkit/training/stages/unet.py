@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 import math
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from torch import Tensor, nn
 
 from sdkit.diffusion.conditioning import Conditioning
@@ -19,27 +19,26 @@ from sdkit.diffusion.schedule import NoiseSchedule, completed
 from sdkit.engines.attention import PlainWhereSmall
 from sdkit.errors import ArgumentError
 from sdkit.images import to_tensors
-from sdkit.loading.configs import GUIDANCE
-from sdkit.loading.lora_file import FILENAME, save_lora
 from sdkit.loading.new_network import new_network
-from sdkit.loading.single_file import ASSETS
 from sdkit.loading.source import USUAL_GUIDANCE, Source
-from sdkit.messages import no_warnings, quiet
 from sdkit.networks.autoencoder import VAE
 from sdkit.networks.denoiser import UNet
-from sdkit.networks.lora import TARGETS, add_lora, lora_tensors
 from sdkit.networks.text_encoder import TextEncoder
+from sdkit.pipelines.saving import save_pipeline
 from sdkit.pipelines.text_to_image import StableDiffusion
 from sdkit.training.distributed import split_over_processes
 from sdkit.training.loop import fit
 from sdkit.training.settings import UNetConfig
 from sdkit.training.stage import Player, Samples
+from sdkit.training.stages.concatenation import condition_image, open_conditioned, prepare_input, told
 from sdkit.training.stages.denoising import DenoisingObjective
-from sdkit.training.stages.drawing import Drawing
+from sdkit.training.stages.drawing import VALIDATION_STEPS, Drawing
+from sdkit.training.stages.dreambooth import ClassImages, open_instances, prior_preserving_loss
 from sdkit.training.stages.encoding import BatchEncoder
 from sdkit.training.stages.evaluating import Picture, PictureMetrics
-from sdkit.training.stages.examples import denoising_batch, open_provider, validation_batch
-from sdkit.training.stages.images import identity_of, report_skipped
+from sdkit.training.stages.examples import DenoisingExamples, collated, denoising_rows, open_provider, validation_batch
+from sdkit.training.stages.images import identity_of, report_skipped, training_transform
+from sdkit.training.stages.lora import add_lora_layers, export_lora
 
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -66,7 +65,8 @@ def train_unet(config: UNetConfig) -> Path:
         >>> sorted(path.name for path in (run / "result").iterdir())
         ['pytorch_lora_weights.safetensors', 'training.json']
     """
-    return fit(UNetStage(config), config, Path(config.out_dir))
+    stage = UNetStage(config)
+    return fit(stage, config, Path(config.out_dir), before=stage.prepare)
 
 
 class Denoiser(nn.Module):
@@ -135,10 +135,16 @@ class UNetStage:
             torch.manual_seed(config.seed)
             self._make_networks(model)
         side = self.unet.sample_size * self.vae.factor
-        self.latents = open_provider(
-            config.data, self.vae, self.text, size=config.size, own_size=(side, side), augment=config.augment,
-            seed=config.seed, trains_text=config.train_text_encoder, **config.opened_with(),
-        )  # fmt: skip
+        self.latents: DenoisingExamples
+        if config.instance_data is not None:
+            self.latents = open_instances(config, config.instance_data, self.vae, self.text, (side, side))
+        elif self.unet.condition is not None:
+            self.latents = open_conditioned(config, self.unet.condition, self.vae, self.text, (side, side))
+        else:
+            self.latents = open_provider(
+                config.data, self.vae, self.text, size=config.size, own_size=(side, side), augment=config.augment,
+                seed=config.seed, trains_text=config.train_text_encoder, **config.opened_with(),
+            )  # fmt: skip
         self.encoder = BatchEncoder(
             self.vae, self.text, scale=self.latents.scale, shift=self.latents.shift,
             trains_text=config.train_text_encoder,
@@ -153,7 +159,11 @@ class UNetStage:
             self.unet, self.vae, self.text, self.schedule, prompts=config.validation_prompts,
             folder=config.samples, size=(height, width), guidance_scale=self.guidance_scale,
             half=HALF.get(config.mixed_precision), trains_text=config.train_text_encoder,
+            conditions=[self._condition(i) for i in range(len(config.validation_prompts)) if self.unet.condition],
         )  # fmt: skip
+        self.class_images: ClassImages | None = None
+        if config.class_prompt is not None:
+            self.class_images = self._class_images(config.class_prompt, (height, width))
         if config.validation_prompts:
             self.evaluators.append(self.drawing)
         if config.evaluate:
@@ -168,7 +178,8 @@ class UNetStage:
     def _make_networks(self, model: Source) -> None:
         """Load or make the U-Net, and mark the parameters to train. Raises ArgumentError if it cannot be trained."""
         config = self.config
-        network = model.denoiser() if config.init is None else new_network(config.init, "unet")
+        network = model.denoiser(conditioned=True) if config.init is None else new_network(config.init, "unet")
+        prepare_input(network, config)
         self.unet = UNet(network)
         StableDiffusion(self.vae, self.text, self.unet, self.schedule)  # raises if the parts do not fit each other
         if self.unet.inpaints:
@@ -183,32 +194,50 @@ class UNetStage:
                 "model that it was distilled from."
             )
         network.set_attn_processor(PlainWhereSmall())
-        trained = [network, *([self.text.network] if config.train_text_encoder else [])]
-        for part in trained:
+        trained = {"U-Net": network} | ({"text encoder": self.text.network} if config.train_text_encoder else {})
+        if config.lora_rank is not None:
+            add_lora_layers(trained, config, config.lora_rank, HALF.get(config.mixed_precision, torch.float32))
+        for part in trained.values():
             if config.lora_rank is None:
                 part.requires_grad_(True)
-            elif config.lora_rank > (widest := _widest(part)):
-                raise ArgumentError(
-                    f"lora_rank {config.lora_rank} is above the width of this model's attention, {widest}, where LoRA "
-                    "saves nothing; give a smaller one."
-                )
-            else:
-                for p in part.parameters():  # frozen weights can be in half precision, since autocast casts them anyway
-                    p.data = p.data.to(HALF.get(config.mixed_precision, torch.float32))
-                add_lora(part, config.lora_rank)
             if config.gradient_checkpointing:
                 enable_gradient_checkpointing(part)
         self.denoiser = Denoiser(self.unet, self.text if config.train_text_encoder else None)
 
+    def _class_images(self, prompt: str, size: tuple[int, int]) -> ClassImages:
+        """Open or plan the class images of DreamBooth, and add their fingerprint to that of the data."""
+        images = ClassImages(
+            self.config, training_transform(size, self.config.augment), self.text.tokenize(prompt)[0][0],
+            model=(self.identity["model"], self.guidance_scale, VALIDATION_STEPS), draw=self.drawing.draw,
+            skipped=self.latents.skipped,
+        )  # fmt: skip
+        self.identity["class_images"] = images.identity
+        return images
+
+    def prepare(self) -> None:
+        """Draw the class images of DreamBooth that are missing, on every process, with the untrained networks."""
+        if self.class_images is None:
+            return
+        self.denoiser.eval().to(PartialState().device)
+        with torch.no_grad():
+            self.class_images.prepare()
+        self.denoiser.cpu()
+        self.drawing.rest()
+
     def batch(self, samples: Samples) -> dict[str, Any]:
         """Return posterior or pixels, caption, timestep, and noise of samples (n, item), as `collated` does.
 
-        All random values depend only on n and the seed.
+        With class images, as many of them follow. All random values depend only on n and the seed.
         """
         config = self.config
-        return denoising_batch(
-            samples, self.latents, self.objective, self._shape, seed=config.seed, caption_dropout=config.caption_dropout
+        dropout = config.caption_dropout if config.instance_data is None else 0.0
+        rows = denoising_rows(
+            samples, self.latents, self.objective, self._shape, seed=config.seed, caption_dropout=dropout
         )
+        if self.class_images is not None:
+            rows += self.class_images.rows(samples, self.objective, self._shape)
+        batch = collated(rows)
+        return batch if self.unet.condition is None else batch | {"told": told(samples, config)}
 
     @property
     def _shape(self) -> tuple[int, int, int]:
@@ -223,8 +252,10 @@ class UNetStage:
     def loss(
         self, networks: Mapping[str, nn.Module], batch: dict[str, Any], step: int
     ) -> tuple[Tensor, Mapping[str, float | Tensor]]:
-        """Return the denoising loss, and its parts to log; see `DenoisingObjective.loss`."""
+        """Return the loss, and its parts to log; see `DenoisingObjective.loss` and `prior_preserving_loss`."""
         output, target = self._denoised(networks["unet"], batch)
+        if self.class_images is not None:
+            return prior_preserving_loss(self.objective, output, target, batch["t"], self.config.prior_weight)
         return self.objective.loss(output, target, batch["t"], batch.get("weight"))
 
     def _denoised(self, network: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
@@ -257,34 +288,28 @@ class UNetStage:
         self.drawing.rest()
         return metrics
 
+    def _condition(self, i: int) -> Tensor:
+        """Return the condition of held-out image i, or of the first ones again, as the pipeline takes it."""
+        row, kind = self.latents.validation(i % len(self.latents.held_out)), self.unet.condition
+        return condition_image(row, kind or "", self.vae, self.unet.device)
+
     def _picture(self, i: int) -> Picture:
         """Draw the caption of held-out image i, always from the same seed. A cached image is decoded."""
         row, caption = self.latents.validation(i), self.latents.held_out_caption(i)
-        (drawn,) = to_tensors(self.drawing.draw(caption, seed=i))
+        condition = self._condition(i) if self.unet.condition else None
+        (drawn,) = to_tensors(self.drawing.draw(caption, seed=i, condition=condition))
         return Picture(drawn, self.encoder.original(row, self.unet.device), caption)
 
     def export(self, folder: Path) -> None:
         """Write the LoRA, or the pipeline in diffusers layout, into an empty folder."""
         text = self.text if self.config.train_text_encoder else None
         if self.config.lora_rank is not None:
-            save_lora(lora_tensors(self.unet.network, text and text.network), folder / FILENAME)
+            export_lora(folder, self.config, self.unet.network, text and text.network)
             return
-        with quiet("diffusers", "transformers"), no_warnings():
-            import diffusers
-
-            scheduler = getattr(diffusers, self.scheduler.get("_class_name") or "DDIMScheduler")
-            pipeline = diffusers.StableDiffusionPipeline(
-                vae=self.vae.network if self.vae.kind.makes_latents else None,
-                text_encoder=self.text.network, tokenizer=self.tokenizer,
-                unet=self.unet.network, scheduler=scheduler.from_config(self.scheduler), safety_checker=None,
-                feature_extractor=None, requires_safety_checker=False,
-            )  # fmt: skip
-            if self.guidance_scale != USUAL_GUIDANCE:
-                pipeline.register_to_config(**{GUIDANCE: self.guidance_scale})
-            pipeline.save_pretrained(folder)
-        if not self.vae.kind.makes_latents:  # diffusers has no such VAE; `Source` reads this
-            (folder / "vae").mkdir()
-            shutil.copy(ASSETS / "pixels" / "config.json", folder / "vae")
+        save_pipeline(
+            folder, vae=self.vae, text_encoder=self.text.network, tokenizer=self.tokenizer, unet=self.unet.network,
+            scheduler=self.scheduler, guidance_scale=self.guidance_scale,
+        )  # fmt: skip
 
 
 def enable_gradient_checkpointing(network: nn.Module) -> None:
@@ -292,12 +317,6 @@ def enable_gradient_checkpointing(network: nn.Module) -> None:
     # The method's name in diffusers, in recent versions of transformers, and in older ones.
     names = ("enable_gradient_checkpointing", "activation_checkpointing_enable", "gradient_checkpointing_enable")
     getattr(network, next(name for name in names if hasattr(network, name)))()
-
-
-def _widest(network: nn.Module) -> int:
-    """Return the highest useful rank of a LoRA: the largest min(rows, columns) of the weights that it is added to."""
-    layers = (layer for name, layer in network.named_modules() if name.endswith(TARGETS))
-    return max(min(layer.weight.shape) for layer in layers if isinstance(layer, nn.Linear))
 
 
 def _scheduler(model: Source, config: UNetConfig, *, latents: bool) -> dict[str, Any]:

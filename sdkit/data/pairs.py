@@ -1,0 +1,139 @@
+"""Pairs of images and conditions: a further image for each example, in a column or in another data set."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from PIL import Image
+
+from sdkit.arguments import one_of, path_or_name
+from sdkit.data.captioned_files import NAME
+from sdkit.data.example import Example
+from sdkit.data.examples import Examples, Stream
+from sdkit.data.sources import open_examples
+from sdkit.errors import ArgumentError, DataError, ImageError
+from sdkit.loading.configs import CONDITIONS
+from sdkit.messages import clean
+
+PROPORTIONS = 0.02
+"""Largest relative difference between the aspect ratios of an image and of its condition."""
+
+
+class Conditions(Sequence[Example]):
+    """The condition of each example of a data set, which is read when it is used.
+
+    Args:
+        examples: A data set of the conditions.
+        rows: The row of each condition in it; None takes all in their order.
+
+    Attributes:
+        identity: Fingerprint of the conditions.
+    """
+
+    def __init__(self, examples: Examples, rows: Sequence[int] | None = None) -> None:
+        self.examples, self.rows = examples, range(len(examples)) if rows is None else rows
+        self.identity = examples.identity
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, i: Any) -> Any:
+        return self.examples[self.rows[i]]
+
+    def added_to(self, identity: str) -> str:
+        """Return the fingerprint of images with these conditions, given that of the images."""
+        return hashlib.sha256(f"{identity} {self.identity}".encode()).hexdigest()[:16]
+
+
+def check_condition(
+    column: str | None, conditioning_data: str | os.PathLike[str] | None, kind: str | None
+) -> str | None:
+    """Return the kind of the conditions that are asked for, by default "latents"; None if there are none.
+
+    Raises:
+        ArgumentError: Two places are named, or a kind without a place, or another kind.
+    """
+    if kind is not None:
+        one_of("condition_kind", kind, CONDITIONS)
+    if column is not None and conditioning_data is not None:
+        raise ArgumentError("condition_column and conditioning_data both name the conditions; leave one of them out.")
+    if column is None and conditioning_data is None:
+        if kind is not None:
+            raise ArgumentError("condition_kind belongs to conditions; name them as condition_column.")
+        return None
+    for name, place in (("condition_column", column), ("conditioning_data", conditioning_data)):
+        if place is not None:
+            path_or_name(name, place)
+    return kind or "latents"
+
+
+def open_conditions(
+    examples: Examples | Stream,
+    data: str | os.PathLike[str],
+    *,
+    column: str | None,
+    conditioning_data: str | os.PathLike[str] | None,
+    **opened_with: Any,
+) -> Conditions:
+    """Open the conditions of a data set.
+
+    Args:
+        examples: The images.
+        data: The source that they were opened from.
+        column: The column of the conditions, in parquet files and data sets of the Hub.
+        conditioning_data: A data set of conditions, images of the same names as the examples, except for their
+            suffixes; in place of `column`.
+        **opened_with: The keyword arguments of `open_examples` that the images were opened with.
+
+    Raises:
+        ArgumentError: The images are streamed, or have no columns.
+        DataError: There is no such column, or an image has no condition.
+    """
+    if not isinstance(examples, Examples):
+        raise ArgumentError("conditions are not read from a stream; leave streaming out.")
+    if conditioning_data is not None:
+        beside = open_examples(conditioning_data, split=opened_with.get("split", "train"))
+        return Conditions(beside, rows_of_same_names(examples.names, beside))
+    if NAME in examples.dataset.column_names:
+        raise ArgumentError(
+            f"condition_column: {clean(os.fspath(data))} holds files, which have no columns; name the folder of the "
+            "conditions as conditioning_data."
+        )
+    try:
+        return Conditions(open_examples(data, **opened_with | {"image_column": column}))
+    except DataError as error:
+        raise DataError(f"condition_column: {str(error).removeprefix('image_column: ')}") from error
+
+
+def shaped_like(image: Image.Image, condition: Image.Image) -> Image.Image:
+    """Return a condition at the size of its image. Raise ImageError if their proportions differ."""
+    if abs(image.width * condition.height / (image.height * condition.width) - 1) > PROPORTIONS:
+        raise ImageError(
+            f"its condition has {condition.width} x {condition.height} pixels, the image {image.width} x "
+            f"{image.height}: they must have the same proportions."
+        )
+    return condition if condition.size == image.size else condition.resize(image.size, Image.Resampling.LANCZOS)
+
+
+def rows_of_same_names(names: Sequence[str], conditions: Examples) -> list[int]:
+    """Return the row of the condition of each name, found by the name without suffix. Raise DataError if one is
+    missing."""
+    found: dict[str, int] = {}
+    for i, name in enumerate(conditions.names):
+        if found.setdefault(_stem(name), i) != i:
+            raise DataError(
+                f"{clean(conditions.source)} has two conditions called {clean(_stem(name))}; leave one of them."
+            )
+    if missing := [name for name in names if _stem(name) not in found]:
+        raise DataError(
+            f"{clean(conditions.source)} has no condition for {len(missing)} of {len(names)} images, such as "
+            f"{clean(missing[0])}; give each image one of the same name."
+        )
+    return [found[_stem(name)] for name in names]
+
+
+def _stem(name: str) -> str:
+    return os.path.splitext(name)[0]  # noqa: PTH122 - the name of an example is no path

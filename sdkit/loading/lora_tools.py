@@ -1,0 +1,170 @@
+"""LoRA files described, and joined into one."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sdkit.errors import SourceError
+from sdkit.loading.lora_file import LoRA, check_lora_name, read_lora, write_lora
+from sdkit.loading.lora_update import LowRank, Update
+from sdkit.loading.tensors import is_finite
+from sdkit.messages import clean
+from sdkit.strict_json import parse_object
+
+TRIGGERS = ("modelspec.trigger_phrase", "ss_trigger_words", "trigger_words")
+"""Metadata that name the words which a LoRA was trained to follow; the first that is there counts."""
+NAMES = ("modelspec.title", "ss_output_name")
+BASES = ("ss_base_model_version", "modelspec.architecture", "ss_sd_model_name")
+TAGS = "ss_tag_frequency"
+SHOWN_TAGS = 20
+
+BLOCK = re.compile(r"(?:[a-z]+_)?(?:blocks|layers|attentions|resnets|downsamplers|upsamplers)_\d+_|mid_block_")
+"""Matches a step of the path to a layer, in a name with underscores for dots."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRADescription:
+    """What a LoRA file is.
+
+    Attributes:
+        path: The file.
+        kinds: Kinds of its updates: "LoRA", "LoCon" (convolutions), "LoHa", or "LoKr", with " with DoRA" or without.
+        layers: "U-Net" and "text encoder" -> the number of layers that it changes.
+        ranks: Its ranks in ascending order. A LoKr of whole matrices has none.
+        alphas: Its alphas in ascending order, for the factor alpha / rank; that of a rank-stabilised LoRA is times the
+            square root of the rank.
+        targets: Layers that it changes, without the path of blocks -> how often.
+        dtype: The most common dtype of its factors.
+        parameters: Number of parameters.
+        title: Its name by its metadata, or None.
+        base: What its metadata say of the model that it was trained on, or None.
+        trigger: Words by its metadata that the prompt needs, or None.
+        tags: The most frequent tags of its training captions by its metadata, and how often each occurred.
+    """
+
+    path: str
+    kinds: tuple[str, ...]
+    layers: dict[str, int]
+    ranks: tuple[int, ...]
+    alphas: tuple[float, ...]
+    targets: dict[str, int]
+    dtype: str
+    parameters: int
+    title: str | None
+    base: str | None
+    trigger: str | None
+    tags: dict[str, int]
+
+
+def describe_lora(source: str | os.PathLike[str], *, filename: str | None = None) -> LoRADescription:
+    """Describe a LoRA file: kind, rank, alpha, layers, and what its metadata say.
+
+    Args:
+        source: A file, a folder, or a Hub id; see `read_lora`.
+        filename: The file in a folder or Hub repository; see `read_lora`.
+
+    Raises:
+        SourceError: As in `read_lora`.
+    """
+    lora = read_lora(source, filename=filename)
+    ranks = {rank for update in lora.updates if (rank := update.factors.rank) is not None}
+    tensors = [tensor for update in lora.updates for name, tensor in update.named().items() if name != "alpha"]
+    targets = Counter(BLOCK.sub("", name) for layers in (lora.unet, lora.text_encoder) for name in layers)
+    dtypes = Counter(str(tensor.dtype).removeprefix("torch.") for tensor in tensors)
+    bases = [lora.metadata[key] for key in BASES if lora.metadata.get(key)]
+    return LoRADescription(
+        path=str(lora.path),
+        kinds=tuple(sorted({update.kind for update in lora.updates})),
+        layers={"U-Net": len(lora.unet), "text encoder": len(lora.text_encoder)},
+        ranks=tuple(sorted(ranks)),
+        alphas=tuple(sorted({round(update.alpha, 6) for update in lora.updates})),
+        targets=dict(sorted(targets.items())),
+        dtype=max(dtypes, key=dtypes.__getitem__),
+        parameters=sum(tensor.numel() for tensor in tensors),
+        title=next((lora.metadata[key] for key in NAMES if lora.metadata.get(key)), None),
+        base=", ".join(dict.fromkeys(bases)) or None,
+        trigger=next((lora.metadata[key] for key in TRIGGERS if lora.metadata.get(key)), None),
+        tags=_tags(lora.metadata.get(TAGS, "{}")),
+    )
+
+
+def _tags(text: str) -> dict[str, int]:
+    """Return the most frequent tags, the most frequent first, from kohya's JSON: folder -> tag -> count.
+
+    Damaged metadata have none: a LoRA can be used without.
+    """
+    try:
+        folders = parse_object(text)
+    except ValueError:
+        return {}
+    counts: Counter[str] = Counter()
+    for tags in folders.values():
+        for tag, count in tags.items() if isinstance(tags, dict) else ():
+            if isinstance(count, int) and tag.strip():
+                counts[tag.strip()] += count
+    return dict(counts.most_common(SHOWN_TAGS))
+
+
+def join_loras(loras: Sequence[tuple[LoRA, float]], path: str | Path) -> None:
+    """Write several LoRAs, each times its scale, as one file in kohya's layout. It does what they do together.
+
+    The factors of each layer are concatenated along the rank, which is exact: s1 B1 A1 + s2 B2 A2 is [s1 B1, s2 B2]
+    times [A1; A2]. The scales and alphas go into B, so that alpha is the rank.
+
+    Args:
+        loras: LoRAs and their scales.
+        path: The file, ending in .safetensors.
+
+    Raises:
+        SourceError: The LoRAs were made for different models, or one is a LoHa, a LoKr, or a DoRA, whose update is no
+            product of two factors; or a factor would overflow.
+        ArgumentError: The name cannot be used.
+    """
+    check_lora_name(path)
+    joined: dict[str, dict[str, Update]] = {"unet": {}, "text_encoder": {}}
+    for part, layers in joined.items():
+        own = [(lora.label, scale, getattr(lora, part)) for lora, scale in loras]
+        for name in dict.fromkeys(name for _, _, updates in own for name in updates):
+            terms = [(label, scale, updates[name]) for label, scale, updates in own if name in updates]
+            layers[name] = _joined(name, terms)
+    label = " and ".join(lora.label for lora, _ in loras)
+    write_lora(LoRA(label=label, unet=joined["unet"], text_encoder=joined["text_encoder"]), path)
+
+
+def _joined(name: str, terms: Sequence[tuple[str, float, Update]]) -> Update:
+    """Return the sum of the updates of a layer, each with the label of its LoRA and its scale."""
+    downs: list[Tensor] = []
+    ups: list[Tensor] = []
+    first, _, expected = terms[0]
+    for label, scale, update in terms:
+        factors = update.factors
+        if not isinstance(factors, LowRank) or update.magnitude is not None:
+            raise SourceError(
+                f"{label} is a {update.kind} at {clean(name)}, which cannot be joined exactly with others into one "
+                "LoRA; merge it into a model instead."
+            )
+        if factors.shape != expected.factors.shape:
+            sizes = [" x ".join(map(str, one.factors.shape)) for one in (update, expected)]
+            raise SourceError(
+                f"{label} and {first} were made for different models: at {clean(name)} they are {sizes[0]} and "
+                f"{sizes[1]}; give LoRAs of one model."
+            )
+        plain = factors.plain()
+        up = scale * update.scale * plain.up
+        if not is_finite(up):
+            raise SourceError(f"{label} at scale {scale:g} would make {clean(name)} infinite; give a smaller scale.")
+        downs.append(plain.down)
+        ups.append(up)
+    # The factors of a 1 x 1 convolution may have the shape of a linear layer's.
+    kernel = max((down.shape[2:] for down in downs), key=len)
+    down = torch.cat([down.reshape(len(down), -1, *kernel) for down in downs])
+    up = torch.cat([up.flatten(1) for up in ups], dim=1).reshape(len(ups[0]), -1, *[1] * len(kernel))
+    return Update(factors=LowRank(down=down, up=up.contiguous()), alpha=float(len(down)))

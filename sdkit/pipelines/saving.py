@@ -1,0 +1,112 @@
+"""Writing a model as a folder in diffusers layout."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sdkit.atomic import beside
+from sdkit.errors import ArgumentError, SdkitError
+from sdkit.files import expanded
+from sdkit.loading.configs import GUIDANCE
+from sdkit.loading.lora_file import LoRA
+from sdkit.loading.single_file import ASSETS
+from sdkit.loading.source import USUAL_GUIDANCE, Source, condition_of
+from sdkit.messages import no_warnings, quiet, reason
+from sdkit.networks.autoencoder import VAE
+from sdkit.networks.lora import Active, MergedLoRAs
+
+
+def save_pipeline(
+    folder: Path,
+    *,
+    vae: VAE,
+    text_encoder: Any,
+    tokenizer: Any,
+    unet: Any,
+    scheduler: Mapping[str, Any],
+    guidance_scale: float,
+) -> None:
+    """Write a model in diffusers layout into an empty folder.
+
+    Args:
+        folder: The folder.
+        vae: The VAE.
+        text_encoder: The text encoder's network.
+        tokenizer: Its tokenizer.
+        unet: The U-Net's network.
+        scheduler: The noise schedule, as in scheduler_config.json.
+        guidance_scale: The guidance scale that suits the model.
+    """
+    with quiet("diffusers", "transformers"), no_warnings():
+        import diffusers
+
+        scheduler_class = getattr(diffusers, scheduler.get("_class_name") or "DDIMScheduler")
+        edits = condition_of(unet.config) == "latents"
+        kind = diffusers.StableDiffusionInstructPix2PixPipeline if edits else diffusers.StableDiffusionPipeline
+        pipeline = kind(
+            vae=vae.network if vae.kind.makes_latents else None,
+            text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=scheduler_class.from_config(scheduler),
+            safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+        )  # fmt: skip
+        if guidance_scale != USUAL_GUIDANCE:
+            pipeline.register_to_config(**{GUIDANCE: guidance_scale})
+        pipeline.save_pretrained(folder)
+    if not vae.kind.makes_latents:  # diffusers has no such VAE; `Source` reads this
+        (folder / "vae").mkdir()
+        shutil.copy(ASSETS / "pixels" / "config.json", folder / "vae")
+
+
+def merge_into_model(
+    model: str | os.PathLike[str],
+    loras: Iterable[tuple[LoRA, float]],
+    folder: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype = torch.float32,
+) -> Path:
+    """Write a model whose weights include LoRAs, as a folder in diffusers layout.
+
+    Args:
+        model: Source of the model; see `StableDiffusion.from_pretrained`.
+        loras: LoRAs and their scales. Their updates are added up in float32.
+        folder: The folder to write. It must be absent or empty.
+        dtype: Dtype of the written weights.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ArgumentError: The folder holds something.
+        SourceError: The model cannot be read, a LoRA was made for another model, or a weight would overflow.
+        SdkitError: The folder cannot be written.
+    """
+    out = expanded(folder)
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise ArgumentError(f"{out} exists already; name another folder.")
+    source = Source.open(model)
+    unet, (text_encoder, tokenizer) = source.denoiser(inpainting=True, conditioned=True), source.text_encoder()
+    active = {str(i): Active(lora, scale) for i, (lora, scale) in enumerate(loras)}
+    MergedLoRAs().set(active, unet, text_encoder)
+    vae = VAE(source.autoencoder())
+    for network in (unet, text_encoder, vae.network):
+        network.to(dtype)
+    temporary = beside(out)
+    try:
+        temporary.mkdir(parents=True)
+        save_pipeline(
+            temporary, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet,
+            scheduler=source.scheduler_config(), guidance_scale=source.guidance_scale,
+        )  # fmt: skip
+        if out.exists():
+            out.rmdir()
+        temporary.rename(out)
+    except OSError as error:
+        raise SdkitError(f"cannot write {out}: {reason(error)}.") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return out

@@ -1,0 +1,207 @@
+"""Training a U-Net that reads a condition beside x_t (Rombach et al. 2022, https://arxiv.org/abs/2112.10752, section
+3.3; Brooks et al. 2023, https://arxiv.org/abs/2211.09800): its examples, its wider input, and dropped conditions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sdkit.data.example import Example
+from sdkit.data.examples import Examples
+from sdkit.data.latent_cache.manifest import Manifest
+from sdkit.data.pairs import Conditions, check_condition, open_conditions, shaped_like
+from sdkit.data.sources import open_examples
+from sdkit.data.transform import Transform, draw
+from sdkit.errors import ArgumentError, CacheError
+from sdkit.files import expanded
+from sdkit.loading.source import condition_of
+from sdkit.networks.autoencoder import VAE, Autoencoder, latents_of
+from sdkit.networks.concatenation import map_of, widen
+from sdkit.networks.text_encoder import TextEncoder
+from sdkit.training.batches import noise_of
+from sdkit.training.settings import UNetConfig
+from sdkit.training.stage import Samples
+from sdkit.training.stages.examples import CachedLatents, DenoisingExamples, ImageLatents, Row, open_provider
+from sdkit.training.stages.images import TrainingImages, is_cache, training_transform
+
+
+def prepare_input(network: Any, config: UNetConfig) -> None:
+    """Widen a U-Net if the data of its run hold conditions and it does not read any yet.
+
+    Args:
+        network: The U-Net; it changes in place.
+        config: Settings of the run.
+
+    Raises:
+        ArgumentError: The U-Net needs a condition and the data have none, it reads another kind, or a LoRA is trained,
+            which cannot train the new channels.
+    """
+    own, kind = condition_of(network.config), _kind_in(config)
+    if kind is None:
+        if own is not None:
+            raise ArgumentError(
+                "this model draws from an image: name the images as condition_column or conditioning_data, or give a "
+                "text-to-image model."
+            )
+        return
+    stated = config.condition_kind if not is_cache(config.data) else kind
+    if own is not None:
+        if stated not in (None, own):
+            raise ArgumentError(f"this model reads {own} beside x_t, the conditions of this run are {stated}.")
+        return
+    if config.lora_rank is not None:
+        raise ArgumentError(
+            "a LoRA cannot train the new input channels of a condition: leave lora_rank out, or give a model that was "
+            "trained with conditions."
+        )
+    if network.config.in_channels != network.config.out_channels:  # refused by the stage, with a better message
+        return
+    widen(network, kind)
+
+
+def _kind_in(config: UNetConfig) -> str | None:
+    """Return the kind of the conditions in the data of a run, "latents" or "map"; None if they have none."""
+    if config.instance_data is not None:
+        return None
+    if not is_cache(config.data):
+        return check_condition(config.condition_column, config.conditioning_data, config.condition_kind)
+    for name in ("condition_column", "conditioning_data"):
+        if getattr(config, name) is not None:
+            raise ArgumentError(f"{name}= has no meaning for a latent cache; give it to sdkit cache instead.")
+    kind = Manifest.read(expanded(config.data)).settings.condition or None
+    if config.condition_kind not in (None, kind):
+        raise CacheError(
+            f"the cache {expanded(config.data)} holds {f'conditions of the kind {kind}' if kind else 'no conditions'}, "
+            f"not {config.condition_kind}; make another with sdkit cache --condition-column."
+        )
+    return kind
+
+
+def open_conditioned(
+    config: UNetConfig, kind: str, vae: Autoencoder, text: TextEncoder, own_size: tuple[int, int]
+) -> DenoisingExamples:
+    """Open the data of a run with conditions; for the arguments see `open_provider`. Each row has `concat`, or
+    `concat_pixels` (3, H, W) of which the VAE is to make it."""
+    if is_cache(config.data):
+        return open_provider(
+            config.data, vae, text, size=config.size, own_size=own_size, augment=config.augment,
+            trains_text=config.train_text_encoder, cached=CachedConditions, **config.opened_with(),
+        )  # fmt: skip
+    size: Any = config.size or own_size
+    vae.check_size(size)
+    examples = open_examples(config.data, **config.opened_with())
+    conditions = open_conditions(
+        examples, config.data, column=config.condition_column, conditioning_data=config.conditioning_data,
+        **config.opened_with(),
+    )  # fmt: skip
+    return ConditionedImages(
+        examples, conditions, kind, training_transform(size, config.augment), vae, text, seed=config.seed
+    )
+
+
+class Pairs(TrainingImages):
+    """Images and their conditions as pixels (6, H, W), with the same crop and the same flip.
+
+    Args:
+        examples: The images.
+        transform: The transform of both.
+        seed: Seed of the augmentations.
+        conditions: The condition of each example.
+    """
+
+    def __init__(self, examples: Examples, transform: Transform, seed: int, conditions: Conditions) -> None:
+        super().__init__(examples, transform, seed)
+        self.conditions = conditions
+
+    def pixels(self, example: Example, index: int, augmentation: int) -> Tensor:
+        """Return an image and its condition as pixels (6, H, W) in [-1, 1]."""
+        image = example.load()
+        condition = shaped_like(image, self.conditions[index].load())
+        return torch.cat([self.transform(one, draw(self.seed, index, augmentation)) for one in (image, condition)])
+
+
+class ConditionedImages(ImageLatents):
+    """Images with a condition each: `concat` (3, h, w) of a map, or `concat_pixels` (3, H, W) for the VAE to encode.
+
+    For the other attributes see `DenoisingExamples`.
+
+    Args:
+        examples: Images with captions.
+        conditions: The condition of each.
+        kind: "latents" or "map".
+        transform: The transform of training images.
+        vae: The VAE of the run.
+        text: The text encoder of the run.
+        seed: Random seed of the augmentations.
+    """
+
+    def __init__(
+        self,
+        examples: Examples,
+        conditions: Conditions,
+        kind: str,
+        transform: Transform,
+        vae: Autoencoder,
+        text: TextEncoder,
+        *,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(examples, transform, vae, text, seed=seed)
+        self.images = Pairs(examples, transform, seed, conditions)
+        self.validation_images = Pairs(examples, Transform(size=transform.size), 0, conditions)
+        self.skipped = self.validation_images.skipped = self.images.skipped
+        self.identity = conditions.added_to(self.identity)
+        self._kind, self._factor = kind, vae.factor
+
+    def load(self, item: int, epoch: int) -> Row:
+        """Return training example `item`, or the next usable one, augmented for `epoch`."""
+        return self._divided(super().load(item, epoch))
+
+    def validation(self, i: int) -> Row:
+        """Return held-out example i."""
+        return self._divided(super().validation(i))
+
+    def _divided(self, row: Row) -> Row:
+        image, condition = row["pixels"].split(3)
+        row = row | {"pixels": image}
+        if self._kind == "map":
+            return row | {"concat": map_of(condition[None], self._factor)[0]}
+        return row | {"concat_pixels": condition}
+
+
+class CachedConditions(CachedLatents):
+    """Examples from a latent cache that holds conditions: rows have `concat` (C', h, w), too."""
+
+    def _example(self, index: int) -> Row:
+        concat = self.cache[index]["concat"]
+        assert concat is not None  # `prepare_input` found conditions in the manifest
+        return super()._example(index) | {"concat": concat}
+
+
+def told(samples: Samples, config: UNetConfig) -> Tensor:
+    """Return (B,) 1 for each sample with its condition, and 0 where zeros take its place.
+
+    As for InstructPix2Pix (Brooks et al. 2023, section 3.2.1), dropped conditions and dropped captions overlap by half:
+    with 10 % of each, 5 % of the samples lack the caption alone, 5 % the condition alone, and 5 % both.
+    """
+    captions, conditions = config.caption_dropout, config.condition_dropout
+    low = min(captions - min(captions, conditions) / 2, 1 - conditions)  # overlaps by more where there is no room
+    shares = [float(torch.rand((), generator=noise_of(config.seed, n))) for n, _ in samples]  # as `denoising_batch`
+    return torch.tensor([0.0 if low <= share < low + conditions else 1.0 for share in shares])
+
+
+def condition_image(row: Row, kind: str, vae: VAE, device: torch.device) -> Tensor:
+    """Return the condition of an example as the pipeline takes it, (3, H, W) in [-1, 1].
+
+    A cache does not hold its pixels: latents are decoded, and a map is enlarged.
+    """
+    if "concat_pixels" in row:
+        return row["concat_pixels"]
+    concat = row["concat"][None]
+    if kind == "map":
+        factor = vae.factor
+        return concat.repeat_interleave(factor, dim=2).repeat_interleave(factor, dim=3)[0]
+    z = latents_of(concat.to(device), concat.to(device), None, vae.scale, vae.shift)
+    return vae.to(device).decode(z, output_type="pt")[0].cpu()
