@@ -371,7 +371,7 @@ class _Alphas:
         if not isinstance(found, dict) or len(found) > MOST_PATTERNS:
             raise ValueError("has a rank_pattern of another type or size")
         rank, ranks = _number(config.get("r", 8)), _patterns(found)
-        if min(rank, *(number for _, number in ranks)) < 1:
+        if min([rank, *(number for _, number in ranks)]) < 1:
             raise ValueError("has a rank below 1")
         return replace(alphas, rank=rank, ranks=ranks)
 

@@ -231,7 +231,8 @@ class Update:
             return delta
         axis, _ = self.magnitudes()
         merged = weight.float() + delta
-        norm = merged.norm(dim=[i for i in range(merged.ndim) if i != axis], keepdim=True)
+        dims = [i for i in range(merged.ndim) if i != axis]
+        norm = torch.linalg.vector_norm(merged, dim=dims, keepdim=True)
         magnitude = self.magnitude.to(weight.device, torch.float32).reshape(norm.shape)
         normed: Tensor = magnitude * merged / norm.clamp_min(torch.finfo(torch.float32).tiny)
         return normed - weight.float()

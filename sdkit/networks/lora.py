@@ -100,7 +100,10 @@ def lora_tensors(unet: nn.Module, text: nn.Module | None = None) -> dict[str, Te
     for prefix, network in (("unet.", unet), ("text_encoder.text_model.", text)):
         if network is not None:
             trained = get_peft_model_state_dict(network, save_embedding_layers=False)  # the default would query the Hub
-            for key, tensor in convert_state_dict_to_diffusers(trained).items():
+            named = convert_state_dict_to_diffusers(trained)  # renames the attention's alone
+            if any(".lora_A." in key for key in named):  # diffusers would skip those: it reads one naming, not both
+                named = trained
+            for key, tensor in named.items():
                 tensors[prefix + key.removeprefix("text_model.")] = tensor.float().cpu().contiguous()
     return tensors
 

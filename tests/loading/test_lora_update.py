@@ -183,13 +183,14 @@ def test_two_kinds_in_one_layer_are_damage(tmp_path: Path) -> None:
         read_lora(file_of(loha()[0] | lokr()[0], tmp_path, "linear", 1.0))
 
 
+@pytest.fixture(scope="module")
+def unet(sd: sdkit.StableDiffusion) -> nn.Module:
+    network: nn.Module = sd_shaped(sd.text)[0].unet.network
+    return network
+
+
 class TestPeft:
     """Files of peft's `save_pretrained`, on a small U-Net, against peft's own merged weights."""
-
-    @pytest.fixture(scope="class")
-    def unet(self, sd: sdkit.StableDiffusion) -> nn.Module:
-        network: nn.Module = sd_shaped(sd.text)[0].unet.network
-        return network
 
     @pytest.fixture
     def merged(self, unet: nn.Module, tmp_path: Path) -> Callable[[Any], dict[str, Tensor]]:
