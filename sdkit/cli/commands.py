@@ -96,7 +96,7 @@ def _failures_printed(report: Report[Any]) -> Iterator[None]:
 
 def generate(args: argparse.Namespace) -> int:
     """Generate images from text prompts."""
-    from dataclasses import fields
+    from dataclasses import fields, replace
 
     from sdkit.arguments import whole_number
     from sdkit.cli.jobs import Report, check_generation, read_prompts, run_generation
@@ -119,7 +119,8 @@ def generate(args: argparse.Namespace) -> int:
     _check_place(generation.dtype, args.device)
     if args.preview_every is not None:
         whole_number("preview_every", args.preview_every, 1)
-    embeddings, generation = generation.embeddings()  # small, like LoRAs: a bad one is reported early
+    embeddings, settings = job.generation.embeddings()  # small, like LoRAs: a bad one is reported early
+    job = replace(job, generation=settings)
     controlnets = _load_controlnets(args, generation)
     report, sd = Report[Path](on_done=say_path), _load_sd(args, generation)
     for embedding in embeddings:
