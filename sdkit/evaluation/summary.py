@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from sdkit.evaluation.moments import Moments
 KEPT = 10_000
 """Vectors that are kept for metrics of pairs of images; the moments cover all images."""
 MORE = 1024
-"""Vectors above these that are added before the superfluous ones are dropped, all at a time."""
+"""Vectors beyond these for which there is room before the superfluous ones are dropped."""
 
 
 @dataclass(frozen=True)
@@ -143,39 +144,52 @@ class Sample:
     def __init__(self, width: int, size: int) -> None:
         """Start without vectors of `width` features."""
         self.size = size
-        self._numbers = [torch.zeros(0, dtype=torch.int64)]
-        self._vectors = [torch.zeros(0, width)]
-        self._held = 0
+        # The system hands out the pages of this block as they are filled. A small tensor for each batch would lie
+        # between the large ones that come and go, and may fragment the heap.
+        self._numbers = torch.empty(size + MORE, dtype=torch.int64)
+        self._vectors = torch.empty(size + MORE, width)
+        self._held, self._in_order = 0, True
+
+    @classmethod
+    def of(cls, size: int, *parts: tuple[Tensor, Tensor]) -> Sample:
+        """Return the sample of disjoint sets, each given by its numbers (B,) and its vectors (B, D)."""
+        whole = cls(parts[0][1].shape[1], size)
+        for numbers, vectors in parts:
+            whole.add(numbers, vectors)
+        return whole
 
     @classmethod
     def merged(cls, parts: Sequence[Sample]) -> Sample:
         """Return the sample of the union of disjoint sets."""
-        whole = cls(parts[0]._vectors[0].shape[1], parts[0].size)
-        for part in parts:
-            whole.add(*part.tensors())
-        return whole
+        return cls.of(parts[0].size, *(part.tensors() for part in parts))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle what is filled of the block; other processes get it so."""
+        numbers, vectors = self.tensors()
+        return Sample.of, (self.size, (numbers.clone(), vectors.clone()))
 
     def add(self, numbers: Tensor, vectors: Tensor) -> None:
         """Add vectors (B, D) and their numbers (B,), int64."""
-        self._numbers.append(numbers.cpu())
-        self._vectors.append(vectors.detach().float().cpu())
-        self._held += len(numbers)
-        if self._held > self.size + MORE:
-            self._prune()
+        for some, theirs in zip(numbers.split(MORE), vectors.detach().split(MORE), strict=True):
+            if self._held + len(some) > len(self._numbers):
+                self._prune()
+            end = self._held + len(some)
+            self._numbers[self._held : end], self._vectors[self._held : end] = some, theirs
+            self._held, self._in_order = end, False
 
     def tensors(self) -> tuple[Tensor, Tensor]:
         """Return the sampled numbers (n,), in increasing order, and their vectors (n, D), float32."""
-        self._prune()
-        return self._numbers[0], self._vectors[0]
+        if not self._in_order:
+            self._prune()
+        return self._numbers[: self._held], self._vectors[: self._held]
 
     def _prune(self) -> None:
-        """Hold the sample as a single tensor of numbers, in increasing order, and one of vectors."""
-        if len(self._numbers) == 1:
-            return
-        numbers, vectors = torch.cat(self._numbers), torch.cat(self._vectors)
+        """Keep the sample, in the order of the numbers."""
+        numbers = self._numbers[: self._held]
         kept = torch.from_numpy(np.argsort(hashed(numbers), kind="stable")[: self.size])
         kept = kept[numbers[kept].argsort()]
-        self._numbers, self._vectors, self._held = [numbers[kept]], [vectors[kept]], len(kept)
+        self._held, self._in_order = len(kept), True
+        self._numbers[: self._held], self._vectors[: self._held] = numbers[kept], self._vectors[kept]
 
 
 def in_first_half(numbers: Tensor) -> Tensor:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -33,10 +35,20 @@ def test_a_sample_holds_few_vectors_however_many_are_added(monkeypatch: pytest.M
     sample = Sample(5, 64)
     for i in range(0, 1000, 8):
         sample.add(NUMBERS[i : i + 8], VECTORS[i : i + 8])
-        assert sum(map(len, sample._vectors)) <= 64 + 32 + 8
+        assert len(sample._vectors) == 64 + 32
     few = Sample(5, 64)
     few.add(NUMBERS[:7], VECTORS[:7])
     assert torch.equal(few.tensors()[1], VECTORS[:7])
+
+
+def test_a_sample_travels_without_the_room_for_more() -> None:
+    sample = Sample(5, 5000)
+    sample.add(NUMBERS[500:], VECTORS[500:])
+    sample.add(NUMBERS[:500], VECTORS[:500])
+    sent = pickle.dumps(sample)
+    assert len(sent) < 1.2 * 1000 * (5 * 4 + 8)
+    for expected, found in zip((NUMBERS, VECTORS), pickle.loads(sent).tensors(), strict=True):
+        assert torch.equal(expected, found)
 
 
 def test_halves_are_equally_large_random_and_apart() -> None:
