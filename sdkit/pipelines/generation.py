@@ -226,9 +226,9 @@ class Generation(DrawingSettings):
     def but(self, **changes: Any) -> Generation:
         """Return a copy with some values changed.
 
-        A change of the model resets all settings that belong to a model, its VAE, LoRAs, and embeddings included. A
-        change of the LoRAs resets their scales, one of the embeddings their tokens, and one between samplers that need
-        different spacings the spacing. An input that is given anew may hold anything.
+        A change of the model resets all settings that belong to a model, its VAE, LoRAs, embeddings, and ControlNets
+        included. A change of the LoRAs resets their scales, one of the embeddings their tokens, and one between
+        samplers that need different spacings the spacing. An input that is given anew may hold anything.
         """
         if "control_image" in changes:
             changes = {"control_image_sha256": (), **changes}
@@ -256,6 +256,9 @@ class Generation(DrawingSettings):
             lists: dict[str, Any] = dict.fromkeys(
                 ("lora", "lora_scale", "embedding", "embedding_token", "embedding_sha256", "controlnet"), ()
             )
+            if "controlnet" not in changes:
+                lists |= {"control_image": (), "control_image_sha256": ()}
+                lists |= {field.name: field.default for field in fields(self) if field.name in OWN}
             changes = {**dict.fromkeys(of_model), "image_guidance_scale": 1.0, **lists, **changes}
         return replace(self, **changes)
 
