@@ -242,5 +242,6 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
 @pytest.mark.parametrize("files", [{"embedding": ("a",)}, {"control_image": ("a",), "controlnet": ("c",)}])
 def test_a_png_with_more_hashes_than_files(files: dict[str, Any]) -> None:
     name = next(iter(files))
+    settings: dict[str, Any] = {**files, f"{name}_sha256": ("0", "1")}
     with pytest.raises(ArgumentError, match=f"^2 of {name}_sha256 cannot serve 1 of {name}: give one for each"):
-        Generation(**files, **{f"{name}_sha256": ("0", "1")}).check()
+        Generation(**settings).check()
