@@ -130,6 +130,12 @@ class Generation(DrawingSettings):
                 f"{len(self.embedding_token)} of embedding_token cannot serve {len(self.embedding)} embeddings: give "
                 "one for each, in the same order, or none."
             )
+        for name in ("embedding", "control_image"):
+            files, hashes = len(getattr(self, name)), len(getattr(self, f"{name}_sha256"))
+            if hashes not in (0, files):
+                raise ArgumentError(
+                    f"{hashes} of {name}_sha256 cannot serve {files} of {name}: give one for each, or none."
+                )
         if self.prediction_type is not None:
             one_of("prediction_type", self.prediction_type, PREDICTIONS)
 
