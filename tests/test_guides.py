@@ -38,7 +38,7 @@ HERE = {
     r"(max.steps[= ])\d+": r"\g<1>2",
     r"(class-count )\d+": r"\g<1>1",
     r"(num_inference_steps=|timesteps\()\d+": r"\g<1>2",
-    "sdkit train vae": "sdkit train vae --size 64",
+    r"sdkit train vae(?!.*--size)": "sdkit train vae --size 64",
     "size=256": "size=64",
     "org/name": "photos",
     "--num_processes 8": "--num_processes 2",

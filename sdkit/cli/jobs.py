@@ -311,7 +311,7 @@ class GenerationJob:
         generation: Settings of the images, with the SHA-256 of each input.
         count: Images per prompt.
         batch_size: Images generated together; None takes as many as fit.
-        inputs: The image and the mask, as keywords of the pipeline's call.
+        inputs: The image, the mask, and the condition, as keywords of the pipeline's call.
         control_images: The images of the ControlNets.
     """
 

@@ -287,7 +287,8 @@ def energy(
         predict(x_t, t) -> Prediction, as samplers take it.
 
     Raises:
-        ArgumentError: `scale` is not a number from -1e6 to 1e6, or the energy does not return a number for each image.
+        ArgumentError: `scale` is not a number from -1e6 to 1e6, or the energy does not return a number for each image,
+            or has no gradient.
 
     Example:
         >>> import torch, sdkit
@@ -309,9 +310,13 @@ def energy(
             x = x_t.detach().clone().requires_grad_()
             unguided = predict(x, t)
             values = energy(unguided.x0)
-            if values.shape != x.shape[:1]:
+            shape = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+            if shape != (len(x),):
+                raise ArgumentError(f"an energy returns ({len(x)},), a number for each image, not {shape}.")
+            if not values.requires_grad:
                 raise ArgumentError(
-                    f"an energy returns ({len(x)},), a number for each image, not {tuple(values.shape)}."
+                    "the energy has no gradient: compute it from x0 with differentiable operations, and the prediction "
+                    "outside inference mode and no_grad."
                 )
             (gradient,) = torch.autograd.grad(values.sum(), x)
         eps = unguided.eps.detach() + scale * math.sqrt(1 - a) * gradient

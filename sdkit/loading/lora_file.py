@@ -18,7 +18,6 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -40,6 +39,7 @@ from sdkit.loading.tensors import (
 )
 from sdkit.messages import clean, reason
 from sdkit.strict_json import parse_object, read_object
+from sdkit.tensor_files import encoded
 
 FILENAME = "pytorch_lora_weights.safetensors"
 PEFT_FILENAME = "adapter_model.safetensors"
@@ -203,7 +203,7 @@ def check_lora_name(path: str | Path) -> None:
 
 
 def _write(tensors: dict[str, Tensor], path: str | Path, metadata: Mapping[str, str] | None = None) -> None:
-    data = safetensors.torch.save(tensors, {"format": "pt", **(metadata or {})})
+    data = encoded(tensors, {"format": "pt", **(metadata or {})})
     with atomic_write(path) as temporary:
         temporary.write_bytes(data)
 

@@ -669,7 +669,13 @@ class VAE(Wrapper):
         Returns:
             Pixels (B, 3, 8h, 8w), float32. Unlike those of `decode`, they are not clamped to [-1, 1], where the
             gradient would vanish.
+
+        Raises:
+            ArgumentError: The latents are of another shape.
         """
+        shape = tuple(z.shape) if isinstance(z, Tensor) else type(z).__name__
+        if not isinstance(z, Tensor) or z.ndim != 4 or z.shape[1] != self.channels:
+            raise ArgumentError(f"latents must be a tensor (B, {self.channels}, h, w), not {shape}.")
         return self.kind.decode(self._raw(z).to(self.device, self.dtype))
 
     def check_size(self, size: tuple[int, int]) -> None:

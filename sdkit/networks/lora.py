@@ -138,13 +138,15 @@ class MergedLoRAs:
             text: The text encoder's network.
 
         Raises:
-            SourceError: A LoRA was made for other networks, or a weight would overflow. Nothing has changed then.
+            SourceError: A LoRA was made for other networks, or a weight would overflow.
+
+        Whatever is raised, Ctrl-C included, nothing has changed then.
         """
         networks = {"unet": unet, "text_encoder": text}
         changes = _changes(active.values(), networks)
         try:
             self._apply(changes, networks)
-        except SourceError:
+        except BaseException:  # also Ctrl-C and a lack of memory
             self._apply(_changes(self.active.values(), networks), networks)
             raise
         self.active = dict(active)
@@ -154,8 +156,8 @@ class MergedLoRAs:
         """Write the weights of all layers that are or were changed, and restore those that no longer are."""
         layers = {(part, name): layer for part, x in networks.items() for name, layer in _named_layers(x).items()}
         for key in [key for key in self._originals if key not in changes]:
-            weight = layers[key].weight
-            weight.copy_(self._originals.pop(key))
+            layers[key].weight.copy_(self._originals[key])
+            del self._originals[key]  # only now: the copy may be interrupted
         for key, own in changes.items():
             weight = layers[key].weight
             if key not in self._originals:

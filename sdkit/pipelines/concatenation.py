@@ -58,7 +58,7 @@ def read_condition(
     check_condition_settings(settings, condition=condition is not None)
     if condition is None:
         if unet.condition is not None:
-            raise ArgumentError("this model draws from an image: give one as condition.")
+            raise ArgumentError("this model draws from an image: give one as condition, or take a text-to-image model.")
         return None
     if unet.condition is None:
         own = "an image and a mask" if unet.inpaints else "no image beside the noise"

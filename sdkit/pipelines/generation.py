@@ -130,6 +130,12 @@ class Generation(DrawingSettings):
                 f"{len(self.embedding_token)} of embedding_token cannot serve {len(self.embedding)} embeddings: give "
                 "one for each, in the same order, or none."
             )
+        for name in ("embedding", "control_image"):
+            files, hashes = len(getattr(self, name)), len(getattr(self, f"{name}_sha256"))
+            if hashes not in (0, files):
+                raise ArgumentError(
+                    f"{hashes} of {name}_sha256 cannot serve {files} of {name}: give one for each, or none."
+                )
         if self.prediction_type is not None:
             one_of("prediction_type", self.prediction_type, PREDICTIONS)
 
@@ -226,9 +232,9 @@ class Generation(DrawingSettings):
     def but(self, **changes: Any) -> Generation:
         """Return a copy with some values changed.
 
-        A change of the model resets all settings that belong to a model, its VAE, LoRAs, and embeddings included. A
-        change of the LoRAs resets their scales, one of the embeddings their tokens, and one between samplers that need
-        different spacings the spacing. An input that is given anew may hold anything.
+        A change of the model resets all settings that belong to a model, its VAE, LoRAs, embeddings, and ControlNets
+        included. A change of the LoRAs resets their scales, one of the embeddings their tokens, and one between
+        samplers that need different spacings the spacing. An input that is given anew may hold anything.
         """
         if "control_image" in changes:
             changes = {"control_image_sha256": (), **changes}
@@ -256,6 +262,9 @@ class Generation(DrawingSettings):
             lists: dict[str, Any] = dict.fromkeys(
                 ("lora", "lora_scale", "embedding", "embedding_token", "embedding_sha256", "controlnet"), ()
             )
+            if "controlnet" not in changes:
+                lists |= {"control_image": (), "control_image_sha256": ()}
+                lists |= {field.name: field.default for field in fields(self) if field.name in OWN}
             changes = {**dict.fromkeys(of_model), "image_guidance_scale": 1.0, **lists, **changes}
         return replace(self, **changes)
 

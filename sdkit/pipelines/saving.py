@@ -11,13 +11,14 @@ from typing import Any
 import torch
 
 from sdkit.atomic import beside
-from sdkit.errors import ArgumentError, SdkitError
+from sdkit.errors import ArgumentError, SdkitError, SourceError
 from sdkit.files import expanded
 from sdkit.loading.configs import GUIDANCE
 from sdkit.loading.lora_file import LoRA
 from sdkit.loading.single_file import ASSETS
 from sdkit.loading.source import USUAL_GUIDANCE, Source, condition_of
-from sdkit.messages import no_warnings, quiet, reason
+from sdkit.loading.tensors import is_finite
+from sdkit.messages import clean, no_warnings, quiet, reason
 from sdkit.networks.autoencoder import VAE
 from sdkit.networks.lora import Active, MergedLoRAs
 
@@ -62,6 +63,15 @@ def save_pipeline(
         shutil.copy(ASSETS / "pixels" / "config.json", folder / "vae")
 
 
+def _check_finite(networks: Iterable[torch.nn.Module], dtype: torch.dtype) -> None:
+    """Raise SourceError if a weight overflowed in the dtype to be written."""
+    for network in networks:
+        for name, weight in network.named_parameters():
+            if not is_finite(weight):
+                kind = str(dtype).removeprefix("torch.")
+                raise SourceError(f"{clean(name)} would be infinite in {kind}; give a smaller scale, or dtype 'fp32'.")
+
+
 def merge_into_model(
     model: str | os.PathLike[str],
     loras: Iterable[tuple[LoRA, float]],
@@ -93,8 +103,10 @@ def merge_into_model(
     active = {str(i): Active(lora, scale) for i, (lora, scale) in enumerate(loras)}
     MergedLoRAs().set(active, unet, text_encoder)
     vae = VAE(source.autoencoder())
-    for network in (unet, text_encoder, vae.network):
-        network.to(dtype)
+    with quiet("diffusers", "transformers"), no_warnings():
+        for network in (unet, text_encoder, vae.network):
+            network.to(dtype)
+    _check_finite((unet, text_encoder), dtype)
     temporary = beside(out)
     try:
         temporary.mkdir(parents=True)

@@ -282,9 +282,9 @@ class StableDiffusion:
 
     def _check_loaded(self, name: str) -> None:
         """Raise ArgumentError unless a LoRA of this name is loaded."""
-        if name not in self._loras.active:
+        if not isinstance(name, str) or name not in self._loras.active:
             loaded = ", ".join(map(clean, self._loras.active)) or "none is"
-            raise ArgumentError(f"no LoRA named {clean(name)!r} is loaded; loaded: {loaded}.")
+            raise ArgumentError(f"no LoRA named {clean(repr(name))} is loaded; loaded: {loaded}.")
 
     def load_embedding(
         self,

@@ -537,8 +537,9 @@ class UNetConfig(DreamBoothSettings):
         for name in ("condition_column", "conditioning_data"):
             if (value := getattr(self, name)) is not None:
                 path_or_name(name, value)
-                if self.instance_data is not None:
-                    raise ArgumentError(f"{name} has no meaning for DreamBooth, which learns from images alone.")
+        for name in ("condition_column", "conditioning_data", "condition_kind"):
+            if getattr(self, name) is not None and self.instance_data is not None:
+                raise ArgumentError(f"{name} has no meaning for DreamBooth, which learns from images alone.")
         if self.conditioning_data is not None:
             self._keep_apart("conditioning_data", self.conditioning_data)
             if self.condition_column is not None:

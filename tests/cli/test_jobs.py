@@ -478,6 +478,10 @@ def test_another_model_takes_nothing_over_from_the_old_one() -> None:
     recipe = Generation(**own, num_inference_steps=7, lora=("a/lora",), lora_scale=(0.5,))
     assert recipe.but(model="other", width=72) == Generation(model="other", width=72, num_inference_steps=7)
     assert recipe.but(model="emoji") == recipe
+    drawn = Generation(controlnet=("a/net",), control_image=("edges.png",), control_guidance_end=0.5)
+    assert drawn.but(model="other") == Generation(model="other")
+    again = drawn.but(model="other", controlnet=("b/net",))
+    assert again == replace(drawn, model="other", controlnet=("b/net",))
 
 
 def test_a_recipe_of_before_there_was_lora_is_read(tmp_path: Path) -> None:

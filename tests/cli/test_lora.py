@@ -201,6 +201,7 @@ BAD: dict[str, tuple[str, str]] = {
     "another dtype": ("merge a.safetensors -m model -o c --dtype fp8", "dtype 'fp8'"),
     "model of another width": ("merge wide.safetensors -m model -o c", "was made for another model: its down_blocks_0"),
     "overflow in a model": ("merge a.safetensors -m model -o c --scale 1e39", "at scale 1e+39 would make "),
+    "overflow in the new dtype": ("merge a.safetensors -m model -o c --scale 1e9 --dtype fp16", "infinite in float16"),
     "folder that is there": ("merge a.safetensors -m model -o model", "model exists already; name another folder."),
     "no model": ("merge a.safetensors -m absent -o c", "absent"),
     "no out": ("merge a.safetensors", "the following arguments are required: --out/-o"),

@@ -499,6 +499,11 @@ def test_an_energy_gives_a_number_for_each_image() -> None:
     predict = guided(Model(), schedule, COND, scale=1)
     with pytest.raises(ArgumentError, match=r"an energy returns \(3,\), a number for each image, not \(\)\."):
         energy(predict, lambda x0: x0.sum(), schedule)(normal(10, *SHAPE), 500)
+    listed: Any = list
+    with pytest.raises(ArgumentError, match=r"an energy returns \(3,\), a number for each image, not list\."):
+        energy(predict, listed, schedule)(normal(10, *SHAPE), 500)
+    with pytest.raises(ArgumentError, match=r"^the energy has no gradient: compute it from x0"):
+        energy(predict, lambda x0: x0.detach().sum(dim=(1, 2, 3)), schedule)(normal(10, *SHAPE), 500)
 
 
 @pytest.mark.parametrize("scale", [10**400, -(10**400), Fraction(10**400), float("nan"), True, "7.5"])

@@ -389,3 +389,13 @@ class TestTraining:
         torch.testing.assert_close(
             compiled.decode(z, output_type="pt"), vae.decode(z, output_type="pt"), atol=1e-4, rtol=0
         )
+
+
+def test_pixels_are_decoded_with_gradient(vae: sdkit.VAE) -> None:
+    z = torch.randn(1, vae.channels, 8, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    x = vae.pixels(z)
+    assert torch.equal(x.detach().clamp(-1, 1), vae.decode(z.detach(), output_type="pt"))
+    assert float(torch.autograd.grad(x.sum(), z)[0].abs().max()) > 0
+    for wrong in (z[0], z[:, 1:], [z]):
+        with pytest.raises(sdkit.ArgumentError, match=rf"^latents must be a tensor \(B, {vae.channels}, h, w\), not "):
+            vae.pixels(wrong)  # type: ignore[arg-type]

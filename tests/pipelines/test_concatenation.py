@@ -265,7 +265,7 @@ def test_bad_input(sd: sdkit.StableDiffusion, edits: tuple[sdkit.StableDiffusion
     bad(plain, "this model's U-Net takes no image beside the noise: leave condition out", condition=one)
     bad(plain, "image_guidance_scale belongs to a condition; give one as condition", **scale)
     bad(model, "image_guidance_scale belongs to a condition; give one as condition", **scale)
-    bad(model, "this model draws from an image: give one as condition")
+    bad(model, "this model draws from an image: give one as condition, or take a text-to-image model")
     bad(model, "3 conditions cannot serve 2 prompts: give one, or one for each", condition=pictures(3))
     bad(model, "the conditions differ in size: 32 x 64 and 64 x 64 pixels", condition=[*one, *pictures(1, 32)])
     bad(model, "image_guidance_scale must be a number from 0", condition=one, image_guidance_scale=-0.5)

@@ -19,6 +19,7 @@ from sdkit.errors import ArgumentError, SdkitError, SourceError
 from sdkit.loading.embedding_file import save_embedding
 from sdkit.loading.single_file import ASSETS
 from sdkit.loading.tokenizer import load_tokenizer
+from sdkit.pipelines.generation import Generation
 from tests.helpers.networks import diffusers_pipeline, sd_shaped
 
 WIDTH = 16
@@ -236,3 +237,11 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert "a.safetensors' has changed since it was drawn with; restore it" in capsys.readouterr().err
     assert not (tmp_path / "bad.png").exists()
     assert load_file(tmp_path / "a.safetensors").keys() == {"<zork>"}
+
+
+@pytest.mark.parametrize("files", [{"embedding": ("a",)}, {"control_image": ("a",), "controlnet": ("c",)}])
+def test_a_png_with_more_hashes_than_files(files: dict[str, Any]) -> None:
+    name = next(iter(files))
+    settings: dict[str, Any] = {**files, f"{name}_sha256": ("0", "1")}
+    with pytest.raises(ArgumentError, match=f"^2 of {name}_sha256 cannot serve 1 of {name}: give one for each"):
+        Generation(**settings).check()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -233,6 +234,7 @@ class TestDoRA:
 
 NO_TEXT: Any = 3
 NO_MAPPING: Any = 0.5
+LIST: Any = ["one"]
 BAD: dict[str, tuple[Callable[[sdkit.StableDiffusion, Path], object], type[Exception], str]] = {
     "scale not finite": (lambda m, f: m.load_lora(f, float("nan")), ArgumentError, r"^scale must be a finite number"),
     "name taken": (lambda m, f: m.load_lora(f, 1, "one"), ArgumentError, r"^a LoRA named 'one' is loaded already"),
@@ -250,6 +252,9 @@ BAD: dict[str, tuple[Callable[[sdkit.StableDiffusion, Path], object], type[Excep
     "unload what is not loaded": (lambda m, f: m.unload_lora("two"), ArgumentError, r"^no LoRA named 'two' is loaded"),
     "new scale overflows": (
         lambda m, f: m.set_lora_scales({"one": 1e39}), SourceError, r"at scale 1e\+39 would make \w+ infinite; give a"
+    ),
+    "unload a list": (
+        lambda m, f: m.unload_lora(LIST), ArgumentError, r"^no LoRA named \['one'\] is loaded; loaded: one\.$"
     ),
     "unload twice": (
         lambda m, f: [m.unload_lora(), m.unload_lora()], ArgumentError, r"^no LoRA is loaded, so there is none to take"
@@ -281,3 +286,28 @@ def test_the_second_of_another_width_changes_nothing(
         model.load_lora(tmp_path / "wide.safetensors")
     assert same(weights(model), before)
     assert [*model.lora_scales] == ["first"]
+
+
+@pytest.mark.parametrize("change", ["load", "unload"])
+def test_an_interrupted_change_changes_nothing(
+    model: sdkit.StableDiffusion, files: dict[str, Path], monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    before = weights(model)
+    model.load_lora(files["first"])
+    loaded, copy_, left = weights(model), Tensor.copy_, [3]
+
+    def interrupted(self: Tensor, *args: Any) -> Tensor:
+        left[0] -= 1
+        if left[0] == 0:
+            raise KeyboardInterrupt
+        return copy_(self, *args)
+
+    call = model.unload_lora if change == "unload" else partial(model.load_lora, files["second"])
+    with monkeypatch.context() as patch:
+        patch.setattr(Tensor, "copy_", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            call()
+    assert same(weights(model), loaded)
+    assert [*model.lora_scales] == ["first"]
+    model.unload_lora()
+    assert same(weights(model), before)

@@ -255,6 +255,10 @@ BAD: list[tuple[dict[str, Any], str]] = [
         {"data": "", "instance_data": "x", "instance_prompt": "a zork"},
         "conditioning_data has no meaning for DreamBooth",
     ),
+    (
+        {"data": "", "instance_data": "x", "conditioning_data": None, "condition_kind": "map"},
+        "condition_kind has no meaning for DreamBooth",
+    ),
     ({"lora_rank": 2}, "a LoRA cannot train the new input channels of a condition"),
     ({"conditioning_data": "./none"}, ".*none"),
 ]

@@ -392,8 +392,8 @@ class TestLatentCache:
     def test_bad_input_is_one_sentence(self, made: Path, cached: Path, tmp_path: Path) -> None:
         (tmp_path / "000.webp").write_bytes((made / "maps" / "000.webp").read_bytes())
         for changes, sentence in (
-            ({"condition": "canny"}, "a latent cache holds no conditions: name the folder of the conditions"),
-            ({"conditioning_data": None}, "a latent cache holds no conditions: name the folder of the conditions"),
+            ({"condition": "canny"}, "a latent cache holds no conditions of ControlNets: name the folder"),
+            ({"conditioning_data": None}, "a latent cache holds no conditions of ControlNets: name the folder"),
             ({"conditioning_data": tmp_path}, f"{tmp_path} has no condition for 22 of 23 images, such as 001.png"),
             ({"default_caption": "a"}, "default_caption= has no meaning for a latent cache"),
             ({"size": 64}, f"the cache {cached} (of {made / 'model'}) was made with size 32 x 32, not 64 x 64"),

@@ -6,7 +6,7 @@ import functools
 import json
 import signal
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -235,10 +235,8 @@ loop, which is the same for all stages."""
 
 
 @pytest.fixture(scope="module")
-def run() -> Iterator[helper.Runs]:
-    one = helper.Runs()
-    yield one
-    one.close()
+def run() -> helper.Runs:
+    return helper.Runs()
 
 
 def everything(out: Path) -> dict[str, Any]:

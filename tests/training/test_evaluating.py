@@ -127,7 +127,7 @@ def test_drawings_of_the_captions_are_compared_with_the_images(data: str, kit: K
     expected = {"frechet": frechet, "kid": kid}
     found, a, b = validation(tmp_path)[-1], features(drawn), features(originals)
     for name, metric in expected.items():
-        assert found[name] == pytest.approx(metric(a, b), rel=1e-3), name
+        assert found[name] == pytest.approx(metric(a, b), rel=3e-3), name  # the drawings here are of 8 bits
     x, y = (torch.stack(sdkit.images.to_tensors(images)) for images in (originals, drawn))
     with torch.no_grad():
         assert found["lpips"] == pytest.approx(float(LPIPS.from_pretrained("alex")(y, x).mean()), rel=1e-3)

@@ -67,7 +67,7 @@ def _kind_in(config: UNetConfig) -> str | None:
     """Return the kind of the conditions in the data of a run, "latents" or "map"; None if they have none."""
     if config.instance_data is not None:
         return None
-    if config.instance_data is not None or not is_cache(config.data):
+    if not is_cache(config.data):
         return check_condition(config.condition_column, config.conditioning_data, config.condition_kind)
     for name in ("condition_column", "conditioning_data"):
         if getattr(config, name) is not None:

@@ -190,8 +190,9 @@ def open_control_examples(
     if is_cache(data):
         if conditioning_data is None:
             raise ArgumentError(
-                "a latent cache holds no conditions: name the folder of the conditions (conditioning_data), or of the "
-                f"images that they are made of (with condition, one of {', '.join(CONDITIONS)})."
+                "a latent cache holds no conditions of ControlNets: name the folder of the conditions "
+                f"(conditioning_data), or of the images that they are made of (with condition, one of "
+                f"{', '.join(CONDITIONS)})."
             )
         check_opened_with_nothing(opened_with)
         beside = open_examples(conditioning_data)
