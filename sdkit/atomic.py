@@ -68,6 +68,48 @@ def atomic_write(path: str | Path, *, overwrite: bool = True) -> Iterator[Path]:
                 temporary.unlink()
 
 
+@contextlib.contextmanager
+def whole_folder(path: Path, failure: type[SdkitError] = SdkitError) -> Iterator[Path]:
+    """Yield a temporary folder beside `path` for the body to fill, and rename it to `path` if the body succeeds.
+
+    Even after a power cut, `path` is the old folder, the complete new one, or missing, but never incomplete. If the
+    body raises, the temporary folder is removed.
+
+    Args:
+        path: The folder to write.
+        failure: The error to raise.
+
+    Raises:
+        failure: The folder cannot be written, for example because the disk is full.
+    """
+    from safetensors import SafetensorError
+
+    temporary = beside(path)
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        for inside in temporary.rglob("*"):
+            if inside.is_file():  # safetensors makes files that only their owner can read
+                inside.chmod(temporary.stat().st_mode & 0o666)
+            sync(inside)
+        sync(temporary)
+        old = path.rename(beside(path)) if path.exists() else None  # a rename cannot replace a folder that has files
+        temporary.rename(path)
+        sync(path.parent)
+        if old:
+            shutil.rmtree(old, ignore_errors=True)  # what is left has a temporary name
+    except (OSError, SafetensorError, SdkitError) as error:
+        # An SdkitError from the body would name the temporary folder, which is gone by now; its cause is reported.
+        cause = error.__cause__ if isinstance(error, SdkitError) else error
+        if not isinstance(cause, (OSError, SafetensorError)):
+            raise
+        raise failure(
+            f"cannot write {path}: {reason(cause)}; what was there before is untouched, so make room and run again."
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
 def _claim(temporary: Path, target: Path) -> None:
     """Rename without overwriting. Raises FileExistsError if `target` exists; of two processes, one succeeds."""
     try:

@@ -89,6 +89,7 @@ def open_conditions(
     *,
     column: str | None,
     conditioning_data: str | os.PathLike[str] | None,
+    option: str = "condition_column",
     **opened_with: Any,
 ) -> Conditions:
     """Open the conditions of a data set.
@@ -99,6 +100,7 @@ def open_conditions(
         column: The column of the conditions, in parquet files and data sets of the Hub.
         conditioning_data: A data set of conditions, images of the same names as the examples, except for their
             suffixes; in place of `column`.
+        option: The option that names the column, for messages.
         **opened_with: The keyword arguments of `open_examples` that the images were opened with.
 
     Raises:
@@ -112,14 +114,14 @@ def open_conditions(
         return Conditions(identity=beside.identity, images=of_same_names(examples.names, beside))
     if NAME in examples.dataset.column_names:
         raise ArgumentError(
-            f"condition_column: {clean(os.fspath(data))} holds files, which have no columns; name the folder of the "
+            f"{option}: {clean(os.fspath(data))} holds files, which have no columns; name the folder of the "
             "conditions as conditioning_data."
         )
     try:
         found = open_examples(data, **opened_with | {"image_column": column})
         return Conditions(identity=found.identity, images=Rows(found))
     except DataError as error:
-        raise DataError(f"condition_column: {str(error).removeprefix('image_column: ')}") from error
+        raise DataError(f"{option}: {str(error).removeprefix('image_column: ')}") from error
 
 
 def shaped_like(image: Image.Image, condition: Image.Image) -> Image.Image:

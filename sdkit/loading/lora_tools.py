@@ -32,7 +32,7 @@ BLOCK = re.compile(r"(?:[a-z]+_)?(?:blocks|layers|attentions|resnets|downsampler
 
 @dataclass(frozen=True, kw_only=True)
 class LoRADescription:
-    """What a LoRA file is.
+    """Description of a LoRA file.
 
     Attributes:
         path: The file.

@@ -181,7 +181,7 @@ def merge_lora(lora: LoRA, unet: nn.Module, text: nn.Module, scale: float) -> No
 
 
 class _Change(NamedTuple):
-    """What one LoRA does to one layer."""
+    """Change that one LoRA makes to one layer."""
 
     label: str
     scale: float

@@ -10,15 +10,15 @@ from typing import Any
 
 import torch
 
-from sdkit.atomic import beside
-from sdkit.errors import ArgumentError, SdkitError, SourceError
+from sdkit.atomic import whole_folder
+from sdkit.errors import ArgumentError, SourceError
 from sdkit.files import expanded
 from sdkit.loading.configs import GUIDANCE
 from sdkit.loading.lora_file import LoRA
 from sdkit.loading.single_file import ASSETS
 from sdkit.loading.source import USUAL_GUIDANCE, Source, condition_of
 from sdkit.loading.tensors import is_finite
-from sdkit.messages import clean, no_warnings, quiet, reason
+from sdkit.messages import clean, no_warnings, quiet
 from sdkit.networks.autoencoder import VAE
 from sdkit.networks.lora import Active, MergedLoRAs
 
@@ -107,18 +107,9 @@ def merge_into_model(
         for network in (unet, text_encoder, vae.network):
             network.to(dtype)
     _check_finite((unet, text_encoder), dtype)
-    temporary = beside(out)
-    try:
-        temporary.mkdir(parents=True)
+    with whole_folder(out) as temporary:
         save_pipeline(
             temporary, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet,
             scheduler=source.scheduler_config(), guidance_scale=source.guidance_scale,
         )  # fmt: skip
-        if out.exists():
-            out.rmdir()
-        temporary.rename(out)
-    except OSError as error:
-        raise SdkitError(f"cannot write {out}: {reason(error)}.") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return out

@@ -8,14 +8,13 @@ parameter would be read out of bounds.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import json
 import random
 import re
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,9 +26,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from sdkit.atomic import beside, sync
+from sdkit.atomic import beside, whole_folder
 from sdkit.engines.device import device_rng_state, set_device_rng_state
-from sdkit.errors import SdkitError, TrainingError
+from sdkit.errors import TrainingError
 from sdkit.files import sha256
 from sdkit.messages import clean, reason
 from sdkit.strict_json import read_object, require
@@ -45,42 +44,6 @@ NAME = re.compile(r"step-\d{8}")
 NOT_A_FILE = (errno.EISDIR, errno.ENOTDIR, errno.EINVAL, errno.EFBIG)  # not a regular file, or one that is too large
 Tensors = Mapping[str, Tensor]
 Kind = tuple[torch.Size, torch.dtype] | type  # shape and dtype of a tensor, or the type of a number
-
-
-@contextlib.contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
-    """Yield a temporary folder beside `path` for the body to fill, and rename it to `path` if the body succeeds.
-
-    Even after a power cut, `path` is the old folder, the complete new one, or missing, but never incomplete. If the
-    body raises, the temporary folder is removed.
-
-    Raises:
-        TrainingError: The folder cannot be written, for example because the disk is full.
-    """
-    temporary = beside(path)
-    try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        for inside in temporary.rglob("*"):
-            if inside.is_file():  # safetensors makes files that only their owner can read
-                inside.chmod(temporary.stat().st_mode & 0o666)
-            sync(inside)
-        sync(temporary)
-        old = path.rename(beside(path)) if path.exists() else None  # a rename cannot replace a folder that has files
-        temporary.rename(path)
-        sync(path.parent)
-        if old:
-            shutil.rmtree(old, ignore_errors=True)  # what is left is removed at the next start of the run
-    except (OSError, SafetensorError, SdkitError) as error:
-        # An SdkitError from the body would name the temporary folder, which is gone by now; its cause is reported.
-        cause = error.__cause__ if isinstance(error, SdkitError) else error
-        if not isinstance(cause, (OSError, SafetensorError)):
-            raise
-        raise TrainingError(
-            f"cannot write {path}: {reason(cause)}; what was there before is untouched, so make room and run again."
-        ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +79,7 @@ def save(root: Path, checkpoint: Checkpoint, keep: int) -> Path:
         TrainingError: The checkpoint cannot be written.
     """
     folder = root / f"step-{checkpoint.step:08d}"
-    with whole_folder(folder) as temporary:
+    with whole_folder(folder, TrainingError) as temporary:
         for name, tensors in checkpoint.tensors.items():
             save_file({key: value.contiguous() for key, value in tensors.items()}, temporary / f"{name}.safetensors")
         (temporary / STATE).write_text(json.dumps({"step": checkpoint.step, **checkpoint.state}))

@@ -16,12 +16,12 @@ from typing import IO, Any
 import filelock
 
 from sdkit import __version__
-from sdkit.atomic import atomic_write, remove_leftovers
+from sdkit.atomic import atomic_write, remove_leftovers, whole_folder
 from sdkit.errors import TrainingError
 from sdkit.files import open_regular
 from sdkit.messages import clean, reason
 from sdkit.strict_json import parse_object, read_object, require
-from sdkit.training.checkpoint import Checkpoint, checkpoints, newest, read_state, save, whole_folder
+from sdkit.training.checkpoint import Checkpoint, checkpoints, newest, read_state, save
 from sdkit.training.settings import LoopSettings
 
 DIFFERENCES = {  # setting -> description of the difference, where the two values alone would not explain it
@@ -275,7 +275,7 @@ class RunFolder:
         Raises:
             TrainingError: The result cannot be written.
         """
-        with whole_folder(self.result) as temporary:
+        with whole_folder(self.result, TrainingError) as temporary:
             fill(temporary)
             (temporary / "training.json").write_text(json.dumps({"step": step}))
 

@@ -635,18 +635,3 @@ class EmbeddingConfig(DenoisingSettings):
         flag("keep_norm", self.keep_norm)
         if self.init is not None:
             raise ArgumentError("init has no meaning for an embedding, which is learned for a model; leave it out.")
-
-    def check_schedule(self, schedule: dict[str, Any]) -> None:
-        """Raise ArgumentError if the run asks for another noise schedule than the model's.
-
-        Args:
-            schedule: The config of the model's scheduler.
-        """
-        own = {
-            "prediction_type": schedule.get("prediction_type", "epsilon"),
-            "zero_snr": bool(schedule.get("rescale_betas_zero_snr")),
-        }
-        if changed := [name for name, value in own.items() if getattr(self, name) not in (None, value)]:
-            raise ArgumentError(
-                f"an embedding is used with the model's own noise schedule, which {changed[0]} would change."
-            )

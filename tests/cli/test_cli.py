@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
@@ -43,15 +43,10 @@ from sdkit.diffusion.schedule import ALL_SPACINGS
 from sdkit.engines.device import DTYPES
 from sdkit.pipelines.generation import Generation
 from tests.helpers import forks, toy
+from tests.helpers.command_line import Ran
 
 QUICK = ("--steps", "2", "--dtype", "fp32", "--device", "cpu")
 ROOT = Path(__file__).parents[2]
-
-
-class Ran(NamedTuple):
-    code: int
-    out: str
-    err: str
 
 
 def opened(path: str | Path) -> Image.Image:

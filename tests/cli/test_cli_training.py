@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
@@ -36,26 +36,12 @@ from sdkit.training.checkpoint import checkpoints
 from sdkit.training.run_folder import read_metrics
 from sdkit.training.settings import StageSettings
 from tests.helpers import forks, tiny, toy
+from tests.helpers.command_line import Ran
 
 ROOT = Path(__file__).parents[2]
 STAGES = {name: stage.settings for name, stage in commands.STAGES.items()}
 SMALL = ("--model", "model", "--batch-size", "2", "--size", "32")
 LORA = ("train", "unet", "--data", "photos", "--lora-rank", "2", *SMALL)
-
-
-class Ran(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-@pytest.fixture
-def run(capfd: pytest.CaptureFixture[str]) -> Callable[..., Ran]:
-    def call(*arguments: object) -> Ran:
-        code = main([str(argument) for argument in arguments])
-        return Ran(code, *capfd.readouterr())
-
-    return call
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 from PIL import Image
@@ -14,17 +13,12 @@ from sdkit.cli import main
 from sdkit.cli.evaluate import COLUMNS
 from sdkit.evaluation.generated_images import evaluate_images
 from tests.helpers.clip import save_clip
+from tests.helpers.command_line import Ran
 from tests.helpers.real_images import crops, save_all
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*are fewer than the:UserWarning")
 
 QUICK = ("--steps", "1", "--dtype", "fp32", "--device", "cpu")
-
-
-class Ran(NamedTuple):
-    code: int
-    out: str
-    err: str
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
@@ -13,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import sdkit
-from sdkit.cli import main
 from tests.helpers import tiny
+from tests.helpers.command_line import Ran
 
 ATTENTION = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_k"
 CONVOLUTION = "lora_unet_conv_in"
@@ -26,21 +25,6 @@ METADATA = {
     "modelspec.trigger_phrase": "zork, a dog",
     "ss_tag_frequency": json.dumps({"10_zork": {"a dog": 7, " zork": 20}, "1_other": {"a dog": 2, "x": "many"}}),
 }
-
-
-class Ran(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-@pytest.fixture
-def run(capfd: pytest.CaptureFixture[str]) -> Callable[..., Ran]:
-    def call(*arguments: object) -> Ran:
-        code = main([str(argument) for argument in arguments])
-        return Ran(code, *capfd.readouterr())
-
-    return call
 
 
 @pytest.fixture(scope="module")

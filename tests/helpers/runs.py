@@ -31,6 +31,7 @@ from sdkit.training import (
 )
 from sdkit.training.ema import EMA
 from sdkit.training.loop import fit
+from sdkit.training.run_folder import read_metrics
 from sdkit.training.stages.controlnet import ControlNetStage
 from sdkit.training.stages.embedding import EmbeddingStage
 from sdkit.training.stages.unet import UNetStage
@@ -176,3 +177,23 @@ def launched(scenarios: list[dict[str, Any]]) -> None:
     for scenario in scenarios:
         _train_together(scenario)
     PartialState().destroy_process_group()
+
+
+def metrics(out: Path) -> list[dict[str, Any]]:
+    """Read the metrics of a run without its times."""
+    return [
+        {k: v for k, v in line.items() if not k.endswith("seconds")} for line in read_metrics(out / "metrics.jsonl")
+    ]
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()}
+
+
+def everything(out: Path) -> dict[str, Any]:
+    """Read all that two bit-identical runs share: checkpoints (weights, averages, optimizer states, random numbers),
+    result, pictures, class images, metrics, and skipped files.
+    """
+    found: dict[str, Any] = {name: files(out / name) for name in ("checkpoints", "result", "samples", "class_images")}
+    skipped = out / "skipped.json"
+    return found | {"metrics": metrics(out), "skipped": skipped.exists() and json.loads(skipped.read_text())}

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 
 from sdkit.training import loop
 from sdkit.training.checkpoint import checkpoints
-from sdkit.training.run_folder import read_metrics
 from tests.helpers import forks, toy
+from tests.helpers.runs import files, metrics
 
 # A short run with the hard cases: epochs that end inside a step (10 examples, 4 samples a step), dropout, and a second
 # player that starts late.
@@ -56,19 +56,8 @@ def said(out: Path) -> str:
     return out.with_suffix(".error").read_text().strip()
 
 
-def metrics(out: Path) -> list[dict[str, Any]]:
-    """Read the metrics of a run without its times."""
-    return [
-        {k: v for k, v in line.items() if not k.endswith("seconds")} for line in read_metrics(out / "metrics.jsonl")
-    ]
-
-
 def logged(out: Path, key: str = "loss") -> list[float]:
     return [line[key] for line in metrics(out) if key in line]
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    return {str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()}
 
 
 def everything(out: Path) -> tuple[dict[str, bytes], dict[str, bytes], list[dict[str, Any]]]:

@@ -20,6 +20,7 @@ from accelerate import Accelerator
 from safetensors.torch import save_file
 from torch import nn
 
+from sdkit.atomic import whole_folder
 from sdkit.errors import SdkitError, TrainingError
 from sdkit.messages import reason
 from sdkit.training.checkpoint import (
@@ -32,7 +33,6 @@ from sdkit.training.checkpoint import (
     save,
     set_rng_state,
     snapshot,
-    whole_folder,
 )
 from sdkit.training.prepared import PreparedPlayer
 from sdkit.training.run_folder import RunFolder, read_metrics
@@ -56,7 +56,7 @@ def names(root: Path) -> list[str]:
 
 def test_a_folder_appears_whole_and_replaces_the_old_one(tmp_path: Path) -> None:
     for text in ("old", "new"):
-        with whole_folder(tmp_path / "sub" / "result") as folder:
+        with whole_folder(tmp_path / "sub" / "result", TrainingError) as folder:
             (folder / "deep").mkdir()
             (folder / "deep" / "file").write_text(text)
             assert not (tmp_path / "sub" / "result").exists() or text == "new"
@@ -67,7 +67,7 @@ def test_a_folder_appears_whole_and_replaces_the_old_one(tmp_path: Path) -> None
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, OSError])
 def test_a_body_that_fails_leaves_the_old_folder(error: type[BaseException], tmp_path: Path) -> None:
     def fill() -> None:
-        with whole_folder(tmp_path / "result") as folder:
+        with whole_folder(tmp_path / "result", TrainingError) as folder:
             (folder / "file").write_text("new")
             raise error
 
@@ -83,7 +83,7 @@ def test_whoever_may_read_the_folder_may_read_its_files(tmp_path: Path) -> None:
     """safetensors makes files that only their owner may read. They must follow the umask."""
     before = os.umask(0o027)
     try:
-        with whole_folder(tmp_path / "result") as folder:
+        with whole_folder(tmp_path / "result", TrainingError) as folder:
             save_file({"w": torch.zeros(1)}, folder / "w.safetensors")
     finally:
         os.umask(before)

@@ -221,28 +221,13 @@ def run() -> helper.Runs:
     return helper.Runs()
 
 
-def everything(out: Path) -> dict[str, Any]:
-    """Read all that two bit-identical runs share."""
-    found: dict[str, Any] = {
-        str(path.relative_to(out)): path.read_bytes()
-        for name in ("checkpoints", "result", "samples")
-        for path in sorted((out / name).rglob("*"))
-        if path.is_file()
-    }
-    lines = [
-        {key: value for key, value in line.items() if not key.endswith("seconds")}
-        for line in read_metrics(out / "metrics.jsonl")
-    ]
-    return found | {"metrics": lines}
-
-
 @pytest.fixture(scope="module")
 def uninterrupted(made: Path, run: helper.Runs) -> Callable[[], dict[str, Any]]:
     @functools.cache
     def train() -> dict[str, Any]:
         given = settings_of(made, made / "uninterrupted")
         assert run("controlnet", given) == 0
-        return everything(made / "uninterrupted")
+        return helper.everything(made / "uninterrupted")
 
     return train
 
@@ -262,7 +247,7 @@ def test_a_killed_run_ends_as_one_never_stopped_to_the_bit(
     assert max(steps, default=0) == POINTS[point]
     assert not (tmp_path / "run" / "result").exists()
     assert run("controlnet", given) == 0
-    assert everything(tmp_path / "run") == uninterrupted()
+    assert helper.everything(tmp_path / "run") == uninterrupted()
 
 
 def test_other_conditions_are_other_data(made: Path, run: helper.Runs, tmp_path: Path) -> None:

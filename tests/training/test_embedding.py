@@ -239,21 +239,6 @@ def run() -> helper.Runs:
     return helper.Runs()
 
 
-def everything(out: Path) -> dict[str, Any]:
-    """Read all that two bit-identical runs share."""
-    found: dict[str, Any] = {
-        str(path.relative_to(out)): path.read_bytes()
-        for name in ("checkpoints", "result")
-        for path in sorted((out / name).rglob("*"))
-        if path.is_file()
-    }
-    lines = [
-        {key: value for key, value in line.items() if not key.endswith("seconds")}
-        for line in read_metrics(out / "metrics.jsonl")
-    ]
-    return found | {"metrics": lines}
-
-
 def settings_of(made: Path, out: Path, **changes: Any) -> dict[str, Any]:
     return RUN | {"model": made / "model", "data": made / "photos", "out_dir": out} | changes
 
@@ -263,7 +248,7 @@ def uninterrupted(made: Path, run: helper.Runs) -> Callable[[], dict[str, Any]]:
     @functools.cache
     def train() -> dict[str, Any]:
         assert run("embedding", settings_of(made, made / "uninterrupted")) == 0
-        return everything(made / "uninterrupted")
+        return helper.everything(made / "uninterrupted")
 
     return train
 
@@ -278,7 +263,7 @@ def test_a_killed_run_ends_as_one_never_stopped_to_the_bit(
     assert max(steps, default=0) == POINTS[point]
     assert not (tmp_path / "run" / "result").exists()
     assert run("embedding", given) == 0
-    assert everything(tmp_path / "run") == uninterrupted()
+    assert helper.everything(tmp_path / "run") == uninterrupted()
 
 
 def test_another_token_is_another_run(made: Path, tmp_path: Path) -> None:

@@ -21,10 +21,10 @@ from sdkit.data import cache
 from sdkit.networks.autoencoder import latents_of
 from sdkit.training.checkpoint import checkpoints, newest
 from sdkit.training.loop import fit
-from sdkit.training.run_folder import read_metrics
 from sdkit.training.stages.unet import UNetStage
 from tests.helpers import forks, tiny
 from tests.helpers import runs as helper
+from tests.helpers.runs import everything, files, metrics
 
 # Of 23 images one is broken and one is held out. Epochs have 22 samples, and a step takes 4.
 RUN: dict[str, Any] = {
@@ -114,26 +114,6 @@ def settings(made: Path, kind: str, out: Path, **changes: Any) -> tuple[str, dic
     data = made / ("cache" if "cache" in kind else "photos")
     common = RUN | {"model": made / "dropout", "data": data, "out_dir": out}
     return kind if kind in helper.STAGES else "unet", common | own | changes
-
-
-def metrics(out: Path) -> list[dict[str, Any]]:
-    """Read the metrics of a run without its times."""
-    return [
-        {k: v for k, v in line.items() if not k.endswith("seconds")} for line in read_metrics(out / "metrics.jsonl")
-    ]
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    return {str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()}
-
-
-def everything(out: Path) -> dict[str, Any]:
-    """Read all that two bit-identical runs share: checkpoints (weights, averages, optimizer states, random numbers),
-    result, pictures, class images, metrics, and skipped files.
-    """
-    found: dict[str, Any] = {name: files(out / name) for name in ("checkpoints", "result", "samples", "class_images")}
-    skipped = out / "skipped.json"
-    return found | {"metrics": metrics(out), "skipped": skipped.exists() and json.loads(skipped.read_text())}
 
 
 @pytest.fixture(scope="module")

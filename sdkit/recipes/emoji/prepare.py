@@ -20,7 +20,8 @@ import numpy as np
 from PIL import Image
 
 from sdkit import images as image_io
-from sdkit.errors import DataError, SdkitError
+from sdkit.atomic import whole_folder
+from sdkit.errors import DataError, SdkitError, TrainingError
 from sdkit.prefetch import ahead
 from sdkit.progress import progress
 from sdkit.recipes.emoji import compositions
@@ -38,7 +39,6 @@ from sdkit.recipes.emoji.pictures import (
     read,
     used,
 )
-from sdkit.training.checkpoint import whole_folder
 
 
 class Tiles(NamedTuple):
@@ -146,7 +146,7 @@ def _make(sets: Mapping[str, _Set], files: Sequence[Path], out: Path) -> None:
                 continue
             if folder.exists() and not (folder / MADE_OF).is_file():
                 raise DataError(f"{folder} is there already, and not of this recipe; move it, or name another --out.")
-            with whole_folder(folder) as unfinished:
+            with whole_folder(folder, TrainingError) as unfinished:
                 made = ahead(pool, partial(_written, one.make, unfinished), range(one.n), AHEAD)
                 try:
                     lines = [line for lines_of_one in progress(made, one.n, name) for line in lines_of_one]

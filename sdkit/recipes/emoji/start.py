@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 
+from sdkit.atomic import whole_folder
+from sdkit.errors import TrainingError
 from sdkit.messages import no_warnings, quiet
 from sdkit.recipes.emoji.settings import shape
-from sdkit.training.checkpoint import whole_folder
 
 VOCABULARY = 2048
 LENGTH = 32  # longest caption in tokens, start and end included
@@ -33,7 +34,7 @@ def make_start(vae: Path, captions: Iterable[str], out: Path) -> None:
     """
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    with quiet("diffusers", "transformers"), no_warnings(), whole_folder(out) as folder:
+    with quiet("diffusers", "transformers"), no_warnings(), whole_folder(out, TrainingError) as folder:
         shutil.copytree(vae, folder / "vae")
         _tokenizer(captions).save_pretrained(folder / "tokenizer")
         with torch.random.fork_rng(devices=[]):

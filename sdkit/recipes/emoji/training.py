@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from sdkit.atomic import whole_folder
 from sdkit.data import cache, open_examples
-from sdkit.errors import SourceError
+from sdkit.errors import SourceError, TrainingError
 from sdkit.loading.configs import GUIDANCE
 from sdkit.messages import no_warnings, quiet
 from sdkit.networks.autoencoder import VAE
@@ -16,7 +17,6 @@ from sdkit.recipes.emoji.pictures import SIZE
 from sdkit.recipes.emoji.settings import settings, shape_file
 from sdkit.recipes.emoji.start import make_start
 from sdkit.training import UNetConfig, VAEConfig, train_unet, train_vae
-from sdkit.training.checkpoint import whole_folder
 
 VAE_RUNS = {
     "vae-1": "tiles", "vae-2": "fine_tiles", "vae-3": "details", "vae-4": "details", "vae-5": "fine_tiles"
@@ -143,7 +143,7 @@ def export(root: Path) -> Path:
         pipeline.register_to_config(**{GUIDANCE: DRAWN_AT})
         for part in (pipeline, pipeline.vae, pipeline.unet):
             part.register_to_config(_name_or_path="")  # otherwise diffusers saves the local path
-        with whole_folder(_replaceable(root / "model")) as folder:
+        with whole_folder(_replaceable(root / "model"), TrainingError) as folder:
             pipeline.save_pretrained(folder)
             config = folder / "text_encoder" / "config.json"  # transformers loads in the dtype named here
             config.write_text(config.read_text().replace('"dtype": "float16"', '"dtype": "float32"'))

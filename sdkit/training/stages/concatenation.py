@@ -8,11 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdkit.data.examples import Examples
 from sdkit.data.latent_cache.manifest import Manifest
-from sdkit.data.pairs import Conditions, check_condition, open_conditions
+from sdkit.data.pairs import check_condition, open_conditions
 from sdkit.data.sources import open_examples
-from sdkit.data.transform import Transform
 from sdkit.errors import ArgumentError, CacheError
 from sdkit.files import expanded
 from sdkit.loading.source import condition_of
@@ -22,8 +20,8 @@ from sdkit.networks.text_encoder import TextEncoder
 from sdkit.training.batches import noise_of
 from sdkit.training.settings import UNetConfig
 from sdkit.training.stage import Samples
-from sdkit.training.stages.conditions import TrainingPairs
-from sdkit.training.stages.examples import CachedLatents, DenoisingExamples, ImageLatents, Row, open_provider
+from sdkit.training.stages.conditions import PairedExamples
+from sdkit.training.stages.examples import CachedLatents, DenoisingExamples, Row, open_provider
 from sdkit.training.stages.images import is_cache, training_transform
 
 
@@ -98,58 +96,13 @@ def open_conditioned(
         examples, config.data, column=config.condition_column, conditioning_data=config.conditioning_data,
         **config.opened_with(),
     )  # fmt: skip
-    return ConditionedImages(
-        examples, conditions, kind, training_transform(size, config.augment), vae, text, seed=config.seed
+
+    def tensors(pixels: Tensor) -> Row:
+        return {"concat": map_of(pixels[None], vae.factor)[0]} if kind == "map" else {"concat_pixels": pixels}
+
+    return PairedExamples(
+        examples, conditions, tensors, training_transform(size, config.augment), vae, text, seed=config.seed
     )
-
-
-class ConditionedImages(ImageLatents):
-    """Images with a condition each: `concat` (3, h, w) of a map, or `concat_pixels` (3, H, W) for the VAE to encode.
-
-    For the other attributes see `DenoisingExamples`.
-
-    Args:
-        examples: Images with captions.
-        conditions: The condition of each.
-        kind: "latents" or "map".
-        transform: The transform of training images.
-        vae: The VAE of the run.
-        text: The text encoder of the run.
-        seed: Random seed of the augmentations.
-    """
-
-    def __init__(
-        self,
-        examples: Examples,
-        conditions: Conditions,
-        kind: str,
-        transform: Transform,
-        vae: Autoencoder,
-        text: TextEncoder,
-        *,
-        seed: int = 0,
-    ) -> None:
-        super().__init__(examples, transform, vae, text, seed=seed)
-        self.images = TrainingPairs(examples, transform, seed, conditions)
-        self.validation_images = TrainingPairs(examples, Transform(size=transform.size), 0, conditions)
-        self.skipped = self.validation_images.skipped = self.images.skipped
-        self.identity = conditions.added_to(self.identity)
-        self._kind, self._factor = kind, vae.factor
-
-    def load(self, item: int, epoch: int) -> Row:
-        """Return training example `item`, or the next usable one, augmented for `epoch`."""
-        return self._divided(super().load(item, epoch))
-
-    def validation(self, i: int) -> Row:
-        """Return held-out example i."""
-        return self._divided(super().validation(i))
-
-    def _divided(self, row: Row) -> Row:
-        image, condition = row["pixels"].split(3)
-        row = row | {"pixels": image}
-        if self._kind == "map":
-            return row | {"concat": map_of(condition[None], self._factor)[0]}
-        return row | {"concat_pixels": condition}
 
 
 class CachedConditions(CachedLatents):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from os import PathLike
 from typing import Any
 
@@ -15,10 +16,10 @@ from torch import Tensor
 from sdkit.data.captioned_files import NAME
 from sdkit.data.example import Example
 from sdkit.data.examples import Examples
-from sdkit.data.pairs import Conditions, Rows, of_same_names, shaped_like
+from sdkit.data.pairs import Conditions, of_same_names, open_conditions, shaped_like
 from sdkit.data.sources import open_examples
 from sdkit.data.transform import Transform, draw
-from sdkit.errors import ArgumentError, DataError
+from sdkit.errors import ArgumentError
 from sdkit.images.conditions import CONDITIONS
 from sdkit.messages import clean
 from sdkit.networks.autoencoder import Autoencoder
@@ -52,12 +53,13 @@ class TrainingPairs(TrainingImages):
         return torch.cat([pixels, self.conditions.of(cropped)])
 
 
-class ControlExamples(ImageLatents):
-    """Examples with a `condition` (3, H, W) in [0, 1] each. For the attributes see `DenoisingExamples`.
+class PairedExamples(ImageLatents):
+    """Examples with a condition each. For the attributes see `DenoisingExamples`.
 
     Args:
         examples: Images with captions.
         conditions: Their conditions.
+        tensors: Returns the tensors by which a row tells its condition, given that as pixels (3, H, W) in [-1, 1].
         transform: The transform of training images.
         vae: The VAE of the run.
         text: The text encoder of the run.
@@ -68,6 +70,7 @@ class ControlExamples(ImageLatents):
         self,
         examples: Examples,
         conditions: Conditions,
+        tensors: Callable[[Tensor], Row],
         transform: Transform,
         vae: Autoencoder,
         text: TextEncoder,
@@ -79,14 +82,19 @@ class ControlExamples(ImageLatents):
         self.validation_images = TrainingPairs(examples, Transform(size=transform.size), 0, conditions)
         self.skipped = self.validation_images.skipped = self.images.skipped
         self.identity = conditions.added_to(self.identity)
+        self._tensors = tensors
 
     def load(self, item: int, epoch: int) -> Row:
         """Return training example `item`, or the next usable one, augmented for `epoch`."""
-        return _divided(super().load(item, epoch))
+        return self._divided(super().load(item, epoch))
 
     def validation(self, i: int) -> Row:
         """Return held-out example i."""
-        return _divided(super().validation(i))
+        return self._divided(super().validation(i))
+
+    def _divided(self, row: Row) -> Row:
+        image, condition = row["pixels"].split(3)
+        return row | {"pixels": image} | self._tensors(condition)
 
 
 class CachedControlExamples(CachedLatents):
@@ -122,7 +130,8 @@ class CachedControlExamples(CachedLatents):
         made = self.cache.manifest.settings
         self._transform, self._seed = Transform(size=made.size, crop=made.crop, flip=made.flip), made.seed
         names = [self.cache.name(i) for i in range(0, len(self.cache), made.augmentations)]
-        self._conditions = _read(beside, names, make)
+        found = Conditions(identity=beside.identity, images=of_same_names(names, beside))
+        self._conditions = _made_of(found, make)
         self.identity = self._conditions.added_to(self.identity)
 
     def load(self, item: int, epoch: int) -> Row:  # noqa: ARG002 - as in `CachedLatents`
@@ -144,12 +153,12 @@ class CachedControlExamples(CachedLatents):
         assert images is not None  # a cache holds no images of which conditions could be made
         image = images[index // self.cache.manifest.settings.augmentations].load()
         pixels = self._transform(image, draw(self._seed, item["index"], item["augmentation"]))
-        return self._example(index) | {"condition": (self._conditions.of(pixels) + 1) / 2}
+        return self._example(index) | control_tensors(self._conditions.of(pixels))
 
 
-def _divided(row: Row) -> Row:
-    image, condition = row["pixels"].split(3)
-    return row | {"pixels": image, "condition": (condition + 1) / 2}
+def control_tensors(pixels: Tensor) -> Row:
+    """Return `condition` (3, H, W) in [0, 1], as a ControlNet reads it, of pixels in [-1, 1]."""
+    return {"condition": (pixels + 1) / 2}
 
 
 def open_control_examples(
@@ -165,7 +174,7 @@ def open_control_examples(
     augment: Sequence[str],
     seed: int,
     **opened_with: Any,
-) -> ControlExamples | CachedControlExamples:
+) -> PairedExamples | CachedControlExamples:
     """Open images with captions, or a latent cache of them, and their conditions.
 
     Args:
@@ -200,28 +209,26 @@ def open_control_examples(
     height_width: Any = size or own_size
     vae.check_size(height_width)
     examples = open_examples(data, **opened_with)
-    if conditioning_data is not None:
-        beside = open_examples(conditioning_data, split=opened_with.get("split", "train"))
-        conditions = _read(beside, examples.names, condition)
-    elif condition is not None:
+    if conditioning_data is None and condition is not None:
         conditions = Conditions(identity=condition, images=None, make=CONDITIONS[condition])
-    elif NAME in examples.dataset.column_names:  # files, which have no columns
+    elif conditioning_data is None and NAME in examples.dataset.column_names:  # files, which have no columns
         raise ArgumentError(
             f"{clean(os.fspath(data))} holds images without conditions: name the folder of the conditions "
             f"(conditioning_data), or let them be made (condition, one of {', '.join(CONDITIONS)})."
         )
     else:
-        try:
-            column = open_examples(data, **opened_with | {"image_column": conditioning_image_column})
-        except DataError as error:
-            raise DataError(f"conditioning_image_column: {str(error).removeprefix('image_column: ')}") from error
-        conditions = Conditions(identity=column.identity, images=Rows(column), make=None)
-    return ControlExamples(examples, conditions, training_transform(height_width, augment), vae, text, seed=seed)
-
-
-def _read(beside: Examples, names: Sequence[str], make: str | None) -> Conditions:
-    """Return the conditions of examples of these names. Raises DataError if one is missing."""
-    identity = beside.identity if make is None else f"{make} of {beside.identity}"
-    return Conditions(
-        identity=identity, images=of_same_names(names, beside), make=None if make is None else CONDITIONS[make]
+        found = open_conditions(
+            examples, data, column=conditioning_image_column, conditioning_data=conditioning_data,
+            option="conditioning_image_column", **opened_with,
+        )  # fmt: skip
+        conditions = _made_of(found, condition)
+    return PairedExamples(
+        examples, conditions, control_tensors, training_transform(height_width, augment), vae, text, seed=seed
     )
+
+
+def _made_of(images: Conditions, make: str | None) -> Conditions:
+    """Return the conditions that a function of `CONDITIONS` makes of images; None takes these as they are."""
+    if make is None:
+        return images
+    return replace(images, identity=f"{make} of {images.identity}", make=CONDITIONS[make])

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from sdkit.diffusion.conditioning import Conditioning
 from sdkit.diffusion.losses import diffusion_loss
 from sdkit.engines.attention import PlainWhereSmall
-from sdkit.errors import ArgumentError
 from sdkit.images import to_tensors
 from sdkit.loading.source import Source
 from sdkit.messages import no_warnings, quiet
@@ -24,7 +23,6 @@ from sdkit.networks.controlnet import ControlNet
 from sdkit.networks.denoiser import UNet
 from sdkit.networks.text_encoder import TextEncoder
 from sdkit.pipelines.text_to_image import StableDiffusion
-from sdkit.training.distributed import split_over_processes
 from sdkit.training.loop import fit
 from sdkit.training.settings import ControlNetConfig
 from sdkit.training.stage import Player, Samples
@@ -33,8 +31,9 @@ from sdkit.training.stages.denoising import DenoisingObjective
 from sdkit.training.stages.drawing import Drawing
 from sdkit.training.stages.encoding import BatchEncoder
 from sdkit.training.stages.evaluating import Picture, PictureMetrics
-from sdkit.training.stages.examples import Row, denoising_batch, validation_batch
-from sdkit.training.stages.images import identity_of, report_skipped
+from sdkit.training.stages.examples import Row, denoising_batch, validation_batch, validation_metrics
+from sdkit.training.stages.frozen import check_frozen, keep_schedule
+from sdkit.training.stages.images import identity_of
 from sdkit.training.stages.unet import HALF, enable_gradient_checkpointing
 
 EMBEDDING_CHANNELS = (16, 32, 96, 256, 256, 256)
@@ -117,7 +116,7 @@ class ControlNetStage:
         self.text = TextEncoder(*model.text_encoder()).eval().requires_grad_(False)
         self.unet = UNet(model.denoiser()).eval().requires_grad_(False)
         self.schedule = model.schedule(latents=self.vae.kind.makes_latents)
-        self._check_schedule(model)
+        keep_schedule(config, model.scheduler_config(), "a ControlNet")
         StableDiffusion(self.vae, self.text, self.unet, self.schedule)  # raises if the parts do not fit each other
         self.objective = DenoisingObjective(self.schedule, snr_gamma=config.snr_gamma, noise_offset=config.noise_offset)
         with torch.random.fork_rng(devices=[]):
@@ -153,34 +152,12 @@ class ControlNetStage:
         rate, ema = config.learning_rate, config.ema_decay > 0
         self.players = [Player("controlnet", self.denoiser, self.loss, learning_rate=rate, ema=ema)]
 
-    def _check_schedule(self, model: Source) -> None:
-        """Raise ArgumentError if the run asks for another noise schedule than the model's."""
-        schedule = model.scheduler_config()
-        own = {
-            "prediction_type": schedule.get("prediction_type", "epsilon"),
-            "zero_snr": bool(schedule.get("rescale_betas_zero_snr")),
-        }
-        if changed := [name for name, value in own.items() if getattr(self.config, name) not in (None, value)]:
-            raise ArgumentError(
-                f"a ControlNet is used with the model's own noise schedule, which {changed[0]} would change."
-            )
-
     def _make_controlnet(self) -> None:
         """Load the ControlNet, or make one of the U-Net. Raises ArgumentError if it cannot be trained."""
         from diffusers import ControlNetModel
 
         config = self.config
-        if self.unet.inpaints:
-            raise ArgumentError("a ControlNet cannot be trained with an inpainting U-Net; give a text-to-image model.")
-        if self.unet.guided:
-            raise ArgumentError(
-                "a U-Net that takes the guidance scale as an input (latent consistency) cannot be trained with; give "
-                "the model that it was distilled from."
-            )
-        if self.unet.network.config.out_channels != self.unet.channels:
-            raise ArgumentError(
-                "a U-Net that learned its variance cannot be trained with; give one that predicts one thing."
-            )
+        check_frozen(self.unet, "a ControlNet")
         levels = int(math.log2(self.vae.factor)) + 1
         if config.controlnet is not None:
             network = Source.open(config.controlnet).controlnet()
@@ -246,9 +223,7 @@ class ControlNetStage:
 
     def _denoised(self, network: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         """Return the network's output for noised latents, and its target, both (B, 4, h, w)."""
-        t, eps = torch.tensor(batch["t"]), batch["eps"]
-        x_t, target = self.objective.noised(self.encoder.latents(batch), eps, t)
-        return network(x_t, t.to(eps.device), self.encoder.conditioning(batch), batch["condition"]), target
+        return self.encoder.denoised(self.objective, network, batch, batch["condition"])
 
     def validate(self, step: int) -> dict[str, float]:
         """Return the unweighted loss on a fixed grid of held-out images, noises, and timesteps.
@@ -256,12 +231,10 @@ class ControlNetStage:
         Also save images of the validation prompts in samples/, and the names of skipped images in skipped.json.
         Metrics of the `evaluators` come last.
         """
-        losses = split_over_processes(len(self.examples.held_out), self._validation_loss)
-        report_skipped(self.examples.skipped, Path(self.config.out_dir) / "skipped.json")
-        metrics = {"loss": math.fsum(losses) / len(losses)}
-        for evaluator in self.evaluators:
-            metrics |= evaluator(step)
-        return metrics
+        return validation_metrics(
+            self.examples, self._validation_loss, self.evaluators, step,
+            skipped=Path(self.config.out_dir) / "skipped.json",
+        )  # fmt: skip
 
     def _validation_loss(self, i: int) -> float:
         """Return the loss of one held-out image over the validation grid."""

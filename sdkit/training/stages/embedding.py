@@ -3,7 +3,6 @@ images, and every network stays frozen."""
 
 from __future__ import annotations
 
-import math
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -21,12 +20,11 @@ from sdkit.images import to_tensors
 from sdkit.loading.embedding_file import FILENAME, save_embedding
 from sdkit.loading.source import Source
 from sdkit.messages import clean
-from sdkit.networks.autoencoder import VAE, latents_of
+from sdkit.networks.autoencoder import VAE
 from sdkit.networks.denoiser import UNet
 from sdkit.networks.learned_tokens import GrownEmbedding
 from sdkit.networks.text_encoder import TextEncoder
 from sdkit.pipelines.text_to_image import StableDiffusion
-from sdkit.training.distributed import split_over_processes
 from sdkit.training.loop import fit
 from sdkit.training.settings import EmbeddingConfig
 from sdkit.training.stage import Player, Samples
@@ -34,8 +32,16 @@ from sdkit.training.stages.denoising import DenoisingObjective
 from sdkit.training.stages.drawing import Drawing
 from sdkit.training.stages.encoding import BatchEncoder
 from sdkit.training.stages.evaluating import Picture, PictureMetrics
-from sdkit.training.stages.examples import DenoisingExamples, Row, denoising_batch, open_provider, validation_batch
-from sdkit.training.stages.images import identity_of, report_skipped
+from sdkit.training.stages.examples import (
+    DenoisingExamples,
+    Row,
+    denoising_batch,
+    open_provider,
+    validation_batch,
+    validation_metrics,
+)
+from sdkit.training.stages.frozen import check_frozen, keep_schedule
+from sdkit.training.stages.images import identity_of
 from sdkit.training.stages.unet import HALF, Denoiser, enable_gradient_checkpointing
 
 TEMPLATES = {
@@ -173,9 +179,9 @@ class EmbeddingStage:
         self.text = TextEncoder(*model.text_encoder()).eval().requires_grad_(False)
         self.unet = UNet(model.denoiser()).eval().requires_grad_(False)
         self.schedule = model.schedule(latents=self.vae.kind.makes_latents)
-        config.check_schedule(model.scheduler_config())
+        keep_schedule(config, model.scheduler_config(), "an embedding")
         StableDiffusion(self.vae, self.text, self.unet, self.schedule)  # raises if the parts do not fit each other
-        self._check_unet()
+        check_frozen(self.unet, "an embedding")
         self.objective = DenoisingObjective(self.schedule, snr_gamma=config.snr_gamma, noise_offset=config.noise_offset)
         networks = identity_of(
             self.vae.network, self.text.network, self.unet.network, schedule=model.scheduler_config()
@@ -220,20 +226,6 @@ class EmbeddingStage:
                 after_update=self._keep_norm if config.keep_norm else None,
             )
         ]  # fmt: skip
-
-    def _check_unet(self) -> None:
-        """Raise ArgumentError if the U-Net cannot be trained with."""
-        if self.unet.inpaints:
-            raise ArgumentError("an embedding cannot be trained with an inpainting U-Net; give a text-to-image model.")
-        if self.unet.guided:
-            raise ArgumentError(
-                "a U-Net that takes the guidance scale as an input (latent consistency) cannot be trained with; give "
-                "the model that it was distilled from."
-            )
-        if self.unet.network.config.out_channels != self.unet.channels:
-            raise ArgumentError(
-                "a U-Net that learned its variance cannot be trained with; give one that predicts one thing."
-            )
 
     def _add_token(self) -> None:
         """Add the token to the text encoder, each of its vectors that of `init_token`, and mark them for training."""
@@ -301,9 +293,7 @@ class EmbeddingStage:
 
     def _denoised(self, network: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         """Return the network's output for noised latents, and its target, both (B, 4, h, w)."""
-        t, eps = torch.tensor(batch["t"]), batch["eps"]
-        x_t, target = self.objective.noised(self.encoder.latents(batch), eps, t)
-        return network(x_t, t.to(eps.device), self.encoder.conditioning(batch)), target
+        return self.encoder.denoised(self.objective, network, batch)
 
     def validate(self, step: int) -> dict[str, float]:
         """Return the unweighted loss on a fixed grid of held-out images, noises, and timesteps.
@@ -311,12 +301,10 @@ class EmbeddingStage:
         Also save images of the validation prompts in samples/, and the names of skipped images in skipped.json.
         Metrics of the `evaluators` come last.
         """
-        losses = split_over_processes(len(self.examples.held_out), self._validation_loss)
-        report_skipped(self.examples.skipped, Path(self.config.out_dir) / "skipped.json")
-        metrics = {"loss": math.fsum(losses) / len(losses)}
-        for evaluator in self.evaluators:
-            metrics |= evaluator(step)
-        return metrics
+        return validation_metrics(
+            self.examples, self._validation_loss, self.evaluators, step,
+            skipped=Path(self.config.out_dir) / "skipped.json",
+        )  # fmt: skip
 
     def _validation_loss(self, i: int) -> float:
         """Return the loss of one held-out image over the validation grid."""
@@ -333,13 +321,7 @@ class EmbeddingStage:
         """Draw the caption of held-out image i, always from the same seed. A cached image is decoded."""
         row, caption = self.examples.validation(i), self.examples.held_out_caption(i)
         (drawn,) = to_tensors(self.drawing.draw(caption, seed=i))
-        if "pixels" in row:
-            original = row["pixels"]
-        else:
-            mean, logvar = (row[name][None].to(self.unet.device) for name in ("mean", "logvar"))
-            z = latents_of(mean, logvar, torch.zeros_like(mean), self.examples.scale, self.examples.shift)
-            original = self.vae.to(self.unet.device).decode(z, output_type="pt")[0].cpu()
-        return Picture(drawn, original, caption)
+        return Picture(drawn, self.encoder.original(row, self.unet.device), caption)
 
     def export(self, folder: Path) -> None:
         """Write the embedding into an empty folder."""

@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sdkit.diffusion.conditioning import Conditioning
 from sdkit.networks.autoencoder import VAE, latents_of
 from sdkit.networks.text_encoder import TextEncoder
+from sdkit.training.stages.denoising import DenoisingObjective
 
 MOST_EMBEDDINGS = 4096  # captions with embeddings in memory, 0.24 MB each for SD 1.x; a latent cache can store all
 
@@ -51,6 +52,21 @@ class BatchEncoder:
         mean, logvar = (row[name][None].to(device) for name in ("mean", "logvar"))
         z = latents_of(mean, logvar, torch.zeros_like(mean), self.scale, self.shift)
         return self.vae.to(device).decode(z, output_type="pt")[0].cpu()
+
+    def denoised(
+        self, objective: DenoisingObjective, network: nn.Module, batch: Mapping[str, Any], *inputs: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return a network's output for the noised latents of a batch, and its target, both (B, 4, h, w).
+
+        Args:
+            objective: The objective, which noises the latents and knows the target.
+            network: Called with x_t, t (B,), the conditioning, and `inputs`.
+            batch: A batch of `collated`.
+            *inputs: Further inputs of the network.
+        """
+        t, eps = torch.tensor(batch["t"]), batch["eps"]
+        x_t, target = objective.noised(self.latents(batch), eps, t)
+        return network(x_t, t.to(eps.device), self.conditioning(batch), *inputs), target
 
     def _posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         with torch.no_grad(), torch.autocast(pixels.device.type, torch.bfloat16, enabled=self.half):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from inspect import signature
 from os import PathLike
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -25,9 +27,10 @@ from sdkit.networks.autoencoder import Autoencoder
 from sdkit.networks.text_encoder import TextEncoder
 from sdkit.processes import is_main_process
 from sdkit.training.batches import noise_of
+from sdkit.training.distributed import split_over_processes
 from sdkit.training.stage import Samples
 from sdkit.training.stages.denoising import DenoisingObjective
-from sdkit.training.stages.images import TrainingImages, is_cache, split, training_transform
+from sdkit.training.stages.images import TrainingImages, is_cache, report_skipped, split, training_transform
 
 Row = dict[str, Tensor]
 """The tensors of one example.
@@ -320,6 +323,31 @@ def validation_batch(
     example = examples.validation(i)
     rows = [example | drawn for drawn in objective.validation_grid(i, shape)]
     return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in collated(rows).items()}
+
+
+def validation_metrics(
+    examples: DenoisingExamples,
+    loss: Callable[[int], float],
+    evaluators: Iterable[Callable[[int], Mapping[str, float]]],
+    step: int,
+    *,
+    skipped: Path,
+) -> dict[str, float]:
+    """Return the mean loss of the held-out examples, which processes share, and the metrics of evaluators.
+
+    Args:
+        examples: The provider of examples.
+        loss: Returns the loss of held-out example i.
+        evaluators: Functions of the step that return further metrics, in order.
+        step: The step of the run.
+        skipped: File to write the names of skipped images to.
+    """
+    losses = split_over_processes(len(examples.held_out), loss)
+    report_skipped(examples.skipped, skipped)
+    metrics = {"loss": math.fsum(losses) / len(losses)}
+    for evaluator in evaluators:
+        metrics |= evaluator(step)
+    return metrics
 
 
 def collated(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +25,6 @@ from sdkit.networks.denoiser import UNet
 from sdkit.networks.text_encoder import TextEncoder
 from sdkit.pipelines.saving import save_pipeline
 from sdkit.pipelines.text_to_image import StableDiffusion
-from sdkit.training.distributed import split_over_processes
 from sdkit.training.loop import fit
 from sdkit.training.settings import UNetConfig
 from sdkit.training.stage import Player, Samples
@@ -36,8 +34,16 @@ from sdkit.training.stages.drawing import VALIDATION_STEPS, Drawing
 from sdkit.training.stages.dreambooth import ClassImages, open_instances, prior_preserving_loss
 from sdkit.training.stages.encoding import BatchEncoder
 from sdkit.training.stages.evaluating import Picture, PictureMetrics
-from sdkit.training.stages.examples import DenoisingExamples, collated, denoising_rows, open_provider, validation_batch
-from sdkit.training.stages.images import identity_of, report_skipped, training_transform
+from sdkit.training.stages.examples import (
+    DenoisingExamples,
+    collated,
+    denoising_rows,
+    open_provider,
+    validation_batch,
+    validation_metrics,
+)
+from sdkit.training.stages.frozen import keep_schedule
+from sdkit.training.stages.images import identity_of, training_transform
 from sdkit.training.stages.lora import add_lora_layers, export_lora
 
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -260,9 +266,7 @@ class UNetStage:
 
     def _denoised(self, network: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         """Return the network's output for noised latents, and its target, both (B, 4, h, w)."""
-        t, eps = torch.tensor(batch["t"]), batch["eps"]
-        x_t, target = self.objective.noised(self.encoder.latents(batch), eps, t)
-        return network(x_t, t.to(eps.device), self.encoder.conditioning(batch)), target
+        return self.encoder.denoised(self.objective, network, batch)
 
     def validate(self, step: int) -> dict[str, float]:
         """Return the unweighted loss on a fixed grid of held-out images, noises, and timesteps.
@@ -270,12 +274,10 @@ class UNetStage:
         Also save images of the validation prompts in samples/, and the names of skipped images in skipped.json.
         Metrics of the `evaluators` come last.
         """
-        losses = split_over_processes(len(self.latents.held_out), self._validation_loss)
-        report_skipped(self.latents.skipped, Path(self.config.out_dir) / "skipped.json")
-        metrics = {"loss": math.fsum(losses) / len(losses)}
-        for evaluator in self.evaluators:
-            metrics |= evaluator(step)
-        return metrics
+        return validation_metrics(
+            self.latents, self._validation_loss, self.evaluators, step,
+            skipped=Path(self.config.out_dir) / "skipped.json",
+        )  # fmt: skip
 
     def _validation_loss(self, i: int) -> float:
         """Return the loss of one held-out image over the validation grid."""
@@ -322,11 +324,8 @@ def enable_gradient_checkpointing(network: nn.Module) -> None:
 def _scheduler(model: Source, config: UNetConfig, *, latents: bool) -> dict[str, Any]:
     """Return the model's scheduler config, with the changes that the run asks for."""
     scheduler = model.scheduler_config()
-    own = {"prediction_type": scheduler.get("prediction_type", "epsilon")}
-    own["zero_snr"] = bool(scheduler.get("rescale_betas_zero_snr"))
-    changed = [name for name, value in own.items() if getattr(config, name) not in (None, value)]
-    if changed and config.lora_rank is not None:
-        raise ArgumentError(f"a LoRA is used with the model's own noise schedule, which {changed[0]} would change.")
+    if config.lora_rank is not None:
+        keep_schedule(config, scheduler, "a LoRA")
     if config.prediction_type is not None:
         scheduler["prediction_type"] = config.prediction_type
     if config.zero_snr is not None:
