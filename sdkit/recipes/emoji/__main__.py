@@ -60,7 +60,11 @@ def _run(step: str, args: argparse.Namespace) -> None:
         say_path(root / "data")
     elif step == "evaluate":
         models = args.models or [root / "model"]
-        say(evaluate(models, args.drawn, root / "evaluation", prompts=args.prompts, sweeps=args.sweeps))
+        say(
+            evaluate(
+                models, drawings, root / "evaluation", prompts=args.prompts, images=args.images, sweeps=args.sweeps
+            )
+        )
     else:
         functions: dict[str, Callable[[Path], object]] = {
             "vae": partial(training.train_the_vae, model=args.model),
@@ -89,8 +93,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--photographs", type=Path, default=Path("photographs"), metavar="FOLDER", help="the unpacked photographs")
     add("--from", dest="model", metavar="SOURCE", help="a model to begin with, such as emoji (default: from scratch)")
     add("--models", nargs="+", metavar="SOURCE", help="models to evaluate side by side (default: OUT/model)")
-    add("--prompts", type=int, default=320, metavar="N", help="prompts to evaluate with (default: %(default)s)")
-    add("--no-sweeps", dest="sweeps", action="store_false", help="evaluate at one guidance scale and number of steps")
+    add("--prompts", type=int, default=320, metavar="N", help="prompts of each kind (default: %(default)s)")
+    add("--images", type=int, default=1000, metavar="N", help="images of the distribution (default: %(default)s)")
+    add("--no-sweeps", dest="sweeps", action="store_false", help="measure at one guidance scale and number of steps")
     return parser
 
 
