@@ -361,9 +361,7 @@ def _class_number(label: Any, shape: PriorShape) -> int:
     if isinstance(label, str):
         names = [name.casefold() for name in shape.classes]
         if label.strip().casefold() not in names:
-            some = ", ".join(map(clean, shape.classes[:5]))
-            raise ArgumentError(
-                f"the prior knows no class {clean(repr(label))}; its {len(names)} classes begin: {some}."
-            )
+            known = f"its {len(names)}, such as {clean(repr(shape.classes[0]))}"
+            raise ArgumentError(f"the prior knows no class {clean(repr(label))}; give one of {known}.")
         return names.index(label.strip().casefold())
     return whole_number("the number of a class", label, 0, shape.tokens - 1)

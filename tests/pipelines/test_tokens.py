@@ -268,7 +268,7 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("none", {"seed": [1, 2]}, "2 seeds cannot serve 1 images"),
     ("text", {"condition": 3}, "the prompt must be a string or a list of at least one string"),
     ("text", {"guidance_scale": float("nan")}, "the guidance scale must be a number"),
-    ("class", {"condition": "a cat"}, "the prior knows no class 'a cat'; of its 2, give one like a red disc"),
+    ("class", {"condition": "a cat"}, "the prior knows no class 'a cat'; give one of its 2, such as 'a red disc'"),
     ("class", {"condition": 2}, "the number of a class must be a whole number from 0 to 1, not 2"),
     ("class", {"condition": []}, "there is no class in the list; give at least one"),
     ("map", {"condition": picture((40, 32)), "width": 32}, "the map is for images of 32 x 40 pixels"),
