@@ -42,7 +42,7 @@ def test_codes_decode_to_the_reconstruction(network: VQVAE2) -> None:
     x = pixels(16, 16)
     found = network(x)
     assert all(torch.equal(one, other) for one, other in zip(network.encode(x), (found.top, found.bottom), strict=True))
-    torch.testing.assert_close(network.decode(found.top, found.bottom), found.pixels.clamp(-1, 1), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(network.decode(found.top, found.bottom), found.pixels.clamp(-1, 1), atol=1e-5, rtol=1e-4)
     changed = (found.top + 1) % 6
     assert float((network.decode(changed, found.bottom) - network.decode(found.top, found.bottom)).abs().max()) > 1e-4
 
@@ -96,5 +96,6 @@ def test_priors_of_both_levels(network: VQVAE2) -> None:
     top = draw_codes(top_prior, generators)
     bottom = draw_codes(bottom_prior, generators, condition=top)
     assert network.decode(top, bottom).shape == (2, 3, 16, 16)
-    changed = log_likelihood(bottom_prior, bottom, (top + 1) % 6)
-    assert float((changed - log_likelihood(bottom_prior, bottom, top)).abs().min()) > 0
+    with torch.no_grad():
+        own, other = (log_likelihood(bottom_prior, bottom, map_) for map_ in (top, (top + 1) % 6))
+    assert float((own - other).abs().min()) > 0

@@ -61,6 +61,17 @@ def train_prior(config: PriorConfig) -> Path:
     Raises:
         SdkitError: The settings, the VQ model, or the data cannot be used.
         TrainingStopped: SIGTERM, SIGHUP, or Ctrl-C arrived; a checkpoint has been written.
+
+    Example:
+        >>> import diffusers
+        >>> import sdkit
+        >>> from sdkit.training import PriorConfig, train_prior
+        >>> diffusers.VQModel(sample_size=8, num_vq_embeddings=16).save_pretrained("vq")
+        >>> settings = PriorConfig(data="photos", vae="vq", out_dir="runs/prior", layers=2, width=32, max_steps=2)
+        >>> run = train_prior(settings)
+        >>> pipeline = sdkit.TokenPipeline.from_pretrained(run / "result", device="cpu")
+        >>> [image.size for image in pipeline(num_images=2, seed=1)]
+        [(8, 8), (8, 8)]
     """
     return fit(PriorStage(config), config, Path(config.out_dir))
 
