@@ -12,14 +12,13 @@ from torch import Tensor
 
 from sdkit.errors import SourceError
 from sdkit.loading.configs import read_json
-from sdkit.loading.tensors import guarded, open_tensors
+from sdkit.loading.tensors import check_dtypes, guarded, is_finite, open_tensors
+from sdkit.messages import clean
 from sdkit.networks.code_transformer import CodeTransformer
 from sdkit.networks.pixelcnn import GatedPixelCNN
 from sdkit.networks.prior_shape import PriorShape
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
-MOST_PARAMETERS = 10**10
-"""Largest number of parameters of a prior that is loaded."""
 
 CodePrior = CodeTransformer | GatedPixelCNN
 """A prior: logits = prior(codes, condition), and `prior.stepper` for sampling."""
@@ -60,18 +59,20 @@ def load_prior(folder: Path) -> CodePrior:
     """
     path, label = folder / CONFIG, f"the prior in {str(folder)!r}"
     shape = PriorShape.from_config(read_json(path), repr(str(path)))
-    with guarded(label):
-        with torch.device("meta"):
-            count = sum(p.numel() for p in new_prior(shape).parameters())
-        if count > MOST_PARAMETERS:
-            raise SourceError(f"{str(path)!r} asks for {count:,} parameters, sdkit builds at most {MOST_PARAMETERS:,}.")
-        prior = new_prior(shape)
+    with guarded(label), torch.device("meta"):
+        expected = {name: tuple(tensor.shape) for name, tensor in _weights(new_prior(shape)).items()}
     file = open_tensors(folder / WEIGHTS)
-    expected = {name: tuple(tensor.shape) for name, tensor in _weights(prior).items()}
-    if file.shapes != expected:
-        names = sorted(name for name in {**file.shapes, **expected} if file.shapes.get(name) != expected.get(name))
-        raise SourceError(f"the weights of {label} do not fit its config, such as {names[0]}; give files of one run.")
-    prior.load_state_dict({name: tensor.float() for name, tensor in file.read(expected).items()}, strict=False)
+    # Before memory is taken: a damaged config may ask for any amount of it.
+    if names := sorted(name for name in {**file.shapes, **expected} if file.shapes.get(name) != expected.get(name)):
+        raise SourceError(
+            f"the weights of {label} do not fit its config, such as {clean(names[0])}; give files of one run."
+        )
+    check_dtypes(file, expected)
+    with guarded(label):
+        prior = new_prior(shape)
+        prior.load_state_dict({name: tensor.float() for name, tensor in file.read(expected).items()}, strict=False)
+    if not all(map(is_finite, prior.parameters())):
+        raise SourceError(f"{label} has weights that are not finite; train it again, or give another.")
     return prior.eval()
 
 

@@ -152,8 +152,10 @@ def test_cache_and_images_give_the_same_run(made: Path, tmp_path: Path) -> None:
 
 
 GOLDEN = {
-    "gpt text": [],
-    "pixelcnn class": [],
+    "gpt text": [2.754168, 2.720195, 2.691116, 2.659668, 2.641822, 2.613469, 2.606103, 2.577933, 2.564059, 2.529931],
+    "pixelcnn class": [
+        2.786884, 2.766752, 2.771384, 2.756821, 2.741293, 2.736752, 2.730204, 2.707139, 2.696932, 2.687988,
+    ],
 }  # fmt: skip
 
 
@@ -184,36 +186,35 @@ def striped(folder: Path, n: int) -> Path:
     folder.mkdir()
     rng = np.random.default_rng(0)
     for i in range(n):
-        bands = np.kron(rng.integers(0, 2, 8), np.ones(4))
-        image = np.repeat(bands[None], 32, axis=0) if i % 2 else np.repeat(bands[:, None], 32, axis=1)
+        bands, vertical = np.kron(rng.integers(0, 2, 8), np.ones(4)), bool(rng.integers(2))
+        image = np.repeat(bands[None], 32, axis=0) if vertical else np.repeat(bands[:, None], 32, axis=1)
         Image.fromarray((image[..., None] * [150, 200, 80] + 40).astype(np.uint8)).save(folder / f"{i:03}.png")
-        (folder / f"{i:03}.txt").write_text("a red disc" if i % 2 else "a blue disc")
+        (folder / f"{i:03}.txt").write_text("a red disc" if vertical else "a blue disc")
     return folder
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["gpt class", "pixelcnn class"])
-def test_learns_more_than_how_often_each_code_occurs(name: str, made: Path, tmp_path: Path) -> None:
-    """On held-out stripes, against the best that independent codes could reach; and the class helps."""
-    data = striped(tmp_path / "stripes", 80)
+@pytest.mark.parametrize(("name", "share"), [("gpt class", 0.8), ("pixelcnn class", 0.6)])
+def test_learns_more_than_how_often_each_code_occurs(name: str, share: float, made: Path, tmp_path: Path) -> None:
+    """On 15 held-out images of stripes, against independent codes; the right class is likelier than the wrong one."""
+    data = striped(tmp_path / "stripes", 300)
     run = run_of(
-        made, name, data=data, out_dir=tmp_path / "run", max_steps=250, batch_size=16, learning_rate=5e-3, width=32,
-        condition_dropout=0.2, ema_decay=0.9, validate_every=250,
+        made, name, data=data, out_dir=tmp_path / "run", max_steps=200, batch_size=16, width=32, ema_decay=0.9,
+        learning_rate=2e-3 if "gpt" in name else 1e-3, condition_dropout=0.2, validate_every=200,
     )  # fmt: skip
     stage = PriorStage(run)
     fit(stage, run, tmp_path / "run")
-    pixels = torch.stack([stage.examples.validation(i)["pixels"] for i in range(4)])
-    codes = codes_of(made, pixels)
-    training = codes_of(made, torch.stack([stage.examples.load(i, 0)["pixels"] for i in range(76)]))
-    counts = torch.bincount(training.flatten(), minlength=16).double() + 1
-    histogram = -float((counts / counts.sum()).log()[codes].mean())
+    count = len(stage.examples.held_out)
+    codes = codes_of(made, torch.stack([stage.examples.validation(i)["pixels"] for i in range(count)]))
+    training = codes_of(made, torch.stack([stage.examples.load(i, 0)["pixels"] for i in range(stage.size)]))
+    frequencies = torch.bincount(training.flatten(), minlength=16).double() + 1
+    independent = -float((frequencies / frequencies.sum()).log()[codes].mean())
     pipeline = sdkit.TokenPipeline.from_pretrained(tmp_path / "run" / "result", dtype="fp32", device="cpu")
-    directions = [stage.examples.held_out_caption(i) for i in range(4)]
-    found = -float(pipeline.log_likelihood(codes, directions).mean()) / 64
-    other = ["a red disc" if text == "a blue disc" else "a blue disc" for text in directions]
-    wrong = -float(pipeline.log_likelihood(codes, other).mean()) / 64
-    assert found < 0.5 * histogram
-    assert found < wrong
+    directions = [stage.examples.held_out_caption(i) for i in range(count)]
+    others = ["a red disc" if text == "a blue disc" else "a blue disc" for text in directions]
+    right, wrong = (-float(pipeline.log_likelihood(codes, labels).mean()) / 64 for labels in (directions, others))
+    assert right < share * independent
+    assert right < wrong - 0.05
 
 
 def test_the_result_draws(made: Path, tmp_path: Path) -> None:
