@@ -35,11 +35,14 @@ from sdkit.training.settings import (
     CONDITION_KINDS,
     CONDITIONS,
     LR_SCHEDULERS,
+    PRIOR_CONDITIONS,
+    PRIORS,
     RECONSTRUCTIONS,
     REGULARIZERS,
     TEMPLATES,
     ControlNetConfig,
     EmbeddingConfig,
+    PriorConfig,
     StageSettings,
     UNetConfig,
     VAEConfig,
@@ -65,6 +68,8 @@ CHOICES = {
     "condition": CONDITIONS,
     "template": TEMPLATES,
     "condition_kind": CONDITION_KINDS,
+    "kind": PRIORS,
+    "conditioned_on": PRIOR_CONDITIONS,
 }
 
 # Title of a group of options in the help -> its fields. Fields that a stage lacks are left out.
@@ -76,7 +81,7 @@ GROUPS = {
     "prior_weight",
     "model": "model vae init",
     "what is trained": "lora_rank lora_alpha lora_dropout lora_rank_stabilized lora_targets train_text_encoder "
-    "train_encoder controlnet vectors keep_norm",
+    "train_encoder controlnet vectors keep_norm kind conditioned_on layers width heads",
     "loss": "prediction_type zero_snr snr_gamma noise_offset caption_dropout condition_dropout reconstruction "
     "lpips_weight lpips regularizer codebook_decay normalize_codes kl_weight disc_weight disc_start",
     "optimisation": "max_steps batch_size gradient_accumulation_steps learning_rate lr_scheduler lr_warmup_steps "
@@ -136,6 +141,14 @@ STAGES = {
         "Learn a new word from a few images (textual inversion).",
         ('sdkit train embedding --token "<zork>" --init-token cat --data five/ -o run',),
         "--token T --init-token T --data PATH -o PATH ...",
+    ),
+    "prior": StageCommand(
+        PriorConfig,
+        "Learn the codes of a VQ-VAE or VQGAN, to draw images with them.",
+        (
+            "sdkit train prior --data photos/ --vae runs/vq/result --conditioned-on text -o run",
+            "sdkit train prior --data cache/ --vae runs/vq/result --kind pixelcnn -o run",
+        ),
     ),
 }
 

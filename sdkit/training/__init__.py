@@ -1,5 +1,5 @@
-"""Fine-tuning: `train_unet`, `train_vae`, `train_controlnet`, and `train_embedding`, each of which takes its settings
-as one value."""
+"""Training: `train_unet`, `train_vae`, `train_controlnet`, `train_embedding`, and `train_prior`, each of which takes
+its settings as one value."""
 
 from __future__ import annotations
 
@@ -8,21 +8,24 @@ from typing import TYPE_CHECKING
 from sdkit.lazy import attributes
 
 if TYPE_CHECKING:
-    from sdkit.training.settings import ControlNetConfig, EmbeddingConfig, UNetConfig, VAEConfig
+    from sdkit.training.settings import ControlNetConfig, EmbeddingConfig, PriorConfig, UNetConfig, VAEConfig
     from sdkit.training.signals import TrainingStopped
     from sdkit.training.stages.controlnet import train_controlnet
     from sdkit.training.stages.embedding import train_embedding
+    from sdkit.training.stages.prior import train_prior
     from sdkit.training.stages.unet import train_unet
     from sdkit.training.stages.vae import train_vae
 
 __all__ = [
     "ControlNetConfig",
     "EmbeddingConfig",
+    "PriorConfig",
     "TrainingStopped",
     "UNetConfig",
     "VAEConfig",
     "train_controlnet",
     "train_embedding",
+    "train_prior",
     "train_unet",
     "train_vae",
 ]
@@ -30,11 +33,13 @@ __all__ = [
 _HOMES = {
     "ControlNetConfig": "sdkit.training.settings",
     "EmbeddingConfig": "sdkit.training.settings",
+    "PriorConfig": "sdkit.training.settings",
     "TrainingStopped": "sdkit.training.signals",
     "UNetConfig": "sdkit.training.settings",
     "VAEConfig": "sdkit.training.settings",
     "train_controlnet": "sdkit.training.stages.controlnet",
     "train_embedding": "sdkit.training.stages.embedding",
+    "train_prior": "sdkit.training.stages.prior",
     "train_unet": "sdkit.training.stages.unet",
     "train_vae": "sdkit.training.stages.vae",
 }

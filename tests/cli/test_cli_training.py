@@ -93,6 +93,7 @@ def test_help_tells_every_field_with_its_docstring_and_default(run: Callable[...
         "vae": "(as in Stability's ft-mse) (default: l2)",
         "controlnet": "Column of the conditions in parquet files and data sets of the Hub (default: cond",
         "embedding": "paintings in a style (Gal et al. 2022) (default: object)",
+        "prior": "(a gated PixelCNN) (default: transformer)",
     }
     assert own[stage] in told
 
@@ -237,6 +238,18 @@ OWN: dict[str, dict[str, tuple[str, Any]]] = {
         "keep_norm": ("", True),
         **DENOISING,
     },
+    "prior": {
+        "vae": ("a/vae", "a/vae"),
+        "caption_column": ("label", "label"),
+        "default_caption": ("ghost", "ghost"),
+        "kind": ("transformer", "transformer"),
+        "conditioned_on": ("map", "map"),
+        "condition_column": ("map", "map"),
+        "condition_dropout": ("0.2", 0.2),
+        "layers": ("3", 3),
+        "width": ("12", 12),
+        "heads": ("2", 2),
+    },
 }
 
 
@@ -262,6 +275,7 @@ def test_every_field_can_be_set(stage: str) -> None:
     others = {  # exclude another one
         "vae": set[str](), "unet": {"init", "conditioning_data", *DREAMBOOTH},
         "controlnet": {"init", "conditioning_data"}, "embedding": {"init"},
+        "prior": {"init", "conditioning_data"},
     }  # fmt: skip
     assert values.keys() | others[stage] == {field.name for field in fields(STAGES[stage])}
     words = [w for name, (text, _) in values.items() for w in (f"--{name.replace('_', '-')}", *text.split())]

@@ -21,11 +21,13 @@ from sdkit.networks.lpips import LPIPS
 from sdkit.training import (
     ControlNetConfig,
     EmbeddingConfig,
+    PriorConfig,
     UNetConfig,
     VAEConfig,
     checkpoint,
     train_controlnet,
     train_embedding,
+    train_prior,
     train_unet,
     train_vae,
 )
@@ -34,6 +36,7 @@ from sdkit.training.loop import fit
 from sdkit.training.run_folder import read_metrics
 from sdkit.training.stages.controlnet import ControlNetStage
 from sdkit.training.stages.embedding import EmbeddingStage
+from sdkit.training.stages.prior import PriorStage
 from sdkit.training.stages.unet import UNetStage
 from sdkit.training.stages.vae import VAEStage
 from tests.helpers import forks, toy
@@ -43,6 +46,7 @@ STAGES: dict[str, tuple[Any, Any, Callable[[Any], Path]]] = {
     "unet": (UNetConfig, UNetStage, train_unet),
     "controlnet": (ControlNetConfig, ControlNetStage, train_controlnet),
     "embedding": (EmbeddingConfig, EmbeddingStage, train_embedding),
+    "prior": (PriorConfig, PriorStage, train_prior),
 }
 CALLS = ("batch", "loss", "discriminator_loss", "validate", "export")
 
@@ -57,7 +61,7 @@ class Runs:
         """Run a training stage in another process and return its exit code.
 
         Args:
-            stage: "vae", "unet", "controlnet", or "embedding".
+            stage: "vae", "unet", "controlnet", "embedding", or "prior".
             settings: Fields of the stage's settings.
             hook: Where to end the process, in the notation of `toy.hooks` with the names of `calling`.
 

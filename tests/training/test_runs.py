@@ -49,6 +49,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Make a model, a copy of it with dropout, images, a cache of them, and random weights for LPIPS."""
     folder = tmp_path_factory.mktemp("made")
     tiny.model(folder / "model")
+    tiny.vq_model(folder / "vq")
     tiny.photos(folder / "photos", 23)
     for path in (folder / "photos").glob("*.png"):  # wider than high, so that there is something to crop
         Image.open(path).resize((48, 40)).save(path)
@@ -80,8 +81,8 @@ def run() -> helper.Runs:
 
 
 def settings(made: Path, kind: str, out: Path, **changes: Any) -> tuple[str, dict[str, Any]]:
-    """Return stage and settings of a kind of run: "vae", "controlnet", "dreambooth", "embedding", "unet", or "lora".
-    The last two can be followed by " from a cache".
+    """Return stage and settings of a kind of run: "vae", "controlnet", "dreambooth", "embedding", "prior", "pixelcnn",
+    "unet", or "lora". The last two can be followed by " from a cache".
     A U-Net that is trained from images also reads conditions.
     """
     own: dict[str, Any] = {
@@ -108,12 +109,21 @@ def settings(made: Path, kind: str, out: Path, **changes: Any) -> tuple[str, dic
             "token": "<zork>", "init_token": "apple", "vectors": 2, "keep_norm": True, "ema_decay": 0.9,
             "validation_prompts": ("a red <zork>",),
         },
+        "prior": {
+            "vae": made / "vq", "conditioned_on": "text", "condition_dropout": 0.3, "layers": 2, "width": 16,
+            "heads": 2,
+        },
+        "pixelcnn": {
+            "vae": made / "vq", "kind": "pixelcnn", "conditioned_on": "map", "conditioning_data": made / "maps",
+            "layers": 2, "width": 8,
+        },
     }[kind.split()[0]]  # fmt: skip
     if kind == "unet":
         own |= {"conditioning_data": made / "maps", "condition_kind": "map", "condition_dropout": 0.3}
     data = made / ("cache" if "cache" in kind else "photos")
     common = RUN | {"model": made / "dropout", "data": data, "out_dir": out}
-    return kind if kind in helper.STAGES else "unet", common | own | changes
+    stage = "prior" if kind == "pixelcnn" else kind
+    return stage if stage in helper.STAGES else "unet", common | own | changes
 
 
 @pytest.fixture(scope="module")
@@ -158,6 +168,7 @@ for i, point in enumerate(point for point in POINTS if "discriminator" not in po
     KILLS += [(kind + CACHE * (i % 4 > 1), point) for kind in kinds]
 POINTS["os.rename:class_images 2"] = 0  # an image of DreamBooth's class is written, but not renamed yet
 KILLS += [("dreambooth", point) for point in ("os.rename:class_images 2", "loss 6", "half 8")]
+KILLS += [("prior", point) for point in ("loss 6", "update 3", "half 8", "export 1")]
 
 
 @pytest.mark.parametrize(("kind", "point"), KILLS)
@@ -287,10 +298,13 @@ TOGETHER: dict[str, dict[str, Any]] = {
     "controlnet": {},
     "dreambooth": {},
     "embedding": {},
+    "prior": {},
+    "pixelcnn": {},
 }
 PLAYERS = {"vae": ["vae", "discriminator"], "controlnet": ["controlnet"], "embedding": ["embedding"]}
+PLAYERS |= {"prior": ["prior"], "pixelcnn": ["prior"]}
 """Kind of run -> its players; that of the others is the U-Net."""
-WITHOUT_PICTURES = ("lora from a cache", "dreambooth")
+WITHOUT_PICTURES = ("lora from a cache", "dreambooth", "prior", "pixelcnn")
 
 
 def together(made: Path, kind: str, out: Path, **changes: Any) -> tuple[str, dict[str, Any]]:
