@@ -38,6 +38,7 @@ from sdkit.training.settings import (
     RECONSTRUCTIONS,
     REGULARIZERS,
     TEMPLATES,
+    ClipConfig,
     ControlNetConfig,
     EmbeddingConfig,
     StageSettings,
@@ -74,7 +75,7 @@ GROUPS = {
     "condition condition_column conditioning_data conditioning_image_column condition_kind template",
     "DreamBooth: one object from a few images": "instance_data instance_prompt class_data class_prompt class_count "
     "prior_weight",
-    "model": "model vae init",
+    "model": "model vae init tokenizer",
     "what is trained": "lora_rank lora_alpha lora_dropout lora_rank_stabilized lora_targets train_text_encoder "
     "train_encoder controlnet vectors keep_norm",
     "loss": "prediction_type zero_snr snr_gamma noise_offset caption_dropout condition_dropout reconstruction "
@@ -136,6 +137,14 @@ STAGES = {
         "Learn a new word from a few images (textual inversion).",
         ('sdkit train embedding --token "<zork>" --init-token cat --data five/ -o run',),
         "--token T --init-token T --data PATH -o PATH ...",
+    ),
+    "clip": StageCommand(
+        ClipConfig,
+        "Train a CLIP, which embeds images and captions in one space.",
+        (
+            "sdkit train clip --data photos/ --model openai/clip-vit-base-patch32 -o run",
+            "sdkit train clip --data photos/ --init config.json --out-dir runs/clip",
+        ),
     ),
 }
 

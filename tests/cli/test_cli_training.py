@@ -81,10 +81,11 @@ def test_help_tells_every_field_with_its_docstring_and_default(run: Callable[...
     for field in fields(STAGES[stage]):
         assert f"--{field.name.replace('_', '-')}" in told
     # This field is inherited through two classes.
-    assert "--batch-size N Samples per process and micro-batch (default: 1)" in told
+    assert stage == "clip" or "--batch-size N Samples per process and micro-batch (default: 1)" in told
     clipping = "Largest gradient norm; gradients above it are clipped. None turns clipping off (default: 1.0)"
     assert f"--max-grad-norm X {clipping}" in told
-    assert "--init PATH A config.json of diffusers, or a folder with one: train" in told
+    library = "transformers' CLIPModel" if stage == "clip" else "diffusers"
+    assert f"--init PATH A config.json of {library}, or a folder with one: train" in told
     adam = "Use AdamW of bitsandbytes, with its state in 8 bits (default: no)"
     assert f"--use-8bit-adam, --no-use-8bit-adam {adam}" in told
     assert "required, here or in the --config file: --data PATH" in told
@@ -93,6 +94,7 @@ def test_help_tells_every_field_with_its_docstring_and_default(run: Callable[...
         "vae": "(as in Stability's ft-mse) (default: l2)",
         "controlnet": "Column of the conditions in parquet files and data sets of the Hub (default: cond",
         "embedding": "paintings in a style (Gal et al. 2022) (default: object)",
+        "clip": "The contrast is over batch_size x processes pairs",
     }
     assert own[stage] in told
 
@@ -237,6 +239,12 @@ OWN: dict[str, dict[str, tuple[str, Any]]] = {
         "keep_norm": ("", True),
         **DENOISING,
     },
+    "clip": {
+        "init": ("clip.json", "clip.json"),
+        "tokenizer": ("a/clip", "a/clip"),
+        "caption_column": ("text", "text"),
+        "validation_data": ("more", "more"),
+    },
 }
 
 
@@ -262,7 +270,9 @@ def test_every_field_can_be_set(stage: str) -> None:
     others = {  # exclude another one
         "vae": set[str](), "unet": {"init", "conditioning_data", *DREAMBOOTH},
         "controlnet": {"init", "conditioning_data"}, "embedding": {"init"},
+        "clip": {"size", "evaluate"},
     }  # fmt: skip
+    values = {name: value for name, value in values.items() if name not in others["clip"] or stage != "clip"}
     assert values.keys() | others[stage] == {field.name for field in fields(STAGES[stage])}
     words = [w for name, (text, _) in values.items() for w in (f"--{name.replace('_', '-')}", *text.split())]
     assert settings(stage, *words) == STAGES[stage](**{name: value for name, (_, value) in values.items()})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -31,6 +32,16 @@ def save_clip(folder: Path) -> Path:
     CLIPModel(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def save_config(path: Path) -> Path:
+    """Write the config of a CLIP to train from scratch."""
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text = shape | {"vocab_size": 530, "max_position_embeddings": 20}
+    vision = shape | {"image_size": SIDE, "patch_size": 8}
+    config = {"model_type": "clip", "projection_dim": 12, "text_config": text, "vision_config": vision}
+    path.write_text(json.dumps(config))
+    return path
 
 
 def save_dinov2(folder: Path) -> Path:

@@ -22,7 +22,7 @@ from sdkit.networks.autoencoder import latents_of
 from sdkit.training.checkpoint import checkpoints, newest
 from sdkit.training.loop import fit
 from sdkit.training.stages.unet import UNetStage
-from tests.helpers import forks, tiny
+from tests.helpers import clip, forks, tiny
 from tests.helpers import runs as helper
 from tests.helpers.runs import everything, files, metrics
 
@@ -71,6 +71,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "maps").mkdir()
     for path in (folder / "photos").glob("*.png"):  # conditions: colours that differ from image to image
         Image.new("RGB", (48, 40), (7 * int(path.stem), 90, 200)).save(folder / "maps" / path.name)
+    clip.save_config(folder / "clip.json")
     return folder
 
 
@@ -80,8 +81,8 @@ def run() -> helper.Runs:
 
 
 def settings(made: Path, kind: str, out: Path, **changes: Any) -> tuple[str, dict[str, Any]]:
-    """Return stage and settings of a kind of run: "vae", "controlnet", "dreambooth", "embedding", "unet", or "lora".
-    The last two can be followed by " from a cache".
+    """Return stage and settings of a kind of run: "vae", "controlnet", "dreambooth", "embedding", "clip", "unet", or
+    "lora". The last two can be followed by " from a cache".
     A U-Net that is trained from images also reads conditions.
     """
     own: dict[str, Any] = {
@@ -108,6 +109,7 @@ def settings(made: Path, kind: str, out: Path, **changes: Any) -> tuple[str, dic
             "token": "<zork>", "init_token": "apple", "vectors": 2, "keep_norm": True, "ema_decay": 0.9,
             "validation_prompts": ("a red <zork>",),
         },
+        "clip": {"init": made / "clip.json", "size": None},
     }[kind.split()[0]]  # fmt: skip
     if kind == "unet":
         own |= {"conditioning_data": made / "maps", "condition_kind": "map", "condition_dropout": 0.3}
@@ -158,6 +160,9 @@ for i, point in enumerate(point for point in POINTS if "discriminator" not in po
     KILLS += [(kind + CACHE * (i % 4 > 1), point) for kind in kinds]
 POINTS["os.rename:class_images 2"] = 0  # an image of DreamBooth's class is written, but not renamed yet
 KILLS += [("dreambooth", point) for point in ("os.rename:class_images 2", "loss 6", "half 8")]
+
+
+KILLS += [("clip", point) for point in ("loss 6", "update 3", "half 8", "export 1")]
 
 
 @pytest.mark.parametrize(("kind", "point"), KILLS)
@@ -287,10 +292,13 @@ TOGETHER: dict[str, dict[str, Any]] = {
     "controlnet": {},
     "dreambooth": {},
     "embedding": {},
+    "clip": {},
 }
-PLAYERS = {"vae": ["vae", "discriminator"], "controlnet": ["controlnet"], "embedding": ["embedding"]}
+PLAYERS = {
+    "vae": ["vae", "discriminator"], "controlnet": ["controlnet"], "embedding": ["embedding"], "clip": ["clip"]
+}  # fmt: skip
 """Kind of run -> its players; that of the others is the U-Net."""
-WITHOUT_PICTURES = ("lora from a cache", "dreambooth")
+WITHOUT_PICTURES = ("lora from a cache", "dreambooth", "clip")
 
 
 def together(made: Path, kind: str, out: Path, **changes: Any) -> tuple[str, dict[str, Any]]:
@@ -319,8 +327,11 @@ def test_two_processes_train_as_one(
     wrapper, and validation on one process.
 
     With accumulation, VQGAN's adaptive weight differs between micro-batches. The VAE is therefore compared up to the
-    step at which the discriminator starts.
+    step at which the discriminator starts. A CLIP contrasts the pairs of one micro-batch on all processes, so only a
+    single process with a micro-batch of that many is the same.
     """
+    if kind == "clip":
+        split = {"batch_size": 4}
     stage, config = together(made, kind, tmp_path / "run", **split)
     assert run(stage, config) == 0
     end = DISC_START if kind == "vae" and len(split) > 1 else STEPS
