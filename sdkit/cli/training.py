@@ -41,6 +41,7 @@ from sdkit.training.settings import (
     ClipConfig,
     ControlNetConfig,
     EmbeddingConfig,
+    ImagePriorConfig,
     StageSettings,
     UNetConfig,
     VAEConfig,
@@ -75,7 +76,7 @@ GROUPS = {
     "condition condition_column conditioning_data conditioning_image_column condition_kind template",
     "DreamBooth: one object from a few images": "instance_data instance_prompt class_data class_prompt class_count "
     "prior_weight",
-    "model": "model vae init tokenizer",
+    "model": "model vae prior init tokenizer",
     "what is trained": "lora_rank lora_alpha lora_dropout lora_rank_stabilized lora_targets train_text_encoder "
     "train_encoder controlnet vectors keep_norm",
     "loss": "prediction_type zero_snr snr_gamma noise_offset caption_dropout condition_dropout reconstruction "
@@ -145,6 +146,11 @@ STAGES = {
             "sdkit train clip --data photos/ --model openai/clip-vit-base-patch32 -o run",
             "sdkit train clip --data photos/ --init config.json --out-dir runs/clip",
         ),
+    ),
+    "image_prior": StageCommand(
+        ImagePriorConfig,
+        "Train the prior of DALL-E 2: from a text to CLIP's embedding of an image.",
+        ("sdkit train image_prior --data photos/ --model runs/clip/result --init c.json -o run",),
     ),
 }
 

@@ -139,18 +139,13 @@ class Source:
         unet = cast("UNet2DConditionModel", self._backend.network(UNET, dtype))
         label, settings = self.place.label, cast("Any", unet.config)
         upscales = settings.in_channels == UPSCALER and condition_of(settings) is None  # it has class embeddings
-        if embedded and (
-            settings.class_embed_type != "projection" or not settings.projection_class_embeddings_input_dim
-        ):
+        if embedded and settings.class_embed_type != "projection":
             raise SourceError(
                 f"the U-Net of {label} takes no embedding of an image (class_embed_type is no projection); give a "
                 "decoder of unCLIP."
             )
-        if (
-            not upscales
-            and not embedded
-            and (settings.addition_embed_type or settings.class_embed_type or settings.num_class_embeds)
-        ):
+        other = settings.addition_embed_type or settings.class_embed_type or settings.num_class_embeds
+        if other and not upscales and not embedded:
             raise SourceError(f"{label} holds a U-Net of Stable Diffusion XL or of another kind; give SD 1.x or 2.x.")
         latents, condition = latent_channels(settings), condition_of(settings)
         accepted = [latents, *([2 * latents + 1] if inpainting else [])]

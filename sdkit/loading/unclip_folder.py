@@ -78,10 +78,14 @@ class UnCLIPFolder:
 
     def schedule(self, folder: str) -> NoiseSchedule:
         """Return the noise schedule of "prior_scheduler" or "image_noising_scheduler"."""
+        return NoiseSchedule.from_config(self.scheduler_config(folder))
+
+    def scheduler_config(self, folder: str) -> dict[str, Any]:
+        """Return the noise schedule of a folder as diffusers writes it."""
         path = self._files(folder, [SCHEDULER_CONFIG]) / SCHEDULER_CONFIG
         if not is_file(path):
             raise absent(self.place, f"{folder}/{SCHEDULER_CONFIG}")
-        return NoiseSchedule.from_config(read_config(path, SCHEDULER.checks))
+        return read_config(path, SCHEDULER.checks)
 
     def noise(self) -> EmbeddingNoise:
         """Return the noise augmentation: the statistics of image_normalizer, and image_noising_scheduler."""

@@ -24,7 +24,7 @@ from sdkit.diffusion.samplers import Generators, sampler_by_name
 from sdkit.diffusion.schedule import NoiseSchedule
 from sdkit.engines.device import resolve_device
 from sdkit.errors import ArgumentError
-from sdkit.images import Images, to_pil, to_rgb
+from sdkit.images import Images, to_pil
 from sdkit.images.convert import flat
 from sdkit.loading.source import Source
 from sdkit.loading.unclip_folder import UnCLIPFolder
@@ -253,7 +253,7 @@ class UnCLIP:
         if self.image_encoder is None:
             raise ArgumentError("this model has no image encoder; give one that has image_encoder/, or embeddings.")
         pictures = [image if isinstance(image, Image.Image) else to_pil(image)[0] for image in flat(images)]
-        return self.image_encoder.embed([to_rgb(picture) for picture in pictures])
+        return self.image_encoder.embed(pictures)
 
     def variations(self, image: Images, n: int = 4, **drawing: Any) -> list[Image.Image]:
         """Draw n variations of an image: it is embedded, and the decoder draws the embedding from other seeds.
@@ -284,11 +284,11 @@ class UnCLIP:
         Returns:
             n PIL images.
         """
-        start, end = self.embed_images(a).cpu(), self.embed_images(b).cpu()
-        if len(start) != 1 or len(end) != 1:
+        first, last = self.embed_images(a).cpu(), self.embed_images(b).cpu()
+        if len(first) != 1 or len(last) != 1:
             raise ArgumentError("interpolation is between two single images; give one at each end.")
         position = torch.linspace(0, 1, whole_number("n", n, 2))
-        between = slerp(start.reshape(-1, 1, 1), end.reshape(-1, 1, 1), position).flatten(1)  # one vector: (D, 1, 1)
+        between = slerp(first.reshape(-1, 1, 1), last.reshape(-1, 1, 1), position).flatten(1)  # one vector: (D, 1, 1)
         return self.draw(between, seed=[seed] * n, **drawing)
 
 

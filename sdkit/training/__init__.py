@@ -1,5 +1,5 @@
-"""Fine-tuning: `train_unet`, `train_vae`, `train_controlnet`, `train_embedding`, and `train_clip`, each of which takes
-its settings as one value."""
+"""Fine-tuning: `train_unet`, `train_vae`, `train_controlnet`, `train_embedding`, `train_clip`, and
+`train_image_prior`, each of which takes its settings as one value."""
 
 from __future__ import annotations
 
@@ -8,11 +8,19 @@ from typing import TYPE_CHECKING
 from sdkit.lazy import attributes
 
 if TYPE_CHECKING:
-    from sdkit.training.settings import ClipConfig, ControlNetConfig, EmbeddingConfig, UNetConfig, VAEConfig
+    from sdkit.training.settings import (
+        ClipConfig,
+        ControlNetConfig,
+        EmbeddingConfig,
+        ImagePriorConfig,
+        UNetConfig,
+        VAEConfig,
+    )
     from sdkit.training.signals import TrainingStopped
     from sdkit.training.stages.clip import train_clip
     from sdkit.training.stages.controlnet import train_controlnet
     from sdkit.training.stages.embedding import train_embedding
+    from sdkit.training.stages.image_prior import train_image_prior
     from sdkit.training.stages.unet import train_unet
     from sdkit.training.stages.vae import train_vae
 
@@ -20,12 +28,14 @@ __all__ = [
     "ClipConfig",
     "ControlNetConfig",
     "EmbeddingConfig",
+    "ImagePriorConfig",
     "TrainingStopped",
     "UNetConfig",
     "VAEConfig",
     "train_clip",
     "train_controlnet",
     "train_embedding",
+    "train_image_prior",
     "train_unet",
     "train_vae",
 ]
@@ -34,12 +44,14 @@ _HOMES = {
     "ClipConfig": "sdkit.training.settings",
     "ControlNetConfig": "sdkit.training.settings",
     "EmbeddingConfig": "sdkit.training.settings",
+    "ImagePriorConfig": "sdkit.training.settings",
     "TrainingStopped": "sdkit.training.signals",
     "UNetConfig": "sdkit.training.settings",
     "VAEConfig": "sdkit.training.settings",
     "train_clip": "sdkit.training.stages.clip",
     "train_controlnet": "sdkit.training.stages.controlnet",
     "train_embedding": "sdkit.training.stages.embedding",
+    "train_image_prior": "sdkit.training.stages.image_prior",
     "train_unet": "sdkit.training.stages.unet",
     "train_vae": "sdkit.training.stages.vae",
 }

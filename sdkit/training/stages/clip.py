@@ -8,39 +8,33 @@ import hashlib
 import json
 import math
 import os
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather
 from torch import Tensor, nn
 
 from sdkit.data.examples import Examples
-from sdkit.data.sources import open_examples
 from sdkit.data.transform import Transform
 from sdkit.diffusion.contrastive import contrastive, equal_rows
-from sdkit.errors import ArgumentError, DataError
+from sdkit.errors import ArgumentError
 from sdkit.evaluation.retrieval import retrieval
 from sdkit.loading.learned_tokenizer import learn_tokenizer
 from sdkit.loading.transformers_folder import clip_config, new_clip, own_tokenizer
-from sdkit.messages import clean, no_warnings, quiet
+from sdkit.messages import no_warnings, quiet
 from sdkit.networks.clip import CLIP, PIXELS
-from sdkit.processes import is_main_process
 from sdkit.training.distributed import split_over_processes
 from sdkit.training.loop import fit
 from sdkit.training.settings import ClipConfig
 from sdkit.training.stage import Player, Samples
+from sdkit.training.stages.captioned import captioned, open_captioned, split_captioned
 from sdkit.training.stages.images import (
     TrainingImages,
     identity_of,
-    is_cache,
     report_skipped,
-    split,
     training_transform,
 )
 from sdkit.training.stages.unet import enable_gradient_checkpointing
@@ -88,19 +82,19 @@ class CLIPStage:
             raise ArgumentError("batch_size 1 leaves an image nothing to be contrasted with; give at least 2.")
         if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
             raise ArgumentError("FSDP cannot shard a CLIP, whose temperature is one number; launch without it.")
-        examples = self._open(config.data, config.opened_with())
+        examples = open_captioned(config.data, "a CLIP", config.opened_with())
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             self.clip = self._make_clip(examples)
         # The export needs an unused copy, because tokenizing changes what a tokenizer saves.
         self.tokenizer = copy.deepcopy(self.clip.tokenizer)
-        self.pairs, self.train, held_out = _split(examples)
+        self.pairs, self.train, held_out = split_captioned(examples, "a CLIP")
         size = (self.clip.side, self.clip.side)
         self.images = TrainingImages(examples, training_transform(size, config.augment), config.seed)
         self.identity = {
             "data": examples.identity,
             "model": identity_of(self.clip.network),
-            "tokenizer": _fingerprint(self.clip.tokenizer),
+            "tokenizer": tokenizer_fingerprint(self.clip.tokenizer),
             "validation": "held out of the data",
             "contrast": str(self.contrast),
         }
@@ -108,24 +102,15 @@ class CLIPStage:
         self.validation.skipped = self.images.skipped
         if config.validation_data is not None:
             named = {"image_column": config.image_column, "caption_column": config.caption_column}
-            others = self._open(config.validation_data, named)
+            others = open_captioned(config.validation_data, "a CLIP", named)
             self.validation = TrainingImages(others, Transform(size=size), seed=0)
-            self.train, self.held_out = self.pairs, [int(i) for i in _captioned(others)[:MOST_VALIDATED]]
+            self.train, self.held_out = self.pairs, [int(i) for i in captioned(others, "a CLIP")[:MOST_VALIDATED]]
             self.identity["validation"] = others.identity
         self.size = len(self.train)
         rate, ema = config.learning_rate, config.ema_decay > 0
         self.players = [
             Player("clip", self.clip, self.loss, learning_rate=rate, ema=ema, betas=BETAS, after_update=self.clip_scale)
         ]
-
-    @staticmethod
-    def _open(data: str | os.PathLike[str], opened_with: Mapping[str, Any]) -> Examples:
-        if is_cache(data):
-            raise DataError(
-                f"{os.fspath(data)!r} is a latent cache, and a CLIP learns from images; give those it was made of."
-            )
-        examples: Examples = open_examples(data, **opened_with)
-        return examples
 
     def _make_clip(self, examples: Examples) -> CLIP:
         """Load the CLIP, or make one with a tokenizer that is given or learned from the captions."""
@@ -196,7 +181,7 @@ class CLIPStage:
         with quiet("transformers"), no_warnings():
             self.clip.network.save_pretrained(folder)
             self.tokenizer.save_pretrained(folder)
-        (folder / "preprocessor_config.json").write_text(json.dumps(_preprocessing(self.clip.side), indent=2) + "\n")
+        (folder / "preprocessor_config.json").write_text(json.dumps(preprocessing(self.clip.side), indent=2) + "\n")
 
 
 def gathered(embeddings: Tensor) -> Tensor:
@@ -215,42 +200,13 @@ def gathered(embeddings: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
-def _captioned(examples: Examples) -> npt.NDArray[np.int64]:
-    """Return the indices of examples with a caption. Warn of others; raise DataError if fewer than two have one."""
-    captions = examples.captions
-    found = np.array([i for i, caption in enumerate(captions) if caption], dtype=np.int64)
-    if len(found) < 2:
-        raise DataError(
-            f"{len(found)} of the {len(captions)} images in {clean(examples.source)} have a caption, and a CLIP learns "
-            "from pairs; write captions into NAME.txt beside each image, or name caption_column."
-        )
-    if len({captions[i] for i in found}) < 2:
-        raise DataError(
-            f"all images in {clean(examples.source)} have one caption, from which a CLIP learns nothing; give images "
-            "with captions of their own."
-        )
-    if len(found) < len(captions) and is_main_process():
-        warnings.warn(
-            f"{len(captions) - len(found)} of the {len(captions)} images in {clean(examples.source)} have no caption, "
-            "and are left out.", stacklevel=2,
-        )  # fmt: skip
-    return found
-
-
-def _split(examples: Examples) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], list[int]]:
-    """Return the indices of all pairs, of training pairs, and of held-out pairs; see `split`."""
-    pairs = _captioned(examples)
-    train, held_out = split(len(pairs))
-    return pairs, pairs[train], [int(pairs[i]) for i in held_out]
-
-
-def _fingerprint(tokenizer: Any) -> str:
+def tokenizer_fingerprint(tokenizer: Any) -> str:
     """Return a fingerprint of a tokenizer: SHA-256 over its vocabulary and special tokens."""
     special = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id]
     return hashlib.sha256(json.dumps([special, sorted(tokenizer.get_vocab().items())]).encode()).hexdigest()[:16]
 
 
-def _preprocessing(side: int) -> dict[str, Any]:
+def preprocessing(side: int) -> dict[str, Any]:
     """Return preprocessor_config.json, which tells transformers how to resize and scale images."""
     mean, std = PIXELS
     return {
