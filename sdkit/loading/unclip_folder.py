@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import json
 import os
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +21,7 @@ from sdkit.loading.configs import COUNT, WHOLE, WORD, Check, read_config, read_j
 from sdkit.loading.parts import SCHEDULER
 from sdkit.loading.place import absent, resolve
 from sdkit.loading.single_file import LARGEST
-from sdkit.loading.tensors import guarded, is_file
+from sdkit.loading.tensors import check_fit, guarded, is_file, open_tensors
 from sdkit.loading.transformers_folder import SIZES, root_of
 from sdkit.messages import clean
 
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from transformers import CLIPTokenizer
 
 CONFIG, SCHEDULER_CONFIG = "config.json", "scheduler_config.json"
+WEIGHTS = ("diffusion_pytorch_model.safetensors", "model.safetensors")
 PRIOR: Mapping[str, Check] = {
     **dict.fromkeys(("num_attention_heads", "attention_head_dim", "embedding_dim", "num_embeddings"), WHOLE),
     **dict.fromkeys(("num_layers", "additional_embeddings"), COUNT),
@@ -40,6 +43,20 @@ FOLDERS = {
     "image_normalizer": ("StableUnCLIPImageNormalizer", {"embedding_dim": WHOLE}),
 }
 """Folder of a network -> the class that its config must name, and the checks of the config."""
+
+
+INDEX = "model_index.json"
+CLASSES = {
+    "feature_extractor": ("transformers", "CLIPImageProcessor"),
+    "image_encoder": ("transformers", "CLIPVisionModelWithProjection"),
+    "image_noising_scheduler": ("diffusers", "DDPMScheduler"),
+    "image_normalizer": ("stable_diffusion", "StableUnCLIPImageNormalizer"),
+    "prior": ("diffusers", "PriorTransformer"),
+    "prior_scheduler": ("diffusers", "DDPMScheduler"),
+    "prior_text_encoder": ("transformers", "CLIPTextModelWithProjection"),
+    "prior_tokenizer": ("transformers", "CLIPTokenizer"),
+}
+"""Folder -> library and class, as in model_index.json."""
 
 
 class UnCLIPFolder:
@@ -68,9 +85,47 @@ class UnCLIPFolder:
         found = config.get("_class_name") or next(iter(config.get("architectures") or []), "unknown network")
         if found != wanted:
             raise SourceError(f"{clean(path)!r} holds a {clean(found)}, not a {wanted}; give another source.")
-        with guarded(clean(repr(str(path)))):
-            network = _class(wanted).from_pretrained(path, local_files_only=True, use_safetensors=True)
+        label = f"{folder}/ of {self.place.label}"
+        with guarded(label):
+            self._check_shapes(path, _class(wanted), label)
+            network, report = _class(wanted).from_pretrained(
+                path, local_files_only=True, use_safetensors=True, output_loading_info=True
+            )
+        if missing := sorted(report["missing_keys"]):
+            raise SourceError(f"{label} lacks {clean(missing[0])} and so is no whole {wanted}; download it again.")
         return network.eval().requires_grad_(False).float()
+
+    @staticmethod
+    def _check_shapes(path: Path, cls: Any, label: str) -> None:
+        """Raise SourceError if a tensor in the file of weights does not have the shape that the config asks for."""
+        file = next((path / name for name in WEIGHTS if is_file(path / name)), None)
+        if file is None:
+            return  # in shards
+        fields = {key: value for key, value in read_json(path / CONFIG).items() if not key.startswith("_")}
+        with torch.device("meta"):
+            network = cls(cls.config_class(**fields)) if hasattr(cls, "config_class") else cls.from_config(fields)
+        wanted, found = {key: tuple(value.shape) for key, value in network.state_dict().items()}, open_tensors(file)
+        both = wanted.keys() & found.shapes.keys()
+        check_fit(
+            {key: found.shapes[key] for key in both}, {key: wanted[key] for key in both},
+            f"the weights of {label} do not fit the config.json beside them",
+        )  # fmt: skip
+
+    def copy(self, folders: Iterable[str], out: Path) -> None:
+        """Copy those of `folders` that there are into a model's folder, and make it one of the unCLIP pipelines of
+        diffusers: StableUnCLIPPipeline if it has a prior, else StableUnCLIPImg2ImgPipeline."""
+        index = read_json(out / INDEX)
+        for folder in folders:
+            path = self._files(folder, ["*"])
+            if path.is_dir():
+                shutil.copytree(path, out / folder)
+                index[folder] = CLASSES[folder]
+        index["_class_name"] = "StableUnCLIPPipeline" if "prior" in index else "StableUnCLIPImg2ImgPipeline"
+        unknown = ("image_encoder", "feature_extractor") if "prior" in index else ()  # of StableUnCLIPPipeline
+        kept = {
+            name: value for name, value in index.items() if name not in ("safety_checker", "requires_safety_checker")
+        }
+        (out / INDEX).write_text(json.dumps(kept, indent=2) + "\n")
 
     def tokenizer(self) -> CLIPTokenizer:
         """Load the tokenizer of the prior."""

@@ -12,6 +12,7 @@ from os import PathLike
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -113,7 +114,10 @@ class UnCLIP:
         image_encoder: ImageEncoder | None = None,
         prior: Prior | None = None,
     ) -> None:
-        taken = sd.unet.network.config.projection_class_embeddings_input_dim
+        settings = sd.unet.network.config
+        if settings.class_embed_type != "projection":
+            raise ArgumentError("this U-Net takes no embedding of an image; give a decoder of unCLIP.")
+        taken = settings.projection_class_embeddings_input_dim
         if taken != 2 * noise.width:
             raise ArgumentError(
                 f"this U-Net takes labels of width {taken}; noised embeddings of width {noise.width} and their noise "
@@ -272,7 +276,8 @@ class UnCLIP:
         return self.draw(embeddings.expand(whole_number("n", n, 1), -1), **drawing)
 
     def interpolate(self, a: Images, b: Images, n: int = 8, *, seed: int = 0, **drawing: Any) -> list[Image.Image]:
-        """Draw n images from one image to another, along the great circle between their embeddings, from one seed.
+        """Draw n images from one image to another: the direction of the embedding moves along the great circle between
+        theirs, and its length from one to the other. All images have one seed.
 
         Args:
             a: The image at the beginning.
@@ -288,7 +293,9 @@ class UnCLIP:
         if len(first) != 1 or len(last) != 1:
             raise ArgumentError("interpolation is between two single images; give one at each end.")
         position = torch.linspace(0, 1, whole_number("n", n, 2))
-        between = slerp(first.reshape(-1, 1, 1), last.reshape(-1, 1, 1), position).flatten(1)  # one vector: (D, 1, 1)
+        a_unit, b_unit = (F.normalize(one).reshape(-1, 1, 1) for one in (first, last))  # one vector: (D, 1, 1)
+        length = torch.lerp(first.norm(), last.norm(), position)
+        between = slerp(a_unit, b_unit, position).flatten(1) * length[:, None]
         return self.draw(between, seed=[seed] * n, **drawing)
 
 

@@ -489,6 +489,9 @@ class UNetConfig(DreamBoothSettings):
             of the latents. None is the model's own, or latents.
         condition_dropout: Share of samples trained without their condition, which image guidance needs; half
             of them without their caption, too (InstructPix2Pix).
+        image_encoder: Folder with CLIP's image encoder, and the statistics of its embeddings, such as the result of
+            `train_image_prior`. The U-Net then reads the noised embedding of each image, as DALL-E 2's decoder does.
+        embedding_dropout: Share of samples trained without that embedding, which guidance needs.
     """
 
     lora_rank: int | None = None
@@ -501,8 +504,11 @@ class UNetConfig(DreamBoothSettings):
     conditioning_data: str | os.PathLike[str] | None = None
     condition_kind: str | None = None
     condition_dropout: float = 0.1
+    image_encoder: str | os.PathLike[str] | None = None
+    embedding_dropout: float = 0.1
 
-    may_change = DreamBoothSettings.may_change | {"conditioning_data"}  # a path; a fingerprint covers the contents
+    # Paths; fingerprints cover the contents.
+    may_change = DreamBoothSettings.may_change | {"conditioning_data", "image_encoder"}
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -511,6 +517,7 @@ class UNetConfig(DreamBoothSettings):
         flag("train_text_encoder", self.train_text_encoder)
         self._check_lora()
         self._check_condition()
+        self._check_image_encoder()
         if self.lora_rank is not None:
             self._keep("lora_rank", whole_number("lora_rank", self.lora_rank, 1))
             if self.init is not None:
@@ -529,6 +536,21 @@ class UNetConfig(DreamBoothSettings):
         given = [name for name in names if getattr(self, name) != getattr(type(self), name)]
         if given and self.lora_rank is None:
             raise ArgumentError(f"{given[0]} belongs to a LoRA, and there is none; give lora_rank, too.")
+
+    def _check_image_encoder(self) -> None:
+        """Raise ArgumentError for settings that a decoder of image embeddings cannot be trained with."""
+        from sdkit.arguments import number, path_or_name
+
+        self._keep("embedding_dropout", number("embedding_dropout", self.embedding_dropout, 0, 1))
+        if self.image_encoder is None:
+            if self.embedding_dropout != type(self).embedding_dropout:
+                raise ArgumentError("embedding_dropout belongs to image_encoder, and there is none; give it, too.")
+            return
+        path_or_name("image_encoder", self.image_encoder)
+        unfit = ("instance_data", "condition_column", "conditioning_data", "condition_kind", "lora_rank", "evaluate")
+        for name in (*unfit, "validation_prompts"):
+            if getattr(self, name) not in (None, ()):
+                raise ArgumentError(f"{name} has no meaning for a U-Net that reads image embeddings; leave it out.")
 
     def _check_condition(self) -> None:
         """Raise ArgumentError for settings of conditions that contradict each other."""
@@ -722,6 +744,8 @@ class ImagePriorConfig(StageSettings):
             raise ArgumentError("augment has no meaning for a prior, whose images are embedded once; leave it out.")
         if self.evaluate:
             raise ArgumentError("evaluate measures pictures, and a prior makes none; leave it out.")
+        if self.gradient_checkpointing:
+            raise ArgumentError("gradient_checkpointing is not offered by diffusers' PriorTransformer; leave it out.")
         if self.prior is not None:
             path_or_name("prior", self.prior)
         if (self.prior is None) == (self.init is None):

@@ -17,8 +17,13 @@ from tests.helpers.loaders import load_text
 SIDE = 32  # pixels
 
 
-def save_clip(folder: Path) -> Path:
-    """Write a CLIP with random, seeded weights. Its tokenizer is the embedded model's."""
+def save_clip(folder: Path, projection: int = 24) -> Path:
+    """Write a CLIP with random, seeded weights. Its tokenizer is the embedded model's.
+
+    Args:
+        folder: The folder.
+        projection: Width of the embeddings. That of the text encoder's states is 32, which the prior of DALL-E 2 needs.
+    """
     torch.manual_seed(0)
     _, tokenizer = load_text("emoji")
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -27,7 +32,9 @@ def save_clip(folder: Path) -> Path:
         "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id,
     }  # fmt: skip
     config = CLIPConfig(
-        text_config=shape | words, vision_config=shape | {"image_size": SIDE, "patch_size": 8}, projection_dim=24
+        text_config=shape | words,
+        vision_config=shape | {"image_size": SIDE, "patch_size": 8},
+        projection_dim=projection,
     )
     CLIPModel(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)

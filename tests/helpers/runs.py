@@ -22,12 +22,14 @@ from sdkit.training import (
     ClipConfig,
     ControlNetConfig,
     EmbeddingConfig,
+    ImagePriorConfig,
     UNetConfig,
     VAEConfig,
     checkpoint,
     train_clip,
     train_controlnet,
     train_embedding,
+    train_image_prior,
     train_unet,
     train_vae,
 )
@@ -37,6 +39,7 @@ from sdkit.training.run_folder import read_metrics
 from sdkit.training.stages.clip import CLIPStage
 from sdkit.training.stages.controlnet import ControlNetStage
 from sdkit.training.stages.embedding import EmbeddingStage
+from sdkit.training.stages.image_prior import ImagePriorStage
 from sdkit.training.stages.unet import UNetStage
 from sdkit.training.stages.vae import VAEStage
 from tests.helpers import forks, toy
@@ -47,6 +50,7 @@ STAGES: dict[str, tuple[Any, Any, Callable[[Any], Path]]] = {
     "controlnet": (ControlNetConfig, ControlNetStage, train_controlnet),
     "embedding": (EmbeddingConfig, EmbeddingStage, train_embedding),
     "clip": (ClipConfig, CLIPStage, train_clip),
+    "image_prior": (ImagePriorConfig, ImagePriorStage, train_image_prior),
 }
 CALLS = ("batch", "loss", "discriminator_loss", "validate", "export")
 
@@ -61,7 +65,7 @@ class Runs:
         """Run a training stage in another process and return its exit code.
 
         Args:
-            stage: "vae", "unet", "controlnet", "embedding", or "clip".
+            stage: "vae", "unet", "controlnet", "embedding", "clip", or "image_prior".
             settings: Fields of the stage's settings.
             hook: Where to end the process, in the notation of `toy.hooks` with the names of `calling`.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -116,28 +117,32 @@ def test_variations_equal_diffusers(folder: Path, ours: UnCLIP, given_noise: Any
 
 
 def test_the_prior_equals_karlo_s_loop(ours: UnCLIP) -> None:
-    """UnCLIPScheduler clips x0 and draws noise in each step; it samples as our DDPM does."""
+    """UnCLIPScheduler clips x0 and draws noise in each step; it samples as our DDPM does. Its tables are in float32,
+    where 1 - alphas_cumprod[0] has an error of a thousandth; it is given those of float64.
+    """
     assert ours.prior is not None
     cond, uncond = (ours.prior.text.condition(texts) for texts in (["a red disc"], [""]))
     scheduler = UnCLIPScheduler(prediction_type="sample", clip_sample_range=0.8)
     scheduler.set_timesteps(6)
     steps = scheduler.timesteps.tolist()
+    schedule = NoiseSchedule.from_config({**scheduler.config, "_class_name": "UnCLIPScheduler"})
+    torch.testing.assert_close(scheduler.betas.double(), schedule.betas, atol=1e-6, rtol=1e-3)
+    scheduler.betas, scheduler.alphas = schedule.betas, 1 - schedule.betas
+    scheduler.alphas_cumprod = schedule.alphas_cumprod
     generator = torch.Generator().manual_seed(3)
     x = x_T = torch.randn(1, D, generator=generator)
     with torch.no_grad():
         for t, t_prev in zip(steps, [*steps[1:], None], strict=True):
             two = [ours.prior.network(x, t, one) for one in (uncond, cond)]
-            x = scheduler.step(
-                two[0] + 2 * (two[1] - two[0]), t, x, prev_timestep=t_prev, generator=generator
-            ).prev_sample
-        schedule = NoiseSchedule.from_config({**scheduler.config, "_class_name": "UnCLIPScheduler"})
+            output = two[0] + 2 * (two[1] - two[0])
+            x = scheduler.step(output, t, x, prev_timestep=t_prev, generator=generator).prev_sample.float()
         assert [t for t, _ in schedule.timesteps(6)] == steps
         generator = torch.Generator().manual_seed(3)
         torch.randn(D, generator=generator)
         predict = guided(ours.prior.network, schedule, cond, uncond, 2.0)
         *_, last = ddpm(predict, x_T, schedule, schedule.timesteps(6), generators=[generator], clip_x0=schedule.clip_x0)
     torch.testing.assert_close(last.x, x, atol=1e-4, rtol=1e-4)
-    assert float(x.abs().max()) <= 0.8
+    assert float(x.abs().max()) <= 0.8001
 
 
 def test_sinusoids_are_diffusers_s() -> None:
@@ -168,7 +173,8 @@ def test_interpolation_goes_from_image_to_image_along_a_circle(ours: UnCLIP, mon
     unit = torch.nn.functional.normalize(found[0], dim=1)
     angles = (unit @ a).clamp(-1, 1).acos()
     torch.testing.assert_close(angles, torch.linspace(0, 1, 5) * (a @ b).acos(), atol=2e-3, rtol=0)
-    assert float((unit[2] - torch.nn.functional.normalize(a + b, dim=0)).abs().max()) < 0.1
+    torch.testing.assert_close(unit[2], torch.nn.functional.normalize(a + b, dim=0), atol=1e-4, rtol=0)
+    torch.testing.assert_close(found[0].norm(dim=1)[2], ends.norm(dim=1).mean())
 
 
 # Users' mistakes
@@ -188,10 +194,10 @@ def test_mistakes_in_a_folder(folder: Path, tmp_path: Path) -> None:
         path.write_text(json.dumps(json.loads(path.read_text()) | changes))
         return tmp_path / name
 
-    source, argument = sdkit.SourceError, sdkit.ArgumentError
+    source = sdkit.SourceError
     cases: list[tuple[Any, type[sdkit.SdkitError], str]] = [
         (load(tmp_path / "nothing"), source, "does not exist"),
-        (lambda: UnCLIP.from_pretrained("emoji"), source, "takes no embedding of an image"),
+        (lambda: UnCLIP.from_pretrained("emoji"), source, "give a folder or a Hub id"),
         (load(copied(folder, tmp_path / "a", "image_normalizer")), source, "has no image_normalizer/config.json"),
         (load(copied(folder, tmp_path / "b", "image_noising_scheduler")), source, "has no image_noising_scheduler"),
         (load(copied(folder, tmp_path / "c", "prior_scheduler")), source, "has no prior_scheduler"),
@@ -199,22 +205,25 @@ def test_mistakes_in_a_folder(folder: Path, tmp_path: Path) -> None:
         (load(folder, prior=tmp_path / "a" / "vae"), source, "has no prior/config.json"),
         (load(edited("e", "prior/config.json", _class_name="UNet2DModel")), source, "not a PriorTransformer"),
         (load(edited("f", "prior/config.json", num_layers=100000)), source, "has num_layers 100000"),
-        (load(edited("g", "prior/config.json", embedding_dim=24)), source, "cannot be loaded"),
-        (load(edited("h", "prior/config.json", num_embeddings=16)), source, "cannot be loaded"),
-        (load(edited("i", "image_normalizer/config.json", embedding_dim=8)), source, "cannot be loaded"),
+        (load(edited("g", "prior/config.json", embedding_dim=24)), source, "do not fit the config.json beside them"),
+        (load(edited("h", "prior/config.json", num_embeddings=16)), source, "do not fit the config.json beside them"),
+        (load(edited("i", "image_normalizer/config.json", embedding_dim=8)), source, "do not fit the config.json"),
     ]  # fmt: skip
     (copied(folder, tmp_path / "j") / "prior" / "diffusion_pytorch_model.safetensors").write_bytes(b"damaged")
-    cases.append((load(tmp_path / "j"), source, "cannot be loaded"))
+    cases.append((load(tmp_path / "j"), source, "damaged"))
     for run, error, fragment in cases:
         one_sentence(run, error, fragment)
-    assert argument is not source
 
 
 def test_mistakes_in_a_call(folder: Path, ours: UnCLIP) -> None:
     argument = sdkit.ArgumentError
+    plain = sdkit.StableDiffusion.from_pretrained("emoji", dtype="fp32", device="cpu")
     bare = UnCLIP(ours.sd, ours.noise)
     image, embedding = Image.new("RGB", (40, 40)), torch.zeros(1, D)
     cases: list[tuple[Any, str]] = [
+        (lambda: UnCLIP(plain, ours.noise), "this U-Net takes no embedding of an image; give a decoder of unCLIP"),
+        (lambda: UnCLIP(ours.sd, replace(ours.noise, mean=torch.zeros(3))), "the parts belong to different models"),
+        (lambda: ours.sd("a cat"), "this U-Net takes the embedding of an image as `label`"),
         (lambda: bare("a cat"), "this model has no prior, so it draws no texts"),
         (lambda: bare.variations(image), "this model has no image encoder"),
         (lambda: ours.variations([image, image]), "variations are of one image, not of 2"),

@@ -41,7 +41,6 @@ from sdkit.training.stages.clip import preprocessing, tokenizer_fingerprint
 from sdkit.training.stages.denoising import DenoisingObjective
 from sdkit.training.stages.encoding import MOST_EMBEDDINGS
 from sdkit.training.stages.images import TrainingImages, first_usable, identity_of, report_skipped
-from sdkit.training.stages.unet import enable_gradient_checkpointing
 
 SCHEDULER = {
     "_class_name": "DDPMScheduler",
@@ -58,7 +57,7 @@ NOISING = {"_class_name": "DDPMScheduler", "num_train_timesteps": 1000, "beta_sc
 """Noise schedule of the decoder's noise augmentation."""
 EMBEDDINGS = "embeddings.safetensors"
 """File in the run folder with the embeddings of all images."""
-LARGEST = 2**40  # bytes of that file
+HEADER = 2**20  # most bytes of that file beside the numbers
 SAMPLING_STEPS = 10
 
 
@@ -131,8 +130,6 @@ class ImagePriorStage:
         network.requires_grad_(True)
         for statistic in (network.clip_mean, network.clip_std):
             statistic.requires_grad_(False)
-        if config.gradient_checkpointing:
-            enable_gradient_checkpointing(network)
         self.prior = ImagePrior(network)
 
     def prepare(self) -> None:
@@ -306,7 +303,7 @@ def _collated(rows: list[dict[str, Any]]) -> dict[str, Any]:
 def _read(path: Path, identity: Mapping[str, str], shape: tuple[int, int]) -> dict[str, Tensor] | None:
     """Return the embeddings in the run folder; None if there are none of these images and networks."""
     try:
-        tensors, metadata = read(path, LARGEST)
+        tensors, metadata = read(path, HEADER + shape[0] * (4 * shape[1] + 8))
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
