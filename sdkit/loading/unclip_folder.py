@@ -121,10 +121,9 @@ class UnCLIPFolder:
                 shutil.copytree(path, out / folder)
                 index[folder] = CLASSES[folder]
         index["_class_name"] = "StableUnCLIPPipeline" if "prior" in index else "StableUnCLIPImg2ImgPipeline"
-        unknown = ("image_encoder", "feature_extractor") if "prior" in index else ()  # of StableUnCLIPPipeline
-        kept = {
-            name: value for name, value in index.items() if name not in ("safety_checker", "requires_safety_checker")
-        }
+        unknown = ["image_encoder", "feature_extractor"] if "prior" in index else []  # `UnCLIP` finds them all the same
+        for name in ("safety_checker", "requires_safety_checker", *unknown):
+            index.pop(name, None)
         (out / INDEX).write_text(json.dumps(kept, indent=2) + "\n")
 
     def tokenizer(self) -> CLIPTokenizer:
