@@ -124,7 +124,7 @@ class UnCLIPFolder:
         unknown = ["image_encoder", "feature_extractor"] if "prior" in index else []  # `UnCLIP` finds them all the same
         for name in ("safety_checker", "requires_safety_checker", *unknown):
             index.pop(name, None)
-        (out / INDEX).write_text(json.dumps(kept, indent=2) + "\n")
+        (out / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
     def tokenizer(self) -> CLIPTokenizer:
         """Load the tokenizer of the prior."""
