@@ -40,8 +40,10 @@ from sdkit.training.settings import (
     RECONSTRUCTIONS,
     REGULARIZERS,
     TEMPLATES,
+    ClipConfig,
     ControlNetConfig,
     EmbeddingConfig,
+    ImagePriorConfig,
     PriorConfig,
     StageSettings,
     UNetConfig,
@@ -79,11 +81,11 @@ GROUPS = {
     "condition condition_column conditioning_data conditioning_image_column condition_kind template",
     "DreamBooth: one object from a few images": "instance_data instance_prompt class_data class_prompt class_count "
     "prior_weight",
-    "model": "model vae init",
+    "model": "model vae prior init tokenizer",
     "what is trained": "lora_rank lora_alpha lora_dropout lora_rank_stabilized lora_targets train_text_encoder "
-    "train_encoder controlnet vectors keep_norm kind conditioned_on layers width heads",
-    "loss": "prediction_type zero_snr snr_gamma noise_offset caption_dropout condition_dropout reconstruction "
-    "lpips_weight lpips regularizer codebook_decay normalize_codes kl_weight disc_weight disc_start",
+    "train_encoder controlnet vectors keep_norm kind conditioned_on layers width heads image_encoder",
+    "loss": "prediction_type zero_snr snr_gamma noise_offset caption_dropout condition_dropout embedding_dropout "
+    "reconstruction lpips_weight lpips regularizer codebook_decay normalize_codes kl_weight disc_weight disc_start",
     "optimisation": "max_steps batch_size gradient_accumulation_steps learning_rate lr_scheduler lr_warmup_steps "
     "max_grad_norm ema_decay seed",
     "speed and memory": "mixed_precision gradient_checkpointing use_8bit_adam",
@@ -149,6 +151,19 @@ STAGES = {
             "sdkit train prior --data photos/ --vae runs/vq/result --conditioned-on text -o run",
             "sdkit train prior --data cache/ --vae runs/vq/result --kind pixelcnn -o run",
         ),
+    ),
+    "clip": StageCommand(
+        ClipConfig,
+        "Train a CLIP, which embeds images and captions in one space.",
+        (
+            "sdkit train clip --data photos/ --model openai/clip-vit-base-patch32 -o run",
+            "sdkit train clip --data photos/ --init config.json --out-dir runs/clip",
+        ),
+    ),
+    "image_prior": StageCommand(
+        ImagePriorConfig,
+        "Train the prior of DALL-E 2: from a text to CLIP's embedding of an image.",
+        ("sdkit train image_prior --data photos/ --model runs/clip/result --init c.json -o run",),
     ),
 }
 

@@ -121,7 +121,12 @@ class Source:
         return cast("AutoencoderKL | AutoencoderTiny | VQModel", self._backend.network(VAE, dtype))
 
     def denoiser(
-        self, dtype: torch.dtype = torch.float32, *, inpainting: bool = False, conditioned: bool = False
+        self,
+        dtype: torch.dtype = torch.float32,
+        *,
+        inpainting: bool = False,
+        conditioned: bool = False,
+        embedded: bool = False,
     ) -> UNet2DConditionModel:
         """Load the U-Net's network, in eval mode, on the CPU, converted to `dtype`.
 
@@ -129,11 +134,14 @@ class Source:
             dtype: The dtype of its weights.
             inpainting: Whether it may be an inpainting model, which also takes a mask and the latents of an image.
             conditioned: Whether it may be one that takes a condition beside x_t; see `condition_of`.
+            embedded: Whether it may be one that takes the embedding of an image, as unCLIP's decoder does.
         """
         unet = cast("UNet2DConditionModel", self._backend.network(UNET, dtype))
         label, settings = self.place.label, cast("Any", unet.config)
         upscales = settings.in_channels == UPSCALER and condition_of(settings) is None  # it has class embeddings
-        if not upscales and (settings.addition_embed_type or settings.class_embed_type or settings.num_class_embeds):
+        decodes = embedded and settings.class_embed_type == "projection"
+        other = settings.addition_embed_type or settings.class_embed_type or settings.num_class_embeds
+        if other and not upscales and not decodes:
             raise SourceError(f"{label} holds a U-Net of Stable Diffusion XL or of another kind; give SD 1.x or 2.x.")
         latents, condition = latent_channels(settings), condition_of(settings)
         accepted = [latents, *([2 * latents + 1] if inpainting else [])]

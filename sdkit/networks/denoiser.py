@@ -97,7 +97,10 @@ class UNet(Wrapper):
         """Denoise small latents of zeros."""
         side = 2 ** len(self.network.config.block_out_channels)
         x_t = torch.zeros(1, self.input_channels, side, side, device=self.device, dtype=self.dtype)
-        self.network(x_t, 1, x_t.new_zeros(1, 4, self.width), return_dict=False)
+        settings = self.network.config
+        projected = settings.class_embed_type == "projection"
+        label = x_t.new_zeros(1, settings.projection_class_embeddings_input_dim) if projected else None
+        self.network(x_t, 1, x_t.new_zeros(1, 4, self.width), class_labels=label, return_dict=False)
 
     @blames_network
     def forward(
@@ -164,6 +167,8 @@ class UNet(Wrapper):
             )
         if cond.label is not None and getattr(self.network, "class_embedding", None) is None:
             raise ArgumentError("this U-Net takes no class labels; leave `label` out of the condition.")
+        if cond.label is None and self.network.config.class_embed_type == "projection":
+            raise ArgumentError("this U-Net takes the embedding of an image as `label`; draw with sdkit.UnCLIP.")
 
     def _received(self, part: Tensor) -> Tensor:
         """Move a part of the condition to the network's device. Cast it if it is floating-point."""

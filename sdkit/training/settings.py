@@ -491,6 +491,9 @@ class UNetConfig(DreamBoothSettings):
             of the latents. None is the model's own, or latents.
         condition_dropout: Share of samples trained without their condition, which image guidance needs; half
             of them without their caption, too (InstructPix2Pix).
+        image_encoder: Folder with CLIP's image encoder, and the statistics of its embeddings, such as the result of
+            `train_image_prior`. The U-Net then reads the noised embedding of each image, as DALL-E 2's decoder does.
+        embedding_dropout: Share of samples trained without that embedding, which guidance needs.
     """
 
     lora_rank: int | None = None
@@ -503,8 +506,11 @@ class UNetConfig(DreamBoothSettings):
     conditioning_data: str | os.PathLike[str] | None = None
     condition_kind: str | None = None
     condition_dropout: float = 0.1
+    image_encoder: str | os.PathLike[str] | None = None
+    embedding_dropout: float = 0.1
 
-    may_change = DreamBoothSettings.may_change | {"conditioning_data"}  # a path; a fingerprint covers the contents
+    # Paths; fingerprints cover the contents.
+    may_change = DreamBoothSettings.may_change | {"conditioning_data", "image_encoder"}
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -513,6 +519,7 @@ class UNetConfig(DreamBoothSettings):
         flag("train_text_encoder", self.train_text_encoder)
         self._check_lora()
         self._check_condition()
+        self._check_image_encoder()
         if self.lora_rank is not None:
             self._keep("lora_rank", whole_number("lora_rank", self.lora_rank, 1))
             if self.init is not None:
@@ -531,6 +538,21 @@ class UNetConfig(DreamBoothSettings):
         given = [name for name in names if getattr(self, name) != getattr(type(self), name)]
         if given and self.lora_rank is None:
             raise ArgumentError(f"{given[0]} belongs to a LoRA, and there is none; give lora_rank, too.")
+
+    def _check_image_encoder(self) -> None:
+        """Raise ArgumentError for settings that a decoder of image embeddings cannot be trained with."""
+        from sdkit.arguments import number, path_or_name
+
+        self._keep("embedding_dropout", number("embedding_dropout", self.embedding_dropout, 0, 1))
+        if self.image_encoder is None:
+            if self.embedding_dropout != type(self).embedding_dropout:
+                raise ArgumentError("embedding_dropout belongs to image_encoder, and there is none; give it, too.")
+            return
+        path_or_name("image_encoder", self.image_encoder)
+        unfit = ("instance_data", "condition_column", "conditioning_data", "condition_kind", "lora_rank", "evaluate")
+        for name in (*unfit, "validation_prompts"):
+            if getattr(self, name) not in (None, ()):
+                raise ArgumentError(f"{name} has no meaning for a U-Net that reads image embeddings; leave it out.")
 
     def _check_condition(self) -> None:
         """Raise ArgumentError for settings of conditions that contradict each other."""
@@ -723,3 +745,101 @@ class PriorConfig(StageSettings):
     def opened_with(self) -> dict[str, Any]:
         """Return the keyword arguments with which `open_examples` opens `data`."""
         return super().opened_with() | {"caption_column": self.caption_column, "default_caption": self.default_caption}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipConfig(StageSettings):
+    """Settings of `train_clip`. Each image is contrasted with the captions of the others of its micro-batch.
+
+    Attributes:
+        model: CLIP to fine-tune: a folder or a Hub id in transformers' layout, or the result of an earlier run.
+        data: A folder of images with captions (in NAME.txt beside each, or a metadata.jsonl), .tar or
+            .parquet files, or a data set's id on the Hub. Images without a caption are left out.
+        init: A config.json of transformers' CLIPModel, or a folder with one: train a CLIP of this shape from scratch.
+        tokenizer: Tokenizer of a CLIP trained from scratch: a folder or a Hub id. None learns one from the captions,
+            with as many tokens as the config's vocab_size.
+        caption_column: Column of the captions in parquet files and data sets of the Hub, or key in
+            metadata; None detects it.
+        batch_size: Pairs per process and micro-batch. The contrast is over batch_size x processes pairs, which stay
+            the same when a run is resumed. More of them teach more; gradient accumulation does not add to them: it
+            averages the losses of separate contrasts.
+        validation_data: Held-out pairs (the first 1000 are used); None holds out a twentieth of the data, at
+            most 16.
+    """
+
+    model: str | os.PathLike[str] = "openai/clip-vit-base-patch32"
+    tokenizer: str | os.PathLike[str] | None = None
+    caption_column: str | None = None
+    batch_size: int = 64
+    validation_data: str | os.PathLike[str] | None = None
+
+    # Paths; fingerprints cover the contents.
+    may_change = StageSettings.may_change | {"tokenizer", "validation_data"}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        from sdkit.arguments import path_or_name
+
+        if self.size is not None:
+            raise ArgumentError("size has no meaning for a CLIP, whose config names the size of its images.")
+        if self.evaluate:
+            raise ArgumentError("evaluate measures pictures, and a CLIP makes none; leave it out.")
+        if self.tokenizer is not None:
+            path_or_name("tokenizer", self.tokenizer)
+            if self.init is None:
+                raise ArgumentError("tokenizer belongs to a CLIP trained from scratch; give init, or leave it out.")
+        if self.validation_data is not None:
+            path_or_name("validation_data", self.validation_data)
+            self._keep_apart("validation_data", self.validation_data)
+
+    def opened_with(self) -> dict[str, Any]:
+        """Return the keyword arguments with which `open_examples` opens `data`."""
+        return super().opened_with() | {"caption_column": self.caption_column}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImagePriorConfig(StageSettings):
+    """Settings of `train_image_prior`. All images are embedded once, before the first step.
+
+    Attributes:
+        model: CLIP whose embeddings the prior learns: a folder or a Hub id in transformers' layout, or the result of
+            `train_clip`.
+        data: A folder of images with captions (in NAME.txt beside each, or a metadata.jsonl), .tar or
+            .parquet files, or a data set's id on the Hub. Images without a caption are left out.
+        prior: Prior to train further: a folder or a Hub id in the layout of StableUnCLIPPipeline, or the result of
+            an earlier run.
+        init: A config.json of diffusers' PriorTransformer, or a folder with one: train from scratch.
+        caption_column: Column of the captions in parquet files and data sets of the Hub, or key in
+            metadata; None detects it.
+        caption_dropout: Share of samples trained with an empty caption, which classifier-free guidance
+            needs.
+    """
+
+    model: str | os.PathLike[str] = "openai/clip-vit-large-patch14"
+    prior: str | os.PathLike[str] | None = None
+    caption_column: str | None = None
+    caption_dropout: float = 0.1
+
+    may_change = StageSettings.may_change | {"prior"}  # a path; a fingerprint covers the contents
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        from sdkit.arguments import number, path_or_name
+
+        if self.size is not None:
+            raise ArgumentError("size has no meaning for a prior; the config of its CLIP names the size of its images.")
+        if self.augment:
+            raise ArgumentError("augment has no meaning for a prior, whose images are embedded once; leave it out.")
+        if self.evaluate:
+            raise ArgumentError("evaluate measures pictures, and a prior makes none; leave it out.")
+        if self.gradient_checkpointing:
+            raise ArgumentError("gradient_checkpointing is not offered by diffusers' PriorTransformer; leave it out.")
+        if self.prior is not None:
+            path_or_name("prior", self.prior)
+        if (self.prior is None) == (self.init is None):
+            raise ArgumentError("a prior is either trained further or made: give one of prior and init.")
+        self._keep("caption_dropout", number("caption_dropout", self.caption_dropout, 0, 1))
+
+    def opened_with(self) -> dict[str, Any]:
+        """Return the keyword arguments with which `open_examples` opens `data`."""
+        return super().opened_with() | {"caption_column": self.caption_column}

@@ -43,6 +43,7 @@ from sdkit.training.stages.examples import (
     validation_metrics,
 )
 from sdkit.training.stages.frozen import keep_schedule
+from sdkit.training.stages.image_labels import ImageLabels
 from sdkit.training.stages.images import identity_of, training_transform
 from sdkit.training.stages.lora import add_lora_layers, export_lora
 
@@ -137,6 +138,7 @@ class UNetStage:
                 "at zero terminal SNR the noise says nothing of the image: train with prediction_type v_prediction or "
                 "sample, or without zero_snr."
             )
+        self.labels = None if config.image_encoder is None else ImageLabels(config, config.image_encoder)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             self._make_networks(model)
@@ -158,6 +160,8 @@ class UNetStage:
         )  # fmt: skip
         networks = identity_of(self.vae.network, self.text.network, self.unet.network, schedule=self.scheduler)
         self.identity = {"data": self.latents.identity, "model": networks, "vae": self.vae.identity}
+        if self.labels is not None:
+            self.identity["image_encoder"] = self.labels.identity
         self.size = len(self.latents.train)
         self.evaluators: list[Callable[[int], Mapping[str, float]]] = []
         height, width = (side * self.vae.factor for side in self.latents.shape)
@@ -184,8 +188,14 @@ class UNetStage:
     def _make_networks(self, model: Source) -> None:
         """Load or make the U-Net, and mark the parameters to train. Raises ArgumentError if it cannot be trained."""
         config = self.config
-        network = model.denoiser(conditioned=True) if config.init is None else new_network(config.init, "unet")
+        embedded = self.labels is not None
+        if config.init is not None:
+            network = new_network(config.init, "unet")
+        else:
+            network = model.denoiser(conditioned=True, embedded=embedded)
         prepare_input(network, config)
+        if self.labels is not None:
+            self.labels.add_to(network)
         self.unet = UNet(network)
         StableDiffusion(self.vae, self.text, self.unet, self.schedule)  # raises if the parts do not fit each other
         if self.unet.inpaints:
@@ -242,7 +252,7 @@ class UNetStage:
         )
         if self.class_images is not None:
             rows += self.class_images.rows(samples, self.objective, self._shape)
-        batch = collated(rows)
+        batch = collated(rows) | ({} if self.labels is None else self.labels.drawn(samples))
         return batch if self.unet.condition is None else batch | {"told": told(samples, config)}
 
     @property
@@ -266,6 +276,8 @@ class UNetStage:
 
     def _denoised(self, network: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         """Return the network's output for noised latents, and its target, both (B, 4, h, w)."""
+        if self.labels is not None:
+            batch = {**batch, "label": self.labels.label(batch)}
         return self.encoder.denoised(self.objective, network, batch)
 
     def validate(self, step: int) -> dict[str, float]:
@@ -282,6 +294,8 @@ class UNetStage:
     def _validation_loss(self, i: int) -> float:
         """Return the loss of one held-out image over the validation grid."""
         batch = validation_batch(i, self.latents, self.objective, self._shape, self.unet.device)
+        if self.labels is not None:
+            batch |= self.labels.validation(i)
         return float(diffusion_loss(*self._denoised(self.denoiser, batch)))
 
     def _evaluate(self, step: int) -> Mapping[str, float]:
@@ -312,6 +326,8 @@ class UNetStage:
             folder, vae=self.vae, text_encoder=self.text.network, tokenizer=self.tokenizer, unet=self.unet.network,
             scheduler=self.scheduler, guidance_scale=self.guidance_scale,
         )  # fmt: skip
+        if self.labels is not None:
+            self.labels.export(folder)
 
 
 def enable_gradient_checkpointing(network: nn.Module) -> None:
