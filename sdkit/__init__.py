@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from sdkit.diffusion.samplers import Step
     from sdkit.diffusion.schedule import NoiseSchedule, Prediction
     from sdkit.networks.autoencoder import VAE
+    from sdkit.networks.classifier import Classifier
     from sdkit.networks.controlnet import ControlNet
     from sdkit.networks.denoiser import UNet
     from sdkit.networks.text_encoder import TextEncoder
@@ -39,6 +40,7 @@ __version__ = "0.1.0"
 __all__ = [
     "ArgumentError",
     "CacheError",
+    "Classifier",
     "ControlNet",
     "DataError",
     "ImageError",
@@ -68,6 +70,7 @@ __all__ = [
 _MODULES = ("data", "evaluation", "guidance", "images", "latents", "metrics", "samplers", "training")
 _HOMES = {
     **{name: f"sdkit.{name}" for name in _MODULES},
+    "Classifier": "sdkit.networks.classifier",
     "ControlNet": "sdkit.networks.controlnet",
     "Latent": "sdkit.data.latent_file",
     "NoiseSchedule": "sdkit.diffusion.schedule",

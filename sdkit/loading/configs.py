@@ -67,6 +67,7 @@ BLOCKS: Check = (f"a list of at most {LEVELS} words", lambda x: _list_of(_word, 
 WHOLE_OR_LIST: Check = ("a whole number or a list", lambda x: _one_or_list(_whole, x))
 COUNT_OR_LIST: Check = (f"a whole number from 0 to {LAYERS} or a list", lambda x: _one_or_list(_count, x))
 WORD: Check = ("a word", _word)
+WORDS: Check = ("a list of words", lambda x: isinstance(x, (list, tuple)) and all(map(_word, x)))
 NUMBER: Check = ("a number", _number)
 POSITIVE: Check = ("a number above 0", lambda x: _number(x, 1e-12))
 SIZE: Check = ("a whole number, two of them", lambda x: _whole(x) or (_list_of(_whole, x) and len(x) == 2))

@@ -27,6 +27,7 @@ from sdkit.loading.configs import (
     WHOLE_OR_LIST,
     WHOLES,
     WORD,
+    WORDS,
     Check,
     or_null,
     within,
@@ -39,7 +40,7 @@ class Part:
     """One part of a model.
 
     Attributes:
-        name: "vae", "unet", "controlnet", "text", or "scheduler".
+        name: "vae", "unet", "controlnet", "classifier", "text", or "scheduler".
         noun: What messages call it.
         folder: Its subfolder in a pipeline's folder.
         config: The file name of its config.
@@ -183,6 +184,23 @@ CONTROLNET = Part(
     prefixes=("control_model.",),
     rename=original_names.controlnet,
 )
+CLASSIFIER = Part(
+    name="classifier",
+    noun="a classifier",
+    folder="classifier",
+    classes={"EncoderUNet": "sdkit.loading.encoder_unet:EncoderUNet"},
+    trainable=("EncoderUNet",),
+    checks={
+        "sample_size": or_null(SIZE),
+        "block_out_channels": WHOLES,
+        **dict.fromkeys(("in_channels", "num_classes", "norm_num_groups", "attention_head_dim"), WHOLE),
+        "down_block_types": BLOCKS,
+        "layers_per_block": COUNT,
+        "class_names": or_null(WORDS),
+        "latents": or_null(WORD),
+    },
+    shown={"in_channels": 3, "num_classes": 1000},
+)
 TEXT = Part(
     name="text",
     noun="a CLIP text encoder",
@@ -220,5 +238,5 @@ SCHEDULER = Part(
     },
     shown={"prediction_type": "epsilon", "timestep_spacing": "leading", "rescale_betas_zero_snr": False},
 )
-PARTS = {part.name: part for part in (VAE, UNET, CONTROLNET, TEXT, SCHEDULER)}
+PARTS = {part.name: part for part in (VAE, UNET, CONTROLNET, CLASSIFIER, TEXT, SCHEDULER)}
 """Name -> part, in the order in which a `Description` lists them."""

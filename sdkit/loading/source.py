@@ -19,7 +19,7 @@ from sdkit.diffusion.schedule import NoiseSchedule
 from sdkit.errors import SourceError
 from sdkit.loading import diffusers_folder, single_file, tokenizer
 from sdkit.loading.configs import CONDITION, GUIDANCE, INDEX, MAP_CHANNELS, class_name, read_config, read_json
-from sdkit.loading.parts import CONTROLNET, PARTS, SCHEDULER, TEXT, UNET, VAE, Part
+from sdkit.loading.parts import CLASSIFIER, CONTROLNET, PARTS, SCHEDULER, TEXT, UNET, VAE, Part
 from sdkit.loading.place import Place, SourceName, absent, resolve
 from sdkit.loading.single_file import ASSETS
 from sdkit.loading.tensors import is_file, open_tensors
@@ -28,6 +28,8 @@ from sdkit.messages import clean
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, AutoencoderTiny, ControlNetModel, UNet2DConditionModel, VQModel
     from transformers import CLIPTextModel, CLIPTokenizer
+
+    from sdkit.loading.encoder_unet import EncoderUNet
 
 UPSCALER = 7
 USUAL_GUIDANCE = 7.5
@@ -38,7 +40,7 @@ class Component:
     """Description of one part of a source. A value is None if it cannot be known without downloading the weights.
 
     Attributes:
-        part: "vae", "unet", "controlnet", "text", or "scheduler".
+        part: "vae", "unet", "controlnet", "classifier", "text", or "scheduler".
         class_name: The class that its config names.
         parameters: Number of parameters.
         dtype: The dtype that most parameters are stored in, such as "float16".
@@ -163,6 +165,10 @@ class Source:
                 "or 2.x."
             )
         return controlnet
+
+    def classifier(self, dtype: torch.dtype = torch.float32) -> EncoderUNet:
+        """Load the network of a classifier of noisy images, in eval mode, on the CPU, converted to `dtype`."""
+        return cast("EncoderUNet", self._backend.network(CLASSIFIER, dtype))
 
     def text_encoder(self, dtype: torch.dtype = torch.float32) -> tuple[CLIPTextModel, CLIPTokenizer]:
         """Load the text encoder's network, in eval mode, on the CPU, converted to `dtype`; and its tokenizer.

@@ -1,5 +1,5 @@
-"""Fine-tuning: `train_unet`, `train_vae`, `train_controlnet`, and `train_embedding`, each of which takes its settings
-as one value."""
+"""Training: `train_unet`, `train_vae`, `train_controlnet`, `train_embedding`, and `train_classifier`, each of which
+takes its settings as one value."""
 
 from __future__ import annotations
 
@@ -8,19 +8,22 @@ from typing import TYPE_CHECKING
 from sdkit.lazy import attributes
 
 if TYPE_CHECKING:
-    from sdkit.training.settings import ControlNetConfig, EmbeddingConfig, UNetConfig, VAEConfig
+    from sdkit.training.settings import ClassifierConfig, ControlNetConfig, EmbeddingConfig, UNetConfig, VAEConfig
     from sdkit.training.signals import TrainingStopped
+    from sdkit.training.stages.classifier import train_classifier
     from sdkit.training.stages.controlnet import train_controlnet
     from sdkit.training.stages.embedding import train_embedding
     from sdkit.training.stages.unet import train_unet
     from sdkit.training.stages.vae import train_vae
 
 __all__ = [
+    "ClassifierConfig",
     "ControlNetConfig",
     "EmbeddingConfig",
     "TrainingStopped",
     "UNetConfig",
     "VAEConfig",
+    "train_classifier",
     "train_controlnet",
     "train_embedding",
     "train_unet",
@@ -28,11 +31,13 @@ __all__ = [
 ]
 
 _HOMES = {
+    "ClassifierConfig": "sdkit.training.settings",
     "ControlNetConfig": "sdkit.training.settings",
     "EmbeddingConfig": "sdkit.training.settings",
     "TrainingStopped": "sdkit.training.signals",
     "UNetConfig": "sdkit.training.settings",
     "VAEConfig": "sdkit.training.settings",
+    "train_classifier": "sdkit.training.stages.classifier",
     "train_controlnet": "sdkit.training.stages.controlnet",
     "train_embedding": "sdkit.training.stages.embedding",
     "train_unet": "sdkit.training.stages.unet",

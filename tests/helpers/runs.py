@@ -19,11 +19,13 @@ from safetensors.torch import save, save_file
 from sdkit.errors import SdkitError
 from sdkit.networks.lpips import LPIPS
 from sdkit.training import (
+    ClassifierConfig,
     ControlNetConfig,
     EmbeddingConfig,
     UNetConfig,
     VAEConfig,
     checkpoint,
+    train_classifier,
     train_controlnet,
     train_embedding,
     train_unet,
@@ -32,6 +34,7 @@ from sdkit.training import (
 from sdkit.training.ema import EMA
 from sdkit.training.loop import fit
 from sdkit.training.run_folder import read_metrics
+from sdkit.training.stages.classifier import ClassifierStage
 from sdkit.training.stages.controlnet import ControlNetStage
 from sdkit.training.stages.embedding import EmbeddingStage
 from sdkit.training.stages.unet import UNetStage
@@ -43,6 +46,7 @@ STAGES: dict[str, tuple[Any, Any, Callable[[Any], Path]]] = {
     "unet": (UNetConfig, UNetStage, train_unet),
     "controlnet": (ControlNetConfig, ControlNetStage, train_controlnet),
     "embedding": (EmbeddingConfig, EmbeddingStage, train_embedding),
+    "classifier": (ClassifierConfig, ClassifierStage, train_classifier),
 }
 CALLS = ("batch", "loss", "discriminator_loss", "validate", "export")
 
@@ -57,7 +61,7 @@ class Runs:
         """Run a training stage in another process and return its exit code.
 
         Args:
-            stage: "vae", "unet", "controlnet", or "embedding".
+            stage: "vae", "unet", "controlnet", "embedding", or "classifier".
             settings: Fields of the stage's settings.
             hook: Where to end the process, in the notation of `toy.hooks` with the names of `calling`.
 

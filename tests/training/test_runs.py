@@ -68,6 +68,11 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         size=tiny.SIZE, crop="random", flip=True, augmentations=2, dtype="fp32", device="cpu",
     )  # fmt: skip
     helper.lpips_weights(folder / "lpips.safetensors")
+    for path in (folder / "photos").glob("*.png"):  # classes: the colours that captions name, in folders
+        kind = folder / "kinds" / path.with_suffix(".txt").read_text().split()[1]
+        kind.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, kind)
+    (folder / "classifier.json").write_text(json.dumps(tiny.CLASSIFIER))
     (folder / "maps").mkdir()
     for path in (folder / "photos").glob("*.png"):  # conditions: colours that differ from image to image
         Image.new("RGB", (48, 40), (7 * int(path.stem), 90, 200)).save(folder / "maps" / path.name)
@@ -80,7 +85,8 @@ def run() -> helper.Runs:
 
 
 def settings(made: Path, kind: str, out: Path, **changes: Any) -> tuple[str, dict[str, Any]]:
-    """Return stage and settings of a kind of run: "vae", "controlnet", "dreambooth", "embedding", "unet", or "lora".
+    """Return stage and settings of a kind of run: "vae", "controlnet", "dreambooth", "embedding", "classifier", "unet",
+    or "lora".
     The last two can be followed by " from a cache".
     A U-Net that is trained from images also reads conditions.
     """
@@ -108,6 +114,7 @@ def settings(made: Path, kind: str, out: Path, **changes: Any) -> tuple[str, dic
             "token": "<zork>", "init_token": "apple", "vectors": 2, "keep_norm": True, "ema_decay": 0.9,
             "validation_prompts": ("a red <zork>",),
         },
+        "classifier": {"data": made / "kinds", "init": made / "classifier.json"},
     }[kind.split()[0]]  # fmt: skip
     if kind == "unet":
         own |= {"conditioning_data": made / "maps", "condition_kind": "map", "condition_dropout": 0.3}
@@ -158,6 +165,7 @@ for i, point in enumerate(point for point in POINTS if "discriminator" not in po
     KILLS += [(kind + CACHE * (i % 4 > 1), point) for kind in kinds]
 POINTS["os.rename:class_images 2"] = 0  # an image of DreamBooth's class is written, but not renamed yet
 KILLS += [("dreambooth", point) for point in ("os.rename:class_images 2", "loss 6", "half 8")]
+KILLS += [("classifier", point) for point in ("batch 3", "loss 6", "update 3", "validate 2", "half 8", "export 1")]
 
 
 @pytest.mark.parametrize(("kind", "point"), KILLS)
@@ -287,10 +295,11 @@ TOGETHER: dict[str, dict[str, Any]] = {
     "controlnet": {},
     "dreambooth": {},
     "embedding": {},
+    "classifier": {},
 }
-PLAYERS = {"vae": ["vae", "discriminator"], "controlnet": ["controlnet"], "embedding": ["embedding"]}
+PLAYERS = {"vae": ["vae", "discriminator"]} | {kind: [kind] for kind in ("controlnet", "embedding", "classifier")}
 """Kind of run -> its players; that of the others is the U-Net."""
-WITHOUT_PICTURES = ("lora from a cache", "dreambooth")
+WITHOUT_PICTURES = ("lora from a cache", "dreambooth", "classifier")
 
 
 def together(made: Path, kind: str, out: Path, **changes: Any) -> tuple[str, dict[str, Any]]:
