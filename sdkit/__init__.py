@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from sdkit.networks.controlnet import ControlNet
     from sdkit.networks.denoiser import UNet
     from sdkit.networks.text_encoder import TextEncoder
+    from sdkit.pipelines.cascade import Cascade
     from sdkit.pipelines.text_to_image import StableDiffusion
 
 __version__ = "0.1.0"
@@ -40,6 +41,7 @@ __version__ = "0.1.0"
 __all__ = [
     "ArgumentError",
     "CacheError",
+    "Cascade",
     "Classifier",
     "ControlNet",
     "DataError",
@@ -70,6 +72,7 @@ __all__ = [
 _MODULES = ("data", "evaluation", "guidance", "images", "latents", "metrics", "samplers", "training")
 _HOMES = {
     **{name: f"sdkit.{name}" for name in _MODULES},
+    "Cascade": "sdkit.pipelines.cascade",
     "Classifier": "sdkit.networks.classifier",
     "ControlNet": "sdkit.networks.controlnet",
     "Latent": "sdkit.data.latent_file",

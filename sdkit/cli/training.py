@@ -78,9 +78,9 @@ GROUPS = {
     "prior_weight",
     "model": "model vae init",
     "what is trained": "lora_rank lora_alpha lora_dropout lora_rank_stabilized lora_targets train_text_encoder "
-    "train_encoder controlnet classifier vectors keep_norm",
-    "loss": "prediction_type zero_snr snr_gamma noise_offset caption_dropout condition_dropout reconstruction "
-    "lpips_weight lpips regularizer codebook_decay normalize_codes kl_weight disc_weight disc_start",
+    "train_encoder controlnet classifier vectors keep_norm upscale_factor",
+    "loss": "prediction_type zero_snr snr_gamma noise_offset caption_dropout condition_dropout noise_augmentation "
+    "reconstruction lpips_weight lpips regularizer codebook_decay normalize_codes kl_weight disc_weight disc_start",
     "optimisation": "max_steps batch_size gradient_accumulation_steps learning_rate lr_scheduler lr_warmup_steps "
     "max_grad_norm ema_decay seed",
     "speed and memory": "mixed_precision gradient_checkpointing use_8bit_adam",

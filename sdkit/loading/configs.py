@@ -84,8 +84,13 @@ CONDITION = "_condition"
 CONDITIONS = ("latents", "map")
 """Conditions that a U-Net takes beside x_t: the latents of an image (not scaled, the mean of their posterior), or its
 colours at the size of the latents."""
+LOW_RES = "low_res"
+"""The condition of an upsampler: the image to enlarge, small and noisy. It is made of the image itself in training."""
+UPSCALE = "_upscale_factor"
+"""Key in an upsampler's config of how many times larger its images are than those that it reads; diffusers ignores
+it."""
 MAP_CHANNELS = 3
-"""Channels of a condition of the kind "map"."""
+"""Channels of a condition of the kind "map" or "low_res"."""
 
 INDEX: dict[str, Check] = {GUIDANCE: ("a number from 0 to 100", lambda x: _number(x, 0, 100))}
 """Checks of model_index.json. Those of the other configs are in `sdkit.loading.parts`."""

@@ -19,10 +19,12 @@ from sdkit.loading.configs import (
     COUNT,
     COUNT_OR_LIST,
     COUNTS,
+    LOW_RES,
     NESTED_COUNTS,
     NUMBER,
     POSITIVE,
     SIZE,
+    UPSCALE,
     WHOLE,
     WHOLE_OR_LIST,
     WHOLES,
@@ -149,7 +151,8 @@ UNET = Part(
             ),
             or_null(WHOLE),
         ),
-        CONDITION: or_null((" or ".join(CONDITIONS), lambda x: x in CONDITIONS)),
+        CONDITION: or_null((" or ".join((*CONDITIONS, LOW_RES)), lambda x: x in (*CONDITIONS, LOW_RES))),
+        UPSCALE: or_null(WHOLE),
     },
     shown={"in_channels": 4, "cross_attention_dim": 1280, "sample_size": None},
     prefixes=("model.diffusion_model.",),
@@ -238,5 +241,14 @@ SCHEDULER = Part(
     },
     shown={"prediction_type": "epsilon", "timestep_spacing": "leading", "rescale_betas_zero_snr": False},
 )
+LOW_RES_SCHEDULER = Part(
+    name="low_res_scheduler",
+    noun="a noise schedule of the low-resolution image",
+    folder="low_res_scheduler",
+    config=SCHEDULER.config,
+    weights=(),
+    checks=SCHEDULER.checks,
+)
+"""The schedule by which an upsampler's low-resolution image is noised. A `Description` does not list it."""
 PARTS = {part.name: part for part in (VAE, UNET, CONTROLNET, CLASSIFIER, TEXT, SCHEDULER)}
 """Name -> part, in the order in which a `Description` lists them."""

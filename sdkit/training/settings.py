@@ -489,6 +489,10 @@ class UNetConfig(DreamBoothSettings):
             of the latents. None is the model's own, or latents.
         condition_dropout: Share of samples trained without their condition, which image guidance needs; half
             of them without their caption, too (InstructPix2Pix).
+        upscale_factor: Train an upsampler: the U-Net reads the image itself, this many times smaller, with noise.
+            None is the model's own.
+        noise_augmentation: Largest noise level of an upsampler's small image; each sample has a level from 0 up
+            to it (Ho et al. 2022), which the U-Net is told.
     """
 
     lora_rank: int | None = None
@@ -501,6 +505,8 @@ class UNetConfig(DreamBoothSettings):
     conditioning_data: str | os.PathLike[str] | None = None
     condition_kind: str | None = None
     condition_dropout: float = 0.1
+    upscale_factor: int | None = None
+    noise_augmentation: int = 350
 
     may_change = DreamBoothSettings.may_change | {"conditioning_data"}  # a path; a fingerprint covers the contents
 
@@ -532,7 +538,7 @@ class UNetConfig(DreamBoothSettings):
 
     def _check_condition(self) -> None:
         """Raise ArgumentError for settings of conditions that contradict each other."""
-        from sdkit.arguments import number, one_of, path_or_name
+        from sdkit.arguments import number, one_of, path_or_name, whole_number
 
         for name in ("condition_column", "conditioning_data"):
             if (value := getattr(self, name)) is not None:
@@ -549,6 +555,13 @@ class UNetConfig(DreamBoothSettings):
         if self.condition_kind is not None:
             one_of("condition_kind", self.condition_kind, CONDITION_KINDS)
         self._keep("condition_dropout", number("condition_dropout", self.condition_dropout, 0, 1))
+        self._keep("noise_augmentation", whole_number("noise_augmentation", self.noise_augmentation, 0))
+        if self.upscale_factor is not None:
+            self._keep("upscale_factor", whole_number("upscale_factor", self.upscale_factor, 2, 64))
+            given = [name for name in ("condition_column", "conditioning_data", "condition_kind", "instance_data")
+                     if getattr(self, name) is not None]  # fmt: skip
+            if given:
+                raise ArgumentError(f"an upsampler's condition is made of the image itself; leave {given[0]} out.")
 
 
 @dataclass(frozen=True, kw_only=True)

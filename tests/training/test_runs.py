@@ -165,7 +165,10 @@ for i, point in enumerate(point for point in POINTS if "discriminator" not in po
     KILLS += [(kind + CACHE * (i % 4 > 1), point) for kind in kinds]
 POINTS["os.rename:class_images 2"] = 0  # an image of DreamBooth's class is written, but not renamed yet
 KILLS += [("dreambooth", point) for point in ("os.rename:class_images 2", "loss 6", "half 8")]
-KILLS += [("classifier", point) for point in ("batch 3", "loss 6", "update 3", "validate 2", "half 8", "export 1")]
+KILLS += [
+    ("classifier", point)
+    for point in ("batch 3", "loss 6", "update 3", "half 8", "os.rename:checkpoints/step- 2", "export 1")
+]
 
 
 @pytest.mark.parametrize(("kind", "point"), KILLS)
@@ -295,7 +298,8 @@ TOGETHER: dict[str, dict[str, Any]] = {
     "controlnet": {},
     "dreambooth": {},
     "embedding": {},
-    "classifier": {},
+    # The biases of attention's keys change nothing, and AdamW turns their rounding errors into full steps.
+    "classifier": {"learning_rate": 1e-4},
 }
 PLAYERS = {"vae": ["vae", "discriminator"]} | {kind: [kind] for kind in ("controlnet", "embedding", "classifier")}
 """Kind of run -> its players; that of the others is the U-Net."""

@@ -76,12 +76,12 @@ class BatchEncoder:
         """Return the denoiser's conditioning: the captions, their mask, and the channels beside x_t, if there are any.
 
         A batch has these as `concat` (B, C', h, w), or `concat_pixels` (B, 3, H, W) to encode; and `told` (B,), which
-        is 0 for samples that get zeros in their place.
+        is 0 for samples that get zeros in their place. An upsampler's also has `noise_level` (B,).
         """
         concat = self._posterior(batch["concat_pixels"])[0] if "concat_pixels" in batch else batch.get("concat")
         if concat is not None and "told" in batch:
             concat = concat * batch["told"][:, None, None, None]
-        return Conditioning(self.captions(batch), batch["mask"], concat)
+        return Conditioning(self.captions(batch), batch["mask"], concat, label=batch.get("noise_level"))
 
     def captions(self, batch: Mapping[str, Any]) -> Tensor:
         """Return embeddings (B, 77k, D), or token ids (B, k, 77) if the text encoder is in training."""
