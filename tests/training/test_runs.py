@@ -85,8 +85,8 @@ def run() -> helper.Runs:
 
 
 def settings(made: Path, kind: str, out: Path, **changes: Any) -> tuple[str, dict[str, Any]]:
-    """Return stage and settings of a kind of run: "vae", "controlnet", "dreambooth", "embedding", "classifier", "unet",
-    or "lora".
+    """Return stage and settings of a kind of run: "vae", "controlnet", "dreambooth", "embedding", "classifier",
+    "upsampler", "unet", or "lora".
     The last two can be followed by " from a cache".
     A U-Net that is trained from images also reads conditions.
     """
@@ -115,6 +115,7 @@ def settings(made: Path, kind: str, out: Path, **changes: Any) -> tuple[str, dic
             "validation_prompts": ("a red <zork>",),
         },
         "classifier": {"data": made / "kinds", "init": made / "classifier.json"},
+        "upsampler": {"upscale_factor": 8, "caption_dropout": 0.3, "validation_prompts": ("a red disc",)},
     }[kind.split()[0]]  # fmt: skip
     if kind == "unet":
         own |= {"conditioning_data": made / "maps", "condition_kind": "map", "condition_dropout": 0.3}
@@ -300,6 +301,7 @@ TOGETHER: dict[str, dict[str, Any]] = {
     "embedding": {},
     # The biases of attention's keys change nothing, and AdamW turns their rounding errors into full steps.
     "classifier": {"learning_rate": 1e-4},
+    "upsampler": {},
 }
 PLAYERS = {"vae": ["vae", "discriminator"]} | {kind: [kind] for kind in ("controlnet", "embedding", "classifier")}
 """Kind of run -> its players; that of the others is the U-Net."""
