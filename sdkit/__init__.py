@@ -29,9 +29,11 @@ if TYPE_CHECKING:
     from sdkit.diffusion.samplers import Step
     from sdkit.diffusion.schedule import NoiseSchedule, Prediction
     from sdkit.networks.autoencoder import VAE
+    from sdkit.networks.classifier import Classifier
     from sdkit.networks.controlnet import ControlNet
     from sdkit.networks.denoiser import UNet
     from sdkit.networks.text_encoder import TextEncoder
+    from sdkit.pipelines.cascade import Cascade
     from sdkit.pipelines.text_to_image import StableDiffusion
     from sdkit.pipelines.tokens import TokenPipeline
 
@@ -40,6 +42,8 @@ __version__ = "0.1.0"
 __all__ = [
     "ArgumentError",
     "CacheError",
+    "Cascade",
+    "Classifier",
     "ControlNet",
     "DataError",
     "ImageError",
@@ -70,6 +74,8 @@ __all__ = [
 _MODULES = ("data", "evaluation", "guidance", "images", "latents", "metrics", "samplers", "training")
 _HOMES = {
     **{name: f"sdkit.{name}" for name in _MODULES},
+    "Cascade": "sdkit.pipelines.cascade",
+    "Classifier": "sdkit.networks.classifier",
     "ControlNet": "sdkit.networks.controlnet",
     "Latent": "sdkit.data.latent_file",
     "NoiseSchedule": "sdkit.diffusion.schedule",

@@ -517,8 +517,21 @@ def _(kit: Kit, here: Path) -> Path:
 
 @MODELS
 def _(kit: Kit, here: Path) -> Path:
-    """An upscaler: a U-Net with seven input channels"""
+    """A U-Net with seven input channels, and no noise levels beside them"""
     return widened(kit, here / "model", 7)
+
+
+@MODELS
+def _(kit: Kit, here: Path) -> Path:
+    """An upscaler, as stable-diffusion-x4-upscaler: seven input channels, and noise levels as class labels (`condition=`)"""
+    model = widened(kit, here / "model", 7)
+    edited(model / "unet" / "config.json", num_class_embeds=1000)
+    (file,) = (model / "unet").glob("*.safetensors")
+    tensors = load_file(file)
+    width = len(tensors["time_embedding.linear_2.bias"])
+    written(file, tensors | {"class_embedding.weight": torch.zeros(1000, width)})
+    shutil.copytree(model / "scheduler", model / "low_res_scheduler")
+    return model
 
 
 @VAES

@@ -40,6 +40,7 @@ from sdkit.training.settings import (
     RECONSTRUCTIONS,
     REGULARIZERS,
     TEMPLATES,
+    ClassifierConfig,
     ClipConfig,
     ControlNetConfig,
     EmbeddingConfig,
@@ -78,13 +79,16 @@ CHOICES = {
 GROUPS = {
     "required, here or in the --config file": "data out_dir token init_token",
     "data": "split image_column caption_column default_caption class_folders size augment "
-    "condition condition_column conditioning_data conditioning_image_column condition_kind template",
+    "condition condition_column conditioning_data conditioning_image_column condition_kind template "
+    "label_column label_data",
     "DreamBooth: one object from a few images": "instance_data instance_prompt class_data class_prompt class_count "
     "prior_weight",
     "model": "model vae prior init tokenizer",
     "what is trained": "lora_rank lora_alpha lora_dropout lora_rank_stabilized lora_targets train_text_encoder "
-    "train_encoder controlnet vectors keep_norm kind conditioned_on layers width heads image_encoder",
+    "train_encoder controlnet classifier vectors keep_norm kind conditioned_on layers width heads image_encoder "
+    "upscale_factor",
     "loss": "prediction_type zero_snr snr_gamma noise_offset caption_dropout condition_dropout embedding_dropout "
+    "noise_augmentation "
     "reconstruction lpips_weight lpips regularizer codebook_decay normalize_codes kl_weight disc_weight disc_start",
     "optimisation": "max_steps batch_size gradient_accumulation_steps learning_rate lr_scheduler lr_warmup_steps "
     "max_grad_norm ema_decay seed",
@@ -164,6 +168,14 @@ STAGES = {
         ImagePriorConfig,
         "Train the prior of DALL-E 2: from a text to CLIP's embedding of an image.",
         ("sdkit train image_prior --data photos/ --model runs/clip/result --init c.json -o run",),
+    ),
+    "classifier": StageCommand(
+        ClassifierConfig,
+        "Train a classifier of noisy images, to guide a model by.",
+        (
+            "sdkit train classifier --data animals/ --out-dir runs/classifier",
+            "sdkit train classifier --data a.parquet --label-column kind --vae pixels -o run",
+        ),
     ),
 }
 

@@ -48,10 +48,10 @@ def folder_rows(
         DataError: Captions cannot be read or are ambiguous, or no caption has the key `caption_column`.
     """
     listed = {str(Path(folder)): names for folder, names in walk(root)}
-    place = _Places()
+    place = Places()
     images = {place(path): path for path in files}  # several paths may lead to one file, through ".." or links
     stated, keys = read_metadata(listed, caption_column)
-    captions = _matched(stated, images, place)
+    captions = matched(stated, images, place)
     texts, beside = Texts(caption_column), _Beside(listed)
     rows, sources = list[dict[str, Any]](), set[str]()
     classes = 0
@@ -101,13 +101,14 @@ def _texts_in(listed: Mapping[str, Sequence[str]]) -> list[str]:
     )
 
 
-class _Places:
+class Places:
     """Resolves links and ".." in the folder part of a path only: a link to a file counts as a file of its own."""
 
     def __init__(self) -> None:
         self.folders: dict[Path, Path] = {}
 
     def __call__(self, path: Path) -> Path:
+        """Return a path with its folder resolved."""
         if path.parent not in self.folders:
             self.folders[path.parent] = Path(os.path.realpath(path.parent))  # `Path.resolve` raises for a loop of links
         return self.folders[path.parent] / path.name
@@ -134,7 +135,7 @@ def normalized(name: str) -> str:
     return unicodedata.normalize("NFC", name.replace("\\", "/")).casefold()
 
 
-def _matched(stated: Iterable[Row], images: dict[Path, Path], place: _Places) -> dict[Path, str]:
+def matched(stated: Iterable[Row], images: dict[Path, Path], place: Places) -> dict[Path, str]:
     """Match the lines of metadata to images, and return resolved path of an image -> its caption.
 
     If the file that a line names does not exist, the line belongs to the one image that has an equal normalized path

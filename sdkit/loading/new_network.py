@@ -13,12 +13,13 @@ from sdkit.loading.single_file import check_size, empty
 from sdkit.loading.tensors import guarded, is_file
 
 
-def new_network(config: str | os.PathLike[str], name: str) -> Any:
+def new_network(config: str | os.PathLike[str], name: str, **changes: Any) -> Any:
     """Return a network with random weights, in training mode, on the CPU.
 
     Args:
         config: A config.json of diffusers; or a folder with one, in itself or in a subfolder named `name`.
-        name: The part: "vae" or "unet".
+        name: The part: "vae", "unet", or "classifier".
+        **changes: Fields of the config to replace.
 
     Raises:
         SourceError: There is no config, or it is damaged, of another class, or of too large a network.
@@ -30,7 +31,7 @@ def new_network(config: str | os.PathLike[str], name: str) -> Any:
         raise SourceError(
             f"there is no config at {str(path)!r}; give a config.json of diffusers, or a folder with one."
         )
-    fields = read_config(file, part.checks)
+    fields = read_config(file, part.checks) | changes
     found = class_name(fields)
     if found not in part.trainable:
         wanted = " or ".join(part.trainable)

@@ -19,14 +19,17 @@ from sdkit.loading.configs import (
     COUNT,
     COUNT_OR_LIST,
     COUNTS,
+    LOW_RES,
     NESTED_COUNTS,
     NUMBER,
     POSITIVE,
     SIZE,
+    UPSCALE,
     WHOLE,
     WHOLE_OR_LIST,
     WHOLES,
     WORD,
+    WORDS,
     Check,
     or_null,
     within,
@@ -39,7 +42,7 @@ class Part:
     """One part of a model.
 
     Attributes:
-        name: "vae", "unet", "controlnet", "text", or "scheduler".
+        name: "vae", "unet", "controlnet", "classifier", "text", or "scheduler".
         noun: What messages call it.
         folder: Its subfolder in a pipeline's folder.
         config: The file name of its config.
@@ -148,7 +151,8 @@ UNET = Part(
             ),
             or_null(WHOLE),
         ),
-        CONDITION: or_null((" or ".join(CONDITIONS), lambda x: x in CONDITIONS)),
+        CONDITION: or_null((" or ".join((*CONDITIONS, LOW_RES)), lambda x: x in (*CONDITIONS, LOW_RES))),
+        UPSCALE: or_null(WHOLE),
     },
     shown={"in_channels": 4, "cross_attention_dim": 1280, "sample_size": None},
     prefixes=("model.diffusion_model.",),
@@ -182,6 +186,23 @@ CONTROLNET = Part(
     shown={"in_channels": 4, "cross_attention_dim": 1280},
     prefixes=("control_model.",),
     rename=original_names.controlnet,
+)
+CLASSIFIER = Part(
+    name="classifier",
+    noun="a classifier",
+    folder="classifier",
+    classes={"EncoderUNet": "sdkit.loading.encoder_unet:EncoderUNet"},
+    trainable=("EncoderUNet",),
+    checks={
+        "sample_size": or_null(SIZE),
+        "block_out_channels": WHOLES,
+        **dict.fromkeys(("in_channels", "num_classes", "norm_num_groups", "attention_head_dim"), WHOLE),
+        "down_block_types": BLOCKS,
+        "layers_per_block": COUNT,
+        "class_names": or_null(WORDS),
+        "latents": or_null(WORD),
+    },
+    shown={"in_channels": 3, "num_classes": 1000},
 )
 TEXT = Part(
     name="text",
@@ -220,5 +241,14 @@ SCHEDULER = Part(
     },
     shown={"prediction_type": "epsilon", "timestep_spacing": "leading", "rescale_betas_zero_snr": False},
 )
-PARTS = {part.name: part for part in (VAE, UNET, CONTROLNET, TEXT, SCHEDULER)}
+LOW_RES_SCHEDULER = Part(
+    name="low_res_scheduler",
+    noun="a noise schedule of the low-resolution image",
+    folder="low_res_scheduler",
+    config=SCHEDULER.config,
+    weights=(),
+    checks=SCHEDULER.checks,
+)
+"""The schedule by which an upsampler's low-resolution image is noised. A `Description` does not list it."""
+PARTS = {part.name: part for part in (VAE, UNET, CONTROLNET, CLASSIFIER, TEXT, SCHEDULER)}
 """Name -> part, in the order in which a `Description` lists them."""

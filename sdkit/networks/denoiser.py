@@ -17,6 +17,7 @@ from sdkit.engines.attention import quicken_attention
 from sdkit.engines.compile import compile_modules, eager
 from sdkit.engines.device import memory_format, resolve_place
 from sdkit.errors import ArgumentError
+from sdkit.loading.configs import LOW_RES, UPSCALE
 from sdkit.loading.source import Source, condition_of, latent_channels
 from sdkit.networks.shared_timestep import embed_timestep_once, shared_timestep, timesteps_of
 from sdkit.networks.wrapper import Wrapper, blames_network
@@ -39,7 +40,10 @@ class UNet(Wrapper):
         width: D, the width of the text embeddings it attends to.
         sample_size: Side of the latents it was trained on.
         condition: Kind of the condition that it takes beside x_t: "latents" of an image (the posterior's mean, not
-            scaled), or "map", an image's colours in [-1, 1] at the size of the latents; None if it takes none.
+            scaled), "map", an image's colours in [-1, 1] at the size of the latents, or "low_res", an image to enlarge
+            (see `noised_low_res`), with `Conditioning.label` its noise level; None if it takes none.
+        upscale_factor: For "low_res": how many times larger its images are than those that it reads; None is the
+            factor of the VAE.
         inpaints: Whether it was trained to paint into images: its input is then x_t, a mask (one channel), and the
             latents of the image without the masked part.
         guided: Whether it takes the guidance scale as an input and needs no second pass, as latent consistency models
@@ -57,6 +61,7 @@ class UNet(Wrapper):
         self.width = _one(config.cross_attention_dim)
         self.sample_size = _one(config.sample_size or 64)
         self.condition = condition_of(config)
+        self.upscale_factor: int | None = config.get(UPSCALE)
         self.inpaints = self.condition is None and self.input_channels == 2 * self.channels + 1
         self.guided = config.time_cond_proj_dim is not None
         self.run: Callable[..., Any] | None = None
@@ -97,9 +102,10 @@ class UNet(Wrapper):
         """Denoise small latents of zeros."""
         side = 2 ** len(self.network.config.block_out_channels)
         x_t = torch.zeros(1, self.input_channels, side, side, device=self.device, dtype=self.dtype)
-        settings = self.network.config
-        projected = settings.class_embed_type == "projection"
-        label = x_t.new_zeros(1, settings.projection_class_embeddings_input_dim) if projected else None
+        projected = self.network.config.class_embed_type == "projection"
+        label = x_t.new_zeros(1, dtype=torch.long) if self.condition == LOW_RES else None
+        if projected:
+            label = x_t.new_zeros(1, self.network.config.projection_class_embeddings_input_dim)
         self.network(x_t, 1, x_t.new_zeros(1, 4, self.width), class_labels=label, return_dict=False)
 
     @blames_network
@@ -169,6 +175,8 @@ class UNet(Wrapper):
             raise ArgumentError("this U-Net takes no class labels; leave `label` out of the condition.")
         if cond.label is None and self.network.config.class_embed_type == "projection":
             raise ArgumentError("this U-Net takes the embedding of an image as `label`; draw with sdkit.UnCLIP.")
+        if cond.label is None and self.condition == LOW_RES:
+            raise ArgumentError("this U-Net takes the noise level of the image to enlarge; give it as `label`.")
 
     def _received(self, part: Tensor) -> Tensor:
         """Move a part of the condition to the network's device. Cast it if it is floating-point."""

@@ -1,5 +1,5 @@
-"""Training: `train_unet`, `train_vae`, `train_controlnet`, `train_embedding`, `train_prior`, `train_clip`, and
-`train_image_prior`, each of which takes its settings as one value."""
+"""Training: `train_unet`, `train_vae`, `train_controlnet`, `train_embedding`, `train_prior`, `train_clip`,
+`train_image_prior`, and `train_classifier`, each of which takes its settings as one value."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from sdkit.lazy import attributes
 
 if TYPE_CHECKING:
     from sdkit.training.settings import (
+        ClassifierConfig,
         ClipConfig,
         ControlNetConfig,
         EmbeddingConfig,
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
         VAEConfig,
     )
     from sdkit.training.signals import TrainingStopped
+    from sdkit.training.stages.classifier import train_classifier
     from sdkit.training.stages.clip import train_clip
     from sdkit.training.stages.controlnet import train_controlnet
     from sdkit.training.stages.embedding import train_embedding
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from sdkit.training.stages.vae import train_vae
 
 __all__ = [
+    "ClassifierConfig",
     "ClipConfig",
     "ControlNetConfig",
     "EmbeddingConfig",
@@ -35,6 +38,7 @@ __all__ = [
     "TrainingStopped",
     "UNetConfig",
     "VAEConfig",
+    "train_classifier",
     "train_clip",
     "train_controlnet",
     "train_embedding",
@@ -45,6 +49,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "ClassifierConfig": "sdkit.training.settings",
     "ClipConfig": "sdkit.training.settings",
     "ControlNetConfig": "sdkit.training.settings",
     "EmbeddingConfig": "sdkit.training.settings",
@@ -53,6 +58,7 @@ _HOMES = {
     "TrainingStopped": "sdkit.training.signals",
     "UNetConfig": "sdkit.training.settings",
     "VAEConfig": "sdkit.training.settings",
+    "train_classifier": "sdkit.training.stages.classifier",
     "train_clip": "sdkit.training.stages.clip",
     "train_controlnet": "sdkit.training.stages.controlnet",
     "train_embedding": "sdkit.training.stages.embedding",

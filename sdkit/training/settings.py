@@ -494,6 +494,10 @@ class UNetConfig(DreamBoothSettings):
         image_encoder: Folder with CLIP's image encoder, and the statistics of its embeddings, such as the result of
             `train_image_prior`. The U-Net then reads the noised embedding of each image, as DALL-E 2's decoder does.
         embedding_dropout: Share of samples trained without that embedding, which guidance needs.
+        upscale_factor: Train an upsampler: the U-Net reads the image itself, this many times smaller, with noise.
+            None is the model's own.
+        noise_augmentation: Largest noise level of an upsampler's small image; each sample has a level from 0 up
+            to it (Ho et al. 2022), which the U-Net is told.
     """
 
     lora_rank: int | None = None
@@ -508,6 +512,8 @@ class UNetConfig(DreamBoothSettings):
     condition_dropout: float = 0.1
     image_encoder: str | os.PathLike[str] | None = None
     embedding_dropout: float = 0.1
+    upscale_factor: int | None = None
+    noise_augmentation: int = 350
 
     # Paths; fingerprints cover the contents.
     may_change = DreamBoothSettings.may_change | {"conditioning_data", "image_encoder"}
@@ -556,7 +562,7 @@ class UNetConfig(DreamBoothSettings):
 
     def _check_condition(self) -> None:
         """Raise ArgumentError for settings of conditions that contradict each other."""
-        from sdkit.arguments import number, one_of, path_or_name
+        from sdkit.arguments import number, one_of, path_or_name, whole_number
 
         for name in ("condition_column", "conditioning_data"):
             if (value := getattr(self, name)) is not None:
@@ -573,6 +579,13 @@ class UNetConfig(DreamBoothSettings):
         if self.condition_kind is not None:
             one_of("condition_kind", self.condition_kind, CONDITION_KINDS)
         self._keep("condition_dropout", number("condition_dropout", self.condition_dropout, 0, 1))
+        self._keep("noise_augmentation", whole_number("noise_augmentation", self.noise_augmentation, 0))
+        if self.upscale_factor is not None:
+            self._keep("upscale_factor", whole_number("upscale_factor", self.upscale_factor, 2, 64))
+            given = [name for name in ("condition_column", "conditioning_data", "condition_kind", "instance_data")
+                     if getattr(self, name) is not None]  # fmt: skip
+            if given:
+                raise ArgumentError(f"an upsampler's condition is made of the image itself; leave {given[0]} out.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -776,6 +789,36 @@ class ClipConfig(StageSettings):
     # Paths; fingerprints cover the contents.
     may_change = StageSettings.may_change | {"tokenizer", "validation_data"}
 
+
+@dataclass(frozen=True, kw_only=True)
+class ClassifierConfig(StageSettings):
+    """Settings of `train_classifier`. `data` may also be a latent cache.
+
+    The default network is ADM's of three levels, of 10 million weights; `init` takes the config of an `EncoderUNet`
+    of another shape.
+
+    Attributes:
+        model: Model that the classifier is to guide, for its VAE, its noise schedule, and its size: a Hub id, a
+            diffusers folder, a single file, or "emoji", the embedded model.
+        vae: VAE to use in place of the model's own: a folder, a Hub id, or a single file; "pixels" classifies
+            pixels.
+        classifier: Classifier to train further: a folder or a Hub id. None trains one from scratch.
+        label_column: Column of the classes: a key of metadata.jsonl, a field of .json files in tar shards, or a
+            column of parquet files and data sets of the Hub. None takes the names of folders.
+        label_data: With a latent cache: the images that it was made of, to read the classes from. None takes
+            the names of their folders.
+        learning_rate: Learning rate of AdamW, which the schedule multiplies.
+    """
+
+    vae: str | os.PathLike[str] | None = None
+    classifier: str | os.PathLike[str] | None = None
+    label_column: str | None = None
+    label_data: str | os.PathLike[str] | None = None
+    learning_rate: float = 3e-4
+
+    # Paths; fingerprints cover the contents.
+    may_change = StageSettings.may_change | {"vae", "classifier", "label_data"}
+
     def __post_init__(self) -> None:
         super().__post_init__()
         from sdkit.arguments import path_or_name
@@ -843,3 +886,12 @@ class ImagePriorConfig(StageSettings):
     def opened_with(self) -> dict[str, Any]:
         """Return the keyword arguments with which `open_examples` opens `data`."""
         return super().opened_with() | {"caption_column": self.caption_column}
+        for name in ("vae", "classifier", "label_column", "label_data"):
+            if (value := getattr(self, name)) is not None:
+                path_or_name(name, value)
+        if self.classifier is not None and self.init is not None:
+            raise ArgumentError("classifier and init both name the network to train; leave one of them out.")
+        if self.evaluate:
+            raise ArgumentError("evaluate measures pictures, and a classifier makes none; leave it out.")
+        if self.label_data is not None:
+            self._keep_apart("label_data", self.label_data)

@@ -19,6 +19,7 @@ from safetensors.torch import save, save_file
 from sdkit.errors import SdkitError
 from sdkit.networks.lpips import LPIPS
 from sdkit.training import (
+    ClassifierConfig,
     ClipConfig,
     ControlNetConfig,
     EmbeddingConfig,
@@ -27,6 +28,7 @@ from sdkit.training import (
     UNetConfig,
     VAEConfig,
     checkpoint,
+    train_classifier,
     train_clip,
     train_controlnet,
     train_embedding,
@@ -38,6 +40,7 @@ from sdkit.training import (
 from sdkit.training.ema import EMA
 from sdkit.training.loop import fit
 from sdkit.training.run_folder import read_metrics
+from sdkit.training.stages.classifier import ClassifierStage
 from sdkit.training.stages.clip import CLIPStage
 from sdkit.training.stages.controlnet import ControlNetStage
 from sdkit.training.stages.embedding import EmbeddingStage
@@ -52,6 +55,7 @@ STAGES: dict[str, tuple[Any, Any, Callable[[Any], Path]]] = {
     "unet": (UNetConfig, UNetStage, train_unet),
     "controlnet": (ControlNetConfig, ControlNetStage, train_controlnet),
     "embedding": (EmbeddingConfig, EmbeddingStage, train_embedding),
+    "classifier": (ClassifierConfig, ClassifierStage, train_classifier),
     "clip": (ClipConfig, CLIPStage, train_clip),
     "image_prior": (ImagePriorConfig, ImagePriorStage, train_image_prior),
     "prior": (PriorConfig, PriorStage, train_prior),

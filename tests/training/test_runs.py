@@ -69,6 +69,11 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         size=tiny.SIZE, crop="random", flip=True, augmentations=2, dtype="fp32", device="cpu",
     )  # fmt: skip
     helper.lpips_weights(folder / "lpips.safetensors")
+    for path in (folder / "photos").glob("*.png"):  # classes: the colours that captions name, in folders
+        kind = folder / "kinds" / path.with_suffix(".txt").read_text().split()[1]
+        kind.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, kind)
+    (folder / "classifier.json").write_text(json.dumps(tiny.CLASSIFIER))
     (folder / "maps").mkdir()
     for path in (folder / "photos").glob("*.png"):  # conditions: colours that differ from image to image
         Image.new("RGB", (48, 40), (7 * int(path.stem), 90, 200)).save(folder / "maps" / path.name)
@@ -85,7 +90,8 @@ def run() -> helper.Runs:
 
 def settings(made: Path, kind: str, out: Path, **changes: Any) -> tuple[str, dict[str, Any]]:
     """Return stage and settings of a kind of run: "vae", "controlnet", "dreambooth", "embedding", "prior", "pixelcnn",
-    "clip", "image_prior", "unet", or "lora". The last two can be followed by " from a cache".
+    "clip", "image_prior", "classifier", "upsampler", "unet", or "lora". The last two can be followed by " from a
+    cache".
     A U-Net that is trained from images also reads conditions.
     """
     own: dict[str, Any] = {
@@ -122,6 +128,8 @@ def settings(made: Path, kind: str, out: Path, **changes: Any) -> tuple[str, dic
         },
         "clip": {"init": made / "clip.json", "size": None},
         "image_prior": {"init": made / "prior.json", "size": None, "augment": (), "caption_dropout": 0.3},
+        "classifier": {"data": made / "kinds", "init": made / "classifier.json"},
+        "upsampler": {"upscale_factor": 8, "caption_dropout": 0.3, "validation_prompts": ("a red disc",)},
     }[kind.split()[0]]  # fmt: skip
     if kind == "unet":
         own |= {"conditioning_data": made / "maps", "condition_kind": "map", "condition_dropout": 0.3}
@@ -179,6 +187,10 @@ for kind in ("prior", "clip", "image_prior"):
     KILLS += [(kind, point) for point in ("loss 6", "update 3", "half 8", "export 1")]
 POINTS["os.rename:embeddings 1"] = 0  # the embeddings of all images are written, but not renamed yet
 KILLS += [("image_prior", "os.rename:embeddings 1")]
+KILLS += [
+    ("classifier", point)
+    for point in ("batch 3", "loss 6", "update 3", "half 8", "os.rename:checkpoints/step- 2", "export 1")
+]
 
 
 @pytest.mark.parametrize(("kind", "point"), KILLS)
@@ -312,13 +324,16 @@ TOGETHER: dict[str, dict[str, Any]] = {
     "pixelcnn": {},
     "clip": {},
     "image_prior": {},
+    # The biases of attention's keys change nothing, and AdamW turns their rounding errors into full steps.
+    "classifier": {"learning_rate": 1e-4},
+    "upsampler": {},
 }
 PLAYERS = {
     "vae": ["vae", "discriminator"], "controlnet": ["controlnet"], "embedding": ["embedding"], "prior": ["prior"],
-    "pixelcnn": ["prior"], "clip": ["clip"], "image_prior": ["prior"],
+    "pixelcnn": ["prior"], "clip": ["clip"], "image_prior": ["prior"], "classifier": ["classifier"],
 }  # fmt: skip
 """Kind of run -> its players; that of the others is the U-Net."""
-WITHOUT_PICTURES = ("lora from a cache", "dreambooth", "prior", "pixelcnn", "clip", "image_prior")
+WITHOUT_PICTURES = ("lora from a cache", "dreambooth", "prior", "pixelcnn", "clip", "image_prior", "classifier")
 
 
 def together(made: Path, kind: str, out: Path, **changes: Any) -> tuple[str, dict[str, Any]]:

@@ -18,6 +18,7 @@ from sdkit.diffusion.schedule import NoiseSchedule, completed
 from sdkit.engines.attention import PlainWhereSmall
 from sdkit.errors import ArgumentError
 from sdkit.images import to_tensors
+from sdkit.loading.configs import LOW_RES
 from sdkit.loading.new_network import new_network
 from sdkit.loading.source import USUAL_GUIDANCE, Source
 from sdkit.networks.autoencoder import VAE
@@ -46,6 +47,7 @@ from sdkit.training.stages.frozen import keep_schedule
 from sdkit.training.stages.image_labels import ImageLabels
 from sdkit.training.stages.images import identity_of, training_transform
 from sdkit.training.stages.lora import add_lora_layers, export_lora
+from sdkit.training.stages.upsampling import Upsampling
 
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -163,6 +165,14 @@ class UNetStage:
         if self.labels is not None:
             self.identity["image_encoder"] = self.labels.identity
         self.size = len(self.latents.train)
+        self.upsampling: Upsampling | None = None
+        self.low_res: dict[str, Any] | None = None  # the config of the small images' noise; None is DDPM's
+        low_res = NoiseSchedule.linear()
+        if self.unet.condition == LOW_RES:
+            self.low_res = model.low_res_config()
+            low_res = low_res if self.low_res is None else NoiseSchedule.from_config(self.low_res)
+            factor = self.unet.upscale_factor or self.vae.factor
+            self.upsampling = Upsampling(config, self.vae, factor, low_res, self.latents.shape)
         self.evaluators: list[Callable[[int], Mapping[str, float]]] = []
         height, width = (side * self.vae.factor for side in self.latents.shape)
         self.drawing = Drawing(
@@ -170,6 +180,7 @@ class UNetStage:
             folder=config.samples, size=(height, width), guidance_scale=self.guidance_scale,
             half=HALF.get(config.mixed_precision), trains_text=config.train_text_encoder,
             conditions=[self._condition(i) for i in range(len(config.validation_prompts)) if self.unet.condition],
+            low_res_schedule=low_res,
         )  # fmt: skip
         self.class_images: ClassImages | None = None
         if config.class_prompt is not None:
@@ -253,6 +264,8 @@ class UNetStage:
         if self.class_images is not None:
             rows += self.class_images.rows(samples, self.objective, self._shape)
         batch = collated(rows) | ({} if self.labels is None else self.labels.drawn(samples))
+        if self.upsampling is not None:
+            return self.upsampling.added(batch, samples)
         return batch if self.unet.condition is None else batch | {"told": told(samples, config)}
 
     @property
@@ -296,6 +309,8 @@ class UNetStage:
         batch = validation_batch(i, self.latents, self.objective, self._shape, self.unet.device)
         if self.labels is not None:
             batch |= self.labels.validation(i)
+        if self.upsampling is not None:
+            batch = self.upsampling.validated(batch, i)
         return float(diffusion_loss(*self._denoised(self.denoiser, batch)))
 
     def _evaluate(self, step: int) -> Mapping[str, float]:
@@ -307,6 +322,8 @@ class UNetStage:
     def _condition(self, i: int) -> Tensor:
         """Return the condition of held-out image i, or of the first ones again, as the pipeline takes it."""
         row, kind = self.latents.validation(i % len(self.latents.held_out)), self.unet.condition
+        if self.upsampling is not None:
+            return self.upsampling.low(row)
         return condition_image(row, kind or "", self.vae, self.unet.device)
 
     def _picture(self, i: int) -> Picture:
@@ -324,7 +341,7 @@ class UNetStage:
             return
         save_pipeline(
             folder, vae=self.vae, text_encoder=self.text.network, tokenizer=self.tokenizer, unet=self.unet.network,
-            scheduler=self.scheduler, guidance_scale=self.guidance_scale,
+            scheduler=self.scheduler, guidance_scale=self.guidance_scale, low_res_scheduler=self.low_res,
         )  # fmt: skip
         if self.labels is not None:
             self.labels.export(folder)
