@@ -1,10 +1,10 @@
 """The variational bound on the likelihood of a diffusion model, term by term (Ho et al. 2020,
 https://arxiv.org/abs/2006.11239, eq. 5; Nichol & Dhariwal 2021, https://arxiv.org/abs/2102.09672, section 2.2).
 
--log p(x_0) <= L_0 + L_1 + ... + L_{T-1} + L_T. Here t counts from 0, as everywhere in this package: `step_term` at t = 0
-is L_0, the code length of the pixels given the least noisy sample; at t it is the KL divergence of the model's step from
-t to t - 1 from the true one; and `prior_term` is L_T. All terms are means over the dimensions of an image, in bits, so
-that their sum is in bits per dimension.
+-log p(x_0) <= L_0 + L_1 + ... + L_{T-1} + L_T. Here t counts from 0, as everywhere in this package. `step_term` at
+t = 0 is L_0, the code length of the pixels given the least noisy sample. At other t it is the KL divergence of the
+true step from t to t - 1 from the model's. `prior_term` is L_T. All terms are means over the dimensions of an image,
+in bits, so that their sum is in bits per dimension.
 """
 
 from __future__ import annotations

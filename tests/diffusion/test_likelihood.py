@@ -161,8 +161,8 @@ class TestGaussianData:
             assert found == pytest.approx(expected, rel=0.01)
 
     def test_the_bound_is_the_entropy_where_the_variance_is_right(self) -> None:
-        """With the exact mean and the exact variance of p(x_{t-1} | x_t), the bound is tight: its mean is the entropy of
-        the data. The fixed variances are above it."""
+        """With the exact mean and variance of p(x_{t-1} | x_t), the bound is tight: its mean is the data's entropy.
+        With the fixed variances it is above."""
         schedule = NoiseSchedule.linear(30, beta_end=0.5, variance_type="learned_range")
         n = 100_000
         x0 = self.m + self.s * randn(n, 1)
@@ -225,9 +225,7 @@ class TestTheLoss:
         schedule = NoiseSchedule.linear(1000, variance_type="learned_range")
         x0, t = torch.zeros(1, 1, 2, 2), torch.tensor([0])
         x_t = schedule.add_noise(x0, torch.ones_like(x0), t)
-        loss = variational_loss(
-            schedule, x0, x_t, t, torch.zeros(1, 2, 2, 2).bfloat16(), pixels=True, moves_mean=False
-        )
+        loss = variational_loss(schedule, x0, x_t, t, torch.zeros(1, 2, 2, 2).bfloat16(), pixels=True, moves_mean=False)
         assert loss.dtype == torch.float32
         assert bool(loss.isfinite())
 
