@@ -130,6 +130,14 @@ class Source:
         """Load the VAE's network, in eval mode, on the CPU, converted to `dtype`. "pixels" is a `PixelIdentity`."""
         return cast("AutoencoderKL | AutoencoderTiny | VQModel", self._backend.network(VAE, dtype))
 
+    @property
+    def takes_text(self) -> bool:
+        """Whether the U-Net attends to text. A `UNet2DModel` does not, and has no text encoder beside it."""
+        try:
+            return self._backend.unet_class() != "UNet2DModel"
+        except SourceError:
+            return True  # `denoiser` says what is wrong with it
+
     def denoiser(
         self,
         dtype: torch.dtype = torch.float32,
@@ -148,6 +156,8 @@ class Source:
         """
         unet = cast("UNet2DConditionModel", self._backend.network(UNET, dtype))
         label, settings = self.place.label, cast("Any", unet.config)
+        if not hasattr(settings, "cross_attention_dim"):
+            return unet
         upscales = condition_of(settings) == LOW_RES  # noise levels are its class embeddings
         decodes = embedded and settings.class_embed_type == "projection"
         other = settings.addition_embed_type or settings.class_embed_type or settings.num_class_embeds
@@ -287,6 +297,10 @@ class _Folder:
     def network(self, part: Part, dtype: torch.dtype) -> Any:
         return diffusers_folder.load_network(self.place, part, dtype, self.variant)
 
+    def unet_class(self) -> str:
+        folder = diffusers_folder.locate(self.place, UNET)
+        return diffusers_folder.class_of(read_json(folder / UNET.config), UNET)
+
     def tokenizer(self) -> CLIPTokenizer:
         return diffusers_folder.load_place_tokenizer(self.place)
 
@@ -335,6 +349,9 @@ class _File:
         if part is UNET and self.unstated and self.probed(network) == "v_prediction":
             network.register_to_config(sample_size=read_json(ASSETS / "sd2-v" / "unet" / "config.json")["sample_size"])
         return network
+
+    def unet_class(self) -> str:
+        return "UNet2DConditionModel"
 
     def tokenizer(self) -> CLIPTokenizer:
         return tokenizer.load_tokenizer(self.configs / "tokenizer")

@@ -19,6 +19,13 @@ LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "cosine
 
 AUGMENTATIONS = ("crop", "flip")
 CONDITION_KINDS = ("latents", "map")  # names in sdkit.loading.configs.CONDITIONS
+LOSSES = ("simple", "hybrid", "vlb")
+TIMESTEPS = ("uniform", "importance")
+NOISE_SCHEDULES = {
+    "linear": "linear",
+    "scaled_linear": "scaled_linear",
+    "cosine": "squaredcos_cap_v2",
+}  # ours: diffusers'
 CONDITIONS = ("canny", "grey", "outlines", "colour_blocks")  # names in sdkit.images.conditions.CONDITIONS
 PRIORS = ("transformer", "pixelcnn")  # names in sdkit.networks.prior_shape.KINDS
 PRIOR_CONDITIONS = ("text", "class", "map")  # names in sdkit.networks.prior_shape.CONDITIONS
@@ -149,7 +156,8 @@ class StageSettings(LoopSettings):
         split: Split of a data set on the Hub.
         image_column: Column of the images in parquet files and data sets of the Hub; None detects it.
         class_folders: Read names of folders as sd-scripts does: each image in "10_zork dog" counts ten
-            times, and has the caption "zork dog" if it has no other.
+            times, and has the caption "zork dog" if it has no other. Where no folder is named so, the caption
+            is the folder's name: its class.
         out_dir: Run folder. An existing run is resumed.
         learning_rate: Learning rate of AdamW, which the schedule multiplies.
         init: A config.json of diffusers, or a folder with one: train a network of this shape from scratch.
@@ -498,6 +506,20 @@ class UNetConfig(DreamBoothSettings):
             None is the model's own.
         noise_augmentation: Largest noise level of an upsampler's small image; each sample has a level from 0 up
             to it (Ho et al. 2022), which the U-Net is told.
+        classes: Names of the classes, in the order of their labels, for a U-Net that takes labels (a
+            UNet2DModel with num_class_embeds). Captions are then names of classes, and caption_dropout
+            drops labels. Left out, the captions of data are the classes.
+        noise_schedule: Noise schedule of a U-Net made from init: linear (DDPM), scaled_linear (Stable
+            Diffusion), or cosine (Nichol & Dhariwal 2021). None is the one beside init, or DDPM's for a
+            UNet2DModel, or the model's.
+        loss: simple (the mean squared error), hybrid, or vlb. The last two train a U-Net with twice the output
+            channels, which learns its variance (Nichol & Dhariwal 2021): hybrid adds vlb_weight times the
+            variational bound, of which the mean has no gradient; vlb is the bound alone.
+        vlb_weight: Weight of the variational bound in the hybrid loss.
+        timestep_sampling: uniform, or importance: in proportion to the root mean square of the last ten losses
+            at each timestep, for the losses hybrid and vlb.
+        bits_per_dimension: Evaluations of the U-Net for each held-out image with which validation estimates
+            the bits per dimension of a model of pixels; as many as timesteps give the exact bound, 0 none.
     """
 
     lora_rank: int | None = None
@@ -514,22 +536,63 @@ class UNetConfig(DreamBoothSettings):
     embedding_dropout: float = 0.1
     upscale_factor: int | None = None
     noise_augmentation: int = 350
+    classes: tuple[str, ...] = ()
+    noise_schedule: str | None = None
+    loss: str = "simple"
+    vlb_weight: float = 0.001
+    timestep_sampling: str = "uniform"
+    bits_per_dimension: int = 0
 
     # Paths; fingerprints cover the contents.
     may_change = DreamBoothSettings.may_change | {"conditioning_data", "image_encoder"}
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        from sdkit.arguments import flag, whole_number
+        from sdkit.arguments import flag, strings, whole_number
 
         flag("train_text_encoder", self.train_text_encoder)
         self._check_lora()
         self._check_condition()
         self._check_image_encoder()
+        self._check_loss()
+        if self.classes:
+            self._keep("classes", tuple(strings("classes", self.classes)))
+            if not all(name.strip() for name in self.classes):
+                raise ArgumentError("classes must be names, and one is empty; the empty caption is no class.")
         if self.lora_rank is not None:
             self._keep("lora_rank", whole_number("lora_rank", self.lora_rank, 1))
             if self.init is not None:
                 raise ArgumentError("a network made from init= has nothing for LoRA to add to; leave one of them out.")
+
+    def _check_loss(self) -> None:
+        """Check the settings of the loss with each other."""
+        from sdkit.arguments import number, one_of, whole_number
+
+        one_of("loss", self.loss, LOSSES)
+        one_of("timestep_sampling", self.timestep_sampling, TIMESTEPS)
+        self._keep("vlb_weight", number("vlb_weight", self.vlb_weight, 0))
+        self._keep("bits_per_dimension", whole_number("bits_per_dimension", self.bits_per_dimension, 0))
+        if self.noise_schedule is not None:
+            one_of("noise_schedule", self.noise_schedule, NOISE_SCHEDULES)
+            if self.init is None:
+                raise ArgumentError(
+                    "noise_schedule is that of a U-Net trained from scratch; give init, or leave it out, as a trained "
+                    "model has its own."
+                )
+        if self.loss != "hybrid" and self.vlb_weight != type(self).vlb_weight:
+            raise ArgumentError("vlb_weight belongs to the loss hybrid; leave it out, or give loss hybrid.")
+        if self.loss == "hybrid" and self.vlb_weight == 0:
+            raise ArgumentError("at vlb_weight 0 nothing trains the variance; give a larger one, or loss simple.")
+        if self.loss == "simple" and self.timestep_sampling != "uniform":
+            raise ArgumentError("timestep_sampling importance belongs to the losses hybrid and vlb; give one of them.")
+        if self.loss == "vlb" and self.snr_gamma is not None:
+            raise ArgumentError("snr_gamma weights the simple loss, and vlb has none; leave it out.")
+        if self.loss != "simple" and self.instance_data is not None:
+            raise ArgumentError("DreamBooth trains by the loss simple; leave loss out.")
+        if self.loss != "simple" and self.noise_offset:
+            raise ArgumentError(
+                "noise_offset draws other noise than the variational bound is of; leave one of them out."
+            )
 
     def _check_lora(self) -> None:
         """Check the settings of the LoRA, except its rank."""
