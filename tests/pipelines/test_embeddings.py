@@ -239,7 +239,9 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert load_file(tmp_path / "a.safetensors").keys() == {"<zork>"}
 
 
-@pytest.mark.parametrize("files", [{"embedding": ("a",)}, {"control_image": ("a",), "controlnet": ("c",)}])
+@pytest.mark.parametrize(
+    "files", [{"embedding": ("a",)}, {"lora": ("a",)}, {"control_image": ("a",), "controlnet": ("c",)}]
+)
 def test_a_png_with_more_hashes_than_files(files: dict[str, Any]) -> None:
     name = next(iter(files))
     settings: dict[str, Any] = {**files, f"{name}_sha256": ("0", "1")}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -18,6 +20,7 @@ import sdkit
 from sdkit.errors import ArgumentError, SourceError
 from sdkit.loading.lora_file import convert_lora, read_lora, save_lora
 from sdkit.networks.lora import add_lora, lora_tensors
+from sdkit.pipelines.generation import Generation
 from tests.helpers.networks import diffusers_pipeline, sd_shaped
 
 pytest.importorskip("peft")
@@ -311,3 +314,28 @@ def test_an_interrupted_change_changes_nothing(
     assert [*model.lora_scales] == ["first"]
     model.unload_lora()
     assert same(weights(model), before)
+
+
+def test_a_png_knows_a_lora_by_its_hash(files: dict[str, Path], tmp_path: Path) -> None:
+    """`--from` refuses a LoRA that has changed, until it is given anew."""
+    lora = tmp_path / "zork.safetensors"
+    lora.write_bytes(files["first"].read_bytes())
+    given = Generation(prompt="a cat", lora=(str(lora), str(files["second"])), lora_scale=(0.5, 1.0))
+    loras, settings = given.loras()
+    assert [(one.name, scale) for one, scale in loras] == [("zork", 0.5), ("second", 1.0)]
+    expected = tuple(hashlib.sha256(path.read_bytes()).hexdigest() for path in (lora, files["second"]))
+    assert settings.lora_sha256 == expected
+    sdkit.images.save(Image.new("RGB", (8, 8)), tmp_path / "one.png", settings.text())
+    read = Generation.read(tmp_path / "one.png")
+    assert read == settings
+    assert read.loras()[1] == settings
+    lora.write_bytes(files["second"].read_bytes())
+    sentence = r"zork\.safetensors' has changed since it was drawn with; restore it, or give it anew as lora to draw"
+    for again in (read, read.but(lora_scale=(1.0, 1.0)), read.but(prompt="a dog")):
+        with pytest.raises(SourceError, match=sentence):
+            again.loras()
+    assert read.but(lora=(str(lora),)).loras()[1].lora_sha256 == expected[1:]
+    assert read.but(model="other").lora_sha256 == ()
+    text = {key: value for key, value in settings.text().items() if key != "lora_sha256"}  # of an earlier version
+    sdkit.images.save(Image.new("RGB", (8, 8)), tmp_path / "old.png", text)
+    assert Generation.read(tmp_path / "old.png").loras()[1].lora_sha256 == (expected[1], expected[1])
