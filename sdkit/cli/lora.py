@@ -43,6 +43,7 @@ def info(args: argparse.Namespace) -> int:
         ("targets", ", ".join(f"{name} ({n})" for name, n in found.targets.items())),
         ("stored as", f"{found.dtype}, {found.parameters / 1e6:,.2f} M parameters"),
         ("trigger words", found.trigger),
+        ("merged from", found.merged_from),
         ("tags", ", ".join(f"{tag} ({n})" for tag, n in [*found.tags.items()][:SHOWN_TAGS])),
     ]
     say_table([(name, value) for name, value in rows if value])
@@ -56,8 +57,9 @@ def _numbers(numbers: Iterable[float]) -> str:
 def merge(args: argparse.Namespace) -> int:
     """Merge LoRAs into one file, or into a model.
 
-    One file holds the sum of its LoRAs exactly, at the sum of their ranks. With
-    --model, a whole model is written; LoHa, LoKr, and DoRA need that.
+    One file holds the sum of its LoRAs exactly, at the sum of their ranks, and
+    the trigger words of all. With --model, a whole model is written; LoHa, LoKr,
+    and DoRA need that.
     """
     from sdkit.arguments import number
     from sdkit.loading.lora_file import read_lora

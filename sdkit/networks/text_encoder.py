@@ -20,7 +20,7 @@ from sdkit.errors import ArgumentError, SourceError
 from sdkit.loading.source import Source
 from sdkit.loading.tensors import loading
 from sdkit.messages import clean
-from sdkit.networks.learned_tokens import SYNTAX, GrownEmbedding, LearnedTokens
+from sdkit.networks.learned_tokens import SYNTAX, GrownEmbedding, LearnedTokens, same_token
 from sdkit.networks.wrapper import Wrapper, blames_network
 
 if TYPE_CHECKING:
@@ -114,7 +114,8 @@ class TextEncoder(Wrapper):
     def add_token(self, token: str, vectors: Tensor, *, label: str = "this embedding") -> None:
         """Add a token that is not in the vocabulary, and its vectors: a textual inversion embedding.
 
-        Prompts without the token are embedded bit-identically as before. Its case is ignored, as that of other words.
+        Prompts without the token are embedded bit-identically as before. Its case is ignored, as that of other words,
+        and so is how Unicode spells its accents.
 
         Args:
             token: The token, as prompts spell it.
@@ -142,7 +143,7 @@ class TextEncoder(Wrapper):
 
     def remove_token(self, token: str) -> None:
         """Remove a token that `add_token` added. Raises ArgumentError if there is none of that name."""
-        found = next((other for other in self.learned if other.lower() == str(token).lower()), None)
+        found = next((other for other in self.learned if same_token(other) == same_token(str(token))), None)
         if found is None:
             held = ", ".join(map(clean, self.learned)) or "none"
             raise ArgumentError(f"no embedding with the token {clean(repr(token))} is loaded; loaded are: {held}.")
@@ -158,7 +159,7 @@ class TextEncoder(Wrapper):
                 f"the token {name} has a space or one of ()[]:|\\ in it, which prompts read in another way; give one "
                 "without, such as '<zork>'."
             )
-        if token.lower() in {other.lower() for other in self.learned}:
+        if same_token(token) in map(same_token, self.learned):
             raise ArgumentError(
                 f"an embedding with the token {name} is loaded already; unload it first, or give another token."
             )

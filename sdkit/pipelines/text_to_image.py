@@ -123,6 +123,13 @@ class StableDiffusion:
         self.offload_to = offload_to
         self._loras = MergedLoRAs()
 
+    def __copy__(self) -> StableDiffusion:
+        """Refuse: LoRAs and embeddings of a shallow copy would change the original, too."""
+        raise ArgumentError(
+            "a shallow copy of a pipeline would share its weights, and with them LoRAs and embeddings; take "
+            "copy.deepcopy, whose copy has weights of its own."
+        )
+
     @classmethod
     def from_pretrained(
         cls,

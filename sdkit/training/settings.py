@@ -532,22 +532,15 @@ class UNetConfig(DreamBoothSettings):
 
     def _check_condition(self) -> None:
         """Raise ArgumentError for settings of conditions that contradict each other."""
-        from sdkit.arguments import number, one_of, path_or_name
+        from sdkit.arguments import number
+        from sdkit.data.pairs import check_conditions
 
-        for name in ("condition_column", "conditioning_data"):
-            if (value := getattr(self, name)) is not None:
-                path_or_name(name, value)
+        check_conditions(self.condition_column, self.conditioning_data, self.condition_kind)
         for name in ("condition_column", "conditioning_data", "condition_kind"):
             if getattr(self, name) is not None and self.instance_data is not None:
                 raise ArgumentError(f"{name} has no meaning for DreamBooth, which learns from images alone.")
         if self.conditioning_data is not None:
             self._keep_apart("conditioning_data", self.conditioning_data)
-            if self.condition_column is not None:
-                raise ArgumentError(
-                    "condition_column and conditioning_data both name the conditions; leave one of them out."
-                )
-        if self.condition_kind is not None:
-            one_of("condition_kind", self.condition_kind, CONDITION_KINDS)
         self._keep("condition_dropout", number("condition_dropout", self.condition_dropout, 0, 1))
 
 
@@ -563,7 +556,8 @@ class ControlNetConfig(DenoisingSettings):
         conditioning_data: Data set of the conditions, images of the same names as those in data; with condition,
             of the images that they are made of, which a latent cache does not hold. None reads the conditions
             from a column of data.
-        conditioning_image_column: Column of the conditions in parquet files and data sets of the Hub.
+        conditioning_image_column: Column of the conditions in parquet files and data sets of the Hub; beside a
+            latent cache, a column of conditioning_data.
         caption_dropout: Share of samples trained with an empty caption, so that the ControlNet learns to read
             the condition alone (Zhang et al. 2023, section 3.4).
         validation_prompts: Prompts of images generated at each validation, always from the same seeds, with

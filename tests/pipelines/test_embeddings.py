@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import unicodedata
 import warnings
 from pathlib import Path
 from typing import Any
@@ -121,6 +122,27 @@ class TestTokens:
         first = model.text.tokenize("a <zork> b")[0]
         assert torch.equal(first, model.text.tokenize("a <ZORK> b")[0])
         assert first.flatten().tolist()[2:4] == [49408, 49409]
+
+    @pytest.mark.parametrize("form", ["NFC", "NFD"])
+    def test_are_found_however_unicode_spells_them(
+        self, model: sdkit.StableDiffusion, tmp_path: Path, form: Any
+    ) -> None:
+        token = unicodedata.normalize(form, "<zörk-é>")
+        save_file({token: vectors(2)}, tmp_path / "a.safetensors")
+        spelled = [unicodedata.normalize(other, "a <ZÖRK-é> and a cliché") for other in ("NFC", "NFD")]
+        assert len({*spelled}) == 2
+        plain = model.text.tokenize("a cliché")[0]
+        assert model.load_embedding(tmp_path / "a.safetensors") == token
+        ids = [model.text.tokenize(text)[0] for text in spelled]
+        assert torch.equal(*ids)
+        assert ids[0][0, 0, 2:4].tolist() == [49408, 49409]
+        assert torch.equal(model.text.tokenize(unicodedata.normalize("NFD", "a cliché"))[0], plain)
+        for other in ("NFC", "NFD"):
+            again = unicodedata.normalize(other, "<ZÖRK-É>")
+            with pytest.raises(ArgumentError, match="is loaded already; unload it first, or give another"):
+                model.load_embedding(tmp_path / "a.safetensors", again)
+        model.unload_embedding(unicodedata.normalize("NFD" if form == "NFC" else "NFC", token))
+        assert not model.text.learned
 
     def test_the_longest_name_counts(self, model: sdkit.StableDiffusion) -> None:
         for n, token in ((1, "qwxz"), (2, "qwxz2"), (1, "qwx")):

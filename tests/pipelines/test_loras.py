@@ -166,6 +166,38 @@ class TestSeveral:
         assert same(weights(other), before)
         assert [*model.lora_scales] == ["first"]
         assert not same(weights(model), before)
+        other.load_lora(files["second"])
+        model.unload_lora()
+        assert same(weights(model), before)
+        assert [*other.lora_scales] == ["second"]
+
+    def test_a_shallow_copy_is_refused(self, model: sdkit.StableDiffusion) -> None:
+        """It would share the weights, which LoRAs change."""
+        with pytest.raises(
+            ArgumentError, match=r"^a shallow copy of a pipeline would share its weights.*take copy.deep"
+        ):
+            copy.copy(model)
+
+    def test_two_pipelines_with_the_same_networks(self, model: sdkit.StableDiffusion, files: dict[str, Path]) -> None:
+        """One of them can have LoRAs at a time: those of the other would become part of its original weights."""
+        before = weights(model)
+        other = sdkit.StableDiffusion(model.vae, model.text, model.unet, model.schedule)
+        model.load_lora(files["first"])
+        loaded = weights(model)
+        with pytest.raises(
+            ArgumentError, match=r"^another pipeline with the same network has loaded LoRAs into it: unl"
+        ):
+            other.load_lora(files["second"])
+        assert same(weights(model), loaded)
+        assert other.lora_scales == {}
+        model.unload_lora()
+        other.load_lora(files["second"])
+        with pytest.raises(ArgumentError, match="another pipeline"):
+            model.load_lora(files["first"])
+        other.unload_lora()
+        assert same(weights(model), before)
+        model.load_lora(files["first"])
+        assert same(weights(model), loaded)
 
 
 class TestTrainedFiles:

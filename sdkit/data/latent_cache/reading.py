@@ -42,6 +42,8 @@ class Item(Prompt):
         logvar: Log-variance of the posterior (4, H/8, W/8), float32, not scaled.
         concat: Channels of the condition (C', H/8, W/8), float32; None if the cache has none. See
             `sdkit.networks.concatenation.channels_of`.
+        size: Height and width of the image in pixels, before it was cropped; None if an early version of sdkit made the
+            cache.
         name: Name of the example.
         index: Index of the example in its data set.
         augmentation: Number of the augmentation, from 0.
@@ -50,6 +52,7 @@ class Item(Prompt):
     mean: Tensor
     logvar: Tensor
     concat: Tensor | None
+    size: tuple[int, int] | None
     name: str
     index: int
     augmentation: int
@@ -104,6 +107,7 @@ class LatentCache:
                 "name": shard.name(row),
                 "index": index,
                 "augmentation": augmentation,
+                "size": _size(shard, row),
                 "concat": shard.get("concat", row, augmentation).float() if shard.has("concat") else None,
                 **_prompt(shard, row),
             }
@@ -184,6 +188,13 @@ class LatentCache:
             self._lengths |= {axis: shard.lengths[axis] for axis in "CELD" if axis in shard.lengths}
             self._opened[one.file] = shard
         return self._opened[one.file]
+
+
+def _size(shard: ShardFile, row: int) -> tuple[int, int] | None:
+    if not shard.has("sizes"):
+        return None
+    height, width = shard.get("sizes", row).tolist()
+    return height, width
 
 
 def _prompt(shard: ShardFile, row: int) -> Prompt:
