@@ -457,8 +457,10 @@ class TestLatentCache:
         expected = ControlNetStage(config(made, default_caption="a"))
         for item in range(0, 22, 5):
             assert torch.equal(one.examples.load(item, 0)["condition"], expected.examples.load(item, 0)["condition"])
-        other = ControlNetStage(config(made, data=cache, conditioning_data=made / "table"))
-        assert torch.equal(other.examples.load(3, 0)["condition"], expected.examples.load(3, 0)["condition"])
+        # Of a table of other images: here of all but one, so that the rows are others.
+        table.select(range(1, 23)).to_parquet(tmp_path / "table" / "a.parquet")
+        with pytest.raises(DataError, match=r"has no condition for 1 of 23 images, such as 001\.png"):
+            ControlNetStage(config(made, data=cache, **beside))
 
     def test_bad_input_is_one_sentence(self, made: Path, cached: Path, tmp_path: Path) -> None:
         (tmp_path / "000.webp").write_bytes((made / "maps" / "000.webp").read_bytes())
