@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -73,6 +74,8 @@ def merge(args: argparse.Namespace) -> int:
     if args.dtype is not None and args.model is None:
         raise ArgumentError("--dtype belongs to --model, and there is none; leave it out.")
     loras = [(read_lora(source), scale) for source, scale in zip(args.loras, scales, strict=True)]
+    if any(lora.path is not None and _same_file(lora.path, args.out) for lora, _ in loras):
+        raise ArgumentError(f"{args.out} is one of the LoRAs to merge, which would be lost; name another file.")
     if args.model is None:
         from sdkit.loading.lora_tools import join_loras
 
@@ -85,6 +88,10 @@ def merge(args: argparse.Namespace) -> int:
     dtype, _ = resolve_place(args.dtype or "fp32", "cpu")
     say_path(merge_into_model(args.model, loras, args.out, dtype=dtype))
     return 0
+
+
+def _same_file(path: Path, out: str) -> bool:
+    return os.path.exists(out) and os.path.samefile(path, out)  # noqa: PTH110, PTH121 - pathlib's raises for long names
 
 
 def _add_info(commands: Commands) -> None:

@@ -51,6 +51,8 @@ class AddOn:
             if value is not None and not (isinstance(value, str) and value and possible_name(value)):
                 raise ArgumentError(f"{option} must be a name, not {clean(repr(value))}; correct it, or leave it out.")
         name, path = os.fspath(source), expanded(source)
+        if "://" in name:
+            raise SourceError(f"{clean(repr(name))} is a URL; give a Hub id (org/name), or the downloaded file.")
         found = status_or_none(path) if name else None
         if found is None and is_hub_id(source):
             return self._fetched(Place(name=name, kind="hub", path=path, revision=revision), filename)

@@ -47,6 +47,12 @@ class GrownEmbedding(nn.Embedding):
         return plain
 
 
+def unwritable(token: str) -> bool:
+    """Return whether prompts cannot name a token: it holds a control character or a lone surrogate, or begins with an
+    accent, which becomes one with the letter before it."""
+    return bool(unicodedata.combining(token[0])) or any(unicodedata.category(one) in ("Cc", "Cs") for one in token)
+
+
 def same_token(token: str) -> str:
     """Return a text that two tokens share if prompts cannot tell them apart: they differ only in case, or in whether
     accents are characters of their own (Unicode's NFD) or not (NFC)."""

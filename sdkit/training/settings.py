@@ -589,6 +589,12 @@ class ControlNetConfig(DenoisingSettings):
         path_or_name("conditioning_image_column", self.conditioning_image_column)
         if self.condition is not None:
             one_of("condition", self.condition, CONDITIONS)
+        named = self.conditioning_image_column != type(self).conditioning_image_column
+        if named and self.condition is not None and self.conditioning_data is None:
+            raise ArgumentError(
+                "conditioning_image_column names conditions that are there, and condition makes them of the images; "
+                "leave one of them out."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -216,6 +216,10 @@ BAD: dict[str, tuple[str, str]] = {
     "overflow in the new dtype": ("merge a.safetensors -m model -o c --scale 1e9 --dtype fp16", "infinite in float16"),
     "folder that is there": ("merge a.safetensors -m model -o model", "model exists already; name another folder."),
     "no model": ("merge a.safetensors -m absent -o c", "absent"),
+    "out is an input": (
+        "merge a.safetensors b.safetensors -o b.safetensors",
+        "b.safetensors is one of the LoRAs to merge, which would be lost; name another file.",
+    ),
     "no out": ("merge a.safetensors", "the following arguments are required: --out/-o"),
 }
 

@@ -30,6 +30,10 @@ BAD: dict[str, tuple[str, dict[str, Any], type[Exception], str]] = {
         "one.safetensors", {"filename": "one.safetensors"}, ArgumentError,
         "filename= belongs to a folder, and 'one.safetensors' is a file; leave it out.",
     ),
+    "a URL": (
+        "https://example.org/a.safetensors", {}, SourceError,
+        "'https://example.org/a.safetensors' is a URL; give a Hub id (org/name), or the downloaded file.",
+    ),
     "revision of a path": (
         ".", {"revision": "main"}, ArgumentError, "revision= belongs to a Hub id, and '.' is a path; leave it out.",
     ),

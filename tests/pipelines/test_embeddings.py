@@ -195,6 +195,9 @@ BAD: dict[str, tuple[Any, Any, type[SdkitError], str]] = {
     "empty": ("", vectors(1), ArgumentError, "a token must be a text that is not empty"),
     "no text": (3, vectors(1), ArgumentError, "a token must be a text that is not empty"),
     "with a space": ("my cat", vectors(1), ArgumentError, "the token 'my cat' has a space or one of"),
+    "a lone surrogate": ("<\udcff>", vectors(1), ArgumentError, "the token '<.*>' has a control character in it, or"),
+    "a control character": ("a\0b", vectors(1), ArgumentError, "the token .* has a control character in it, or"),
+    "an accent": ("\u0301", vectors(1), ArgumentError, "the token .* or begins with an accent, which belongs"),
     "with brackets": ("(zork)", vectors(1), ArgumentError, r"the token '\(zork\)' has a space or one of"),
     "loaded already": ("<LOADED>", vectors(1), ArgumentError, "an embedding with the token '<LOADED>' is load"),
     "another width": ("<zork>", vectors(1, width=1024), SourceError,
@@ -215,6 +218,27 @@ def test_what_cannot_be_loaded_is_one_sentence(model: sdkit.StableDiffusion, tmp
     assert "\n" not in str(caught.value)
     assert [*model.text.learned] == ["<loaded>"]
     assert torch.equal(drawn(model, "a <loaded>", latents=X_T), before)
+
+
+NO_EMBEDDING: Any = "zork.safetensors"
+NO_TENSOR: Any = [[0.0] * WIDTH]
+
+
+@pytest.mark.parametrize(
+    "rows", [vectors(1)[0], vectors(0), vectors(1).long(), NO_TENSOR], ids=["1d", "none", "integers", "a list"]
+)
+def test_vectors_that_are_none(model: sdkit.StableDiffusion, rows: Any) -> None:
+    with pytest.raises(
+        ArgumentError, match=r"^the vectors of '<zork>' must be a tensor \(n, D\) of floats, n at least 1"
+    ):
+        model.text.add_token("<zork>", rows)
+    with pytest.raises(SourceError, match=r"^this embedding has numbers that are not finite; give another"):
+        model.text.add_token("<zork>", vectors(1) * torch.nan)
+    with pytest.raises(
+        ArgumentError, match=r"^add_embedding takes an Embedding as read_embedding returns it, not 'zork"
+    ):
+        model.add_embedding(NO_EMBEDDING)
+    assert not model.text.learned
 
 
 def test_numbers_that_float16_cannot_hold(models: Any) -> None:

@@ -270,8 +270,10 @@ class TestDoRA:
 NO_TEXT: Any = 3
 NO_MAPPING: Any = 0.5
 LIST: Any = ["one"]
+PATH: Any = "one.safetensors"
 BAD: dict[str, tuple[Callable[[sdkit.StableDiffusion, Path], object], type[Exception], str]] = {
     "scale not finite": (lambda m, f: m.load_lora(f, float("nan")), ArgumentError, r"^scale must be a finite number"),
+    "a path to merge": (lambda m, f: m.merge_lora(PATH), ArgumentError, r"^merge_lora takes a LoRA as read_lora re"),
     "name taken": (lambda m, f: m.load_lora(f, 1, "one"), ArgumentError, r"^a LoRA named 'one' is loaded already"),
     "name of no text": (lambda m, f: m.load_lora(f, 1, NO_TEXT), ArgumentError, r"^the name of a LoRA must be text"),
     "empty name": (lambda m, f: m.load_lora(f, 1, ""), ArgumentError, r"^the name of a LoRA must be text, not ''\.$"),

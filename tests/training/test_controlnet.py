@@ -277,6 +277,10 @@ BAD: list[tuple[dict[str, Any], type[SdkitError], str]] = [
     ({"condition": "depth"}, sdkit.ArgumentError, "condition 'depth' is not one of 'canny', 'grey'"),
     ({"condition": "canny", "conditioning_data": "./x"}, sdkit.DataError, ".*x"),
     ({"init": "x"}, sdkit.ArgumentError, "init has no meaning for a ControlNet"),
+    ({"condition": "canny", "conditioning_data": None, "conditioning_image_column": "x"}, sdkit.ArgumentError,
+     "conditioning_image_column names conditions that are there, and condition makes them of the images; leave one"),
+    ({"conditioning_image_column": "x"}, sdkit.ArgumentError,
+     "conditioning_image_column: .*maps holds files, which have no columns; leave it out"),
     ({"conditioning_image_column": ""}, sdkit.ArgumentError, "conditioning_image_column must be a path or a name"),
     ({"conditioning_data": None}, sdkit.ArgumentError, ".*photos holds images without conditions: name the folder"),
     ({"prediction_type": "v"}, sdkit.ArgumentError, "a ControlNet is used with the model's own noise schedule, which "
@@ -454,6 +458,13 @@ class TestLatentCache:
         ):
             ControlNetStage(config(made, data=cache, **beside | {"conditioning_image_column": "lines"}))
         one = ControlNetStage(config(made, data=cache, **beside))
+        for name in ("edges", "image"):  # the same from images
+            column = {**beside, "conditioning_image_column": name}
+            rows_of = [
+                ControlNetStage(config(made, data=data, **column)).examples.load(3, 0)["condition"]
+                for data in (cache, tmp_path / "table")
+            ]
+            assert torch.equal(*rows_of)
         expected = ControlNetStage(config(made, default_caption="a"))
         for item in range(0, 22, 5):
             assert torch.equal(one.examples.load(item, 0)["condition"], expected.examples.load(item, 0)["condition"])

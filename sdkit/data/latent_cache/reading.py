@@ -95,17 +95,15 @@ class LatentCache:
     def __getitem__(self, i: int) -> Item:
         if not -len(self) <= i < len(self):
             raise IndexError(f"there is no item {i} among {len(self)}.")
-        one, row, augmentation = self._place(i % len(self))
+        i %= len(self)
+        one, row, augmentation = self._place(i)
         with _raised_as_cache_error(self.path / one.file):
             shard = self._shard(one)
-            index = int(shard.get("index", row))
-            if index >= self.manifest.examples:
-                raise ValueError("is damaged: it holds examples that belong elsewhere")
             return {
                 "mean": shard.get("mean", row, augmentation).float(),
                 "logvar": shard.get("logvar", row, augmentation).float(),
                 "name": shard.name(row),
-                "index": index,
+                "index": self.index(i),
                 "augmentation": augmentation,
                 "size": _size(shard, row),
                 "concat": shard.get("concat", row, augmentation).float() if shard.has("concat") else None,
@@ -117,6 +115,15 @@ class LatentCache:
         one, row, _ = self._place(i)
         with _raised_as_cache_error(self.path / one.file):
             return self._shard(one).name(row)
+
+    def index(self, i: int) -> int:
+        """Return the index of item i's example in its data set. No other tensor is read."""
+        one, row, _ = self._place(i)
+        with _raised_as_cache_error(self.path / one.file):
+            index = int(self._shard(one).get("index", row))
+            if index >= self.manifest.examples:
+                raise ValueError("is damaged: it holds examples that belong elsewhere")
+            return index
 
     def _place(self, i: int) -> tuple[Shard, int, int]:
         """Return the shard of item i, its row there, and the number of its augmentation."""

@@ -16,7 +16,6 @@ from torch import Tensor
 from sdkit.data.captioned_files import NAME
 from sdkit.data.example import Example
 from sdkit.data.examples import Examples
-from sdkit.data.latent_cache.reading import LatentCache
 from sdkit.data.pairs import Conditions, Rows, of_same_names, open_conditions, shaped_like
 from sdkit.data.sources import open_examples
 from sdkit.data.transform import Transform, draw
@@ -132,8 +131,10 @@ class CachedControlExamples(CachedLatents):
     ) -> None:
         super().__init__(data, vae, text, size=size, augment=augment)
         made = self.cache.manifest.settings
+        first = range(0, len(self.cache), made.augmentations)
+        names, rows = [self.cache.name(i) for i in first], [self.cache.index(i) for i in first]
         self._transform, self._seed = Transform(size=made.size, crop=made.crop, flip=made.flip), made.seed
-        self._conditions = _made_of(_beside(self.cache, conditioning_data, column), make)
+        self._conditions = _made_of(_beside(conditioning_data, column, names, rows), make)
         self.identity = self._conditions.added_to(self.identity)
 
     def load(self, item: int, epoch: int) -> Row:  # noqa: ARG002 - as in `CachedLatents`
@@ -222,40 +223,49 @@ def open_control_examples(
             f"{clean(os.fspath(data))} holds images without conditions: name the folder of the conditions "
             f"(conditioning_data), or let them be made (condition, one of {', '.join(CONDITIONS)})."
         )
-    else:
-        found = open_conditions(
-            examples, data, column=conditioning_image_column, conditioning_data=conditioning_data,
+    elif conditioning_data is None:
+        conditions = open_conditions(
+            examples, data, column=conditioning_image_column, conditioning_data=None,
             option="conditioning_image_column", **opened_with,
         )  # fmt: skip
+    else:
+        split, names = opened_with.get("split", "train"), examples.names
+        found = _beside(conditioning_data, conditioning_image_column, names, range(len(names)), split)
         conditions = _made_of(found, condition)
     return PairedExamples(
         examples, conditions, control_tensors, training_transform(height_width, augment), vae, text, seed=seed
     )
 
 
-def _beside(cache: LatentCache, data: str | PathLike[str], column: str) -> Conditions:
-    """Return the images beside those in a cache.
+def _beside(
+    data: str | PathLike[str], column: str, names: Sequence[str], rows: Sequence[int], split: str = "train"
+) -> Conditions:
+    """Return the images beside others.
 
     Args:
-        cache: The cache.
         data: The data set of the images.
         column: The column of the images in it, if it is a table. A table without a column of the default name may have
             another one.
+        names: Names of the others.
+        rows: Rows of the others in their own data set.
+        split: As in `open_examples`.
     """
-    plain = open_examples(data)
-    first = range(0, len(cache), cache.manifest.settings.augmentations)
-    names = [cache.name(i) for i in first]
-    if NAME in plain.dataset.column_names:  # files, which have no columns
+    default = column == ControlNetConfig.conditioning_image_column
+    plain = open_examples(data, split=split)
+    if NAME in plain.dataset.column_names:
+        if not default:
+            raise ArgumentError(
+                f"conditioning_image_column: {clean(os.fspath(data))} holds files, which have no columns; leave it out."
+            )
         return Conditions(identity=plain.identity, images=of_same_names(names, plain))
     try:
-        found = open_examples(data, image_column=column)
+        found = open_examples(data, split=split, image_column=column)
     except DataError as error:
-        if column != ControlNetConfig.conditioning_image_column:
+        if not default:
             raise DataError(f"conditioning_image_column: {str(error).removeprefix('image_column: ')}") from error
         found = plain
-    rows = [cache[i]["index"] for i in first]
     held = plain.names
-    same = max(rows, default=0) < len(held) and [held[row] for row in rows] == names
+    same = max(rows, default=0) < len(held) and [held[row] for row in rows] == [*names]
     return Conditions(identity=found.identity, images=Rows(found, rows) if same else of_same_names(names, found))
 
 
