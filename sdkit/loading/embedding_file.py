@@ -27,6 +27,7 @@ from sdkit.loading.tensors import (
     open_tensors,
 )
 from sdkit.messages import clean
+from sdkit.tensor_files import METADATA
 
 FILENAME = "learned_embeds.safetensors"
 ADD_ON = AddOn(name="an embedding", usual=(FILENAME,), pickles=("learned_embeds.bin",))
@@ -63,13 +64,22 @@ def save_embedding(token: str, vectors: Tensor, path: str | Path) -> None:
         path: The file, ending in .safetensors.
 
     Raises:
-        ArgumentError: The name cannot be used.
+        ArgumentError: The token or the name cannot be used.
     """
+    check_token(token)
     if Path(path).suffix != ".safetensors":
         raise ArgumentError(f"an embedding cannot be saved as {str(path)!r}; give a name that ends in .safetensors.")
     data = safetensors.torch.save({token: vectors.detach().float().cpu().contiguous()}, {"format": "pt"})
     with atomic_write(path) as temporary:
         temporary.write_bytes(data)
+
+
+def check_token(token: str) -> None:
+    """Raise ArgumentError unless a file can hold an embedding of this token."""
+    if not isinstance(token, str) or not token:
+        raise ArgumentError(f"token must be a word, not {token!r}.")
+    if token == METADATA:
+        raise ArgumentError(f"the token {token!r} is a name that .safetensors files use themselves; give another.")
 
 
 def read_embedding(

@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sdkit.errors import SourceError
+from sdkit.arguments import number
+from sdkit.errors import ArgumentError, SourceError
 from sdkit.loading.lora_file import LoRA, check_lora_name, read_lora, write_lora
 from sdkit.loading.lora_update import LowRank, Update
 from sdkit.loading.tensors import is_finite
@@ -142,11 +143,15 @@ def join_loras(loras: Sequence[tuple[LoRA, float]], path: str | Path) -> None:
         path: The file, ending in .safetensors.
 
     Raises:
+        ArgumentError: There is no LoRA, a scale is not finite, or the name cannot be used.
         SourceError: The LoRAs were made for different models, or one is a LoHa, a LoKr, or a DoRA, whose update is no
             product of two factors; or a factor would overflow.
-        ArgumentError: The name cannot be used.
     """
     check_lora_name(path)
+    if not loras:
+        raise ArgumentError("there is no LoRA to join; give at least one.")
+    for _, scale in loras:
+        number("scale", scale)
     joined: dict[str, dict[str, Update]] = {"unet": {}, "text_encoder": {}}
     for part, layers in joined.items():
         own = [(lora.label, scale, getattr(lora, part)) for lora, scale in loras]

@@ -626,10 +626,11 @@ class EmbeddingConfig(DenoisingSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         from sdkit.arguments import flag, one_of, whole_number
+        from sdkit.loading.embedding_file import check_token
 
-        for name in ("token", "init_token"):
-            if not isinstance(value := getattr(self, name), str) or not value:
-                raise ArgumentError(f"{name} must be a word, not {value!r}.")
+        check_token(self.token)
+        if not isinstance(self.init_token, str) or not self.init_token:
+            raise ArgumentError(f"init_token must be a word, not {self.init_token!r}.")
         self._keep("vectors", whole_number("vectors", self.vectors, 1))
         one_of("template", self.template, TEMPLATES)
         flag("keep_norm", self.keep_norm)

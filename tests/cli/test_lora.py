@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import sdkit
+from sdkit.loading.lora_file import read_lora
+from sdkit.loading.lora_tools import join_loras
 from tests.helpers import tiny
 from tests.helpers.command_line import Ran
 
@@ -182,6 +185,18 @@ def test_merge_into_a_model(run: Callable[..., Ran], work: Path) -> None:
     assert {x.dtype for x in load_file("half/unet/diffusion_pytorch_model.safetensors").values()} == {torch.float16}
     assert_close(weights("half"), weights("model", ("lokr.safetensors", 1.0)), atol=2e-3)
     assert not [*work.glob(".sdkit-*")]
+
+
+def test_what_cannot_be_joined_in_python(work: Path) -> None:
+    (work / "model").unlink()
+    lora, text = read_lora("a.safetensors"), "0.5"
+    wrong: Any = ([], [(lora, text)], [(lora, float("nan"))])
+    for loras, sentence in zip(
+        wrong, ("there is no LoRA to join", "scale must be a fin", "scale must be a fin"), strict=True
+    ):
+        with pytest.raises(sdkit.ArgumentError, match=f"^{sentence}"):
+            join_loras(loras, "joined.safetensors")
+    assert not Path("joined.safetensors").exists()
 
 
 BAD: dict[str, tuple[str, str]] = {
