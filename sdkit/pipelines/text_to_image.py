@@ -130,6 +130,13 @@ class StableDiffusion:
         self.low_res_schedule = NoiseSchedule.linear() if low_res_schedule is None else low_res_schedule
         self._loras = MergedLoRAs()
 
+    def __copy__(self) -> StableDiffusion:
+        """Refuse: LoRAs and embeddings of a shallow copy would change the original, too."""
+        raise ArgumentError(
+            "a shallow copy of a pipeline would share its weights, and with them LoRAs and embeddings; take "
+            "copy.deepcopy, whose copy has weights of its own."
+        )
+
     @classmethod
     def from_pretrained(
         cls,
@@ -242,6 +249,10 @@ class StableDiffusion:
 
     def merge_lora(self, lora: LoRA, scale: float = 1.0, name: str | None = None) -> str:
         """Add a LoRA that has been read; see `load_lora`."""
+        if not isinstance(lora, LoRA):
+            raise ArgumentError(
+                f"merge_lora takes a LoRA as read_lora returns it, not {lora!r}; load_lora reads files."
+            )
         self._check_lora_name(name)
         scale = number("scale", scale)
         numbered = (f"{lora.name}-{i}" for i in itertools.count(2))
@@ -340,6 +351,11 @@ class StableDiffusion:
 
     def add_embedding(self, embedding: Embedding) -> None:
         """Add an embedding that has been read; see `load_embedding`."""
+        if not isinstance(embedding, Embedding):
+            raise ArgumentError(
+                f"add_embedding takes an Embedding as read_embedding returns it, not {embedding!r}; load_embedding "
+                "reads files."
+            )
         self.text.add_token(embedding.token, embedding.vectors, label=embedding.label)
 
     def unload_embedding(self, token: str | None = None) -> None:
@@ -450,6 +466,8 @@ class StableDiffusion:
             >>> star = sd("a yellow star", image=images[0], mask_image=mask, num_inference_steps=4)
         """
         one_of("output_type", output_type, (*OUTPUT_TYPES, "latent"))
+        if callback is not None and not callable(callback):
+            raise ArgumentError(f"callback must be a function of a Step, not {callback!r}.")
         prompts, negatives = self._prompts(prompt, negative_prompt, num_images_per_prompt)
         settings = DrawingSettings(**options)
         canvas = self._canvas(image, mask_image, settings, len(prompts), num_images_per_prompt)

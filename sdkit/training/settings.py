@@ -625,22 +625,15 @@ class UNetConfig(DreamBoothSettings):
 
     def _check_condition(self) -> None:
         """Raise ArgumentError for settings of conditions that contradict each other."""
-        from sdkit.arguments import number, one_of, path_or_name, whole_number
+        from sdkit.arguments import number, whole_number
+        from sdkit.data.pairs import check_conditions
 
-        for name in ("condition_column", "conditioning_data"):
-            if (value := getattr(self, name)) is not None:
-                path_or_name(name, value)
+        check_conditions(self.condition_column, self.conditioning_data, self.condition_kind)
         for name in ("condition_column", "conditioning_data", "condition_kind"):
             if getattr(self, name) is not None and self.instance_data is not None:
                 raise ArgumentError(f"{name} has no meaning for DreamBooth, which learns from images alone.")
         if self.conditioning_data is not None:
             self._keep_apart("conditioning_data", self.conditioning_data)
-            if self.condition_column is not None:
-                raise ArgumentError(
-                    "condition_column and conditioning_data both name the conditions; leave one of them out."
-                )
-        if self.condition_kind is not None:
-            one_of("condition_kind", self.condition_kind, CONDITION_KINDS)
         self._keep("condition_dropout", number("condition_dropout", self.condition_dropout, 0, 1))
         self._keep("noise_augmentation", whole_number("noise_augmentation", self.noise_augmentation, 0))
         if self.upscale_factor is not None:
@@ -663,7 +656,8 @@ class ControlNetConfig(DenoisingSettings):
         conditioning_data: Data set of the conditions, images of the same names as those in data; with condition,
             of the images that they are made of, which a latent cache does not hold. None reads the conditions
             from a column of data.
-        conditioning_image_column: Column of the conditions in parquet files and data sets of the Hub.
+        conditioning_image_column: Column of the conditions in parquet files and data sets of the Hub; beside a
+            latent cache, a column of conditioning_data.
         caption_dropout: Share of samples trained with an empty caption, so that the ControlNet learns to read
             the condition alone (Zhang et al. 2023, section 3.4).
         validation_prompts: Prompts of images generated at each validation, always from the same seeds, with
@@ -695,6 +689,12 @@ class ControlNetConfig(DenoisingSettings):
         path_or_name("conditioning_image_column", self.conditioning_image_column)
         if self.condition is not None:
             one_of("condition", self.condition, CONDITIONS)
+        named = self.conditioning_image_column != type(self).conditioning_image_column
+        if named and self.condition is not None and self.conditioning_data is None:
+            raise ArgumentError(
+                "conditioning_image_column names conditions that are there, and condition makes them of the images; "
+                "leave one of them out."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -726,10 +726,11 @@ class EmbeddingConfig(DenoisingSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         from sdkit.arguments import flag, one_of, whole_number
+        from sdkit.loading.embedding_file import check_token
 
-        for name in ("token", "init_token"):
-            if not isinstance(value := getattr(self, name), str) or not value:
-                raise ArgumentError(f"{name} must be a word, not {value!r}.")
+        check_token(self.token)
+        if not isinstance(self.init_token, str) or not self.init_token:
+            raise ArgumentError(f"init_token must be a word, not {self.init_token!r}.")
         self._keep("vectors", whole_number("vectors", self.vectors, 1))
         one_of("template", self.template, TEMPLATES)
         flag("keep_norm", self.keep_norm)

@@ -552,6 +552,18 @@ def test_images_remember_their_lora(run: Callable[..., Ran], work: Path) -> None
     assert Path("again.png").read_bytes() == Path("lora.png").read_bytes()
     assert run("generate", "--from", "lora.png", "--lora-scale", 0, "-o", "off.png").code == 0
     np.testing.assert_array_equal(pixels("off.png"), pixels("plain.png"))
+    Path("moved").symlink_to(Path("run").readlink())
+    assert (
+        run("generate", "--from", "lora.png", "--lora", "moved/result", "--lora-scale", 3, "-o", "moved.png").code == 0
+    )
+    Path("moved").unlink()  # the same path holds another file from here on
+    lora = Path("moved", "result", "pytorch_lora_weights.safetensors")
+    lora.parent.mkdir(parents=True)
+    save_file({key: -value for key, value in load_file("run/result/pytorch_lora_weights.safetensors").items()}, lora)
+    done = run("generate", "--from", "moved.png", "-o", "bad.png")
+    assert done.code == 2
+    assert "has changed since it was drawn with; restore it, or give it anew as lora" in done.err
+    assert not Path("bad.png").exists()
 
 
 def test_a_converted_lora_does_the_same(run: Callable[..., Ran], work: Path) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sdkit.data.latent_cache.manifest import Manifest
-from sdkit.data.pairs import check_condition, open_conditions
+from sdkit.data.pairs import kind_of_conditions, open_conditions
 from sdkit.data.sources import open_examples
 from sdkit.errors import ArgumentError, CacheError
 from sdkit.files import expanded
@@ -50,6 +50,11 @@ def prepare_input(network: Any, config: UNetConfig) -> None:
                 "this model draws from an image: name the images as condition_column or conditioning_data, or give a "
                 "text-to-image model."
             )
+        if config.condition_dropout != type(config).condition_dropout:
+            raise ArgumentError(
+                "condition_dropout belongs to conditions, and there are none: name them as condition_column or "
+                "conditioning_data, or leave it out."
+            )
         return
     stated = config.condition_kind if not is_cache(config.data) else kind
     if own is not None:
@@ -71,7 +76,7 @@ def _kind_in(config: UNetConfig) -> str | None:
     if config.instance_data is not None:
         return None
     if not is_cache(config.data):
-        return check_condition(config.condition_column, config.conditioning_data, config.condition_kind)
+        return kind_of_conditions(config.condition_column, config.conditioning_data, config.condition_kind)
     for name in ("condition_column", "conditioning_data"):
         if getattr(config, name) is not None:
             raise ArgumentError(f"{name}= has no meaning for a latent cache; give it to sdkit cache instead.")
