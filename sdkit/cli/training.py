@@ -34,6 +34,7 @@ from sdkit.training.settings import (
     AUGMENTATIONS,
     CONDITION_KINDS,
     CONDITIONS,
+    LEVELS,
     LR_SCHEDULERS,
     PRIOR_CONDITIONS,
     PRIORS,
@@ -46,6 +47,7 @@ from sdkit.training.settings import (
     StageSettings,
     UNetConfig,
     VAEConfig,
+    VQVAE2Config,
 )
 
 if TYPE_CHECKING:
@@ -70,6 +72,7 @@ CHOICES = {
     "condition_kind": CONDITION_KINDS,
     "kind": PRIORS,
     "conditioned_on": PRIOR_CONDITIONS,
+    "level": LEVELS,
 }
 
 # Title of a group of options in the help -> its fields. Fields that a stage lacks are left out.
@@ -81,7 +84,7 @@ GROUPS = {
     "prior_weight",
     "model": "model vae init",
     "what is trained": "lora_rank lora_alpha lora_dropout lora_rank_stabilized lora_targets train_text_encoder "
-    "train_encoder controlnet vectors keep_norm kind conditioned_on layers width heads",
+    "train_encoder controlnet vectors keep_norm kind conditioned_on level layers width heads latent_channels codes",
     "loss": "prediction_type zero_snr snr_gamma noise_offset caption_dropout condition_dropout reconstruction "
     "lpips_weight lpips regularizer codebook_decay normalize_codes kl_weight disc_weight disc_start",
     "optimisation": "max_steps batch_size gradient_accumulation_steps learning_rate lr_scheduler lr_warmup_steps "
@@ -148,6 +151,14 @@ STAGES = {
         (
             "sdkit train prior --data photos/ --vae runs/vq/result --conditioned-on text -o run",
             "sdkit train prior --data cache/ --vae runs/vq/result --kind pixelcnn -o run",
+        ),
+    ),
+    "vqvae2": StageCommand(
+        VQVAE2Config,
+        "Train a VQ-VAE-2: two levels of codes, for a prior of each.",
+        (
+            "sdkit train vqvae2 --data photos/ --size 64 --out-dir runs/two",
+            "sdkit train prior --data photos/ --vae runs/two/result --level top -o runs/top",
         ),
     ),
 }

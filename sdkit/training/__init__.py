@@ -1,5 +1,5 @@
-"""Training: `train_unet`, `train_vae`, `train_controlnet`, `train_embedding`, and `train_prior`, each of which takes
-its settings as one value."""
+"""Training: `train_unet`, `train_vae`, `train_controlnet`, `train_embedding`, `train_prior`, and `train_vqvae2`,
+each of which takes its settings as one value."""
 
 from __future__ import annotations
 
@@ -8,13 +8,21 @@ from typing import TYPE_CHECKING
 from sdkit.lazy import attributes
 
 if TYPE_CHECKING:
-    from sdkit.training.settings import ControlNetConfig, EmbeddingConfig, PriorConfig, UNetConfig, VAEConfig
+    from sdkit.training.settings import (
+        ControlNetConfig,
+        EmbeddingConfig,
+        PriorConfig,
+        UNetConfig,
+        VAEConfig,
+        VQVAE2Config,
+    )
     from sdkit.training.signals import TrainingStopped
     from sdkit.training.stages.controlnet import train_controlnet
     from sdkit.training.stages.embedding import train_embedding
     from sdkit.training.stages.prior import train_prior
     from sdkit.training.stages.unet import train_unet
     from sdkit.training.stages.vae import train_vae
+    from sdkit.training.stages.vqvae2 import train_vqvae2
 
 __all__ = [
     "ControlNetConfig",
@@ -23,11 +31,13 @@ __all__ = [
     "TrainingStopped",
     "UNetConfig",
     "VAEConfig",
+    "VQVAE2Config",
     "train_controlnet",
     "train_embedding",
     "train_prior",
     "train_unet",
     "train_vae",
+    "train_vqvae2",
 ]
 
 _HOMES = {
@@ -37,11 +47,13 @@ _HOMES = {
     "TrainingStopped": "sdkit.training.signals",
     "UNetConfig": "sdkit.training.settings",
     "VAEConfig": "sdkit.training.settings",
+    "VQVAE2Config": "sdkit.training.settings",
     "train_controlnet": "sdkit.training.stages.controlnet",
     "train_embedding": "sdkit.training.stages.embedding",
     "train_prior": "sdkit.training.stages.prior",
     "train_unet": "sdkit.training.stages.unet",
     "train_vae": "sdkit.training.stages.vae",
+    "train_vqvae2": "sdkit.training.stages.vqvae2",
 }
 
 if not TYPE_CHECKING:  # hidden from type checkers, so that they use the imports above and find a misspelt name

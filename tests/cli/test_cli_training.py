@@ -94,6 +94,7 @@ def test_help_tells_every_field_with_its_docstring_and_default(run: Callable[...
         "controlnet": "Column of the conditions in parquet files and data sets of the Hub (default: cond",
         "embedding": "paintings in a style (Gal et al. 2022) (default: object)",
         "prior": "(a gated PixelCNN) (default: transformer)",
+        "vqvae2": "Codes of each level's codebook (default: 512)",
     }
     assert own[stage] in told
 
@@ -250,6 +251,12 @@ OWN: dict[str, dict[str, tuple[str, Any]]] = {
         "width": ("12", 12),
         "heads": ("2", 2),
     },
+    "vqvae2": {
+        "width": ("12", 12),
+        "latent_channels": ("4", 4),
+        "codes": ("9", 9),
+        "codebook_decay": ("0.9", 0.9),
+    },
 }
 
 
@@ -275,7 +282,8 @@ def test_every_field_can_be_set(stage: str) -> None:
     others = {  # exclude another one
         "vae": set[str](), "unet": {"init", "conditioning_data", *DREAMBOOTH},
         "controlnet": {"init", "conditioning_data"}, "embedding": {"init"},
-        "prior": {"init", "conditioning_data"},
+        "prior": {"init", "conditioning_data", "level"},
+        "vqvae2": {"init"},
     }  # fmt: skip
     assert values.keys() | others[stage] == {field.name for field in fields(STAGES[stage])}
     words = [w for name, (text, _) in values.items() for w in (f"--{name.replace('_', '-')}", *text.split())]

@@ -24,12 +24,14 @@ from sdkit.training import (
     PriorConfig,
     UNetConfig,
     VAEConfig,
+    VQVAE2Config,
     checkpoint,
     train_controlnet,
     train_embedding,
     train_prior,
     train_unet,
     train_vae,
+    train_vqvae2,
 )
 from sdkit.training.ema import EMA
 from sdkit.training.loop import fit
@@ -39,6 +41,7 @@ from sdkit.training.stages.embedding import EmbeddingStage
 from sdkit.training.stages.prior import PriorStage
 from sdkit.training.stages.unet import UNetStage
 from sdkit.training.stages.vae import VAEStage
+from sdkit.training.stages.vqvae2 import VQVAE2Stage
 from tests.helpers import forks, toy
 
 STAGES: dict[str, tuple[Any, Any, Callable[[Any], Path]]] = {
@@ -47,6 +50,7 @@ STAGES: dict[str, tuple[Any, Any, Callable[[Any], Path]]] = {
     "controlnet": (ControlNetConfig, ControlNetStage, train_controlnet),
     "embedding": (EmbeddingConfig, EmbeddingStage, train_embedding),
     "prior": (PriorConfig, PriorStage, train_prior),
+    "vqvae2": (VQVAE2Config, VQVAE2Stage, train_vqvae2),
 }
 CALLS = ("batch", "loss", "discriminator_loss", "validate", "export")
 
@@ -61,7 +65,7 @@ class Runs:
         """Run a training stage in another process and return its exit code.
 
         Args:
-            stage: "vae", "unet", "controlnet", "embedding", or "prior".
+            stage: "vae", "unet", "controlnet", "embedding", "prior", or "vqvae2".
             settings: Fields of the stage's settings.
             hook: Where to end the process, in the notation of `toy.hooks` with the names of `calling`.
 
@@ -168,7 +172,8 @@ def _train_together(scenario: dict[str, Any]) -> None:
     weights = {
         f"{player.name}/{name}": p for player in stage.players for name, p in player.network.state_dict().items()
     }
-    save_file({name: p.contiguous() for name, p in weights.items()}, out / f"rank-{rank}.safetensors")
+    # Copies, because a GPT's head shares its weights with the embedding.
+    save_file({name: p.contiguous().clone() for name, p in weights.items()}, out / f"rank-{rank}.safetensors")
 
 
 RENAMED: list[Path] = []  # paths that this process renamed into place; all files of a run are written by such a rename
