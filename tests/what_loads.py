@@ -1064,11 +1064,12 @@ for what, make in (
 
 def _prior_with(kind: str, damage: Callable[[Path], object] = lambda folder: None) -> Make:
     def make(_: Kit, here: Path) -> Path:
-        tiny.vq_model(here / "vqvae")
+        folder = here / "run"
+        tiny.vq_model(folder / "vqvae")
         shape = PriorShape(kind=kind, codes=16, grid=(8, 8), layers=1, width=8)
-        save_prior(new_prior(shape), here / "prior")
-        damage(here)
-        return here
+        save_prior(new_prior(shape), folder / "prior")
+        damage(folder)
+        return folder
 
     return make
 

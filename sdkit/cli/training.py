@@ -149,17 +149,15 @@ STAGES = {
         PriorConfig,
         "Learn the codes of a VQ-VAE or VQGAN, to draw images with them.",
         (
-            "sdkit train prior --data photos/ --vae runs/vq/result --conditioned-on text -o run",
-            "sdkit train prior --data cache/ --vae runs/vq/result --kind pixelcnn -o run",
+            "sdkit train prior --data photos/ --vae vq/ --conditioned-on text -o run",
+            "sdkit train prior --data cache/ --vae vq/ --kind pixelcnn -o run",
+            "sdkit train prior --data photos/ --vae runs/two/result --level top -o run",
         ),
     ),
     "vqvae2": StageCommand(
         VQVAE2Config,
         "Train a VQ-VAE-2: two levels of codes, for a prior of each.",
-        (
-            "sdkit train vqvae2 --data photos/ --size 64 --out-dir runs/two",
-            "sdkit train prior --data photos/ --vae runs/two/result --level top -o runs/top",
-        ),
+        ("sdkit train vqvae2 --data photos/ --size 64 --out-dir runs/two",),
     ),
 }
 

@@ -8,9 +8,12 @@ import copy
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict, overload
 
+import numpy as np
+import numpy.typing as npt
 import torch
+from PIL import Image
 from torch import Tensor
 
 from sdkit import images as image_io
@@ -28,6 +31,24 @@ from sdkit.networks.autoencoder import VAE
 from sdkit.networks.code_prior import CodePrior, load_prior, log_likelihood, save_prior
 from sdkit.pipelines.code_conditions import ConditionReader
 from sdkit.pipelines.code_sampling import CodeSampling, draw_codes
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
+class CodeKeywords(TypedDict, total=False):
+    """Keyword arguments of `TokenPipeline.__call__`, except `output_type`."""
+
+    num_images: int
+    seed: int | Sequence[int]
+    temperature: float
+    top_k: int | None
+    top_p: float | None
+    guidance_scale: float
+    height: int | None
+    width: int | None
+    cached: bool
+
 
 VQVAE, PRIOR, TOKENIZER = "vqvae", "prior", "tokenizer"
 """Subfolders of a saved pipeline."""
@@ -145,6 +166,24 @@ class TokenPipeline:
             save_prior(self.prior, folder / PRIOR)
             if self.tokenizer is not None:
                 copy.deepcopy(self.tokenizer).save_pretrained(folder / TOKENIZER)
+
+    @overload
+    def __call__(
+        self, condition: Any = None, *, output_type: Literal["pil"] = "pil", **options: Unpack[CodeKeywords]
+    ) -> list[Image.Image]: ...
+
+    @overload
+    def __call__(
+        self, condition: Any = None, *, output_type: Literal["np"], **options: Unpack[CodeKeywords]
+    ) -> npt.NDArray[np.uint8]: ...
+
+    @overload
+    def __call__(
+        self, condition: Any = None, *, output_type: Literal["pt", "codes"], **options: Unpack[CodeKeywords]
+    ) -> Tensor: ...
+
+    @overload
+    def __call__(self, condition: Any = None, *, output_type: str, **options: Unpack[CodeKeywords]) -> Any: ...
 
     def __call__(
         self,

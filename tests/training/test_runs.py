@@ -82,7 +82,7 @@ def run() -> helper.Runs:
 
 def settings(made: Path, kind: str, out: Path, **changes: Any) -> tuple[str, dict[str, Any]]:
     """Return stage and settings of a kind of run: "vae", "controlnet", "dreambooth", "embedding", "prior", "pixelcnn",
-    "unet", or "lora". The last two can be followed by " from a cache".
+    "vqvae2", "unet", or "lora". The last two can be followed by " from a cache".
     A U-Net that is trained from images also reads conditions.
     """
     own: dict[str, Any] = {
@@ -117,6 +117,7 @@ def settings(made: Path, kind: str, out: Path, **changes: Any) -> tuple[str, dic
             "vae": made / "vq", "kind": "pixelcnn", "conditioned_on": "map", "conditioning_data": made / "maps",
             "layers": 2, "width": 8,
         },
+        "vqvae2": {"width": 8, "latent_channels": 4, "codes": 8},
     }[kind.split()[0]]  # fmt: skip
     if kind == "unet":
         own |= {"conditioning_data": made / "maps", "condition_kind": "map", "condition_dropout": 0.3}
@@ -169,6 +170,7 @@ for i, point in enumerate(point for point in POINTS if "discriminator" not in po
 POINTS["os.rename:class_images 2"] = 0  # an image of DreamBooth's class is written, but not renamed yet
 KILLS += [("dreambooth", point) for point in ("os.rename:class_images 2", "loss 6", "half 8")]
 KILLS += [("prior", point) for point in ("loss 6", "update 3", "half 8", "export 1")]
+KILLS += [("vqvae2", "update 3")]
 
 
 @pytest.mark.parametrize(("kind", "point"), KILLS)
@@ -300,9 +302,10 @@ TOGETHER: dict[str, dict[str, Any]] = {
     "embedding": {},
     "prior": {},
     "pixelcnn": {},
+    "vqvae2": {"learning_rate": 1e-4},
 }
 PLAYERS = {"vae": ["vae", "discriminator"], "controlnet": ["controlnet"], "embedding": ["embedding"]}
-PLAYERS |= {"prior": ["prior"], "pixelcnn": ["prior"]}
+PLAYERS |= {"prior": ["prior"], "pixelcnn": ["prior"], "vqvae2": ["vqvae2"]}
 """Kind of run -> its players; that of the others is the U-Net."""
 WITHOUT_PICTURES = ("lora from a cache", "dreambooth", "prior", "pixelcnn")
 
@@ -320,7 +323,7 @@ def at(out: Path, step: int, name: str) -> dict[str, torch.Tensor]:
 
 def difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
     assert one.keys() == other.keys()
-    return max(float((one[name] - other[name]).abs().max()) for name in one)
+    return max(float((one[name].float() - other[name].float()).abs().max()) for name in one)
 
 
 @pytest.mark.parametrize("split", [{"batch_size": 4}, {"batch_size": 2, "gradient_accumulation_steps": 2}], ids=str)

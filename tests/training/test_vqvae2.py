@@ -1,9 +1,11 @@
-"""Training of a VQ-VAE-2 and of a prior of each level, from images to drawn images."""
+"""Training of a VQ-VAE-2 and of a prior of each level, from images to drawn images.
+
+Runs that are killed, and those of two processes, are in test_runs.py.
+"""
 
 from __future__ import annotations
 
 import json
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,6 @@ from sdkit.training import PriorConfig, VQVAE2Config, train_prior, train_vqvae2
 from sdkit.training.run_folder import read_metrics
 from sdkit.training.stages.prior import PriorStage
 from sdkit.training.stages.vqvae2 import VQVAE2Stage
-from tests.helpers import runs as helper
 from tests.helpers import tiny
 from tests.helpers.sentences import one_sentence
 
@@ -59,16 +60,6 @@ def test_both_codebooks_are_used_and_the_reconstruction_improves(made: Path) -> 
         assert last[f"validation/{level}_codebook_use"] >= 0.5
         assert last[f"validation/{level}_perplexity"] > 2
     assert len([*(made / "two" / "samples").iterdir()]) == 2
-
-
-def test_a_killed_run_ends_as_one_never_stopped_to_the_bit(made: Path, tmp_path: Path) -> None:
-    run = helper.Runs()
-    given = RUN | {"data": made / "photos", "out_dir": tmp_path / "run", "max_steps": 6, "save_every": 2}
-    assert run("vqvae2", given, "SIGKILL loss 6") == -signal.SIGKILL
-    assert run("vqvae2", given) == 0
-    whole = given | {"out_dir": tmp_path / "whole"}
-    assert run("vqvae2", whole) == 0
-    assert helper.everything(tmp_path / "run") == helper.everything(tmp_path / "whole")
 
 
 def test_the_bottom_prior_reads_the_top_codes(made: Path) -> None:
