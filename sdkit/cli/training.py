@@ -34,6 +34,7 @@ from sdkit.training.settings import (
     AUGMENTATIONS,
     CONDITION_KINDS,
     CONDITIONS,
+    LEVELS,
     LR_SCHEDULERS,
     PRIOR_CONDITIONS,
     PRIORS,
@@ -49,6 +50,7 @@ from sdkit.training.settings import (
     StageSettings,
     UNetConfig,
     VAEConfig,
+    VQVAE2Config,
 )
 
 if TYPE_CHECKING:
@@ -73,6 +75,7 @@ CHOICES = {
     "condition_kind": CONDITION_KINDS,
     "kind": PRIORS,
     "conditioned_on": PRIOR_CONDITIONS,
+    "level": LEVELS,
 }
 
 # Title of a group of options in the help -> its fields. Fields that a stage lacks are left out.
@@ -85,8 +88,8 @@ GROUPS = {
     "prior_weight",
     "model": "model vae prior init tokenizer",
     "what is trained": "lora_rank lora_alpha lora_dropout lora_rank_stabilized lora_targets train_text_encoder "
-    "train_encoder controlnet classifier vectors keep_norm kind conditioned_on layers width heads image_encoder "
-    "upscale_factor",
+    "train_encoder controlnet classifier vectors keep_norm kind conditioned_on level layers width heads "
+    "latent_channels codes image_encoder upscale_factor",
     "loss": "prediction_type zero_snr snr_gamma noise_offset caption_dropout condition_dropout embedding_dropout "
     "noise_augmentation "
     "reconstruction lpips_weight lpips regularizer codebook_decay normalize_codes kl_weight disc_weight disc_start",
@@ -152,8 +155,9 @@ STAGES = {
         PriorConfig,
         "Learn the codes of a VQ-VAE or VQGAN, to draw images with them.",
         (
-            "sdkit train prior --data photos/ --vae runs/vq/result --conditioned-on text -o run",
-            "sdkit train prior --data cache/ --vae runs/vq/result --kind pixelcnn -o run",
+            "sdkit train prior --data photos/ --vae vq/ --conditioned-on text -o run",
+            "sdkit train prior --data cache/ --vae vq/ --kind pixelcnn -o run",
+            "sdkit train prior --data photos/ --vae runs/two/result --level top -o run",
         ),
     ),
     "clip": StageCommand(
@@ -176,6 +180,11 @@ STAGES = {
             "sdkit train classifier --data animals/ --out-dir runs/classifier",
             "sdkit train classifier --data a.parquet --label-column kind --vae pixels -o run",
         ),
+    ),
+    "vqvae2": StageCommand(
+        VQVAE2Config,
+        "Train a VQ-VAE-2: two levels of codes, for a prior of each.",
+        ("sdkit train vqvae2 --data photos/ --size 64 --out-dir runs/two",),
     ),
 }
 

@@ -84,18 +84,18 @@ class PriorShape:
         if config.get("_class_name") != CLASS:
             found = clean(config.get("_class_name"))
             raise SourceError(f"{label} is the config of {found}, not of a {CLASS}; give the folder of train prior.")
-        words = (str, type(None))
         kinds: dict[str, Any] = {
-            "kind": str, "codes": int, "grid": list, "condition": words, "condition_shape": list, "tokens": int,
-            "classes": list, "layers": int, "width": int, "heads": int,
+            "kind": str, "codes": int, "grid": list, "condition_shape": list, "tokens": int, "classes": list,
+            "layers": int, "width": int, "heads": int,
         }  # fmt: skip
         try:
             require(config, kinds)
         except ValueError as error:
             raise SourceError(f"{label} {error}; give the folder that train prior wrote.") from error
         fields: dict[str, Any] = {name: tuple(config[name]) if kinds[name] is list else config[name] for name in kinds}
+        fields["condition"] = config.get("condition")
         if (wrong := _wrong(fields)) is not None:
-            raise SourceError(f"{label} has {wrong} {clean(repr(config[wrong]))}, which cannot be; correct it.")
+            raise SourceError(f"{label} has {wrong} {clean(repr(config.get(wrong)))}, which cannot be; correct it.")
         return cls(**fields)
 
 
@@ -109,12 +109,13 @@ def _wrong(fields: Mapping[str, Any]) -> str | None:
         return len(values) in lengths and all(map(whole, values)) and prod(values) <= LARGEST
 
     grid, condition = fields["grid"], fields["condition"]
-    axes = {"text": 1, "map": 2}.get(condition, 0)
+    axes = {"text": 1, "map": 2}.get(str(condition), 0)
     good = {
         "kind": fields["kind"] in KINDS,
         "codes": whole(fields["codes"]),
         "grid": wholes(grid, 2),
-        "condition": condition is None or condition in CONDITIONS[fields["kind"] == "pixelcnn" :],
+        "condition": condition is None
+        or (isinstance(condition, str) and condition in CONDITIONS[fields["kind"] == "pixelcnn" :]),
         "condition_shape": wholes(fields["condition_shape"], axes),
         "tokens": whole(fields["tokens"], 0 if condition is None else 1),
         "classes": all(isinstance(name, str) for name in fields["classes"])

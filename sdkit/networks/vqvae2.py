@@ -7,6 +7,7 @@ codes is one of images; a prior of the bottom codes has the top codes as its map
 from __future__ import annotations
 
 from collections.abc import Sequence
+from os import PathLike
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +17,12 @@ from diffusers.models.autoencoders.vae import Decoder, Encoder
 from torch import Tensor, nn
 
 from sdkit.diffusion.losses import vq
-from sdkit.errors import ArgumentError
+from sdkit.errors import ArgumentError, SourceError
+from sdkit.files import expanded
+from sdkit.loading.configs import read_json
+from sdkit.loading.fingerprint import weights_fingerprint
+from sdkit.loading.tensors import guarded
+from sdkit.messages import clean
 from sdkit.networks.autoencoder_kinds import nearest_codes
 
 
@@ -28,12 +34,16 @@ class TwoLevels(NamedTuple):
         loss: Codebook and commitment losses of both levels, added up.
         top: Codes of the top level (B, h/2, w/2).
         bottom: Codes of the bottom level (B, h, w).
+        z_top: Latents that were rounded to the top codes (B, C, h/2, w/2).
+        z_bottom: Latents that were rounded to the bottom codes (B, C, h, w).
     """
 
     pixels: Tensor
     loss: Tensor
     top: Tensor
     bottom: Tensor
+    z_top: Tensor
+    z_bottom: Tensor
 
 
 class VQVAE2(ModelMixin, ConfigMixin):  # type: ignore[misc]
@@ -46,7 +56,10 @@ class VQVAE2(ModelMixin, ConfigMixin):  # type: ignore[misc]
         latent_channels: Channels of a code.
         num_vq_embeddings: Codes of each codebook.
         norm_num_groups: Groups of the group norms.
+        sample_size: Height and width of the training images in pixels, of which the network itself makes no use.
     """
+
+    _supports_gradient_checkpointing = True
 
     @register_to_config  # type: ignore[untyped-decorator]
     def __init__(
@@ -57,6 +70,7 @@ class VQVAE2(ModelMixin, ConfigMixin):  # type: ignore[misc]
         latent_channels: int = 32,
         num_vq_embeddings: int = 512,
         norm_num_groups: int = 32,
+        sample_size: tuple[int, int] = (64, 64),  # noqa: ARG002 - kept in the config
     ) -> None:
         super().__init__()
         common: dict[str, Any] = {
@@ -98,10 +112,11 @@ class VQVAE2(ModelMixin, ConfigMixin):  # type: ignore[misc]
             size = f"{pixels.shape[2]} x {pixels.shape[3]}"
             raise ArgumentError(f"height and width must be multiples of {unit} pixels, not {size}.")
         below = self.bottom_encoder(pixels)
-        q_top, top, top_loss = _rounded(self.top_codes.weight, self.top_encoder(below))
+        z_top = self.top_encoder(below)
+        q_top, top, top_loss = _rounded(self.top_codes.weight, z_top)
         z_bottom = self.joined(torch.cat([self.top_decoder(q_top), below], dim=1))
         q_bottom, bottom, bottom_loss = _rounded(self.bottom_codes.weight, z_bottom)
-        return TwoLevels(self._decoded(q_top, q_bottom), top_loss + bottom_loss, top, bottom)
+        return TwoLevels(self._decoded(q_top, q_bottom), top_loss + bottom_loss, top, bottom, z_top, z_bottom)
 
     def _decoded(self, q_top: Tensor, q_bottom: Tensor) -> Tensor:
         pixels: Tensor = self.decoder(torch.cat([self.upsampled(q_top), q_bottom], dim=1))
@@ -118,6 +133,64 @@ class VQVAE2(ModelMixin, ConfigMixin):  # type: ignore[misc]
         """Return pixels (B, 3, H, W), clamped to [-1, 1], of codes (B, h/2, w/2) and (B, h, w)."""
         q_top, q_bottom = self.top_codes(top).movedim(-1, 1), self.bottom_codes(bottom).movedim(-1, 1)
         return self._decoded(q_top, q_bottom).clamp(-1, 1)
+
+
+class Level(nn.Module):
+    """One level of a frozen VQ-VAE-2, as the stage of priors reads an autoencoder.
+
+    Args:
+        network: The network.
+        level: "top" or "bottom".
+
+    Attributes:
+        network: The network.
+        scale: Scale of its latents, 1.
+        shift: Shift of its latents, 0.
+        factor: Pixels that one code of the level spans on each side.
+        identity: Fingerprint of the network.
+    """
+
+    scale, shift = 1.0, 0.0
+
+    def __init__(self, network: VQVAE2, level: str) -> None:
+        super().__init__()
+        self.network, self.level = network, level
+        self.factor: int = network.factor * (2 if level == "top" else 1)
+        self.identity = weights_fingerprint(network)
+
+    @property
+    def codebook(self) -> Tensor:
+        """The codes (N, C) of the level."""
+        codes: Tensor = self.network.get_parameter(f"{self.level}_codes.weight")
+        return codes
+
+    def codes(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the codes (B, h, w) of the level, and those of the top level, of pixels (B, 3, H, W) in [-1, 1]."""
+        with torch.autocast(pixels.device.type, enabled=False):  # rounding would give other codes
+            top, bottom = self.network.to(pixels.device).encode(pixels.float())
+        return top if self.level == "top" else bottom, top
+
+    def check_size(self, size: tuple[int, int]) -> None:
+        """Raise ArgumentError unless height and width in pixels are multiples of those of a top code."""
+        unit = 2 * self.network.factor
+        if any(side % unit for side in size):
+            raise ArgumentError(f"height and width must be multiples of {unit} pixels, not {size[0]} x {size[1]}.")
+
+
+def load_vqvae2(folder: str | PathLike[str]) -> VQVAE2:
+    """Load a VQ-VAE-2, in eval mode, on the CPU.
+
+    Raises:
+        SourceError: The folder holds none, or a damaged one.
+    """
+    path = expanded(folder)
+    found = read_json(path / "config.json").get("_class_name")
+    if found != VQVAE2.__name__:
+        raise SourceError(f"{clean(path)!r} holds a {clean(found)}, not a VQVAE2; give the result of train vqvae2.")
+    with guarded(f"the VQ-VAE-2 in {clean(path)!r}"):
+        network: VQVAE2 = VQVAE2.from_pretrained(path, local_files_only=True, use_safetensors=True)
+    network.eval()
+    return network
 
 
 def _rounded(codebook: Tensor, latents: Tensor) -> tuple[Tensor, Tensor, Tensor]:

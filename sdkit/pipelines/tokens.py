@@ -8,9 +8,12 @@ import copy
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict, overload
 
+import numpy as np
+import numpy.typing as npt
 import torch
+from PIL import Image
 from torch import Tensor
 
 from sdkit import images as image_io
@@ -26,8 +29,26 @@ from sdkit.loading.tokenizer import load_tokenizer
 from sdkit.messages import clean, no_warnings, quiet
 from sdkit.networks.autoencoder import VAE
 from sdkit.networks.code_prior import CodePrior, load_prior, log_likelihood, save_prior
-from sdkit.networks.prior_shape import PriorShape
+from sdkit.pipelines.code_conditions import ConditionReader
 from sdkit.pipelines.code_sampling import CodeSampling, draw_codes
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
+class CodeKeywords(TypedDict, total=False):
+    """Keyword arguments of `TokenPipeline.__call__`, except `output_type`."""
+
+    num_images: int
+    seed: int | Sequence[int]
+    temperature: float
+    top_k: int | None
+    top_p: float | None
+    guidance_scale: float
+    height: int | None
+    width: int | None
+    cached: bool
+
 
 VQVAE, PRIOR, TOKENIZER = "vqvae", "prior", "tokenizer"
 """Subfolders of a saved pipeline."""
@@ -96,6 +117,7 @@ class TokenPipeline:
                 f"the prior reads texts of {prior.shape.tokens} tokens, and there is {held}; give its own."
             )
         self.vae, self.prior, self.tokenizer = vae, prior, tokenizer
+        self._read = ConditionReader(prior.shape, tokenizer, self._codes)
 
     @classmethod
     def from_pretrained(
@@ -145,6 +167,24 @@ class TokenPipeline:
             if self.tokenizer is not None:
                 copy.deepcopy(self.tokenizer).save_pretrained(folder / TOKENIZER)
 
+    @overload
+    def __call__(
+        self, condition: Any = None, *, output_type: Literal["pil"] = "pil", **options: Unpack[CodeKeywords]
+    ) -> list[Image.Image]: ...
+
+    @overload
+    def __call__(
+        self, condition: Any = None, *, output_type: Literal["np"], **options: Unpack[CodeKeywords]
+    ) -> npt.NDArray[np.uint8]: ...
+
+    @overload
+    def __call__(
+        self, condition: Any = None, *, output_type: Literal["pt", "codes"], **options: Unpack[CodeKeywords]
+    ) -> Tensor: ...
+
+    @overload
+    def __call__(self, condition: Any = None, *, output_type: str, **options: Unpack[CodeKeywords]) -> Any: ...
+
     def __call__(
         self,
         condition: Any = None,
@@ -182,7 +222,7 @@ class TokenPipeline:
         """
         one_of("output_type", output_type, (*image_io.OUTPUT_TYPES, "codes"))
         sampling = CodeSampling(temperature=temperature, top_k=top_k, top_p=top_p, guidance_scale=guidance_scale)
-        conditions, without, count = self._conditions(condition, whole_number("num_images", num_images, 1), sampling)
+        conditions, without, count = self._read(condition, whole_number("num_images", num_images, 1), sampling)
         size = self._size(height, width, conditions)
         codes = draw_codes(
             self.prior, seeded(seed, count), condition=conditions, without=without, size=size, sampling=sampling,
@@ -223,7 +263,7 @@ class TokenPipeline:
         keep = number("keep", keep, 0, 1)
         sampling = CodeSampling(temperature=temperature, top_k=top_k, top_p=top_p, guidance_scale=guidance_scale)
         codes = self._codes(images)
-        conditions, without, count = self._conditions(condition, None, sampling, len(codes))
+        conditions, without, count = self._read(condition, None, sampling, len(codes))
         factor = self.vae.factor
         size = self._size(codes.shape[1] * factor, codes.shape[2] * factor, conditions)
         rows = int(keep * codes.shape[1])
@@ -256,7 +296,7 @@ class TokenPipeline:
             )
         if int(codes.min()) < 0 or int(codes.max()) >= shape.codes:
             raise ArgumentError(f"codes are numbers from 0 to {shape.codes - 1}; give codes of this VQ model.")
-        conditions = self._conditions(condition, None, CodeSampling(), len(codes))[0]
+        conditions = self._read(condition, None, CodeSampling(), len(codes))[0]
         device = next(self.prior.parameters()).device
         found = log_likelihood(
             self.prior, codes.to(device), None if conditions is None else conditions.to(device)
@@ -268,53 +308,6 @@ class TokenPipeline:
         if not isinstance(codes, Tensor):
             raise ArgumentError("the images differ in size; give images of one size.")
         return codes
-
-    def _conditions(
-        self, condition: Any, each: int | None, sampling: CodeSampling, count: int = 1
-    ) -> tuple[Tensor | None, Tensor | None, int]:
-        """Return conditions (B, ...) as the prior takes them, those that stand for none, and B.
-
-        Args:
-            condition: What the user gave.
-            each: Images of each condition; None takes one condition for all `count` images, or one for each.
-            sampling: How codes are drawn.
-            count: Number of images, if `each` is None.
-        """
-        kind = self.prior.shape.condition
-        if kind is None:
-            if condition is not None:
-                raise ArgumentError("this prior has no condition; leave the condition out.")
-            if sampling.guidance_scale != 1:
-                raise ArgumentError("this prior has no condition to guide by; leave guidance_scale out.")
-            return None, None, count if each is None else each
-        found = self._none() if condition is None else self._read(condition)
-        if each is not None:
-            found = found.repeat_interleave(each, 0)
-        elif len(found) == 1:
-            found = found.expand(count, *found.shape[1:])
-        elif len(found) != count:
-            raise ArgumentError(f"{len(found)} conditions cannot serve {count} images: give one, or one for each.")
-        without = self._none(found.shape[1:] if kind == "map" else None)
-        return found, without.expand(len(found), *without.shape[1:]), len(found)
-
-    def _none(self, size: tuple[int, ...] | None = None) -> Tensor:
-        """Return the condition (1, ...) that stands for none: the empty text, or the prior's own value for it."""
-        shape = self.prior.shape
-        if shape.condition == "text":
-            return text_ids(self.tokenizer, [""], shape.condition_shape[0])
-        return torch.full((1, *(shape.condition_shape if size is None else size)), shape.tokens)
-
-    def _read(self, condition: Any) -> Tensor:
-        """Return the conditions (B, ...) that a user gave."""
-        shape = self.prior.shape
-        if shape.condition == "text":
-            return text_ids(self.tokenizer, strings("the prompt", condition), shape.condition_shape[0])
-        if shape.condition == "class":
-            labels = condition if isinstance(condition, (list, tuple)) else [condition]
-            if not labels:
-                raise ArgumentError("there is no class in the list; give at least one.")
-            return torch.tensor([_class_number(label, shape) for label in labels])
-        return self._codes(condition)
 
     def _size(self, height: Any, width: Any, conditions: Tensor | None) -> tuple[int, int]:
         """Return height and width of the images in codes. Raise ArgumentError if the prior cannot draw them."""
@@ -336,32 +329,3 @@ class TokenPipeline:
                 f"the images, {size[0] * factor} x {size[1] * factor}."
             )
         return size[0], size[1]
-
-
-def text_ids(tokenizer: Any, texts: Sequence[str], length: int) -> Tensor:
-    """Return token ids (B, L): the start token, at most L - 2 tokens of each text, the end token, and padding.
-
-    They are the first chunk of `TextEncoder.tokenize`; longer texts are cut.
-
-    Args:
-        tokenizer: A tokenizer of transformers.
-        texts: B texts.
-        length: L.
-    """
-    rows = torch.full((len(texts), length), tokenizer.pad_token_id)
-    for row, text in zip(rows, texts, strict=True):
-        ids = tokenizer(text, add_special_tokens=False, truncation=False, padding=False, verbose=False).input_ids
-        framed = [tokenizer.bos_token_id, *ids[: length - 2], tokenizer.eos_token_id]
-        row[: len(framed)] = torch.tensor(framed)
-    return rows
-
-
-def _class_number(label: Any, shape: PriorShape) -> int:
-    """Return the number of a class that is given by its number or its name."""
-    if isinstance(label, str):
-        names = [name.casefold() for name in shape.classes]
-        if label.strip().casefold() not in names:
-            known = f"its {len(names)}, such as {clean(repr(shape.classes[0]))}"
-            raise ArgumentError(f"the prior knows no class {clean(repr(label))}; give one of {known}.")
-        return names.index(label.strip().casefold())
-    return whole_number("the number of a class", label, 0, shape.tokens - 1)

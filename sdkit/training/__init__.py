@@ -1,5 +1,4 @@
-"""Training: `train_unet`, `train_vae`, `train_controlnet`, `train_embedding`, `train_prior`, `train_clip`,
-`train_image_prior`, and `train_classifier`, each of which takes its settings as one value."""
+"""Training: functions such as `train_unet`, each of which takes its settings as one value."""
 
 from __future__ import annotations
 
@@ -17,6 +16,7 @@ if TYPE_CHECKING:
         PriorConfig,
         UNetConfig,
         VAEConfig,
+        VQVAE2Config,
     )
     from sdkit.training.signals import TrainingStopped
     from sdkit.training.stages.classifier import train_classifier
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from sdkit.training.stages.prior import train_prior
     from sdkit.training.stages.unet import train_unet
     from sdkit.training.stages.vae import train_vae
+    from sdkit.training.stages.vqvae2 import train_vqvae2
 
 __all__ = [
     "ClassifierConfig",
@@ -40,12 +41,14 @@ __all__ = [
     "VAEConfig",
     "train_classifier",
     "train_clip",
+    "VQVAE2Config",
     "train_controlnet",
     "train_embedding",
     "train_image_prior",
     "train_prior",
     "train_unet",
     "train_vae",
+    "train_vqvae2",
 ]
 
 _HOMES = {
@@ -60,12 +63,14 @@ _HOMES = {
     "VAEConfig": "sdkit.training.settings",
     "train_classifier": "sdkit.training.stages.classifier",
     "train_clip": "sdkit.training.stages.clip",
+    "VQVAE2Config": "sdkit.training.settings",
     "train_controlnet": "sdkit.training.stages.controlnet",
     "train_embedding": "sdkit.training.stages.embedding",
     "train_image_prior": "sdkit.training.stages.image_prior",
     "train_prior": "sdkit.training.stages.prior",
     "train_unet": "sdkit.training.stages.unet",
     "train_vae": "sdkit.training.stages.vae",
+    "train_vqvae2": "sdkit.training.stages.vqvae2",
 }
 
 if not TYPE_CHECKING:  # hidden from type checkers, so that they use the imports above and find a misspelt name

@@ -29,6 +29,7 @@ NOISE_SCHEDULES = {
 CONDITIONS = ("canny", "grey", "outlines", "colour_blocks")  # names in sdkit.images.conditions.CONDITIONS
 PRIORS = ("transformer", "pixelcnn")  # names in sdkit.networks.prior_shape.KINDS
 PRIOR_CONDITIONS = ("text", "class", "map")  # names in sdkit.networks.prior_shape.CONDITIONS
+LEVELS = ("top", "bottom")  # of a VQ-VAE-2
 TEMPLATES = ("object", "style")  # names in sdkit.training.stages.embedding.TEMPLATES
 RECONSTRUCTIONS = ("l1", "l2")
 REGULARIZERS = ("none", "kl", "vq")
@@ -760,6 +761,8 @@ class PriorConfig(StageSettings):
             condition_column. A latent cache holds its own.
         condition_dropout: Share of samples trained without their condition, which classifier-free guidance
             needs.
+        level: Codes of a VQ-VAE-2, which vae then names: top, or bottom, whose condition is always the top
+            codes. None is for a VQ model of one level.
         layers: Layers of the network.
         width: Channels of the network.
         heads: Attention heads of a transformer, by which width must be divisible.
@@ -776,6 +779,7 @@ class PriorConfig(StageSettings):
     condition_column: str | None = None
     conditioning_data: str | os.PathLike[str] | None = None
     condition_dropout: float = 0.1
+    level: str | None = None
     layers: int = 8
     width: int = 256
     heads: int = 8
@@ -794,6 +798,8 @@ class PriorConfig(StageSettings):
         one_of("kind", self.kind, PRIORS)
         if self.conditioned_on is not None:
             one_of("conditioned_on", self.conditioned_on, PRIOR_CONDITIONS)
+        if self.level is not None:
+            one_of("level", self.level, LEVELS)
         self._keep("condition_dropout", number("condition_dropout", self.condition_dropout, 0, 1))
         for name, most in (("layers", 1000), ("width", 16384), ("heads", 1024)):
             self._keep(name, whole_number(name, getattr(self, name), 1, most))
@@ -816,6 +822,13 @@ class PriorConfig(StageSettings):
             raise ArgumentError("condition_column and conditioning_data both name the maps; leave one of them out.")
         if self.conditioning_data is not None:
             self._keep_apart("conditioning_data", self.conditioning_data)
+        if self.level == "bottom" and self.conditioned_on is not None:
+            raise ArgumentError("the bottom level is conditioned on the top codes; leave conditioned_on out.")
+        if self.level is not None and (self.conditioned_on == "map" or self.evaluate):
+            given = "evaluate" if self.evaluate else "conditioned_on map"
+            raise ArgumentError(f"{given} is for a VQ model of one level; leave it out, or leave level out.")
+        if self.level is not None and self.vae is None:
+            raise ArgumentError("level belongs to a VQ-VAE-2; name its folder as vae, or leave level out.")
         if any(metric.name == "clip_score" for metric in self.metrics) and self.conditioned_on != "text":
             raise ArgumentError("evaluate clip_score compares drawings with prompts; it needs conditioned_on text.")
 
@@ -964,3 +977,37 @@ class ClassifierConfig(StageSettings):
             raise ArgumentError("evaluate measures pictures, and a classifier makes none; leave it out.")
         if self.label_data is not None:
             self._keep_apart("label_data", self.label_data)
+
+
+@dataclass(frozen=True, kw_only=True)
+class VQVAE2Config(StageSettings):
+    """Settings of `train_vqvae2`. The network is always trained from scratch.
+
+    Attributes:
+        width: Channels of the networks of both levels.
+        latent_channels: Channels of a code.
+        codes: Codes of each level's codebook.
+        codebook_decay: Decay of the moving averages that the codes follow, with a k-means start and restarts
+            of dead codes; 0 trains the codes by gradient alone.
+        learning_rate: Learning rate of AdamW, which the schedule multiplies.
+        size: Size of the training images in pixels, one number or (height, width), multiples of 8.
+    """
+
+    width: int = 128
+    latent_channels: int = 32
+    codes: int = 512
+    codebook_decay: float = 0.99
+    learning_rate: float = 3e-4
+    size: int | tuple[int, int] = 64
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        from sdkit.arguments import number, whole_number
+
+        for name, most in (("width", 4096), ("latent_channels", 4096), ("codes", 2**20)):
+            self._keep(name, whole_number(name, getattr(self, name), 2, most))
+        self._keep("codebook_decay", number("codebook_decay", self.codebook_decay, 0, 0.9999))
+        if self.init is not None:
+            raise ArgumentError("init has no meaning for a VQ-VAE-2, whose shape is width and codes; leave it out.")
+        if any(metric.name == "clip_score" for metric in self.metrics):
+            raise ArgumentError("evaluate clip_score compares drawings with prompts, and there is none; leave it out.")

@@ -98,6 +98,7 @@ def test_help_tells_every_field_with_its_docstring_and_default(run: Callable[...
         "prior": "(a gated PixelCNN) (default: transformer)",
         "clip": "The contrast is over batch_size x processes pairs",
         "image_prior": "CLIP whose embeddings the prior learns",
+        "vqvae2": "Codes of each level's codebook (default: 512)",
     }
     assert own[stage] in told
 
@@ -265,6 +266,12 @@ OWN: dict[str, dict[str, tuple[str, Any]]] = {
         "caption_column": ("text", "text"),
         "caption_dropout": ("0.2", 0.2),
     },
+    "vqvae2": {
+        "width": ("12", 12),
+        "latent_channels": ("4", 4),
+        "codes": ("9", 9),
+        "codebook_decay": ("0.9", 0.9),
+    },
 }
 
 
@@ -290,7 +297,7 @@ def test_every_field_can_be_set(stage: str) -> None:
     others = {  # exclude another one
         "vae": set[str](), "unet": {"init", "conditioning_data", "image_encoder", "embedding_dropout", *DREAMBOOTH},
         "controlnet": {"init", "conditioning_data"}, "embedding": {"init"},
-        "prior": {"init", "conditioning_data"},
+        "prior": {"init", "conditioning_data", "level"}, "vqvae2": {"init"},
         "clip": {"size", "evaluate"}, "image_prior": {"init", "size", "evaluate", "augment", "gradient_checkpointing"},
     }  # fmt: skip
     refused = others[stage] if stage in ("clip", "image_prior") else set[str]()

@@ -27,6 +27,7 @@ from sdkit.training import (
     PriorConfig,
     UNetConfig,
     VAEConfig,
+    VQVAE2Config,
     checkpoint,
     train_classifier,
     train_clip,
@@ -36,6 +37,7 @@ from sdkit.training import (
     train_prior,
     train_unet,
     train_vae,
+    train_vqvae2,
 )
 from sdkit.training.ema import EMA
 from sdkit.training.loop import fit
@@ -48,6 +50,7 @@ from sdkit.training.stages.image_prior import ImagePriorStage
 from sdkit.training.stages.prior import PriorStage
 from sdkit.training.stages.unet import UNetStage
 from sdkit.training.stages.vae import VAEStage
+from sdkit.training.stages.vqvae2 import VQVAE2Stage
 from tests.helpers import forks, toy
 
 STAGES: dict[str, tuple[Any, Any, Callable[[Any], Path]]] = {
@@ -59,6 +62,7 @@ STAGES: dict[str, tuple[Any, Any, Callable[[Any], Path]]] = {
     "clip": (ClipConfig, CLIPStage, train_clip),
     "image_prior": (ImagePriorConfig, ImagePriorStage, train_image_prior),
     "prior": (PriorConfig, PriorStage, train_prior),
+    "vqvae2": (VQVAE2Config, VQVAE2Stage, train_vqvae2),
 }
 CALLS = ("batch", "loss", "discriminator_loss", "validate", "export")
 
@@ -180,7 +184,8 @@ def _train_together(scenario: dict[str, Any]) -> None:
     weights = {
         f"{player.name}/{name}": p for player in stage.players for name, p in player.network.state_dict().items()
     }
-    save_file({name: p.contiguous() for name, p in weights.items()}, out / f"rank-{rank}.safetensors")
+    # Copies, because a GPT's head shares its weights with the embedding.
+    save_file({name: p.contiguous().clone() for name, p in weights.items()}, out / f"rank-{rank}.safetensors")
 
 
 RENAMED: list[Path] = []  # paths that this process renamed into place; all files of a run are written by such a rename

@@ -19,8 +19,9 @@ from sdkit.errors import ArgumentError, SourceError
 from sdkit.evaluation.clip_score import clip_score
 from sdkit.networks.code_prior import CodePrior, log_likelihood, new_prior
 from sdkit.networks.prior_shape import PriorShape
+from sdkit.pipelines.code_conditions import text_ids
 from sdkit.pipelines.code_sampling import CodeSampling, draw_codes, drawn
-from sdkit.pipelines.tokens import TokenPipeline, rerank, text_ids
+from sdkit.pipelines.tokens import TokenPipeline, rerank
 from tests.helpers import clip, tiny
 from tests.helpers.loaders import load_text
 from tests.helpers.sentences import one_sentence

@@ -170,7 +170,8 @@ def test_golden_losses(name: str, made: Path, tmp_path: Path) -> None:
 def test_validation_is_exact_in_nats_and_bits(made: Path) -> None:
     """Six images are all held out; the mean of their likelihoods is that of the pipeline."""
     stage = PriorStage(run_of(made, "gpt class"))
-    metrics = stage.validate(0)
+    with torch.no_grad():
+        metrics = stage.validate(0)
     pixels = torch.stack([stage.examples.validation(i)["pixels"] for i in range(6)])
     pipeline = sdkit.TokenPipeline(stage.vae, stage.prior.eval())
     captions = [(made / "photos" / f"{n:03}.txt").read_text() for n in range(6)]
@@ -194,7 +195,7 @@ def striped(folder: Path, n: int) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "share"), [("gpt class", 0.8), ("pixelcnn class", 0.6)])
+@pytest.mark.parametrize(("name", "share"), [("gpt class", 0.8), ("pixelcnn class", 0.75)])
 def test_learns_more_than_how_often_each_code_occurs(name: str, share: float, made: Path, tmp_path: Path) -> None:
     """On 15 held-out images of stripes, against independent codes; the right class is likelier than the wrong one."""
     data = striped(tmp_path / "stripes", 300)

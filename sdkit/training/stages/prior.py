@@ -27,12 +27,14 @@ from sdkit.images import to_tensors
 from sdkit.loading.source import Source
 from sdkit.networks.autoencoder import VAE
 from sdkit.networks.autoencoder_kinds import nearest_codes
-from sdkit.networks.code_prior import CodePrior, new_prior
+from sdkit.networks.code_prior import CodePrior, new_prior, save_prior
 from sdkit.networks.code_transformer import CodeTransformer
 from sdkit.networks.prior_shape import PriorShape
 from sdkit.networks.text_encoder import TextEncoder
+from sdkit.networks.vqvae2 import Level, load_vqvae2
 from sdkit.pipelines.code_sampling import draw_codes
-from sdkit.pipelines.tokens import TokenPipeline
+from sdkit.pipelines.tokens import PRIOR, TOKENIZER, TokenPipeline
+from sdkit.pipelines.two_levels import VQVAE2_FOLDER
 from sdkit.training.batches import noise_of
 from sdkit.training.loop import fit
 from sdkit.training.settings import PriorConfig
@@ -56,7 +58,8 @@ def train_prior(config: PriorConfig) -> Path:
         config: Settings of the run. `config.data` is a data set of images, or a latent cache made with the VQ model.
 
     Returns:
-        The run folder. Its result/ is for `sdkit.TokenPipeline.from_pretrained`.
+        The run folder. Its result/ is for `sdkit.TokenPipeline.from_pretrained`; that of a level, for
+        `sdkit.pipelines.two_levels.TwoLevelPipeline.from_pretrained`.
 
     Raises:
         SdkitError: The settings, the VQ model, or the data cannot be used.
@@ -92,13 +95,18 @@ class PriorStage:
     def __init__(self, config: PriorConfig) -> None:
         self.config = config
         model = Source.open(config.model)
-        self.vae = VAE((model if config.vae is None else Source.open(config.vae)).autoencoder())
+        self.vae: VAE | Level
+        if config.level is not None:
+            self.vae = Level(load_vqvae2(str(config.vae)), config.level)
+        else:
+            self.vae = VAE((model if config.vae is None else Source.open(config.vae)).autoencoder())
         self.vae.eval().requires_grad_(False)
         if self.vae.codebook is None:
             raise ArgumentError("a prior learns codes, and this VAE has no codebook; name a VQModel as vae.")
         self.text = TextEncoder(*model.text_encoder())
         # The export needs an unused copy, because tokenizing changes what a tokenizer saves.
         self.tokenizer = copy.deepcopy(self.text.tokenizer)
+        self.condition = "map" if config.level == "bottom" else config.conditioned_on
         self.examples = self._open()
         self.classes = self._classes() if config.conditioned_on == "class" else ()
         self.prior = self._make_prior(len(self.vae.codebook))
@@ -110,6 +118,7 @@ class PriorStage:
         self.size = len(self.examples.train)
         self.evaluators: list[Callable[[int], Mapping[str, float]]] = []
         if config.evaluate:
+            assert isinstance(self.vae, VAE)  # settings of a level name no metrics
             self.originals = BatchEncoder(self.vae, self.text, scale=self.examples.scale, shift=self.examples.shift)
             height, width = (side * self.vae.factor for side in self.examples.shape)
             self.pictures = PictureMetrics(
@@ -122,21 +131,25 @@ class PriorStage:
 
     def _open(self) -> CachedLatents | ImageLatents:
         """Open the data. Rows of a prior of maps have `concat`, or `concat_pixels` to encode."""
-        config, vae = self.config, self.vae
-        sample: Any = vae.network.config.sample_size
-        own: Any = (sample, sample) if isinstance(sample, int) else sample
+        config: Any = self.config
+        vae: Any = self.vae
+        sample = vae.network.config.sample_size
+        own = (sample, sample) if isinstance(sample, int) else tuple(sample)
         common: Any = {"size": config.size, "own_size": own, "augment": config.augment, "seed": config.seed}
         with warnings.catch_warnings():
             if config.conditioned_on not in ("text", "class"):
                 warnings.filterwarnings("ignore", message=".*the empty prompt is taken for all")
             if config.conditioned_on == "map":
                 return self._open_maps(common)
+            if config.level is not None and is_cache(config.data):
+                raise DataError("a latent cache holds one level of latents; give the images that it was made of.")
             found: Any = open_provider(config.data, vae, self.text, trains_text=True, **common, **config.opened_with())
             return found  # type: ignore[no-any-return]
 
     def _open_maps(self, common: Mapping[str, Any]) -> CachedLatents | ImageLatents:
         """Open images with maps: from a latent cache, a column, or another folder."""
-        config = self.config
+        config, vae = self.config, self.vae
+        assert isinstance(vae, VAE)  # settings of a level have no maps
         places = [name for name in ("condition_column", "conditioning_data") if getattr(config, name) is not None]
         if is_cache(config.data):
             if places:
@@ -147,14 +160,14 @@ class PriorStage:
                     "--condition-column or --conditioning-data."
                 )
             found: Any = open_provider(
-                config.data, self.vae, self.text, trains_text=True, cached=CachedConditions, **common,
+                config.data, vae, self.text, trains_text=True, cached=CachedConditions, **common,
                 **config.opened_with(),
             )  # fmt: skip
             return found  # type: ignore[no-any-return]
         if not places:
             raise ArgumentError("conditioned_on map needs maps; name them as condition_column or conditioning_data.")
         size: Any = config.size or common["own_size"]
-        self.vae.check_size(size)
+        vae.check_size(size)
         examples = open_examples(config.data, **config.opened_with())
         conditions = open_conditions(
             examples, config.data, column=config.condition_column, conditioning_data=config.conditioning_data,
@@ -162,7 +175,7 @@ class PriorStage:
         )  # fmt: skip
         return PairedExamples(
             examples, conditions, lambda pixels: {"concat_pixels": pixels}, training_transform(size, config.augment),
-            self.vae, self.text, seed=config.seed,
+            vae, self.text, seed=config.seed,
         )  # fmt: skip
 
     def _classes(self) -> tuple[str, ...]:
@@ -184,11 +197,11 @@ class PriorStage:
             None: ((), 0),
             "text": ((self.text.length,), len(self.tokenizer)),
             "class": ((), len(self.classes)),
-            "map": (grid, codes),
+            "map": (grid if config.level is None else (grid[0] // 2, grid[1] // 2), codes),
         }
-        condition_shape, tokens = shape_of[config.conditioned_on]
+        condition_shape, tokens = shape_of[self.condition]
         shape = PriorShape(
-            kind=config.kind, codes=codes, grid=grid, condition=config.conditioned_on,
+            kind=config.kind, codes=codes, grid=grid, condition=self.condition,
             condition_shape=condition_shape, tokens=tokens, classes=self.classes, layers=config.layers,
             width=config.width, heads=config.heads if config.kind == "transformer" else 1,
         )  # fmt: skip
@@ -212,7 +225,7 @@ class PriorStage:
         for n, item in samples:
             row = self._row(self.examples.load(item, n // self.size))
             left_out = float(torch.rand((), generator=noise_of(self.config.seed, n))) < self.config.condition_dropout
-            if self.config.conditioned_on is not None:
+            if self.condition is not None:
                 row["left_out"] = torch.tensor(left_out)
             rows.append(row)
         return _stacked(rows)
@@ -243,17 +256,22 @@ class PriorStage:
     @torch.no_grad()
     def _codes(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:
         """Return the codes (B, h, w) of a batch, and its conditions (B, ...)."""
-        codes = self._nearest(batch, "pixels", "mean")
-        kind = self.config.conditioned_on
+        kind = self.condition
+        if isinstance(self.vae, Level):
+            codes, above = self.vae.codes(batch["pixels"])
+        else:
+            codes = self._nearest(batch, "pixels", "mean")
+            above = self._nearest(batch, "concat_pixels", "concat") if kind == "map" else codes
         if kind is None:
             return codes, None
-        condition = self._nearest(batch, "concat_pixels", "concat") if kind == "map" else batch["condition"]
+        condition = above if kind == "map" else batch["condition"]
         none = self.examples.empty["ids"][0] if kind == "text" else self.prior.shape.no_condition()
         left_out = batch["left_out"].reshape(-1, *[1] * none.ndim)
         return codes, torch.where(left_out, none.to(condition), condition)
 
     def _nearest(self, batch: Mapping[str, Any], pixels: str, mean: str) -> Tensor:
         """Return the codes (B, h, w) of the latents that a batch has by the name `mean`, or of its images."""
+        assert isinstance(self.vae, VAE)
         if pixels in batch:
             vae = self.vae.to(batch[pixels].device)
             with torch.autocast(vae.device.type, enabled=False):  # rounding would give other codes
@@ -290,7 +308,9 @@ class PriorStage:
     def _validation_loss(self, i: int) -> float:
         """Return the cross-entropy of one held-out image."""
         _, codes, condition = self._held_out(i)
-        return float(cross_entropy(self.prior(codes, condition), codes))
+        prior: Any = self.prior
+        logits = type(prior).forward(prior, codes, condition)  # in float32; a call would run Accelerate's autocast
+        return float(cross_entropy(logits, codes))
 
     def _evaluate(self, step: int) -> Mapping[str, float]:
         """Return the metrics of pictures of the held-out conditions."""
@@ -304,13 +324,20 @@ class PriorStage:
         codes = draw_codes(
             self.prior, [torch.Generator().manual_seed(i)], condition=condition, before_step=raise_if_stopped
         )
+        assert isinstance(self.vae, VAE)
         (drawn,) = to_tensors(self.vae.to(self._device).decode_codes(codes))
         return Picture(drawn, self.originals.original(example, self._device), self.examples.held_out_caption(i))
 
     def export(self, folder: Path) -> None:
         """Write the VQ model, the prior, and the tokenizer of a prior of texts into an empty folder."""
         tokenizer = self.tokenizer if self.config.conditioned_on == "text" else None
-        TokenPipeline(self.vae, self.prior, tokenizer).write(folder)
+        if isinstance(self.vae, VAE):
+            TokenPipeline(self.vae, self.prior, tokenizer).write(folder)
+            return
+        self.vae.network.save_pretrained(folder / VQVAE2_FOLDER)
+        save_prior(self.prior, folder / PRIOR)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder / TOKENIZER)
 
 
 def cross_entropy(logits: Tensor, codes: Tensor) -> Tensor:
