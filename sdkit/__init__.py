@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from sdkit.networks.denoiser import UNet
     from sdkit.networks.text_encoder import TextEncoder
     from sdkit.pipelines.text_to_image import StableDiffusion
+    from sdkit.pipelines.unclip import UnCLIP
 
 __version__ = "0.1.0"
 
@@ -53,6 +54,7 @@ __all__ = [
     "TextEncoder",
     "TrainingError",
     "UNet",
+    "UnCLIP",
     "VAE",
     "__version__",
     "data",
@@ -76,6 +78,7 @@ _HOMES = {
     "Step": "sdkit.diffusion.samplers",
     "TextEncoder": "sdkit.networks.text_encoder",
     "UNet": "sdkit.networks.denoiser",
+    "UnCLIP": "sdkit.pipelines.unclip",
     "VAE": "sdkit.networks.autoencoder",
 }
 
