@@ -122,6 +122,8 @@ def test_the_result_is_a_whole_unclip(made: Path, tmp_path: Path) -> None:
     options: dict[str, Any] = {"num_inference_steps": 2}
     image = Image.open(made / "photos" / "000.png")
     drawn = model("a red disc", prior_num_inference_steps=2, **options) + model.variations(image, 2, **options)
+    with_own = UnCLIP.from_pretrained(out / "result", prior=made / "prior" / "result", device="cpu")
+    assert with_own("a red disc", prior_num_inference_steps=2, **options)[0].tobytes() == drawn[0].tobytes()
     drawn += model.interpolate(image, Image.open(made / "photos" / "001.png"), 2, **options)
     assert [one.size for one in drawn] == [(tiny.SIZE, tiny.SIZE)] * 5
     levels = [np.asarray(one, int) for one in drawn]
