@@ -188,8 +188,8 @@ def test_dall_e_2_learns_to_draw_what_a_text_says(made: Path, tmp_path: Path) ->
     decoder = train_unet(
         UNetConfig(
             **data, model=made / "model", vae="pixels", init=tmp_path / "unet", image_encoder=prior / "result",
-            caption_dropout=1.0, out_dir=tmp_path / "decoder", batch_size=16, max_steps=500, learning_rate=2e-3, size=16,
-            prediction_type="v_prediction",
+            caption_dropout=1.0, out_dir=tmp_path / "decoder", batch_size=16, max_steps=500, learning_rate=2e-3,
+            size=16, prediction_type="v_prediction",
         )
     )  # fmt: skip
     model = UnCLIP.from_pretrained(decoder / "result", device="cpu")
