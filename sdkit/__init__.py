@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from sdkit.pipelines.cascade import Cascade
     from sdkit.pipelines.text_to_image import StableDiffusion
     from sdkit.pipelines.tokens import TokenPipeline
+    from sdkit.pipelines.unclip import UnCLIP
 
 __version__ = "0.1.0"
 
@@ -59,6 +60,7 @@ __all__ = [
     "TokenPipeline",
     "TrainingError",
     "UNet",
+    "UnCLIP",
     "VAE",
     "__version__",
     "data",
@@ -85,6 +87,7 @@ _HOMES = {
     "TextEncoder": "sdkit.networks.text_encoder",
     "TokenPipeline": "sdkit.pipelines.tokens",
     "UNet": "sdkit.networks.denoiser",
+    "UnCLIP": "sdkit.pipelines.unclip",
     "VAE": "sdkit.networks.autoencoder",
 }
 

@@ -20,8 +20,18 @@ from sdkit.loading import tokenizer
 from sdkit.loading.configs import COUNT, WHOLE, WORD, Check, read_config, read_json
 from sdkit.loading.parts import SCHEDULER
 from sdkit.loading.place import absent, resolve
+from sdkit.loading.shards import index_names, open_shards
 from sdkit.loading.single_file import LARGEST
-from sdkit.loading.tensors import check_fit, guarded, is_file, open_tensors
+from sdkit.loading.tensors import (
+    INDICES,
+    TensorFile,
+    check_dtypes,
+    check_finite,
+    check_fit,
+    guarded,
+    is_file,
+    open_tensors,
+)
 from sdkit.loading.transformers_folder import SIZES, root_of
 from sdkit.messages import clean
 
@@ -36,6 +46,8 @@ PRIOR: Mapping[str, Check] = {
     "time_embed_act_fn": WORD,
 }
 """Keys in the config of a prior -> their checks."""
+PLAIN = ("layer_norm_eps", "bos_token_id", "eos_token_id", "pad_token_id")
+"""Further keys in the config of one of CLIP's encoders that are passed on."""
 FOLDERS = {
     "prior": ("PriorTransformer", PRIOR),
     "prior_text_encoder": ("CLIPTextModelWithProjection", SIZES),
@@ -77,8 +89,10 @@ class UnCLIPFolder:
 
     def network(self, folder: str) -> Any:
         """Load a network of `FOLDERS`, in eval mode, frozen, in float32, on the CPU."""
+        from accelerate import init_empty_weights
+
         wanted, checks = FOLDERS[folder]
-        path = self._files(folder, [CONFIG, "*.safetensors", "*.safetensors.index.json"])
+        path = self._files(folder, [CONFIG, *WEIGHTS, "*.safetensors.index.json", "*-of-*.safetensors"])
         if not is_file(path / CONFIG):
             raise absent(self.place, f"{folder}/{CONFIG}")
         config = read_config(path / CONFIG, checks)
@@ -86,30 +100,31 @@ class UnCLIPFolder:
         if found != wanted:
             raise SourceError(f"{clean(path)!r} holds a {clean(found)}, not a {wanted}; give another source.")
         label = f"{folder}/ of {self.place.label}"
-        with guarded(label):
-            self._check_shapes(path, _class(wanted), label)
-            network, report = _class(wanted).from_pretrained(
-                path, local_files_only=True, use_safetensors=True, output_loading_info=True
-            )
-        if missing := sorted(report["missing_keys"]):
-            raise SourceError(f"{label} lacks {clean(missing[0])} and so is no whole {wanted}; download it again.")
-        return network.eval().requires_grad_(False).float()
-
-    @staticmethod
-    def _check_shapes(path: Path, cls: Any, label: str) -> None:
-        """Raise SourceError if a tensor in the file of weights does not have the shape that the config asks for."""
-        file = next((path / name for name in WEIGHTS if is_file(path / name)), None)
-        if file is None:
-            return  # in shards
-        fields = {key: value for key, value in read_json(path / CONFIG).items() if not key.startswith("_")}
-        with torch.device("meta"):
-            network = cls(cls.config_class(**fields)) if hasattr(cls, "config_class") else cls.from_config(fields)
-        wanted, found = {key: tuple(value.shape) for key, value in network.state_dict().items()}, open_tensors(file)
-        both = wanted.keys() & found.shapes.keys()
+        file = self._weights(folder, path)
+        keys = [key for key in file.shapes if not key.endswith(INDICES)]
+        check_dtypes(file, keys)
+        with guarded(label), init_empty_weights():
+            network = _empty(_class(wanted), config)
         check_fit(
-            {key: found.shapes[key] for key in both}, {key: wanted[key] for key in both},
-            f"the weights of {label} do not fit the config.json beside them",
-        )  # fmt: skip
+            {key: file.shapes[key] for key in keys},
+            {key: tuple(value.shape) for key, value in network.state_dict().items()},
+            f"the weights in {file.label} do not fit the config.json beside them",
+        )
+        with guarded(label):
+            tensors = {key: value.to(torch.float32, copy=True) for key, value in file.read(keys).items()}
+            network.load_state_dict(tensors, assign=True)
+        check_finite(network, file, keys)
+        return network.eval().requires_grad_(False)
+
+    def _weights(self, folder: str, path: Path) -> TensorFile:
+        """Open the weights in a folder."""
+        for name in WEIGHTS:
+            if is_file(path / name):
+                return open_tensors(path / name)
+            for index in index_names(name, None):
+                if is_file(path / index):
+                    return open_shards(path / index)
+        raise absent(self.place, f"{folder}/{WEIGHTS[0]}")
 
     def copy(self, folders: Iterable[str], out: Path) -> None:
         """Copy those of `folders` that there are into a model's folder, and make it one of the unCLIP pipelines of
@@ -154,6 +169,15 @@ class UnCLIPFolder:
         return root_of(self.place, [f"{folder}/{name}" for name in names]) / folder
 
 
+def _empty(cls: Any, config: Mapping[str, Any]) -> Any:
+    """Return a network of a config. Only sizes and other plain values are passed on."""
+    if hasattr(cls, "config_class"):  # of transformers
+        known = {*SIZES, *PLAIN}
+        return cls(cls.config_class(**{key: value for key, value in config.items() if key in known}))
+    parameters = inspect.signature(cls.__init__).parameters
+    return cls(**{key: value for key, value in config.items() if key in parameters})
+
+
 def new_prior(config: str | os.PathLike[str]) -> Any:
     """Return a PriorTransformer with random weights, in training mode, on the CPU.
 
@@ -174,16 +198,15 @@ def new_prior(config: str | os.PathLike[str]) -> Any:
     if (found := fields.get("_class_name")) != "PriorTransformer":
         raise SourceError(f"{clean(file)!r} is the config of {clean(found)}, not of PriorTransformer; give another.")
     prior = _class("PriorTransformer")
-    known = inspect.signature(prior.__init__).parameters
-    sizes = {key: value for key, value in read_config(file, PRIOR).items() if key in known}
+    sizes = read_config(file, PRIOR)
     with guarded(f"the config {clean(repr(str(file)))}"):
         with torch.device("meta"):
-            count = sum(p.numel() for p in prior(**sizes).parameters())
+            count = sum(p.numel() for p in _empty(prior, sizes).parameters())
         if count > LARGEST:
             raise SourceError(
                 f"{clean(file)!r} asks for {count:,} parameters, sdkit builds at most {LARGEST:,}; correct it."
             )
-        return prior(**sizes).train()
+        return _empty(prior, sizes).train()
 
 
 def _class(name: str) -> Any:

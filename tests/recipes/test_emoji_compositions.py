@@ -19,7 +19,6 @@ from PIL import Image
 from sdkit import images as image_io
 from sdkit.data import open_examples
 from sdkit.errors import DataError
-from sdkit.loading.learned_tokenizer import learn_tokenizer
 from sdkit.recipes.emoji import prepare as module
 from sdkit.recipes.emoji.compositions import (
     MARGIN,
@@ -40,6 +39,7 @@ from sdkit.recipes.emoji.pictures import BACKGROUNDS, SIZE, STYLES, TABLE, Pictu
 from sdkit.recipes.emoji.prepare import CAPTIONED, prepare_captioned
 from sdkit.recipes.emoji.settings import settings
 from sdkit.recipes.emoji.start import LENGTH, VOCABULARY
+from sdkit.training.learned_tokenizer import learn_tokenizer
 from tests.helpers.emoji_pictures import COLOURS, FEW, make_drawings
 
 CAT = Picture("1f408", "cat", "kitty", "gray")

@@ -24,9 +24,9 @@ from sdkit.diffusion.contrastive import contrastive, equal_rows
 from sdkit.errors import DataError, TrainingError
 from sdkit.evaluation.extractors import open_extractor
 from sdkit.evaluation.retrieval import retrieval
-from sdkit.loading.learned_tokenizer import learn_tokenizer
 from sdkit.networks.clip import CLIP
 from sdkit.training import ClipConfig, train_clip
+from sdkit.training.learned_tokenizer import learn_tokenizer
 from sdkit.training.run_folder import read_metrics
 from sdkit.training.stages.clip import CLIPStage
 from tests.helpers import clip, tiny

@@ -3,13 +3,14 @@ diffusers and in `UnCLIP`, and users' mistakes."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from diffusers import StableUnCLIPPipeline
+from diffusers import StableUnCLIPPipeline, UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import CLIPVisionModelWithProjection
@@ -18,7 +19,14 @@ import sdkit
 from sdkit.data import cache
 from sdkit.errors import DataError
 from sdkit.pipelines.unclip import UnCLIP
-from sdkit.training import ImagePriorConfig, UNetConfig, train_image_prior, train_unet
+from sdkit.training import (
+    ClipConfig,
+    ImagePriorConfig,
+    UNetConfig,
+    train_clip,
+    train_image_prior,
+    train_unet,
+)
 from sdkit.training.run_folder import read_metrics
 from sdkit.training.stages.unet import UNetStage
 from tests.helpers import clip, tiny, unclip
@@ -86,31 +94,25 @@ def test_labels_are_those_of_diffusers(made: Path, tmp_path: Path) -> None:
 
 def test_the_new_input_starts_at_zero_and_learns(made: Path, tmp_path: Path) -> None:
     """The first loss is that of the plain U-Net on the same noise; later ones differ."""
-    with_labels = train_unet(config(made, tmp_path / "with", max_steps=3))
-    without = train_unet(config(made, tmp_path / "without", max_steps=3, image_encoder=None))
+    with_labels = train_unet(config(made, tmp_path / "with", max_steps=2))
+    without = train_unet(config(made, tmp_path / "without", max_steps=2, image_encoder=None))
     found, plain = losses(with_labels), losses(without)
     assert found[0] == pytest.approx(plain[0], rel=1e-5)
-    assert found[2] != pytest.approx(plain[2], rel=1e-5)
+    assert found[1] != pytest.approx(plain[1], rel=1e-6)
     weights = load_file(with_labels / "result" / "unet" / "diffusion_pytorch_model.safetensors")
     assert float(weights["class_embedding.linear_2.weight"].abs().max()) > 0
 
 
-GOLDEN = [0.0] * 6
+GOLDEN = [1.027241, 1.120286, 0.967315, 1.044037, 0.880967, 1.001329]
 
 
 def test_golden_losses(made: Path, tmp_path: Path) -> None:
-    """Losses of six steps in float32, to 1e-3. A change in these numbers is a change in what is learned."""
-    train_unet(config(made, tmp_path, max_steps=6, embedding_dropout=0.3))
+    """Losses of six steps in float32, to 1e-3, in a run that was stopped after two. A change in these numbers is a
+    change in what is learned.
+    """
+    for steps in (2, 6):
+        train_unet(config(made, tmp_path, max_steps=steps, embedding_dropout=0.3))
     assert losses(tmp_path) == pytest.approx(GOLDEN, rel=1e-3)
-
-
-def test_a_stopped_run_goes_on_bit_identically(made: Path, tmp_path: Path) -> None:
-    whole = train_unet(config(made, tmp_path / "whole", max_steps=4))
-    parts = train_unet(config(made, tmp_path / "parts", max_steps=2))
-    train_unet(config(made, parts, max_steps=4))
-    assert losses(parts) == losses(whole)
-    one, other = (load_file(out / "result/unet/diffusion_pytorch_model.safetensors") for out in (parts, whole))
-    assert all(torch.equal(one[name], other[name]) for name in other)
 
 
 def test_the_result_is_a_whole_unclip(made: Path, tmp_path: Path) -> None:
@@ -122,6 +124,8 @@ def test_the_result_is_a_whole_unclip(made: Path, tmp_path: Path) -> None:
     options: dict[str, Any] = {"num_inference_steps": 2}
     image = Image.open(made / "photos" / "000.png")
     drawn = model("a red disc", prior_num_inference_steps=2, **options) + model.variations(image, 2, **options)
+    with_own = UnCLIP.from_pretrained(out / "result", prior=made / "prior" / "result", device="cpu")
+    assert with_own("a red disc", prior_num_inference_steps=2, **options)[0].tobytes() == drawn[0].tobytes()
     drawn += model.interpolate(image, Image.open(made / "photos" / "001.png"), 2, **options)
     assert [one.size for one in drawn] == [(tiny.SIZE, tiny.SIZE)] * 5
     levels = [np.asarray(one, int) for one in drawn]
@@ -154,3 +158,49 @@ def test_mistakes(made: Path, tmp_path: Path) -> None:
         run = config(made, tmp_path / "run", **change)
         one_sentence(lambda run=run: train_unet(run), error, fragment)
         assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_dall_e_2_learns_to_draw_what_a_text_says(made: Path, tmp_path: Path) -> None:
+    """From nothing to drawings: a CLIP, a prior on its embeddings, and a decoder of pixels that reads no text itself.
+
+    Discs of four colours are drawn in their colour, from texts and from images; control: the other colours.
+    """
+    shape = json.loads(clip.save_config(tmp_path / "clip.json").read_text()) | {"projection_dim": 16}
+    (tmp_path / "clip.json").write_text(json.dumps(shape))
+    data = {"data": tiny.photos(tmp_path / "photos", 40), "validate_every": 1000, "ema_decay": 0.0}
+    seen = train_clip(
+        ClipConfig(
+            **data, init=tmp_path / "clip.json", out_dir=tmp_path / "seen", batch_size=16, max_steps=120,
+            learning_rate=3e-3,
+        )
+    )  # fmt: skip
+    prior = train_image_prior(
+        ImagePriorConfig(
+            **data, model=seen / "result", out_dir=tmp_path / "prior", batch_size=16, max_steps=400, learning_rate=2e-3,
+            init=unclip.save_prior_config(tmp_path / "prior.json", embedding_dim=16, num_embeddings=20),
+        )
+    )  # fmt: skip
+    UNet2DConditionModel(
+        sample_size=16, in_channels=3, out_channels=3, block_out_channels=(16, 32), norm_num_groups=4,
+        cross_attention_dim=16, attention_head_dim=4, **tiny.TWO_LEVELS,
+    ).save_config(tmp_path / "unet")  # fmt: skip
+    decoder = train_unet(
+        UNetConfig(
+            **data, model=made / "model", vae="pixels", init=tmp_path / "unet", image_encoder=prior / "result",
+            caption_dropout=1.0, out_dir=tmp_path / "decoder", batch_size=16, max_steps=500, learning_rate=2e-3,
+            size=16, prediction_type="v_prediction",
+        )
+    )  # fmt: skip
+    model = UnCLIP.from_pretrained(decoder / "result", device="cpu")
+    wanted = np.array([(220, 40, 40), (40, 180, 60), (40, 70, 220), (235, 205, 40)], float)
+    captions = [f"a {colour} disc" for colour in ("red", "green", "blue", "yellow")]
+    photos = [Image.open(tmp_path / "photos" / f"{i:03}.png") for i in range(4)]
+    options: dict[str, Any] = {"num_inference_steps": 20, "guidance_scale": 2.0}
+    for drawn in (
+        model(captions, prior_guidance_scale=1.5, **options),
+        [model.variations(photo, 1, seed=i, **options)[0] for i, photo in enumerate(photos)],
+    ):
+        middle = np.stack([np.asarray(image, float)[6:10, 6:10].mean((0, 1)) for image in drawn])
+        distances = np.linalg.norm(middle[:, None] - wanted[None], axis=2)
+        assert distances.argmin(1).tolist() == [0, 1, 2, 3], middle

@@ -15,12 +15,12 @@ import torch
 
 from sdkit.atomic import whole_folder
 from sdkit.errors import TrainingError
-from sdkit.loading.learned_tokenizer import learn_tokenizer
 from sdkit.loading.source import Source
 from sdkit.messages import no_warnings, quiet
 from sdkit.networks.autoencoder import VAE
 from sdkit.pipelines.saving import save_pipeline
 from sdkit.recipes.emoji.settings import shape
+from sdkit.training.learned_tokenizer import learn_tokenizer
 
 VOCABULARY = 2048
 LENGTH = 32  # longest caption in tokens, start and end included

@@ -22,11 +22,11 @@ from sdkit.data.transform import Transform
 from sdkit.diffusion.contrastive import contrastive, equal_rows
 from sdkit.errors import ArgumentError
 from sdkit.evaluation.retrieval import retrieval
-from sdkit.loading.learned_tokenizer import learn_tokenizer
 from sdkit.loading.transformers_folder import clip_config, new_clip, own_tokenizer
 from sdkit.messages import no_warnings, quiet
 from sdkit.networks.clip import CLIP, PIXELS
 from sdkit.training.distributed import split_over_processes
+from sdkit.training.learned_tokenizer import learn_tokenizer
 from sdkit.training.loop import fit
 from sdkit.training.settings import ClipConfig
 from sdkit.training.stage import Player, Samples

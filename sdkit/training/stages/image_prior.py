@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from accelerate import PartialState
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from sdkit.atomic import atomic_write
@@ -138,7 +139,8 @@ class ImagePriorStage:
         path = Path(self.config.out_dir) / EMBEDDINGS
         identity = {"data": self.identity["data"], "model": self.identity["model"]}
         found = _read(path, identity, (len(self.pairs), self.clip.width))
-        if found is None:
+        there: list[bool] = gather_object([found is not None])  # on several machines, one may lack the file
+        if found is None or not all(there):
             self.clip.to(PartialState().device)
             embedded = split_over_processes(len(self.pairs), self._embedded)
             found = {
