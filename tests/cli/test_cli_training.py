@@ -250,6 +250,24 @@ DREAMBOOTH: dict[str, tuple[str, Any]] = {
 }
 
 
+IMPROVED_DDPM: dict[str, tuple[str, Any]] = {
+    "init": ("config.json", "config.json"),
+    "classes": ("cat dog", ("cat", "dog")),
+    "noise_schedule": ("cosine", "cosine"),
+    "loss": ("hybrid", "hybrid"),
+    "vlb_weight": ("0.01", 0.01),
+    "timestep_sampling": ("importance", "importance"),
+    "bits_per_dimension": ("9", 9),
+}
+
+
+def test_the_fields_of_improved_ddpm_can_be_set() -> None:
+    words = [w for name, (text, _) in IMPROVED_DDPM.items() for w in (f"--{name.replace('_', '-')}", *text.split())]
+    values = {name: value for name, (_, value) in IMPROVED_DDPM.items()}
+    given = ("--data", "photos", "--out-dir", "run")
+    assert settings("unet", *words, *given) == STAGES["unet"](**values, data="photos", out_dir="run")
+
+
 def test_the_fields_of_dreambooth_can_be_set() -> None:
     words = [w for name, (text, _) in DREAMBOOTH.items() for w in (f"--{name.replace('_', '-')}", text)]
     values = {name: value for name, (_, value) in DREAMBOOTH.items()}
@@ -260,7 +278,7 @@ def test_the_fields_of_dreambooth_can_be_set() -> None:
 def test_every_field_can_be_set(stage: str) -> None:
     values = COMMON | OWN[stage]
     others = {  # exclude another one
-        "vae": set[str](), "unet": {"init", "conditioning_data", *DREAMBOOTH},
+        "vae": set[str](), "unet": {"init", "conditioning_data", *DREAMBOOTH, *IMPROVED_DDPM},
         "controlnet": {"init", "conditioning_data"}, "embedding": {"init"},
     }  # fmt: skip
     assert values.keys() | others[stage] == {field.name for field in fields(STAGES[stage])}

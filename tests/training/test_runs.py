@@ -22,7 +22,7 @@ from sdkit.networks.autoencoder import latents_of
 from sdkit.training.checkpoint import checkpoints, newest
 from sdkit.training.loop import fit
 from sdkit.training.stages.unet import UNetStage
-from tests.helpers import forks, tiny
+from tests.helpers import classes, forks, tiny
 from tests.helpers import runs as helper
 from tests.helpers.runs import everything, files, metrics
 
@@ -71,6 +71,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "maps").mkdir()
     for path in (folder / "photos").glob("*.png"):  # conditions: colours that differ from image to image
         Image.new("RGB", (48, 40), (7 * int(path.stem), 90, 200)).save(folder / "maps" / path.name)
+    # Few timesteps, so that each has ten losses early, and timesteps are drawn by importance.
+    classes.init(folder / "classes", timesteps=2, out_channels=6, num_class_embeds=6)
     return folder
 
 
@@ -80,8 +82,8 @@ def run() -> helper.Runs:
 
 
 def settings(made: Path, kind: str, out: Path, **changes: Any) -> tuple[str, dict[str, Any]]:
-    """Return stage and settings of a kind of run: "vae", "controlnet", "dreambooth", "embedding", "unet", or "lora".
-    The last two can be followed by " from a cache".
+    """Return stage and settings of a kind of run: "vae", "controlnet", "dreambooth", "embedding", "classes", "unet", or
+    "lora". The last two can be followed by " from a cache".
     A U-Net that is trained from images also reads conditions.
     """
     own: dict[str, Any] = {
@@ -103,6 +105,10 @@ def settings(made: Path, kind: str, out: Path, **changes: Any) -> tuple[str, dic
             "class_prompt": "a disc",
             "class_count": 3,
             "lora_rank": 2,
+        },
+        "classes": {
+            "init": made / "classes", "vae": "pixels", "loss": "hybrid", "timestep_sampling": "importance",
+            "caption_dropout": 0.3, "bits_per_dimension": 2, "size": 8, "batch_size": 4,
         },
         "embedding": {
             "token": "<zork>", "init_token": "apple", "vectors": 2, "keep_norm": True, "ema_decay": 0.9,
@@ -158,6 +164,9 @@ for i, point in enumerate(point for point in POINTS if "discriminator" not in po
     KILLS += [(kind + CACHE * (i % 4 > 1), point) for kind in kinds]
 POINTS["os.rename:class_images 2"] = 0  # an image of DreamBooth's class is written, but not renamed yet
 KILLS += [("dreambooth", point) for point in ("os.rename:class_images 2", "loss 6", "half 8")]
+# The losses of timesteps are in the checkpoint.
+KILLS += [("classes", point) for point in ("loss 14", "update 7", "half 8")]
+POINTS |= {"loss 14": 6, "update 7": 6}
 
 
 @pytest.mark.parametrize(("kind", "point"), KILLS)
@@ -287,10 +296,11 @@ TOGETHER: dict[str, dict[str, Any]] = {
     "controlnet": {},
     "dreambooth": {},
     "embedding": {},
+    "classes": {},
 }
 PLAYERS = {"vae": ["vae", "discriminator"], "controlnet": ["controlnet"], "embedding": ["embedding"]}
 """Kind of run -> its players; that of the others is the U-Net."""
-WITHOUT_PICTURES = ("lora from a cache", "dreambooth")
+WITHOUT_PICTURES = ("lora from a cache", "dreambooth", "classes")
 
 
 def together(made: Path, kind: str, out: Path, **changes: Any) -> tuple[str, dict[str, Any]]:
