@@ -108,7 +108,7 @@ def settings(made: Path, kind: str, out: Path, **changes: Any) -> tuple[str, dic
         },
         "classes": {
             "init": made / "classes", "vae": "pixels", "loss": "hybrid", "timestep_sampling": "importance",
-            "caption_dropout": 0.3, "bits_per_dimension": 2, "size": 8, "batch_size": 4,
+            "caption_dropout": 0.3, "bits_per_dimension": 2, "size": 8,
         },
         "embedding": {
             "token": "<zork>", "init_token": "apple", "vectors": 2, "keep_norm": True, "ema_decay": 0.9,
@@ -203,6 +203,15 @@ def test_what_the_runs_above_go_through(made: Path, uninterrupted: Any) -> None:
         ]
         assert [*found["skipped"]] == [BROKEN]
     assert {len(found["samples"]) for kind in ("vae", "unet") for found in [uninterrupted(kind)]} == {3}
+
+
+def test_timesteps_are_drawn_by_importance_in_the_runs(made: Path, uninterrupted: Any, launched: Path) -> None:
+    """Each timestep has its ten losses before the last step, on one process and on two."""
+    uninterrupted("classes")
+    for run in (made / "uninterrupted" / "classes", launched / "classes"):
+        folder = checkpoints(run / "checkpoints")[0]
+        counts = load_file(folder / "unet.safetensors")["timesteps.counts"]
+        assert counts.tolist() == [10, 10]
 
 
 @pytest.mark.parametrize("kind", ["vae", "unet", "lora from a cache"])
