@@ -34,10 +34,13 @@ from sdkit.training.settings import (
     AUGMENTATIONS,
     CONDITION_KINDS,
     CONDITIONS,
+    LOSSES,
     LR_SCHEDULERS,
+    NOISE_SCHEDULES,
     RECONSTRUCTIONS,
     REGULARIZERS,
     TEMPLATES,
+    TIMESTEPS,
     ControlNetConfig,
     EmbeddingConfig,
     StageSettings,
@@ -65,6 +68,9 @@ CHOICES = {
     "condition": CONDITIONS,
     "template": TEMPLATES,
     "condition_kind": CONDITION_KINDS,
+    "loss": LOSSES,
+    "timestep_sampling": TIMESTEPS,
+    "noise_schedule": tuple(NOISE_SCHEDULES),
 }
 
 # Title of a group of options in the help -> its fields. Fields that a stage lacks are left out.
@@ -76,13 +82,13 @@ GROUPS = {
     "prior_weight",
     "model": "model vae init",
     "what is trained": "lora_rank lora_alpha lora_dropout lora_rank_stabilized lora_targets train_text_encoder "
-    "train_encoder controlnet vectors keep_norm",
-    "loss": "prediction_type zero_snr snr_gamma noise_offset caption_dropout condition_dropout reconstruction "
+    "classes train_encoder controlnet vectors keep_norm",
+    "loss": "loss vlb_weight timestep_sampling noise_schedule prediction_type zero_snr snr_gamma noise_offset caption_dropout condition_dropout reconstruction "
     "lpips_weight lpips regularizer codebook_decay normalize_codes kl_weight disc_weight disc_start",
     "optimisation": "max_steps batch_size gradient_accumulation_steps learning_rate lr_scheduler lr_warmup_steps "
     "max_grad_norm ema_decay seed",
     "speed and memory": "mixed_precision gradient_checkpointing use_8bit_adam",
-    "validation": "validate_every validation_data validation_prompts evaluate",
+    "validation": "validate_every validation_data validation_prompts evaluate bits_per_dimension",
     "checkpoints and logs": "save_every keep_checkpoints report_to",
 }
 
