@@ -83,7 +83,8 @@ GROUPS = {
     "model": "model vae init",
     "what is trained": "lora_rank lora_alpha lora_dropout lora_rank_stabilized lora_targets train_text_encoder "
     "classes train_encoder controlnet vectors keep_norm",
-    "loss": "loss vlb_weight timestep_sampling noise_schedule prediction_type zero_snr snr_gamma noise_offset caption_dropout condition_dropout reconstruction "
+    "loss": "loss vlb_weight timestep_sampling noise_schedule prediction_type zero_snr snr_gamma noise_offset "
+    "caption_dropout condition_dropout reconstruction "
     "lpips_weight lpips regularizer codebook_decay normalize_codes kl_weight disc_weight disc_start",
     "optimisation": "max_steps batch_size gradient_accumulation_steps learning_rate lr_scheduler lr_warmup_steps "
     "max_grad_norm ema_decay seed",

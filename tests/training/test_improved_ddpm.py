@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMPipeline, DDPMPipeline
+from diffusers import DDIMPipeline, DDPMPipeline, DDPMScheduler
 from PIL import Image
 
 import sdkit
@@ -262,6 +262,28 @@ class TestSavedModels:
         sd = load(train_unet(kit.config(tmp_path / "run", **settings, caption_dropout=0.0, max_steps=2)))
         assert sd.schedule.clip_x0 is None
         assert sd("red", num_inference_steps=2, output_type="np", guidance_scale=1.0).shape == (1, 32, 32, 3)
+
+
+def test_a_model_of_text_learns_its_variance_too(kit: Kit, tmp_path: Path) -> None:
+    """A `UNet2DConditionModel` of pixels, with the schedule of the model that its text encoder comes from."""
+    model = tiny.model(tmp_path / "model")
+    shape = json.loads((model / "unet" / "config.json").read_text()) | {"in_channels": 3, "out_channels": 6}
+    (tmp_path / "config.json").write_text(json.dumps(shape))
+    settings: dict[str, Any] = {"init": tmp_path / "config.json", "model": model, "size": 8, "max_steps": 2}
+    sd = load(train_unet(kit.config(tmp_path / "run", **settings, bits_per_dimension=5)))
+    assert validations(tmp_path / "run", "bits_per_dimension")[0] > 0
+    assert (sd.schedule.variance_type, sd.unet.width) == ("learned_range", 16)
+    assert sd("red", sampler="ddpm", num_inference_steps=2, height=8, width=8, output_type="np").shape == (1, 8, 8, 3)
+
+
+def test_a_model_that_another_toolkit_saved(tmp_path: Path) -> None:
+    """A folder of diffusers names no classes and no guidance: labels have their numbers as names, without guidance."""
+    DDPMPipeline(classes.network(num_class_embeds=3), DDPMScheduler()).save_pretrained(tmp_path)
+    sd = sdkit.StableDiffusion.from_pretrained(tmp_path, vae="pixels", device="cpu", dtype="fp32")
+    assert (sd.text.names, sd.guidance_scale) == (("0", "1", "2"), 1.0)  # type: ignore[attr-defined]
+    assert sd("2", num_inference_steps=2, output_type="np").shape == (1, 8, 8, 3)
+    with pytest.raises(ArgumentError, match="was trained without label dropout, and draws classes alone"):
+        sd("2", num_inference_steps=2, guidance_scale=2.0)
 
 
 class TestBitsPerDimension:
