@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from sdkit.loading.configs import CONDITION
+from sdkit.loading.configs import CLASSES, CONDITION
 from sdkit.loading.parts import CONTROLNET, PARTS, VAE, Part
 from sdkit.loading.single_file import ASSETS
 
@@ -31,7 +31,7 @@ def test_checked_and_shown_keys_are_parameters_of_the_classes(part: Part) -> Non
         for cls in classes(part)
         for name, parameter in inspect.signature(getattr(cls, "config_class", cls)).parameters.items()
     }
-    assert {*part.checks, *part.shown} - {CONDITION} <= parameters.keys()  # CONDITION is a key of our own
+    assert {*part.checks, *part.shown} - {CONDITION, CLASSES} <= parameters.keys()  # two keys of our own
 
 
 def test_a_class_that_is_unknown_or_has_no_weights_loads_as_the_first() -> None:
