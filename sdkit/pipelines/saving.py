@@ -86,8 +86,7 @@ def save_without_text(
 
         scheduler_class = getattr(diffusers, scheduler.get("_class_name") or "DDPMScheduler")
         pipeline = diffusers.DDPMPipeline(unet=unet, scheduler=scheduler_class.from_config(scheduler))
-        if guidance_scale != USUAL_GUIDANCE:
-            pipeline.register_to_config(**{GUIDANCE: guidance_scale})
+        pipeline.register_to_config(**{GUIDANCE: guidance_scale})
         pipeline.save_pretrained(folder)
         if vae.kind.makes_latents:
             vae.network.save_pretrained(folder / "vae")

@@ -285,6 +285,24 @@ DREAMBOOTH: dict[str, tuple[str, Any]] = {
 }
 
 
+IMPROVED_DDPM: dict[str, tuple[str, Any]] = {
+    "init": ("config.json", "config.json"),
+    "classes": ("cat dog", ("cat", "dog")),
+    "noise_schedule": ("cosine", "cosine"),
+    "loss": ("hybrid", "hybrid"),
+    "vlb_weight": ("0.01", 0.01),
+    "timestep_sampling": ("importance", "importance"),
+    "bits_per_dimension": ("9", 9),
+}
+
+
+def test_the_fields_of_improved_ddpm_can_be_set() -> None:
+    words = [w for name, (text, _) in IMPROVED_DDPM.items() for w in (f"--{name.replace('_', '-')}", *text.split())]
+    values = {name: value for name, (_, value) in IMPROVED_DDPM.items()}
+    given = ("--data", "photos", "--out-dir", "run")
+    assert settings("unet", *words, *given) == STAGES["unet"](**values, data="photos", out_dir="run")
+
+
 def test_the_fields_of_dreambooth_can_be_set() -> None:
     words = [w for name, (text, _) in DREAMBOOTH.items() for w in (f"--{name.replace('_', '-')}", text)]
     values = {name: value for name, (_, value) in DREAMBOOTH.items()}
@@ -295,7 +313,8 @@ def test_the_fields_of_dreambooth_can_be_set() -> None:
 def test_every_field_can_be_set(stage: str) -> None:
     values = COMMON | OWN[stage]
     others = {  # exclude another one
-        "vae": set[str](), "unet": {"init", "conditioning_data", "image_encoder", "embedding_dropout", *DREAMBOOTH},
+        "vae": set[str](),
+        "unet": {"init", "conditioning_data", "image_encoder", "embedding_dropout", *DREAMBOOTH, *IMPROVED_DDPM},
         "controlnet": {"init", "conditioning_data"}, "embedding": {"init"},
         "prior": {"init", "conditioning_data", "level"}, "vqvae2": {"init"},
         "clip": {"size", "evaluate"}, "image_prior": {"init", "size", "evaluate", "augment", "gradient_checkpointing"},

@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from sdkit.loading.configs import CONDITION, UPSCALE
+from sdkit.loading.configs import CLASSES, CONDITION, UPSCALE
 from sdkit.loading.parts import CLASSIFIER, CONTROLNET, PARTS, VAE, Part
 from sdkit.loading.single_file import ASSETS
 
@@ -31,7 +31,8 @@ def test_checked_and_shown_keys_are_parameters_of_the_classes(part: Part) -> Non
         for cls in classes(part)
         for name, parameter in inspect.signature(getattr(cls, "config_class", cls)).parameters.items()
     }
-    assert {*part.checks, *part.shown} - {CONDITION, UPSCALE} <= parameters.keys()  # these are keys of our own
+    ours = {CONDITION, UPSCALE, CLASSES}
+    assert {*part.checks, *part.shown} - ours <= parameters.keys()
 
 
 def test_a_class_that_is_unknown_or_has_no_weights_loads_as_the_first() -> None:

@@ -22,7 +22,7 @@ from sdkit.networks.autoencoder import latents_of
 from sdkit.training.checkpoint import checkpoints, newest
 from sdkit.training.loop import fit
 from sdkit.training.stages.unet import UNetStage
-from tests.helpers import clip, forks, tiny, unclip
+from tests.helpers import classes, clip, forks, tiny, unclip
 from tests.helpers import runs as helper
 from tests.helpers.runs import everything, files, metrics
 
@@ -80,6 +80,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     clip.save_config(folder / "clip.json")
     clip.save_clip(folder / "clip", projection=32)
     unclip.save_prior_config(folder / "prior.json", embedding_dim=32)
+    # Few timesteps, so that each has ten losses early, and timesteps are drawn by importance.
+    classes.init(folder / "classes", timesteps=2, out_channels=6, num_class_embeds=6)
     return folder
 
 
@@ -90,8 +92,8 @@ def run() -> helper.Runs:
 
 def settings(made: Path, kind: str, out: Path, **changes: Any) -> tuple[str, dict[str, Any]]:
     """Return stage and settings of a kind of run: "vae", "controlnet", "dreambooth", "embedding", "prior", "pixelcnn",
-    "vqvae2", "clip", "image_prior", "classifier", "upsampler", "unet", or "lora". The last two can be followed by
-    " from a cache".
+    "vqvae2", "classes", "clip", "image_prior", "classifier", "upsampler", "unet", or "lora". The last two can be
+    followed by " from a cache".
     A U-Net that is trained from images also reads conditions.
     """
     own: dict[str, Any] = {
@@ -113,6 +115,11 @@ def settings(made: Path, kind: str, out: Path, **changes: Any) -> tuple[str, dic
             "class_prompt": "a disc",
             "class_count": 3,
             "lora_rank": 2,
+        },
+        "classes": {
+            "init": made / "classes", "vae": "pixels", "loss": "hybrid", "timestep_sampling": "importance",
+            "caption_dropout": 0.3, "bits_per_dimension": 2, "size": 8,
+            "seed": 2,  # each timestep has its ten losses after five steps
         },
         "embedding": {
             "token": "<zork>", "init_token": "apple", "vectors": 2, "keep_norm": True, "ema_decay": 0.9,
@@ -192,6 +199,9 @@ KILLS += [
     ("classifier", point)
     for point in ("batch 3", "loss 6", "update 3", "half 8", "os.rename:checkpoints/step- 2", "export 1")
 ]
+# The losses of timesteps are in the checkpoint.
+KILLS += [("classes", point) for point in ("loss 14", "half 8")]
+POINTS["loss 14"] = 6
 
 
 @pytest.mark.parametrize(("kind", "point"), KILLS)
@@ -228,6 +238,15 @@ def test_what_the_runs_above_go_through(made: Path, uninterrupted: Any) -> None:
         ]
         assert [*found["skipped"]] == [BROKEN]
     assert {len(found["samples"]) for kind in ("vae", "unet") for found in [uninterrupted(kind)]} == {3}
+
+
+def test_timesteps_are_drawn_by_importance_in_the_runs(made: Path, uninterrupted: Any, launched: Path) -> None:
+    """Each timestep has its ten losses before the last step, on one process and on two."""
+    uninterrupted("classes")
+    for run in (made / "uninterrupted" / "classes", launched / "classes"):
+        folder = checkpoints(run / "checkpoints")[0]
+        counts = load_file(folder / "unet.safetensors")["timesteps.counts"]
+        assert counts.tolist() == [10, 10]
 
 
 @pytest.mark.parametrize("kind", ["vae", "unet", "lora from a cache"])
@@ -329,6 +348,7 @@ TOGETHER: dict[str, dict[str, Any]] = {
     "classifier": {"learning_rate": 1e-4},
     "upsampler": {},
     "vqvae2": {"learning_rate": 1e-4},
+    "classes": {"learning_rate": 1e-4},
 }
 PLAYERS = {
     "vae": ["vae", "discriminator"], "controlnet": ["controlnet"], "embedding": ["embedding"], "prior": ["prior"],
@@ -336,7 +356,9 @@ PLAYERS = {
     "vqvae2": ["vqvae2"],
 }  # fmt: skip
 """Kind of run -> its players; that of the others is the U-Net."""
-WITHOUT_PICTURES = ("lora from a cache", "dreambooth", "prior", "pixelcnn", "clip", "image_prior", "classifier")
+WITHOUT_PICTURES = (
+    "lora from a cache", "dreambooth", "prior", "pixelcnn", "clip", "image_prior", "classifier", "classes",
+)  # fmt: skip
 
 
 def together(made: Path, kind: str, out: Path, **changes: Any) -> tuple[str, dict[str, Any]]:

@@ -267,7 +267,8 @@ class UNetStage:
             self.latents = LabelledExamples(self.latents, names, self.text)
         if self.config.init is not None:
             self.guidance_scale = 1.0 if names.none is None else LABEL_GUIDANCE
-        names.check(self.config.validation_prompts)
+        if self.config.validation_prompts:
+            names.check(self.config.validation_prompts)
         self.prompts = names
 
     def _class_images(self, prompt: str, size: tuple[int, int]) -> ClassImages:
@@ -405,8 +406,9 @@ class UNetStage:
             raise_if_stopped()
             return self.schedule.prediction(self.denoiser(x_t, torch.full((1,), t, device=device), cond), x_t, t)
 
+        levels = ((x0 + 1) * 127.5).round().clamp(0, 255) / 127.5 - 1  # a cache rounds pixels to float16
         count = self.config.bits_per_dimension
-        return float(bits_per_dimension(predict, x0.clamp(-1, 1), self.schedule, timesteps=count, seed=i))
+        return float(bits_per_dimension(predict, levels, self.schedule, timesteps=count, seed=i))
 
     def _evaluate(self, step: int) -> Mapping[str, float]:
         """Return the metrics of pictures of the held-out captions."""
