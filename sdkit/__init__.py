@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from sdkit.networks.text_encoder import TextEncoder
     from sdkit.pipelines.cascade import Cascade
     from sdkit.pipelines.text_to_image import StableDiffusion
+    from sdkit.pipelines.tokens import TokenPipeline
 
 __version__ = "0.1.0"
 
@@ -55,6 +56,7 @@ __all__ = [
     "StableDiffusion",
     "Step",
     "TextEncoder",
+    "TokenPipeline",
     "TrainingError",
     "UNet",
     "VAE",
@@ -81,6 +83,7 @@ _HOMES = {
     "StableDiffusion": "sdkit.pipelines.text_to_image",
     "Step": "sdkit.diffusion.samplers",
     "TextEncoder": "sdkit.networks.text_encoder",
+    "TokenPipeline": "sdkit.pipelines.tokens",
     "UNet": "sdkit.networks.denoiser",
     "VAE": "sdkit.networks.autoencoder",
 }

@@ -523,7 +523,7 @@ def _(kit: Kit, here: Path) -> Path:
 
 @MODELS
 def _(kit: Kit, here: Path) -> Path:
-    """An upscaler, as stable-diffusion-x4-upscaler: seven input channels, and noise levels (`condition=`)"""
+    """An upscaler, as stable-diffusion-x4-upscaler: seven input channels, noise levels as labels (`condition=`)"""
     model = widened(kit, here / "model", 7)
     edited(model / "unet" / "config.json", num_class_embeds=1000)
     (file,) = (model / "unet").glob("*.safetensors")

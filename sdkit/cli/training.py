@@ -35,12 +35,17 @@ from sdkit.training.settings import (
     CONDITION_KINDS,
     CONDITIONS,
     LR_SCHEDULERS,
+    PRIOR_CONDITIONS,
+    PRIORS,
     RECONSTRUCTIONS,
     REGULARIZERS,
     TEMPLATES,
     ClassifierConfig,
+    ClipConfig,
     ControlNetConfig,
     EmbeddingConfig,
+    ImagePriorConfig,
+    PriorConfig,
     StageSettings,
     UNetConfig,
     VAEConfig,
@@ -66,6 +71,8 @@ CHOICES = {
     "condition": CONDITIONS,
     "template": TEMPLATES,
     "condition_kind": CONDITION_KINDS,
+    "kind": PRIORS,
+    "conditioned_on": PRIOR_CONDITIONS,
 }
 
 # Title of a group of options in the help -> its fields. Fields that a stage lacks are left out.
@@ -76,10 +83,12 @@ GROUPS = {
     "label_column label_data",
     "DreamBooth: one object from a few images": "instance_data instance_prompt class_data class_prompt class_count "
     "prior_weight",
-    "model": "model vae init",
+    "model": "model vae prior init tokenizer",
     "what is trained": "lora_rank lora_alpha lora_dropout lora_rank_stabilized lora_targets train_text_encoder "
-    "train_encoder controlnet classifier vectors keep_norm upscale_factor",
-    "loss": "prediction_type zero_snr snr_gamma noise_offset caption_dropout condition_dropout noise_augmentation "
+    "train_encoder controlnet classifier vectors keep_norm kind conditioned_on layers width heads image_encoder "
+    "upscale_factor",
+    "loss": "prediction_type zero_snr snr_gamma noise_offset caption_dropout condition_dropout embedding_dropout "
+    "noise_augmentation "
     "reconstruction lpips_weight lpips regularizer codebook_decay normalize_codes kl_weight disc_weight disc_start",
     "optimisation": "max_steps batch_size gradient_accumulation_steps learning_rate lr_scheduler lr_warmup_steps "
     "max_grad_norm ema_decay seed",
@@ -138,6 +147,27 @@ STAGES = {
         "Learn a new word from a few images (textual inversion).",
         ('sdkit train embedding --token "<zork>" --init-token cat --data five/ -o run',),
         "--token T --init-token T --data PATH -o PATH ...",
+    ),
+    "prior": StageCommand(
+        PriorConfig,
+        "Learn the codes of a VQ-VAE or VQGAN, to draw images with them.",
+        (
+            "sdkit train prior --data photos/ --vae runs/vq/result --conditioned-on text -o run",
+            "sdkit train prior --data cache/ --vae runs/vq/result --kind pixelcnn -o run",
+        ),
+    ),
+    "clip": StageCommand(
+        ClipConfig,
+        "Train a CLIP, which embeds images and captions in one space.",
+        (
+            "sdkit train clip --data photos/ --model openai/clip-vit-base-patch32 -o run",
+            "sdkit train clip --data photos/ --init config.json --out-dir runs/clip",
+        ),
+    ),
+    "image_prior": StageCommand(
+        ImagePriorConfig,
+        "Train the prior of DALL-E 2: from a text to CLIP's embedding of an image.",
+        ("sdkit train image_prior --data photos/ --model runs/clip/result --init c.json -o run",),
     ),
     "classifier": StageCommand(
         ClassifierConfig,

@@ -92,6 +92,11 @@ it."""
 MAP_CHANNELS = 3
 """Channels of a condition of the kind "map" or "low_res"."""
 
+CLASSES = "_classes"
+"""Key in a U-Net's config of the names of its classes, in the order of their labels; diffusers ignores it."""
+MOST_CLASSES = 100_000
+"""Largest number of names of classes in a config."""
+
 INDEX: dict[str, Check] = {GUIDANCE: ("a number from 0 to 100", lambda x: _number(x, 0, 100))}
 """Checks of model_index.json. Those of the other configs are in `sdkit.loading.parts`."""
 

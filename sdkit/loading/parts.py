@@ -14,12 +14,14 @@ from sdkit.diffusion.schedule import LONGEST_CHAIN
 from sdkit.loading import original_names, pixels
 from sdkit.loading.configs import (
     BLOCKS,
+    CLASSES,
     CONDITION,
     CONDITIONS,
     COUNT,
     COUNT_OR_LIST,
     COUNTS,
     LOW_RES,
+    MOST_CLASSES,
     NESTED_COUNTS,
     NUMBER,
     POSITIVE,
@@ -35,6 +37,12 @@ from sdkit.loading.configs import (
     within,
 )
 from sdkit.loading.original_names import Tensors
+
+
+def _names(value: Any) -> bool:
+    """Return whether a value is a list of at least one name."""
+    named = isinstance(value, list) and all(isinstance(name, str) and name.strip() for name in value)
+    return named and 0 < len(value) <= MOST_CLASSES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,9 +133,12 @@ UNET = Part(
     name="unet",
     noun="a U-Net",
     folder="unet",
-    classes={"UNet2DConditionModel": "diffusers:UNet2DConditionModel"},
-    trainable=("UNet2DConditionModel",),
-    telling={"cross_attention_dim": "UNet2DConditionModel"},
+    classes={
+        "UNet2DConditionModel": "diffusers:UNet2DConditionModel",
+        "UNet2DModel": "diffusers:UNet2DModel",  # of no text: unconditional, or of classes
+    },
+    trainable=("UNet2DConditionModel", "UNet2DModel"),
+    telling={"cross_attention_dim": "UNet2DConditionModel", "attn_norm_num_groups": "UNet2DModel"},
     checks={
         "sample_size": or_null(SIZE),
         "cross_attention_dim": WHOLE_OR_LIST,
@@ -153,6 +164,7 @@ UNET = Part(
         ),
         CONDITION: or_null((" or ".join((*CONDITIONS, LOW_RES)), lambda x: x in (*CONDITIONS, LOW_RES))),
         UPSCALE: or_null(WHOLE),
+        CLASSES: or_null(("a list of names", _names)),
     },
     shown={"in_channels": 4, "cross_attention_dim": 1280, "sample_size": None},
     prefixes=("model.diffusion_model.",),

@@ -130,8 +130,21 @@ class Source:
         """Load the VAE's network, in eval mode, on the CPU, converted to `dtype`. "pixels" is a `PixelIdentity`."""
         return cast("AutoencoderKL | AutoencoderTiny | VQModel", self._backend.network(VAE, dtype))
 
+    @property
+    def takes_text(self) -> bool:
+        """Whether the U-Net attends to text. A `UNet2DModel` does not, and has no text encoder beside it."""
+        try:
+            return self._backend.unet_class() != "UNet2DModel"
+        except SourceError:
+            return True  # `denoiser` says what is wrong with it
+
     def denoiser(
-        self, dtype: torch.dtype = torch.float32, *, inpainting: bool = False, conditioned: bool = False
+        self,
+        dtype: torch.dtype = torch.float32,
+        *,
+        inpainting: bool = False,
+        conditioned: bool = False,
+        embedded: bool = False,
     ) -> UNet2DConditionModel:
         """Load the U-Net's network, in eval mode, on the CPU, converted to `dtype`.
 
@@ -139,11 +152,16 @@ class Source:
             dtype: The dtype of its weights.
             inpainting: Whether it may be an inpainting model, which also takes a mask and the latents of an image.
             conditioned: Whether it may be one that takes a condition beside x_t; see `condition_of`.
+            embedded: Whether it may be one that takes the embedding of an image, as unCLIP's decoder does.
         """
         unet = cast("UNet2DConditionModel", self._backend.network(UNET, dtype))
         label, settings = self.place.label, cast("Any", unet.config)
+        if not hasattr(settings, "cross_attention_dim"):
+            return unet
         upscales = condition_of(settings) == LOW_RES  # noise levels are its class embeddings
-        if not upscales and (settings.addition_embed_type or settings.class_embed_type or settings.num_class_embeds):
+        decodes = embedded and settings.class_embed_type == "projection"
+        other = settings.addition_embed_type or settings.class_embed_type or settings.num_class_embeds
+        if other and not upscales and not decodes:
             raise SourceError(f"{label} holds a U-Net of Stable Diffusion XL or of another kind; give SD 1.x or 2.x.")
         latents, condition = latent_channels(settings), condition_of(settings)
         accepted = [latents, *([2 * latents + 1] if inpainting else [])]
@@ -279,6 +297,10 @@ class _Folder:
     def network(self, part: Part, dtype: torch.dtype) -> Any:
         return diffusers_folder.load_network(self.place, part, dtype, self.variant)
 
+    def unet_class(self) -> str:
+        folder = diffusers_folder.locate(self.place, UNET)
+        return diffusers_folder.class_of(read_json(folder / UNET.config), UNET)
+
     def tokenizer(self) -> CLIPTokenizer:
         return diffusers_folder.load_place_tokenizer(self.place)
 
@@ -327,6 +349,9 @@ class _File:
         if part is UNET and self.unstated and self.probed(network) == "v_prediction":
             network.register_to_config(sample_size=read_json(ASSETS / "sd2-v" / "unet" / "config.json")["sample_size"])
         return network
+
+    def unet_class(self) -> str:
+        return "UNet2DConditionModel"
 
     def tokenizer(self) -> CLIPTokenizer:
         return tokenizer.load_tokenizer(self.configs / "tokenizer")

@@ -36,6 +36,7 @@ from sdkit.loading.source import USUAL_GUIDANCE, Source
 from sdkit.loading.tensors import is_file
 from sdkit.messages import clean
 from sdkit.networks.autoencoder import VAE
+from sdkit.networks.class_names import ClassNames
 from sdkit.networks.classifier import Classifier
 from sdkit.networks.denoiser import UNet
 from sdkit.networks.lora import Active, MergedLoRAs
@@ -97,7 +98,7 @@ class StableDiffusion:
 
     Attributes:
         vae: The autoencoder.
-        text: The text encoder.
+        text: The text encoder; or the names of the classes, of a model that takes labels or nothing in place of text.
         unet: The denoising U-Net.
         schedule: The noise schedule.
         name: The source that the model was loaded from, or "".
@@ -182,13 +183,17 @@ class StableDiffusion:
         home = "cpu" if offload else device
         # Each is set up for `device` before it goes home: layout, attention, and compilation depend on the device.
         autoencoder = VAE.from_source(beside, dtype=dtype, device=device, compile=compile).to(home)
-        text = TextEncoder.from_source(opened, dtype=dtype, device=device).to(home)
-        unet = UNet.from_source(opened, dtype=dtype, device=device, compile=compile).to(home)
+        if opened.takes_text:
+            text = TextEncoder.from_source(opened, dtype=dtype, device=device)
+            unet = UNet.from_source(opened, dtype=dtype, device=device, compile=compile)
+        else:
+            unet = UNet.from_source(opened, dtype=dtype, device=device, compile=compile)
+            text = ClassNames.of(unet)
         low_res = opened.low_res_config() if unet.condition == LOW_RES else None
         return cls(
             autoencoder,
-            text,
-            unet,
+            text.to(home),
+            unet.to(home),
             opened.schedule(latents=autoencoder.kind.makes_latents),
             name=opened.name,
             guidance_scale=opened.guidance_scale,
@@ -754,7 +759,7 @@ class StableDiffusion:
 
     def _check_embeddings(self, conditions: list[Conditioning], weighting: bool) -> None:
         """Raise SdkitError, with the cause, if the text encoder gave numbers that are not finite."""
-        if all(one.text is not None and bool(torch.isfinite(one.text).all()) for one in conditions):
+        if all(one.text is None or bool(torch.isfinite(one.text).all()) for one in conditions):
             return
         if weighting and bool(torch.isfinite(self.text.encode("")).all()):
             raise SdkitError("the prompt's weights are so large that its embedding is not finite; give smaller ones.")

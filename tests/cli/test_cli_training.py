@@ -81,10 +81,12 @@ def test_help_tells_every_field_with_its_docstring_and_default(run: Callable[...
     for field in fields(STAGES[stage]):
         assert f"--{field.name.replace('_', '-')}" in told
     # This field is inherited through two classes.
-    assert "--batch-size N Samples per process and micro-batch (default: 1)" in told
+    assert stage == "clip" or "--batch-size N Samples per process and micro-batch (default: 1)" in told
     clipping = "Largest gradient norm; gradients above it are clipped. None turns clipping off (default: 1.0)"
     assert f"--max-grad-norm X {clipping}" in told
-    assert "--init PATH A config.json of diffusers, or a folder with one: train" in told
+    libraries = {"clip": "transformers' CLIPModel", "image_prior": "diffusers' PriorTransformer"}
+    library = libraries.get(stage, "diffusers")
+    assert f"--init PATH A config.json of {library}, or a folder with one: train" in told
     adam = "Use AdamW of bitsandbytes, with its state in 8 bits (default: no)"
     assert f"--use-8bit-adam, --no-use-8bit-adam {adam}" in told
     assert "required, here or in the --config file: --data PATH" in told
@@ -93,6 +95,9 @@ def test_help_tells_every_field_with_its_docstring_and_default(run: Callable[...
         "vae": "(as in Stability's ft-mse) (default: l2)",
         "controlnet": "Column of the conditions in parquet files and data sets of the Hub (default: cond",
         "embedding": "paintings in a style (Gal et al. 2022) (default: object)",
+        "prior": "(a gated PixelCNN) (default: transformer)",
+        "clip": "The contrast is over batch_size x processes pairs",
+        "image_prior": "CLIP whose embeddings the prior learns",
     }
     assert own[stage] in told
 
@@ -237,6 +242,29 @@ OWN: dict[str, dict[str, tuple[str, Any]]] = {
         "keep_norm": ("", True),
         **DENOISING,
     },
+    "prior": {
+        "vae": ("a/vae", "a/vae"),
+        "caption_column": ("label", "label"),
+        "default_caption": ("ghost", "ghost"),
+        "kind": ("transformer", "transformer"),
+        "conditioned_on": ("map", "map"),
+        "condition_column": ("map", "map"),
+        "condition_dropout": ("0.2", 0.2),
+        "layers": ("3", 3),
+        "width": ("12", 12),
+        "heads": ("2", 2),
+    },
+    "clip": {
+        "init": ("clip.json", "clip.json"),
+        "tokenizer": ("a/clip", "a/clip"),
+        "caption_column": ("text", "text"),
+        "validation_data": ("more", "more"),
+    },
+    "image_prior": {
+        "prior": ("a/prior", "a/prior"),
+        "caption_column": ("text", "text"),
+        "caption_dropout": ("0.2", 0.2),
+    },
 }
 
 
@@ -260,9 +288,13 @@ def test_the_fields_of_dreambooth_can_be_set() -> None:
 def test_every_field_can_be_set(stage: str) -> None:
     values = COMMON | OWN[stage]
     others = {  # exclude another one
-        "vae": set[str](), "unet": {"init", "conditioning_data", *DREAMBOOTH},
+        "vae": set[str](), "unet": {"init", "conditioning_data", "image_encoder", "embedding_dropout", *DREAMBOOTH},
         "controlnet": {"init", "conditioning_data"}, "embedding": {"init"},
+        "prior": {"init", "conditioning_data"},
+        "clip": {"size", "evaluate"}, "image_prior": {"init", "size", "evaluate", "augment", "gradient_checkpointing"},
     }  # fmt: skip
+    refused = others[stage] if stage in ("clip", "image_prior") else set[str]()
+    values = {name: value for name, value in values.items() if name not in refused}
     assert values.keys() | others[stage] == {field.name for field in fields(STAGES[stage])}
     words = [w for name, (text, _) in values.items() for w in (f"--{name.replace('_', '-')}", *text.split())]
     assert settings(stage, *words) == STAGES[stage](**{name: value for name, (_, value) in values.items()})

@@ -22,7 +22,7 @@ from sdkit.networks.autoencoder import latents_of
 from sdkit.training.checkpoint import checkpoints, newest
 from sdkit.training.loop import fit
 from sdkit.training.stages.unet import UNetStage
-from tests.helpers import forks, tiny
+from tests.helpers import clip, forks, tiny, unclip
 from tests.helpers import runs as helper
 from tests.helpers.runs import everything, files, metrics
 
@@ -49,6 +49,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Make a model, a copy of it with dropout, images, a cache of them, and random weights for LPIPS."""
     folder = tmp_path_factory.mktemp("made")
     tiny.model(folder / "model")
+    tiny.vq_model(folder / "vq")
     tiny.photos(folder / "photos", 23)
     for path in (folder / "photos").glob("*.png"):  # wider than high, so that there is something to crop
         Image.open(path).resize((48, 40)).save(path)
@@ -76,6 +77,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "maps").mkdir()
     for path in (folder / "photos").glob("*.png"):  # conditions: colours that differ from image to image
         Image.new("RGB", (48, 40), (7 * int(path.stem), 90, 200)).save(folder / "maps" / path.name)
+    clip.save_config(folder / "clip.json")
+    clip.save_clip(folder / "clip", projection=32)
+    unclip.save_prior_config(folder / "prior.json", embedding_dim=32)
     return folder
 
 
@@ -85,9 +89,9 @@ def run() -> helper.Runs:
 
 
 def settings(made: Path, kind: str, out: Path, **changes: Any) -> tuple[str, dict[str, Any]]:
-    """Return stage and settings of a kind of run: "vae", "controlnet", "dreambooth", "embedding", "classifier",
-    "upsampler", "unet", or "lora".
-    The last two can be followed by " from a cache".
+    """Return stage and settings of a kind of run: "vae", "controlnet", "dreambooth", "embedding", "prior", "pixelcnn",
+    "clip", "image_prior", "classifier", "upsampler", "unet", or "lora". The last two can be followed by " from a
+    cache".
     A U-Net that is trained from images also reads conditions.
     """
     own: dict[str, Any] = {
@@ -114,14 +118,27 @@ def settings(made: Path, kind: str, out: Path, **changes: Any) -> tuple[str, dic
             "token": "<zork>", "init_token": "apple", "vectors": 2, "keep_norm": True, "ema_decay": 0.9,
             "validation_prompts": ("a red <zork>",),
         },
+        "prior": {
+            "vae": made / "vq", "conditioned_on": "text", "condition_dropout": 0.3, "layers": 2, "width": 16,
+            "heads": 2,
+        },
+        "pixelcnn": {
+            "vae": made / "vq", "kind": "pixelcnn", "conditioned_on": "map", "conditioning_data": made / "maps",
+            "layers": 2, "width": 8,
+        },
+        "clip": {"init": made / "clip.json", "size": None},
+        "image_prior": {"init": made / "prior.json", "size": None, "augment": (), "caption_dropout": 0.3},
         "classifier": {"data": made / "kinds", "init": made / "classifier.json"},
         "upsampler": {"upscale_factor": 8, "caption_dropout": 0.3, "validation_prompts": ("a red disc",)},
     }[kind.split()[0]]  # fmt: skip
     if kind == "unet":
         own |= {"conditioning_data": made / "maps", "condition_kind": "map", "condition_dropout": 0.3}
+    if kind == "image_prior":
+        changes["model"] = made / "clip"
     data = made / ("cache" if "cache" in kind else "photos")
     common = RUN | {"model": made / "dropout", "data": data, "out_dir": out}
-    return kind if kind in helper.STAGES else "unet", common | own | changes
+    stage = "prior" if kind == "pixelcnn" else kind
+    return stage if stage in helper.STAGES else "unet", common | own | changes
 
 
 @pytest.fixture(scope="module")
@@ -166,6 +183,10 @@ for i, point in enumerate(point for point in POINTS if "discriminator" not in po
     KILLS += [(kind + CACHE * (i % 4 > 1), point) for kind in kinds]
 POINTS["os.rename:class_images 2"] = 0  # an image of DreamBooth's class is written, but not renamed yet
 KILLS += [("dreambooth", point) for point in ("os.rename:class_images 2", "loss 6", "half 8")]
+for kind in ("prior", "clip", "image_prior"):
+    KILLS += [(kind, point) for point in ("loss 6", "update 3", "half 8", "export 1")]
+POINTS["os.rename:embeddings 1"] = 0  # the embeddings of all images are written, but not renamed yet
+KILLS += [("image_prior", "os.rename:embeddings 1")]
 KILLS += [
     ("classifier", point)
     for point in ("batch 3", "loss 6", "update 3", "half 8", "os.rename:checkpoints/step- 2", "export 1")
@@ -299,13 +320,20 @@ TOGETHER: dict[str, dict[str, Any]] = {
     "controlnet": {},
     "dreambooth": {},
     "embedding": {},
+    "prior": {},
+    "pixelcnn": {},
+    "clip": {},
+    "image_prior": {},
     # The biases of attention's keys change nothing, and AdamW turns their rounding errors into full steps.
     "classifier": {"learning_rate": 1e-4},
     "upsampler": {},
 }
-PLAYERS = {"vae": ["vae", "discriminator"]} | {kind: [kind] for kind in ("controlnet", "embedding", "classifier")}
+PLAYERS = {
+    "vae": ["vae", "discriminator"], "controlnet": ["controlnet"], "embedding": ["embedding"], "prior": ["prior"],
+    "pixelcnn": ["prior"], "clip": ["clip"], "image_prior": ["prior"], "classifier": ["classifier"],
+}  # fmt: skip
 """Kind of run -> its players; that of the others is the U-Net."""
-WITHOUT_PICTURES = ("lora from a cache", "dreambooth", "classifier")
+WITHOUT_PICTURES = ("lora from a cache", "dreambooth", "prior", "pixelcnn", "clip", "image_prior", "classifier")
 
 
 def together(made: Path, kind: str, out: Path, **changes: Any) -> tuple[str, dict[str, Any]]:
@@ -316,7 +344,11 @@ def together(made: Path, kind: str, out: Path, **changes: Any) -> tuple[str, dic
 
 
 def at(out: Path, step: int, name: str) -> dict[str, torch.Tensor]:
-    return load_file(out / "checkpoints" / f"step-{step:08d}" / f"{name}.safetensors")
+    """Return the weights of a checkpoint, without biases of keys: attention does not see them, so that their gradients
+    are rounding errors, which AdamW turns into full steps.
+    """
+    found = load_file(out / "checkpoints" / f"step-{step:08d}" / f"{name}.safetensors")
+    return {key: value for key, value in found.items() if not key.endswith(("k_proj.bias", "to_k.bias"))}
 
 
 def difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
@@ -334,8 +366,11 @@ def test_two_processes_train_as_one(
     wrapper, and validation on one process.
 
     With accumulation, VQGAN's adaptive weight differs between micro-batches. The VAE is therefore compared up to the
-    step at which the discriminator starts.
+    step at which the discriminator starts. A CLIP contrasts the pairs of one micro-batch on all processes, so only a
+    single process with a micro-batch of that many is the same.
     """
+    if kind == "clip":
+        split = {"batch_size": 4}
     stage, config = together(made, kind, tmp_path / "run", **split)
     assert run(stage, config) == 0
     end = DISC_START if kind == "vae" and len(split) > 1 else STEPS
@@ -376,8 +411,9 @@ def test_processes_share_the_data_and_one_writes(kind: str, launched: Path) -> N
     assert numbers == list(range(4 * STEPS))
     drawn = ["class_images"] if kind == "dreambooth" else []  # the work of both processes
     assert one["wrote"] == drawn
+    embedded = ["embeddings.safetensors"] if kind == "image_prior" else []
     pictures = [] if kind in WITHOUT_PICTURES else ["samples"]
-    written = ["checkpoints", *drawn, "config.json", "metrics.jsonl", "result", *pictures, "skipped.json"]
+    written = ["checkpoints", *drawn, "config.json", *embedded, "metrics.jsonl", "result", *pictures, "skipped.json"]
     assert [name for name in zero["wrote"] if not name.startswith(".sdkit")] == written
 
 

@@ -67,9 +67,9 @@ def test_the_loss_is_that_of_diffusers_networks(made: Path, vae: str | None, tmp
     batch = stage.batch(BATCH)
     found, _ = stage.loss({"unet": stage.denoiser}, batch, 0)
     low = batch["pixels"].unflatten(3, (-1, 8)).unflatten(2, (-1, 8)).mean((3, 5))  # (4, 3, 4, 4)
-    assert batch["noise_level"].shape == (4,)
+    assert batch["label"].shape == (4,)
     # The noise is what the U-Net reads, less the image.
-    a = torch.tensor(np.cumprod(1 - np.linspace(1e-4, 0.02, 1000)))[batch["noise_level"]].float()[:, None, None, None]
+    a = torch.tensor(np.cumprod(1 - np.linspace(1e-4, 0.02, 1000)))[batch["label"]].float()[:, None, None, None]
     t, text = torch.tensor(batch["t"]), stage.encoder.captions(batch)
     scheduler = DDPMScheduler.from_pretrained(made / "model" / "scheduler")
     with torch.no_grad():
@@ -83,7 +83,7 @@ def test_the_loss_is_that_of_diffusers_networks(made: Path, vae: str | None, tmp
             x0 = (posterior.mean + posterior.std * batch["posterior_eps"]) * network.config.scaling_factor
             rest = batch["concat"] - a.sqrt() * low
         x_t = torch.cat([scheduler.add_noise(x0, batch["eps"], t), batch["concat"]], dim=1)
-        output = stage.unet.network(x_t, t, text, class_labels=batch["noise_level"]).sample
+        output = stage.unet.network(x_t, t, text, class_labels=batch["label"]).sample
     torch.testing.assert_close(found.detach(), (output - batch["eps"]).square().mean(), atol=1e-4, rtol=1e-4)
     if not vae:
         noise = rest / (1 - a).sqrt()
@@ -97,15 +97,15 @@ def test_the_loss_is_that_of_diffusers_networks(made: Path, vae: str | None, tmp
 def test_levels_are_uniform_and_depend_on_the_sample_alone(made: Path) -> None:
     stage = UNetStage(config(made, noise_augmentation=9))
     batch = stage.batch([(n, n % 7) for n in range(400)])
-    counts = torch.bincount(batch["noise_level"], minlength=10)
+    counts = torch.bincount(batch["label"], minlength=10)
     assert counts.shape == (10,)  # from 0 up to 9
     assert counts.min() > 20  # 40 are expected
     alone = stage.batch([(123, 123 % 7)])
-    for name in ("noise_level", "concat", "eps"):
+    for name in ("label", "concat", "eps"):
         assert torch.equal(alone[name][0], batch[name][123])
     none = UNetStage(config(made, noise_augmentation=0)).batch(BATCH)
     low = none["pixels"].unflatten(3, (-1, 8)).unflatten(2, (-1, 8)).mean((3, 5))
-    assert none["noise_level"].tolist() == [0] * 4
+    assert none["label"].tolist() == [0] * 4
     assert float((none["concat"] - low).std()) == pytest.approx(0.01, rel=0.2)  # level 0 has a beta of 1e-4
 
 
@@ -113,7 +113,7 @@ def test_a_cache_gives_the_losses_of_images(made: Path) -> None:
     straight, cached = (awake(UNetStage(config(made, data=made / data))) for data in ("photos", "cache"))
     for samples in (BATCH, [(n, n % 22) for n in range(20, 26)]):
         one, other = straight.batch(samples), cached.batch(samples)
-        assert torch.equal(one["noise_level"], other["noise_level"])
+        assert torch.equal(one["label"], other["label"])
         torch.testing.assert_close(one["concat"], other["concat"], atol=1e-3, rtol=0)  # stored in float16
         expected, _ = straight.loss({"unet": straight.denoiser}, one, 0)
         found, _ = cached.loss({"unet": cached.denoiser}, other, 0)

@@ -131,4 +131,4 @@ class Upsampling:
         low = self.low(batch)
         level = level.to(low.device)
         eps = torch.stack([torch.randn(low.shape[1:], generator=one) for one in generators]).to(low)
-        return batch | {"concat": noised_low_res(low, level, eps, self.schedule, self.shape), "noise_level": level}
+        return batch | {"concat": noised_low_res(low, level, eps, self.schedule, self.shape), "label": level}
