@@ -159,6 +159,18 @@ def test_the_result_enlarges_and_trains_further(made: Path, run: Path) -> None:
     UNetStage(config(made, model=run / "result", upscale_factor=8, lora_rank=2))
 
 
+def test_command_line(run: Path, tmp_path: Path) -> None:
+    from sdkit.cli import main
+
+    sdkit.images.to_pil(torch.rand(1, 3, 4, 6) * 2 - 1)[0].save(tmp_path / "small.png")
+    arguments = ["generate", "a red disc", "--model", run / "result", "--condition", tmp_path / "small.png"]
+    assert main([str(one) for one in [*arguments, "--steps", 2, "--out", tmp_path / "large.png"]]) == 0
+    assert sdkit.images.read(tmp_path / "large.png").size == (48, 32)
+    assert main(["generate", "--from", str(tmp_path / "large.png"), "--out", str(tmp_path / "again.png")]) == 0
+    one, other = (np.asarray(sdkit.images.read(tmp_path / name)) for name in ("large.png", "again.png"))
+    assert np.array_equal(one, other)
+
+
 BAD: list[tuple[dict[str, Any], type[sdkit.SdkitError], str]] = [
     ({"upscale_factor": 1}, ArgumentError, "upscale_factor must be a whole number from 2 to 64, not 1"),
     ({"upscale_factor": 4}, ArgumentError, "upscale_factor 4 must be a multiple of 8, this VAE's pixels for each"),
