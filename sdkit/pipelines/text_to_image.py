@@ -37,10 +37,12 @@ from sdkit.loading.tensors import is_file
 from sdkit.messages import clean
 from sdkit.networks.autoencoder import VAE
 from sdkit.networks.class_names import ClassNames
+from sdkit.networks.classifier import Classifier
 from sdkit.networks.denoiser import UNet
 from sdkit.networks.lora import Active, MergedLoRAs
 from sdkit.networks.text_encoder import TextEncoder
 from sdkit.networks.wrapper import Wrapper
+from sdkit.pipelines.classifier_guidance import Labels, Towards, open_classifier
 from sdkit.pipelines.concatenation import cut_out, read_condition, told
 from sdkit.pipelines.controlnet import Control, ControlNets, controlled, fitted, in_region, open_controls
 from sdkit.pipelines.image_to_image import check_inputs, last_steps
@@ -76,6 +78,9 @@ class CallKeywords(DrawingKeywords, total=False):
     control_image: Any
     condition: Images | None
     noise_level: int | None
+    classifier: Classifier | None
+    class_labels: Labels | None
+    classifier_scale: float
     apg: APG | None
     batch_size: int | None
 
@@ -395,6 +400,9 @@ class StableDiffusion:
         control_image: Any = None,
         condition: Images | None = None,
         noise_level: int | None = None,
+        classifier: Classifier | None = None,
+        class_labels: Labels | None = None,
+        classifier_scale: float = 1.0,
         apg: APG | None = None,
         batch_size: int | None = None,
         **options: Unpack[DrawingKeywords],
@@ -435,6 +443,9 @@ class StableDiffusion:
                 enlarges it.
             noise_level: For an upsampler: noise added to the image to enlarge, a timestep of `low_res_schedule`. More
                 noise lets it invent more. None is 20.
+            classifier: A classifier of noisy images by whose gradient the drawing is guided, beside `guidance_scale`.
+            class_labels: The class that it is guided to, by its name or number: one for all prompts, or one for each.
+            classifier_scale: Scale of that gradient; 1 is Bayes' rule.
             apg: Settings of adaptive projected guidance, which replaces classifier-free guidance.
             batch_size: Number of images denoised together; None fits it to their size.
 
@@ -477,9 +488,12 @@ class StableDiffusion:
             condition, self.unet, settings, prompts=n, copies=num_images_per_prompt, controls=bool(controls)
         )
         level = check_noise_level(noise_level, self.unet, self.low_res_schedule)
+        towards = open_classifier(
+            classifier, class_labels, classifier_scale, self.vae, prompts=n, copies=num_images_per_prompt
+        )
         plan = self._plan(
             settings, canvas, controls, prompts, negatives, seed=seed, latents=latents, apg=apg, batch_size=batch_size,
-            finite=output_type != "latent", callback=callback, condition=beside, noise_level=level,
+            finite=output_type != "latent", callback=callback, condition=beside, noise_level=level, towards=towards,
         )  # fmt: skip
         if canvas is None:
             z = self._sampled(start(plan.generators, plan.shape, latents), plan)
@@ -589,6 +603,7 @@ class StableDiffusion:
         negatives: list[str], *, seed: int | Sequence[int], latents: Tensor | None, apg: APG | None,
         batch_size: int | None, finite: bool, callback: Callable[[Step], object] | None,
         condition: Tensor | None = None, noise_level: int | None = None,
+        towards: Towards | None = None,
     ) -> Plan:  # fmt: skip
         """Check the settings and the arguments of a call against this model, and return all that is drawn."""
         given = (settings.height, settings.width) if canvas is None else canvas.size
@@ -623,6 +638,7 @@ class StableDiffusion:
             controls=fitted(controls, self.unet, self.vae.factor, size),
             beside=self._told(condition, size, generators, noise_level),
             noise_level=noise_level,
+            towards=towards,
             guidance={"scale": scale, **guidance},
             finite=finite,
             callback=callback,
@@ -723,7 +739,8 @@ class StableDiffusion:
                 uncond = None if uncond is None else replace(uncond, concat=rows, label=label)
             controls = [control[batch.images] for control in plan.controls]
             model = controlled(plan.model, controls, plan.timesteps)
-            return guided(model, self.schedule, cond, uncond, **plan.guidance)
+            predict = guided(model, self.schedule, cond, uncond, **plan.guidance)
+            return predict if plan.towards is None else plan.towards.guide(predict, batch.images, self.schedule)
 
         return predictor
 
@@ -907,6 +924,7 @@ class Plan:
         controls: ControlNets, with images of the size of the drawing.
         beside: (N, C', h, w), what the U-Net reads beside x_t, or None.
         noise_level: Noise level of an upsampler's image to enlarge; None for other models.
+        towards: Classes that a classifier guides to, or None.
         guidance: The keywords of `guided`, the scale among them.
         finite: Whether embeddings must be finite.
         callback: Called with each `Step` of each batch.
@@ -923,6 +941,7 @@ class Plan:
     controls: Sequence[Control]
     beside: Tensor | None
     noise_level: int | None
+    towards: Towards | None
     guidance: Mapping[str, Any]
     finite: bool
     callback: Callable[[Step], object] | None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     beside = {"conditioning_data": folder / "photos", "condition_kind": "map"}
     cache(folder / "model", folder / "photos", folder / "cache", **common, **beside)
     cache(folder / "model", folder / "photos", folder / "plain cache", **common)
+    plain = {"_class_name": "UNet2DModel", "sample_size": 32, "down_block_types": ["DownBlock2D"] * 2}
+    plain |= {"up_block_types": ["UpBlock2D"] * 2, "block_out_channels": [8, 8], "norm_num_groups": 4}
+    (folder / "plain.json").write_text(json.dumps(plain))
     return folder
 
 
@@ -159,6 +163,18 @@ def test_the_result_enlarges_and_trains_further(made: Path, run: Path) -> None:
     UNetStage(config(made, model=run / "result", upscale_factor=8, lora_rank=2))
 
 
+def test_command_line(run: Path, tmp_path: Path) -> None:
+    from sdkit.cli import main
+
+    sdkit.images.to_pil(torch.rand(1, 3, 4, 6) * 2 - 1)[0].save(tmp_path / "small.png")
+    arguments = ["generate", "a red disc", "--model", run / "result", "--condition", tmp_path / "small.png"]
+    assert main([str(one) for one in [*arguments, "--steps", 2, "--out", tmp_path / "large.png"]]) == 0
+    assert sdkit.images.read(tmp_path / "large.png").size == (48, 32)
+    assert main(["generate", "--from", str(tmp_path / "large.png"), "--out", str(tmp_path / "again.png")]) == 0
+    one, other = (np.asarray(sdkit.images.read(tmp_path / name)) for name in ("large.png", "again.png"))
+    assert np.array_equal(one, other)
+
+
 BAD: list[tuple[dict[str, Any], type[sdkit.SdkitError], str]] = [
     ({"upscale_factor": 1}, ArgumentError, "upscale_factor must be a whole number from 2 to 64, not 1"),
     ({"upscale_factor": 4}, ArgumentError, "upscale_factor 4 must be a multiple of 8, this VAE's pixels for each"),
@@ -168,6 +184,7 @@ BAD: list[tuple[dict[str, Any], type[sdkit.SdkitError], str]] = [
     ({"condition_column": "a"}, ArgumentError, "is made of the image itself; leave condition_column out"),
     ({"conditioning_data": "a"}, ArgumentError, "is made of the image itself; leave conditioning_data out"),
     ({"lora_rank": 2}, ArgumentError, "a LoRA cannot train the new input channels of an upsampler"),
+    ({"init": "./plain.json", "vae": "pixels"}, ArgumentError, "an upsampler reads captions, and a UNet2DModel none"),
     ({"data": "./plain cache"}, CacheError, "does not hold the small images that an upsampler reads"),
     ({"data": "./cache", "upscale_factor": 16}, CacheError, "cannot hold images 16 times smaller"),
     ({"model": "./run/result", "upscale_factor": 16}, ArgumentError, "this upsampler enlarges 8 times, not 16"),

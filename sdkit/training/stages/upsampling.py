@@ -34,8 +34,8 @@ def prepare_upsampler(network: Any, config: UNetConfig, kind: str | None) -> Non
         kind: Kind of the conditions in the data; None if they have none.
 
     Raises:
-        ArgumentError: The U-Net is of another kind or another factor, or a LoRA is trained, which cannot train the new
-            channels.
+        ArgumentError: The U-Net takes no text, is of another kind or another factor, or a LoRA is trained, which cannot
+            train the new channels.
         CacheError: A latent cache does not hold the small images.
     """
     own, factor = condition_of(network.config), config.upscale_factor
@@ -53,6 +53,10 @@ def prepare_upsampler(network: Any, config: UNetConfig, kind: str | None) -> Non
         if factor is not None and stated is not None and factor != stated:
             raise ArgumentError(f"this upsampler enlarges {stated} times, not {factor}; leave upscale_factor out.")
         return
+    if not getattr(network.config, "cross_attention_dim", None):
+        raise ArgumentError(
+            "an upsampler reads captions, and a UNet2DModel none: give a UNet2DConditionModel, as model or as init."
+        )
     if own is not None or network.config.in_channels != network.config.out_channels:
         raise ArgumentError(
             "upscale_factor makes an upsampler of a U-Net that reads x_t alone, and this one reads more: give a "
