@@ -93,12 +93,13 @@ def test_help_tells_every_field_with_its_docstring_and_default(run: Callable[...
     own = {
         "unet": "Train the text encoder together with the U-Net (default: no)",
         "vae": "(as in Stability's ft-mse) (default: l2)",
-        "controlnet": "Column of the conditions in parquet files and data sets of the Hub (default: cond",
+        "controlnet": "beside a latent cache, a column of conditioning_data (default: cond",
         "embedding": "paintings in a style (Gal et al. 2022) (default: object)",
         "prior": "(a gated PixelCNN) (default: transformer)",
         "clip": "The contrast is over batch_size x processes pairs",
         "image_prior": "CLIP whose embeddings the prior learns",
         "vqvae2": "Codes of each level's codebook (default: 512)",
+        "classifier": "Classifier to train further: a folder or a Hub id",
     }
     assert own[stage] in told
 
@@ -231,7 +232,6 @@ OWN: dict[str, dict[str, tuple[str, Any]]] = {
     },
     "controlnet": {
         "controlnet": ("a/controlnet", "a/controlnet"),
-        "condition": ("canny", "canny"),
         "conditioning_image_column": ("edges", "edges"),
         **DENOISING,
     },
@@ -272,7 +272,16 @@ OWN: dict[str, dict[str, tuple[str, Any]]] = {
         "codes": ("9", 9),
         "codebook_decay": ("0.9", 0.9),
     },
+    "classifier": {
+        "vae": ("pixels", "pixels"),
+        "classifier": ("a/classifier", "a/classifier"),
+        "label_column": ("kind", "kind"),
+        "label_data": ("labelled", "labelled"),
+    },
 }
+
+
+UPSAMPLER: dict[str, tuple[str, Any]] = {"upscale_factor": ("4", 4), "noise_augmentation": ("9", 9)}
 
 
 DREAMBOOTH: dict[str, tuple[str, Any]] = {
@@ -296,11 +305,15 @@ IMPROVED_DDPM: dict[str, tuple[str, Any]] = {
 }
 
 
-def test_the_fields_of_improved_ddpm_can_be_set() -> None:
-    words = [w for name, (text, _) in IMPROVED_DDPM.items() for w in (f"--{name.replace('_', '-')}", *text.split())]
-    values = {name: value for name, (_, value) in IMPROVED_DDPM.items()}
+MADE_HERE: dict[str, tuple[str, Any]] = {"condition": ("canny", "canny")}
+
+
+@pytest.mark.parametrize(("stage", "own"), [("unet", IMPROVED_DDPM), ("unet", UPSAMPLER), ("controlnet", MADE_HERE)])
+def test_fields_that_exclude_others_can_be_set(stage: str, own: dict[str, tuple[str, Any]]) -> None:
+    words = [w for name, (text, _) in own.items() for w in (f"--{name.replace('_', '-')}", *text.split())]
+    values = {name: value for name, (_, value) in own.items()}
     given = ("--data", "photos", "--out-dir", "run")
-    assert settings("unet", *words, *given) == STAGES["unet"](**values, data="photos", out_dir="run")
+    assert settings(stage, *words, *given) == STAGES[stage](**values, data="photos", out_dir="run")
 
 
 def test_the_fields_of_dreambooth_can_be_set() -> None:
@@ -314,12 +327,15 @@ def test_every_field_can_be_set(stage: str) -> None:
     values = COMMON | OWN[stage]
     others = {  # exclude another one
         "vae": set[str](),
-        "unet": {"init", "conditioning_data", "image_encoder", "embedding_dropout", *DREAMBOOTH, *IMPROVED_DDPM},
-        "controlnet": {"init", "conditioning_data"}, "embedding": {"init"},
+        "unet": {
+            "init", "conditioning_data", "image_encoder", "embedding_dropout", *DREAMBOOTH, *IMPROVED_DDPM, *UPSAMPLER,
+        },
+        "controlnet": {"init", "conditioning_data", "condition"}, "embedding": {"init"},
         "prior": {"init", "conditioning_data", "level"}, "vqvae2": {"init"},
-        "clip": {"size", "evaluate"}, "image_prior": {"init", "size", "evaluate", "augment", "gradient_checkpointing"},
+        "classifier": {"init", "evaluate"}, "clip": {"size", "evaluate"},
+        "image_prior": {"init", "size", "evaluate", "augment", "gradient_checkpointing"},
     }  # fmt: skip
-    refused = others[stage] if stage in ("clip", "image_prior") else set[str]()
+    refused = others[stage] if stage in ("classifier", "clip", "image_prior") else set[str]()
     values = {name: value for name, value in values.items() if name not in refused}
     assert values.keys() | others[stage] == {field.name for field in fields(STAGES[stage])}
     words = [w for name, (text, _) in values.items() for w in (f"--{name.replace('_', '-')}", *text.split())]

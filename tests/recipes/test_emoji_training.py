@@ -19,7 +19,7 @@ from sdkit.recipes.emoji import training
 from sdkit.recipes.emoji.pictures import pictures
 from sdkit.recipes.emoji.settings import HERE, settings, shape
 from sdkit.recipes.emoji.start import LENGTH, VOCABULARY, make_start, take_start
-from sdkit.training import UNetConfig, VAEConfig
+from sdkit.training import ClipConfig, UNetConfig, VAEConfig
 from tests.helpers.emoji_pictures import FEW, make_drawings, make_photographs
 
 CAPTIONS = [caption for one in pictures() for caption in (one.name, f"a {one.name} on a blue background")]
@@ -104,12 +104,12 @@ def test_the_shapes_are_those_of_the_paper_s_model_in_small(start: Path) -> None
     assert 2 * numbers < 48e6
 
 
-@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("run", [*RUNS, "clip"])
 def test_the_settings_are_valid(run: str, tmp_path: Path) -> None:
-    kind = VAEConfig if run.startswith("vae") else UNetConfig
+    kind = {"vae": VAEConfig, "unet": UNetConfig, "clip": ClipConfig}[run.split("-")[0]]
     config = kind(**settings(run), model="emoji", data=tmp_path / "data", out_dir=tmp_path / "out")
     assert config.mixed_precision in ("no", "bf16")
-    assert {path.stem for path in (HERE / "runs").iterdir()} == set(RUNS)
+    assert {path.stem for path in (HERE / "runs").iterdir()} == {*RUNS, "clip"}
 
 
 @pytest.mark.slow
