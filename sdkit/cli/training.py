@@ -78,7 +78,8 @@ GROUPS = {
     "what is trained": "lora_rank lora_alpha lora_dropout lora_rank_stabilized lora_targets train_text_encoder "
     "train_encoder controlnet vectors keep_norm",
     "loss": "prediction_type zero_snr snr_gamma noise_offset caption_dropout condition_dropout reconstruction "
-    "lpips_weight lpips regularizer codebook_decay normalize_codes kl_weight disc_weight disc_start",
+    "lpips_weight lpips regularizer codebook_decay normalize_codes kl_weight disc_weight disc_start "
+    "input_noise mask_ratio mask_patch",
     "optimisation": "max_steps batch_size gradient_accumulation_steps learning_rate lr_scheduler lr_warmup_steps "
     "max_grad_norm ema_decay seed",
     "speed and memory": "mixed_precision gradient_checkpointing use_8bit_adam",
@@ -110,6 +111,7 @@ STAGES = {
         (
             "sdkit train vae --data photos/ --out-dir runs/vae",
             "sdkit train vae --data photos/ --out-dir runs/vae --disc-weight 0.5",
+            "sdkit train vae --data photos/ --out-dir runs/denoiser --train-encoder --input-noise 0.5",
         ),
     ),
     "unet": StageCommand(
