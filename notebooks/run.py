@@ -63,6 +63,7 @@ def run(path: Path) -> None:
         cell.metadata.pop("execution", None)  # times of the run
         for output in cell.outputs:
             if "image/png" in output.get("data", ()):
+                output.data.pop("image/jpeg", None)  # a PIL image has both
                 output.data["image/png"] = packed(output.data["image/png"])
     notebook.metadata.language_info = {"name": "python"}
     notebook.metadata.ran = digest(notebook)

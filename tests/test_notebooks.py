@@ -17,8 +17,8 @@ FOLDER = Path(__file__).parents[1] / "notebooks"
 NOTEBOOKS = sorted(path for path in FOLDER.glob("*.ipynb") if not path.stem.endswith("_zh"))
 TRANSLATIONS = sorted(FOLDER.glob("*_zh.ipynb"))
 FEW = {
-    "STEPS": 4, "CONV_STEPS": 3, "TEXTURE_STEPS": 3, "LATENT_STEPS": 3, "COUNTS": (2, 4), "EXACT": 8, "QUICK": 2,
-    "PICTURES": 8, "CONTROL_STEPS": 2, "CLASS_IMAGES": 4, "OBJECT_STEPS": 2,
+    "STEPS": 4, "CONV_STEPS": 3, "MAE_STEPS": 3, "TEXTURE_STEPS": 3, "LATENT_STEPS": 3, "COUNTS": (2, 4), "EXACT": 8,
+    "QUICK": 2, "PICTURES": 8, "CONTROL_STEPS": 2, "CLASS_IMAGES": 4, "OBJECT_STEPS": 2,
 }  # fmt: skip
 FIRST = """
 from sdkit.pipelines.settings import DrawingSettings
@@ -47,7 +47,9 @@ def is_parameters(cell: Any) -> bool:
 
 def test_they_are_all_there() -> None:
     assert [path.stem[:2] for path in NOTEBOOKS] == ["01", "02", "03", "04", "05", "06", "07", "08"]
-    assert [path.stem for path in TRANSLATIONS] == ["01_encode_decode_zh", "02_text_to_image_zh"]
+    assert [path.stem for path in TRANSLATIONS] == [
+        "01_encode_decode_zh", "02_text_to_image_zh", "03_autoencoders_zh",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("path", [*NOTEBOOKS, *TRANSLATIONS], ids=lambda path: path.stem)

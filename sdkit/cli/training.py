@@ -98,7 +98,8 @@ GROUPS = {
     "latent_channels codes image_encoder upscale_factor",
     "loss": "loss vlb_weight timestep_sampling noise_schedule prediction_type zero_snr snr_gamma noise_offset "
     "caption_dropout condition_dropout embedding_dropout noise_augmentation "
-    "reconstruction lpips_weight lpips regularizer codebook_decay normalize_codes kl_weight disc_weight disc_start",
+    "reconstruction lpips_weight lpips regularizer codebook_decay normalize_codes kl_weight disc_weight disc_start "
+    "input_noise mask_ratio mask_patch",
     "optimisation": "max_steps batch_size gradient_accumulation_steps learning_rate lr_scheduler lr_warmup_steps "
     "max_grad_norm ema_decay seed",
     "speed and memory": "mixed_precision gradient_checkpointing use_8bit_adam",
@@ -130,6 +131,7 @@ STAGES = {
         (
             "sdkit train vae --data photos/ --out-dir runs/vae",
             "sdkit train vae --data photos/ --out-dir runs/vae --disc-weight 0.5",
+            "sdkit train vae --data photos/ --out-dir runs/denoiser --train-encoder --input-noise 0.5",
         ),
     ),
     "unet": StageCommand(

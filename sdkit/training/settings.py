@@ -280,6 +280,10 @@ class VAEConfig(StageSettings):
         disc_weight: Weight of the adversarial loss of a PatchGAN discriminator, multiplied by VQGAN's
             adaptive weight; 0 turns it off, latent diffusion uses 0.5.
         disc_start: Optimizer step from which the discriminator is used.
+        input_noise: Standard deviation of Gaussian noise on the input, whose pixels are in [-1, 1]. The target is the
+            clean image: a denoising autoencoder (Vincent et al. 2008). 0 adds none.
+        mask_ratio: Share of the input's square patches that are masked with grey; the target is the whole image.
+        mask_patch: Side of a masked patch in pixels.
         validation_data: Held-out images (the first 64 are used); None holds out a twentieth of the data, at
             most 16.
     """
@@ -294,6 +298,9 @@ class VAEConfig(StageSettings):
     kl_weight: float = 1e-6
     disc_weight: float = 0.0
     disc_start: int = 0
+    input_noise: float = 0.0
+    mask_ratio: float = 0.0
+    mask_patch: int = 8
     validation_data: str | os.PathLike[str] | None = None
 
     may_change = StageSettings.may_change | {"lpips", "validation_data"}  # paths; fingerprints cover the contents
@@ -324,6 +331,11 @@ class VAEConfig(StageSettings):
         self._keep("disc_start", whole_number("disc_start", self.disc_start, 0))
         if self.disc_start and not self.disc_weight:
             raise ArgumentError("disc_start belongs to a discriminator, and there is none; give disc_weight, too.")
+        self._keep("input_noise", number("input_noise", self.input_noise, 0))
+        self._keep("mask_ratio", number("mask_ratio", self.mask_ratio, 0, 0.99))
+        self._keep("mask_patch", whole_number("mask_patch", self.mask_patch, 1))
+        if self.mask_patch != type(self).mask_patch and not self.mask_ratio:
+            raise ArgumentError("mask_patch is the size of masked patches, and none are masked; give mask_ratio, too.")
 
 
 @dataclass(frozen=True, kw_only=True)

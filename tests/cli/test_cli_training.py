@@ -216,6 +216,9 @@ OWN: dict[str, dict[str, tuple[str, Any]]] = {
         "kl_weight": ("1e-3", 1e-3),
         "disc_weight": ("0.5", 0.5),
         "disc_start": ("9", 9),
+        "input_noise": ("0.5", 0.5),
+        "mask_ratio": ("0.75", 0.75),
+        "mask_patch": ("4", 4),
         "validation_data": ("others", "others"),
     },
     "unet": {

@@ -94,10 +94,13 @@ def settings(made: Path, kind: str, out: Path, **changes: Any) -> tuple[str, dic
     """Return stage and settings of a kind of run: "vae", "controlnet", "dreambooth", "embedding", "prior", "pixelcnn",
     "vqvae2", "classes", "clip", "image_prior", "classifier", "upsampler", "unet", or "lora". The last two can be
     followed by " from a cache".
-    A U-Net that is trained from images also reads conditions.
+    A U-Net that is trained from images also reads conditions, and a VAE's input is corrupted.
     """
     own: dict[str, Any] = {
-        "vae": {"disc_weight": 0.5, "disc_start": 3, "train_encoder": True, "lpips_weight": 0.0},
+        "vae": {
+            "disc_weight": 0.5, "disc_start": 3, "train_encoder": True, "lpips_weight": 0.0,
+            "input_noise": 0.1, "mask_ratio": 0.25,
+        },
         "unet": {"caption_dropout": 0.3, "snr_gamma": 5.0, "noise_offset": 0.1, "validation_prompts": ("a red disc",)},
         "lora": {
             "caption_dropout": 0.3,

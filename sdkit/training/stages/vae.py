@@ -40,6 +40,7 @@ from sdkit.training.settings import VAEConfig
 from sdkit.training.signals import raise_if_stopped
 from sdkit.training.stage import Player, Samples
 from sdkit.training.stages.codebook import Chosen, CodebookAverages
+from sdkit.training.stages.corruption import Corruption
 from sdkit.training.stages.evaluating import Picture, PictureMetrics
 from sdkit.training.stages.images import (
     TrainingImages,
@@ -55,6 +56,7 @@ MOST_VALIDATED = 64  # largest number of images of `validation_data` that are us
 SHOWN = 8  # images on the sheet of each validation
 AVERAGES = "codebook_averages"  # name of the codebook's moving averages in the VAE
 RESTARTS = 2**32 - 2  # passed to `draw` as the number of an augmentation; no image has this many
+CORRUPTED = 2**32 - 3  # passed to `draw` as the number of an augmentation, for held-out images
 TOLERATED_DRIFT = 0.1  # drift of latents, in their standard deviations, above which validation warns
 
 
@@ -90,12 +92,13 @@ class Measured(NamedTuple):
 
     Attributes:
         numbers: Metrics and moments by name.
-        pair: The image and its reconstruction; None except for the first `SHOWN` images.
+        pictures: The image and its reconstruction, and with corruption the corrupted image and its reconstruction;
+            None except for the first `SHOWN` images.
         codes: Code indices of a `VQModel`; None for other kinds.
     """
 
     numbers: dict[str, float]
-    pair: tuple[Image.Image, Image.Image] | None
+    pictures: list[Image.Image] | None
     codes: Tensor | None
 
 
@@ -114,6 +117,7 @@ class VAEStage:
         size = self._size()
         self._load_lpips(size)
         self._check_size(size)
+        self.corruption = self._corruption(size)
         self._open_data(size)
         self.size = len(self.train)
         self.evaluators: list[Callable[[int], Mapping[str, float]]] = []
@@ -235,15 +239,31 @@ class VAEStage:
                 f"size {size[0]} x {size[1]} must divide by {self.vae.factor} and be at least {smallest}; change it."
             )
 
+    def _corruption(self, size: tuple[int, int]) -> Corruption | None:
+        """Return the corruption of the input; None if the settings ask for none.
+
+        Raises:
+            ArgumentError: Images of `size` (height, width) cannot be masked so.
+        """
+        config = self.config
+        if not config.input_noise and not config.mask_ratio:
+            return None
+        corruption = Corruption(config.input_noise, config.mask_ratio, config.mask_patch)
+        corruption.check(size)
+        return corruption
+
     def batch(self, samples: Samples) -> dict[str, Any]:
-        """Return pixels (B, 3, H, W) and the posterior's noise (B, 4, H/8, W/8) of samples (n, item)."""
+        """Return pixels (B, 3, H, W), the posterior's noise (B, 4, H/8, W/8), and the corrupted input, if it is
+        corrupted, of samples (n, item)."""
         pixels = [self.images.load(self.train, item, n // self.size)[0] for n, item in samples]
         height, width = (side // self.vae.factor for side in self.images.transform.size)
-        eps = [
-            torch.randn(self.vae.channels, height, width, generator=noise_of(self.config.seed, n)) for n, _ in samples
-        ]
-        numbers = torch.tensor([n for n, _ in samples])
-        return {"pixels": torch.stack(pixels), "eps": torch.stack(eps), "n": numbers}
+        sources = [noise_of(self.config.seed, n) for n, _ in samples]
+        eps = [torch.randn(self.vae.channels, height, width, generator=source) for source in sources]
+        batch = {"pixels": torch.stack(pixels), "eps": torch.stack(eps), "n": torch.tensor([n for n, _ in samples])}
+        if self.corruption:
+            corrupted = [self.corruption(x, source) for x, source in zip(pixels, sources, strict=True)]
+            batch["corrupted"] = torch.stack(corrupted)
+        return batch
 
     def names(self, samples: Samples) -> list[str]:
         """Return the names of the examples of samples (n, item)."""
@@ -255,7 +275,8 @@ class VAEStage:
         """Compute the VAE's loss.
 
         It adds up reconstruction, LPIPS, and KL or codebook loss, as in latent diffusion (Rombach et al. 2022, appendix
-        G), and the adversarial loss with VQGAN's adaptive weight (Esser et al. 2021, eq. 7).
+        G), and the adversarial loss with VQGAN's adaptive weight (Esser et al. 2021, eq. 7). A denoising autoencoder
+        reads the corrupted input; all terms compare its reconstruction with the clean image.
 
         Args:
             networks: "vae" and "discriminator", wrapped by Accelerate.
@@ -266,7 +287,8 @@ class VAEStage:
             The loss, and its parts by name.
         """
         config, x = self.config, batch["pixels"]
-        y, mean, logvar, codes, numbers = networks["vae"](x, batch["eps"] if config.regularizer == "kl" else None)
+        eps = batch["eps"] if config.regularizer == "kl" else None
+        y, mean, logvar, codes, numbers = networks["vae"](batch.get("corrupted", x), eps)
         loss = (l1 if config.reconstruction == "l1" else l2)(y, x)
         parts: dict[str, float | Tensor] = {config.reconstruction: loss.detach()}
         if config.lpips_weight and self.training_lpips:
@@ -346,14 +368,17 @@ class VAEStage:
         Returns:
             PSNR (dB) and SSIM, and LPIPS if the images are large enough for it; mean and standard deviation of the
             scaled latents, and `recommended_scale`, the VAE scale that would make their standard deviation 1; for a
-            `VQModel`, how much of the codebook is in use, and its perplexity. If the encoder is fine-tuned, also
+            `VQModel`, how much of the codebook is in use, and its perplexity. With corruption, also `corrupted_psnr`,
+            `corrupted_ssim`, and `corrupted_lpips` of reconstructions from corrupted input, and `input_psnr` of that
+            input itself, which the reconstruction should exceed; the corruption of an image is always the same. If
+            the encoder is fine-tuned, also
             `latent_drift`: the root mean square distance of the latents from those of the starting VAE, in standard
             deviations of the latter. Metrics of the `evaluators` come last.
         """
         found = split_over_processes(len(self.held_out), self._measured)
         report_skipped(self.images.skipped | self.validation.skipped, Path(self.config.out_dir) / "skipped.json")
         average = _average([one.numbers for one in found])
-        metrics = {key: value for key, value in average.items() if key in ("psnr", "ssim", "lpips")}
+        metrics = {key: value for key, value in average.items() if key.endswith(("psnr", "ssim", "lpips"))}
         std = _deviation(average, "")
         metrics["latent_mean"] = (average["mean"] - self.vae.shift) * self.vae.scale
         metrics["latent_std"], metrics["recommended_scale"] = std * self.vae.scale, 1 / std
@@ -363,7 +388,7 @@ class VAEStage:
         if self.start:
             metrics["latent_drift"] = math.sqrt(average["moved"]) / _deviation(average, "start_")
         if PartialState().is_main_process:
-            self._show([one.pair for one in found if one.pair], step)
+            self._show([one.pictures for one in found if one.pictures], step)
             if metrics.get("latent_drift", 0) > TOLERATED_DRIFT:
                 warnings.warn(
                     f"latents have moved by {metrics['latent_drift']:.2f} of their standard deviation: U-Nets and "
@@ -379,17 +404,29 @@ class VAEStage:
         x = self.validation.load_held_out(self.held_out, i)[0][None].to(self.vae.device)
         # VAE.forward runs in float32; calling self.vae would run Accelerate's autocast
         y, mean, logvar, _, numbers = VAE.forward(self.vae, x)
-        y = y.clamp(-1, 1)
-        measured = {"psnr": float(psnr(x.cpu(), y.cpu())), "ssim": float(ssim(x.cpu(), y.cpu()))}
-        if self.lpips:
-            measured["lpips"] = float(self.lpips.to(x.device)(x, y))
+        measured = self._similarity(x, y, "")
+        pictures = [x, y]
+        if self.corruption:
+            corrupted = self.corruption(x[0].cpu(), draw(self.config.seed, i, CORRUPTED))[None].to(x.device)
+            restored = VAE.forward(self.vae, corrupted)[0]
+            measured |= self._similarity(x, restored, "corrupted_")
+            measured["input_psnr"] = float(psnr(x.cpu(), corrupted.clamp(-1, 1).cpu()))
+            pictures += [corrupted, restored]
         measured |= _moments(mean, logvar, "")
         if self.start:
             start_mean, start_logvar = self.start.to(x.device).posterior(x)
             measured |= _moments(start_mean, start_logvar, "start_")
             measured["moved"] = float((mean - start_mean).square().mean())
-        pair = (image_io.to_pil(x)[0], image_io.to_pil(y.nan_to_num())[0]) if i < SHOWN else None
-        return Measured(measured, pair, None if numbers is None else numbers.cpu())
+        shown = [image_io.to_pil(one.clamp(-1, 1).nan_to_num())[0] for one in pictures] if i < SHOWN else None
+        return Measured(measured, shown, None if numbers is None else numbers.cpu())
+
+    def _similarity(self, x: Tensor, y: Tensor, prefix: str) -> dict[str, float]:
+        """Return PSNR, SSIM, and LPIPS of an image x and its reconstruction y, (1, 3, H, W), with prefixed names."""
+        y = y.clamp(-1, 1)
+        measured = {f"{prefix}psnr": float(psnr(x.cpu(), y.cpu())), f"{prefix}ssim": float(ssim(x.cpu(), y.cpu()))}
+        if self.lpips:
+            measured[f"{prefix}lpips"] = float(self.lpips.to(x.device)(x, y))
+        return measured
 
     def _picture(self, i: int) -> Picture:
         """Return held-out image i and its reconstruction from the posterior's mean."""
@@ -397,10 +434,11 @@ class VAEStage:
         y = VAE.forward(self.vae, x[None].to(self.vae.device))[0][0]
         return Picture(y.clamp(-1, 1).nan_to_num().cpu(), x)
 
-    def _show(self, pairs: list[tuple[Image.Image, Image.Image]], step: int) -> None:
-        originals, reconstructions = zip(*pairs, strict=True)
-        rows = ("original", f"step {step}")
-        sheet = image_io.grid([*originals, *reconstructions], len(pairs), padding=4, row_labels=rows)
+    def _show(self, columns: list[list[Image.Image]], step: int) -> None:
+        """Save a sheet; each column has the pictures of one held-out image."""
+        pictures = [picture for row in zip(*columns, strict=True) for picture in row]
+        rows = ("original", f"step {step}", "corrupted", f"step {step}")[: len(columns[0])]
+        sheet = image_io.grid(pictures, len(columns), padding=4, row_labels=rows)
         image_io.save(sheet, self.config.samples / f"step-{step:08d}.png")
 
     def export(self, folder: Path) -> None:
