@@ -71,6 +71,8 @@ def read(path: str | Path | BinaryIO, background: str = "white") -> Image.Image:
 @contextlib.contextmanager
 def _opened(path: str | Path | BinaryIO) -> Iterator[Image.Image]:
     """Open an image file, whatever its suffix. Faults of the file raise `ImageError`. No other code opens images."""
+    if isinstance(path, str) and (not path or "://" in path):
+        raise ImageError(f"{clean(repr(path))} is {'a URL' if path else 'no name'}; give the path of an image file.")
     try:
         mode = Path(path).stat().st_mode if isinstance(path, (str, Path)) else stat.S_IFREG
         if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # reading a pipe might never end

@@ -552,7 +552,8 @@ def test_tensors_keep_gradient_and_may_leave_the_range_by_rounding() -> None:
         ),
         (torch.full((3, 4, 4), -1.02), r"values from -1.02 to -1.02, outside"),
         ([SMALL, torch.zeros(1, 4, 4)], r"a tensor of shape \(1, 4, 4\)"),
-        ("", r"^cannot read"),
+        ("", r"^'' is no name; give the path of an image file\.$"),
+        ("https://example.org/a.png", r"^'https://example\.org/a\.png' is a URL; give the path of an image file\.$"),
     ],
 )
 def test_what_is_no_image_is_one_sentence(images_: Any, sentence: str) -> None:
