@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import DDPMPipeline, DDPMScheduler
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -28,11 +29,12 @@ import sdkit
 from sdkit.cli.jobs import read_prompts
 from sdkit.diffusion.schedule import SCHEDULERS
 from sdkit.files import sha256
+from sdkit.loading.configs import CLASSES
 from sdkit.loading.single_file import ASSETS
 from sdkit.networks.code_prior import new_prior, save_prior
 from sdkit.networks.prior_shape import PriorShape
 from sdkit.pipelines.generation import Generation
-from tests.helpers import original_layout, tiny, unclip
+from tests.helpers import classes, original_layout, tiny, unclip
 from tests.helpers.color_profiles import P3, matrix_profile
 from tests.helpers.networks import control_network
 
@@ -548,6 +550,15 @@ def _(kit: Kit, here: Path) -> Path:
     written(file, tensors | {"class_embedding.weight": torch.zeros(1000, width)})
     shutil.copytree(model / "scheduler", model / "low_res_scheduler")
     return model
+
+
+@MODELS
+def _(kit: Kit, here: Path) -> Any:
+    """A `DDPMPipeline` of pixels, unconditional or of classes, with `vae="pixels"`"""
+    network = classes.network(num_class_embeds=1)
+    network.register_to_config(**{CLASSES: ["a cat"]})
+    DDPMPipeline(network, DDPMScheduler()).save_pretrained(here / "model")
+    return here / "model", {"vae": "pixels"}
 
 
 @VAES

@@ -924,7 +924,11 @@ CASES: list[Case] = [
     ("scheduler", lambda m, p: p, r"^'.*' has no scheduler/scheduler_config.json; give a folder"),
     ("unet", lambda m, p: damaged(p / "m.safetensors", b"").parent, r"give the file in it \(m.safetensors\)"),
     ("vae", lambda m, p: m.folder / "unet", r"holds a UNet2DConditionModel, not a VAE \(AutoencoderKL or Auto"),
-    ("unet", lambda m, p: m.folder / "vae", r"holds an AutoencoderKL, not a U-Net \(UNet2DConditionModel\)"),
+    (
+        "unet",
+        lambda m, p: m.folder / "vae",
+        r"holds an AutoencoderKL, not a U-Net \(UNet2DConditionModel or UNet2DModel\)",
+    ),
     ("text", lambda m, p: m.folder / "unet", r"holds a UNet2DConditionModel, not a CLIP text encoder"),
     ("scheduler", lambda m, p: m.folder / "vae", r"holds an AutoencoderKL, not a noise schedule; "),
     ("vae", lambda m, p: m.folder / "scheduler", r"holds a PNDMScheduler, not a VAE"),
