@@ -32,7 +32,7 @@ from sdkit.loading.single_file import ASSETS
 from sdkit.networks.code_prior import new_prior, save_prior
 from sdkit.networks.prior_shape import PriorShape
 from sdkit.pipelines.generation import Generation
-from tests.helpers import original_layout, tiny
+from tests.helpers import original_layout, tiny, unclip
 from tests.helpers.color_profiles import P3, matrix_profile
 from tests.helpers.networks import control_network
 
@@ -229,6 +229,11 @@ def _controlnet(source: Path, kit: Kit) -> object:
     return sdkit.ControlNet.from_pretrained(source, dtype="fp32", device="cpu", **options)
 
 
+def _unclip(source: Path, kit: Kit) -> object:
+    loaded = sdkit.UnCLIP.from_pretrained(source, device="cpu")
+    return loaded.variations(Image.new("RGB", (32, 32)), 1, num_inference_steps=1)
+
+
 def _lora(source: Any, kit: Kit) -> object:
     sd = sdkit.StableDiffusion.from_pretrained(kit.folder, dtype="fp32", device="cpu")
     sd.load_lora(source)
@@ -254,6 +259,7 @@ def _data(source: Any, _: Kit) -> str:
 MODELS = Group("Models", _model)
 VAES = Group("Standalone VAEs", _vae)
 CONTROLNETS = Group("ControlNets", _controlnet)
+UNCLIPS = Group("unCLIP (DALL-E 2)", _unclip)
 LORAS = Group("LoRA", _lora)
 EMBEDDINGS = Group("Textual inversion embeddings", _embedding)
 IMAGES = Group("Images", lambda path, _: sdkit.images.read(path))
@@ -292,6 +298,7 @@ GROUPS = (
     VAES,
     SCHEDULES,
     CONTROLNETS,
+    UNCLIPS,
     LORAS,
     EMBEDDINGS,
     IMAGES,
@@ -526,8 +533,21 @@ def _(kit: Kit, here: Path) -> Path:
 
 @MODELS
 def _(kit: Kit, here: Path) -> Path:
-    """An upscaler: a U-Net with seven input channels"""
+    """A U-Net with seven input channels, and no noise levels beside them"""
     return widened(kit, here / "model", 7)
+
+
+@MODELS
+def _(kit: Kit, here: Path) -> Path:
+    """An upscaler, as stable-diffusion-x4-upscaler: seven input channels, noise levels as labels (`condition=`)"""
+    model = widened(kit, here / "model", 7)
+    edited(model / "unet" / "config.json", num_class_embeds=1000)
+    (file,) = (model / "unet").glob("*.safetensors")
+    tensors = load_file(file)
+    width = len(tensors["time_embedding.linear_2.bias"])
+    written(file, tensors | {"class_embedding.weight": torch.zeros(1000, width)})
+    shutil.copytree(model / "scheduler", model / "low_res_scheduler")
+    return model
 
 
 @VAES
@@ -612,6 +632,54 @@ def _(kit: Kit, here: Path) -> Path:
     unet = {**tiny.TWO_LEVELS, **added, "projection_class_embeddings_input_dim": 64}
     control_network(tiny.networks((8, 16), unet=unet).unet).save_pretrained(here / "control")
     return here / "control"
+
+
+def _unclip_folder(folder: Path, *without: str) -> Path:
+    """Write a small unCLIP with an image encoder, without some of its folders, and return its path."""
+    unclip.unclip().save_pretrained(folder)
+    unclip.image_encoder().save_pretrained(folder / "image_encoder")
+    for name in without:
+        shutil.rmtree(folder / name)
+    return folder
+
+
+@UNCLIPS
+def _(kit: Kit, here: Path) -> Path:
+    """A folder in the layout of diffusers' StableUnCLIPPipeline, with an image encoder"""
+    return _unclip_folder(here / "unclip")
+
+
+@UNCLIPS
+def _(kit: Kit, here: Path) -> Path:
+    """A folder in the layout of StableUnCLIPImg2ImgPipeline, which has no prior"""
+    parts = ("prior", "prior_text_encoder", "prior_tokenizer", "prior_scheduler")
+    return _unclip_folder(here / "unclip", *parts)
+
+
+@UNCLIPS
+def _(kit: Kit, here: Path) -> Path:
+    """A prior without its text encoder"""
+    return _unclip_folder(here / "unclip", "prior_text_encoder")
+
+
+@UNCLIPS
+def _(kit: Kit, here: Path) -> Path:
+    """A prior whose config asks for a layer more than its weights have"""
+    folder = _unclip_folder(here / "unclip")
+    edited(folder / "prior" / "config.json", num_layers=3)
+    return folder
+
+
+@UNCLIPS
+def _(kit: Kit, here: Path) -> Path:
+    """A decoder without the statistics of its embeddings"""
+    return _unclip_folder(here / "unclip", "image_normalizer")
+
+
+@UNCLIPS
+def _(kit: Kit, here: Path) -> Path:
+    """Stable Diffusion instead of a decoder of embeddings"""
+    return kit.folder
 
 
 @LORAS

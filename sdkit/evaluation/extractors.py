@@ -29,18 +29,19 @@ from sdkit.evaluation.inception import CLASSES, Inception
 from sdkit.evaluation.inception import WIDTH as INCEPTION_WIDTH
 from sdkit.images import Images, to_pil, to_rgb
 from sdkit.images.convert import flat
-from sdkit.loading import hub, tokenizer
-from sdkit.loading.configs import read_json
-from sdkit.loading.place import KINDS, Place, absent, path_or_fetched, resolve
+from sdkit.loading import hub
+from sdkit.loading.place import path_or_fetched
 from sdkit.loading.tensors import (
     check_dtypes,
     check_finite,
     check_fit,
-    guarded,
     is_file,
     open_tensors,
 )
+from sdkit.loading.transformers_folder import own_tokenizer, pretrained
 from sdkit.messages import clean
+from sdkit.networks.clip import PIXELS as CLIP_PIXELS
+from sdkit.networks.clip import pooled
 from sdkit.networks.lpips import LPIPS
 
 VARIABLE = "SDKIT_INCEPTION"
@@ -54,8 +55,6 @@ SOURCES = {"dinov2": "facebook/dinov2-large", "clip": "openai/clip-vit-large-pat
 NAMES = ("alex", "inception", "dinov2", "clip")
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 """Mean and standard deviation of ImageNet's pixels in [0, 1]."""
-CLIP_PIXELS = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
-"""Mean and standard deviation of CLIP's training pixels in [0, 1]."""
 SIDE = 224
 """Side in pixels to which images are resized for "alex" and "dinov2"."""
 INCEPTION_SIDE = 299
@@ -167,7 +166,7 @@ class Extractor:
             length = self.network.config.text_config.max_position_embeddings
             batch = list(texts[i : i + AT_ONCE])
             tokens = self.text(batch, padding=True, truncation=True, max_length=length, return_tensors="pt")
-            embedded.append(_pooled(self.network.get_text_features(**tokens.to(self.device))).float().cpu())
+            embedded.append(pooled(self.network.get_text_features(**tokens.to(self.device))).float().cpu())
         return torch.cat(embedded)
 
 
@@ -271,7 +270,7 @@ def _inception_file(source: str) -> Path:
 def _dinov2(source: str, device: torch.device) -> Extractor:
     from transformers import Dinov2Model
 
-    network = _pretrained(Dinov2Model, source, "dinov2", device)
+    network = pretrained(Dinov2Model, source, "dinov2").to(device)
     mean, std = (_channels(values, device) for values in IMAGENET)
 
     def run(pixels: Tensor) -> Outputs:
@@ -285,11 +284,11 @@ def _dinov2(source: str, device: torch.device) -> Extractor:
 def _clip(source: str, device: torch.device) -> Extractor:
     from transformers import CLIPModel
 
-    network = _pretrained(CLIPModel, source, "clip", device)
+    network = pretrained(CLIPModel, source, "clip").to(device)
     mean, std = (_channels(values, device) for values in CLIP_PIXELS)
 
     def run(pixels: Tensor) -> Outputs:
-        return _pooled(network.get_image_features((pixels / 255 - mean) / std)), None
+        return pooled(network.get_image_features((pixels / 255 - mean) / std)), None
 
     return Extractor(
         network,
@@ -298,50 +297,9 @@ def _clip(source: str, device: torch.device) -> Extractor:
         width=int(network.config.projection_dim),
         side=int(network.config.vision_config.image_size),
         crops=True,
-        text=tokenizer.load_tokenizer(_root(resolve(source), ["config.json", *tokenizer.FILES])),
+        text=own_tokenizer(source),
     )
-
-
-def _pooled(output: Any) -> Tensor:
-    """Return the projected embeddings, which some versions of transformers wrap into an output object."""
-    pooled: Tensor = output if isinstance(output, Tensor) else output.pooler_output
-    return pooled
 
 
 def _channels(values: Sequence[float], device: torch.device) -> Tensor:
     return torch.tensor(values, device=device).view(1, 3, 1, 1)
-
-
-def _pretrained(cls: Any, source: str, kind: str, device: torch.device) -> Any:
-    """Load a network of transformers, frozen and in float32, from a folder or the Hub."""
-    place = resolve(source)
-    root = _root(place, ["config.json"])
-    if not is_file(root / "config.json"):
-        raise absent(place, "config.json")
-    found = read_json(root / "config.json").get("model_type")
-    if found != kind:
-        raise SourceError(f"{place.label} holds a network of type {clean(found)}, not {kind}; give another source.")
-    weights = _weights(place)
-    with guarded(place.label):
-        network, report = cls.from_pretrained(
-            weights, local_files_only=True, dtype=torch.float32, output_loading_info=True
-        )
-    if missing := sorted(report["missing_keys"]):
-        raise SourceError(f"{place.label} lacks {clean(missing[0])} and so is no whole {kind}; download it again.")
-    return network.eval().requires_grad_(False).to(device)
-
-
-def _root(place: Place, files: list[str]) -> Path:
-    if place.kind not in ("folder", "hub"):
-        raise SourceError(
-            f"{place.label} is {KINDS[place.kind]}; give a folder or a Hub id of a network in transformers' layout."
-        )
-    return place.root(files)
-
-
-def _weights(place: Place) -> Path:
-    """Return the folder that holds the weights; of a Hub repository, fetch its safetensors, or else its pickle."""
-    names = hub.list_files(place.name, place.revision) if place.kind == "hub" else None
-    single = "model.safetensors" if names is None or "model.safetensors" in names else "pytorch_model.bin"
-    patterns = ["config.json", "model.safetensors.index.json", "model-*.safetensors", single]
-    return _root(place, patterns)

@@ -81,10 +81,12 @@ def test_help_tells_every_field_with_its_docstring_and_default(run: Callable[...
     for field in fields(STAGES[stage]):
         assert f"--{field.name.replace('_', '-')}" in told
     # This field is inherited through two classes.
-    assert "--batch-size N Samples per process and micro-batch (default: 1)" in told
+    assert stage == "clip" or "--batch-size N Samples per process and micro-batch (default: 1)" in told
     clipping = "Largest gradient norm; gradients above it are clipped. None turns clipping off (default: 1.0)"
     assert f"--max-grad-norm X {clipping}" in told
-    assert "--init PATH A config.json of diffusers, or a folder with one: train" in told
+    libraries = {"clip": "transformers' CLIPModel", "image_prior": "diffusers' PriorTransformer"}
+    library = libraries.get(stage, "diffusers")
+    assert f"--init PATH A config.json of {library}, or a folder with one: train" in told
     adam = "Use AdamW of bitsandbytes, with its state in 8 bits (default: no)"
     assert f"--use-8bit-adam, --no-use-8bit-adam {adam}" in told
     assert "required, here or in the --config file: --data PATH" in told
@@ -94,6 +96,8 @@ def test_help_tells_every_field_with_its_docstring_and_default(run: Callable[...
         "controlnet": "Column of the conditions in parquet files and data sets of the Hub (default: cond",
         "embedding": "paintings in a style (Gal et al. 2022) (default: object)",
         "prior": "(a gated PixelCNN) (default: transformer)",
+        "clip": "The contrast is over batch_size x processes pairs",
+        "image_prior": "CLIP whose embeddings the prior learns",
         "vqvae2": "Codes of each level's codebook (default: 512)",
     }
     assert own[stage] in told
@@ -251,6 +255,17 @@ OWN: dict[str, dict[str, tuple[str, Any]]] = {
         "width": ("12", 12),
         "heads": ("2", 2),
     },
+    "clip": {
+        "init": ("clip.json", "clip.json"),
+        "tokenizer": ("a/clip", "a/clip"),
+        "caption_column": ("text", "text"),
+        "validation_data": ("more", "more"),
+    },
+    "image_prior": {
+        "prior": ("a/prior", "a/prior"),
+        "caption_column": ("text", "text"),
+        "caption_dropout": ("0.2", 0.2),
+    },
     "vqvae2": {
         "width": ("12", 12),
         "latent_channels": ("4", 4),
@@ -270,6 +285,24 @@ DREAMBOOTH: dict[str, tuple[str, Any]] = {
 }
 
 
+IMPROVED_DDPM: dict[str, tuple[str, Any]] = {
+    "init": ("config.json", "config.json"),
+    "classes": ("cat dog", ("cat", "dog")),
+    "noise_schedule": ("cosine", "cosine"),
+    "loss": ("hybrid", "hybrid"),
+    "vlb_weight": ("0.01", 0.01),
+    "timestep_sampling": ("importance", "importance"),
+    "bits_per_dimension": ("9", 9),
+}
+
+
+def test_the_fields_of_improved_ddpm_can_be_set() -> None:
+    words = [w for name, (text, _) in IMPROVED_DDPM.items() for w in (f"--{name.replace('_', '-')}", *text.split())]
+    values = {name: value for name, (_, value) in IMPROVED_DDPM.items()}
+    given = ("--data", "photos", "--out-dir", "run")
+    assert settings("unet", *words, *given) == STAGES["unet"](**values, data="photos", out_dir="run")
+
+
 def test_the_fields_of_dreambooth_can_be_set() -> None:
     words = [w for name, (text, _) in DREAMBOOTH.items() for w in (f"--{name.replace('_', '-')}", text)]
     values = {name: value for name, (_, value) in DREAMBOOTH.items()}
@@ -280,11 +313,14 @@ def test_the_fields_of_dreambooth_can_be_set() -> None:
 def test_every_field_can_be_set(stage: str) -> None:
     values = COMMON | OWN[stage]
     others = {  # exclude another one
-        "vae": set[str](), "unet": {"init", "conditioning_data", *DREAMBOOTH},
+        "vae": set[str](),
+        "unet": {"init", "conditioning_data", "image_encoder", "embedding_dropout", *DREAMBOOTH, *IMPROVED_DDPM},
         "controlnet": {"init", "conditioning_data"}, "embedding": {"init"},
-        "prior": {"init", "conditioning_data", "level"},
-        "vqvae2": {"init"},
+        "prior": {"init", "conditioning_data", "level"}, "vqvae2": {"init"},
+        "clip": {"size", "evaluate"}, "image_prior": {"init", "size", "evaluate", "augment", "gradient_checkpointing"},
     }  # fmt: skip
+    refused = others[stage] if stage in ("clip", "image_prior") else set[str]()
+    values = {name: value for name, value in values.items() if name not in refused}
     assert values.keys() | others[stage] == {field.name for field in fields(STAGES[stage])}
     words = [w for name, (text, _) in values.items() for w in (f"--{name.replace('_', '-')}", *text.split())]
     assert settings(stage, *words) == STAGES[stage](**{name: value for name, (_, value) in values.items()})
@@ -542,6 +578,18 @@ def test_images_remember_their_lora(run: Callable[..., Ran], work: Path) -> None
     assert Path("again.png").read_bytes() == Path("lora.png").read_bytes()
     assert run("generate", "--from", "lora.png", "--lora-scale", 0, "-o", "off.png").code == 0
     np.testing.assert_array_equal(pixels("off.png"), pixels("plain.png"))
+    Path("moved").symlink_to(Path("run").readlink())
+    assert (
+        run("generate", "--from", "lora.png", "--lora", "moved/result", "--lora-scale", 3, "-o", "moved.png").code == 0
+    )
+    Path("moved").unlink()  # the same path holds another file from here on
+    lora = Path("moved", "result", "pytorch_lora_weights.safetensors")
+    lora.parent.mkdir(parents=True)
+    save_file({key: -value for key, value in load_file("run/result/pytorch_lora_weights.safetensors").items()}, lora)
+    done = run("generate", "--from", "moved.png", "-o", "bad.png")
+    assert done.code == 2
+    assert "has changed since it was drawn with; restore it, or give it anew as lora" in done.err
+    assert not Path("bad.png").exists()
 
 
 def test_a_converted_lora_does_the_same(run: Callable[..., Ran], work: Path) -> None:

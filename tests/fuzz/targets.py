@@ -38,7 +38,7 @@ from sdkit.pipelines.generation import Generation
 from sdkit.training.loop import fit
 from sdkit.training.plot import plot
 from tests.fuzz.mutators import in_order
-from tests.helpers import original_layout, tiny
+from tests.helpers import original_layout, tiny, unclip
 from tests.helpers.loaders import describe, load_schedule
 from tests.helpers.toy import Toy, ToySettings
 
@@ -226,6 +226,17 @@ def read_schedule(folder: Path, out: Path) -> None:
 def read_model(folder: Path, out: Path) -> None:
     describe(folder)
     drawn(sdkit.StableDiffusion.from_pretrained(folder, **CPU))
+
+
+def make_unclip(folder: Path) -> None:
+    unclip.unclip().save_pretrained(folder)
+    unclip.image_encoder().save_pretrained(folder / "image_encoder")
+
+
+def read_unclip(folder: Path, out: Path) -> None:
+    loaded = sdkit.UnCLIP.from_pretrained(folder, device="cpu")
+    loaded(PROMPT, num_inference_steps=2, prior_num_inference_steps=2)
+    loaded.variations(Image.new("RGB", (SIDE, SIDE)), 1, num_inference_steps=2)
 
 
 def as_pickles(*names: str) -> Callable[[Path], None]:
@@ -644,6 +655,10 @@ TARGETS: dict[str, Target] = {
         Target(
             name="model-folder", make=make_model, read=read_model,
             files=("model_index.json", "*/*.json", "*/*.safetensors"),
+        ),
+        Target(
+            name="unclip", make=make_unclip, read=read_unclip,
+            files=("prior*/*", "image_*/*"),
         ),
         Target(name="single-file", make=make_single(".safetensors"), read=read_single("one.safetensors")),
         Target(name="single-pickle", make=make_single(".ckpt"), read=read_single("one.ckpt")),

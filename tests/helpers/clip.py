@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,8 +17,13 @@ from tests.helpers.loaders import load_text
 SIDE = 32  # pixels
 
 
-def save_clip(folder: Path) -> Path:
-    """Write a CLIP with random, seeded weights. Its tokenizer is the embedded model's."""
+def save_clip(folder: Path, projection: int = 24) -> Path:
+    """Write a CLIP with random, seeded weights. Its tokenizer is the embedded model's.
+
+    Args:
+        folder: The folder.
+        projection: Width of the embeddings. That of the text encoder's states is 32, which the prior of DALL-E 2 needs.
+    """
     torch.manual_seed(0)
     _, tokenizer = load_text("emoji")
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -26,11 +32,23 @@ def save_clip(folder: Path) -> Path:
         "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id,
     }  # fmt: skip
     config = CLIPConfig(
-        text_config=shape | words, vision_config=shape | {"image_size": SIDE, "patch_size": 8}, projection_dim=24
+        text_config=shape | words,
+        vision_config=shape | {"image_size": SIDE, "patch_size": 8},
+        projection_dim=projection,
     )
     CLIPModel(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def save_config(path: Path) -> Path:
+    """Write the config of a CLIP to train from scratch."""
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text = shape | {"vocab_size": 530, "max_position_embeddings": 20}
+    vision = shape | {"image_size": SIDE, "patch_size": 8}
+    config = {"model_type": "clip", "projection_dim": 12, "text_config": text, "vision_config": vision}
+    path.write_text(json.dumps(config))
+    return path
 
 
 def save_dinov2(folder: Path) -> Path:

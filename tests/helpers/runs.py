@@ -19,15 +19,21 @@ from safetensors.torch import save, save_file
 from sdkit.errors import SdkitError
 from sdkit.networks.lpips import LPIPS
 from sdkit.training import (
+    ClassifierConfig,
+    ClipConfig,
     ControlNetConfig,
     EmbeddingConfig,
+    ImagePriorConfig,
     PriorConfig,
     UNetConfig,
     VAEConfig,
     VQVAE2Config,
     checkpoint,
+    train_classifier,
+    train_clip,
     train_controlnet,
     train_embedding,
+    train_image_prior,
     train_prior,
     train_unet,
     train_vae,
@@ -36,8 +42,11 @@ from sdkit.training import (
 from sdkit.training.ema import EMA
 from sdkit.training.loop import fit
 from sdkit.training.run_folder import read_metrics
+from sdkit.training.stages.classifier import ClassifierStage
+from sdkit.training.stages.clip import CLIPStage
 from sdkit.training.stages.controlnet import ControlNetStage
 from sdkit.training.stages.embedding import EmbeddingStage
+from sdkit.training.stages.image_prior import ImagePriorStage
 from sdkit.training.stages.prior import PriorStage
 from sdkit.training.stages.unet import UNetStage
 from sdkit.training.stages.vae import VAEStage
@@ -49,6 +58,9 @@ STAGES: dict[str, tuple[Any, Any, Callable[[Any], Path]]] = {
     "unet": (UNetConfig, UNetStage, train_unet),
     "controlnet": (ControlNetConfig, ControlNetStage, train_controlnet),
     "embedding": (EmbeddingConfig, EmbeddingStage, train_embedding),
+    "classifier": (ClassifierConfig, ClassifierStage, train_classifier),
+    "clip": (ClipConfig, CLIPStage, train_clip),
+    "image_prior": (ImagePriorConfig, ImagePriorStage, train_image_prior),
     "prior": (PriorConfig, PriorStage, train_prior),
     "vqvae2": (VQVAE2Config, VQVAE2Stage, train_vqvae2),
 }
@@ -65,7 +77,7 @@ class Runs:
         """Run a training stage in another process and return its exit code.
 
         Args:
-            stage: "vae", "unet", "controlnet", "embedding", "prior", or "vqvae2".
+            stage: A key of `STAGES`.
             settings: Fields of the stage's settings.
             hook: Where to end the process, in the notation of `toy.hooks` with the names of `calling`.
 

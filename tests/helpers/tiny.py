@@ -25,6 +25,16 @@ TWO_LEVELS: dict[str, Any] = {
 }
 """Settings of a U-Net with two levels, in place of Stable Diffusion's four"""
 
+CLASSIFIER: dict[str, Any] = {
+    "_class_name": "EncoderUNet",
+    "down_block_types": ["DownBlock2D", "AttnDownBlock2D"],
+    "block_out_channels": [8, 16],
+    "layers_per_block": 1,
+    "attention_head_dim": 8,
+    "norm_num_groups": 4,
+}
+"""Config of a classifier of noisy images with two levels, as for `init`"""
+
 
 class Networks(NamedTuple):
     """Networks that fit together."""

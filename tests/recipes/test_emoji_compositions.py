@@ -38,7 +38,8 @@ from sdkit.recipes.emoji.drawings import PIXELS, VECTORS, Drawings, _json, _rend
 from sdkit.recipes.emoji.pictures import BACKGROUNDS, SIZE, STYLES, TABLE, Picture, pictures
 from sdkit.recipes.emoji.prepare import CAPTIONED, prepare_captioned
 from sdkit.recipes.emoji.settings import settings
-from sdkit.recipes.emoji.start import LENGTH
+from sdkit.recipes.emoji.start import LENGTH, VOCABULARY
+from sdkit.training.learned_tokenizer import learn_tokenizer
 from tests.helpers.emoji_pictures import COLOURS, FEW, make_drawings
 
 CAT = Picture("1f408", "cat", "kitty", "gray")
@@ -193,10 +194,8 @@ def test_compositions_are_the_same_each_time_and_differ_between_sets() -> None:
 
 
 def test_captions_fit_the_text_encoder() -> None:
-    from sdkit.recipes.emoji.start import _tokenizer
-
     captions = [composition.caption for composition in planned("captioned-1")]
-    tokenizer = _tokenizer(captions)
+    tokenizer = learn_tokenizer(captions, VOCABULARY, LENGTH)
     longest = max(captions, key=lambda caption: len(tokenizer(caption).input_ids))
     assert len(tokenizer(longest).input_ids) <= LENGTH, longest
     for word in ("flat", "noto", "twemoji", "small", "large", "left", "background"):

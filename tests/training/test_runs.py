@@ -22,7 +22,7 @@ from sdkit.networks.autoencoder import latents_of
 from sdkit.training.checkpoint import checkpoints, newest
 from sdkit.training.loop import fit
 from sdkit.training.stages.unet import UNetStage
-from tests.helpers import forks, tiny
+from tests.helpers import classes, clip, forks, tiny, unclip
 from tests.helpers import runs as helper
 from tests.helpers.runs import everything, files, metrics
 
@@ -69,9 +69,19 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         size=tiny.SIZE, crop="random", flip=True, augmentations=2, dtype="fp32", device="cpu",
     )  # fmt: skip
     helper.lpips_weights(folder / "lpips.safetensors")
+    for path in (folder / "photos").glob("*.png"):  # classes: the colours that captions name, in folders
+        kind = folder / "kinds" / path.with_suffix(".txt").read_text().split()[1]
+        kind.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, kind)
+    (folder / "classifier.json").write_text(json.dumps(tiny.CLASSIFIER))
     (folder / "maps").mkdir()
     for path in (folder / "photos").glob("*.png"):  # conditions: colours that differ from image to image
         Image.new("RGB", (48, 40), (7 * int(path.stem), 90, 200)).save(folder / "maps" / path.name)
+    clip.save_config(folder / "clip.json")
+    clip.save_clip(folder / "clip", projection=32)
+    unclip.save_prior_config(folder / "prior.json", embedding_dim=32)
+    # Few timesteps, so that each has ten losses early, and timesteps are drawn by importance.
+    classes.init(folder / "classes", timesteps=2, out_channels=6, num_class_embeds=6)
     return folder
 
 
@@ -82,7 +92,8 @@ def run() -> helper.Runs:
 
 def settings(made: Path, kind: str, out: Path, **changes: Any) -> tuple[str, dict[str, Any]]:
     """Return stage and settings of a kind of run: "vae", "controlnet", "dreambooth", "embedding", "prior", "pixelcnn",
-    "vqvae2", "unet", or "lora". The last two can be followed by " from a cache".
+    "vqvae2", "classes", "clip", "image_prior", "classifier", "upsampler", "unet", or "lora". The last two can be
+    followed by " from a cache".
     A U-Net that is trained from images also reads conditions.
     """
     own: dict[str, Any] = {
@@ -105,6 +116,11 @@ def settings(made: Path, kind: str, out: Path, **changes: Any) -> tuple[str, dic
             "class_count": 3,
             "lora_rank": 2,
         },
+        "classes": {
+            "init": made / "classes", "vae": "pixels", "loss": "hybrid", "timestep_sampling": "importance",
+            "caption_dropout": 0.3, "bits_per_dimension": 2, "size": 8,
+            "seed": 2,  # each timestep has its ten losses after five steps
+        },
         "embedding": {
             "token": "<zork>", "init_token": "apple", "vectors": 2, "keep_norm": True, "ema_decay": 0.9,
             "validation_prompts": ("a red <zork>",),
@@ -117,10 +133,16 @@ def settings(made: Path, kind: str, out: Path, **changes: Any) -> tuple[str, dic
             "vae": made / "vq", "kind": "pixelcnn", "conditioned_on": "map", "conditioning_data": made / "maps",
             "layers": 2, "width": 8,
         },
+        "clip": {"init": made / "clip.json", "size": None},
+        "image_prior": {"init": made / "prior.json", "size": None, "augment": (), "caption_dropout": 0.3},
+        "classifier": {"data": made / "kinds", "init": made / "classifier.json"},
+        "upsampler": {"upscale_factor": 8, "caption_dropout": 0.3, "validation_prompts": ("a red disc",)},
         "vqvae2": {"width": 8, "latent_channels": 4, "codes": 8},
     }[kind.split()[0]]  # fmt: skip
     if kind == "unet":
         own |= {"conditioning_data": made / "maps", "condition_kind": "map", "condition_dropout": 0.3}
+    if kind == "image_prior":
+        changes["model"] = made / "clip"
     data = made / ("cache" if "cache" in kind else "photos")
     common = RUN | {"model": made / "dropout", "data": data, "out_dir": out}
     stage = "prior" if kind == "pixelcnn" else kind
@@ -169,8 +191,17 @@ for i, point in enumerate(point for point in POINTS if "discriminator" not in po
     KILLS += [(kind + CACHE * (i % 4 > 1), point) for kind in kinds]
 POINTS["os.rename:class_images 2"] = 0  # an image of DreamBooth's class is written, but not renamed yet
 KILLS += [("dreambooth", point) for point in ("os.rename:class_images 2", "loss 6", "half 8")]
-KILLS += [("prior", point) for point in ("loss 6", "update 3", "half 8", "export 1")]
-KILLS += [("vqvae2", "update 3")]
+for kind in ("prior", "clip", "image_prior"):
+    KILLS += [(kind, point) for point in ("loss 6", "update 3", "half 8", "export 1")]
+POINTS["os.rename:embeddings 1"] = 0  # the embeddings of all images are written, but not renamed yet
+KILLS += [("image_prior", "os.rename:embeddings 1"), ("vqvae2", "update 3")]
+KILLS += [
+    ("classifier", point)
+    for point in ("batch 3", "loss 6", "update 3", "half 8", "os.rename:checkpoints/step- 2", "export 1")
+]
+# The losses of timesteps are in the checkpoint.
+KILLS += [("classes", point) for point in ("loss 14", "half 8")]
+POINTS["loss 14"] = 6
 
 
 @pytest.mark.parametrize(("kind", "point"), KILLS)
@@ -207,6 +238,15 @@ def test_what_the_runs_above_go_through(made: Path, uninterrupted: Any) -> None:
         ]
         assert [*found["skipped"]] == [BROKEN]
     assert {len(found["samples"]) for kind in ("vae", "unet") for found in [uninterrupted(kind)]} == {3}
+
+
+def test_timesteps_are_drawn_by_importance_in_the_runs(made: Path, uninterrupted: Any, launched: Path) -> None:
+    """Each timestep has its ten losses before the last step, on one process and on two."""
+    uninterrupted("classes")
+    for run in (made / "uninterrupted" / "classes", launched / "classes"):
+        folder = checkpoints(run / "checkpoints")[0]
+        counts = load_file(folder / "unet.safetensors")["timesteps.counts"]
+        assert counts.tolist() == [10, 10]
 
 
 @pytest.mark.parametrize("kind", ["vae", "unet", "lora from a cache"])
@@ -302,14 +342,24 @@ TOGETHER: dict[str, dict[str, Any]] = {
     "embedding": {},
     "prior": {},
     "pixelcnn": {},
-    # AdamW turns the rounding errors of gradients that are nearly 0 into most of a step. The codes follow moving
-    # averages, which do not depend on the rate.
+    "clip": {},
+    "image_prior": {},
+    # The biases of attention's keys change nothing, and AdamW turns their rounding errors into full steps.
+    "classifier": {"learning_rate": 1e-4},
+    "upsampler": {},
+    # So it does with other gradients that are nearly 0. The codes follow moving averages, whatever the rate.
     "vqvae2": {"learning_rate": 1e-5},
+    "classes": {"learning_rate": 1e-4},
 }
-PLAYERS = {"vae": ["vae", "discriminator"], "controlnet": ["controlnet"], "embedding": ["embedding"]}
-PLAYERS |= {"prior": ["prior"], "pixelcnn": ["prior"], "vqvae2": ["vqvae2"]}
+PLAYERS = {
+    "vae": ["vae", "discriminator"], "controlnet": ["controlnet"], "embedding": ["embedding"], "prior": ["prior"],
+    "pixelcnn": ["prior"], "clip": ["clip"], "image_prior": ["prior"], "classifier": ["classifier"],
+    "vqvae2": ["vqvae2"],
+}  # fmt: skip
 """Kind of run -> its players; that of the others is the U-Net."""
-WITHOUT_PICTURES = ("lora from a cache", "dreambooth", "prior", "pixelcnn")
+WITHOUT_PICTURES = (
+    "lora from a cache", "dreambooth", "prior", "pixelcnn", "clip", "image_prior", "classifier", "classes",
+)  # fmt: skip
 
 
 def together(made: Path, kind: str, out: Path, **changes: Any) -> tuple[str, dict[str, Any]]:
@@ -320,7 +370,11 @@ def together(made: Path, kind: str, out: Path, **changes: Any) -> tuple[str, dic
 
 
 def at(out: Path, step: int, name: str) -> dict[str, torch.Tensor]:
-    return load_file(out / "checkpoints" / f"step-{step:08d}" / f"{name}.safetensors")
+    """Return the weights of a checkpoint, without biases of keys: attention does not see them, so that their gradients
+    are rounding errors, which AdamW turns into full steps.
+    """
+    found = load_file(out / "checkpoints" / f"step-{step:08d}" / f"{name}.safetensors")
+    return {key: value for key, value in found.items() if not key.endswith(("k_proj.bias", "to_k.bias"))}
 
 
 def difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
@@ -338,8 +392,11 @@ def test_two_processes_train_as_one(
     wrapper, and validation on one process.
 
     With accumulation, VQGAN's adaptive weight differs between micro-batches. The VAE is therefore compared up to the
-    step at which the discriminator starts.
+    step at which the discriminator starts. A CLIP contrasts the pairs of one micro-batch on all processes, so only a
+    single process with a micro-batch of that many is the same.
     """
+    if kind == "clip":
+        split = {"batch_size": 4}
     stage, config = together(made, kind, tmp_path / "run", **split)
     assert run(stage, config) == 0
     end = DISC_START if kind == "vae" and len(split) > 1 else STEPS
@@ -380,8 +437,9 @@ def test_processes_share_the_data_and_one_writes(kind: str, launched: Path) -> N
     assert numbers == list(range(4 * STEPS))
     drawn = ["class_images"] if kind == "dreambooth" else []  # the work of both processes
     assert one["wrote"] == drawn
+    embedded = ["embeddings.safetensors"] if kind == "image_prior" else []
     pictures = [] if kind in WITHOUT_PICTURES else ["samples"]
-    written = ["checkpoints", *drawn, "config.json", "metrics.jsonl", "result", *pictures, "skipped.json"]
+    written = ["checkpoints", *drawn, "config.json", *embedded, "metrics.jsonl", "result", *pictures, "skipped.json"]
     assert [name for name in zero["wrote"] if not name.startswith(".sdkit")] == written
 
 

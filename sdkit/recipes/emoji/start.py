@@ -1,7 +1,7 @@
 """Make the pipeline from which the U-Net's training starts.
 
-It has the trained VAE, a tokenizer learned from the captions, an untrained text encoder, and the noise schedule, but no
-U-Net.
+From scratch it has the trained VAE, a tokenizer learned from the captions, an untrained text encoder, and the noise
+schedule, but no U-Net. From another model it has that model's tokenizer, text encoder, and U-Net.
 """
 
 from __future__ import annotations
@@ -10,18 +10,20 @@ import json
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from sdkit.atomic import whole_folder
 from sdkit.errors import TrainingError
+from sdkit.loading.source import Source
 from sdkit.messages import no_warnings, quiet
+from sdkit.networks.autoencoder import VAE
+from sdkit.pipelines.saving import save_pipeline
 from sdkit.recipes.emoji.settings import shape
+from sdkit.training.learned_tokenizer import learn_tokenizer
 
 VOCABULARY = 2048
 LENGTH = 32  # longest caption in tokens, start and end included
-START, END = "<|startoftext|>", "<|endoftext|>"
 
 
 def make_start(vae: Path, captions: Iterable[str], out: Path) -> None:
@@ -36,7 +38,7 @@ def make_start(vae: Path, captions: Iterable[str], out: Path) -> None:
 
     with quiet("diffusers", "transformers"), no_warnings(), whole_folder(out, TrainingError) as folder:
         shutil.copytree(vae, folder / "vae")
-        _tokenizer(captions).save_pretrained(folder / "tokenizer")
+        learn_tokenizer(captions, VOCABULARY, LENGTH).save_pretrained(folder / "tokenizer")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             config = CLIPTextConfig(**shape("text_encoder"), vocab_size=VOCABULARY, max_position_embeddings=LENGTH)
@@ -53,23 +55,18 @@ def make_start(vae: Path, captions: Iterable[str], out: Path) -> None:
         (folder / "model_index.json").write_text(json.dumps(index, indent=2))
 
 
-def _tokenizer(captions: Iterable[str]) -> Any:
-    """Return a tokenizer with CLIP's byte-pair encoding (Radford et al. 2021) and merges learned from the captions.
+def take_start(vae: Path, model: str, out: Path) -> None:
+    """Write the pipeline of another model with the trained VAE in place of its own.
 
-    The vocabulary has every byte, both inside and at the end of a word, so that any text can be encoded.
+    Args:
+        vae: Folder of the VAE in diffusers layout. Its latents should resemble those of the model's own VAE.
+        model: Source of the model; see `StableDiffusion.from_pretrained`.
+        out: Folder to write.
     """
-    from tokenizers import pre_tokenizers, trainers
-    from transformers import CLIPTokenizer
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    symbols = [START, END, *alphabet, *(f"{byte}</w>" for byte in alphabet)]
-    learner = CLIPTokenizer().backend_tokenizer
-    # As "special" tokens all symbols have fixed ids. The trainer breaks ties by id, so its merges are reproducible.
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY, special_tokens=symbols, end_of_word_suffix="</w>", show_progress=False
-    )
-    learner.train_from_iterator(captions, trainer)
-    merges = [tuple(merge) for merge in json.loads(learner.to_str())["model"]["merges"]]
-    merges = merges[: VOCABULARY - len(symbols)]
-    vocabulary = {symbol: n for n, symbol in enumerate([*symbols, *map("".join, merges)])}
-    return CLIPTokenizer(vocabulary, merges, model_max_length=LENGTH)
+    source = Source.open(model)
+    text_encoder, tokenizer = source.text_encoder()
+    with whole_folder(out, TrainingError) as folder:
+        save_pipeline(
+            folder, vae=VAE.from_pretrained(vae, dtype="fp32"), text_encoder=text_encoder, tokenizer=tokenizer,
+            unet=source.denoiser(), scheduler=shape("scheduler"), guidance_scale=source.guidance_scale,
+        )  # fmt: skip

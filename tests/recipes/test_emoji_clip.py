@@ -1,0 +1,44 @@
+"""The recipe's small CLIP: it is small enough to ship, loads in float16, and is trained by one command."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from sdkit.errors import SourceError
+from sdkit.evaluation.extractors import open_extractor
+from sdkit.recipes.emoji import clip
+from tests.helpers import tiny
+from tests.helpers.sentences import one_sentence
+
+LARGEST = 6 * 10**6  # bytes of the CLIP with its tokenizer
+
+
+def test_it_is_trained_and_exported_by_one_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photos = tiny.photos(tmp_path / "photos", 24, size=64)
+    words = ("--data", str(photos), "--out", str(tmp_path / "runs"), "--max-steps", "1")
+    monkeypatch.setattr(clip, "settings", lambda run: {"batch_size": 8, "lr_scheduler": "constant"})
+    monkeypatch.setattr("sys.argv", ["clip", *words])
+    for _ in range(2):  # the second time, the finished run is exported again
+        assert clip.main() == 0
+    made = tmp_path / "runs" / "clip-fp16"
+    assert capsys.readouterr().out.split() == [str(made)] * 2
+    assert sum(path.stat().st_size for path in made.iterdir()) < LARGEST
+    assert {value.dtype for value in load_file(made / "model.safetensors").values()} == {torch.float16}
+    extractor = open_extractor(f"clip:{made}", device="cpu")
+    assert extractor.embed_texts(["a red disc", "a blue one"]).shape == (2, extractor.width) == (2, 128)
+    one_sentence(lambda: clip.export(tmp_path, made), SourceError, "holds no CLIP; train it first")
+    one_sentence(lambda: clip.export(made, photos), SourceError, "with what is not of this recipe")
+
+
+def test_its_settings_are_valid(tmp_path: Path) -> None:
+    from sdkit.recipes.emoji.settings import settings, shape_file
+    from sdkit.training import ClipConfig
+
+    config = ClipConfig(**settings(clip.RUN), data="photos", init=shape_file("clip"), out_dir=tmp_path)
+    assert config.batch_size == 128
