@@ -26,7 +26,7 @@ from tests.helpers import clip, tiny
 from tests.helpers.loaders import load_text
 from tests.helpers.sentences import one_sentence
 
-GRID = (8, 8)  # codes of an image of `tiny`
+GRID = (4, 4)  # codes of an image of 16 pixels
 
 
 def generators(*seeds: int) -> list[torch.Generator]:
@@ -101,7 +101,7 @@ def test_frequencies_are_the_exact_probabilities(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["transformer", "pixelcnn"])
 def test_an_image_is_the_same_alone_and_in_a_batch(kind: str) -> None:
-    made = prior(kind, grid=(4, 4))
+    made = prior(kind)
     together = draw_codes(made, generators(5, 6, 7))
     for i, seed in enumerate((5, 6, 7)):
         assert torch.equal(draw_codes(made, generators(seed))[0], together[i])
@@ -151,7 +151,7 @@ def pipelines(vae: sdkit.VAE) -> dict[str, TokenPipeline]:
     }
 
 
-def picture(size: tuple[int, int] = (32, 32), colour: str = "teal") -> Image.Image:
+def picture(size: tuple[int, int] = (16, 16), colour: str = "teal") -> Image.Image:
     image = Image.new("RGB", size, colour)
     image.paste((250, 250, 250), (0, 0, size[0] // 2, size[1] // 3))
     return image
@@ -206,16 +206,16 @@ def test_a_condition_of_each_image_and_none(pipelines: dict[str, TokenPipeline])
 @pytest.mark.parametrize("name", ["none", "class", "map", "pixelcnn map"])
 def test_larger_images(name: str, pipelines: dict[str, TokenPipeline]) -> None:
     pipeline = pipelines[name]
-    given: dict[str, Any] = {"height": 36, "width": 40} if "map" not in name else {"condition": picture((40, 36))}
+    given: dict[str, Any] = {"height": 20, "width": 24} if "map" not in name else {"condition": picture((24, 20))}
     (image,) = pipeline(**given, seed=1)
-    assert image.size == (40, 36)
+    assert image.size == (24, 20)
 
 
 def test_completion_keeps_the_codes_of_the_upper_half(pipelines: dict[str, TokenPipeline], vae: sdkit.VAE) -> None:
     images = [picture(), picture(colour="red")]
     codes = vae.codes(images)
     found = pipelines["none"].complete(images, seed=[4, 5], output_type="codes")
-    assert torch.equal(found[:, :4], codes[:, :4])
+    assert torch.equal(found[:, :2], codes[:, :2])
     alone = pipelines["none"].complete(images[1], seed=5, output_type="codes")
     assert torch.equal(found[1:], alone)
     assert torch.equal(pipelines["none"].complete(images, keep=1, output_type="codes"), codes)
@@ -263,7 +263,7 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("none", {"top_p": 0}, "top_p must be above 0; for the likeliest code alone, take temperature 0"),
     ("none", {"top_p": 1.5}, "top_p must be a number from 0 to 1, not 1.5"),
     ("none", {"height": 30}, "height must be a multiple of 4 pixels, not 30"),
-    ("none", {"width": 16}, "width must be at least 32 pixels for this prior, not 16"),
+    ("none", {"width": 8}, "width must be at least 16 pixels for this prior, not 8"),
     ("none", {"output_type": "gif"}, "output_type 'gif' is not one of 'pil', 'np', 'pt', 'codes'"),
     ("none", {"seed": -1}, "seed must be a whole number"),
     ("none", {"seed": [1, 2]}, "2 seeds cannot serve 1 images"),
@@ -272,8 +272,8 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("class", {"condition": "a cat"}, "the prior knows no class 'a cat'; give one of its 2, such as 'a red disc'"),
     ("class", {"condition": 2}, "the number of a class must be a whole number from 0 to 1, not 2"),
     ("class", {"condition": []}, "there is no class in the list; give at least one"),
-    ("map", {"condition": picture((40, 32)), "width": 32}, "the map is for images of 32 x 40 pixels"),
-    ("map", {"condition": [picture(), picture((40, 40))]}, "the images differ in size; give images of one size"),
+    ("map", {"condition": picture((24, 16)), "width": 16}, "the map is for images of 16 x 24 pixels"),
+    ("map", {"condition": [picture(), picture((24, 24))]}, "the images differ in size; give images of one size"),
 ]
 
 
@@ -287,10 +287,10 @@ def test_bad_input_is_one_sentence(
 def test_bad_images_are_one_sentence(pipelines: dict[str, TokenPipeline]) -> None:
     pipeline = pipelines["none"]
     cases = [
-        (lambda: pipeline.complete(picture((16, 16))), "height must be at least 32 pixels for this prior, not 16"),
+        (lambda: pipeline.complete(picture((8, 8))), "height must be at least 16 pixels for this prior, not 8"),
         (lambda: pipeline.complete(picture(), keep=2), "keep must be a number from 0 to 1, not 2"),
-        (lambda: pipeline.log_likelihood(picture((64, 64))), "the likelihood is that of images of 8 x 8 codes"),
-        (lambda: pipeline.log_likelihood(torch.full((1, 8, 8), 16)), "codes are numbers from 0 to 15"),
+        (lambda: pipeline.log_likelihood(picture((32, 32))), "the likelihood is that of images of 4 x 4 codes"),
+        (lambda: pipeline.log_likelihood(torch.full((1, 4, 4), 16)), "codes are numbers from 0 to 15"),
         (
             lambda: pipelines["class"].complete([picture()] * 3, ["a red disc", "a blue disc"]),
             "2 conditions cannot serve 3 images: give one, or one for each",

@@ -220,13 +220,13 @@ def test_learns_more_than_how_often_each_code_occurs(name: str, share: float, ma
 
 def test_the_result_draws(made: Path, tmp_path: Path) -> None:
     out = train_prior(
-        run_of(made, "gpt text", out_dir=tmp_path, evaluate=("frechet",), gradient_checkpointing=True, max_steps=4)
+        run_of(made, "gpt text", out_dir=tmp_path, evaluate=("frechet",), gradient_checkpointing=True, size=16)
     )
     last = [line for line in read_metrics(out / "metrics.jsonl") if "validation/loss" in line][-1]
     assert {"validation/bits_per_code", "validation/bits_per_dimension", "validation/frechet"} <= last.keys()
     pipeline = sdkit.TokenPipeline.from_pretrained(out / "result", dtype="fp32", device="cpu")
     first, second = (pipeline("a red disc", seed=1, guidance_scale=2.0, output_type="np") for _ in range(2))
-    assert first.shape == (1, 32, 32, 3)
+    assert first.shape == (1, 16, 16, 3)
     assert np.array_equal(first, second)
     assert sorted(path.name for path in (out / "result").iterdir()) == ["prior", "tokenizer", "training.json", "vqvae"]
 
