@@ -177,18 +177,19 @@ def test_dall_e_2_learns_to_draw_what_a_text_says(made: Path, tmp_path: Path) ->
     )  # fmt: skip
     prior = train_image_prior(
         ImagePriorConfig(
-            **data, model=seen / "result", out_dir=tmp_path / "prior", batch_size=16, max_steps=400, learning_rate=2e-3,
+            **data, model=seen / "result", out_dir=tmp_path / "prior", batch_size=16, max_steps=250, learning_rate=2e-3,
             init=unclip.save_prior_config(tmp_path / "prior.json", embedding_dim=16, num_embeddings=20),
         )
     )  # fmt: skip
     UNet2DConditionModel(
         sample_size=16, in_channels=3, out_channels=3, block_out_channels=(16, 32), norm_num_groups=4,
-        cross_attention_dim=16, attention_head_dim=4, **tiny.TWO_LEVELS,
+        cross_attention_dim=16, attention_head_dim=4, layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
     ).save_config(tmp_path / "unet")  # fmt: skip
     decoder = train_unet(
         UNetConfig(
             **data, model=made / "model", vae="pixels", init=tmp_path / "unet", image_encoder=prior / "result",
-            caption_dropout=1.0, out_dir=tmp_path / "decoder", batch_size=16, max_steps=500, learning_rate=2e-3,
+            caption_dropout=1.0, out_dir=tmp_path / "decoder", batch_size=8, max_steps=300, learning_rate=3e-3,
             size=16, prediction_type="v_prediction",
         )
     )  # fmt: skip
