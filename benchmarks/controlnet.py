@@ -26,7 +26,7 @@ from PIL import Image
 
 import sdkit
 from sdkit.images import canny, grid, read
-from sdkit.recipes.emoji.evaluation import FRAME
+from sdkit.recipes.emoji.figures import FRAME
 from sdkit.recipes.emoji.pictures import SIZE, Picture, caption, pictures
 from sdkit.training import ControlNetConfig, train_controlnet
 

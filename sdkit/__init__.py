@@ -29,10 +29,13 @@ if TYPE_CHECKING:
     from sdkit.diffusion.samplers import Step
     from sdkit.diffusion.schedule import NoiseSchedule, Prediction
     from sdkit.networks.autoencoder import VAE
+    from sdkit.networks.classifier import Classifier
     from sdkit.networks.controlnet import ControlNet
     from sdkit.networks.denoiser import UNet
     from sdkit.networks.text_encoder import TextEncoder
+    from sdkit.pipelines.cascade import Cascade
     from sdkit.pipelines.text_to_image import StableDiffusion
+    from sdkit.pipelines.tokens import TokenPipeline
     from sdkit.pipelines.unclip import UnCLIP
 
 __version__ = "0.1.0"
@@ -40,6 +43,8 @@ __version__ = "0.1.0"
 __all__ = [
     "ArgumentError",
     "CacheError",
+    "Cascade",
+    "Classifier",
     "ControlNet",
     "DataError",
     "ImageError",
@@ -52,6 +57,7 @@ __all__ = [
     "StableDiffusion",
     "Step",
     "TextEncoder",
+    "TokenPipeline",
     "TrainingError",
     "UNet",
     "UnCLIP",
@@ -70,6 +76,8 @@ __all__ = [
 _MODULES = ("data", "evaluation", "guidance", "images", "latents", "metrics", "samplers", "training")
 _HOMES = {
     **{name: f"sdkit.{name}" for name in _MODULES},
+    "Cascade": "sdkit.pipelines.cascade",
+    "Classifier": "sdkit.networks.classifier",
     "ControlNet": "sdkit.networks.controlnet",
     "Latent": "sdkit.data.latent_file",
     "NoiseSchedule": "sdkit.diffusion.schedule",
@@ -77,6 +85,7 @@ _HOMES = {
     "StableDiffusion": "sdkit.pipelines.text_to_image",
     "Step": "sdkit.diffusion.samplers",
     "TextEncoder": "sdkit.networks.text_encoder",
+    "TokenPipeline": "sdkit.pipelines.tokens",
     "UNet": "sdkit.networks.denoiser",
     "UnCLIP": "sdkit.pipelines.unclip",
     "VAE": "sdkit.networks.autoencoder",

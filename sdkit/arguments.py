@@ -109,7 +109,8 @@ def first_seed(seed: object, n: int) -> int:
 
 def seeded(seed: int | Sequence[int], n: int) -> list[torch.Generator]:
     """Return a CPU generator for each of `n` images: image i has seed + i, or the i-th seed of a list."""
-    seeds = list(seed) if isinstance(seed, Iterable) and not isinstance(seed, str) else None
+    scalar = isinstance(seed, str) or getattr(seed, "ndim", 1) == 0  # a tensor of one number has no length
+    seeds = list(seed) if isinstance(seed, Iterable) and not scalar else None
     if seeds is not None and len(seeds) != n:
         raise ArgumentError(f"{len(seeds)} seeds cannot serve {n} images: give one, or one for each.")
     if seeds is None:

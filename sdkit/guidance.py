@@ -1,4 +1,4 @@
-"""Guidance: public names of `sdkit.diffusion.guidance`."""
+"""Guidance: public names of `sdkit.diffusion.guidance`, and energies of `sdkit.networks.energies`."""
 
 from __future__ import annotations
 
@@ -15,10 +15,12 @@ from sdkit.diffusion.guidance import (
     rescale,
 )
 from sdkit.diffusion.schedule import Predict
+from sdkit.networks.energies import Energy, image_energy, style_energy, text_energy
 
 __all__ = [
     "APG",
     "Conditioning",
+    "Energy",
     "Model",
     "Predict",
     "apg",
@@ -27,5 +29,8 @@ __all__ = [
     "classifier",
     "energy",
     "guided",
+    "image_energy",
     "rescale",
+    "style_energy",
+    "text_energy",
 ]

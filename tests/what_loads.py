@@ -29,6 +29,8 @@ from sdkit.cli.jobs import read_prompts
 from sdkit.diffusion.schedule import SCHEDULERS
 from sdkit.files import sha256
 from sdkit.loading.single_file import ASSETS
+from sdkit.networks.code_prior import new_prior, save_prior
+from sdkit.networks.prior_shape import PriorShape
 from sdkit.pipelines.generation import Generation
 from tests.helpers import original_layout, tiny, unclip
 from tests.helpers.color_profiles import P3, matrix_profile
@@ -275,6 +277,11 @@ def _cache(path: Path, _: Kit) -> str:
     return f"{len([*LatentCache(path)])} images"
 
 
+def _prior(path: Path, _: Kit) -> str:
+    pipeline = sdkit.TokenPipeline.from_pretrained(path, dtype="fp32", device="cpu")
+    return f"{pipeline.prior.shape.kind}, {pipeline.prior.shape.codes} codes"
+
+
 def _resumed(path: Path, kit: Kit) -> object:
     return kit.train(path, 2)
 
@@ -285,6 +292,7 @@ CACHES = Group("Latent caches", _cache)
 RECIPES = Group("PNGs that carry their settings (`sdkit generate --from`)", lambda path, _: Generation.read(path))
 PROMPTS = Group("Prompts (`sdkit generate --prompts`)", lambda path, _: "; ".join(read_prompts(path)))
 RUNS = Group("Resumed runs", _resumed)
+PRIORS = Group("Priors over codes (`sdkit.TokenPipeline`)", _prior)
 GROUPS = (
     MODELS,
     VAES,
@@ -300,6 +308,7 @@ GROUPS = (
     LATENTS,
     CACHES,
     RUNS,
+    PRIORS,
 )
 
 
@@ -524,8 +533,21 @@ def _(kit: Kit, here: Path) -> Path:
 
 @MODELS
 def _(kit: Kit, here: Path) -> Path:
-    """An upscaler: a U-Net with seven input channels"""
+    """A U-Net with seven input channels, and no noise levels beside them"""
     return widened(kit, here / "model", 7)
+
+
+@MODELS
+def _(kit: Kit, here: Path) -> Path:
+    """An upscaler, as stable-diffusion-x4-upscaler: seven input channels, noise levels as labels (`condition=`)"""
+    model = widened(kit, here / "model", 7)
+    edited(model / "unet" / "config.json", num_class_embeds=1000)
+    (file,) = (model / "unet").glob("*.safetensors")
+    tensors = load_file(file)
+    width = len(tensors["time_embedding.linear_2.bias"])
+    written(file, tensors | {"class_embedding.weight": torch.zeros(1000, width)})
+    shutil.copytree(model / "scheduler", model / "low_res_scheduler")
+    return model
 
 
 @VAES
@@ -1106,6 +1128,33 @@ for what, make in (
 ):
     make.__doc__ = what
     RUNS(make)
+
+
+def _prior_with(kind: str, damage: Callable[[Path], object] = lambda folder: None) -> Make:
+    def make(_: Kit, here: Path) -> Path:
+        folder = here / "run"
+        tiny.vq_model(folder / "vqvae")
+        shape = PriorShape(kind=kind, codes=16, grid=(8, 8), layers=1, width=8)
+        save_prior(new_prior(shape), folder / "prior")
+        damage(folder)
+        return folder
+
+    return make
+
+
+for what, make in (
+    ("A GPT over the codes of a VQ model", _prior_with("transformer")),
+    ("A gated PixelCNN", _prior_with("pixelcnn")),
+    ("A VQ model of other codes", _prior_with("pixelcnn", lambda folder: tiny.vq_model(folder / "vqvae", codes=8))),
+    ("No folder prior/", _prior_with("pixelcnn", lambda folder: shutil.rmtree(folder / "prior"))),
+    (
+        "GPT-2's own config",
+        _prior_with("transformer", lambda at: edited(at / "prior" / "config.json", _class_name="GPT2LMHeadModel")),
+    ),
+    ("Another width", _prior_with("pixelcnn", lambda folder: edited(folder / "prior" / "config.json", width=16))),
+):
+    make.__doc__ = what
+    PRIORS(make)
 
 
 def main() -> None:

@@ -18,17 +18,20 @@ from typing import TYPE_CHECKING, Any
 from sdkit import __version__
 from sdkit.cli.console import complain, exit_code_of, flush, say, say_json, say_path, say_table
 from sdkit.cli.evaluate import add_evaluate_commands
-from sdkit.cli.field_options import FieldOption, field_options
+from sdkit.cli.generation_options import (
+    UNSET,
+    add_on_options,
+    check_guidance,
+    drawing_options,
+    given_settings,
+    prompt_options,
+)
 from sdkit.cli.lora import add_lora_commands
 from sdkit.cli.options import (
-    PREDICTION_TYPES,
-    SAMPLERS,
-    SPACINGS,
     Add,
     Commands,
     add_command,
     batch_size_option,
-    choices,
     config_option,
     epilog,
     model_options,
@@ -41,7 +44,6 @@ from sdkit.cli.training import add_training_commands
 from sdkit.errors import ArgumentError, SdkitError
 from sdkit.file_search import find_files
 from sdkit.messages import printable
-from sdkit.pipelines.settings import DrawingSettings
 
 if TYPE_CHECKING:
     from sdkit.cli.jobs import Reconstruction, Report
@@ -96,7 +98,7 @@ def _failures_printed(report: Report[Any]) -> Iterator[None]:
 
 def generate(args: argparse.Namespace) -> int:
     """Generate images from text prompts."""
-    from dataclasses import fields, replace
+    from dataclasses import replace
 
     from sdkit.arguments import whole_number
     from sdkit.cli.jobs import Report, check_generation, read_prompts, run_generation
@@ -105,13 +107,9 @@ def generate(args: argparse.Namespace) -> int:
     if not args.prompts and not args.prompts_file and not args.from_image:
         raise ArgumentError("there is no prompt; give one, --prompts FILE or --from IMAGE.png.")
     prompts = args.prompts + (read_prompts(args.prompts_file) if args.prompts_file else [])
-    options = _drawing_options()
-    given = {field.name: getattr(args, field.name) for field in fields(Generation) if field.name in args}
-    given |= {name: options[name].value(value) for name, value in given.items() if name in options}
-    several = ("controlnet", "control_image", "embedding", "embedding_token")
-    given |= {name: tuple(given[name]) for name in several if name in given}
+    given = given_settings(args)
     generation = (Generation.read(args.from_image) if args.from_image else Generation()).but(**given)
-    _check_guidance(given, generation)
+    check_guidance(given, generation)
     # Checked before a model is loaded or downloaded.
     job = check_generation(
         prompts or [generation.prompt], args.out, generation, count=args.count, batch_size=args.batch_size
@@ -119,10 +117,14 @@ def generate(args: argparse.Namespace) -> int:
     _check_place(generation.dtype, args.device)
     if args.preview_every is not None:
         whole_number("preview_every", args.preview_every, 1)
-    embeddings, settings = job.generation.embeddings()  # small, like LoRAs: a bad one is reported early
+    # LoRAs and embeddings are small: read them before the model, so that a bad one is reported early.
+    loras, settings = job.generation.loras()
+    embeddings, settings = settings.embeddings()
     job = replace(job, generation=settings)
     controlnets = _load_controlnets(args, generation)
     report, sd = Report[Path](on_done=say_path), _load_sd(args, generation)
+    for lora, scale in loras:
+        sd.merge_lora(lora, scale)
     for embedding in embeddings:
         sd.add_embedding(embedding)
     preview = _preview(args, sd)
@@ -144,14 +146,6 @@ def _preview(args: argparse.Namespace, sd: StableDiffusion) -> PreviewFile | Non
     out = Path(args.out)
     path = preview_path(out, is_file=is_image_name(out))
     return PreviewFile(path, previewer(sd.vae, tiny), args.preview_every)
-
-
-def _check_guidance(given: dict[str, Any], generation: Generation) -> None:
-    """Raise ArgumentError if an option of guidance is given at scale 1, where guidance is off and would ignore it."""
-    options = {"negative_prompt": "negative-prompt", "guidance_rescale": "rescale", "guidance_interval": "interval"}
-    unused = [option for name, option in options.items() if given.get(name)]
-    if unused and generation.guidance_scale == generation.image_guidance_scale == 1:
-        raise ArgumentError(f"--{unused[0]} belongs to guidance, and --scale 1 is none; leave one of them out.")
 
 
 def encode(args: argparse.Namespace) -> int:
@@ -276,19 +270,13 @@ def _load_controlnets(args: argparse.Namespace, generation: Generation) -> list[
 
 
 def _load_sd(args: argparse.Namespace, generation: Generation) -> StableDiffusion:
-    from sdkit.loading.lora_file import read_lora
     from sdkit.pipelines.text_to_image import StableDiffusion
 
-    # LoRAs are small: read them before the model, so that a bad one is reported early.
-    loras = [(read_lora(source), scale) for source, scale in generation.loras]
-    sd = StableDiffusion.from_pretrained(
+    return StableDiffusion.from_pretrained(
         generation.model, dtype=generation.dtype, device=args.device, revision=generation.revision,
         variant=generation.variant, config=generation.config, prediction_type=generation.prediction_type,
         vae=generation.vae, compile=args.compile, offload=args.offload,
     )  # fmt: skip
-    for lora, scale in loras:
-        sd.merge_lora(lora, scale)
-    return sd
 
 
 def _print_scores(report: Report[Reconstruction]) -> None:
@@ -370,28 +358,18 @@ def _add_generate(commands: Commands) -> None:
             'sdkit generate "make it red" --model runs/edit/result --condition cat.png',
         ),
     )
-    unset: dict[str, Any] = {"default": argparse.SUPPRESS}
     what, how = (parser.add_argument_group(title).add_argument for title in ("what to draw", "how to draw it"))
-    _add_what_to_draw(what, unset)
-    for name, option in _drawing_options().items():
+    _add_what_to_draw(what)
+    for name, option in drawing_options().items():
         option.add_to(what if name in ("height", "width") else how)
     add = parser.add_argument_group("model").add_argument
-    model_options(add, **unset)
-    prediction_type = "What a single file's U-Net predicts (default: detected)"
-    add("--prediction-type", metavar=choices(PREDICTION_TYPES), help=prediction_type, **unset)
-    vae_option(add, **unset)
-    lora = "Add a LoRA: a file, a folder, or a Hub id. May be given several times; all are added"
-    add("--lora", action="append", metavar="SOURCE", help=lora, **unset)
-    lora_scale = "Scale of the LoRA; with several, give one for each, in the same order (default: 1)"
-    add("--lora-scale", action="append", type=float, metavar="S", help=lora_scale, **unset)
-    embedding = "Add a textual inversion embedding: a file, a folder, or a Hub id. May be given several times"
-    add("--embedding", action="append", metavar="SOURCE", help=embedding, **unset)
-    token = "Word that stands for the embedding; with several, one for each, in the same order (default: its own)"
-    add("--embedding-token", action="append", metavar="WORD", help=token, **unset)
+    model_options(add, **UNSET)
+    vae_option(add, **UNSET)
+    add_on_options(add)
     controlnet = "Add a ControlNet: a folder, a file, or a Hub id. May be given several times"
-    add("--controlnet", action="append", metavar="SOURCE", help=controlnet, **unset)
+    add("--controlnet", action="append", metavar="SOURCE", help=controlnet, **UNSET)
     control_image = "Image that the ControlNet follows, such as edges; with several, one for each, in the same order"
-    add("--control-image", action="append", metavar="FILE", help=control_image, **unset)
+    add("--control-image", action="append", metavar="FILE", help=control_image, **UNSET)
     add = parser.add_argument_group("where to write").add_argument
     add("--out", "-o", metavar="PATH", default="outputs", help="Folder, or a .png for one image (default: outputs)")
     add("--grid", action="store_true", help="Also write one picture of all images, with labels")
@@ -402,22 +380,22 @@ def _add_generate(commands: Commands) -> None:
     add("--preview-vae", metavar="SOURCE", help=tiny)
     add = parser.add_argument_group("speed and memory").add_argument
     batch_size_option(add)
-    place_options(add, **unset)
+    place_options(add, **UNSET)
     offload_option(add)
 
 
-def _add_what_to_draw(add: Add, unset: dict[str, Any]) -> None:
+def _add_what_to_draw(add: Add) -> None:
     add("prompts", nargs="*", metavar="PROMPT", help="Description of an image; each prompt makes --count images")
-    add("--image", metavar="FILE", help="Image to start from", **unset)
+    add("--image", metavar="FILE", help="Image to start from", **UNSET)
     mask = "Mask of --image: only its white part is drawn anew"
-    add("--mask-image", "--mask", metavar="FILE", help=mask, **unset)
+    add("--mask-image", "--mask", metavar="FILE", help=mask, **UNSET)
     condition = "Image that the model reads beside the noise, if it was trained with conditions"
-    add("--condition", metavar="FILE", help=condition, **unset)
+    add("--condition", metavar="FILE", help=condition, **UNSET)
     prompts = 'File of more prompts, one per line; "-" reads stdin. Lines that begin with # are skipped'
     add("--prompts", dest="prompts_file", metavar="FILE", help=prompts)
     again = "Draw an image that sdkit made again; options given here override its own"
     add("--from", dest="from_image", metavar="IMAGE.png", help=again)
-    add("--negative-prompt", metavar="TEXT", help="Description of what to avoid", **unset)
+    prompt_options(add)
     add(
         "--num-images-per-prompt",
         "--count",
@@ -427,34 +405,6 @@ def _add_what_to_draw(add: Add, unset: dict[str, Any]) -> None:
         metavar="N",
         help="Images per prompt (default: 1)",
     )
-    add(
-        "--seed",
-        type=int,
-        metavar="N",
-        help="Random seed of the first image; later images take the next numbers (default: 0)",
-        **unset,
-    )
-
-
-def _drawing_options() -> dict[str, FieldOption]:
-    """Return the options for the fields of `DrawingSettings`."""
-    others = {
-        "num_inference_steps": ("--steps",),
-        "guidance_scale": ("--scale",),
-        "guidance_rescale": ("--rescale",),
-        "guidance_interval": ("--interval",),
-        "padding_mask_crop": ("--only-masked",),
-    }
-    metavars: dict[str, str | tuple[str, ...]] = {
-        "height": "PIXELS",
-        "width": "PIXELS",
-        "mask_blur": "PIXELS",
-        "padding_mask_crop": "PIXELS",
-        "sampler": choices(SAMPLERS),
-        "spacing": choices(SPACINGS),
-        "guidance_interval": ("LOW", "HIGH"),
-    }
-    return field_options(DrawingSettings, others, metavars)
 
 
 def _add_encode(commands: Commands) -> None:

@@ -6,15 +6,22 @@ import argparse
 import contextlib
 import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdkit.cli.console import complain, say, say_json, say_table
+from sdkit.cli.generation_options import (
+    UNSET,
+    add_on_options,
+    check_guidance,
+    drawing_options,
+    given_settings,
+    prompt_options,
+)
 from sdkit.cli.options import (
     DTYPES,
-    SAMPLERS,
     Commands,
     add_command,
     add_command_group,
@@ -22,6 +29,7 @@ from sdkit.cli.options import (
     choices,
     config_option,
     device_option,
+    offload_option,
     place_options,
     vae_option,
 )
@@ -39,6 +47,12 @@ if TYPE_CHECKING:
 
 MOST_CHANNELS = 4  # channels of latents in a table; --json has all of them
 SHOWN = 5  # number of skipped images to name; further ones are only counted
+
+OF_INPUTS = (
+    *("image_guidance_scale", "strength", "mask_blur", "padding_mask_crop", "controlnet_conditioning_scale"),
+    *("control_guidance_start", "control_guidance_end", "guess_mode"),
+)
+"""Fields of `DrawingSettings` that need an image, a mask, or a condition; images to measure are drawn of prompts."""
 
 # Metric -> its column in a table, the factor that it is multiplied by there, and its digits.
 COLUMNS = {
@@ -65,21 +79,13 @@ class ImagesSettings:
         extractor: Names of feature extractors.
         prompts: File of prompts.
         model: Source of a model that draws the images.
-        revision: Branch, tag, or commit of the model.
-        variant: Variant of its weights.
-        config: Folder of configs for a single file.
-        vae: Source of a VAE that replaces the model's own.
-        lora: Sources of LoRAs.
+        drawing: Field of `Generation` -> its value, for the options that say how that model draws.
         count: Images per prompt.
-        seed: Random seed of the first image.
-        steps: Sampling steps.
-        scale: Guidance scale.
-        sampler: Name of the sampler.
         json: Whether to print JSON.
         batch_size: Images in one pass.
-        dtype: Precision of the model that draws.
         device: Where networks compute.
         compile: Whether the model that draws is compiled.
+        offload: Whether each of its networks is on the GPU only while it works.
     """
 
     generated: str | None
@@ -88,21 +94,13 @@ class ImagesSettings:
     extractor: Sequence[str]
     prompts: str | None
     model: str | None
-    revision: str | None
-    variant: str | None
-    config: str | None
-    vae: str | None
-    lora: Sequence[str] | None
+    drawing: Mapping[str, Any]
     count: int | None
-    seed: int | None
-    steps: int | None
-    scale: float | None
-    sampler: str | None
     json: bool
     batch_size: int
-    dtype: str | None
     device: str
     compile: bool
+    offload: bool
 
     def __post_init__(self) -> None:
         if self.generated is not None and self.model is not None:
@@ -111,22 +109,18 @@ class ImagesSettings:
             raise ArgumentError("there is nothing to measure; give GENERATED, or --model and --prompts.")
         if self.model is not None and self.prompts is None:
             raise ArgumentError("--model needs prompts to draw images from; give --prompts FILE.")
-        drawing = ("revision", "variant", "config", "vae", "lora", "count", "seed", "steps", "scale", "sampler")
-        given = [name for name in (*drawing, "dtype") if getattr(self, name) is not None]
-        given += ["compile"] if self.compile else []
+        given = [*self.drawing, *(["count"] if self.count is not None else [])]
+        given += [name for name in ("compile", "offload") if getattr(self, name)]
         if self.model is None and given:
-            raise ArgumentError(f"--{given[0]} belongs to --model, and there is none; leave it out.")
+            option = given[0].replace("_", "-")
+            raise ArgumentError(f"--{option} belongs to --model, and there is none; leave it out.")
 
     def generation(self) -> Generation:
         """Return what to draw, with the defaults of `sdkit generate`."""
         from sdkit.pipelines.generation import Generation
 
-        given: dict[str, Any] = {
-            "model": self.model, "revision": self.revision, "variant": self.variant, "config": self.config,
-            "vae": self.vae, "lora": tuple(self.lora) if self.lora else None, "seed": self.seed, "dtype": self.dtype,
-            "num_inference_steps": self.steps, "guidance_scale": self.scale, "sampler": self.sampler,
-        }  # fmt: skip
-        return Generation(**{name: value for name, value in given.items() if value is not None})
+        given = {"model": self.model, **self.drawing}
+        return Generation(**given)
 
 
 def add_evaluate_commands(commands: Commands) -> None:
@@ -153,6 +147,7 @@ def images(args: argparse.Namespace) -> int:
     from sdkit.data import open_examples
     from sdkit.evaluation import evaluate_images
 
+    args.drawing = {name: value for name, value in given_settings(args).items() if name != "model"}
     settings = ImagesSettings(**{field.name: getattr(args, field.name) for field in fields(ImagesSettings)})
     prompts = read_prompts(settings.prompts) if settings.prompts else None
     reference = open_examples(settings.reference, split=settings.split)
@@ -184,12 +179,21 @@ def _drawing(settings: ImagesSettings, prompts: Sequence[str]) -> tuple[Callable
 
     generation = settings.generation()
     generation.check()
+    check_guidance(dict(settings.drawing), generation)
     repeats = 1 if settings.count is None else whole_number("count", settings.count, 1)
     first_seed(generation.seed, repeats * len(prompts))
 
+    loras, _ = generation.loras()
+    embeddings, _ = generation.embeddings()
+
     @functools.cache
     def model() -> StableDiffusion:
-        return _load(settings, generation)
+        sd = _load(settings, generation)
+        for lora, scale in loras:
+            sd.merge_lora(lora, scale)
+        for embedding in embeddings:
+            sd.add_embedding(embedding)
+        return sd
 
     def draw(numbers: range) -> list[Image.Image]:
         texts = [prompts[number // repeats] for number in numbers]
@@ -202,18 +206,14 @@ def _drawing(settings: ImagesSettings, prompts: Sequence[str]) -> tuple[Callable
 
 def _load(settings: ImagesSettings, generation: Generation) -> StableDiffusion:
     from sdkit.evaluation.sharing import own_share
-    from sdkit.loading.lora_file import read_lora
     from sdkit.pipelines.text_to_image import StableDiffusion
 
-    loras = [(read_lora(source), scale) for source, scale in generation.loras]
-    sd = StableDiffusion.from_pretrained(
+    return StableDiffusion.from_pretrained(
         generation.model, dtype=generation.dtype, device=own_share(settings.device).device,
-        revision=generation.revision, variant=generation.variant, config=generation.config, vae=generation.vae,
-        compile=settings.compile,
+        revision=generation.revision, variant=generation.variant, config=generation.config,
+        prediction_type=generation.prediction_type, vae=generation.vae, compile=settings.compile,
+        offload=settings.offload,
     )  # fmt: skip
-    for lora, scale in loras:
-        sd.merge_lora(lora, scale)
-    return sd
 
 
 def _print_tables(found: ImageEvaluation) -> None:
@@ -383,11 +383,13 @@ def _add_images(commands: Commands) -> None:
     add("--extractor", nargs="+", default=["alex"], metavar="NAME[:SOURCE]", help=extractor)
     add = parser.add_argument_group("model that draws the images, in place of GENERATED").add_argument
     add("--model", "-m", metavar="SOURCE", help='A Hub id, a folder, a single file, or "emoji"; needs --prompts')
-    add("--revision", metavar="NAME", help="Branch, tag, or commit of a Hub id")
-    add("--variant", metavar="NAME", help='Variant of the weights, such as "fp16"')
-    config_option(add)
-    vae_option(add)
-    add("--lora", action="append", metavar="SOURCE", help="Add a LoRA: a file, a folder, or a Hub id; may be repeated")
+    add("--revision", metavar="NAME", help="Branch, tag, or commit of a Hub id", **UNSET)
+    add("--variant", metavar="NAME", help='Variant of the weights, such as "fp16"', **UNSET)
+    config_option(add, **UNSET)
+    vae_option(add, **UNSET)
+    add_on_options(add)
+    add = parser.add_argument_group("how that model draws").add_argument
+    prompt_options(add)
     add(
         "--num-images-per-prompt",
         "--count",
@@ -396,15 +398,14 @@ def _add_images(commands: Commands) -> None:
         metavar="N",
         help="Images per prompt (default: 1)",
     )
-    add("--seed", type=int, metavar="N", help="Random seed of the first image; later ones count up (default: 0)")
-    add("--num-inference-steps", "--steps", dest="steps", type=int, metavar="N", help="Sampling steps (default: 30)")
-    scale = "Guidance scale (default: the model's own)"
-    add("--guidance-scale", "--scale", dest="scale", type=float, metavar="S", help=scale)
-    add("--sampler", metavar=choices(SAMPLERS), help="Sampler (default: ddim)")
+    for name, option in drawing_options().items():
+        if name not in OF_INPUTS:
+            option.add_to(add)
     parser.add_argument_group("output").add_argument("--json", action="store_true", help="Print the scores as JSON")
     add = parser.add_argument_group("speed and memory").add_argument
     add("--batch-size", type=int, default=32, metavar="N", help="Images in one pass (default: 32)")
-    place_options(add, default=None)
+    place_options(add, **UNSET)
+    offload_option(add)
 
 
 def _add_vae(commands: Commands) -> None:

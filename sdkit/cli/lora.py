@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -43,6 +44,7 @@ def info(args: argparse.Namespace) -> int:
         ("targets", ", ".join(f"{name} ({n})" for name, n in found.targets.items())),
         ("stored as", f"{found.dtype}, {found.parameters / 1e6:,.2f} M parameters"),
         ("trigger words", found.trigger),
+        ("merged from", found.merged_from),
         ("tags", ", ".join(f"{tag} ({n})" for tag, n in [*found.tags.items()][:SHOWN_TAGS])),
     ]
     say_table([(name, value) for name, value in rows if value])
@@ -56,8 +58,9 @@ def _numbers(numbers: Iterable[float]) -> str:
 def merge(args: argparse.Namespace) -> int:
     """Merge LoRAs into one file, or into a model.
 
-    One file holds the sum of its LoRAs exactly, at the sum of their ranks. With
-    --model, a whole model is written; LoHa, LoKr, and DoRA need that.
+    One file holds the sum of its LoRAs exactly, at the sum of their ranks, and
+    the trigger words of all. With --model, a whole model is written; LoHa, LoKr,
+    and DoRA need that.
     """
     from sdkit.arguments import number
     from sdkit.loading.lora_file import read_lora
@@ -71,6 +74,8 @@ def merge(args: argparse.Namespace) -> int:
     if args.dtype is not None and args.model is None:
         raise ArgumentError("--dtype belongs to --model, and there is none; leave it out.")
     loras = [(read_lora(source), scale) for source, scale in zip(args.loras, scales, strict=True)]
+    if any(lora.path is not None and _same_file(lora.path, args.out) for lora, _ in loras):
+        raise ArgumentError(f"{args.out} is one of the LoRAs to merge, which would be lost; name another file.")
     if args.model is None:
         from sdkit.loading.lora_tools import join_loras
 
@@ -83,6 +88,10 @@ def merge(args: argparse.Namespace) -> int:
     dtype, _ = resolve_place(args.dtype or "fp32", "cpu")
     say_path(merge_into_model(args.model, loras, args.out, dtype=dtype))
     return 0
+
+
+def _same_file(path: Path, out: str) -> bool:
+    return os.path.exists(out) and os.path.samefile(path, out)  # noqa: PTH110, PTH121 - pathlib's raises for long names
 
 
 def _add_info(commands: Commands) -> None:

@@ -34,17 +34,26 @@ from sdkit.training.settings import (
     AUGMENTATIONS,
     CONDITION_KINDS,
     CONDITIONS,
+    LEVELS,
+    LOSSES,
     LR_SCHEDULERS,
+    NOISE_SCHEDULES,
+    PRIOR_CONDITIONS,
+    PRIORS,
     RECONSTRUCTIONS,
     REGULARIZERS,
     TEMPLATES,
+    TIMESTEPS,
+    ClassifierConfig,
     ClipConfig,
     ControlNetConfig,
     EmbeddingConfig,
     ImagePriorConfig,
+    PriorConfig,
     StageSettings,
     UNetConfig,
     VAEConfig,
+    VQVAE2Config,
 )
 
 if TYPE_CHECKING:
@@ -67,24 +76,33 @@ CHOICES = {
     "condition": CONDITIONS,
     "template": TEMPLATES,
     "condition_kind": CONDITION_KINDS,
+    "kind": PRIORS,
+    "conditioned_on": PRIOR_CONDITIONS,
+    "level": LEVELS,
+    "loss": LOSSES,
+    "timestep_sampling": TIMESTEPS,
+    "noise_schedule": tuple(NOISE_SCHEDULES),
 }
 
 # Title of a group of options in the help -> its fields. Fields that a stage lacks are left out.
 GROUPS = {
     "required, here or in the --config file": "data out_dir token init_token",
     "data": "split image_column caption_column default_caption class_folders size augment "
-    "condition condition_column conditioning_data conditioning_image_column condition_kind template",
+    "condition condition_column conditioning_data conditioning_image_column condition_kind template "
+    "label_column label_data",
     "DreamBooth: one object from a few images": "instance_data instance_prompt class_data class_prompt class_count "
     "prior_weight",
     "model": "model vae prior init tokenizer",
     "what is trained": "lora_rank lora_alpha lora_dropout lora_rank_stabilized lora_targets train_text_encoder "
-    "train_encoder controlnet vectors keep_norm image_encoder",
-    "loss": "prediction_type zero_snr snr_gamma noise_offset caption_dropout condition_dropout embedding_dropout "
+    "classes train_encoder controlnet classifier vectors keep_norm kind conditioned_on level layers width heads "
+    "latent_channels codes image_encoder upscale_factor",
+    "loss": "loss vlb_weight timestep_sampling noise_schedule prediction_type zero_snr snr_gamma noise_offset "
+    "caption_dropout condition_dropout embedding_dropout noise_augmentation "
     "reconstruction lpips_weight lpips regularizer codebook_decay normalize_codes kl_weight disc_weight disc_start",
     "optimisation": "max_steps batch_size gradient_accumulation_steps learning_rate lr_scheduler lr_warmup_steps "
     "max_grad_norm ema_decay seed",
     "speed and memory": "mixed_precision gradient_checkpointing use_8bit_adam",
-    "validation": "validate_every validation_data validation_prompts evaluate",
+    "validation": "validate_every validation_data validation_prompts evaluate bits_per_dimension",
     "checkpoints and logs": "save_every keep_checkpoints report_to",
 }
 
@@ -139,6 +157,15 @@ STAGES = {
         ('sdkit train embedding --token "<zork>" --init-token cat --data five/ -o run',),
         "--token T --init-token T --data PATH -o PATH ...",
     ),
+    "prior": StageCommand(
+        PriorConfig,
+        "Learn the codes of a VQ-VAE or VQGAN, to draw images with them.",
+        (
+            "sdkit train prior --data photos/ --vae vq/ --conditioned-on text -o run",
+            "sdkit train prior --data cache/ --vae vq/ --kind pixelcnn -o run",
+            "sdkit train prior --data photos/ --vae runs/two/result --level top -o run",
+        ),
+    ),
     "clip": StageCommand(
         ClipConfig,
         "Train a CLIP, which embeds images and captions in one space.",
@@ -151,6 +178,19 @@ STAGES = {
         ImagePriorConfig,
         "Train the prior of DALL-E 2: from a text to CLIP's embedding of an image.",
         ("sdkit train image_prior --data photos/ --model runs/clip/result --init c.json -o run",),
+    ),
+    "classifier": StageCommand(
+        ClassifierConfig,
+        "Train a classifier of noisy images, to guide a model by.",
+        (
+            "sdkit train classifier --data animals/ --out-dir runs/classifier",
+            "sdkit train classifier --data a.parquet --label-column kind --vae pixels -o run",
+        ),
+    ),
+    "vqvae2": StageCommand(
+        VQVAE2Config,
+        "Train a VQ-VAE-2: two levels of codes, for a prior of each.",
+        ("sdkit train vqvae2 --data photos/ --size 64 --out-dir runs/two",),
     ),
 }
 

@@ -37,7 +37,8 @@ def folder_rows(
         root: The folder.
         caption_column: Key of the caption in metadata and .json files; None tries the usual keys.
         class_folders: Repeat each image in a folder named like "10_zork dog" ten times, and give it the caption
-            "zork dog" if it has no other.
+            "zork dog" if it has no other. If no folder is named so, each image counts once, and its caption is the name
+            of its folder below `root`.
 
     Returns:
         Three lists: a row for each image file and each file that metadata names, sorted by path; the files that may
@@ -48,13 +49,14 @@ def folder_rows(
         DataError: Captions cannot be read or are ambiguous, or no caption has the key `caption_column`.
     """
     listed = {str(Path(folder)): names for folder, names in walk(root)}
-    place = _Places()
+    place = Places()
     images = {place(path): path for path in files}  # several paths may lead to one file, through ".." or links
     stated, keys = read_metadata(listed, caption_column)
-    captions = _matched(stated, images, place)
+    captions = matched(stated, images, place)
     texts, beside = Texts(caption_column), _Beside(listed)
     rows, sources = list[dict[str, Any]](), set[str]()
     classes = 0
+    named = dict[int, str]()  # row -> the name of its folder, where it has no caption
     for key, path in sorted(images.items(), key=lambda item: item[1]):
         caption = captions.get(key, "")
         if not caption:
@@ -65,6 +67,8 @@ def folder_rows(
             classes += 1
             repeats = int(found[1])
             caption = caption or found[2].replace("_", " ").strip()
+        if class_folders and not caption and len(inside := Path(os.path.relpath(path, root)).parts) > 1:
+            named[len(rows)] = inside[-2].replace("_", " ").strip()
         rows += [row(relative(path, root), path, caption)] * repeats
     texts.check()
     beside.warn()
@@ -75,7 +79,10 @@ def folder_rows(
             f"no line of a {NAMES[0]} in {root}, and no .json, has {caption_column!r}; the keys there: {have}."
         )
     if class_folders and not classes:
-        raise DataError(f"no folder in {root} is named like '10_zork dog'; leave class_folders out.")
+        if not named:
+            raise DataError(f"no folder in {root} is named like '10_zork dog'; leave class_folders out.")
+        for i, name in named.items():
+            rows[i]["caption"] = name
     unread = [] if any(one["caption"] for one in rows) else _texts_in(listed)
     return rows, unread, sorted(sources - {"", BESIDE[0]})
 
@@ -101,13 +108,14 @@ def _texts_in(listed: Mapping[str, Sequence[str]]) -> list[str]:
     )
 
 
-class _Places:
+class Places:
     """Resolves links and ".." in the folder part of a path only: a link to a file counts as a file of its own."""
 
     def __init__(self) -> None:
         self.folders: dict[Path, Path] = {}
 
     def __call__(self, path: Path) -> Path:
+        """Return a path with its folder resolved."""
         if path.parent not in self.folders:
             self.folders[path.parent] = Path(os.path.realpath(path.parent))  # `Path.resolve` raises for a loop of links
         return self.folders[path.parent] / path.name
@@ -134,7 +142,7 @@ def normalized(name: str) -> str:
     return unicodedata.normalize("NFC", name.replace("\\", "/")).casefold()
 
 
-def _matched(stated: Iterable[Row], images: dict[Path, Path], place: _Places) -> dict[Path, str]:
+def matched(stated: Iterable[Row], images: dict[Path, Path], place: Places) -> dict[Path, str]:
     """Match the lines of metadata to images, and return resolved path of an image -> its caption.
 
     If the file that a line names does not exist, the line belongs to the one image that has an equal normalized path

@@ -58,6 +58,11 @@ class Examples:
         return [example_name(path, i) for i, path in enumerate(self._field("path"))]
 
     @property
+    def paths(self) -> list[str | None]:
+        """The file of each image, or of its shard; None where a table holds the image itself. No image is read."""
+        return self._field("path")
+
+    @property
     def captions(self) -> list[str]:
         """The caption of each example."""
         return list(self._captions())

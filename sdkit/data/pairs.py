@@ -61,26 +61,31 @@ class Rows(Sequence[Example]):
         return self.examples[self.rows[i]]
 
 
-def check_condition(
+def check_conditions(column: str | None, conditioning_data: str | os.PathLike[str] | None, kind: str | None) -> None:
+    """Raise ArgumentError if conditions are of an unknown kind, or if two places or impossible ones are named."""
+    if kind is not None:
+        one_of("condition_kind", kind, CONDITIONS)
+    for name, place in (("condition_column", column), ("conditioning_data", conditioning_data)):
+        if place is not None:
+            path_or_name(name, place)
+    if column is not None and conditioning_data is not None:
+        raise ArgumentError("condition_column and conditioning_data both name the conditions; leave one of them out.")
+
+
+def kind_of_conditions(
     column: str | None, conditioning_data: str | os.PathLike[str] | None, kind: str | None
 ) -> str | None:
     """Return the kind of the conditions that are asked for, by default "latents"; None if there are none.
 
     Raises:
-        ArgumentError: Two places are named, or a kind without a place, or another kind.
+        ArgumentError: As in `check_conditions`, or a kind is given without a place.
     """
+    check_conditions(column, conditioning_data, kind)
+    if column is not None or conditioning_data is not None:
+        return kind or "latents"
     if kind is not None:
-        one_of("condition_kind", kind, CONDITIONS)
-    if column is not None and conditioning_data is not None:
-        raise ArgumentError("condition_column and conditioning_data both name the conditions; leave one of them out.")
-    if column is None and conditioning_data is None:
-        if kind is not None:
-            raise ArgumentError("condition_kind belongs to conditions; name them as condition_column.")
-        return None
-    for name, place in (("condition_column", column), ("conditioning_data", conditioning_data)):
-        if place is not None:
-            path_or_name(name, place)
-    return kind or "latents"
+        raise ArgumentError("condition_kind belongs to conditions; name them as condition_column.")
+    return None
 
 
 def open_conditions(
@@ -124,14 +129,15 @@ def open_conditions(
         raise DataError(f"{option}: {str(error).removeprefix('image_column: ')}") from error
 
 
-def shaped_like(image: Image.Image, condition: Image.Image) -> Image.Image:
-    """Return a condition at the size of its image. Raise ImageError if their proportions differ."""
-    if abs(image.width * condition.height / (image.height * condition.width) - 1) > PROPORTIONS:
+def shaped_like(size: tuple[int, int], condition: Image.Image) -> Image.Image:
+    """Return a condition at the size (width, height) of its image. Raise ImageError if their proportions differ."""
+    width, height = size
+    if abs(width * condition.height / (height * condition.width) - 1) > PROPORTIONS:
         raise ImageError(
-            f"its condition has {condition.width} x {condition.height} pixels, the image {image.width} x "
-            f"{image.height}: they must have the same proportions."
+            f"its condition has {condition.width} x {condition.height} pixels, the image {width} x {height}: they must "
+            "have the same proportions."
         )
-    return condition if condition.size == image.size else condition.resize(image.size, Image.Resampling.LANCZOS)
+    return condition if condition.size == size else condition.resize(size, Image.Resampling.LANCZOS)
 
 
 def of_same_names(names: Sequence[str], conditions: Examples) -> Rows:

@@ -19,6 +19,10 @@ DELTA = 1e-6
 """Epsilon in the denominator of the adaptive weight."""
 LARGEST = 1e4
 """Upper bound of the adaptive weight."""
+HALF_LEVEL = 1 / 255
+"""Half the distance of two levels of a pixel in [-1, 1]."""
+TINY = 1e-12
+"""Smallest difference of two logarithms, where they are equal to the last digit."""
 
 
 def l1(x: Tensor, y: Tensor) -> Tensor:
@@ -154,6 +158,40 @@ def diffusion_loss(output: Tensor, target: Tensor, weight: Tensor | None = None)
         raise ArgumentError(f"output, target and weight must be (B, ...), the same, and (B,), not {shapes}.")
     errors = (_wide(output) - _wide(target)).square().flatten(1).mean(1)
     return (errors if weight is None else errors * weight.to(errors)).mean()
+
+
+def normal_kl(mean: Tensor, logvar: Tensor, other_mean: Tensor, other_logvar: Tensor) -> Tensor:
+    """Return the KL divergence of N(mean, exp(logvar)) from N(other_mean, exp(other_logvar)), element by element, in
+    nats. The tensors have one shape, or broadcast to one.
+    """
+    mean, logvar, other_mean, other_logvar = map(_wide, (mean, logvar, other_mean, other_logvar))
+    difference = logvar - other_logvar
+    return 0.5 * (difference.exp() - 1 - difference + (mean - other_mean).square() * torch.exp(-other_logvar))
+
+
+def discretized_gaussian_nll(x: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
+    """Return -log p(x) of pixels of 256 levels under a Gaussian, element by element, in nats (Ho et al. 2020,
+    https://arxiv.org/abs/2006.11239, eq. 13).
+
+    A level has the Gaussian's mass within 1/255 of it; the darkest and the brightest have all that lies beyond, too.
+
+    Args:
+        x: Pixels in [-1, 1], of the levels -1, -1 + 2/255, ..., 1.
+        mean: The Gaussian's mean, shaped like x.
+        log_scale: The logarithm of its standard deviation, shaped like x.
+    """
+    dtype = _wide(mean).dtype
+    x, mean, log_scale = x.double(), mean.double(), log_scale.double()  # far in a tail, float32 has no gradient
+    low, high = ((x + side - mean) * torch.exp(-log_scale) for side in (-HALF_LEVEL, HALF_LEVEL))
+    # By symmetry, work in the lower tail, where a difference of masses keeps its digits.
+    low, high = torch.where(low + high > 0, -high, low), torch.where(low + high > 0, -low, high)
+    mirrored = x > mean
+    darkest, brightest = x < -1 + HALF_LEVEL, x > 1 - HALF_LEVEL
+    open_low, open_high = torch.where(mirrored, brightest, darkest), torch.where(mirrored, darkest, brightest)
+    upper = torch.where(open_high, torch.zeros_like(high), torch.special.log_ndtr(high))
+    lower = torch.special.log_ndtr(low)
+    within = upper + torch.log(-torch.expm1((lower - upper).clamp(max=-TINY)))
+    return -torch.where(open_low, upper, within).to(dtype)
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -40,6 +40,8 @@ def to_rgb(image: Image.Image, background: str = "white") -> Image.Image:
         ImageError: The image is empty, damaged, or has values outside its range.
         ArgumentError: `background` is no colour.
     """
+    if not isinstance(image, Image.Image):
+        raise ImageError(f"type {type(image).__name__} is no PIL image; sdkit.images.read opens a file.")
     depth = _stored_as(image)
     try:
         upright = ImageOps.exif_transpose(image)

@@ -67,6 +67,7 @@ BLOCKS: Check = (f"a list of at most {LEVELS} words", lambda x: _list_of(_word, 
 WHOLE_OR_LIST: Check = ("a whole number or a list", lambda x: _one_or_list(_whole, x))
 COUNT_OR_LIST: Check = (f"a whole number from 0 to {LAYERS} or a list", lambda x: _one_or_list(_count, x))
 WORD: Check = ("a word", _word)
+WORDS: Check = ("a list of words", lambda x: isinstance(x, (list, tuple)) and all(map(_word, x)))
 NUMBER: Check = ("a number", _number)
 POSITIVE: Check = ("a number above 0", lambda x: _number(x, 1e-12))
 SIZE: Check = ("a whole number, two of them", lambda x: _whole(x) or (_list_of(_whole, x) and len(x) == 2))
@@ -83,8 +84,18 @@ CONDITION = "_condition"
 CONDITIONS = ("latents", "map")
 """Conditions that a U-Net takes beside x_t: the latents of an image (not scaled, the mean of their posterior), or its
 colours at the size of the latents."""
+LOW_RES = "low_res"
+"""The condition of an upsampler: the image to enlarge, small and noisy. It is made of the image itself in training."""
+UPSCALE = "_upscale_factor"
+"""Key in an upsampler's config of how many times larger its images are than those that it reads; diffusers ignores
+it."""
 MAP_CHANNELS = 3
-"""Channels of a condition of the kind "map"."""
+"""Channels of a condition of the kind "map" or "low_res"."""
+
+CLASSES = "_classes"
+"""Key in a U-Net's config of the names of its classes, in the order of their labels; diffusers ignores it."""
+MOST_CLASSES = 100_000
+"""Largest number of names of classes in a config."""
 
 INDEX: dict[str, Check] = {GUIDANCE: ("a number from 0 to 100", lambda x: _number(x, 0, 100))}
 """Checks of model_index.json. Those of the other configs are in `sdkit.loading.parts`."""

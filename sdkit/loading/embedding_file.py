@@ -7,7 +7,6 @@ layout, and in both of A1111's own.
 from __future__ import annotations
 
 import os
-import stat
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,23 +16,21 @@ from torch import Tensor
 
 from sdkit.atomic import atomic_write
 from sdkit.errors import ArgumentError, SourceError
-from sdkit.files import expanded, sha256
-from sdkit.loading.hub import is_hub_id
-from sdkit.loading.place import Place, absent
+from sdkit.files import sha256
+from sdkit.loading.add_on import AddOn
 from sdkit.loading.tensors import (
     BYTES,
     EMBEDDING,
     TensorFile,
-    is_file,
     is_finite,
     not_finite,
     open_tensors,
-    status_or_none,
 )
 from sdkit.messages import clean
+from sdkit.tensor_files import METADATA
 
 FILENAME = "learned_embeds.safetensors"
-PICKLE = "learned_embeds.bin"
+ADD_ON = AddOn(name="an embedding", usual=(FILENAME,), pickles=("learned_embeds.bin",))
 NAMELESS = "emb_params"
 """Name of the tensor in A1111's .safetensors files. The token is the file's name then."""
 FLOATS = {getattr(torch, name) for name in BYTES}
@@ -67,13 +64,22 @@ def save_embedding(token: str, vectors: Tensor, path: str | Path) -> None:
         path: The file, ending in .safetensors.
 
     Raises:
-        ArgumentError: The name cannot be used.
+        ArgumentError: The token or the name cannot be used.
     """
+    check_token(token)
     if Path(path).suffix != ".safetensors":
         raise ArgumentError(f"an embedding cannot be saved as {str(path)!r}; give a name that ends in .safetensors.")
     data = safetensors.torch.save({token: vectors.detach().float().cpu().contiguous()}, {"format": "pt"})
     with atomic_write(path) as temporary:
         temporary.write_bytes(data)
+
+
+def check_token(token: str) -> None:
+    """Raise ArgumentError unless a file can hold an embedding of this token."""
+    if not isinstance(token, str) or not token:
+        raise ArgumentError(f"token must be a word, not {token!r}.")
+    if token == METADATA:
+        raise ArgumentError(f"the token {token!r} is a name that .safetensors files use themselves; give another.")
 
 
 def read_embedding(
@@ -90,13 +96,14 @@ def read_embedding(
         token: Token that stands for it in prompts; None is the one that the file names, or else the file's own name
             without its suffix.
         filename: The file in a folder or Hub repository. None takes the first that exists of
-            learned_embeds.safetensors, the only .safetensors file (in a local folder), and learned_embeds.bin.
+            learned_embeds.safetensors, the only .safetensors file (in a local folder), learned_embeds.bin, and the only
+            .bin file (in a local folder).
         revision: A branch, tag, or commit of a Hub repository.
 
     Raises:
         SourceError: The file is missing, damaged, or of another kind: a LoRA, an embedding of Stable Diffusion XL.
     """
-    path = _locate(source, filename, revision)
+    path = ADD_ON.locate(source, filename, revision)
     file = open_tensors(path)
     name = _only_name(file)
     (vectors,) = file.read([name]).values()
@@ -138,29 +145,3 @@ def _only_name(file: TensorFile) -> str:
             "textual inversion embedding holds one; give another file."
         )
     return names[0]
-
-
-def _locate(source: str | os.PathLike[str], filename: str | None, revision: str | None) -> Path:
-    """Return the path of an embedding's file, after downloading it from the Hub if it is there."""
-    if not isinstance(source, (str, os.PathLike)):
-        raise ArgumentError(f"an embedding is a path or a Hub id, not {type(source).__name__}.")
-    name, path = os.fspath(source), expanded(source)
-    found = status_or_none(path) if name else None
-    if found is None:
-        if not is_hub_id(source):
-            raise SourceError(
-                f"the embedding {clean(name)!r} does not exist; give a file, a folder with one, or a Hub id."
-            )
-        place = Place(name=name, kind="hub", path=path, revision=revision)
-        for wanted in [filename] if filename else [FILENAME, PICKLE]:
-            if is_file(file := place.root([wanted]) / wanted):
-                return file
-        raise absent(place, filename or f"{FILENAME} (filename= names another)")
-    if not stat.S_ISDIR(found.st_mode):
-        return path
-    inside = sorted(file.name for file in path.glob("*.safetensors"))
-    for wanted in [filename] if filename else [FILENAME, *inside[: len(inside) == 1], PICKLE]:
-        if is_file(path / wanted):
-            return path / wanted
-    held = f"holds {', '.join(map(clean, inside))}: name one" if inside else "holds no other; give another source"
-    raise SourceError(f"the folder {clean(name)!r} has no {clean(filename or FILENAME)}; it {held}.")

@@ -10,7 +10,6 @@ import json
 import math
 import os
 import re
-import stat
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -25,9 +24,8 @@ from sdkit.arguments import one_of
 from sdkit.atomic import atomic_write
 from sdkit.errors import ArgumentError, SourceError
 from sdkit.files import expanded
-from sdkit.loading.hub import is_hub_id
+from sdkit.loading.add_on import AddOn
 from sdkit.loading.lora_update import LowRank, Update, factors_of
-from sdkit.loading.place import Place, absent
 from sdkit.loading.tensors import (
     BYTES,
     TensorFile,
@@ -35,7 +33,6 @@ from sdkit.loading.tensors import (
     is_finite,
     not_finite,
     open_tensors,
-    status_or_none,
 )
 from sdkit.messages import clean, reason
 from sdkit.strict_json import parse_object, read_object
@@ -46,6 +43,7 @@ PEFT_FILENAME = "adapter_model.safetensors"
 PICKLES = ("pytorch_lora_weights.bin", "adapter_model.bin")
 PEFT_CONFIG = "adapter_config.json"
 """The config beside a LoRA in peft's layout. It states the alphas; diffusers has them in metadata, kohya as tensors."""
+ADD_ON = AddOn(name="a LoRA", usual=(FILENAME, PEFT_FILENAME), pickles=PICKLES, beside=PEFT_CONFIG)
 ADAPTER_METADATA = "lora_adapter_metadata"
 """The key of the metadata of diffusers' files that states the alphas."""
 KEPT = ("ss_", "modelspec.")
@@ -233,7 +231,7 @@ def read_lora(source: str | os.PathLike[str], *, filename: str | None = None, re
         SourceError: The file is missing, damaged, or of another kind: IA3, OFT, Stable Diffusion XL, a textual
             inversion embedding.
     """
-    path = _locate(source, filename, revision)
+    path = ADD_ON.locate(source, filename, revision)
     file = open_tensors(path)
     names = [name for name in file.shapes if not name.startswith(BUNDLED)]
     groups = _group(names, file.label)
@@ -476,35 +474,3 @@ def _short_name(source: str | os.PathLike[str], path: Path) -> str:
     given = expanded(source)
     folder = path.parent if path.name == given.name else given
     return folder.parent.name if folder.name == "result" else folder.name  # a run's folder has a result/
-
-
-def _locate(source: str | os.PathLike[str], filename: str | None, revision: str | None) -> Path:
-    if not isinstance(source, (str, os.PathLike)):
-        raise ArgumentError(f"a LoRA is a path or a Hub id, not {type(source).__name__}.")
-    name, path = os.fspath(source), expanded(source)
-    found = status_or_none(path) if name else None
-    if found is None:
-        if is_hub_id(source):
-            return _fetched(Place(name=name, kind="hub", path=path, revision=revision), filename)
-        raise SourceError(f"the LoRA {clean(name)!r} does not exist; give a file, a folder with one or a Hub id.")
-    if not stat.S_ISDIR(found.st_mode):
-        return path
-    inside, pickles = (sorted(file.name for file in path.glob(f"*{suffix}")) for suffix in (".safetensors", ".bin"))
-    usual = [FILENAME, PEFT_FILENAME, *inside[: len(inside) == 1], *PICKLES, *pickles[: len(pickles) == 1]]
-    for wanted in [filename] if filename else usual:
-        if is_file(path / wanted):
-            return path / wanted
-    others = ", ".join(map(clean, inside or pickles))
-    held = f"holds {others}: name one by filename=" if others else "holds no other; give another source"
-    raise SourceError(f"the folder {clean(name)!r} has no {clean(filename or FILENAME)}; it {held}.")
-
-
-def _fetched(place: Place, filename: str | None) -> Path:
-    """Download a LoRA from a Hub repository, and return its path: `filename`, or the first of the usual names that
-    exists. For a file in peft's layout, download its config, too."""
-    for wanted in [filename] if filename else [FILENAME, PEFT_FILENAME, *PICKLES]:
-        if is_file(file := place.root([wanted]) / wanted):
-            if wanted.startswith("adapter_model."):
-                place.root([PEFT_CONFIG])
-            return file
-    raise absent(place, filename or f"{FILENAME} (filename= names another)")

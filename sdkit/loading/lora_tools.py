@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from sdkit.errors import SourceError
+from sdkit.arguments import number
+from sdkit.errors import ArgumentError, SourceError
 from sdkit.loading.lora_file import LoRA, check_lora_name, read_lora, write_lora
 from sdkit.loading.lora_update import LowRank, Update
 from sdkit.loading.tensors import is_finite
@@ -24,6 +26,8 @@ TRIGGERS = ("modelspec.trigger_phrase", "ss_trigger_words", "trigger_words")
 NAMES = ("modelspec.title", "ss_output_name")
 BASES = ("ss_base_model_version", "modelspec.architecture", "ss_sd_model_name")
 TAGS = "ss_tag_frequency"
+MERGED_FROM = "modelspec.merged_from"
+"""Metadata that name the files which a LoRA was joined of, each with its scale."""
 SHOWN_TAGS = 20
 
 BLOCK = re.compile(r"(?:[a-z]+_)?(?:blocks|layers|attentions|resnets|downsamplers|upsamplers)_\d+_|mid_block_")
@@ -48,6 +52,7 @@ class LoRADescription:
         base: What its metadata say of the model that it was trained on, or None.
         trigger: Words by its metadata that the prompt needs, or None.
         tags: The most frequent tags of its training captions by its metadata, and how often each occurred.
+        merged_from: The files that it was joined of by its metadata, each with its scale, or None.
     """
 
     path: str
@@ -62,6 +67,7 @@ class LoRADescription:
     base: str | None
     trigger: str | None
     tags: dict[str, int]
+    merged_from: str | None
 
 
 def describe_lora(source: str | os.PathLike[str], *, filename: str | None = None) -> LoRADescription:
@@ -79,7 +85,6 @@ def describe_lora(source: str | os.PathLike[str], *, filename: str | None = None
     tensors = [tensor for update in lora.updates for name, tensor in update.named().items() if name != "alpha"]
     targets = Counter(BLOCK.sub("", name) for layers in (lora.unet, lora.text_encoder) for name in layers)
     dtypes = Counter(str(tensor.dtype).removeprefix("torch.") for tensor in tensors)
-    bases = [lora.metadata[key] for key in BASES if lora.metadata.get(key)]
     return LoRADescription(
         path=str(lora.path),
         kinds=tuple(sorted({update.kind for update in lora.updates})),
@@ -89,46 +94,64 @@ def describe_lora(source: str | os.PathLike[str], *, filename: str | None = None
         targets=dict(sorted(targets.items())),
         dtype=max(dtypes, key=dtypes.__getitem__),
         parameters=sum(tensor.numel() for tensor in tensors),
-        title=next((lora.metadata[key] for key in NAMES if lora.metadata.get(key)), None),
-        base=", ".join(dict.fromkeys(bases)) or None,
-        trigger=next((lora.metadata[key] for key in TRIGGERS if lora.metadata.get(key)), None),
-        tags=_tags(lora.metadata.get(TAGS, "{}")),
+        title=_first(lora, NAMES),
+        base=_listed(lora.metadata.get(key) for key in BASES),
+        trigger=_first(lora, TRIGGERS),
+        tags=dict(_tags(lora).most_common(SHOWN_TAGS)),
+        merged_from=lora.metadata.get(MERGED_FROM) or None,
     )
 
 
-def _tags(text: str) -> dict[str, int]:
-    """Return the most frequent tags, the most frequent first, from kohya's JSON: folder -> tag -> count.
+def _first(lora: LoRA, keys: Iterable[str]) -> str | None:
+    """Return the first of these metadata that is not empty, or None."""
+    return next((lora.metadata[key] for key in keys if lora.metadata.get(key)), None)
+
+
+def _listed(texts: Iterable[str | None]) -> str | None:
+    """Return the items of comma-separated lists as one list, each once; None if there are none."""
+    items = (item.strip() for text in texts if text for item in text.split(","))
+    return ", ".join(dict.fromkeys(item for item in items if item)) or None
+
+
+def _tags(lora: LoRA) -> Counter[str]:
+    """Return how often each tag occurs, from kohya's JSON: folder -> tag -> count.
 
     Damaged metadata have none: a LoRA can be used without.
     """
-    try:
-        folders = parse_object(text)
-    except ValueError:
-        return {}
     counts: Counter[str] = Counter()
+    try:
+        folders = parse_object(lora.metadata.get(TAGS, "{}"))
+    except ValueError:
+        return counts
     for tags in folders.values():
         for tag, count in tags.items() if isinstance(tags, dict) else ():
             if isinstance(count, int) and tag.strip():
                 counts[tag.strip()] += count
-    return dict(counts.most_common(SHOWN_TAGS))
+    return counts
 
 
 def join_loras(loras: Sequence[tuple[LoRA, float]], path: str | Path) -> None:
     """Write several LoRAs, each times its scale, as one file in kohya's layout. It does what they do together.
 
     The factors of each layer are concatenated along the rank, which is exact: s1 B1 A1 + s2 B2 A2 is [s1 B1, s2 B2]
-    times [A1; A2]. The scales and alphas go into B, so that alpha is the rank.
+    times [A1; A2]. The scales and alphas go into B, so that alpha is the rank. The metadata name the files and their
+    scales, the trigger words, base models, and training tags of all. Other metadata describe one training, and are
+    dropped.
 
     Args:
         loras: LoRAs and their scales.
         path: The file, ending in .safetensors.
 
     Raises:
+        ArgumentError: There is no LoRA, a scale is not finite, or the name cannot be used.
         SourceError: The LoRAs were made for different models, or one is a LoHa, a LoKr, or a DoRA, whose update is no
             product of two factors; or a factor would overflow.
-        ArgumentError: The name cannot be used.
     """
     check_lora_name(path)
+    if not loras:
+        raise ArgumentError("there is no LoRA to join; give at least one.")
+    for _, scale in loras:
+        number("scale", scale)
     joined: dict[str, dict[str, Update]] = {"unet": {}, "text_encoder": {}}
     for part, layers in joined.items():
         own = [(lora.label, scale, getattr(lora, part)) for lora, scale in loras]
@@ -136,7 +159,27 @@ def join_loras(loras: Sequence[tuple[LoRA, float]], path: str | Path) -> None:
             terms = [(label, scale, updates[name]) for label, scale, updates in own if name in updates]
             layers[name] = _joined(name, terms)
     label = " and ".join(lora.label for lora, _ in loras)
-    write_lora(LoRA(label=label, unet=joined["unet"], text_encoder=joined["text_encoder"]), path)
+    metadata = _joined_metadata(loras)
+    write_lora(LoRA(label=label, unet=joined["unet"], text_encoder=joined["text_encoder"], metadata=metadata), path)
+
+
+def _joined_metadata(loras: Sequence[tuple[LoRA, float]]) -> dict[str, str]:
+    """Return the metadata of LoRAs that are joined with these scales."""
+    each = [lora for lora, _ in loras]
+    tags = sum((_tags(lora) for lora in each), Counter[str]())
+    own = {
+        MERGED_FROM: ", ".join(f"{_file_name(lora)} ({scale:g})" for lora, scale in loras),
+        NAMES[0]: " + ".join(_first(lora, NAMES) or lora.name for lora in each),
+        TRIGGERS[0]: _listed(_first(lora, TRIGGERS) for lora in each),
+        TAGS: json.dumps({"merged": dict(tags.most_common())}, ensure_ascii=False) if tags else None,
+    }
+    own |= {key: _listed(lora.metadata.get(key) for lora in each) for key in BASES}
+    return {key: value for key, value in own.items() if value}
+
+
+def _file_name(lora: LoRA) -> str:
+    """Return the name of a LoRA's file; its short name, if that is the usual one or if it has no file."""
+    return lora.name if lora.path is None or lora.path.stem != lora.name else lora.path.name
 
 
 def _joined(name: str, terms: Sequence[tuple[str, float, Update]]) -> Update:

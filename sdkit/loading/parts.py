@@ -14,19 +14,24 @@ from sdkit.diffusion.schedule import LONGEST_CHAIN
 from sdkit.loading import original_names, pixels
 from sdkit.loading.configs import (
     BLOCKS,
+    CLASSES,
     CONDITION,
     CONDITIONS,
     COUNT,
     COUNT_OR_LIST,
     COUNTS,
+    LOW_RES,
+    MOST_CLASSES,
     NESTED_COUNTS,
     NUMBER,
     POSITIVE,
     SIZE,
+    UPSCALE,
     WHOLE,
     WHOLE_OR_LIST,
     WHOLES,
     WORD,
+    WORDS,
     Check,
     or_null,
     within,
@@ -34,12 +39,18 @@ from sdkit.loading.configs import (
 from sdkit.loading.original_names import Tensors
 
 
+def _names(value: Any) -> bool:
+    """Return whether a value is a list of at least one name."""
+    named = isinstance(value, list) and all(isinstance(name, str) and name.strip() for name in value)
+    return named and 0 < len(value) <= MOST_CLASSES
+
+
 @dataclass(frozen=True, kw_only=True)
 class Part:
     """One part of a model.
 
     Attributes:
-        name: "vae", "unet", "controlnet", "text", or "scheduler".
+        name: "vae", "unet", "controlnet", "classifier", "text", or "scheduler".
         noun: What messages call it.
         folder: Its subfolder in a pipeline's folder.
         config: The file name of its config.
@@ -122,9 +133,12 @@ UNET = Part(
     name="unet",
     noun="a U-Net",
     folder="unet",
-    classes={"UNet2DConditionModel": "diffusers:UNet2DConditionModel"},
-    trainable=("UNet2DConditionModel",),
-    telling={"cross_attention_dim": "UNet2DConditionModel"},
+    classes={
+        "UNet2DConditionModel": "diffusers:UNet2DConditionModel",
+        "UNet2DModel": "diffusers:UNet2DModel",  # of no text: unconditional, or of classes
+    },
+    trainable=("UNet2DConditionModel", "UNet2DModel"),
+    telling={"cross_attention_dim": "UNet2DConditionModel", "attn_norm_num_groups": "UNet2DModel"},
     checks={
         "sample_size": or_null(SIZE),
         "cross_attention_dim": WHOLE_OR_LIST,
@@ -148,7 +162,9 @@ UNET = Part(
             ),
             or_null(WHOLE),
         ),
-        CONDITION: or_null((" or ".join(CONDITIONS), lambda x: x in CONDITIONS)),
+        CONDITION: or_null((" or ".join((*CONDITIONS, LOW_RES)), lambda x: x in (*CONDITIONS, LOW_RES))),
+        UPSCALE: or_null(WHOLE),
+        CLASSES: or_null(("a list of names", _names)),
     },
     shown={"in_channels": 4, "cross_attention_dim": 1280, "sample_size": None},
     prefixes=("model.diffusion_model.",),
@@ -182,6 +198,23 @@ CONTROLNET = Part(
     shown={"in_channels": 4, "cross_attention_dim": 1280},
     prefixes=("control_model.",),
     rename=original_names.controlnet,
+)
+CLASSIFIER = Part(
+    name="classifier",
+    noun="a classifier",
+    folder="classifier",
+    classes={"EncoderUNet": "sdkit.loading.encoder_unet:EncoderUNet"},
+    trainable=("EncoderUNet",),
+    checks={
+        "sample_size": or_null(SIZE),
+        "block_out_channels": WHOLES,
+        **dict.fromkeys(("in_channels", "num_classes", "norm_num_groups", "attention_head_dim"), WHOLE),
+        "down_block_types": BLOCKS,
+        "layers_per_block": COUNT,
+        "class_names": or_null(WORDS),
+        "latents": or_null(WORD),
+    },
+    shown={"in_channels": 3, "num_classes": 1000},
 )
 TEXT = Part(
     name="text",
@@ -220,5 +253,14 @@ SCHEDULER = Part(
     },
     shown={"prediction_type": "epsilon", "timestep_spacing": "leading", "rescale_betas_zero_snr": False},
 )
-PARTS = {part.name: part for part in (VAE, UNET, CONTROLNET, TEXT, SCHEDULER)}
+LOW_RES_SCHEDULER = Part(
+    name="low_res_scheduler",
+    noun="a noise schedule of the low-resolution image",
+    folder="low_res_scheduler",
+    config=SCHEDULER.config,
+    weights=(),
+    checks=SCHEDULER.checks,
+)
+"""The schedule by which an upsampler's low-resolution image is noised. A `Description` does not list it."""
+PARTS = {part.name: part for part in (VAE, UNET, CONTROLNET, CLASSIFIER, TEXT, SCHEDULER)}
 """Name -> part, in the order in which a `Description` lists them."""

@@ -18,8 +18,17 @@ from sdkit.arguments import PREDICTIONS, one_of
 from sdkit.diffusion.schedule import NoiseSchedule
 from sdkit.errors import SourceError
 from sdkit.loading import diffusers_folder, single_file, tokenizer
-from sdkit.loading.configs import CONDITION, GUIDANCE, INDEX, MAP_CHANNELS, class_name, read_config, read_json
-from sdkit.loading.parts import CONTROLNET, PARTS, SCHEDULER, TEXT, UNET, VAE, Part
+from sdkit.loading.configs import (
+    CONDITION,
+    GUIDANCE,
+    INDEX,
+    LOW_RES,
+    MAP_CHANNELS,
+    class_name,
+    read_config,
+    read_json,
+)
+from sdkit.loading.parts import CLASSIFIER, CONTROLNET, LOW_RES_SCHEDULER, PARTS, SCHEDULER, TEXT, UNET, VAE, Part
 from sdkit.loading.place import Place, SourceName, absent, resolve
 from sdkit.loading.single_file import ASSETS
 from sdkit.loading.tensors import is_file, open_tensors
@@ -29,7 +38,8 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderKL, AutoencoderTiny, ControlNetModel, UNet2DConditionModel, VQModel
     from transformers import CLIPTextModel, CLIPTokenizer
 
-UPSCALER = 7
+    from sdkit.loading.encoder_unet import EncoderUNet
+
 USUAL_GUIDANCE = 7.5
 
 
@@ -38,7 +48,7 @@ class Component:
     """Description of one part of a source. A value is None if it cannot be known without downloading the weights.
 
     Attributes:
-        part: "vae", "unet", "controlnet", "text", or "scheduler".
+        part: "vae", "unet", "controlnet", "classifier", "text", or "scheduler".
         class_name: The class that its config names.
         parameters: Number of parameters.
         dtype: The dtype that most parameters are stored in, such as "float16".
@@ -120,6 +130,14 @@ class Source:
         """Load the VAE's network, in eval mode, on the CPU, converted to `dtype`. "pixels" is a `PixelIdentity`."""
         return cast("AutoencoderKL | AutoencoderTiny | VQModel", self._backend.network(VAE, dtype))
 
+    @property
+    def takes_text(self) -> bool:
+        """Whether the U-Net attends to text. A `UNet2DModel` does not, and has no text encoder beside it."""
+        try:
+            return self._backend.unet_class() != "UNet2DModel"
+        except SourceError:
+            return True  # `denoiser` says what is wrong with it
+
     def denoiser(
         self,
         dtype: torch.dtype = torch.float32,
@@ -138,7 +156,9 @@ class Source:
         """
         unet = cast("UNet2DConditionModel", self._backend.network(UNET, dtype))
         label, settings = self.place.label, cast("Any", unet.config)
-        upscales = settings.in_channels == UPSCALER and condition_of(settings) is None  # it has class embeddings
+        if not hasattr(settings, "cross_attention_dim"):
+            return unet
+        upscales = condition_of(settings) == LOW_RES  # noise levels are its class embeddings
         decodes = embedded and settings.class_embed_type == "projection"
         other = settings.addition_embed_type or settings.class_embed_type or settings.num_class_embeds
         if other and not upscales and not decodes:
@@ -156,6 +176,7 @@ class Source:
         if settings.in_channels not in accepted:
             name = single_file.INPUTS.get(settings.in_channels, "another kind of model")
             name = "a model that takes a map beside x_t" if condition == "map" else name
+            name = "an upscaler" if condition == LOW_RES else name
             raise SourceError(
                 f"{label} looks like {name} ({settings.in_channels} input channels); give a text-to-image model."
             )
@@ -171,6 +192,10 @@ class Source:
                 "or 2.x."
             )
         return controlnet
+
+    def classifier(self, dtype: torch.dtype = torch.float32) -> EncoderUNet:
+        """Load the network of a classifier of noisy images, in eval mode, on the CPU, converted to `dtype`."""
+        return cast("EncoderUNet", self._backend.network(CLASSIFIER, dtype))
 
     def text_encoder(self, dtype: torch.dtype = torch.float32) -> tuple[CLIPTextModel, CLIPTokenizer]:
         """Load the text encoder's network, in eval mode, on the CPU, converted to `dtype`; and its tokenizer.
@@ -211,11 +236,17 @@ class Source:
         """
         return NoiseSchedule.from_config(self.scheduler_config(), latents=latents)
 
+    def low_res_config(self) -> dict[str, Any] | None:
+        """Return the schedule by which an upsampler's low-resolution image is noised, from low_res_scheduler; None if
+        there is none."""
+        return self._backend.low_res_config()
+
     @property
     def guidance_scale(self) -> float:
-        """The guidance scale that suits the model best: the one in its model_index.json, or Stable Diffusion's 7.5."""
-        index = self._backend.index()
-        return float(read_config(index, INDEX).get(GUIDANCE, USUAL_GUIDANCE)) if is_file(index) else USUAL_GUIDANCE
+        """The guidance scale that suits the model best: the one in its model_index.json, or Stable Diffusion's 7.5; or
+        1, if the model takes no text."""
+        index, usual = self._backend.index(), USUAL_GUIDANCE if self.takes_text else 1.0
+        return float(read_config(index, INDEX).get(GUIDANCE, usual)) if is_file(index) else usual
 
     def describe(self) -> Description:
         """Describe the source by its configs and headers alone. No weights are downloaded from the Hub."""
@@ -236,16 +267,24 @@ def latent_channels(unet: Any) -> int:
 
 
 def condition_of(unet: Any) -> str | None:
-    """Return what a U-Net takes beside x_t by its config, "latents" or "map"; None if it takes nothing, or a mask, too.
+    """Return what a U-Net takes beside x_t by its config: "latents", "map", or "low_res"; None if it takes nothing, or
+    a mask, too.
 
     Without a word on it, twice as many inputs as latents are InstructPix2Pix's (Brooks et al. 2023): x_t and "latents".
+    Three more inputs than latents, and class embeddings, are an upscaler's: "low_res".
     """
     stated: str | None = unet.get(CONDITION)
-    return stated or ("latents" if unet.in_channels == 2 * latent_channels(unet) else None)
+    if stated:
+        return stated
+    latents = latent_channels(unet)
+    upscales = unet.in_channels == latents + MAP_CHANNELS and (unet.num_class_embeds or unet.class_embed_type)
+    if upscales and latents != MAP_CHANNELS:
+        return LOW_RES
+    return "latents" if unet.in_channels == 2 * latents else None
 
 
 def condition_channels(condition: str, latents: int) -> int:
-    """Return the number of channels of a condition, "latents" or "map", beside latents of that many channels."""
+    """Return the number of channels of a condition beside latents of that many channels."""
     return latents if condition == "latents" else MAP_CHANNELS
 
 
@@ -259,12 +298,20 @@ class _Folder:
     def network(self, part: Part, dtype: torch.dtype) -> Any:
         return diffusers_folder.load_network(self.place, part, dtype, self.variant)
 
+    def unet_class(self) -> str:
+        folder = diffusers_folder.locate(self.place, UNET)
+        return diffusers_folder.class_of(read_json(folder / UNET.config), UNET)
+
     def tokenizer(self) -> CLIPTokenizer:
         return diffusers_folder.load_place_tokenizer(self.place)
 
     def scheduler_config(self, prediction_type: str | None) -> dict[str, Any]:
         schedule = read_config(diffusers_folder.locate(self.place, SCHEDULER) / SCHEDULER.config, SCHEDULER.checks)
         return schedule | ({"prediction_type": prediction_type} if prediction_type else {})
+
+    def low_res_config(self) -> dict[str, Any] | None:
+        path = self.place.root([LOW_RES_SCHEDULER.config_path]) / LOW_RES_SCHEDULER.config_path
+        return read_config(path, LOW_RES_SCHEDULER.checks) if is_file(path) else None
 
     def index(self) -> Path:
         return self.place.root(["model_index.json"]) / "model_index.json"
@@ -304,6 +351,9 @@ class _File:
             network.register_to_config(sample_size=read_json(ASSETS / "sd2-v" / "unet" / "config.json")["sample_size"])
         return network
 
+    def unet_class(self) -> str:
+        return "UNet2DConditionModel"
+
     def tokenizer(self) -> CLIPTokenizer:
         return tokenizer.load_tokenizer(self.configs / "tokenizer")
 
@@ -318,6 +368,9 @@ class _File:
         if "ztsnr" in self.file.shapes:
             schedule |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
         return schedule
+
+    def low_res_config(self) -> None:
+        return None
 
     def index(self) -> Path:
         return self.place.path / "model_index.json"  # never exists: a single file has no index

@@ -17,6 +17,7 @@ from sdkit.engines.attention import quicken_attention
 from sdkit.engines.compile import compile_modules, eager
 from sdkit.engines.device import memory_format, resolve_place
 from sdkit.errors import ArgumentError
+from sdkit.loading.configs import LOW_RES, UPSCALE
 from sdkit.loading.source import Source, condition_of, latent_channels
 from sdkit.networks.shared_timestep import embed_timestep_once, shared_timestep, timesteps_of
 from sdkit.networks.wrapper import Wrapper, blames_network
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 class UNet(Wrapper):
     """A `UNet2DConditionModel` that takes a `Conditioning`. Its output has the dtype of its input.
 
+    A `UNet2DModel` serves, too: it takes no text, but class labels, or nothing.
+
     Args:
         network: The network.
 
@@ -36,10 +39,14 @@ class UNet(Wrapper):
         name: The source that it came from.
         channels: Channels of the latents that it denoises (4).
         input_channels: Channels of its input: those of the latents, and those of `Conditioning.concat`.
-        width: D, the width of the text embeddings it attends to.
+        width: D, the width of the text embeddings it attends to; 0 if it takes no text.
+        takes_labels: Whether it takes class labels in place of text.
         sample_size: Side of the latents it was trained on.
         condition: Kind of the condition that it takes beside x_t: "latents" of an image (the posterior's mean, not
-            scaled), or "map", an image's colours in [-1, 1] at the size of the latents; None if it takes none.
+            scaled), "map", an image's colours in [-1, 1] at the size of the latents, or "low_res", an image to enlarge
+            (see `noised_low_res`), with `Conditioning.label` its noise level; None if it takes none.
+        upscale_factor: For "low_res": how many times larger its images are than those that it reads; None is the
+            factor of the VAE.
         inpaints: Whether it was trained to paint into images: its input is then x_t, a mask (one channel), and the
             latents of the image without the masked part.
         guided: Whether it takes the guidance scale as an input and needs no second pass, as latent consistency models
@@ -54,11 +61,13 @@ class UNet(Wrapper):
         super().__init__(network)
         config: Any = network.config
         self.channels, self.input_channels = latent_channels(config), int(config.in_channels)
-        self.width = _one(config.cross_attention_dim)
+        self.width = _one(getattr(config, "cross_attention_dim", 0))
+        self.takes_labels = not self.width and getattr(network, "class_embedding", None) is not None
         self.sample_size = _one(config.sample_size or 64)
         self.condition = condition_of(config)
+        self.upscale_factor: int | None = config.get(UPSCALE)
         self.inpaints = self.condition is None and self.input_channels == 2 * self.channels + 1
-        self.guided = config.time_cond_proj_dim is not None
+        self.guided = getattr(config, "time_cond_proj_dim", None) is not None
         self.run: Callable[..., Any] | None = None
         embed_timestep_once(network)
 
@@ -97,10 +106,8 @@ class UNet(Wrapper):
         """Denoise small latents of zeros."""
         side = 2 ** len(self.network.config.block_out_channels)
         x_t = torch.zeros(1, self.input_channels, side, side, device=self.device, dtype=self.dtype)
-        settings = self.network.config
-        projected = settings.class_embed_type == "projection"
-        label = x_t.new_zeros(1, settings.projection_class_embeddings_input_dim) if projected else None
-        self.network(x_t, 1, x_t.new_zeros(1, 4, self.width), class_labels=label, return_dict=False)
+        inputs = (x_t.new_zeros(1, 4, self.width),) if self.width else ()
+        self.network(x_t, 1, *inputs, class_labels=self._blank_label(x_t), return_dict=False)
 
     @blames_network
     def forward(
@@ -136,6 +143,11 @@ class UNet(Wrapper):
             sample = torch.cat([sample, cond.concat], dim=1)
         down, mid = (None, None) if cond.residuals is None else cond.residuals
         timesteps = timesteps_of(t, self.device)
+        if not self.width:
+            with shared_timestep(isinstance(t, int)):
+                run = self.network if self.run is None else self.run
+                drawn: Tensor = run(sample, timesteps, cond.label, return_dict=False)[0]
+            return drawn.to(x_t)
         with shared_timestep(isinstance(t, int)):
             output: Tensor = (self.network if self.run is None else self.run)(
                 sample, timesteps, encoder_hidden_states=cond.text, encoder_attention_mask=cond.mask, return_dict=False,
@@ -153,6 +165,9 @@ class UNet(Wrapper):
     def _check_fit(self, cond: Conditioning, batch_size: int) -> None:
         """Raise ArgumentError unless the network can use every part of a condition of `batch_size` images."""
         check_condition(cond)
+        if not self.width:
+            self._check_fits_without_text(cond, batch_size)
+            return
         if cond.text is None or cond.text.ndim != 3 or cond.text.shape[2] != self.width:
             given = "none" if cond.text is None else f"of shape {tuple(cond.text.shape)}"
             raise ArgumentError(
@@ -160,15 +175,58 @@ class UNet(Wrapper):
             )
         if len(cond) != batch_size:
             raise ArgumentError(f"a condition of {len(cond)} images does not fit x_t of {batch_size}.")
+        self._check_beside(cond)
+        self._check_label(cond.label)
+
+    def _check_fits_without_text(self, cond: Conditioning, batch_size: int) -> None:
+        """Raise ArgumentError unless a network that takes no text can use every part of a condition."""
+        for part in ("text", "mask", "residuals", "added"):
+            if getattr(cond, part) is not None:
+                raise ArgumentError(f"this U-Net takes no text; leave `{part}` out of the condition.")
+        if self.takes_labels != (cond.label is not None):
+            verb, rest = ("takes class labels", "give") if self.takes_labels else ("takes no class labels", "leave out")
+            raise ArgumentError(f"this U-Net {verb}: {rest} `label` in the condition.")
+        if len(cond) not in (batch_size, *([] if self.takes_labels else [0])):
+            raise ArgumentError(f"a condition of {len(cond)} images does not fit x_t of {batch_size}.")
+        if cond.label is not None and cond.label.device.type == "cpu":  # on a GPU this would synchronise
+            self._check_labels(cond.label)
+        self._check_beside(cond)
+
+    def _check_labels(self, label: Tensor) -> None:
+        """Raise ArgumentError unless the network has all these labels (B,)."""
+        count = self.network.config.num_class_embeds
+        if count is not None and bool(((label < 0) | (label >= count)).any()):
+            raise ArgumentError(f"class labels of this U-Net are from 0 to {count - 1}, not {label.tolist()}.")
+
+    def _check_beside(self, cond: Conditioning) -> None:
+        """Raise ArgumentError unless the condition's `concat` has the channels that the network takes beside x_t."""
         beside = 0 if cond.concat is None else cond.concat.shape[1]
         if beside != (wanted := self.input_channels - self.channels):
             raise ArgumentError(
                 f"this U-Net takes {wanted} channels beside x_t; the condition's `concat` has {beside}."
             )
-        if cond.label is not None and getattr(self.network, "class_embedding", None) is None:
+
+    def _check_label(self, label: Tensor | None) -> None:
+        """Raise ArgumentError unless a network of text takes a label, or none, as it is given."""
+        if label is not None and getattr(self.network, "class_embedding", None) is None:
             raise ArgumentError("this U-Net takes no class labels; leave `label` out of the condition.")
-        if cond.label is None and self.network.config.class_embed_type == "projection":
+        if label is None and self._takes_vectors:
             raise ArgumentError("this U-Net takes the embedding of an image as `label`; draw with sdkit.UnCLIP.")
+        if label is None and self.condition == LOW_RES:
+            raise ArgumentError("this U-Net takes the noise level of the image to enlarge; give it as `label`.")
+
+    @property
+    def _takes_vectors(self) -> bool:
+        """Whether the label is a vector, such as CLIP's embedding of an image."""
+        return bool(self.network.config.class_embed_type == "projection")
+
+    def _blank_label(self, x_t: Tensor) -> Tensor | None:
+        """Return a label (1,) or (1, D) of zeros, or None if the network takes none."""
+        if self.takes_labels or self.condition == LOW_RES:
+            return x_t.new_zeros(1, dtype=torch.long)
+        return (
+            x_t.new_zeros(1, self.network.config.projection_class_embeddings_input_dim) if self._takes_vectors else None
+        )
 
     def _received(self, part: Tensor) -> Tensor:
         """Move a part of the condition to the network's device. Cast it if it is floating-point."""
@@ -200,6 +258,8 @@ class UNet(Wrapper):
             (B, L, h, w) float32. At each position, the values of the L tokens add up to 1.
         """
         self.check_runs("cross-attention")
+        if not self.width:
+            raise ArgumentError("this U-Net takes no text, and attends to no words.")
         height, width = x_t.shape[2:]
         maps: list[Tensor] = []
 

@@ -4,6 +4,7 @@ https://arxiv.org/abs/2208.01618)."""
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Mapping
 
 import torch
@@ -46,6 +47,22 @@ class GrownEmbedding(nn.Embedding):
         return plain
 
 
+def unwritable(token: str) -> bool:
+    """Return whether prompts cannot name a token: it holds a control character or a lone surrogate, or begins with an
+    accent, which becomes one with the letter before it."""
+    return bool(unicodedata.combining(token[0])) or any(unicodedata.category(one) in ("Cc", "Cs") for one in token)
+
+
+def same_token(token: str) -> str:
+    """Return a text that two tokens share if prompts cannot tell them apart: they differ only in case, or in whether
+    accents are characters of their own (Unicode's NFD) or not (NFC)."""
+    return _composed(token).lower()
+
+
+def _composed(text: str) -> str:
+    return unicodedata.normalize("NFC", text)
+
+
 class LearnedTokens:
     """The learned tokens of a tokenizer: where they are in a text, and which ids they have.
 
@@ -62,12 +79,13 @@ class LearnedTokens:
         # The longest token first, so that "zork2" is not read as "zork" where there are both.
         tokens = sorted(ids, key=len, reverse=True)
         self._ids = [ids[token] for token in tokens]
-        groups = "|".join(f"({re.escape(token)})" for token in tokens)
+        groups = "|".join(f"({re.escape(_composed(token))})" for token in tokens)
         self._pattern = re.compile(groups or "(?!)", re.IGNORECASE)  # like the vocabulary; (?!) matches nowhere
         self._lengths = {found.start: len(found) for found in self._ids}
 
     def split(self, text: str) -> list[str | range]:
         """Split a text into pieces of plain text, and ids of learned tokens."""
+        text = _composed(text)  # as CLIP's tokenizer does with plain text
         pieces: list[str | range] = []
         end = 0
         for match in self._pattern.finditer(text):

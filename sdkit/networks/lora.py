@@ -7,7 +7,8 @@ without a LoRA. `sdkit.loading.lora_file` reads and writes the files.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
+from weakref import ReferenceType, WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
@@ -125,6 +126,9 @@ class MergedLoRAs:
         active: Name -> the LoRA and its scale, in the order in which they were added.
     """
 
+    _owners: ClassVar[WeakKeyDictionary[nn.Module, ReferenceType[MergedLoRAs]]] = WeakKeyDictionary()
+    """Network -> the LoRAs that were merged into it last."""
+
     def __init__(self) -> None:
         self.active: dict[str, Active] = {}
         self._originals: dict[tuple[str, str], Tensor] = {}
@@ -139,10 +143,12 @@ class MergedLoRAs:
 
         Raises:
             SourceError: A LoRA was made for other networks, or a weight would overflow.
+            ArgumentError: LoRAs of another pipeline are in these networks.
 
         Whatever is raised, Ctrl-C included, nothing has changed then.
         """
         networks = {"unet": unet, "text_encoder": text}
+        self._check_alone(networks.values())
         changes = _changes(active.values(), networks)
         try:
             self._apply(changes, networks)
@@ -150,6 +156,18 @@ class MergedLoRAs:
             self._apply(_changes(self.active.values(), networks), networks)
             raise
         self.active = dict(active)
+        self._owners.update(dict.fromkeys(networks.values(), ref(self)))
+
+    def _check_alone(self, networks: Iterable[nn.Module]) -> None:
+        """Raise ArgumentError if LoRAs of another pipeline are in one of these networks: they would become part of the
+        original weights."""
+        for network in networks:
+            other = self._owners[network]() if network in self._owners else None
+            if other is not None and other is not self and other.active:
+                raise ArgumentError(
+                    "another pipeline with the same network has loaded LoRAs into it: unload them there, or load the "
+                    "model a second time."
+                )
 
     @torch.no_grad()
     def _apply(self, changes: Mapping[tuple[str, str], list[_Change]], networks: Mapping[str, nn.Module]) -> None:

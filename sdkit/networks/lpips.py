@@ -193,6 +193,16 @@ class LPIPS(nn.Module):
     def _maps(self, x: Tensor) -> list[Tensor]:
         """Return the compared activations, normalized at each position, times the square root of their head's
         weights."""
+        activations = self.activations(x)
+        with torch.autocast(x.device.type, enabled=False):
+            return [_unit(h) * head.sqrt() for h, head in zip(activations, self.heads, strict=True)]
+
+    def activations(self, x: Tensor) -> list[Tensor]:
+        """Return the activations of the compared layers, (B, C, h, w) each, of images (B, 3, H, W) in [-1, 1].
+
+        Raises:
+            ImageError: The images are too small, or no images.
+        """
         if x.ndim != 4 or x.shape[1] != 3 or min(x.shape[2:]) < self.smallest:
             raise ImageError(
                 f"LPIPS needs images (B, 3, H, W) of at least {self.smallest} x {self.smallest} pixels, not "
@@ -205,7 +215,7 @@ class LPIPS(nn.Module):
                 h = layer(h)
                 if i in self._compared:
                     activations.append(h)
-            return [_unit(h) * head.sqrt() for h, head in zip(activations, self.heads, strict=True)]
+        return activations
 
 
 def _unit(h: Tensor) -> Tensor:  # (B, C, h, w)

@@ -4,7 +4,7 @@ The maps that ship are `SD1` and `EMOJI`. `fit_rgb_map` makes one for another VA
 again, on 96 pictures that it draws (a minute on a CPU):
 
     sd = sdkit.StableDiffusion.from_pretrained("emoji", dtype="fp32", device="cpu")
-    texts = [p.text for p in sdkit.recipes.emoji.evaluation.prompts(96)]
+    texts = [p.text for p in sdkit.recipes.emoji.asked.open_prompts(96, background=True)]
     z = sd(texts, num_inference_steps=10, output_type="latent")
     print(sdkit.latents.fit_rgb_map([(z, sd.vae.decode(z, output_type="pt"))]))
 """

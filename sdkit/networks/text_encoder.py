@@ -20,7 +20,7 @@ from sdkit.errors import ArgumentError, SourceError
 from sdkit.loading.source import Source
 from sdkit.loading.tensors import loading
 from sdkit.messages import clean
-from sdkit.networks.learned_tokens import SYNTAX, GrownEmbedding, LearnedTokens
+from sdkit.networks.learned_tokens import SYNTAX, GrownEmbedding, LearnedTokens, same_token, unwritable
 from sdkit.networks.wrapper import Wrapper, blames_network
 
 if TYPE_CHECKING:
@@ -114,7 +114,8 @@ class TextEncoder(Wrapper):
     def add_token(self, token: str, vectors: Tensor, *, label: str = "this embedding") -> None:
         """Add a token that is not in the vocabulary, and its vectors: a textual inversion embedding.
 
-        Prompts without the token are embedded bit-identically as before. Its case is ignored, as that of other words.
+        Prompts without the token are embedded bit-identically as before. Its case is ignored, as that of other words,
+        and so is how Unicode spells its accents.
 
         Args:
             token: The token, as prompts spell it.
@@ -126,6 +127,8 @@ class TextEncoder(Wrapper):
             SourceError: The vectors do not fit this text encoder.
         """
         self._check_token(token)
+        if not isinstance(vectors, Tensor) or vectors.ndim != 2 or not len(vectors) or not vectors.is_floating_point():
+            raise ArgumentError(f"the vectors of {clean(repr(token))} must be a tensor (n, D) of floats, n at least 1.")
         if not len(vectors) <= self.length - 2:
             raise SourceError(
                 f"{label} has {len(vectors)} vectors, and this model reads at most {self.length - 2} tokens together; "
@@ -136,13 +139,15 @@ class TextEncoder(Wrapper):
                 f"{label} was made for another model: its vectors have {vectors.shape[1]} numbers, this model's have "
                 f"{self.width}; give one of its own."
             )
+        if not bool(vectors.isfinite().all()):
+            raise SourceError(f"{label} has numbers that are not finite; give another.")
         if not bool(vectors.to(self.dtype).isfinite().all()):
             raise SourceError(f"{label} has numbers that are too large for {self.dtype}; take dtype 'fp32'.")
         self._set_learned({**self.learned, token: vectors.detach().float().cpu().clone()})
 
     def remove_token(self, token: str) -> None:
         """Remove a token that `add_token` added. Raises ArgumentError if there is none of that name."""
-        found = next((other for other in self.learned if other.lower() == str(token).lower()), None)
+        found = next((other for other in self.learned if same_token(other) == same_token(str(token))), None)
         if found is None:
             held = ", ".join(map(clean, self.learned)) or "none"
             raise ArgumentError(f"no embedding with the token {clean(repr(token))} is loaded; loaded are: {held}.")
@@ -153,12 +158,17 @@ class TextEncoder(Wrapper):
         if not isinstance(token, str) or not token:
             raise ArgumentError("a token must be a text that is not empty, such as '<zork>'.")
         name = clean(repr(token))
+        if unwritable(token):
+            raise ArgumentError(
+                f"the token {name} has a control character in it, or begins with an accent, which belongs to the "
+                "letter before it; give another, such as '<zork>'."
+            )
         if SYNTAX.search(token):
             raise ArgumentError(
                 f"the token {name} has a space or one of ()[]:|\\ in it, which prompts read in another way; give one "
                 "without, such as '<zork>'."
             )
-        if token.lower() in {other.lower() for other in self.learned}:
+        if same_token(token) in map(same_token, self.learned):
             raise ArgumentError(
                 f"an embedding with the token {name} is loaded already; unload it first, or give another token."
             )

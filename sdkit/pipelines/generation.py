@@ -18,6 +18,7 @@ from sdkit.errors import ArgumentError, ImageError, SourceError
 from sdkit.fields import with_inherited_fields
 from sdkit.files import sha256
 from sdkit.loading.embedding_file import Embedding, read_embedding
+from sdkit.loading.lora_file import LoRA, read_lora
 from sdkit.loading.place import EMBEDDED, PIXELS
 from sdkit.pipelines import infotext
 from sdkit.pipelines.concatenation import check_condition_settings
@@ -64,6 +65,7 @@ class Generation(DrawingSettings):
         vae: Source of a VAE that replaces the model's own.
         lora: Sources of LoRAs, which are merged in this order.
         lora_scale: A scale for each LoRA; empty stands for 1 each.
+        lora_sha256: SHA-256 of each of their files.
         embedding: Sources of textual inversion embeddings; see `StableDiffusion.load_embedding`.
         embedding_token: The token of each; empty stands for their own.
         embedding_sha256: SHA-256 of each of their files.
@@ -90,17 +92,13 @@ class Generation(DrawingSettings):
     vae: str | None = None
     lora: tuple[str, ...] = ()
     lora_scale: tuple[float, ...] = ()
+    lora_sha256: tuple[str, ...] = ()
     embedding: tuple[str, ...] = ()
     embedding_token: tuple[str, ...] = ()
     embedding_sha256: tuple[str, ...] = ()
     controlnet: tuple[str, ...] = ()
     control_image: tuple[str, ...] = ()
     control_image_sha256: tuple[str, ...] = ()
-
-    @property
-    def loras(self) -> list[tuple[str, float]]:
-        """The source and the scale of each LoRA."""
-        return list(zip(self.lora, self.lora_scale or [1.0] * len(self.lora), strict=True))
 
     def options(self) -> dict[str, Any]:
         """Return the keywords of the pipeline's call, except the prompt, the seed, and the images of `inputs`."""
@@ -130,7 +128,7 @@ class Generation(DrawingSettings):
                 f"{len(self.embedding_token)} of embedding_token cannot serve {len(self.embedding)} embeddings: give "
                 "one for each, in the same order, or none."
             )
-        for name in ("embedding", "control_image"):
+        for name in ("lora", "embedding", "control_image"):
             files, hashes = len(getattr(self, name)), len(getattr(self, f"{name}_sha256"))
             if hashes not in (0, files):
                 raise ArgumentError(
@@ -172,6 +170,21 @@ class Generation(DrawingSettings):
         hashes = [_hash(path, "control_image", one) for path, one in zip(self.control_image, expected, strict=True)]
         return pictures, replace(self, control_image_sha256=tuple(hashes))
 
+    def loras(self) -> tuple[list[tuple[LoRA, float]], Generation]:
+        """Read the LoRAs.
+
+        Returns:
+            The LoRAs and their scales, and these settings with the SHA-256 of each file.
+
+        Raises:
+            SourceError: A file cannot be read, or has changed since these settings were written.
+        """
+        found = [read_lora(source) for source in self.lora]
+        hashes = tuple(sha256(one.path) for one in found if one.path is not None)
+        _check_unchanged("lora", [one.label for one in found], hashes, self.lora_sha256)
+        scales = self.lora_scale or [1.0] * len(found)
+        return list(zip(found, scales, strict=True)), replace(self, lora_sha256=hashes)
+
     def embeddings(self) -> tuple[list[Embedding], Generation]:
         """Read the textual inversion embeddings.
 
@@ -186,13 +199,8 @@ class Generation(DrawingSettings):
             read_embedding(source, token=token)
             for source, token in zip(self.embedding, self.embedding_token or none, strict=True)
         ]
-        for one, expected in zip(found, self.embedding_sha256 or none, strict=True):
-            if expected not in (None, one.sha256):
-                raise SourceError(
-                    f"{one.label} has changed since it was drawn with; restore it, or give it anew as embedding to "
-                    "draw with what it is now."
-                )
         tokens, hashes = tuple(one.token for one in found), tuple(one.sha256 for one in found)
+        _check_unchanged("embedding", [one.label for one in found], hashes, self.embedding_sha256)
         return found, replace(self, embedding_token=tokens, embedding_sha256=hashes)
 
     def text(self) -> dict[str, str]:
@@ -241,7 +249,7 @@ class Generation(DrawingSettings):
         if "embedding" in changes:
             changes = {"embedding_token": (), "embedding_sha256": (), **changes}
         if "lora" in changes:
-            changes = {"lora_scale": (), **changes}
+            changes = {"lora_scale": (), "lora_sha256": (), **changes}
         if default_spacing(changes.get("sampler", self.sampler)) != default_spacing(self.sampler):
             changes = {"spacing": None, **changes}
         changes = {**{f"{name}_sha256": None for name in INPUTS if name in changes}, **changes}
@@ -259,9 +267,9 @@ class Generation(DrawingSettings):
                 "condition",
                 "condition_sha256",
             )
-            lists: dict[str, Any] = dict.fromkeys(
-                ("lora", "lora_scale", "embedding", "embedding_token", "embedding_sha256", "controlnet"), ()
-            )
+            of_loras, of_embeddings = ("lora", "lora_scale", "lora_sha256"), ("embedding", "embedding_token")
+            names = (*of_loras, *of_embeddings, "embedding_sha256", "controlnet")
+            lists: dict[str, Any] = dict.fromkeys(names, ())
             if "controlnet" not in changes:
                 lists |= {"control_image": (), "control_image_sha256": ()}
                 lists |= {field.name: field.default for field in fields(self) if field.name in OWN}
@@ -281,6 +289,23 @@ def _hash(path: str, name: str, expected: str | None) -> str:
             "is now."
         )
     return found
+
+
+def _check_unchanged(name: str, labels: Sequence[str], found: Sequence[str], expected: Sequence[str]) -> None:
+    """Raise SourceError if a file is not the one that was drawn with.
+
+    Args:
+        name: Field of the files.
+        labels: The files as messages name them.
+        found: SHA-256 of each.
+        expected: SHA-256 that each had; empty where that is not known.
+    """
+    for label, now, then in zip(labels, found, expected or found, strict=True):
+        if now != then:
+            raise SourceError(
+                f"{label} has changed since it was drawn with; restore it, or give it anew as {name} to draw with what "
+                "it is now."
+            )
 
 
 def anywhere(source: str) -> str:
@@ -346,7 +371,7 @@ _TYPES: dict[str, Callable[[str], Any]] = {
 }
 """Parsers of fields by their types."""
 _PARSERS: dict[str, Callable[[str], Any]] = {
-    **dict.fromkeys((*SOURCES, "control_image_sha256", "embedding_token", "embedding_sha256"), _texts),
+    **dict.fromkeys((*SOURCES, "control_image_sha256", "lora_sha256", "embedding_token", "embedding_sha256"), _texts),
     "lora_scale": _numbers,
     **dict.fromkeys(SHARED, _one_or_more),
     "guidance_interval": _interval,

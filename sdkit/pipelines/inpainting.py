@@ -200,6 +200,8 @@ def _masks_of(mask: Tensor) -> list[Tensor]:
     batch = mask.detach().cpu()[(None,) * max(0, 4 - mask.ndim)]
     if batch.ndim != 4 or batch.shape[1] != 1 or 0 in batch.shape:
         raise ImageError(f"a tensor of shape {tuple(mask.shape)} is no mask; give (H, W) or (B, 1, H, W).")
+    if batch.is_complex():
+        raise ImageError(f"a tensor of {mask.dtype} is no mask; give booleans, or numbers in [0, 1].")
     values = batch.float()
     if not bool(((values >= 0) & (values <= 1)).all()):  # false for NaN, too
         raise ImageError("a mask's numbers must be in [0, 1]: 1 where the image is drawn anew, 0 where it is kept.")

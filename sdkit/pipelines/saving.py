@@ -13,8 +13,9 @@ import torch
 from sdkit.atomic import whole_folder
 from sdkit.errors import ArgumentError, SourceError
 from sdkit.files import expanded
-from sdkit.loading.configs import GUIDANCE
+from sdkit.loading.configs import GUIDANCE, LOW_RES
 from sdkit.loading.lora_file import LoRA
+from sdkit.loading.parts import LOW_RES_SCHEDULER
 from sdkit.loading.single_file import ASSETS
 from sdkit.loading.source import USUAL_GUIDANCE, Source, condition_of
 from sdkit.loading.tensors import is_finite
@@ -32,6 +33,7 @@ def save_pipeline(
     unet: Any,
     scheduler: Mapping[str, Any],
     guidance_scale: float,
+    low_res_scheduler: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a model in diffusers layout into an empty folder.
 
@@ -43,6 +45,7 @@ def save_pipeline(
         unet: The U-Net's network.
         scheduler: The noise schedule, as in scheduler_config.json.
         guidance_scale: The guidance scale that suits the model.
+        low_res_scheduler: For an upsampler: the schedule by which its small image is noised; None is DDPM's.
     """
     with quiet("diffusers", "transformers"), no_warnings():
         import diffusers
@@ -58,9 +61,43 @@ def save_pipeline(
         if guidance_scale != USUAL_GUIDANCE:
             pipeline.register_to_config(**{GUIDANCE: guidance_scale})
         pipeline.save_pretrained(folder)
-    if not vae.kind.makes_latents:  # diffusers has no such VAE; `Source` reads this
-        (folder / "vae").mkdir()
-        shutil.copy(ASSETS / "pixels" / "config.json", folder / "vae")
+        if condition_of(unet.config) == LOW_RES:
+            noising = diffusers.DDPMScheduler.from_config(low_res_scheduler or {})
+            noising.save_pretrained(folder / LOW_RES_SCHEDULER.folder)
+    if not vae.kind.makes_latents:
+        _save_pixels(folder)
+
+
+def save_without_text(
+    folder: Path, *, vae: VAE, unet: Any, scheduler: Mapping[str, Any], guidance_scale: float
+) -> None:
+    """Write a model whose U-Net is a `UNet2DModel` into an empty folder, in the layout of diffusers' `DDPMPipeline`,
+    with the VAE beside it, which that pipeline does not read.
+
+    Args:
+        folder: The folder.
+        vae: The VAE, or the pixel identity.
+        unet: The U-Net's network.
+        scheduler: The noise schedule, as in scheduler_config.json.
+        guidance_scale: The guidance scale that suits the model.
+    """
+    with quiet("diffusers", "transformers"), no_warnings():
+        import diffusers
+
+        scheduler_class = getattr(diffusers, scheduler.get("_class_name") or "DDPMScheduler")
+        pipeline = diffusers.DDPMPipeline(unet=unet, scheduler=scheduler_class.from_config(scheduler))
+        pipeline.register_to_config(**{GUIDANCE: guidance_scale})
+        pipeline.save_pretrained(folder)
+        if vae.kind.makes_latents:
+            vae.network.save_pretrained(folder / "vae")
+    if not vae.kind.makes_latents:
+        _save_pixels(folder)
+
+
+def _save_pixels(folder: Path) -> None:
+    """Write the config of the pixel identity, which diffusers does not know, and `Source` reads."""
+    (folder / "vae").mkdir()
+    shutil.copy(ASSETS / "pixels" / "config.json", folder / "vae")
 
 
 def _check_finite(networks: Iterable[torch.nn.Module], dtype: torch.dtype) -> None:
@@ -111,5 +148,6 @@ def merge_into_model(
         save_pipeline(
             temporary, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet,
             scheduler=source.scheduler_config(), guidance_scale=source.guidance_scale,
+            low_res_scheduler=source.low_res_config() if condition_of(unet.config) == LOW_RES else None,
         )  # fmt: skip
     return out

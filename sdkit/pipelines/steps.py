@@ -23,6 +23,7 @@ from sdkit.diffusion.samplers import Generators, Sampler, Step, Timesteps, ddim
 from sdkit.diffusion.schedule import NoiseSchedule, Predict
 from sdkit.errors import ArgumentError
 from sdkit.networks.autoencoder import Autoencoder
+from sdkit.networks.class_names import ClassNames
 from sdkit.networks.text_encoder import TextEncoder
 from sdkit.progress import progress
 
@@ -50,8 +51,12 @@ def embed(
         chunks: Number k of chunks of tokens to pad to; None is that of the longest prompt.
 
     Returns:
-        A condition with text embeddings (B, 77k, D).
+        A condition with text embeddings (B, 77k, D). Of `ClassNames` it has labels (B,), or, if there are no classes,
+        nothing.
     """
+    if isinstance(text, ClassNames):
+        text.check(prompts)
+        return Conditioning(label=text.labels(prompts) if text.names else None)
     distinct = list(dict.fromkeys(prompts))
     embeddings = text.encode(distinct, clip_skip=clip_skip, weighting=weighting, chunks=chunks)
     return Conditioning(embeddings[[distinct.index(prompt) for prompt in prompts]])

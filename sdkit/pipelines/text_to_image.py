@@ -29,22 +29,27 @@ from sdkit.errors import ArgumentError, SdkitError
 from sdkit.fields import takes_fields
 from sdkit.files import expanded
 from sdkit.images import OUTPUT_TYPES, Images, from_tensors
+from sdkit.loading.configs import LOW_RES
 from sdkit.loading.embedding_file import Embedding, read_embedding
 from sdkit.loading.lora_file import LoRA, read_lora
 from sdkit.loading.source import USUAL_GUIDANCE, Source
 from sdkit.loading.tensors import is_file
 from sdkit.messages import clean
 from sdkit.networks.autoencoder import VAE
+from sdkit.networks.class_names import ClassNames
+from sdkit.networks.classifier import Classifier
 from sdkit.networks.denoiser import UNet
 from sdkit.networks.lora import Active, MergedLoRAs
 from sdkit.networks.text_encoder import TextEncoder
 from sdkit.networks.wrapper import Wrapper
+from sdkit.pipelines.classifier_guidance import Labels, Towards, open_classifier
 from sdkit.pipelines.concatenation import cut_out, read_condition, told
 from sdkit.pipelines.controlnet import Control, ControlNets, controlled, fitted, in_region, open_controls
 from sdkit.pipelines.image_to_image import check_inputs, last_steps
 from sdkit.pipelines.inpainting import Canvas, Original, keep_outside, latent_mask, open_canvas, without_inside
 from sdkit.pipelines.settings import DrawingKeywords, DrawingSettings
 from sdkit.pipelines.steps import check_side, decode, denoise, embed, start
+from sdkit.pipelines.upsampling import check_noise_level, told_small
 
 if TYPE_CHECKING:
     import numpy as np
@@ -72,6 +77,10 @@ class CallKeywords(DrawingKeywords, total=False):
     controlnet: ControlNets | None
     control_image: Any
     condition: Images | None
+    noise_level: int | None
+    classifier: Classifier | None
+    class_labels: Labels | None
+    classifier_scale: float
     apg: APG | None
     batch_size: int | None
 
@@ -89,18 +98,20 @@ class StableDiffusion:
 
     Attributes:
         vae: The autoencoder.
-        text: The text encoder.
+        text: The text encoder; or the names of the classes, of a model that takes labels or nothing in place of text.
         unet: The denoising U-Net.
         schedule: The noise schedule.
         name: The source that the model was loaded from, or "".
         guidance_scale: Guidance scale of a call that gives none: `_guidance_scale` of the model's model_index.json,
             or 7.5.
         offload_to: Device to which each network is moved while it computes; None leaves all networks where they are.
+        low_res_schedule: For an upsampler: the schedule by which the image to enlarge is noised. The default is DDPM's.
     """
 
     def __init__(
         self, vae: VAE, text: TextEncoder, unet: UNet, schedule: NoiseSchedule, *, name: str = "",
         guidance_scale: float = USUAL_GUIDANCE, offload_to: torch.device | None = None,
+        low_res_schedule: NoiseSchedule | None = None,
     ) -> None:  # fmt: skip
         if unet.width != text.width:
             raise ArgumentError(
@@ -121,7 +132,15 @@ class StableDiffusion:
         self.name = name
         self.guidance_scale = guidance_scale
         self.offload_to = offload_to
+        self.low_res_schedule = NoiseSchedule.linear() if low_res_schedule is None else low_res_schedule
         self._loras = MergedLoRAs()
+
+    def __copy__(self) -> StableDiffusion:
+        """Refuse: LoRAs and embeddings of a shallow copy would change the original, too."""
+        raise ArgumentError(
+            "a shallow copy of a pipeline would share its weights, and with them LoRAs and embeddings; take "
+            "copy.deepcopy, whose copy has weights of its own."
+        )
 
     @classmethod
     def from_pretrained(
@@ -171,15 +190,28 @@ class StableDiffusion:
         home = "cpu" if offload else device
         # Each is set up for `device` before it goes home: layout, attention, and compilation depend on the device.
         autoencoder = VAE.from_source(beside, dtype=dtype, device=device, compile=compile).to(home)
+        if opened.takes_text:
+            text = TextEncoder.from_source(opened, dtype=dtype, device=device)
+            unet = UNet.from_source(opened, dtype=dtype, device=device, compile=compile)
+        else:
+            unet = UNet.from_source(opened, dtype=dtype, device=device, compile=compile)
+            text = ClassNames.of(unet)
+        low_res = opened.low_res_config() if unet.condition == LOW_RES else None
         return cls(
             autoencoder,
-            TextEncoder.from_source(opened, dtype=dtype, device=device).to(home),
-            UNet.from_source(opened, dtype=dtype, device=device, compile=compile).to(home),
+            text.to(home),
+            unet.to(home),
             opened.schedule(latents=autoencoder.kind.makes_latents),
             name=opened.name,
             guidance_scale=opened.guidance_scale,
             offload_to=device if offload else None,
+            low_res_schedule=None if low_res is None else NoiseSchedule.from_config(low_res),
         )
+
+    @property
+    def upscale_factor(self) -> int:
+        """For an upsampler: how many times larger its images are than those that it enlarges."""
+        return self.unet.upscale_factor or self.vae.factor
 
     def load_lora(
         self,
@@ -222,6 +254,10 @@ class StableDiffusion:
 
     def merge_lora(self, lora: LoRA, scale: float = 1.0, name: str | None = None) -> str:
         """Add a LoRA that has been read; see `load_lora`."""
+        if not isinstance(lora, LoRA):
+            raise ArgumentError(
+                f"merge_lora takes a LoRA as read_lora returns it, not {lora!r}; load_lora reads files."
+            )
         self._check_lora_name(name)
         scale = number("scale", scale)
         numbered = (f"{lora.name}-{i}" for i in itertools.count(2))
@@ -320,6 +356,11 @@ class StableDiffusion:
 
     def add_embedding(self, embedding: Embedding) -> None:
         """Add an embedding that has been read; see `load_embedding`."""
+        if not isinstance(embedding, Embedding):
+            raise ArgumentError(
+                f"add_embedding takes an Embedding as read_embedding returns it, not {embedding!r}; load_embedding "
+                "reads files."
+            )
         self.text.add_token(embedding.token, embedding.vectors, label=embedding.label)
 
     def unload_embedding(self, token: str | None = None) -> None:
@@ -358,6 +399,10 @@ class StableDiffusion:
         controlnet: ControlNets | None = None,
         control_image: Any = None,
         condition: Images | None = None,
+        noise_level: int | None = None,
+        classifier: Classifier | None = None,
+        class_labels: Labels | None = None,
+        classifier_scale: float = 1.0,
         apg: APG | None = None,
         batch_size: int | None = None,
         **options: Unpack[DrawingKeywords],
@@ -394,7 +439,13 @@ class StableDiffusion:
                 resized.
             condition: Image that the U-Net reads beside the noise, for a model that was trained to: one for all
                 prompts, or one for each, as for `image`. The height and the width are its own by default; if others are
-                given, it is resized. `image_guidance_scale` says how closely to follow it.
+                given, it is resized. `image_guidance_scale` says how closely to follow it. An upsampler
+                enlarges it.
+            noise_level: For an upsampler: noise added to the image to enlarge, a timestep of `low_res_schedule`. More
+                noise lets it invent more. None is 20.
+            classifier: A classifier of noisy images by whose gradient the drawing is guided, beside `guidance_scale`.
+            class_labels: The class that it is guided to, by its name or number: one for all prompts, or one for each.
+            classifier_scale: Scale of that gradient; 1 is Bayes' rule.
             apg: Settings of adaptive projected guidance, which replaces classifier-free guidance.
             batch_size: Number of images denoised together; None fits it to their size.
 
@@ -426,6 +477,8 @@ class StableDiffusion:
             >>> star = sd("a yellow star", image=images[0], mask_image=mask, num_inference_steps=4)
         """
         one_of("output_type", output_type, (*OUTPUT_TYPES, "latent"))
+        if callback is not None and not callable(callback):
+            raise ArgumentError(f"callback must be a function of a Step, not {callback!r}.")
         prompts, negatives = self._prompts(prompt, negative_prompt, num_images_per_prompt)
         settings = DrawingSettings(**options)
         canvas = self._canvas(image, mask_image, settings, len(prompts), num_images_per_prompt)
@@ -434,9 +487,13 @@ class StableDiffusion:
         beside = read_condition(
             condition, self.unet, settings, prompts=n, copies=num_images_per_prompt, controls=bool(controls)
         )
+        level = check_noise_level(noise_level, self.unet, self.low_res_schedule)
+        towards = open_classifier(
+            classifier, class_labels, classifier_scale, self.vae, prompts=n, copies=num_images_per_prompt
+        )
         plan = self._plan(
             settings, canvas, controls, prompts, negatives, seed=seed, latents=latents, apg=apg, batch_size=batch_size,
-            finite=output_type != "latent", callback=callback, condition=beside,
+            finite=output_type != "latent", callback=callback, condition=beside, noise_level=level, towards=towards,
         )  # fmt: skip
         if canvas is None:
             z = self._sampled(start(plan.generators, plan.shape, latents), plan)
@@ -545,11 +602,13 @@ class StableDiffusion:
         self, settings: DrawingSettings, canvas: Canvas | None, controls: list[Control], prompts: list[str],
         negatives: list[str], *, seed: int | Sequence[int], latents: Tensor | None, apg: APG | None,
         batch_size: int | None, finite: bool, callback: Callable[[Step], object] | None,
-        condition: Tensor | None = None,
+        condition: Tensor | None = None, noise_level: int | None = None,
+        towards: Towards | None = None,
     ) -> Plan:  # fmt: skip
         """Check the settings and the arguments of a call against this model, and return all that is drawn."""
         given = (settings.height, settings.width) if canvas is None else canvas.size
         size = self._size(*given, latents, controls[0].images if controls else condition)
+        generators = seeded(seed, len(prompts))
         spacing = default_spacing(settings.sampler) if settings.spacing is None else settings.spacing
         timesteps: Timesteps = self.schedule.timesteps(settings.num_inference_steps, spacing)
         if canvas is not None:
@@ -570,23 +629,32 @@ class StableDiffusion:
             size=size,
             shape=shape,
             timesteps=timesteps,
-            generators=seeded(seed, len(prompts)),
+            generators=generators,
             batches=list(
                 self._batches(prompts, None if unguided else negatives, settings.weighting, shape, batch_size)
             ),
             sampler=sampler_by_name(settings.sampler, eta=settings.eta),
             model=model,
             controls=fitted(controls, self.unet, self.vae.factor, size),
-            beside=self._told(condition, size),
+            beside=self._told(condition, size, generators, noise_level),
+            noise_level=noise_level,
+            towards=towards,
             guidance={"scale": scale, **guidance},
             finite=finite,
             callback=callback,
         )
 
-    def _told(self, condition: Tensor | None, size: tuple[int, int]) -> Tensor | None:
+    def _told(
+        self, condition: Tensor | None, size: tuple[int, int], generators: Generators, noise_level: int | None
+    ) -> Tensor | None:
         """Return what the U-Net reads beside x_t, of conditions (N, 3, H, W); None without them."""
         if condition is None or self.unet.condition is None:
             return None
+        if noise_level is not None:
+            shape = self._latent_shape(*size)[1:]
+            return told_small(
+                condition, size, self.upscale_factor, generators, noise_level, self.low_res_schedule, shape
+            )
         with self._working(self.vae):
             return told(condition, self.unet.condition, self.vae, size)
 
@@ -665,11 +733,14 @@ class StableDiffusion:
         def predictor(batch: Batch, cond: Conditioning, uncond: Conditioning | None) -> Predict:
             if plan.beside is not None:
                 rows = plan.beside[batch.images].to(self.unet.device)
-                cond = replace(cond, concat=rows)
-                uncond = None if uncond is None else replace(uncond, concat=rows)
+                level = plan.noise_level
+                label = None if level is None else torch.full((len(rows),), level, device=self.unet.device)
+                cond = replace(cond, concat=rows, label=label)
+                uncond = None if uncond is None else replace(uncond, concat=rows, label=label)
             controls = [control[batch.images] for control in plan.controls]
             model = controlled(plan.model, controls, plan.timesteps)
-            return guided(model, self.schedule, cond, uncond, **plan.guidance)
+            predict = guided(model, self.schedule, cond, uncond, **plan.guidance)
+            return predict if plan.towards is None else plan.towards.guide(predict, batch.images, self.schedule)
 
         return predictor
 
@@ -706,7 +777,7 @@ class StableDiffusion:
 
     def _check_embeddings(self, conditions: list[Conditioning], weighting: bool) -> None:
         """Raise SdkitError, with the cause, if the text encoder gave numbers that are not finite."""
-        if all(one.text is not None and bool(torch.isfinite(one.text).all()) for one in conditions):
+        if all(one.text is None or bool(torch.isfinite(one.text).all()) for one in conditions):
             return
         if weighting and bool(torch.isfinite(self.text.encode("")).all()):
             raise SdkitError("the prompt's weights are so large that its embedding is not finite; give smaller ones.")
@@ -760,8 +831,9 @@ class StableDiffusion:
             height = latents.shape[2] * factor if height is None else height
             width = latents.shape[3] * factor if width is None else width
         elif followed is not None:
-            height = followed.shape[2] if height is None else height
-            width = followed.shape[3] if width is None else width
+            times = self.upscale_factor if self.unet.condition == LOW_RES else 1
+            height = followed.shape[2] * times if height is None else height
+            width = followed.shape[3] * times if width is None else width
         height = check_side("height", side * factor if height is None else height, factor)
         return height, check_side("width", side * factor if width is None else width, factor)
 
@@ -851,6 +923,8 @@ class Plan:
         model: The U-Net as `guided` calls it.
         controls: ControlNets, with images of the size of the drawing.
         beside: (N, C', h, w), what the U-Net reads beside x_t, or None.
+        noise_level: Noise level of an upsampler's image to enlarge; None for other models.
+        towards: Classes that a classifier guides to, or None.
         guidance: The keywords of `guided`, the scale among them.
         finite: Whether embeddings must be finite.
         callback: Called with each `Step` of each batch.
@@ -866,6 +940,8 @@ class Plan:
     model: Model
     controls: Sequence[Control]
     beside: Tensor | None
+    noise_level: int | None
+    towards: Towards | None
     guidance: Mapping[str, Any]
     finite: bool
     callback: Callable[[Step], object] | None

@@ -19,7 +19,17 @@ LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "cosine
 
 AUGMENTATIONS = ("crop", "flip")
 CONDITION_KINDS = ("latents", "map")  # names in sdkit.loading.configs.CONDITIONS
+LOSSES = ("simple", "hybrid", "vlb")
+TIMESTEPS = ("uniform", "importance")
+NOISE_SCHEDULES = {
+    "linear": "linear",
+    "scaled_linear": "scaled_linear",
+    "cosine": "squaredcos_cap_v2",
+}  # ours: diffusers'
 CONDITIONS = ("canny", "grey", "outlines", "colour_blocks")  # names in sdkit.images.conditions.CONDITIONS
+PRIORS = ("transformer", "pixelcnn")  # names in sdkit.networks.prior_shape.KINDS
+PRIOR_CONDITIONS = ("text", "class", "map")  # names in sdkit.networks.prior_shape.CONDITIONS
+LEVELS = ("top", "bottom")  # of a VQ-VAE-2
 TEMPLATES = ("object", "style")  # names in sdkit.training.stages.embedding.TEMPLATES
 RECONSTRUCTIONS = ("l1", "l2")
 REGULARIZERS = ("none", "kl", "vq")
@@ -147,7 +157,8 @@ class StageSettings(LoopSettings):
         split: Split of a data set on the Hub.
         image_column: Column of the images in parquet files and data sets of the Hub; None detects it.
         class_folders: Read names of folders as sd-scripts does: each image in "10_zork dog" counts ten
-            times, and has the caption "zork dog" if it has no other.
+            times, and has the caption "zork dog" if it has no other. Where no folder is named so, the caption
+            is the folder's name: its class.
         out_dir: Run folder. An existing run is resumed.
         learning_rate: Learning rate of AdamW, which the schedule multiplies.
         init: A config.json of diffusers, or a folder with one: train a network of this shape from scratch.
@@ -492,6 +503,24 @@ class UNetConfig(DreamBoothSettings):
         image_encoder: Folder with CLIP's image encoder, and the statistics of its embeddings, such as the result of
             `train_image_prior`. The U-Net then reads the noised embedding of each image, as DALL-E 2's decoder does.
         embedding_dropout: Share of samples trained without that embedding, which guidance needs.
+        upscale_factor: Train an upsampler: the U-Net reads the image itself, this many times smaller, with noise.
+            None is the model's own.
+        noise_augmentation: Largest noise level of an upsampler's small image; each sample has a level from 0 up
+            to it (Ho et al. 2022), which the U-Net is told.
+        classes: Names of the classes, in the order of their labels, for a U-Net that takes labels (a
+            UNet2DModel with num_class_embeds). Captions are then names of classes, and caption_dropout
+            drops labels. Left out, the captions of data are the classes.
+        noise_schedule: Noise schedule of a U-Net made from init: linear (DDPM), scaled_linear (Stable
+            Diffusion), or cosine (Nichol & Dhariwal 2021). None is the one beside init, or DDPM's for a
+            UNet2DModel, or the model's.
+        loss: simple (the mean squared error), hybrid, or vlb. The last two train a U-Net with twice the output
+            channels, which learns its variance (Nichol & Dhariwal 2021): hybrid adds vlb_weight times the
+            variational bound, of which the mean has no gradient; vlb is the bound alone.
+        vlb_weight: Weight of the variational bound in the hybrid loss.
+        timestep_sampling: uniform, or importance: in proportion to the root mean square of the last ten losses
+            at each timestep, for the losses hybrid and vlb.
+        bits_per_dimension: Evaluations of the U-Net for each held-out image with which validation estimates
+            the bits per dimension of a model of pixels; as many as timesteps give the exact bound, 0 none.
     """
 
     lora_rank: int | None = None
@@ -506,22 +535,65 @@ class UNetConfig(DreamBoothSettings):
     condition_dropout: float = 0.1
     image_encoder: str | os.PathLike[str] | None = None
     embedding_dropout: float = 0.1
+    upscale_factor: int | None = None
+    noise_augmentation: int = 350
+    classes: tuple[str, ...] = ()
+    noise_schedule: str | None = None
+    loss: str = "simple"
+    vlb_weight: float = 0.001
+    timestep_sampling: str = "uniform"
+    bits_per_dimension: int = 0
 
     # Paths; fingerprints cover the contents.
     may_change = DreamBoothSettings.may_change | {"conditioning_data", "image_encoder"}
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        from sdkit.arguments import flag, whole_number
+        from sdkit.arguments import flag, strings, whole_number
 
         flag("train_text_encoder", self.train_text_encoder)
         self._check_lora()
         self._check_condition()
         self._check_image_encoder()
+        self._check_loss()
+        if self.classes:
+            self._keep("classes", tuple(strings("classes", self.classes)))
+            if not all(name.strip() for name in self.classes):
+                raise ArgumentError("classes must be names, and one is empty; the empty caption is no class.")
         if self.lora_rank is not None:
             self._keep("lora_rank", whole_number("lora_rank", self.lora_rank, 1))
             if self.init is not None:
                 raise ArgumentError("a network made from init= has nothing for LoRA to add to; leave one of them out.")
+
+    def _check_loss(self) -> None:
+        """Check the settings of the loss with each other."""
+        from sdkit.arguments import number, one_of, whole_number
+
+        one_of("loss", self.loss, LOSSES)
+        one_of("timestep_sampling", self.timestep_sampling, TIMESTEPS)
+        self._keep("vlb_weight", number("vlb_weight", self.vlb_weight, 0))
+        self._keep("bits_per_dimension", whole_number("bits_per_dimension", self.bits_per_dimension, 0))
+        if self.noise_schedule is not None:
+            one_of("noise_schedule", self.noise_schedule, NOISE_SCHEDULES)
+            if self.init is None:
+                raise ArgumentError(
+                    "noise_schedule is that of a U-Net trained from scratch; give init, or leave it out, as a trained "
+                    "model has its own."
+                )
+        if self.loss != "hybrid" and self.vlb_weight != type(self).vlb_weight:
+            raise ArgumentError("vlb_weight belongs to the loss hybrid; leave it out, or give loss hybrid.")
+        if self.loss == "hybrid" and self.vlb_weight == 0:
+            raise ArgumentError("at vlb_weight 0 nothing trains the variance; give a larger one, or loss simple.")
+        if self.loss == "simple" and self.timestep_sampling != "uniform":
+            raise ArgumentError("timestep_sampling importance belongs to the losses hybrid and vlb; give one of them.")
+        if self.loss == "vlb" and self.snr_gamma is not None:
+            raise ArgumentError("snr_gamma weights the simple loss, and vlb has none; leave it out.")
+        if self.loss != "simple" and self.instance_data is not None:
+            raise ArgumentError("DreamBooth trains by the loss simple; leave loss out.")
+        if self.loss != "simple" and self.noise_offset:
+            raise ArgumentError(
+                "noise_offset draws other noise than the variational bound is of; leave one of them out."
+            )
 
     def _check_lora(self) -> None:
         """Check the settings of the LoRA, except its rank."""
@@ -554,23 +626,23 @@ class UNetConfig(DreamBoothSettings):
 
     def _check_condition(self) -> None:
         """Raise ArgumentError for settings of conditions that contradict each other."""
-        from sdkit.arguments import number, one_of, path_or_name
+        from sdkit.arguments import number, whole_number
+        from sdkit.data.pairs import check_conditions
 
-        for name in ("condition_column", "conditioning_data"):
-            if (value := getattr(self, name)) is not None:
-                path_or_name(name, value)
+        check_conditions(self.condition_column, self.conditioning_data, self.condition_kind)
         for name in ("condition_column", "conditioning_data", "condition_kind"):
             if getattr(self, name) is not None and self.instance_data is not None:
                 raise ArgumentError(f"{name} has no meaning for DreamBooth, which learns from images alone.")
         if self.conditioning_data is not None:
             self._keep_apart("conditioning_data", self.conditioning_data)
-            if self.condition_column is not None:
-                raise ArgumentError(
-                    "condition_column and conditioning_data both name the conditions; leave one of them out."
-                )
-        if self.condition_kind is not None:
-            one_of("condition_kind", self.condition_kind, CONDITION_KINDS)
         self._keep("condition_dropout", number("condition_dropout", self.condition_dropout, 0, 1))
+        self._keep("noise_augmentation", whole_number("noise_augmentation", self.noise_augmentation, 0))
+        if self.upscale_factor is not None:
+            self._keep("upscale_factor", whole_number("upscale_factor", self.upscale_factor, 2, 64))
+            given = [name for name in ("condition_column", "conditioning_data", "condition_kind", "instance_data")
+                     if getattr(self, name) is not None]  # fmt: skip
+            if given:
+                raise ArgumentError(f"an upsampler's condition is made of the image itself; leave {given[0]} out.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -585,7 +657,8 @@ class ControlNetConfig(DenoisingSettings):
         conditioning_data: Data set of the conditions, images of the same names as those in data; with condition,
             of the images that they are made of, which a latent cache does not hold. None reads the conditions
             from a column of data.
-        conditioning_image_column: Column of the conditions in parquet files and data sets of the Hub.
+        conditioning_image_column: Column of the conditions in parquet files and data sets of the Hub; beside a
+            latent cache, a column of conditioning_data.
         caption_dropout: Share of samples trained with an empty caption, so that the ControlNet learns to read
             the condition alone (Zhang et al. 2023, section 3.4).
         validation_prompts: Prompts of images generated at each validation, always from the same seeds, with
@@ -617,6 +690,12 @@ class ControlNetConfig(DenoisingSettings):
         path_or_name("conditioning_image_column", self.conditioning_image_column)
         if self.condition is not None:
             one_of("condition", self.condition, CONDITIONS)
+        named = self.conditioning_image_column != type(self).conditioning_image_column
+        if named and self.condition is not None and self.conditioning_data is None:
+            raise ArgumentError(
+                "conditioning_image_column names conditions that are there, and condition makes them of the images; "
+                "leave one of them out."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -648,15 +727,114 @@ class EmbeddingConfig(DenoisingSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         from sdkit.arguments import flag, one_of, whole_number
+        from sdkit.loading.embedding_file import check_token
 
-        for name in ("token", "init_token"):
-            if not isinstance(value := getattr(self, name), str) or not value:
-                raise ArgumentError(f"{name} must be a word, not {value!r}.")
+        check_token(self.token)
+        if not isinstance(self.init_token, str) or not self.init_token:
+            raise ArgumentError(f"init_token must be a word, not {self.init_token!r}.")
         self._keep("vectors", whole_number("vectors", self.vectors, 1))
         one_of("template", self.template, TEMPLATES)
         flag("keep_norm", self.keep_norm)
         if self.init is not None:
             raise ArgumentError("init has no meaning for an embedding, which is learned for a model; leave it out.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PriorConfig(StageSettings):
+    """Settings of `train_prior`. `data` may also be a latent cache, which spares the work of the VQ model.
+
+    Attributes:
+        model: Source of the tokenizer, and of the VQ model unless vae names one: a Hub id, a diffusers folder, a
+            single file, or "emoji", the embedded model.
+        vae: VQ-VAE or VQGAN whose codes the prior learns: a folder, a Hub id, or a single file. None takes the
+            model's own.
+        caption_column: Column of the captions in parquet files and data sets of the Hub, or key in
+            metadata; None detects it.
+        default_caption: Caption of images without one.
+        kind: Network of the prior: transformer (a GPT, with its condition in front) or pixelcnn (a gated
+            PixelCNN).
+        conditioned_on: What the prior is conditioned on: text (captions, only for a transformer), class (each
+            different caption is one), or map (the codes of a second image, such as a semantic map). None
+            learns images alone.
+        condition_column: Column of the maps, in parquet files and data sets of the Hub.
+        conditioning_data: Data set of the maps, images of the same names as those in data, in place of
+            condition_column. A latent cache holds its own.
+        condition_dropout: Share of samples trained without their condition, which classifier-free guidance
+            needs.
+        level: Codes of a VQ-VAE-2, which vae then names: top, or bottom, whose condition is always the top
+            codes. None is for a VQ model of one level.
+        layers: Layers of the network.
+        width: Channels of the network.
+        heads: Attention heads of a transformer, by which width must be divisible.
+        learning_rate: Learning rate of AdamW, which the schedule multiplies.
+        size: Size of the training images in pixels, one number or (height, width); None takes the VQ model's
+            own.
+    """
+
+    vae: str | os.PathLike[str] | None = None
+    caption_column: str | None = None
+    default_caption: str = ""
+    kind: str = "transformer"
+    conditioned_on: str | None = None
+    condition_column: str | None = None
+    conditioning_data: str | os.PathLike[str] | None = None
+    condition_dropout: float = 0.1
+    level: str | None = None
+    layers: int = 8
+    width: int = 256
+    heads: int = 8
+    learning_rate: float = 3e-4
+
+    # Paths; fingerprints cover the contents.
+    may_change = StageSettings.may_change | {"vae", "conditioning_data"}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        from sdkit.arguments import number, one_of, path_or_name, whole_number
+
+        for name in ("vae", "condition_column", "conditioning_data"):
+            if (value := getattr(self, name)) is not None:
+                path_or_name(name, value)
+        one_of("kind", self.kind, PRIORS)
+        if self.conditioned_on is not None:
+            one_of("conditioned_on", self.conditioned_on, PRIOR_CONDITIONS)
+        if self.level is not None:
+            one_of("level", self.level, LEVELS)
+        self._keep("condition_dropout", number("condition_dropout", self.condition_dropout, 0, 1))
+        for name, most in (("layers", 1000), ("width", 16384), ("heads", 1024)):
+            self._keep(name, whole_number(name, getattr(self, name), 1, most))
+        self._check_together()
+
+    def _check_together(self) -> None:
+        """Raise ArgumentError for settings that contradict each other."""
+        if self.init is not None:
+            raise ArgumentError("init has no meaning for a prior, whose shape is layers and width; leave it out.")
+        if self.kind == "pixelcnn" and self.conditioned_on == "text":
+            raise ArgumentError("a pixelcnn is conditioned on a class or a map; for text take kind transformer.")
+        if self.kind == "pixelcnn" and self.gradient_checkpointing:
+            raise ArgumentError("gradient_checkpointing is for a transformer; leave it out, or take fewer layers.")
+        if self.kind == "transformer" and self.width % self.heads:
+            raise ArgumentError(f"width {self.width} is not divisible by {self.heads} heads; change one of the two.")
+        places = [name for name in ("condition_column", "conditioning_data") if getattr(self, name) is not None]
+        if places and self.conditioned_on != "map":
+            raise ArgumentError(f"{places[0]} belongs to maps; give conditioned_on map, or leave it out.")
+        if len(places) == 2:
+            raise ArgumentError("condition_column and conditioning_data both name the maps; leave one of them out.")
+        if self.conditioning_data is not None:
+            self._keep_apart("conditioning_data", self.conditioning_data)
+        if self.level == "bottom" and self.conditioned_on is not None:
+            raise ArgumentError("the bottom level is conditioned on the top codes; leave conditioned_on out.")
+        if self.level is not None and (self.conditioned_on == "map" or self.evaluate):
+            given = "evaluate" if self.evaluate else "conditioned_on map"
+            raise ArgumentError(f"{given} is for a VQ model of one level; leave it out, or leave level out.")
+        if self.level is not None and self.vae is None:
+            raise ArgumentError("level belongs to a VQ-VAE-2; name its folder as vae, or leave level out.")
+        if any(metric.name == "clip_score" for metric in self.metrics) and self.conditioned_on != "text":
+            raise ArgumentError("evaluate clip_score compares drawings with prompts; it needs conditioned_on text.")
+
+    def opened_with(self) -> dict[str, Any]:
+        """Return the keyword arguments with which `open_examples` opens `data`."""
+        return super().opened_with() | {"caption_column": self.caption_column, "default_caption": self.default_caption}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -755,3 +933,81 @@ class ImagePriorConfig(StageSettings):
     def opened_with(self) -> dict[str, Any]:
         """Return the keyword arguments with which `open_examples` opens `data`."""
         return super().opened_with() | {"caption_column": self.caption_column}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassifierConfig(StageSettings):
+    """Settings of `train_classifier`. `data` may also be a latent cache.
+
+    The default network is ADM's of three levels, of 10 million weights; `init` takes the config of an `EncoderUNet`
+    of another shape.
+
+    Attributes:
+        model: Model that the classifier is to guide, for its VAE, its noise schedule, and its size: a Hub id, a
+            diffusers folder, a single file, or "emoji", the embedded model.
+        vae: VAE to use in place of the model's own: a folder, a Hub id, or a single file; "pixels" classifies
+            pixels.
+        classifier: Classifier to train further: a folder or a Hub id. None trains one from scratch.
+        label_column: Column of the classes: a key of metadata.jsonl, a field of .json files in tar shards, or a
+            column of parquet files and data sets of the Hub. None takes the names of folders.
+        label_data: With a latent cache: the images that it was made of, to read the classes from. None takes
+            the names of their folders.
+        learning_rate: Learning rate of AdamW, which the schedule multiplies.
+    """
+
+    vae: str | os.PathLike[str] | None = None
+    classifier: str | os.PathLike[str] | None = None
+    label_column: str | None = None
+    label_data: str | os.PathLike[str] | None = None
+    learning_rate: float = 3e-4
+
+    # Paths; fingerprints cover the contents.
+    may_change = StageSettings.may_change | {"vae", "classifier", "label_data"}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        from sdkit.arguments import path_or_name
+
+        for name in ("vae", "classifier", "label_column", "label_data"):
+            if (value := getattr(self, name)) is not None:
+                path_or_name(name, value)
+        if self.classifier is not None and self.init is not None:
+            raise ArgumentError("classifier and init both name the network to train; leave one of them out.")
+        if self.evaluate:
+            raise ArgumentError("evaluate measures pictures, and a classifier makes none; leave it out.")
+        if self.label_data is not None:
+            self._keep_apart("label_data", self.label_data)
+
+
+@dataclass(frozen=True, kw_only=True)
+class VQVAE2Config(StageSettings):
+    """Settings of `train_vqvae2`. The network is always trained from scratch.
+
+    Attributes:
+        width: Channels of the networks of both levels.
+        latent_channels: Channels of a code.
+        codes: Codes of each level's codebook.
+        codebook_decay: Decay of the moving averages that the codes follow, with a k-means start and restarts
+            of dead codes; 0 trains the codes by gradient alone.
+        learning_rate: Learning rate of AdamW, which the schedule multiplies.
+        size: Size of the training images in pixels, one number or (height, width), multiples of 8.
+    """
+
+    width: int = 128
+    latent_channels: int = 32
+    codes: int = 512
+    codebook_decay: float = 0.99
+    learning_rate: float = 3e-4
+    size: int | tuple[int, int] = 64
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        from sdkit.arguments import number, whole_number
+
+        for name, most in (("width", 4096), ("latent_channels", 4096), ("codes", 2**20)):
+            self._keep(name, whole_number(name, getattr(self, name), 2, most))
+        self._keep("codebook_decay", number("codebook_decay", self.codebook_decay, 0, 0.9999))
+        if self.init is not None:
+            raise ArgumentError("init has no meaning for a VQ-VAE-2, whose shape is width and codes; leave it out.")
+        if any(metric.name == "clip_score" for metric in self.metrics):
+            raise ArgumentError("evaluate clip_score compares drawings with prompts, and there is none; leave it out.")

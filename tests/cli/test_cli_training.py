@@ -95,8 +95,10 @@ def test_help_tells_every_field_with_its_docstring_and_default(run: Callable[...
         "vae": "(as in Stability's ft-mse) (default: l2)",
         "controlnet": "Column of the conditions in parquet files and data sets of the Hub (default: cond",
         "embedding": "paintings in a style (Gal et al. 2022) (default: object)",
+        "prior": "(a gated PixelCNN) (default: transformer)",
         "clip": "The contrast is over batch_size x processes pairs",
         "image_prior": "CLIP whose embeddings the prior learns",
+        "vqvae2": "Codes of each level's codebook (default: 512)",
     }
     assert own[stage] in told
 
@@ -241,6 +243,18 @@ OWN: dict[str, dict[str, tuple[str, Any]]] = {
         "keep_norm": ("", True),
         **DENOISING,
     },
+    "prior": {
+        "vae": ("a/vae", "a/vae"),
+        "caption_column": ("label", "label"),
+        "default_caption": ("ghost", "ghost"),
+        "kind": ("transformer", "transformer"),
+        "conditioned_on": ("map", "map"),
+        "condition_column": ("map", "map"),
+        "condition_dropout": ("0.2", 0.2),
+        "layers": ("3", 3),
+        "width": ("12", 12),
+        "heads": ("2", 2),
+    },
     "clip": {
         "init": ("clip.json", "clip.json"),
         "tokenizer": ("a/clip", "a/clip"),
@@ -251,6 +265,12 @@ OWN: dict[str, dict[str, tuple[str, Any]]] = {
         "prior": ("a/prior", "a/prior"),
         "caption_column": ("text", "text"),
         "caption_dropout": ("0.2", 0.2),
+    },
+    "vqvae2": {
+        "width": ("12", 12),
+        "latent_channels": ("4", 4),
+        "codes": ("9", 9),
+        "codebook_decay": ("0.9", 0.9),
     },
 }
 
@@ -265,6 +285,24 @@ DREAMBOOTH: dict[str, tuple[str, Any]] = {
 }
 
 
+IMPROVED_DDPM: dict[str, tuple[str, Any]] = {
+    "init": ("config.json", "config.json"),
+    "classes": ("cat dog", ("cat", "dog")),
+    "noise_schedule": ("cosine", "cosine"),
+    "loss": ("hybrid", "hybrid"),
+    "vlb_weight": ("0.01", 0.01),
+    "timestep_sampling": ("importance", "importance"),
+    "bits_per_dimension": ("9", 9),
+}
+
+
+def test_the_fields_of_improved_ddpm_can_be_set() -> None:
+    words = [w for name, (text, _) in IMPROVED_DDPM.items() for w in (f"--{name.replace('_', '-')}", *text.split())]
+    values = {name: value for name, (_, value) in IMPROVED_DDPM.items()}
+    given = ("--data", "photos", "--out-dir", "run")
+    assert settings("unet", *words, *given) == STAGES["unet"](**values, data="photos", out_dir="run")
+
+
 def test_the_fields_of_dreambooth_can_be_set() -> None:
     words = [w for name, (text, _) in DREAMBOOTH.items() for w in (f"--{name.replace('_', '-')}", text)]
     values = {name: value for name, (_, value) in DREAMBOOTH.items()}
@@ -275,8 +313,10 @@ def test_the_fields_of_dreambooth_can_be_set() -> None:
 def test_every_field_can_be_set(stage: str) -> None:
     values = COMMON | OWN[stage]
     others = {  # exclude another one
-        "vae": set[str](), "unet": {"init", "conditioning_data", "image_encoder", "embedding_dropout", *DREAMBOOTH},
+        "vae": set[str](),
+        "unet": {"init", "conditioning_data", "image_encoder", "embedding_dropout", *DREAMBOOTH, *IMPROVED_DDPM},
         "controlnet": {"init", "conditioning_data"}, "embedding": {"init"},
+        "prior": {"init", "conditioning_data", "level"}, "vqvae2": {"init"},
         "clip": {"size", "evaluate"}, "image_prior": {"init", "size", "evaluate", "augment", "gradient_checkpointing"},
     }  # fmt: skip
     refused = others[stage] if stage in ("clip", "image_prior") else set[str]()
@@ -538,6 +578,18 @@ def test_images_remember_their_lora(run: Callable[..., Ran], work: Path) -> None
     assert Path("again.png").read_bytes() == Path("lora.png").read_bytes()
     assert run("generate", "--from", "lora.png", "--lora-scale", 0, "-o", "off.png").code == 0
     np.testing.assert_array_equal(pixels("off.png"), pixels("plain.png"))
+    Path("moved").symlink_to(Path("run").readlink())
+    assert (
+        run("generate", "--from", "lora.png", "--lora", "moved/result", "--lora-scale", 3, "-o", "moved.png").code == 0
+    )
+    Path("moved").unlink()  # the same path holds another file from here on
+    lora = Path("moved", "result", "pytorch_lora_weights.safetensors")
+    lora.parent.mkdir(parents=True)
+    save_file({key: -value for key, value in load_file("run/result/pytorch_lora_weights.safetensors").items()}, lora)
+    done = run("generate", "--from", "moved.png", "-o", "bad.png")
+    assert done.code == 2
+    assert "has changed since it was drawn with; restore it, or give it anew as lora" in done.err
+    assert not Path("bad.png").exists()
 
 
 def test_a_converted_lora_does_the_same(run: Callable[..., Ran], work: Path) -> None:

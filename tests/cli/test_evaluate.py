@@ -6,12 +6,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from sdkit import images
 from sdkit.cli import main
 from sdkit.cli.evaluate import COLUMNS
 from sdkit.evaluation.generated_images import evaluate_images
+from sdkit.loading.embedding_file import save_embedding
 from tests.helpers.clip import save_clip
 from tests.helpers.command_line import Ran
 from tests.helpers.real_images import crops, save_all
@@ -40,6 +43,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "empty").mkdir()
     save_clip(folder / "clip")
     (folder / "prompts.txt").write_text("a cat\na dog\n# not one\na fox\na rocket\na cake\n", encoding="utf-8")
+    (folder / "zorks.txt").write_text("a <zork>\na dog\na fox\na blorp\na cake\n", encoding="utf-8")
     (folder / "three.txt").write_text("a cat\na dog\na fox\n", encoding="utf-8")
     (folder / "none.txt").write_text("# nothing\n", encoding="utf-8")
     return folder
@@ -88,7 +92,17 @@ def test_json_holds_every_number(run: Callable[..., Ran], work: Path) -> None:
 
 
 def test_a_model_draws_the_images(run: Callable[..., Ran], work: Path, sd: object) -> None:
-    arguments = ("--model", "emoji", "--prompts", "prompts.txt", "--count", "2", "--seed", "7", *QUICK)
+    """With a LoRA, two embeddings, and other options that say how."""
+    save_embedding("<zork>", torch.randn(1, 192), work / "zork.safetensors")
+    lora = {"lora_unet_conv_in.lora_down.weight": torch.randn(2, 4, 3, 3) / 9,
+            "lora_unet_conv_in.lora_up.weight": torch.randn(64, 2, 1, 1) / 9}  # fmt: skip
+    save_file(lora, work / "lora.safetensors")
+    arguments = (
+        "--model", "emoji", "--prompts", "zorks.txt", "--count", "2", "--seed", "7", *QUICK, "--lora",
+        "lora.safetensors", "--lora-scale", "0.5", "--embedding", "zork.safetensors", "--embedding", "zork.safetensors",
+        "--embedding-token", "<zork>", "--embedding-token", "blorp", "--negative-prompt", "a <zork>", "--height", "64",
+        "--width", "72", "--sampler", "euler", "--scale", "3",
+    )  # fmt: skip
     clip = f"clip:{work / 'clip'}"
     code, out, err = run(*arguments, "--reference", "real", "--extractor", "alex", clip, "--json")
     assert code == 0, err
@@ -97,7 +111,7 @@ def test_a_model_draws_the_images(run: Callable[..., Ran], work: Path, sd: objec
     # They are the images of `sdkit generate`, and evaluated like them.
     made = work / "drawn"
     assert main(["generate", "--out", str(made), *arguments]) == 0
-    options = ("--prompts", "prompts.txt", "--extractor", "alex", clip, "--device", "cpu", "--json")
+    options = ("--prompts", "zorks.txt", "--extractor", "alex", clip, "--device", "cpu", "--json")
     out = run(made, "--reference", "real", *options).out
     again = json.loads(out[out.index("{") :])["generated"]["scores"]  # after the paths that `generate` printed
     for a, b in zip(found, again, strict=True):
@@ -158,6 +172,14 @@ CASES = {
     "--reference real --model emoji --prompts three.txt --count 1": "3 generated images are too few to measure",
     "--reference real --model emoji --prompts three.txt --seed -1": "seed must be a whole number",
     "--reference real --model emoji --prompts three.txt --sampler x": "sampler 'x' is not one of",
+    "--reference real --model none --prompts three.txt --lora none.bin": "the LoRA 'none.bin' does not exist",
+    "--reference real --model none --prompts three.txt --embedding no.pt": "the embedding 'no.pt' does not exist",
+    "--reference real --model emoji --prompts three.txt --lora-scale 1": "lora_scale belongs to a LoRA",
+    "--reference real --model emoji --prompts three.txt --scale 1 --negative-prompt a": "--negative-prompt belongs to",
+    "made --reference real --embedding-token x": "--embedding-token belongs to --model",
+    "made --reference real --offload": "--offload belongs to --model",
+    "made --reference real --count 0": "--count belongs to --model",
+    "made --reference real --strength 0.5": "unrecognized arguments: --strength 0.5",
 }
 
 

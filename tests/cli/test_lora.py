@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import sdkit
+from sdkit.loading.lora_file import read_lora
+from sdkit.loading.lora_tools import join_loras
 from tests.helpers import tiny
 from tests.helpers.command_line import Ran
 
@@ -122,7 +125,7 @@ def test_info_as_json(run: Callable[..., Ran], work: Path) -> None:
         "path": "b.safetensors", "kinds": ["LoCon", "LoRA"], "layers": {"U-Net": 2, "text encoder": 0}, "ranks": [3],
         "alphas": [3.0, 4.0], "targets": {"attn1_to_k": 1, "conv_in": 1}, "dtype": "float32",
         "parameters": sum(x.numel() for key, x in tensors.items() if "alpha" not in key),
-        "title": None, "base": None, "trigger": None, "tags": {},
+        "title": None, "base": None, "trigger": None, "tags": {}, "merged_from": None,
     }  # fmt: skip
     kinds = {name: json.loads(run("lora", "info", f"{name}.safetensors", "--json").out)["kinds"]
              for name in ("loha", "lokr", "dora")}  # fmt: skip
@@ -142,6 +145,34 @@ def test_merge_into_one_file(run: Callable[..., Ran], work: Path) -> None:
     assert_close(weights("model", ("twice.safetensors", 1.0)), weights("model", ("a.safetensors", 2.0)))
 
 
+def test_a_merged_file_names_the_words_of_all(run: Callable[..., Ran], work: Path) -> None:
+    """Trigger words and base models once each, tags added up, and the files with their scales."""
+    other = {
+        "trigger_words": "blorp, zork", "ss_base_model_version": "sd_v1", "ss_sd_model_name": "other.ckpt",
+        "ss_tag_frequency": json.dumps({"10_zork": {"zork": 1, "blorp": 50}}), "ss_network_dim": "3",
+    }  # fmt: skip
+    save_file(load_file("b.safetensors"), "d.safetensors", other)
+    loras = ("a.safetensors", "b.safetensors", "d.safetensors")
+    scales = [part for scale in (1, -0.25, 0.5) for part in ("--scale", scale)]
+    assert run("lora", "merge", *loras, *scales, "-o", "all.safetensors").code == 0
+    found = json.loads(run("lora", "info", "all.safetensors", "--json").out)
+    assert found["trigger"] == "zork, a dog, blorp"
+    assert found["base"] == "sd_v1, v1-5.safetensors, other.ckpt"
+    assert found["title"] == "zork + b + d"
+    assert found["tags"] == {"blorp": 50, "zork": 21, "a dog": 9}
+    assert found["merged_from"] == "a.safetensors (1), b.safetensors (-0.25), d.safetensors (0.5)"
+    shown = run("lora", "info", "all.safetensors").out
+    assert "merged from    a.safetensors (1), b.safetensors (-0.25), d.safetensors (0.5)" in shown
+    first = Path("all.safetensors").read_bytes()
+    assert b"ss_network_dim" not in first  # of one training
+    assert run("lora", "merge", *loras, *scales, "-o", "all.safetensors").code == 0
+    assert Path("all.safetensors").read_bytes() == first
+    # LoRAs without metadata give none but the files' names.
+    assert run("lora", "merge", "b.safetensors", "-o", "one.safetensors").code == 0
+    found = json.loads(run("lora", "info", "one.safetensors", "--json").out)
+    assert [found[key] for key in ("trigger", "base", "tags", "merged_from")] == [None, None, {}, "b.safetensors (1)"]
+
+
 def test_merge_into_a_model(run: Callable[..., Ran], work: Path) -> None:
     loras = ("a.safetensors", "dora.safetensors", "loha.safetensors")
     done = run("lora", "merge", *loras, "--scale", 1, "--scale", 0.5, "--scale", 2, "-m", "model", "-o", "merged")
@@ -154,6 +185,18 @@ def test_merge_into_a_model(run: Callable[..., Ran], work: Path) -> None:
     assert {x.dtype for x in load_file("half/unet/diffusion_pytorch_model.safetensors").values()} == {torch.float16}
     assert_close(weights("half"), weights("model", ("lokr.safetensors", 1.0)), atol=2e-3)
     assert not [*work.glob(".sdkit-*")]
+
+
+def test_what_cannot_be_joined_in_python(work: Path) -> None:
+    (work / "model").unlink()
+    lora, text = read_lora("a.safetensors"), "0.5"
+    wrong: Any = ([], [(lora, text)], [(lora, float("nan"))])
+    for loras, sentence in zip(
+        wrong, ("there is no LoRA to join", "scale must be a fin", "scale must be a fin"), strict=True
+    ):
+        with pytest.raises(sdkit.ArgumentError, match=f"^{sentence}"):
+            join_loras(loras, "joined.safetensors")
+    assert not Path("joined.safetensors").exists()
 
 
 BAD: dict[str, tuple[str, str]] = {
@@ -188,6 +231,10 @@ BAD: dict[str, tuple[str, str]] = {
     "overflow in the new dtype": ("merge a.safetensors -m model -o c --scale 1e9 --dtype fp16", "infinite in float16"),
     "folder that is there": ("merge a.safetensors -m model -o model", "model exists already; name another folder."),
     "no model": ("merge a.safetensors -m absent -o c", "absent"),
+    "out is an input": (
+        "merge a.safetensors b.safetensors -o b.safetensors",
+        "b.safetensors is one of the LoRAs to merge, which would be lost; name another file.",
+    ),
     "no out": ("merge a.safetensors", "the following arguments are required: --out/-o"),
 }
 

@@ -259,8 +259,15 @@ class TestOnRequest:
         report = check(tmp_path, size=16, class_folders=True)
         assert report.examples == 4
 
+    def test_folders_that_are_classes(self, tmp_path: Path) -> None:
+        """Where no folder is named as sd-scripts names them, a folder's name is the caption of images without one."""
+        images = dict.fromkeys(("red_panda/a.png", "x/cat/b.png", "c.png", "x/d.png"))
+        folder_of(tmp_path, images | {"x/d.txt": "e"})
+        found = {one.name: one.caption for one in open_examples(tmp_path, class_folders=True)}
+        assert found == {"red_panda/a.png": "red panda", "x/cat/b.png": "cat", "c.png": "", "x/d.png": "e"}
+
     def test_class_folders_that_are_none(self, tmp_path: Path) -> None:
-        folder_of(tmp_path, {"a/a.png": None})
+        folder_of(tmp_path, {"a.png": None})
         one_sentence(lambda: open_examples(tmp_path, class_folders=True), DATA, "no folder in ", "like '10_zork dog'")
         pq.write_table(pa.table({"image": [b"x"]}), tmp_path / "a.parquet")
         one_sentence(

@@ -171,6 +171,8 @@ class TestDamage:
             ("ids", lambda x: -x, "'ids' holds impossible numbers"),
             ("index", lambda x: x - 5, "'index' holds impossible numbers"),
             ("index", lambda x: x + 5, "examples that belong elsewhere"),
+            ("sizes", lambda x: x * 0, "'sizes' holds impossible numbers"),
+            ("sizes", lambda x: x[:, :1], "holds 'sizes' of another type or shape"),
             ("mean", lambda x: x * float("nan"), "'mean' holds impossible numbers"),
             ("embeddings", lambda x: x / 0, "'embeddings' holds impossible numbers"),
             ("mean", lambda x: x.float(), "holds 'mean' of another type or shape"),

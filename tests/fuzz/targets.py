@@ -31,7 +31,9 @@ from sdkit.errors import SdkitError
 from sdkit.files import read_regular
 from sdkit.loading.embedding_file import save_embedding
 from sdkit.loading.lora_file import convert_lora, read_lora, save_lora
+from sdkit.networks.code_prior import new_prior, save_prior
 from sdkit.networks.lora import add_lora, lora_layers, lora_tensors, merge_lora
+from sdkit.networks.prior_shape import PriorShape
 from sdkit.pipelines.generation import Generation
 from sdkit.training.loop import fit
 from sdkit.training.plot import plot
@@ -181,6 +183,22 @@ def read_vae(folder: Path, out: Path) -> None:
     vae.check_size((SIDE, SIDE))
     vae.reconstruct([picture()])
     with_part(vae=vae)
+
+
+def make_prior(folder: Path) -> None:
+    """Write a VQ model, a prior of texts over its codes, and the tokenizer."""
+    torch.manual_seed(0)
+    tiny.vq_model(folder / "vqvae")
+    shape = PriorShape(
+        kind="transformer", codes=16, grid=(2, 2), condition="text", condition_shape=(6,), tokens=TOKENS + 1, layers=1,
+        width=8, heads=2,
+    )  # fmt: skip
+    save_prior(new_prior(shape), folder / "prior")
+    make_tokenizer(folder / "tokenizer", fast=True)
+
+
+def read_prior(folder: Path, out: Path) -> None:
+    sdkit.TokenPipeline.from_pretrained(folder, **CPU)(PROMPT, guidance_scale=2.0)
 
 
 def read_unet(folder: Path, out: Path) -> None:
@@ -652,6 +670,7 @@ TARGETS: dict[str, Target] = {
             Target(name=f"embedding-{name}", make=make_embedding(f"one.{name}"), read=read_one_embedding(f"one.{name}"))
             for name in ("safetensors", "pt")
         ),
+        Target(name="prior", make=make_prior, read=read_prior, files=("prior/*",)),
         Target(name="folder", make=make_folder, read=read_data, files=("*", "sub/*")),
         Target(name="captions", make=make_folder, read=read_data, files=("*.txt", "*.jsonl")),
         Target(name="metadata-csv", make=make_csv, read=read_data, files=("*.csv",)),

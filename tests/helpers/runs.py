@@ -19,29 +19,38 @@ from safetensors.torch import save, save_file
 from sdkit.errors import SdkitError
 from sdkit.networks.lpips import LPIPS
 from sdkit.training import (
+    ClassifierConfig,
     ClipConfig,
     ControlNetConfig,
     EmbeddingConfig,
     ImagePriorConfig,
+    PriorConfig,
     UNetConfig,
     VAEConfig,
+    VQVAE2Config,
     checkpoint,
+    train_classifier,
     train_clip,
     train_controlnet,
     train_embedding,
     train_image_prior,
+    train_prior,
     train_unet,
     train_vae,
+    train_vqvae2,
 )
 from sdkit.training.ema import EMA
 from sdkit.training.loop import fit
 from sdkit.training.run_folder import read_metrics
+from sdkit.training.stages.classifier import ClassifierStage
 from sdkit.training.stages.clip import CLIPStage
 from sdkit.training.stages.controlnet import ControlNetStage
 from sdkit.training.stages.embedding import EmbeddingStage
 from sdkit.training.stages.image_prior import ImagePriorStage
+from sdkit.training.stages.prior import PriorStage
 from sdkit.training.stages.unet import UNetStage
 from sdkit.training.stages.vae import VAEStage
+from sdkit.training.stages.vqvae2 import VQVAE2Stage
 from tests.helpers import forks, toy
 
 STAGES: dict[str, tuple[Any, Any, Callable[[Any], Path]]] = {
@@ -49,8 +58,11 @@ STAGES: dict[str, tuple[Any, Any, Callable[[Any], Path]]] = {
     "unet": (UNetConfig, UNetStage, train_unet),
     "controlnet": (ControlNetConfig, ControlNetStage, train_controlnet),
     "embedding": (EmbeddingConfig, EmbeddingStage, train_embedding),
+    "classifier": (ClassifierConfig, ClassifierStage, train_classifier),
     "clip": (ClipConfig, CLIPStage, train_clip),
     "image_prior": (ImagePriorConfig, ImagePriorStage, train_image_prior),
+    "prior": (PriorConfig, PriorStage, train_prior),
+    "vqvae2": (VQVAE2Config, VQVAE2Stage, train_vqvae2),
 }
 CALLS = ("batch", "loss", "discriminator_loss", "validate", "export")
 
@@ -65,7 +77,7 @@ class Runs:
         """Run a training stage in another process and return its exit code.
 
         Args:
-            stage: "vae", "unet", "controlnet", "embedding", "clip", or "image_prior".
+            stage: A key of `STAGES`.
             settings: Fields of the stage's settings.
             hook: Where to end the process, in the notation of `toy.hooks` with the names of `calling`.
 
@@ -172,7 +184,8 @@ def _train_together(scenario: dict[str, Any]) -> None:
     weights = {
         f"{player.name}/{name}": p for player in stage.players for name, p in player.network.state_dict().items()
     }
-    save_file({name: p.contiguous() for name, p in weights.items()}, out / f"rank-{rank}.safetensors")
+    # Copies, because a GPT's head shares its weights with the embedding.
+    save_file({name: p.contiguous().clone() for name, p in weights.items()}, out / f"rank-{rank}.safetensors")
 
 
 RENAMED: list[Path] = []  # paths that this process renamed into place; all files of a run are written by such a rename

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel, VQModel
 from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -24,6 +24,16 @@ TWO_LEVELS: dict[str, Any] = {
     "layers_per_block": 1,
 }
 """Settings of a U-Net with two levels, in place of Stable Diffusion's four"""
+
+CLASSIFIER: dict[str, Any] = {
+    "_class_name": "EncoderUNet",
+    "down_block_types": ["DownBlock2D", "AttnDownBlock2D"],
+    "block_out_channels": [8, 16],
+    "layers_per_block": 1,
+    "attention_head_dim": 8,
+    "norm_num_groups": 4,
+}
+"""Config of a classifier of noisy images with two levels, as for `init`"""
 
 
 class Networks(NamedTuple):
@@ -85,6 +95,26 @@ def model(folder: Path, prediction_type: str = "epsilon") -> Path:
     ).save(folder)  # fmt: skip
     tokenizer.save_pretrained(folder / "tokenizer")
     scheduler(prediction_type=prediction_type).save_pretrained(folder / "scheduler")
+    return folder
+
+
+def vq_model(folder: Path, codes: int = 16) -> Path:
+    """Write a VQ model with random, seeded weights, whose codes are latents of discs. SIZE pixels are 8 x 8 codes."""
+    torch.manual_seed(0)
+    levels = 3
+    network = VQModel(
+        num_vq_embeddings=codes, block_out_channels=(16,) * levels, down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels, latent_channels=4, norm_num_groups=4, sample_size=SIZE,
+        mid_block_add_attention=False,
+    ).eval()  # fmt: skip
+    y, x = torch.meshgrid(*[torch.linspace(-1, 1, SIZE)] * 2, indexing="ij")
+    discs = [torch.where((x - dx) ** 2 + y**2 < 0.2, colour, torch.tensor(0.9)) for dx in (-0.3, 0.3) for colour in
+             torch.tensor([-0.8, 0.0])]  # fmt: skip
+    pixels = torch.stack([torch.stack([disc, disc.flip(1), disc.T]) for disc in discs])
+    with torch.no_grad():
+        latents = network.encode(pixels).latents.movedim(1, -1).flatten(0, 2)
+        network.quantize.embedding.weight.copy_(latents[torch.randperm(len(latents))[:codes]])
+    network.save_pretrained(folder)
     return folder
 
 

@@ -103,3 +103,10 @@ def test_any_mode_becomes_rgb_of_the_same_size(name: str, mode: str) -> None:
 def test_bad_input(call: Callable[[], Any], sentence: str) -> None:
     with pytest.raises(sdkit.ArgumentError, match=f"^{sentence}"):
         call()
+
+
+@pytest.mark.parametrize("name", CONDITIONS)
+def test_what_is_no_pil_image(name: str) -> None:
+    for other in ("a.png", None, [disc()]):
+        with pytest.raises(sdkit.ImageError, match=r"^type \w+ is no PIL image; sdkit\.images\.read opens a file\.$"):
+            CONDITIONS[name](other)  # type: ignore[arg-type]

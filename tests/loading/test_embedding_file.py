@@ -17,6 +17,7 @@ from torch import Tensor
 
 from sdkit.errors import ArgumentError, SourceError
 from sdkit.loading.embedding_file import read_embedding, save_embedding
+from sdkit.training import EmbeddingConfig
 
 VECTORS = torch.randn(3, 16, generator=torch.Generator().manual_seed(0))
 
@@ -170,6 +171,19 @@ def test_a_source_without_one(
         save_file({"<zork>": VECTORS}, f"{name}.safetensors")
     with pytest.raises(kind, match=f"^{sentence}"):
         read_embedding(source)
+
+
+@pytest.mark.parametrize("token", [3, "", "__metadata__"])
+def test_tokens_that_no_file_can_hold(tmp_path: Path, token: Any) -> None:
+    with pytest.raises(
+        ArgumentError, match=r"^(token must be a word, not|the token '__metadata__' is a name that \.safe)"
+    ):
+        save_embedding(token, VECTORS, tmp_path / "a.safetensors")
+    with pytest.raises(
+        ArgumentError, match=r"^(token must be a word, not|the token '__metadata__' is a name that \.safe)"
+    ):
+        EmbeddingConfig(data="photos", out_dir=tmp_path / "run", token=token, init_token="cat")
+    assert not [*tmp_path.iterdir()]
 
 
 def test_it_is_saved_as_safetensors_only(tmp_path: Path) -> None:

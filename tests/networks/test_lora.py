@@ -679,7 +679,7 @@ class TestSources:
     def test_bad_sources(self, files: dict[str, Path], tmp_path: Path) -> None:
         expected: dict[Any, str] = {
             "": r"^the LoRA '' does not exist",
-            "no such thing": r"^the LoRA 'no such thing' does not exist; give a file, a folder with one or a Hub id\.$",
+            "no such thing": r"^the LoRA 'no such thing' does not exist; give a file, a folder with one, or a Hub id",
             "absent/one.safetensors": r"'absent/one\.safetensors' does not exist",
             tmp_path / "absent": r"absent' does not exist",
             "org/absent": r"^'org/absent' is not in the cache, and the Hub cannot be reached",

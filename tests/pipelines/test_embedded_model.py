@@ -16,14 +16,15 @@ import pytest
 from PIL import Image
 
 import sdkit
-from sdkit.recipes.emoji.evaluation import Prompt, background_of
+from sdkit.recipes.emoji.asked import Prompt
+from sdkit.recipes.emoji.figures import background_of
 from sdkit.recipes.emoji.pictures import BACKGROUNDS, composed, pictures, read
 
 HERE = Path(__file__).parents[1] / "embedded"
 TWELVE = [one for one in pictures() if (HERE / f"{one.file}.webp").is_file()]
-ON_BLUE = [Prompt(one, "blue") for one in TWELVE]
+ON_BLUE = [Prompt((one,), background="blue") for one in TWELVE]
 SIX = ON_BLUE[:6]
-HELD_OUT = [Prompt(one, one.held_out) for one in TWELVE]
+HELD_OUT = [Prompt((one,), background=one.held_out) for one in TWELVE]
 
 
 def draw(sd: sdkit.StableDiffusion, asked: Sequence[Prompt], **changes: object) -> list[Image.Image]:
@@ -53,14 +54,14 @@ def found(images: Sequence[Image.Image], asked: Sequence[Prompt]) -> int:
     right = 0
     for image, prompt in zip(images, asked, strict=True):
         to_each = distances(image, prompt.background)
-        right += to_each[TWELVE.index(prompt.picture)] == min(to_each)
+        right += to_each[TWELVE.index(prompt.pictures[0])] == min(to_each)
     return right
 
 
 def off(images: Sequence[Image.Image], asked: Sequence[Prompt]) -> float:
     """Return the mean distance to the pictures in the prompts."""
     pairs = zip(images, asked, strict=True)
-    return float(np.mean([distances(image, p.background)[TWELVE.index(p.picture)] for image, p in pairs]))
+    return float(np.mean([distances(image, p.background)[TWELVE.index(p.pictures[0])] for image, p in pairs]))
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import unicodedata
 import warnings
 from pathlib import Path
 from typing import Any
@@ -122,6 +123,27 @@ class TestTokens:
         assert torch.equal(first, model.text.tokenize("a <ZORK> b")[0])
         assert first.flatten().tolist()[2:4] == [49408, 49409]
 
+    @pytest.mark.parametrize("form", ["NFC", "NFD"])
+    def test_are_found_however_unicode_spells_them(
+        self, model: sdkit.StableDiffusion, tmp_path: Path, form: Any
+    ) -> None:
+        token = unicodedata.normalize(form, "<zörk-é>")
+        save_file({token: vectors(2)}, tmp_path / "a.safetensors")
+        spelled = [unicodedata.normalize(other, "a <ZÖRK-é> and a cliché") for other in ("NFC", "NFD")]
+        assert len({*spelled}) == 2
+        plain = model.text.tokenize("a cliché")[0]
+        assert model.load_embedding(tmp_path / "a.safetensors") == token
+        ids = [model.text.tokenize(text)[0] for text in spelled]
+        assert torch.equal(*ids)
+        assert ids[0][0, 0, 2:4].tolist() == [49408, 49409]
+        assert torch.equal(model.text.tokenize(unicodedata.normalize("NFD", "a cliché"))[0], plain)
+        for other in ("NFC", "NFD"):
+            again = unicodedata.normalize(other, "<ZÖRK-É>")
+            with pytest.raises(ArgumentError, match="is loaded already; unload it first, or give another"):
+                model.load_embedding(tmp_path / "a.safetensors", again)
+        model.unload_embedding(unicodedata.normalize("NFD" if form == "NFC" else "NFC", token))
+        assert not model.text.learned
+
     def test_the_longest_name_counts(self, model: sdkit.StableDiffusion) -> None:
         for n, token in ((1, "qwxz"), (2, "qwxz2"), (1, "qwx")):
             model.text.add_token(token, vectors(n))
@@ -173,6 +195,9 @@ BAD: dict[str, tuple[Any, Any, type[SdkitError], str]] = {
     "empty": ("", vectors(1), ArgumentError, "a token must be a text that is not empty"),
     "no text": (3, vectors(1), ArgumentError, "a token must be a text that is not empty"),
     "with a space": ("my cat", vectors(1), ArgumentError, "the token 'my cat' has a space or one of"),
+    "a lone surrogate": ("<\udcff>", vectors(1), ArgumentError, "the token '<.*>' has a control character in it, or"),
+    "a control character": ("a\0b", vectors(1), ArgumentError, "the token .* has a control character in it, or"),
+    "an accent": ("\u0301", vectors(1), ArgumentError, "the token .* or begins with an accent, which belongs"),
     "with brackets": ("(zork)", vectors(1), ArgumentError, r"the token '\(zork\)' has a space or one of"),
     "loaded already": ("<LOADED>", vectors(1), ArgumentError, "an embedding with the token '<LOADED>' is load"),
     "another width": ("<zork>", vectors(1, width=1024), SourceError,
@@ -193,6 +218,27 @@ def test_what_cannot_be_loaded_is_one_sentence(model: sdkit.StableDiffusion, tmp
     assert "\n" not in str(caught.value)
     assert [*model.text.learned] == ["<loaded>"]
     assert torch.equal(drawn(model, "a <loaded>", latents=X_T), before)
+
+
+NO_EMBEDDING: Any = "zork.safetensors"
+NO_TENSOR: Any = [[0.0] * WIDTH]
+
+
+@pytest.mark.parametrize(
+    "rows", [vectors(1)[0], vectors(0), vectors(1).long(), NO_TENSOR], ids=["1d", "none", "integers", "a list"]
+)
+def test_vectors_that_are_none(model: sdkit.StableDiffusion, rows: Any) -> None:
+    with pytest.raises(
+        ArgumentError, match=r"^the vectors of '<zork>' must be a tensor \(n, D\) of floats, n at least 1"
+    ):
+        model.text.add_token("<zork>", rows)
+    with pytest.raises(SourceError, match=r"^this embedding has numbers that are not finite; give another"):
+        model.text.add_token("<zork>", vectors(1) * torch.nan)
+    with pytest.raises(
+        ArgumentError, match=r"^add_embedding takes an Embedding as read_embedding returns it, not 'zork"
+    ):
+        model.add_embedding(NO_EMBEDDING)
+    assert not model.text.learned
 
 
 def test_numbers_that_float16_cannot_hold(models: Any) -> None:
@@ -239,7 +285,9 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert load_file(tmp_path / "a.safetensors").keys() == {"<zork>"}
 
 
-@pytest.mark.parametrize("files", [{"embedding": ("a",)}, {"control_image": ("a",), "controlnet": ("c",)}])
+@pytest.mark.parametrize(
+    "files", [{"embedding": ("a",)}, {"lora": ("a",)}, {"control_image": ("a",), "controlnet": ("c",)}]
+)
 def test_a_png_with_more_hashes_than_files(files: dict[str, Any]) -> None:
     name = next(iter(files))
     settings: dict[str, Any] = {**files, f"{name}_sha256": ("0", "1")}

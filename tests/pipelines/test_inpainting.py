@@ -330,6 +330,11 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"image": IMAGE, "mask_image": MASK * float("nan")}, sdkit.ImageError, "must be in [0, 1]"),
     ({"image": IMAGE, "mask_image": torch.ones(3, 16, 16)}, sdkit.ImageError, "shape (3, 16, 16) is no mask"),
     ({"image": IMAGE, "mask_image": torch.ones(1, 1, 1, 16, 16)}, sdkit.ImageError, "is no mask"),
+    (
+        {"image": IMAGE, "mask_image": MASK * 1j},
+        sdkit.ImageError,
+        "a tensor of torch.complex64 is no mask; give booleans",
+    ),
     ({"image": IMAGE, "mask_image": "no.png"}, sdkit.ImageError, "no.png"),
     ({"image": IMAGE, "mask_image": 3}, sdkit.ImageError, "no image"),
     ({"image": IMAGE, "mask_image": []}, sdkit.ImageError, "empty"),

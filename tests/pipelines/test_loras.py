@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -18,6 +20,7 @@ import sdkit
 from sdkit.errors import ArgumentError, SourceError
 from sdkit.loading.lora_file import convert_lora, read_lora, save_lora
 from sdkit.networks.lora import add_lora, lora_tensors
+from sdkit.pipelines.generation import Generation
 from tests.helpers.networks import diffusers_pipeline, sd_shaped
 
 pytest.importorskip("peft")
@@ -163,6 +166,38 @@ class TestSeveral:
         assert same(weights(other), before)
         assert [*model.lora_scales] == ["first"]
         assert not same(weights(model), before)
+        other.load_lora(files["second"])
+        model.unload_lora()
+        assert same(weights(model), before)
+        assert [*other.lora_scales] == ["second"]
+
+    def test_a_shallow_copy_is_refused(self, model: sdkit.StableDiffusion) -> None:
+        """It would share the weights, which LoRAs change."""
+        with pytest.raises(
+            ArgumentError, match=r"^a shallow copy of a pipeline would share its weights.*take copy.deep"
+        ):
+            copy.copy(model)
+
+    def test_two_pipelines_with_the_same_networks(self, model: sdkit.StableDiffusion, files: dict[str, Path]) -> None:
+        """One of them can have LoRAs at a time: those of the other would become part of its original weights."""
+        before = weights(model)
+        other = sdkit.StableDiffusion(model.vae, model.text, model.unet, model.schedule)
+        model.load_lora(files["first"])
+        loaded = weights(model)
+        with pytest.raises(
+            ArgumentError, match=r"^another pipeline with the same network has loaded LoRAs into it: unl"
+        ):
+            other.load_lora(files["second"])
+        assert same(weights(model), loaded)
+        assert other.lora_scales == {}
+        model.unload_lora()
+        other.load_lora(files["second"])
+        with pytest.raises(ArgumentError, match="another pipeline"):
+            model.load_lora(files["first"])
+        other.unload_lora()
+        assert same(weights(model), before)
+        model.load_lora(files["first"])
+        assert same(weights(model), loaded)
 
 
 class TestTrainedFiles:
@@ -235,8 +270,10 @@ class TestDoRA:
 NO_TEXT: Any = 3
 NO_MAPPING: Any = 0.5
 LIST: Any = ["one"]
+PATH: Any = "one.safetensors"
 BAD: dict[str, tuple[Callable[[sdkit.StableDiffusion, Path], object], type[Exception], str]] = {
     "scale not finite": (lambda m, f: m.load_lora(f, float("nan")), ArgumentError, r"^scale must be a finite number"),
+    "a path to merge": (lambda m, f: m.merge_lora(PATH), ArgumentError, r"^merge_lora takes a LoRA as read_lora re"),
     "name taken": (lambda m, f: m.load_lora(f, 1, "one"), ArgumentError, r"^a LoRA named 'one' is loaded already"),
     "name of no text": (lambda m, f: m.load_lora(f, 1, NO_TEXT), ArgumentError, r"^the name of a LoRA must be text"),
     "empty name": (lambda m, f: m.load_lora(f, 1, ""), ArgumentError, r"^the name of a LoRA must be text, not ''\.$"),
@@ -311,3 +348,28 @@ def test_an_interrupted_change_changes_nothing(
     assert [*model.lora_scales] == ["first"]
     model.unload_lora()
     assert same(weights(model), before)
+
+
+def test_a_png_knows_a_lora_by_its_hash(files: dict[str, Path], tmp_path: Path) -> None:
+    """`--from` refuses a LoRA that has changed, until it is given anew."""
+    lora = tmp_path / "zork.safetensors"
+    lora.write_bytes(files["first"].read_bytes())
+    given = Generation(prompt="a cat", lora=(str(lora), str(files["second"])), lora_scale=(0.5, 1.0))
+    loras, settings = given.loras()
+    assert [(one.name, scale) for one, scale in loras] == [("zork", 0.5), ("second", 1.0)]
+    expected = tuple(hashlib.sha256(path.read_bytes()).hexdigest() for path in (lora, files["second"]))
+    assert settings.lora_sha256 == expected
+    sdkit.images.save(Image.new("RGB", (8, 8)), tmp_path / "one.png", settings.text())
+    read = Generation.read(tmp_path / "one.png")
+    assert read == settings
+    assert read.loras()[1] == settings
+    lora.write_bytes(files["second"].read_bytes())
+    sentence = r"zork\.safetensors' has changed since it was drawn with; restore it, or give it anew as lora to draw"
+    for again in (read, read.but(lora_scale=(1.0, 1.0)), read.but(prompt="a dog")):
+        with pytest.raises(SourceError, match=sentence):
+            again.loras()
+    assert read.but(lora=(str(lora),)).loras()[1].lora_sha256 == expected[1:]
+    assert read.but(model="other").lora_sha256 == ()
+    text = {key: value for key, value in settings.text().items() if key != "lora_sha256"}  # of an earlier version
+    sdkit.images.save(Image.new("RGB", (8, 8)), tmp_path / "old.png", text)
+    assert Generation.read(tmp_path / "old.png").loras()[1].lora_sha256 == (expected[1], expected[1])

@@ -192,6 +192,8 @@ class TestBatches:
         assert (four[0] - four[1]).abs().max() > 0.1
         given = sd("a cat", num_images_per_prompt=2, seed=[7, 7], **common)
         assert torch.equal(given[0], given[1])
+        for seed in (torch.tensor(10), np.array(10), np.int64(10)):
+            assert torch.equal(sd("a cat", num_images_per_prompt=2, seed=seed, **common), four[:2])
 
 
 def count(sd: sdkit.StableDiffusion, run: Callable[[], object]) -> list[int]:

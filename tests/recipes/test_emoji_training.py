@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import AutoencoderKL, StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 
 import sdkit
@@ -18,7 +18,7 @@ from sdkit.recipes.emoji import prepare as preparing
 from sdkit.recipes.emoji import training
 from sdkit.recipes.emoji.pictures import pictures
 from sdkit.recipes.emoji.settings import HERE, settings, shape
-from sdkit.recipes.emoji.start import LENGTH, VOCABULARY, make_start
+from sdkit.recipes.emoji.start import LENGTH, VOCABULARY, make_start, take_start
 from sdkit.training import UNetConfig, VAEConfig
 from tests.helpers.emoji_pictures import FEW, make_drawings, make_photographs
 
@@ -66,6 +66,26 @@ def test_the_start_is_the_same_each_time(start: Path, tmp_path: Path) -> None:
     make_start(start / "vae", CAPTIONS, again)
     for name in ("text_encoder/model.safetensors", "tokenizer/tokenizer.json"):
         assert (again / name).read_bytes() == (start / name).read_bytes()
+
+
+def test_a_start_from_another_model(tmp_path: Path) -> None:
+    """The other model's U-Net, text encoder, and tokenizer are kept, and its VAE is not."""
+    emoji = Path(sdkit.__file__).parent / "assets" / "emoji"
+    AutoencoderKL.from_config(shape("vae")).save_pretrained(tmp_path / "vae")
+    take_start(tmp_path / "vae", "emoji", tmp_path / "start")
+    for part, file in (
+        ("unet", "diffusion_pytorch_model"),
+        ("text_encoder", "model"),
+        ("vae", "diffusion_pytorch_model"),
+    ):
+        old, new = (load_file(root / f"{part}/{file}.safetensors") for root in (emoji, tmp_path / "start"))
+        same = {key: torch.equal(old[key].float(), new[key].float()) for key in new}
+        assert old.keys() == new.keys()
+        assert all(same.values()) == (part != "vae"), part
+    start, model = (sdkit.StableDiffusion.from_pretrained(one, device="cpu") for one in (tmp_path / "start", emoji))
+    (ids, _), (expected, _) = (one.text.tokenize(["a red apple, flat style"]) for one in (start, model))
+    assert torch.equal(ids, expected)
+    assert torch.equal(start.schedule.alphas_cumprod, model.schedule.alphas_cumprod)
 
 
 def test_the_shapes_are_those_of_the_paper_s_model_in_small(start: Path) -> None:
@@ -159,9 +179,9 @@ def test_a_step_before_its_time(step: str, tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_the_vae_may_begin_with_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With --vae, only the last run is made, so that only its tiles are needed."""
+    """With --from, only the last run is made, so that only its tiles are needed."""
     monkeypatch.setattr(training.LPIPS, "from_pretrained", lambda *_: None)
-    monkeypatch.setattr("sys.argv", ["emoji", "vae", "--out", str(tmp_path), "--vae", "emoji"])
+    monkeypatch.setattr("sys.argv", ["emoji", "vae", "--out", str(tmp_path), "--from", "emoji"])
     with pytest.raises(SourceError, match="data/fine_tiles is not there: tiles makes it"):
         command.main()
     assert training.vae_runs("emoji") == {"vae-5": "fine_tiles"}

@@ -27,7 +27,7 @@ from sdkit.data import cache
 from sdkit.data.latent_cache.manifest import Manifest
 from sdkit.errors import CacheError, DataError, TrainingError
 from sdkit.networks.lpips import EMBEDDED
-from sdkit.training import UNetConfig, VAEConfig, train_unet, train_vae
+from sdkit.training import PriorConfig, UNetConfig, VAEConfig, VQVAE2Config, train_unet, train_vae
 from sdkit.training.checkpoint import checkpoints, newest
 from sdkit.training.run_folder import read_metrics
 from tests.helpers import tiny
@@ -116,7 +116,7 @@ UNET: list[tuple[dict[str, Any], str]] = [
     ({"train_text_encoder": "no"}, "train_text_encoder must be True or False, not 'no'"),
     ({"zero_snr": "no"}, "zero_snr must be True or False, not 'no'"),
 ]
-SETTINGS = [(config, *case) for config in (VAEConfig, UNetConfig) for case in BOTH]
+SETTINGS = [(config, *case) for config in (VAEConfig, UNetConfig, PriorConfig, VQVAE2Config) for case in BOTH]
 SETTINGS += [(VAEConfig, *case) for case in VAE] + [(UNetConfig, *case) for case in UNET]
 
 

@@ -259,6 +259,14 @@ BAD: list[tuple[dict[str, Any], str]] = [
         {"data": "", "instance_data": "x", "conditioning_data": None, "condition_kind": "map"},
         "condition_kind has no meaning for DreamBooth",
     ),
+    (
+        {"conditioning_data": None, "condition_dropout": 0.3},
+        "condition_dropout belongs to conditions, and there are none: name them as condition_column or",
+    ),
+    (
+        {"data": "", "instance_data": "x", "conditioning_data": None, "condition_dropout": 0.3},
+        "condition_dropout belongs to conditions, and there are none",
+    ),
     ({"lora_rank": 2}, "a LoRA cannot train the new input channels of a condition"),
     ({"conditioning_data": "./none"}, ".*none"),
 ]
@@ -317,6 +325,10 @@ def test_models_and_caches_that_do_not_fit(made: Path, runs: dict[str, Path], tm
     plain = cache(made / "model", made / "photos", tmp_path / "cache", size=tiny.SIZE, dtype="fp32", device="cpu")
     with pytest.raises(sdkit.CacheError, match=r"holds no conditions, not map; make another with sdkit cache --condit"):
         UNetStage(config(made, data=plain, conditioning_data=None, condition_kind="map"))
+    with pytest.raises(
+        sdkit.ArgumentError, match=r"^condition_dropout belongs to conditions, and there are none: name"
+    ):
+        UNetStage(config(made, data=plain, conditioning_data=None, condition_dropout=0.0))
     result = runs["map"] / "result"
     with pytest.raises(
         sdkit.ArgumentError, match=r"^this model draws from an image: name the images as condition_column"

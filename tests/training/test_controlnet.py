@@ -5,20 +5,27 @@ from __future__ import annotations
 import functools
 import json
 import re
+import shutil
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from diffusers import AutoencoderKL, ControlNetModel, DDPMScheduler, UNet2DConditionModel
 from PIL import Image, ImageOps
+from safetensors import safe_open
+from safetensors.torch import load_file
 
 import sdkit
+from sdkit.data.latent_cache.manifest import Manifest
 from sdkit.data.transform import Transform, draw
 from sdkit.errors import DataError, SdkitError
+from sdkit.files import sha256
 from sdkit.images import to_pil, to_tensors
 from sdkit.images.conditions import CONDITIONS
 from sdkit.training import ControlNetConfig, settings, train_controlnet
@@ -270,6 +277,10 @@ BAD: list[tuple[dict[str, Any], type[SdkitError], str]] = [
     ({"condition": "depth"}, sdkit.ArgumentError, "condition 'depth' is not one of 'canny', 'grey'"),
     ({"condition": "canny", "conditioning_data": "./x"}, sdkit.DataError, ".*x"),
     ({"init": "x"}, sdkit.ArgumentError, "init has no meaning for a ControlNet"),
+    ({"condition": "canny", "conditioning_data": None, "conditioning_image_column": "x"}, sdkit.ArgumentError,
+     "conditioning_image_column names conditions that are there, and condition makes them of the images; leave one"),
+    ({"conditioning_image_column": "x"}, sdkit.ArgumentError,
+     "conditioning_image_column: .*maps holds files, which have no columns; leave it out"),
     ({"conditioning_image_column": ""}, sdkit.ArgumentError, "conditioning_image_column must be a path or a name"),
     ({"conditioning_data": None}, sdkit.ArgumentError, ".*photos holds images without conditions: name the folder"),
     ({"prediction_type": "v"}, sdkit.ArgumentError, "a ControlNet is used with the model's own noise schedule, which "
@@ -374,11 +385,99 @@ class TestLatentCache:
         assert torch.equal(first["condition"], stage.examples.load(1, 0)["condition"])
         assert stage.examples.skipped.keys() == {"000.png"}
 
+    def test_conditions_of_other_sizes_and_proportions(self, made: Path, cached: Path, tmp_path: Path) -> None:
+        """As from images: smaller ones are enlarged first, and those of other proportions are skipped."""
+        for path in (made / "maps").iterdir():
+            sdkit.images.read(path).resize((24, 20)).save(tmp_path / f"{path.stem}.png")
+        Image.new("RGB", (48, 48)).save(tmp_path / "000.png")
+        stages = [
+            ControlNetStage(config(made, data=data, conditioning_data=tmp_path)) for data in (cached, made / "photos")
+        ]
+        for stage in stages:
+            with pytest.warns(
+                UserWarning,
+                match=r"^000.png is skipped: its condition has 48 x 48 pixels, the image 48 x 40: they must",
+            ):
+                stage.examples.load(0, 0)
+        for item in range(4):
+            from_cache, from_images = (stage.examples.load(item, 0)["condition"] for stage in stages)
+            assert torch.equal(from_cache, from_images)
+
+    def test_caches_without_sizes_are_still_read(self, made: Path, cached: Path, tmp_path: Path) -> None:
+        """Early versions wrote none; conditions of any proportions serve then."""
+        old, maps = tmp_path / "cache", tmp_path / "maps"
+        shutil.copytree(cached, old)
+        shutil.copytree(made / "maps", maps)
+        Image.new("RGB", (48, 48)).save(maps / "000.webp")
+        shard = old / "shard-00000.safetensors"
+        with safe_open(shard, "pt") as file:
+            header = file.metadata()
+        tensors = load_file(shard)
+        del tensors["sizes"]
+        shard.write_bytes(safetensors.torch.save(tensors, header))
+        manifest = Manifest.read(old)
+        (one,) = manifest.shards
+        replace(manifest, shards=(replace(one, bytes=shard.stat().st_size, sha256=sha256(shard)),)).write(old)
+        row = ControlNetStage(config(made, data=old, conditioning_data=maps)).examples.load(0, 0)
+        assert float(row["condition"].max()) == 0
+        # It is also complete for `cache`.
+        before = shard.read_bytes()
+        given: dict[str, Any] = {"size": tiny.SIZE, "dtype": "fp32", "device": "cpu"}
+        sdkit.data.cache(made / "model", made / "photos", old, **given)
+        assert shard.read_bytes() == before
+
+    def test_conditions_from_a_column(self, made: Path, tmp_path: Path) -> None:
+        """Of the table that was cached, by the row, whatever the conditions' names; and of another table, by the name.
+        A cache for a U-Net that reads conditions serves too, but holds no images of them."""
+        import datasets
+
+        images, maps = (sorted((made / name).glob("*.*p*")) for name in ("photos", "maps"))
+        rows = {
+            "image": [{"bytes": path.read_bytes(), "path": path.name} for path in images],
+            "edges": [{"bytes": path.read_bytes(), "path": f"{(i + 1) % 23:03}.webp"} for i, path in enumerate(maps)],
+        }
+        table = datasets.Dataset.from_dict(rows, datasets.Features(dict.fromkeys(rows, datasets.Image())))
+        (tmp_path / "table").mkdir()
+        table.to_parquet(tmp_path / "table" / "a.parquet")
+        given: dict[str, Any] = {"size": tiny.SIZE, "dtype": "fp32", "device": "cpu", "default_caption": "a"}
+        cache = sdkit.data.cache(
+            made / "model",
+            tmp_path / "table",
+            tmp_path / "cache",
+            condition_column="edges",
+            condition_kind="map",
+            **given,
+        )
+        with pytest.raises(
+            sdkit.ArgumentError, match=r"^a latent cache holds no images.*as conditioning_image_column\.$"
+        ):
+            ControlNetStage(config(made, data=cache, conditioning_data=None))
+        beside = {"conditioning_data": tmp_path / "table", "conditioning_image_column": "edges"}
+        with pytest.raises(
+            DataError, match=r"^conditioning_image_column: .* has no column 'lines'; it has image, edges"
+        ):
+            ControlNetStage(config(made, data=cache, **beside | {"conditioning_image_column": "lines"}))
+        one = ControlNetStage(config(made, data=cache, **beside))
+        for name in ("edges", "image"):  # the same from images
+            column = {**beside, "conditioning_image_column": name}
+            rows_of = [
+                ControlNetStage(config(made, data=data, **column)).examples.load(3, 0)["condition"]
+                for data in (cache, tmp_path / "table")
+            ]
+            assert torch.equal(*rows_of)
+        expected = ControlNetStage(config(made, default_caption="a"))
+        for item in range(0, 22, 5):
+            assert torch.equal(one.examples.load(item, 0)["condition"], expected.examples.load(item, 0)["condition"])
+        # Of a table of other images: here of all but one, so that the rows are others.
+        table.select(range(1, 23)).to_parquet(tmp_path / "table" / "a.parquet")
+        with pytest.raises(DataError, match=r"has no condition for 1 of 23 images, such as 001\.png"):
+            ControlNetStage(config(made, data=cache, **beside))
+
     def test_bad_input_is_one_sentence(self, made: Path, cached: Path, tmp_path: Path) -> None:
         (tmp_path / "000.webp").write_bytes((made / "maps" / "000.webp").read_bytes())
         for changes, sentence in (
-            ({"condition": "canny"}, "a latent cache holds no conditions of ControlNets: name the folder"),
-            ({"conditioning_data": None}, "a latent cache holds no conditions of ControlNets: name the folder"),
+            ({"condition": "canny"}, "a latent cache holds no images, which a ControlNet reads as conditions"),
+            ({"conditioning_data": None}, "a latent cache holds no images, which a ControlNet reads as conditions"),
             ({"conditioning_data": tmp_path}, f"{tmp_path} has no condition for 22 of 23 images, such as 001.png"),
             ({"default_caption": "a"}, "default_caption= has no meaning for a latent cache"),
             ({"size": 64}, f"the cache {cached} (of {made / 'model'}) was made with size 32 x 32, not 64 x 64"),

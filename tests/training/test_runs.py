@@ -22,7 +22,7 @@ from sdkit.networks.autoencoder import latents_of
 from sdkit.training.checkpoint import checkpoints, newest
 from sdkit.training.loop import fit
 from sdkit.training.stages.unet import UNetStage
-from tests.helpers import clip, forks, tiny, unclip
+from tests.helpers import classes, clip, forks, tiny, unclip
 from tests.helpers import runs as helper
 from tests.helpers.runs import everything, files, metrics
 
@@ -49,6 +49,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Make a model, a copy of it with dropout, images, a cache of them, and random weights for LPIPS."""
     folder = tmp_path_factory.mktemp("made")
     tiny.model(folder / "model")
+    tiny.vq_model(folder / "vq")
     tiny.photos(folder / "photos", 23)
     for path in (folder / "photos").glob("*.png"):  # wider than high, so that there is something to crop
         Image.open(path).resize((48, 40)).save(path)
@@ -68,12 +69,19 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         size=tiny.SIZE, crop="random", flip=True, augmentations=2, dtype="fp32", device="cpu",
     )  # fmt: skip
     helper.lpips_weights(folder / "lpips.safetensors")
+    for path in (folder / "photos").glob("*.png"):  # classes: the colours that captions name, in folders
+        kind = folder / "kinds" / path.with_suffix(".txt").read_text().split()[1]
+        kind.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, kind)
+    (folder / "classifier.json").write_text(json.dumps(tiny.CLASSIFIER))
     (folder / "maps").mkdir()
     for path in (folder / "photos").glob("*.png"):  # conditions: colours that differ from image to image
         Image.new("RGB", (48, 40), (7 * int(path.stem), 90, 200)).save(folder / "maps" / path.name)
     clip.save_config(folder / "clip.json")
     clip.save_clip(folder / "clip", projection=32)
     unclip.save_prior_config(folder / "prior.json", embedding_dim=32)
+    # Few timesteps, so that each has ten losses early, and timesteps are drawn by importance.
+    classes.init(folder / "classes", timesteps=2, out_channels=6, num_class_embeds=6)
     return folder
 
 
@@ -83,8 +91,9 @@ def run() -> helper.Runs:
 
 
 def settings(made: Path, kind: str, out: Path, **changes: Any) -> tuple[str, dict[str, Any]]:
-    """Return stage and settings of a kind of run: "vae", "controlnet", "dreambooth", "embedding", "clip",
-    "image_prior", "unet", or "lora". The last two can be followed by " from a cache".
+    """Return stage and settings of a kind of run: "vae", "controlnet", "dreambooth", "embedding", "prior", "pixelcnn",
+    "vqvae2", "classes", "clip", "image_prior", "classifier", "upsampler", "unet", or "lora". The last two can be
+    followed by " from a cache".
     A U-Net that is trained from images also reads conditions.
     """
     own: dict[str, Any] = {
@@ -107,12 +116,28 @@ def settings(made: Path, kind: str, out: Path, **changes: Any) -> tuple[str, dic
             "class_count": 3,
             "lora_rank": 2,
         },
+        "classes": {
+            "init": made / "classes", "vae": "pixels", "loss": "hybrid", "timestep_sampling": "importance",
+            "caption_dropout": 0.3, "bits_per_dimension": 2, "size": 8,
+            "seed": 2,  # each timestep has its ten losses after five steps
+        },
         "embedding": {
             "token": "<zork>", "init_token": "apple", "vectors": 2, "keep_norm": True, "ema_decay": 0.9,
             "validation_prompts": ("a red <zork>",),
         },
+        "prior": {
+            "vae": made / "vq", "conditioned_on": "text", "condition_dropout": 0.3, "layers": 2, "width": 16,
+            "heads": 2,
+        },
+        "pixelcnn": {
+            "vae": made / "vq", "kind": "pixelcnn", "conditioned_on": "map", "conditioning_data": made / "maps",
+            "layers": 2, "width": 8,
+        },
         "clip": {"init": made / "clip.json", "size": None},
         "image_prior": {"init": made / "prior.json", "size": None, "augment": (), "caption_dropout": 0.3},
+        "classifier": {"data": made / "kinds", "init": made / "classifier.json"},
+        "upsampler": {"upscale_factor": 8, "caption_dropout": 0.3, "validation_prompts": ("a red disc",)},
+        "vqvae2": {"width": 8, "latent_channels": 4, "codes": 8},
     }[kind.split()[0]]  # fmt: skip
     if kind == "unet":
         own |= {"conditioning_data": made / "maps", "condition_kind": "map", "condition_dropout": 0.3}
@@ -120,7 +145,8 @@ def settings(made: Path, kind: str, out: Path, **changes: Any) -> tuple[str, dic
         changes["model"] = made / "clip"
     data = made / ("cache" if "cache" in kind else "photos")
     common = RUN | {"model": made / "dropout", "data": data, "out_dir": out}
-    return kind if kind in helper.STAGES else "unet", common | own | changes
+    stage = "prior" if kind == "pixelcnn" else kind
+    return stage if stage in helper.STAGES else "unet", common | own | changes
 
 
 @pytest.fixture(scope="module")
@@ -165,12 +191,17 @@ for i, point in enumerate(point for point in POINTS if "discriminator" not in po
     KILLS += [(kind + CACHE * (i % 4 > 1), point) for kind in kinds]
 POINTS["os.rename:class_images 2"] = 0  # an image of DreamBooth's class is written, but not renamed yet
 KILLS += [("dreambooth", point) for point in ("os.rename:class_images 2", "loss 6", "half 8")]
-
-
-for kind in ("clip", "image_prior"):
+for kind in ("prior", "clip", "image_prior"):
     KILLS += [(kind, point) for point in ("loss 6", "update 3", "half 8", "export 1")]
 POINTS["os.rename:embeddings 1"] = 0  # the embeddings of all images are written, but not renamed yet
-KILLS += [("image_prior", "os.rename:embeddings 1")]
+KILLS += [("image_prior", "os.rename:embeddings 1"), ("vqvae2", "update 3")]
+KILLS += [
+    ("classifier", point)
+    for point in ("batch 3", "loss 6", "update 3", "half 8", "os.rename:checkpoints/step- 2", "export 1")
+]
+# The losses of timesteps are in the checkpoint.
+KILLS += [("classes", point) for point in ("loss 14", "half 8")]
+POINTS["loss 14"] = 6
 
 
 @pytest.mark.parametrize(("kind", "point"), KILLS)
@@ -207,6 +238,15 @@ def test_what_the_runs_above_go_through(made: Path, uninterrupted: Any) -> None:
         ]
         assert [*found["skipped"]] == [BROKEN]
     assert {len(found["samples"]) for kind in ("vae", "unet") for found in [uninterrupted(kind)]} == {3}
+
+
+def test_timesteps_are_drawn_by_importance_in_the_runs(made: Path, uninterrupted: Any, launched: Path) -> None:
+    """Each timestep has its ten losses before the last step, on one process and on two."""
+    uninterrupted("classes")
+    for run in (made / "uninterrupted" / "classes", launched / "classes"):
+        folder = checkpoints(run / "checkpoints")[0]
+        counts = load_file(folder / "unet.safetensors")["timesteps.counts"]
+        assert counts.tolist() == [10, 10]
 
 
 @pytest.mark.parametrize("kind", ["vae", "unet", "lora from a cache"])
@@ -300,15 +340,25 @@ TOGETHER: dict[str, dict[str, Any]] = {
     "controlnet": {},
     "dreambooth": {},
     "embedding": {},
+    "prior": {},
+    "pixelcnn": {},
     "clip": {},
     "image_prior": {},
+    # The biases of attention's keys change nothing, and AdamW turns their rounding errors into full steps.
+    "classifier": {"learning_rate": 1e-4},
+    "upsampler": {},
+    "vqvae2": {"learning_rate": 1e-4},
+    "classes": {"learning_rate": 1e-4},
 }
 PLAYERS = {
-    "vae": ["vae", "discriminator"], "controlnet": ["controlnet"], "embedding": ["embedding"], "clip": ["clip"],
-    "image_prior": ["prior"],
+    "vae": ["vae", "discriminator"], "controlnet": ["controlnet"], "embedding": ["embedding"], "prior": ["prior"],
+    "pixelcnn": ["prior"], "clip": ["clip"], "image_prior": ["prior"], "classifier": ["classifier"],
+    "vqvae2": ["vqvae2"],
 }  # fmt: skip
 """Kind of run -> its players; that of the others is the U-Net."""
-WITHOUT_PICTURES = ("lora from a cache", "dreambooth", "clip", "image_prior")
+WITHOUT_PICTURES = (
+    "lora from a cache", "dreambooth", "prior", "pixelcnn", "clip", "image_prior", "classifier", "classes",
+)  # fmt: skip
 
 
 def together(made: Path, kind: str, out: Path, **changes: Any) -> tuple[str, dict[str, Any]]:
@@ -328,7 +378,7 @@ def at(out: Path, step: int, name: str) -> dict[str, torch.Tensor]:
 
 def difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
     assert one.keys() == other.keys()
-    return max(float((one[name] - other[name]).abs().max()) for name in one)
+    return max(float((one[name].float() - other[name].float()).abs().max()) for name in one)
 
 
 @pytest.mark.parametrize("split", [{"batch_size": 4}, {"batch_size": 2, "gradient_accumulation_steps": 2}], ids=str)

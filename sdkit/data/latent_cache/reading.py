@@ -42,6 +42,8 @@ class Item(Prompt):
         logvar: Log-variance of the posterior (4, H/8, W/8), float32, not scaled.
         concat: Channels of the condition (C', H/8, W/8), float32; None if the cache has none. See
             `sdkit.networks.concatenation.channels_of`.
+        size: Height and width of the image in pixels, before it was cropped; None if an early version of sdkit made the
+            cache.
         name: Name of the example.
         index: Index of the example in its data set.
         augmentation: Number of the augmentation, from 0.
@@ -50,6 +52,7 @@ class Item(Prompt):
     mean: Tensor
     logvar: Tensor
     concat: Tensor | None
+    size: tuple[int, int] | None
     name: str
     index: int
     augmentation: int
@@ -92,18 +95,17 @@ class LatentCache:
     def __getitem__(self, i: int) -> Item:
         if not -len(self) <= i < len(self):
             raise IndexError(f"there is no item {i} among {len(self)}.")
-        one, row, augmentation = self._place(i % len(self))
+        i %= len(self)
+        one, row, augmentation = self._place(i)
         with _raised_as_cache_error(self.path / one.file):
             shard = self._shard(one)
-            index = int(shard.get("index", row))
-            if index >= self.manifest.examples:
-                raise ValueError("is damaged: it holds examples that belong elsewhere")
             return {
                 "mean": shard.get("mean", row, augmentation).float(),
                 "logvar": shard.get("logvar", row, augmentation).float(),
                 "name": shard.name(row),
-                "index": index,
+                "index": self.index(i),
                 "augmentation": augmentation,
+                "size": _size(shard, row),
                 "concat": shard.get("concat", row, augmentation).float() if shard.has("concat") else None,
                 **_prompt(shard, row),
             }
@@ -113,6 +115,15 @@ class LatentCache:
         one, row, _ = self._place(i)
         with _raised_as_cache_error(self.path / one.file):
             return self._shard(one).name(row)
+
+    def index(self, i: int) -> int:
+        """Return the index of item i's example in its data set. No other tensor is read."""
+        one, row, _ = self._place(i)
+        with _raised_as_cache_error(self.path / one.file):
+            index = int(self._shard(one).get("index", row))
+            if index >= self.manifest.examples:
+                raise ValueError("is damaged: it holds examples that belong elsewhere")
+            return index
 
     def _place(self, i: int) -> tuple[Shard, int, int]:
         """Return the shard of item i, its row there, and the number of its augmentation."""
@@ -184,6 +195,13 @@ class LatentCache:
             self._lengths |= {axis: shard.lengths[axis] for axis in "CELD" if axis in shard.lengths}
             self._opened[one.file] = shard
         return self._opened[one.file]
+
+
+def _size(shard: ShardFile, row: int) -> tuple[int, int] | None:
+    if not shard.has("sizes"):
+        return None
+    height, width = shard.get("sizes", row).tolist()
+    return height, width
 
 
 def _prompt(shard: ShardFile, row: int) -> Prompt:

@@ -4,13 +4,14 @@ A shard is a safetensors file of N images with A augmentations each:
 
     mean, logvar          (N, A, C, H/8, W/8) float16   raw moments of the posterior
     index                 (N,) int64                    index of the example in its data set, ascending
+    sizes                 (N, 2) int32                  height and width of the image before it was cropped
     ids, ids_ends         (K, 77) int32, (N,) int64     token ids; image n's chunks end at ids_ends[n]
     embeddings            (K, 77, D) float16            last hidden states of the text encoder, optional
     names, names_ends     (bytes,) uint8, (N,) int64    UTF-8; image n's name ends at names_ends[n]
 
 Its only metadata key holds JSON: a checksum of the cache's settings, and the images that could not be used. The file of
-the empty prompt holds only ids, ids_ends, and embeddings. The message of each `ValueError` in this module is a
-predicate ("is damaged: ..."), which the caller completes with the name of the file.
+the empty prompt holds only ids, ids_ends, and embeddings. Early versions wrote no sizes. The message of each
+`ValueError` in this module is a predicate ("is damaged: ..."), which the caller completes with the name of the file.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ LAYOUT = {
     "mean": ("F16", "NACHW"),
     "logvar": ("F16", "NACHW"),
     "index": ("I64", "N"),
+    "sizes": ("I32", "NS"),
     "names": ("U8", "B"),
     "names_ends": ("I64", "N"),
     "ids": ("I32", "KL"),
@@ -107,10 +109,16 @@ class ShardFile:
             raise ValueError("was made with other settings")
         self.skipped = skipped_from(header["skipped"])
         height, width = settings.size
-        self.lengths = {"A": settings.augmentations, "H": height // settings.factor, "W": width // settings.factor}
+        self.lengths = {
+            "S": 2,
+            "A": settings.augmentations,
+            "H": height // settings.factor,
+            "W": width // settings.factor,
+        }
         self.lengths |= {"N": 1} if prompt_only else {}
         self.lengths |= lengths or {}
         absent = {"embeddings": not settings.embeddings, "concat": not settings.condition}
+        absent["sizes"] = "sizes" not in file.keys()  # noqa: SIM118 - not a dict, so `in` does not work
         wanted = [name for name in LAYOUT if not absent.get(name)]
         self._tensors: dict[str, Any] = {}
         for name in (name for name in wanted if not prompt_only or name in PROMPT):
@@ -131,7 +139,7 @@ class ShardFile:
         return part
 
     def has(self, name: str) -> bool:
-        """Return whether the shard has this tensor; embeddings are optional."""
+        """Return whether the shard has this tensor; some are optional."""
         return name in self._tensors
 
     def get(self, name: str, *at: int) -> Tensor:
@@ -157,9 +165,10 @@ class ShardFile:
             raise ValueError(f"is damaged: the name of row {row} is not UTF-8") from error
 
     def _sound(self, name: str, part: Tensor) -> Tensor:
-        """Copy a part of the tensor `name` into memory. Raises ValueError for NaN, infinity, or negative integers."""
-        copy = part.clone()
-        if not copy.isfinite().all() if copy.is_floating_point() else bool((copy < 0).any()):
+        """Copy a part of the tensor `name` into memory. Raises ValueError for NaN, infinity, or negative integers, and
+        for sizes of 0."""
+        copy, least = part.clone(), int(name == "sizes")
+        if not copy.isfinite().all() if copy.is_floating_point() else bool((copy < least).any()):
             raise ValueError(f"is damaged: {name!r} holds impossible numbers")
         return copy
 

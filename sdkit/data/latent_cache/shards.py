@@ -35,6 +35,7 @@ class _Loaded:
         example: The example, without its encoded image.
         pixels: (3, H, W) for each augmentation; empty if the image cannot be used.
         conditions: The condition's pixels, likewise; empty if there are no conditions.
+        size: Height and width of the image before it was transformed.
         reason: The reason, if the image cannot be used.
     """
 
@@ -42,6 +43,7 @@ class _Loaded:
     example: Example
     pixels: list[Tensor]
     conditions: list[Tensor] = field(default_factory=list)
+    size: tuple[int, int] = (0, 0)
     reason: str = ""
 
 
@@ -112,6 +114,7 @@ class ShardEncoder:
         names, name_ends = _packed([one.example.name for one in encoded])
         tensors = {"mean": mean, "logvar": logvar, "names": names, "names_ends": name_ends}
         tensors["index"] = torch.tensor([one.index for one in encoded], dtype=torch.int64)
+        tensors["sizes"] = torch.tensor([one.size for one in encoded], dtype=torch.int32).reshape(-1, 2)
         if self.conditions is not None:
             empty = torch.empty(shape[0], shape[1], self._condition_channels, height, width, dtype=torch.float16)
             tensors["concat"] = torch.cat([empty, *concat])
@@ -127,8 +130,8 @@ class ShardEncoder:
             bare = replace(example, data=None)
             pixels, conditions = self._augmented(image, index), list[Tensor]()
             if self.conditions is not None:
-                conditions = self._augmented(shaped_like(image, self.conditions[index].load()), index)
-            return _Loaded(index, bare, pixels, conditions)
+                conditions = self._augmented(shaped_like(image.size, self.conditions[index].load()), index)
+            return _Loaded(index, bare, pixels, conditions, size=(image.height, image.width))
         except ImageError as error:
             return _Loaded(index, replace(example, data=None), [], reason=str(error))
 

@@ -40,7 +40,7 @@ from sdkit.data.latent_cache.manifest import (
 from sdkit.data.latent_cache.reading import damaged_files
 from sdkit.data.latent_cache.shard_file import ShardFile, save, shard_file
 from sdkit.data.latent_cache.shards import ShardEncoder
-from sdkit.data.pairs import check_condition, open_conditions
+from sdkit.data.pairs import kind_of_conditions, open_conditions
 from sdkit.data.sources import open_examples
 from sdkit.data.transform import Transform, sides
 from sdkit.engines.device import resolve_device, resolve_dtype
@@ -150,7 +150,7 @@ def cache(
     )  # fmt: skip
     warn_of_captions(examples)
     conditions = None
-    kind = check_condition(condition_column, conditioning_data, condition_kind)
+    kind = kind_of_conditions(condition_column, conditioning_data, condition_kind)
     if kind is not None:
         conditions = open_conditions(
             examples, data, column=condition_column, conditioning_data=conditioning_data, split=split,

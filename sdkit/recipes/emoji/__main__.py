@@ -23,7 +23,8 @@ steps, in this order:
   export     assemble model/, in float16
   evaluate   measure the model, or those of --models; evaluation/ also keeps the results of earlier calls
 A training or a latent cache that was stopped is resumed. If the data has changed, remove its folder first.
-With --vae, only vae-5 of the VAE's runs is made, which then fine-tunes that VAE.
+With --from, a model is trained further: of the VAE's runs only vae-5 is made, which fine-tunes the model's VAE, and
+unet-1 begins with its U-Net, text encoder, and tokenizer.
 The raw material:
   npm install --ignore-scripts --no-save @lobehub/fluent-emoji-3d@1.1.0 @iconify-json/fluent-emoji-flat@1.2.6 \\
     @iconify-json/noto@1.2.9 @iconify-json/twemoji@1.2.5
@@ -51,7 +52,7 @@ def _run(step: str, args: argparse.Namespace) -> None:
 
     root, drawings = args.out, Drawings(args.drawn, args.vectors)
     if step == "tiles":
-        names = {*training.vae_runs(args.vae).values(), training.FINE}
+        names = {*training.vae_runs(args.model).values(), training.FINE}
         prepare_tiles(drawings, args.photographs, root / "data", names)
         say_path(root / "data")
     elif step == "captioned":
@@ -59,11 +60,15 @@ def _run(step: str, args: argparse.Namespace) -> None:
         say_path(root / "data")
     elif step == "evaluate":
         models = args.models or [root / "model"]
-        say(evaluate(models, args.drawn, root / "evaluation", prompts=args.prompts, sweeps=args.sweeps))
+        say(
+            evaluate(
+                models, drawings, root / "evaluation", prompts=args.prompts, images=args.images, sweeps=args.sweeps
+            )
+        )
     else:
         functions: dict[str, Callable[[Path], object]] = {
-            "vae": partial(training.train_the_vae, vae=args.vae),
-            "latents": training.make_latents,
+            "vae": partial(training.train_the_vae, model=args.model),
+            "latents": partial(training.make_latents, model=args.model),
             "unet": training.train_the_unet,
             "decoder": training.train_the_decoder,
             "export": training.export,
@@ -86,10 +91,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--drawn", type=Path, default=solid, metavar="FOLDER", help="3D pictures (default: %(default)s)")
     add("--vectors", type=Path, default=vectors, metavar="FOLDER", help="vector graphics (default: %(default)s)")
     add("--photographs", type=Path, default=Path("photographs"), metavar="FOLDER", help="the unpacked photographs")
-    add("--vae", metavar="SOURCE", help="a trained VAE to begin with, such as emoji (default: from scratch)")
+    add("--from", dest="model", metavar="SOURCE", help="a model to begin with, such as emoji (default: from scratch)")
     add("--models", nargs="+", metavar="SOURCE", help="models to evaluate side by side (default: OUT/model)")
-    add("--prompts", type=int, default=320, metavar="N", help="prompts to evaluate with (default: %(default)s)")
-    add("--no-sweeps", dest="sweeps", action="store_false", help="evaluate at one guidance scale and number of steps")
+    add("--prompts", type=int, default=320, metavar="N", help="prompts of each kind (default: %(default)s)")
+    add("--images", type=int, default=1000, metavar="N", help="images of the distribution (default: %(default)s)")
+    add("--no-sweeps", dest="sweeps", action="store_false", help="measure at one guidance scale and number of steps")
     return parser
 
 

@@ -117,12 +117,7 @@ def one(picture: Picture, style: str, rng: Random, backgrounds: Sequence[str] | 
     """
     size = rng.choice(("small", "large")) if rng.random() < SIZE_NAMED else ""
     place = rng.choice(tuple(PLACES)) if size != "large" and rng.random() < PLACE_NAMED else ""
-    part = Part(
-        picture=picture,
-        extent=_extent(size, place, rng),
-        mirrored=_mirrored(picture, rng),
-        **_position(place, rng),
-    )
+    part = arranged(picture, size, place, rng)
     backgrounds = backgrounds or picture.backgrounds
     name = rng.choice(picture.names) if rng.random() < 0.5 else picture.name
     background, shared = _shared(style, backgrounds, rng)
@@ -130,15 +125,30 @@ def one(picture: Picture, style: str, rng: Random, backgrounds: Sequence[str] | 
     return Composition(parts=(part,), style=style, background=background, caption=caption)
 
 
+def arranged(picture: Picture, size: str, place: str, rng: Random) -> Part:
+    """Return a picture at a random size and position, of those that a caption with this size and place allows.
+
+    Args:
+        picture: The picture.
+        size: "small", "large", or "", which leaves the size open.
+        place: A key of `PLACES`, or "", which leaves the place open.
+        rng: Random numbers.
+    """
+    extent = _extent(size, place, rng)
+    return Part(picture=picture, extent=extent, mirrored=_mirrored(picture, rng), **_position(place, rng))
+
+
+def beside(picture: Picture, rng: Random) -> Part:
+    """Return a picture at a random size and position in its half of an image with two."""
+    return Part(
+        picture=picture, extent=rng.randint(*BESIDE), across=rng.uniform(0.2, 0.8), down=rng.uniform(0.35, 0.65),
+        mirrored=_mirrored(picture, rng),
+    )  # fmt: skip
+
+
 def two(pictures: Sequence[Picture], style: str, rng: Random) -> Composition:
     """Return a random composition of two pictures, the left one first, on a background on which training shows both."""
-    parts = tuple(
-        Part(
-            picture=picture, extent=rng.randint(*BESIDE), across=rng.uniform(0.2, 0.8), down=rng.uniform(0.35, 0.65),
-            mirrored=_mirrored(picture, rng),
-        )
-        for picture in pictures
-    )  # fmt: skip
+    parts = tuple(beside(picture, rng) for picture in pictures)
     backgrounds = [name for name in BACKGROUNDS if all(name in picture.backgrounds for picture in pictures)]
     background, shared = _shared(style, backgrounds, rng)
     caption = described([picture.name for picture in pictures], **shared)

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from random import Random
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
 from sdkit import images as image_io
 from sdkit.arguments import whole_number
@@ -23,42 +25,134 @@ from sdkit.networks.autoencoder import VAE
 from sdkit.networks.lpips import LPIPS
 from sdkit.pipelines.generation import anywhere
 from sdkit.pipelines.text_to_image import StableDiffusion
+from sdkit.recipes.emoji import asked as ask
 from sdkit.recipes.emoji import evaluation as measure
-from sdkit.recipes.emoji.evaluation import SCALE, STEPS, Gallery, Prompt
-from sdkit.recipes.emoji.pictures import BACKGROUNDS, composed, read
+from sdkit.recipes.emoji.asked import Prompt
+from sdkit.recipes.emoji.compositions import Composition
+from sdkit.recipes.emoji.drawings import Drawings
+from sdkit.recipes.emoji.evaluation import Measured
+from sdkit.recipes.emoji.gallery import Gallery
 
-SCALES, STEP_COUNTS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 5.0, 7.5, 10.0), (5, 10, 20, 30, 50)
+SCALES, STEP_COUNTS = (1.0, 1.5, 2.0, 3.0, 5.0, 7.5), (1, 5, 10, 20, 30)
+FAST, SAMPLERS = 8, ("ddim", "dpm++2m")  # steps at which samplers are compared
+SEEDS, TWO = 8, 5  # images of each open prompt; for each prompt of two pictures this many of one
 PHOTO = 256  # side of the photographs in pixels
-COMPOSITIONS = 256  # held-out images on which the VAE is measured
-SHOWN, COLUMNS = 48, 8  # images on a contact sheet, and in a row of it
+SHOWN, COLUMNS = 64, 8  # images on a contact sheet, and in a row of it
 PHOTOS = ("astronaut", "chelsea", "coffee", "rocket")  # names in skimage.data; training uses none of them
+CONTROLS = ("real pictures", "mean image")
 
 Row = dict[str, Any]
-Asked = Sequence[Prompt]
+Pictures = Sequence[Image.Image]
+Paint = Callable[[str, Sequence[Prompt]], Pictures]
+"""Makes an image for each prompt of a group of questions."""
+
+
+@dataclass(frozen=True)
+class Questions:
+    """What every model is asked.
+
+    Attributes:
+        named: Prompts of a picture, its style, and its background.
+        held_out: The same, of pairs of picture and style that no training image shows.
+        placed: Prompts with sizes, places, and held-out backgrounds.
+        two: Prompts of two pictures side by side.
+        open: Prompts with a background that leave style, size, and place open, `SEEDS` times each.
+        compositions: Random compositions, whose captions are prompts.
+    """
+
+    named: Sequence[Prompt]
+    held_out: Sequence[Prompt]
+    placed: Sequence[Prompt]
+    two: Sequence[Prompt]
+    open: Sequence[Prompt]
+    compositions: Sequence[Composition]
+
+    @classmethod
+    def of(cls, prompts: int, images: int) -> Questions:
+        """Return questions with this many prompts of each kind, and this many images for their distribution."""
+        repeated = [one for one in ask.open_prompts(max(1, prompts // SEEDS), background=True) for _ in range(SEEDS)]
+        return cls(
+            ask.named(prompts), ask.held_out_pairs(prompts), ask.placed(prompts),
+            ask.pairs_beside(max(1, prompts // TWO)), repeated, ask.sampled(images, "generated"),
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Judge:
+    """What images are compared with.
+
+    Attributes:
+        drawings: The pictures in all styles.
+        gallery: Features of all pictures.
+        real: Features of real compositions, as many as the questions ask for, but others.
+    """
+
+    drawings: Drawings
+    gallery: Gallery
+    real: Tensor
+
+    @classmethod
+    def of(cls, drawings: Drawings, lpips: LPIPS, folder: Path, images: int) -> Judge:
+        """Return a judge with the features of this many real compositions."""
+        real = [one.drawn(drawings) for one in ask.sampled(images, "real")]
+        return cls(drawings, Gallery(drawings, lpips, folder), measure.features_of(real))
+
+    def row(self, questions: Questions, paint: Paint, pictures: Pictures) -> Row:
+        """Return the metrics of the images that `paint` makes, and of images of the questions' compositions."""
+        groups = {
+            name: (asked, paint(name, asked))
+            for name, asked in (
+                ("named", questions.named), ("held-out pairs", questions.held_out), ("placed", questions.placed),
+                ("two", questions.two), ("variety", questions.open),
+            )
+        }  # fmt: skip
+        repeated = groups["variety"][1]
+        return {
+            "named": measure.fidelity(self.gallery, *groups["named"]),
+            "held-out pairs": measure.fidelity(self.gallery, *groups["held-out pairs"]),
+            "placed": measure.arrangement(*groups["placed"]),
+            "two": measure.fidelity_of_two(self.gallery, *groups["two"]),
+            "variety": {
+                "deviation": measure.variety([repeated[i : i + SEEDS] for i in range(0, len(repeated), SEEDS)])
+            },
+            "distribution": self.distribution(pictures),
+        }
+
+    def distribution(self, pictures: Pictures) -> Measured:
+        """Return the distance from as many real images, precision, and recall."""
+        return measure.distribution(measure.features_of(pictures), self.real[: len(pictures)])
 
 
 def evaluate(
-    models: Sequence[str | os.PathLike[str]], drawn: Path, out: Path, *, prompts: int = 320, sweeps: bool = True
+    models: Sequence[str | os.PathLike[str]],
+    drawings: Drawings,
+    out: Path,
+    *,
+    prompts: int = 320,
+    images: int = 1000,
+    sweeps: bool = True,
 ) -> str:
-    """Measure models, and write the results.
+    """Measure models and controls, and write the results.
 
-    The folder gets evaluation.json, table.md, and for each model a contact sheet of its images, one of its VAE's
+    The folder gets evaluation.json, table.md, and for each model contact sheets of its images and its VAE's
     reconstructions, and its curves.
 
     Args:
         models: Sources of the models.
-        drawn: assets/ of the unpacked npm package.
+        drawings: The pictures in all styles.
         out: Folder of the results. Results of earlier calls are kept in it.
-        prompts: Number of prompts from training, and of held-out prompts.
-        sweeps: Whether to measure at other guidance scales and numbers of steps, too.
+        prompts: Number of prompts of each kind.
+        images: Number of images whose distribution is compared with that of real ones.
+        sweeps: Whether to measure at other guidance scales, numbers of steps, and samplers, too.
 
     Returns:
-        The table, in Markdown, of these models and of those measured before.
+        The table, in Markdown, of the controls, these models, and those measured before.
 
     Raises:
         SdkitError: A model, a picture, or a library is missing, or two models would share their files' names.
     """
-    whole_number("prompts", prompts, 1)
+    whole_number("prompts", prompts, SEEDS)
+    whole_number("images", images, SEEDS)
     check_files(out)
     rows = _earlier(out / "evaluation.json")
     names = {source: _slug(source) for source in (anywhere(os.fspath(model)) for model in models)}
@@ -69,29 +163,75 @@ def evaluate(
         )
     if sweeps:
         _canvas()
-    lpips = LPIPS.from_pretrained("vgg")
-    gallery = Gallery(drawn, lpips, out / "gallery")
-    asked = measure.prompts(prompts), measure.prompts_held_out(prompts)
-    if missing := {prompt.picture.file for of_one_kind in asked for prompt in of_one_kind} - {*gallery.names}:
-        raise DataError(f"{drawn} lacks {len(missing)} pictures, {min(missing)}.webp first; is it of another version?")
+    lpips, photographs = LPIPS.from_pretrained("vgg"), photos()
     # Load everything first, so that a missing model is reported before the first one has been measured for hours.
-    photographs, loaded = photos(), [StableDiffusion.from_pretrained(source) for source in names]
+    loaded = [StableDiffusion.from_pretrained(source) for source in names]
+    questions = Questions.of(prompts, images)
+    judge = Judge.of(drawings, lpips, out / "gallery", images)
+    rows |= _controls(judge, questions)
     for model, (source, name) in zip(loaded, names.items(), strict=True):
-        vae = VAE.from_pretrained(source, dtype="fp32")
-        row, drawn_images = _row(model, vae, gallery, photographs, *asked)
-        if (before := rows.get(source, {})).get("generated") == row["generated"]:
-            row = before | row  # equal results: the model is unchanged, and its earlier sweeps stay valid
-        else:
-            (out / f"{name}-curves.png").unlink(missing_ok=True)
-        rows[source] = row
+        rows[source] = _measured(model, source, judge, questions, photographs, out / name)
         table = _save_rows(out, rows)
-        _save_sheet(out / f"{name}-generated.png", drawn_images, asked[0])
-        _save_vae_sheet(out / f"{name}-vae.png", vae, [*(_composed(drawn, one) for one in asked[1][:4]), *photographs])
         if sweeps:
-            row |= _sweeps(model, gallery, row, *asked)
+            rows[source] |= _sweeps(model, judge, questions)
             table = _save_rows(out, rows)
-            _save_curves(out / f"{name}-curves.png", row)
+            _save_curves(out / f"{name}-curves.png", rows[source])
     return table
+
+
+def _controls(judge: Judge, questions: Questions) -> dict[str, Row]:
+    """Return the rows of real pictures, the best that counts, and of their mean image, the worst."""
+    pictures = [one.drawn(judge.drawings) for one in questions.compositions]
+    mean = Image.fromarray(np.mean([np.asarray(one) for one in pictures], axis=0).round().astype(np.uint8))
+    paints: tuple[Paint, ...] = (
+        lambda _, asked: [one.composition(seed).drawn(judge.drawings) for seed, one in enumerate(asked)],
+        lambda _, asked: [mean] * len(asked),
+    )
+    return {
+        name: judge.row(questions, paint, made)
+        for name, paint, made in zip(CONTROLS, paints, (pictures, [mean] * len(pictures)), strict=True)
+    }
+
+
+def _measured(
+    model: StableDiffusion, source: str, judge: Judge, questions: Questions, photographs: Pictures, out: Path
+) -> Row:
+    """Return the metrics of a model at its own guidance scale, and save its contact sheets as OUT-*.png."""
+    vae = VAE.from_pretrained(source, dtype="fp32")  # the precision in which training validates it
+    compositions = [one.drawn(judge.drawings) for one in questions.compositions[: len(questions.named)]]
+    _save_vae_sheet(Path(f"{out}-vae.png"), vae, [*compositions[:4], *photographs])
+
+    def paint(group: str, asked: Sequence[Prompt]) -> Pictures:
+        made = measure.generated(model, [one.text for one in asked])
+        true = [one.composition().drawn(judge.drawings) for one in asked] if group == "held-out pairs" else None
+        _save_sheet(Path(f"{out}-{group.replace(' ', '-')}.png"), asked, made, true)
+        return made
+
+    return {
+        "vae, compositions": measure.vae_quality(vae, compositions, judge.gallery.lpips),
+        "vae, photographs": measure.vae_quality(vae, photographs, judge.gallery.lpips),
+        **judge.row(questions, paint, measure.generated(model, [one.caption for one in questions.compositions])),
+    }
+
+
+def _sweeps(model: StableDiffusion, judge: Judge, questions: Questions) -> Row:
+    """Return metrics at all guidance scales, step counts, and samplers.
+
+    For scales they are those of as many compositions as there are prompts, with the fidelity of the named pictures.
+    """
+    captions = [one.caption for one in questions.compositions]
+    texts, few = [one.text for one in questions.named], captions[: len(questions.named)]
+    return {
+        "scales": {
+            scale: judge.distribution(measure.generated(model, few, scale=scale))
+            | measure.fidelity(judge.gallery, questions.named, measure.generated(model, texts, scale=scale))
+            for scale in SCALES
+        },
+        "steps": {steps: judge.distribution(measure.generated(model, captions, steps=steps)) for steps in STEP_COUNTS},
+        "samplers": {
+            name: judge.distribution(measure.generated(model, captions, steps=FAST, sampler=name)) for name in SAMPLERS
+        },
+    }
 
 
 def _slug(source: str) -> str:
@@ -120,51 +260,6 @@ def _earlier(path: Path) -> dict[str, Row]:
     return rows
 
 
-def _row(
-    model: StableDiffusion, vae: VAE, gallery: Gallery, photographs: Sequence[Image.Image], seen: Asked, held_out: Asked
-) -> tuple[Row, list[Image.Image]]:
-    """Return the metrics of a model, and its images for the prompts from training.
-
-    `vae` is the model's VAE in float32, the precision in which training validates it.
-    """
-    compositions = [_composed(gallery.drawn, prompt) for prompt in measure.prompts_held_out(COMPOSITIONS)]
-    reconstructed = vae.reconstruct([_composed(gallery.drawn, prompt) for prompt in seen])
-    drawn = measure.generated(model, seen, SCALE, STEPS)
-    return {
-        "vae, held-out compositions": measure.vae_quality(vae, compositions, gallery.lpips),
-        "vae, held-out photos": measure.vae_quality(vae, photographs, gallery.lpips),
-        "through the VAE": measure.fidelity(gallery, seen, reconstructed),
-        "generated": measure.fidelity(gallery, seen, drawn),
-        "generated, held-out pairs": measure.fidelity(
-            gallery, held_out, measure.generated(model, held_out, SCALE, STEPS)
-        ),
-    }, drawn
-
-
-def _sweeps(model: StableDiffusion, gallery: Gallery, row: Row, seen: Asked, held_out: Asked) -> Row:
-    """Return the fidelity at all guidance scales and step counts, with the background accuracy on held-out pairs.
-
-    The metrics at (SCALE, STEPS) are taken from `row`, and not computed again.
-    """
-    measured: dict[tuple[float, int], tuple[measure.Measured, measure.Measured]] = {
-        (SCALE, STEPS): (row["generated"], row["generated, held-out pairs"])
-    }
-    for point in (*((scale, STEPS) for scale in SCALES), *((SCALE, steps) for steps in STEP_COUNTS)):
-        if point not in measured:
-            of_seen, of_held_out = (
-                measure.fidelity(gallery, asked, measure.generated(model, asked, *point)) for asked in (seen, held_out)
-            )
-            measured[point] = of_seen, of_held_out
-    merged = {
-        point: of_seen | {"background, held-out pairs": of_held_out["background"]}
-        for point, (of_seen, of_held_out) in measured.items()
-    }
-    return {
-        "scales": {scale: merged[scale, STEPS] for scale in SCALES},
-        "steps": {steps: merged[SCALE, steps] for steps in STEP_COUNTS},
-    }
-
-
 def photos() -> list[Image.Image]:
     """Return the sample photographs that come with scikit-image, resized and cropped at the centre to 256 x 256."""
     try:
@@ -176,20 +271,20 @@ def photos() -> list[Image.Image]:
     return image_io.to_pil(torch.stack(pixels))
 
 
-def _composed(drawn: Path, prompt: Prompt) -> Image.Image:
-    """Return the reference image of a prompt: the emoji itself on its background."""
-    return composed(read(drawn, prompt.picture.file), BACKGROUNDS[prompt.background])
+def _save_sheet(path: Path, asked: Sequence[Prompt], made: Pictures, true: Pictures | None = None) -> None:
+    """Save a contact sheet of images with their prompts; where true pictures are given, each row of them below."""
+    if true is None:
+        shown, captions = list(made[:SHOWN]), [one.text for one in asked[:SHOWN]]
+    else:
+        shown, captions = [], []
+        for i in range(0, min(len(made), SHOWN // 2), COLUMNS):
+            row = made[i : i + COLUMNS]
+            shown += [*row, *true[i : i + len(row)]]
+            captions += [*(one.text for one in asked[i : i + len(row)]), *["the true picture"] * len(row)]
+    image_io.save(image_io.grid(shown, COLUMNS, padding=6, captions=captions), path)
 
 
-def _save_sheet(path: Path, images: Sequence[Image.Image], asked: Asked) -> None:
-    """Save a contact sheet of some of the images with their prompts."""
-    # A random choice, because every n-th prompt could have the same background.
-    chosen = sorted(Random(0).sample(range(len(images)), min(SHOWN, len(images))))
-    texts = [asked[i].text for i in chosen]
-    image_io.save(image_io.grid([images[i] for i in chosen], COLUMNS, padding=6, captions=texts), path)
-
-
-def _save_vae_sheet(path: Path, vae: VAE, originals: Sequence[Image.Image]) -> None:
+def _save_vae_sheet(path: Path, vae: VAE, originals: Pictures) -> None:
     """Save a contact sheet of images and their reconstructions."""
     both = [*originals, *vae.reconstruct(list(originals))]
     labels = ("original", "through the VAE")
@@ -197,22 +292,28 @@ def _save_vae_sheet(path: Path, vae: VAE, originals: Sequence[Image.Image]) -> N
 
 
 def _table(rows: Mapping[str, Row]) -> str:
-    """Return a Markdown table with a line for each metric and a column for each model."""
+    """Return a Markdown table with a line for each metric and a column for each model or control."""
     lines = [f"| | {' | '.join(rows)} |", f"|---|{'---|' * len(rows)}"]
     lines += [f"| {label} | {' | '.join(cells)} |" for label, cells in _lines(rows)]
     return "\n".join(lines) + "\n"
 
 
+UNITS = {
+    "psnr": "{:.2f} dB", "ssim": "{:.3f}", "lpips": "{:.4f}", "prompts": "{}", "frechet": "{:.3g}",
+    "deviation": "{:.1f} of 255",
+}  # fmt: skip
+"""Metric -> how it is written. The others are shares."""
+
+
 def _lines(rows: Mapping[str, Row]) -> Iterator[tuple[str, list[str]]]:
     """Yield the label and the cells of each line. A model that lacks the metric has "-"."""
-    units = {"psnr": "{:.2f} dB", "ssim": "{:.3f}", "lpips": "{:.4f}"}
     measures: dict[str, dict[str, None]] = {}  # metrics of all models by group; each inner dict is an ordered set
     for row in rows.values():
-        for group in (name for name in row if name not in ("scales", "steps")):
+        for group in (name for name in row if name not in ("scales", "steps", "samplers")):
             measures.setdefault(group, {}).update(dict.fromkeys(row[group]))
     for group, names in measures.items():
         for name in names:
-            form = units.get(name, "{}" if name in ("prompts", "retrieved") else "{:.1%}")
+            form = UNITS.get(name, "{:.1%}")
             values = [row.get(group, {}).get(name) for row in rows.values()]
             yield f"{group}: {name}", ["-" if value is None else form.format(value) for value in values]
 
@@ -224,26 +325,25 @@ def _canvas() -> Any:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ArgumentError("the curves need matplotlib; install 'sdkit[train]', or give --no-sweeps.") from error
-    figure = Figure(figsize=(9, 3.4), dpi=130, layout="constrained")
+    figure = Figure(figsize=(12, 3.4), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 
 
 def _save_curves(path: Path, row: Row) -> None:
-    """Draw fidelity against the guidance scale and against the number of steps."""
+    """Draw fidelity and recall against the guidance scale, and the Fréchet distance against the number of steps."""
     figure = _canvas()
-    panels = (("scales", "guidance scale", f"{STEPS} steps"), ("steps", "DDIM steps", f"guidance scale {SCALE:g}"))
-    for place, (key, label, title) in enumerate(panels, start=1):
-        axes = figure.add_subplot(1, 2, place)
-        lines = (
-            ("background, held-out pairs", "background right (held-out pairs)"),
-            ("top5", "top-5"),
-            ("top1", "top-1"),
-        )
-        for name, text in lines:
-            axes.plot([float(x) for x in row[key]], [m[name] for m in row[key].values()], "o-", label=text)
-        axes.set(xlabel=label, ylabel="share of prompts", ylim=(0, 1.02), title=title)
+    panels: tuple[tuple[str, str, dict[str, str]], ...] = (
+        ("scales", "guidance scale", {"top1": "top-1", "style": "style", "recall": "recall", "precision": "precision"}),
+        ("scales", "guidance scale", {"frechet": "Fréchet distance"}),
+        ("steps", "DDIM steps", {"frechet": "Fréchet distance"}),
+    )
+    for place, (key, label, names) in enumerate(panels, start=1):
+        axes = figure.add_subplot(1, len(panels), place)
+        for name, text in names.items():
+            axes.plot([float(x) for x in row[key]], [one[name] for one in row[key].values()], "o-", label=text)
+        axes.set(xlabel=label, ylim=(0, None))
         axes.grid(alpha=0.3)
-    axes.legend()
+        axes.legend()
     with atomic_write(path) as temporary:
         figure.savefig(temporary, format="png")

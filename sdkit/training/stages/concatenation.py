@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from sdkit.data.latent_cache.manifest import Manifest
-from sdkit.data.pairs import check_condition, open_conditions
+from sdkit.data.pairs import kind_of_conditions, open_conditions
 from sdkit.data.sources import open_examples
 from sdkit.errors import ArgumentError, CacheError
 from sdkit.files import expanded
+from sdkit.loading.configs import LOW_RES
 from sdkit.loading.source import condition_of
 from sdkit.networks.autoencoder import VAE, Autoencoder, latents_of
 from sdkit.networks.concatenation import map_of, widen
@@ -23,6 +24,7 @@ from sdkit.training.stage import Samples
 from sdkit.training.stages.conditions import PairedExamples
 from sdkit.training.stages.examples import CachedLatents, DenoisingExamples, Row, open_provider
 from sdkit.training.stages.images import is_cache, training_transform
+from sdkit.training.stages.upsampling import prepare_upsampler
 
 
 def prepare_input(network: Any, config: UNetConfig) -> None:
@@ -37,6 +39,9 @@ def prepare_input(network: Any, config: UNetConfig) -> None:
             which cannot train the new channels.
     """
     own, kind = condition_of(network.config), _kind_in(config)
+    if own == LOW_RES or config.upscale_factor is not None:
+        prepare_upsampler(network, config, kind)
+        return
     if config.instance_data is not None and own is not None:
         raise ArgumentError("DreamBooth takes no conditions, and this model needs one: give a text-to-image model.")
     if kind is None:
@@ -44,6 +49,11 @@ def prepare_input(network: Any, config: UNetConfig) -> None:
             raise ArgumentError(
                 "this model draws from an image: name the images as condition_column or conditioning_data, or give a "
                 "text-to-image model."
+            )
+        if config.condition_dropout != type(config).condition_dropout:
+            raise ArgumentError(
+                "condition_dropout belongs to conditions, and there are none: name them as condition_column or "
+                "conditioning_data, or leave it out."
             )
         return
     stated = config.condition_kind if not is_cache(config.data) else kind
@@ -66,7 +76,7 @@ def _kind_in(config: UNetConfig) -> str | None:
     if config.instance_data is not None:
         return None
     if not is_cache(config.data):
-        return check_condition(config.condition_column, config.conditioning_data, config.condition_kind)
+        return kind_of_conditions(config.condition_column, config.conditioning_data, config.condition_kind)
     for name in ("condition_column", "conditioning_data"):
         if getattr(config, name) is not None:
             raise ArgumentError(f"{name}= has no meaning for a latent cache; give it to sdkit cache instead.")
@@ -84,9 +94,9 @@ def open_conditioned(
 ) -> DenoisingExamples:
     """Open the data of a run with conditions; for the arguments see `open_provider`. Each row has `concat`, or
     `concat_pixels` (3, H, W) of which the VAE is to make it."""
-    if is_cache(config.data):
+    if is_cache(config.data) or kind == LOW_RES:
         return open_provider(
-            config.data, vae, text, size=config.size, own_size=own_size, augment=config.augment,
+            config.data, vae, text, size=config.size, own_size=own_size, augment=config.augment, seed=config.seed,
             trains_text=config.train_text_encoder, cached=CachedConditions, **config.opened_with(),
         )  # fmt: skip
     size: Any = config.size or own_size

@@ -16,14 +16,15 @@ from torch import Tensor
 from sdkit.data.captioned_files import NAME
 from sdkit.data.example import Example
 from sdkit.data.examples import Examples
-from sdkit.data.pairs import Conditions, of_same_names, open_conditions, shaped_like
+from sdkit.data.pairs import Conditions, Rows, of_same_names, open_conditions, shaped_like
 from sdkit.data.sources import open_examples
 from sdkit.data.transform import Transform, draw
-from sdkit.errors import ArgumentError
+from sdkit.errors import ArgumentError, DataError
 from sdkit.images.conditions import CONDITIONS
 from sdkit.messages import clean
 from sdkit.networks.autoencoder import Autoencoder
 from sdkit.networks.text_encoder import TextEncoder
+from sdkit.training.settings import ControlNetConfig
 from sdkit.training.stages.examples import CachedLatents, ImageLatents, Row, check_opened_with_nothing
 from sdkit.training.stages.images import TrainingImages, first_usable, is_cache, training_transform
 
@@ -48,7 +49,7 @@ class TrainingPairs(TrainingImages):
         pixels = self.transform(image, draw(self.seed, index, augmentation))
         if self.conditions.images is None:
             return torch.cat([pixels, self.conditions.of(pixels)])
-        condition = shaped_like(image, self.conditions.images[index].load())
+        condition = shaped_like(image.size, self.conditions.images[index].load())
         cropped = self.transform(condition, draw(self.seed, index, augmentation))
         return torch.cat([pixels, self.conditions.of(cropped)])
 
@@ -103,8 +104,9 @@ class CachedControlExamples(CachedLatents):
 
     Args:
         data: The cache.
-        beside: Images of the same names as those in the cache, except for their suffixes: the conditions, or what they
-            are made of.
+        conditioning_data: The conditions, or images that they are made of: of the same names as those in the cache,
+            except for their suffixes; or a column of the data set that the cache was made of.
+        column: That column, or one of another data set.
         make: Name in `CONDITIONS` of the function that makes conditions; None takes the images as they are.
         vae: The VAE of the run.
         text: The text encoder of the run.
@@ -118,7 +120,8 @@ class CachedControlExamples(CachedLatents):
     def __init__(
         self,
         data: str | PathLike[str],
-        beside: Examples,
+        conditioning_data: str | PathLike[str],
+        column: str,
         make: str | None,
         vae: Autoencoder,
         text: TextEncoder,
@@ -128,10 +131,10 @@ class CachedControlExamples(CachedLatents):
     ) -> None:
         super().__init__(data, vae, text, size=size, augment=augment)
         made = self.cache.manifest.settings
+        first = range(0, len(self.cache), made.augmentations)
+        names, rows = [self.cache.name(i) for i in first], [self.cache.index(i) for i in first]
         self._transform, self._seed = Transform(size=made.size, crop=made.crop, flip=made.flip), made.seed
-        names = [self.cache.name(i) for i in range(0, len(self.cache), made.augmentations)]
-        found = Conditions(identity=beside.identity, images=of_same_names(names, beside))
-        self._conditions = _made_of(found, make)
+        self._conditions = _made_of(_beside(conditioning_data, column, names, rows), make)
         self.identity = self._conditions.added_to(self.identity)
 
     def load(self, item: int, epoch: int) -> Row:  # noqa: ARG002 - as in `CachedLatents`
@@ -152,6 +155,9 @@ class CachedControlExamples(CachedLatents):
         item, images = self.cache[index], self._conditions.images
         assert images is not None  # a cache holds no images of which conditions could be made
         image = images[index // self.cache.manifest.settings.augmentations].load()
+        if item["size"] is not None:
+            height, width = item["size"]
+            image = shaped_like((width, height), image)
         pixels = self._transform(image, draw(self._seed, item["index"], item["augmentation"]))
         return self._example(index) | control_tensors(self._conditions.of(pixels))
 
@@ -185,7 +191,7 @@ def open_control_examples(
             if that is given; None reads them.
         conditioning_data: Images of the same names as those in `data`, except for their suffixes. None reads them from
             a column of `data`.
-        conditioning_image_column: That column.
+        conditioning_image_column: That column. For a latent cache, a column of `conditioning_data`.
         size: Size of the images in pixels; None takes that of the cache, or `own_size`.
         own_size: Height and width that the model was made for.
         augment: Augmentations, as in `training_transform`.
@@ -199,13 +205,14 @@ def open_control_examples(
     if is_cache(data):
         if conditioning_data is None:
             raise ArgumentError(
-                "a latent cache holds no conditions of ControlNets: name the folder of the conditions "
-                f"(conditioning_data), or of the images that they are made of (with condition, one of "
-                f"{', '.join(CONDITIONS)})."
+                "a latent cache holds no images, which a ControlNet reads as conditions: name them as "
+                "conditioning_data, or those that they are made of (with condition, one of "
+                f"{', '.join(CONDITIONS)}); of a table, also the column, as conditioning_image_column."
             )
         check_opened_with_nothing(opened_with)
-        beside = open_examples(conditioning_data)
-        return CachedControlExamples(data, beside, condition, vae, text, size=size, augment=augment)
+        return CachedControlExamples(
+            data, conditioning_data, conditioning_image_column, condition, vae, text, size=size, augment=augment
+        )
     height_width: Any = size or own_size
     vae.check_size(height_width)
     examples = open_examples(data, **opened_with)
@@ -216,15 +223,50 @@ def open_control_examples(
             f"{clean(os.fspath(data))} holds images without conditions: name the folder of the conditions "
             f"(conditioning_data), or let them be made (condition, one of {', '.join(CONDITIONS)})."
         )
-    else:
-        found = open_conditions(
-            examples, data, column=conditioning_image_column, conditioning_data=conditioning_data,
+    elif conditioning_data is None:
+        conditions = open_conditions(
+            examples, data, column=conditioning_image_column, conditioning_data=None,
             option="conditioning_image_column", **opened_with,
         )  # fmt: skip
+    else:
+        split, names = opened_with.get("split", "train"), examples.names
+        found = _beside(conditioning_data, conditioning_image_column, names, range(len(names)), split)
         conditions = _made_of(found, condition)
     return PairedExamples(
         examples, conditions, control_tensors, training_transform(height_width, augment), vae, text, seed=seed
     )
+
+
+def _beside(
+    data: str | PathLike[str], column: str, names: Sequence[str], rows: Sequence[int], split: str = "train"
+) -> Conditions:
+    """Return the images beside others.
+
+    Args:
+        data: The data set of the images.
+        column: The column of the images in it, if it is a table. A table without a column of the default name may have
+            another one.
+        names: Names of the others.
+        rows: Rows of the others in their own data set.
+        split: As in `open_examples`.
+    """
+    default = column == ControlNetConfig.conditioning_image_column
+    plain = open_examples(data, split=split)
+    if NAME in plain.dataset.column_names:
+        if not default:
+            raise ArgumentError(
+                f"conditioning_image_column: {clean(os.fspath(data))} holds files, which have no columns; leave it out."
+            )
+        return Conditions(identity=plain.identity, images=of_same_names(names, plain))
+    try:
+        found = open_examples(data, split=split, image_column=column)
+    except DataError as error:
+        if not default:
+            raise DataError(f"conditioning_image_column: {str(error).removeprefix('image_column: ')}") from error
+        found = plain
+    held = plain.names
+    same = max(rows, default=0) < len(held) and [held[row] for row in rows] == [*names]
+    return Conditions(identity=found.identity, images=Rows(found, rows) if same else of_same_names(names, found))
 
 
 def _made_of(images: Conditions, make: str | None) -> Conditions:

@@ -25,20 +25,28 @@ class DenoisingObjective:
         schedule: The noise schedule. Its `prediction_type` decides the target.
         snr_gamma: Gamma of the min-SNR weights (Hang et al. 2023); None weights all timesteps equally.
         noise_offset: Standard deviation of the random constant that is added to each channel's noise in training.
+        importance: Whether timesteps are drawn by `TimestepSampler`, which needs a place in [0, 1) for each.
 
     Attributes:
         schedule: The noise schedule.
         snr_gamma: Gamma of the min-SNR weights, or None.
         noise_offset: Standard deviation of the noise offset.
+        importance: Whether `timestep` returns a place in [0, 1) in place of a timestep.
         zero_snr: Whether the last timestep is pure noise.
     """
 
-    def __init__(self, schedule: NoiseSchedule, *, snr_gamma: float | None = None, noise_offset: float = 0.0) -> None:
+    def __init__(
+        self, schedule: NoiseSchedule, *, snr_gamma: float | None = None, noise_offset: float = 0.0,
+        importance: bool = False,
+    ) -> None:  # fmt: skip
         self.schedule, self.snr_gamma, self.noise_offset = schedule, snr_gamma, noise_offset
+        self.importance = importance
         self.zero_snr = float(schedule.alphas_cumprod[-1]) == 0
 
-    def timestep(self, generator: torch.Generator) -> int:
-        """Draw a timestep uniformly."""
+    def timestep(self, generator: torch.Generator) -> int | float:
+        """Draw a timestep uniformly; or, for timesteps drawn by importance, its place in [0, 1)."""
+        if self.importance:
+            return float(torch.rand((), generator=generator, dtype=torch.float64))
         return int(torch.randint(self.schedule.num_timesteps, (), generator=generator))
 
     def noise(self, shape: tuple[int, ...], generator: torch.Generator) -> dict[str, Tensor]:
@@ -85,13 +93,16 @@ class DenoisingObjective:
         Returns:
             The loss; and, if `snr_gamma` is set, `mse`, the loss without weights.
         """
-        snr = self.schedule.snr(torch.tensor(t)).float()
-        weight = min_snr_weight(snr, self.snr_gamma, self.schedule.prediction_type, keep_noisiest=self.zero_snr)
-        weight = weight.to(output.device)
+        weight = self.weights(t).to(output.device)
         if weights is not None:
             weight = weight * weights.to(weight)
         loss, unweighted = diffusion_loss(output, target, weight), self.snr_gamma is None and weights is None
         return loss, {} if unweighted else {"mse": diffusion_loss(output, target).detach()}
+
+    def weights(self, t: Sequence[int]) -> Tensor:
+        """Return the min-SNR weights (B,) of timesteps, on the CPU."""
+        snr = self.schedule.snr(torch.tensor(t)).float()
+        return min_snr_weight(snr, self.snr_gamma, self.schedule.prediction_type, keep_noisiest=self.zero_snr)
 
     @staticmethod
     def _draw(shape: tuple[int, ...], generator: torch.Generator, offset_factor: float) -> dict[str, Tensor]:

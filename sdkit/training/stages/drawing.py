@@ -41,6 +41,7 @@ class Drawing:
         controlnet: A ControlNet in training, or None.
         control_images: Its image (3, H, W) in [-1, 1] for each prompt.
         conditions: For each prompt, the image (3, H, W) in [-1, 1] that the U-Net reads beside the noise.
+        low_res_schedule: The noise schedule of an upsampler's small images.
     """
 
     def __init__(
@@ -59,11 +60,13 @@ class Drawing:
         controlnet: ControlNet | None = None,
         control_images: Sequence[Tensor] = (),
         conditions: Sequence[Tensor] = (),
+        low_res_schedule: NoiseSchedule | None = None,
     ) -> None:
         self.unet, self.vae, self.text, self.schedule = unet, vae, text, schedule
         self.prompts, self.folder, self.size = prompts, folder, size
         self.guidance_scale, self.half, self.trains_text = guidance_scale, half, trains_text
         self.controlnet, self.control_images, self.conditions = controlnet, control_images, conditions
+        self.low_res_schedule = low_res_schedule
 
     def __call__(self, step: int) -> Mapping[str, float]:
         """Save a sheet with an image of each prompt. There are no metrics to return."""
@@ -99,7 +102,8 @@ class Drawing:
             condition: (3, H, W) in [-1, 1], what the U-Net reads beside the noise.
         """
         device, (height, width) = self.unet.device, self.size
-        sd = StableDiffusion(self.vae.to(device), self.text.to(device), self.unet, self.schedule)
+        vae, text = self.vae.to(device), self.text.to(device)
+        sd = StableDiffusion(vae, text, self.unet, self.schedule, low_res_schedule=self.low_res_schedule)
         with torch.autocast(device.type, self.half, enabled=self.half is not None):
             z = sd(
                 prompt, seed=seed, height=height, width=width, num_inference_steps=VALIDATION_STEPS,

@@ -21,7 +21,7 @@ class BatchEncoder:
 
     Args:
         vae: The VAE, which is frozen.
-        text: The text encoder.
+        text: The text encoder, or `ClassNames`.
         scale: Scale of the latents.
         shift: Shift of the latents.
         trains_text: Whether the text encoder is in training. Captions then stay token ids, and the network in
@@ -66,14 +66,20 @@ class BatchEncoder:
         """
         t, eps = torch.tensor(batch["t"]), batch["eps"]
         x_t, target = objective.noised(self.latents(batch), eps, t)
-        return network(x_t, t.to(eps.device), self.conditioning(batch), *inputs), target
+        return self.output(network, x_t, t, batch, *inputs), target
+
+    def output(self, network: nn.Module, x_t: Tensor, t: Tensor, batch: Mapping[str, Any], *inputs: Tensor) -> Tensor:
+        """Return a network's output for noised latents (B, 4, h, w) at timesteps (B,). For the rest see `denoised`."""
+        output: Tensor = network(x_t, t.to(x_t.device), self.conditioning(batch), *inputs)
+        return output
 
     def _posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         with torch.no_grad(), torch.autocast(pixels.device.type, torch.bfloat16, enabled=self.half):
             return self.vae.to(pixels.device).posterior(pixels)
 
     def conditioning(self, batch: Mapping[str, Any]) -> Conditioning:
-        """Return the denoiser's conditioning: the captions, their mask, and the channels beside x_t, if there are any.
+        """Return the denoiser's conditioning: the captions and their mask, or the labels; and the channels beside x_t,
+        if there are any.
 
         A batch has these as `concat` (B, C', h, w), or `concat_pixels` (B, 3, H, W) to encode; and `told` (B,), which
         is 0 for samples that get zeros in their place. Its `label` (B, ...) is passed on, if it has one.
@@ -81,6 +87,8 @@ class BatchEncoder:
         concat = self._posterior(batch["concat_pixels"])[0] if "concat_pixels" in batch else batch.get("concat")
         if concat is not None and "told" in batch:
             concat = concat * batch["told"][:, None, None, None]
+        if not self.text.width:  # classes, or nothing
+            return Conditioning(label=batch.get("label"), concat=concat)
         return Conditioning(self.captions(batch), batch["mask"], concat, label=batch.get("label"))
 
     def captions(self, batch: Mapping[str, Any]) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from inspect import signature
 from os import PathLike
 from pathlib import Path
@@ -90,6 +90,7 @@ class CachedLatents:
         size: Size of the images in pixels; None takes that of the cache.
         augment: Augmentations that the cache must have been made with; it may have more.
         trains_text: Whether the text encoder is trained. The embeddings of the cache are then ignored.
+        takes_captions: Whether to warn where no image has a caption.
     """
 
     def __init__(
@@ -101,6 +102,7 @@ class CachedLatents:
         size: int | tuple[int, int] | None = None,
         augment: Collection[str] = (),
         trains_text: bool = False,
+        takes_captions: bool = True,
     ) -> None:
         self.cache, self._text = LatentCache(data), text
         made = self.cache.manifest.settings
@@ -126,7 +128,8 @@ class CachedLatents:
         if is_main_process() and sum(file.bytes for file in self.cache.manifest.files) <= VERIFIED:
             self.cache.verify()
         self.skipped = {image.name: image.reason for image in self.cache.manifest.skipped}
-        self._warn_of_captions(copies)
+        if takes_captions:
+            self._warn_of_captions(copies)
 
     def _warn_of_captions(self, copies: int) -> None:
         """Warn, in the main process, if no image of the cache has a caption."""
@@ -149,6 +152,11 @@ class CachedLatents:
     def held_out_caption(self, i: int) -> str:
         """Return the caption of held-out example i, as its tokens spell it: a cache does not hold the text."""
         return self._text.spelled(self.cache[self.held_out[i]]["ids"])
+
+    def captions(self) -> Iterator[tuple[Tensor, str]]:
+        """Yield the token ids (k, 77) and the text, as its tokens spell it, of each distinct caption."""
+        distinct = {(ids := self.cache[i]["ids"]).numpy().tobytes(): ids for i in range(len(self.cache))}
+        return ((ids, self._text.spelled(ids)) for ids in distinct.values())
 
     def name(self, item: int) -> str:
         """Return the name of training example `item`, for messages."""
@@ -174,12 +182,15 @@ class ImageLatents:
         vae: The VAE of the run.
         text: The text encoder of the run.
         seed: Random seed of the augmentations.
+        takes_captions: Whether to warn where no image has a caption.
     """
 
     def __init__(
-        self, examples: Examples, transform: Transform, vae: Autoencoder, text: TextEncoder, *, seed: int = 0
-    ) -> None:
-        warn_of_captions(examples)
+        self, examples: Examples, transform: Transform, vae: Autoencoder, text: TextEncoder, *, seed: int = 0,
+        takes_captions: bool = True,
+    ) -> None:  # fmt: skip
+        if takes_captions:
+            warn_of_captions(examples)
         size = transform.size
         self.images = TrainingImages(examples, transform, seed)
         self.identity = examples.identity
@@ -205,6 +216,10 @@ class ImageLatents:
         """Return the caption of held-out example i."""
         return self.validation_images.load_held_out(self.held_out, i)[1].caption
 
+    def captions(self) -> Iterator[tuple[Tensor, str]]:
+        """Yield the token ids (k, 77) and the text of each distinct caption."""
+        return ((self._ids(caption), caption) for caption in dict.fromkeys(self.images.examples.captions))
+
     def name(self, item: int) -> str:
         """Return the name of training example `item`, for messages."""
         return self.images.examples[int(self.train[item])].name
@@ -224,6 +239,7 @@ def open_provider(
     augment: Collection[str] = (),
     seed: int = 0,
     trains_text: bool = False,
+    takes_captions: bool = True,
     cached: type[CachedLatents] = CachedLatents,
     **opened_with: Any,
 ) -> DenoisingExamples:
@@ -238,6 +254,7 @@ def open_provider(
         augment: Augmentations, as in `training_transform`.
         seed: Random seed of the augmentations of images.
         trains_text: Whether the text encoder is trained.
+        takes_captions: Whether the U-Net takes captions or classes.
         cached: The provider of examples from a cache.
         **opened_with: Keyword arguments of `open_examples`. A latent cache takes none but defaults.
 
@@ -246,11 +263,13 @@ def open_provider(
     """
     if is_cache(data):
         check_opened_with_nothing(opened_with)
-        return cached(data, vae, text, size=size, augment=augment, trains_text=trains_text)
+        own = {} if takes_captions else {"takes_captions": False}
+        return cached(data, vae, text, size=size, augment=augment, trains_text=trains_text, **own)
     height_width: Any = size or own_size
     vae.check_size(height_width)
     examples = open_examples(data, **opened_with)
-    return ImageLatents(examples, training_transform(height_width, augment), vae, text, seed=seed)
+    transform = training_transform(height_width, augment)
+    return ImageLatents(examples, transform, vae, text, seed=seed, takes_captions=takes_captions)
 
 
 def check_opened_with_nothing(opened_with: Mapping[str, Any]) -> None:
