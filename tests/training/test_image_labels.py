@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import StableUnCLIPPipeline, UNet2DConditionModel
+from diffusers import StableUnCLIPPipeline, UNet2DConditionModel, UNet2DModel
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import CLIPVisionModelWithProjection
@@ -138,6 +138,10 @@ def test_the_result_is_a_whole_unclip(made: Path, tmp_path: Path) -> None:
 
 def test_mistakes(made: Path, tmp_path: Path) -> None:
     cache("emoji", made / "photos", tmp_path / "cache", size=32, device="cpu")
+    UNet2DModel(
+        sample_size=4, in_channels=4, out_channels=4, block_out_channels=(8, 8), norm_num_groups=4, layers_per_block=1,
+        down_block_types=("DownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "UpBlock2D"),
+    ).save_config(tmp_path / "unet")  # fmt: skip
     encoder, argument, source = {"image_encoder": made / "prior" / "result"}, sdkit.ArgumentError, sdkit.SourceError
     for change, fragment in (
         ({"embedding_dropout": 0.2}, "embedding_dropout belongs to image_encoder, and there is none"),
@@ -153,6 +157,7 @@ def test_mistakes(made: Path, tmp_path: Path) -> None:
     for change, error, fragment in (
         ({"data": tmp_path / "cache"}, DataError, "is a latent cache, and image_encoder embeds images"),
         ({"image_encoder": made / "photos"}, source, "has no image_encoder/config.json"),
+        ({"init": tmp_path / "unet"}, argument, "image_encoder needs a U-Net that attends to text"),
         ({"image_encoder": "emoji"}, source, "is the embedded model; give a folder or a Hub id"),
     ):
         run = config(made, tmp_path / "run", **change)

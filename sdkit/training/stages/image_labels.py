@@ -73,6 +73,10 @@ class ImageLabels:
             ArgumentError: The U-Net takes labels of another kind.
         """
         settings = network.config
+        if not hasattr(settings, "cross_attention_dim"):
+            raise ArgumentError(
+                "image_encoder needs a U-Net that attends to text, a UNet2DConditionModel; give one, or leave it out."
+            )
         kind, width = settings.class_embed_type, settings.projection_class_embeddings_input_dim
         if kind == "projection" and width == self.width:
             return
