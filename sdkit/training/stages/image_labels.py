@@ -34,6 +34,9 @@ COPIED = (
 class ImageLabels:
     """Labels of training images: their embeddings, noised by a random amount, or zeros where they are dropped.
 
+    An image is embedded as it is trained on, cropped and resized, and then resized to the encoder's side: a decoder of
+    images much smaller than that learns from embeddings of blurred ones.
+
     Args:
         config: Settings of the run. `config.image_encoder` is a folder with the image encoder, and the statistics and
             the noise schedule of its embeddings.
@@ -73,6 +76,10 @@ class ImageLabels:
             ArgumentError: The U-Net takes labels of another kind.
         """
         settings = network.config
+        if not hasattr(settings, "cross_attention_dim"):
+            raise ArgumentError(
+                "image_encoder needs a U-Net that attends to text, a UNet2DConditionModel; give one, or leave it out."
+            )
         kind, width = settings.class_embed_type, settings.projection_class_embeddings_input_dim
         if kind == "projection" and width == self.width:
             return
