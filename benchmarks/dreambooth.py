@@ -3,17 +3,19 @@
     python benchmarks/dreambooth.py                        # about ten minutes on one CPU core
     python benchmarks/dreambooth.py --ways lora --steps 50 # a quick look
 
-The object is a teapot that no emoji set has, on five backgrounds, in medium sizes. It is then drawn on other
-backgrounds, small, and large, at several seeds. Controls: the model before training, and training without class images.
-The folder --out gets the pictures and a sheet for each way of training: rows of the object's prompts, then the class
-"a teapot", then other prompts.
+The object is a teapot that no emoji set has, on five backgrounds, in medium sizes; captions name it and its background.
+It is then drawn on other backgrounds at several seeds. The embedded model knows no words for sizes, so smaller and
+larger ones are painted into a box of a plain image (inpainting with `padding_mask_crop`). Controls: the model before
+training, and training without class images. The folder --out gets the pictures and a sheet for each way of training:
+the object, then the class "a teapot", then other prompts.
 
 - object: share of drawings of the new object that are nearest to it, by LPIPS of the cut-out object, among it, eight
   teapots, and the other prompts' objects, which the model drew before training.
-- background: share of them whose background is nearest to the named colour; size: share whose extent is as named.
-- class: share of drawings of "a teapot" that became the new object.
-- others: mean LPIPS of drawings of other prompts before and after, from the same seeds; retrieved: share of those that
-  are nearest to their own prompt's drawing before. `another seed` is what LPIPS says where only the seed differs.
+- background: share of them whose background is nearest to the named colour.
+- smallest, largest: extents of the object in pixels.
+- class, others: mean LPIPS of drawings of "a teapot", and of other prompts, before and after; retrieved: share of the
+  latter that are nearest to their own prompt's drawing before. `another seed` is what LPIPS says where only the seed
+  differs.
 """
 
 from __future__ import annotations
@@ -39,14 +41,9 @@ SIDE, CROP, FINE = 128, 64, 4  # pixels of an image and of a cut-out object; ove
 INSTANCES = (("white", 72, (64, 64)), ("gray", 84, (60, 70)), ("orange", 64, (74, 56)), ("brown", 90, (66, 66)),
              ("yellow", 78, (52, 60)))  # fmt: skip
 """Background, extent, and centre of the object in each of the five pictures."""
-NAMED = {
-    "a sks teapot on a blue background": ("blue", None),
-    "a sks teapot on a pink background": ("pink", None),
-    "a sks teapot on a black background": ("black", None),
-    "a small sks teapot on a turquoise background": ("turquoise", (28, 56)),
-    "a large sks teapot on a purple background": ("purple", (96, 128)),
-}
-"""Prompts of the object -> background, and smallest and largest extent in pixels where the prompt names it."""
+NEW = (("blue", None), ("pink", None), ("black", None), ("turquoise", (128, 72)), ("purple", (256, 232)))
+"""Backgrounds on which the object is drawn, and where: None is a whole drawing, and a pair is a plain image's side and
+that of a box in its middle, into which it is painted."""
 OTHERS = (
     *("a red apple", "a cat on a pink background", "a pizza on a black background", "a rocket", "a panda", "a guitar"),
     *("a flat dog on a blue background", "a small fish", "a large strawberry", "a house on a yellow background"),
@@ -60,6 +57,11 @@ WAYS: dict[str, dict[str, Any]] = {
     "lora": CLASS | {"lora_rank": 16, "learning_rate": 2e-3},
     "text": CLASS | {"train_text_encoder": True},
 }
+
+
+def called(background: str) -> str:
+    """Return the caption of the object on a background."""
+    return f"a sks teapot on a {background} background"
 
 
 def teapot(extent: int) -> Image.Image:
@@ -126,12 +128,24 @@ def distances(lpips: LPIPS, some: Sequence[torch.Tensor], others: Sequence[torch
         return torch.stack([lpips(one.expand(len(others), -1, -1, -1), torch.stack([*others])) for one in some])
 
 
-def draw(sd: sdkit.StableDiffusion, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
+def draw(sd: sdkit.StableDiffusion, prompts: Sequence[str], seeds: Sequence[int], **options: Any) -> list[Image.Image]:
     """Draw each prompt at each seed, prompt by prompt."""
     found: list[Image.Image] = []
     for prompt in prompts:
-        found += sd([prompt] * len(seeds), seed=list(seeds), num_inference_steps=25)
+        found += sd([prompt] * len(seeds), seed=list(seeds), num_inference_steps=25, **options)
     return found
+
+
+def draw_new(sd: sdkit.StableDiffusion, background: str, place: tuple[int, int] | None) -> list[Image.Image]:
+    """Draw the object on a background at each seed; see NEW."""
+    options: dict[str, Any] = {}
+    if place is not None:
+        side, box = place
+        mask, corner = Image.new("L", (side, side)), (side - box) // 2
+        mask.paste(255, (corner, corner, corner + box, corner + box))
+        plain = Image.new("RGB", mask.size, BACKGROUNDS[background])
+        options = {"image": plain, "mask_image": mask, "padding_mask_crop": 0}
+    return draw(sd, [called(background)], SEEDS, **options)
 
 
 class Drawn(NamedTuple):
@@ -143,7 +157,8 @@ class Drawn(NamedTuple):
 
     @classmethod
     def by(cls, sd: sdkit.StableDiffusion, seeds_of_class: Sequence[int] = CLASS_SEEDS) -> Drawn:
-        return cls(draw(sd, [*NAMED], SEEDS), draw(sd, ["a teapot"], seeds_of_class), draw(sd, OTHERS, [11]))
+        new = [image for background, place in NEW for image in draw_new(sd, background, place)]
+        return cls(new, draw(sd, ["a teapot"], seeds_of_class), draw(sd, OTHERS, [11]))
 
 
 def measured(lpips: LPIPS, drawn: Drawn, before: Drawn) -> dict[str, float]:
@@ -151,18 +166,19 @@ def measured(lpips: LPIPS, drawn: Drawn, before: Drawn) -> dict[str, float]:
     truth = cut_out(on("white", 90, (64, 64))).image
     known = [truth, *(cut_out(image).image for image in (*before.teapots, *before.others))]
     new = [cut_out(image) for image in drawn.new]
-    named = [value for value in NAMED.values() for _ in SEEDS]
+    named = [background for background, _ in NEW for _ in SEEDS]
     colours = np.array([*BACKGROUNDS.values()])
     nearest = [[*BACKGROUNDS][int(np.abs(colours - one.background).sum(1).argmin())] for one in new]
-    sized = [size[0] <= one.extent <= size[1] for one, (_, size) in zip(new, named, strict=True) if size]
-    teapots = distances(lpips, [cut_out(image).image for image in drawn.teapots], known).argmin(1)
+    extents = [one.extent for one in new]
+    teapots = distances(lpips, to_tensors(drawn.teapots), to_tensors(before.teapots)).diagonal()
     after, originals = to_tensors(drawn.others), to_tensors(before.others)
     between = distances(lpips, after, originals)
     return {
         "object": float((distances(lpips, [one.image for one in new], known).argmin(1) == 0).float().mean()),
-        "background": float(np.mean([colour == name for colour, (name, _) in zip(nearest, named, strict=True)])),
-        "size": float(np.mean(sized)),
-        "class": float((teapots == 0).float().mean()),
+        "background": float(np.mean([colour == name for colour, name in zip(nearest, named, strict=True)])),
+        "smallest": min(extents),
+        "largest": max(extents),
+        "class": float(teapots.mean()),
         "others": float(between.diagonal().mean()),
         "retrieved": float((between.argmin(1) == torch.arange(len(after))).float().mean()),
     }
@@ -171,7 +187,7 @@ def measured(lpips: LPIPS, drawn: Drawn, before: Drawn) -> dict[str, float]:
 def train(folder: Path, way: str, steps: int, class_count: int) -> Path:
     """Train in one way, and return the result."""
     settings: dict[str, Any] = {
-        "instance_data": folder / "instances", "instance_prompt": "a sks teapot", "learning_rate": 2e-4,
+        "instance_data": folder / "instances", "learning_rate": 1e-4,
         "max_steps": steps, "batch_size": 4, "mixed_precision": "bf16", "ema_decay": 0.0, "lr_scheduler": "cosine",
         "validate_every": 10**6, "save_every": 10**6, "out_dir": folder / way.replace(" ", "-"),
     }  # fmt: skip
@@ -183,14 +199,15 @@ def train(folder: Path, way: str, steps: int, class_count: int) -> Path:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ways", nargs="+", choices=[*WAYS], default=[*WAYS], metavar="WAY", help=", ".join(WAYS))
-    parser.add_argument("--steps", type=int, default=300, help="optimizer steps (default: 300)")
+    parser.add_argument("--steps", type=int, default=250, help="optimizer steps (default: 250)")
     parser.add_argument("--class-count", type=int, default=100, help="class images to draw (default: 100)")
     parser.add_argument("--out", type=Path, default=Path("dreambooth"), help="folder of runs and sheets")
     args = parser.parse_args()
     shutil.rmtree(args.out, ignore_errors=True)
     (args.out / "instances").mkdir(parents=True)
-    for i, one in enumerate(INSTANCES):
-        on(*one).save(args.out / "instances" / f"{i}.png")
+    for i, (background, *place) in enumerate(INSTANCES):
+        on(background, *place).save(args.out / "instances" / f"{i}.png")
+        (args.out / "instances" / f"{i}.txt").write_text(called(background))
     lpips, sd = LPIPS.from_pretrained("alex"), sdkit.StableDiffusion.from_pretrained("emoji")
     before = Drawn.by(sd)
     reference = before._replace(teapots=draw(sd, ["a teapot"], KNOWN_SEEDS))
@@ -212,11 +229,16 @@ def main() -> None:
 
 def sheet(drawn: Drawn, path: Path) -> None:
     """Save the drawings: the object's, two prompts a row, the class, and the others."""
-    sdkit.images.grid([*drawn.new, *drawn.teapots[:4], *drawn.others], columns=8).save(path)
+    images = [*drawn.new, *drawn.teapots[:4], *drawn.others]
+    side = max(image.width for image in images)
+    canvases = [Image.new("RGB", (side, side), "white") for _ in images]
+    for canvas, image in zip(canvases, images, strict=True):
+        canvas.paste(image)
+    sdkit.images.grid(canvases, columns=8).save(path)
 
 
 def say(way: str, values: dict[str, float], seconds: float) -> None:
-    print(f"{way:22}", *(f"{name} {value:.2f}" for name, value in values.items()), f"{seconds:.0f} s", flush=True)
+    print(f"{way:22}", *(f"{name} {value:.3g}" for name, value in values.items()), f"{seconds:.0f} s", flush=True)
 
 
 if __name__ == "__main__":
