@@ -109,7 +109,7 @@ GROUPS = {
 
 
 class StageCommand(NamedTuple):
-    """A command of `sdkit train`. `sdkit.training` has its function, train_NAME.
+    """A command of `sdkit train`. `sdkit.training` has its function, train_NAME, with underscores.
 
     Attributes:
         settings: Class of its settings, whose fields are its options.
@@ -176,10 +176,10 @@ STAGES = {
             "sdkit train clip --data photos/ --init config.json --out-dir runs/clip",
         ),
     ),
-    "image_prior": StageCommand(
+    "image-prior": StageCommand(
         ImagePriorConfig,
         "Train the prior of DALL-E 2: from a text to CLIP's embedding of an image.",
-        ("sdkit train image_prior --data photos/ --model runs/clip/result --init c.json -o run",),
+        ("sdkit train image-prior --data photos/ --model runs/clip/result --init c.json -o run",),
     ),
     "classifier": StageCommand(
         ClassifierConfig,
@@ -279,7 +279,7 @@ def _train(name: str, args: argparse.Namespace) -> int:
     check_files(Path(settings.out_dir))
     for source in settings.sources:
         check_source(source)
-    folder = getattr(training, f"train_{name}")(settings)
+    folder = getattr(training, f"train_{name.replace('-', '_')}")(settings)
     if is_main_process():
         say_path(folder / "result")
     return 0

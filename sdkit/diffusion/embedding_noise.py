@@ -49,6 +49,9 @@ class EmbeddingNoise:
 
         Returns:
             (B, 2D), float32. Zeros in its place mean no embedding, for classifier-free guidance.
+
+        Raises:
+            ArgumentError: The embeddings have another shape.
         """
         if embeddings.ndim != 2 or embeddings.shape[1] != self.width:
             raise ArgumentError(f"embeddings must be (B, {self.width}), not {tuple(embeddings.shape)}.")

@@ -43,7 +43,7 @@ def retrieval(images: Tensor, texts: Tensor, captions: Sequence[str]) -> dict[st
     metrics = dict[str, float]()
     for name, scores, answers in (("image_to_text", nearness, right), ("text_to_image", nearness.T, right.T)):
         best = scores.masked_fill(~answers, -torch.inf).amax(1, keepdim=True)
-        ahead = ((scores >= best) & ~answers).sum(1)
+        ahead = (~(scores < best) & ~answers).sum(1)  # NaN, which compares false, finds nothing
         for k in TOPS:
             metrics[f"{name}_top{k}"] = float((ahead < k).double().mean())
             metrics[f"{name}_top{k}_chance"] = float(_chance(answers.sum(1), answers.shape[1], k).mean())

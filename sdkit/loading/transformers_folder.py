@@ -28,6 +28,8 @@ SIZES: Mapping[str, Check] = {
     "hidden_act": WORD,
 }
 """Keys in the config of a CLIP from which a network is made -> their checks. Other keys are not passed on."""
+LEGACY_END = 2
+"""Id of the end token in configs of CLIP from before transformers 4.31. It is wrong: their tokenizers' is the last."""
 
 
 def pretrained(cls: Any, source: str | os.PathLike[str], kind: str) -> Any:
@@ -45,11 +47,22 @@ def pretrained(cls: Any, source: str | os.PathLike[str], kind: str) -> Any:
     root = root_of(place, ["config.json"])
     if not is_file(root / "config.json"):
         raise absent(place, "config.json")
-    found = read_json(root / "config.json").get("model_type")
-    if found != kind:
+    config = read_json(root / "config.json")
+    if (found := config.get("model_type")) != kind:
         raise SourceError(f"{place.label} holds a network of type {clean(found)}, not {kind}; give another source.")
+    for sizes in (config, *(value for value in config.values() if isinstance(value, dict))):
+        _sizes(sizes, root / "config.json")
     weights = _weights(place)
     with guarded(place.label):
+        # Before memory is taken: a damaged config may ask for any amount of it.
+        with torch.device("meta"):
+            count = sum(p.numel() for p in cls(cls.config_class.from_dict(config)).parameters())
+        held = sum(path.stat().st_size for path in weights.iterdir() if path.suffix in (".safetensors", ".bin"))
+        if held and count > held:  # a weight takes a byte or more
+            raise SourceError(
+                f"the config of {place.label} asks for {count:,} parameters, more than the weights beside it; give "
+                "files of one network."
+            )
         network, report = cls.from_pretrained(
             weights, local_files_only=True, dtype=torch.float32, output_loading_info=True
         )
@@ -119,9 +132,15 @@ def new_clip(config: Mapping[str, Any], words: CLIPTokenizer) -> Any:
         words: Its tokenizer, whose special tokens it is made for.
 
     Raises:
-        SourceError: No network can have these sizes, or it would be too large.
+        SourceError: No network can have these sizes, or it would be too large, or it cannot use this tokenizer.
     """
     from transformers import CLIPConfig, CLIPModel
+
+    if words.eos_token_id == LEGACY_END:
+        raise SourceError(
+            f"the end token of this tokenizer has id {LEGACY_END}, and for that id transformers embeds a text by its "
+            "token with the largest id instead; give another tokenizer."
+        )
 
     special = {f"{name}_token_id": getattr(words, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     with guarded("the config of this CLIP"):

@@ -17,7 +17,7 @@ from sdkit.diffusion.schedule import NoiseSchedule
 from sdkit.errors import SourceError
 from sdkit.files import expanded
 from sdkit.loading import tokenizer
-from sdkit.loading.configs import COUNT, WHOLE, WORD, Check, read_config, read_json
+from sdkit.loading.configs import COUNT, WHOLE, WORD, Check, class_name, read_config, read_json
 from sdkit.loading.parts import SCHEDULER
 from sdkit.loading.place import absent, resolve
 from sdkit.loading.shards import index_names, open_shards
@@ -55,8 +55,8 @@ FOLDERS = {
     "image_normalizer": ("StableUnCLIPImageNormalizer", {"embedding_dim": WHOLE}),
 }
 """Folder of a network -> the class that its config must name, and the checks of the config."""
-
-
+LARGEST_BUFFERS = 2**26
+"""Largest number of values in a network's buffers, such as a prior's mask of (L + 4)^2 for texts of L tokens."""
 INDEX = "model_index.json"
 CLASSES = {
     "feature_extractor": ("transformers", "CLIPImageProcessor"),
@@ -96,20 +96,22 @@ class UnCLIPFolder:
         if not is_file(path / CONFIG):
             raise absent(self.place, f"{folder}/{CONFIG}")
         config = read_config(path / CONFIG, checks)
-        found = config.get("_class_name") or next(iter(config.get("architectures") or []), "unknown network")
-        if found != wanted:
-            raise SourceError(f"{clean(path)!r} holds a {clean(found)}, not a {wanted}; give another source.")
+        if (found := class_name(config)) != wanted:
+            raise SourceError(f"{clean(path)!r} holds a {found}, not a {wanted}; give another source.")
         label = f"{folder}/ of {self.place.label}"
         file = self._weights(folder, path)
         keys = [key for key in file.shapes if not key.endswith(INDICES)]
         check_dtypes(file, keys)
-        with guarded(label), init_empty_weights():
-            network = _empty(_class(wanted), config)
+        # Before memory is taken: a damaged config may ask for any amount of it.
+        with guarded(label):
+            outline = _outline(_class(wanted), config, path / CONFIG)
         check_fit(
             {key: file.shapes[key] for key in keys},
-            {key: tuple(value.shape) for key, value in network.state_dict().items()},
+            {key: tuple(value.shape) for key, value in outline.state_dict().items()},
             f"the weights in {file.label} do not fit the config.json beside them",
         )
+        with guarded(label), init_empty_weights():
+            network = _empty(_class(wanted), config)
         with guarded(label):
             tensors = {key: value.to(torch.float32, copy=True) for key, value in file.read(keys).items()}
             network.load_state_dict(tensors, assign=True)
@@ -178,6 +180,19 @@ def _empty(cls: Any, config: Mapping[str, Any]) -> Any:
     return cls(**{key: value for key, value in config.items() if key in parameters})
 
 
+def _outline(cls: Any, config: Mapping[str, Any], path: Path) -> Any:
+    """Return a network of a config without memory. Raise SourceError if its buffers, which no file holds, are large."""
+    with torch.device("meta"):
+        network = _empty(cls, config)
+    count = sum(buffer.numel() for buffer in network.buffers())
+    if count > LARGEST_BUFFERS:
+        raise SourceError(
+            f"{clean(repr(str(path)))} asks for {count:,} numbers beside its weights, sdkit builds at most "
+            f"{LARGEST_BUFFERS:,}; correct it."
+        )
+    return network
+
+
 def new_prior(config: str | os.PathLike[str]) -> Any:
     """Return a PriorTransformer with random weights, in training mode, on the CPU.
 
@@ -200,8 +215,7 @@ def new_prior(config: str | os.PathLike[str]) -> Any:
     prior = _class("PriorTransformer")
     sizes = read_config(file, PRIOR)
     with guarded(f"the config {clean(repr(str(file)))}"):
-        with torch.device("meta"):
-            count = sum(p.numel() for p in _empty(prior, sizes).parameters())
+        count = sum(p.numel() for p in _outline(prior, sizes, file).parameters())
         if count > LARGEST:
             raise SourceError(
                 f"{clean(file)!r} asks for {count:,} parameters, sdkit builds at most {LARGEST:,}; correct it."

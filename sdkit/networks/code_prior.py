@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sdkit.errors import SourceError
+from sdkit.errors import ArgumentError, SourceError
 from sdkit.loading.configs import read_json
 from sdkit.loading.tensors import check_dtypes, guarded, is_finite, open_tensors
 from sdkit.messages import clean
@@ -29,17 +29,30 @@ def new_prior(shape: PriorShape) -> CodePrior:
     return CodeTransformer(shape) if shape.kind == "transformer" else GatedPixelCNN(shape)
 
 
+def parameters_of(shape: PriorShape) -> int:
+    """Return the number of parameters of a prior, which is not built."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in new_prior(shape).parameters())
+
+
 def log_likelihood(prior: CodePrior, codes: Tensor, condition: Tensor | None = None) -> Tensor:
     """Return the exact log-likelihood of images, in nats: the sum of log p(code | codes before it, condition).
 
     Args:
         prior: The prior.
         codes: (B, h, w), int64.
-        condition: (B, ...), as the prior takes it.
+        condition: (B, *condition_shape), int64; None if the prior has none.
 
     Returns:
         (B,), float32.
+
+    Raises:
+        ArgumentError: The prior has a condition and none is given, or the other way round.
     """
+    if (condition is None) != (prior.shape.condition is None):
+        kind = prior.shape.condition
+        expected = "no condition" if kind is None else f"a condition of kind {kind}"
+        raise ArgumentError(f"this prior takes {expected}; {'leave it out' if kind is None else 'give one'}.")
     logits: Tensor = prior(codes, condition).float()
     return -F.cross_entropy(logits.movedim(-1, 1), codes, reduction="none").sum((1, 2))
 
@@ -53,6 +66,9 @@ def save_prior(prior: CodePrior, folder: Path) -> None:
 
 def load_prior(folder: Path) -> CodePrior:
     """Load a prior, in eval mode, float32, on the CPU.
+
+    Args:
+        folder: A folder that `save_prior` wrote.
 
     Raises:
         SourceError: The folder holds no prior, or a damaged one.

@@ -116,7 +116,8 @@ def _wrong(fields: Mapping[str, Any]) -> str | None:
         "grid": wholes(grid, 2),
         "condition": condition is None
         or (isinstance(condition, str) and condition in CONDITIONS[fields["kind"] == "pixelcnn" :]),
-        "condition_shape": wholes(fields["condition_shape"], axes),
+        "condition_shape": wholes(fields["condition_shape"], axes)
+        and (condition != "text" or fields["condition_shape"][0] >= 2),  # start and end token
         "tokens": whole(fields["tokens"], 0 if condition is None else 1),
         "classes": all(isinstance(name, str) for name in fields["classes"])
         and len(fields["classes"]) == (fields["tokens"] if condition == "class" else 0),

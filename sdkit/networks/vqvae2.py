@@ -6,7 +6,7 @@ codes is one of images; a prior of the bottom codes has the top codes as its map
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from typing import Any, NamedTuple
 
@@ -19,11 +19,20 @@ from torch import Tensor, nn
 from sdkit.diffusion.losses import vq
 from sdkit.errors import ArgumentError, SourceError
 from sdkit.files import expanded
-from sdkit.loading.configs import read_json
+from sdkit.loading.configs import COUNT, SIZE, WHOLE, WHOLES, Check, read_config, read_json
 from sdkit.loading.fingerprint import weights_fingerprint
-from sdkit.loading.tensors import guarded
+from sdkit.loading.tensors import check_dtypes, check_finite, check_fit, guarded, open_tensors
 from sdkit.messages import clean
 from sdkit.networks.autoencoder_kinds import nearest_codes
+
+CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
+CHECKS: Mapping[str, Check] = {
+    **dict.fromkeys(("block_out_channels", "top_channels"), WHOLES),
+    **dict.fromkeys(("latent_channels", "num_vq_embeddings", "norm_num_groups"), WHOLE),
+    "layers_per_block": COUNT,
+    "sample_size": SIZE,
+}
+"""Keys in the config of a VQ-VAE-2 -> their checks. Other keys are ignored."""
 
 
 class TwoLevels(NamedTuple):
@@ -107,16 +116,23 @@ class VQVAE2(ModelMixin, ConfigMixin):  # type: ignore[misc]
         Raises:
             ArgumentError: A side is no multiple of twice the factor.
         """
-        unit = 2 * self.factor
-        if pixels.shape[2] % unit or pixels.shape[3] % unit:
-            size = f"{pixels.shape[2]} x {pixels.shape[3]}"
-            raise ArgumentError(f"height and width must be multiples of {unit} pixels, not {size}.")
+        top, bottom = self._levels(pixels)
+        decoded = self._decoded(top.codes, bottom.codes)
+        return TwoLevels(decoded, top.loss + bottom.loss, top.numbers, bottom.numbers, top.latents, bottom.latents)
+
+    def _levels(self, pixels: Tensor) -> tuple[_Rounded, _Rounded]:
+        """Return the rounded latents of both levels of pixels (B, 3, H, W)."""
+        self.check_size((pixels.shape[2], pixels.shape[3]))
         below = self.bottom_encoder(pixels)
-        z_top = self.top_encoder(below)
-        q_top, top, top_loss = _rounded(self.top_codes.weight, z_top)
-        z_bottom = self.joined(torch.cat([self.top_decoder(q_top), below], dim=1))
-        q_bottom, bottom, bottom_loss = _rounded(self.bottom_codes.weight, z_bottom)
-        return TwoLevels(self._decoded(q_top, q_bottom), top_loss + bottom_loss, top, bottom, z_top, z_bottom)
+        top = _rounded(self.top_codes.weight, self.top_encoder(below))
+        joined = self.joined(torch.cat([self.top_decoder(top.codes), below], dim=1))
+        return top, _rounded(self.bottom_codes.weight, joined)
+
+    def check_size(self, size: tuple[int, int]) -> None:
+        """Raise ArgumentError unless height and width in pixels are multiples of those of a top code."""
+        unit = 2 * self.factor
+        if any(side % unit for side in size):
+            raise ArgumentError(f"height and width must be multiples of {unit} pixels, not {size[0]} x {size[1]}.")
 
     def _decoded(self, q_top: Tensor, q_bottom: Tensor) -> Tensor:
         pixels: Tensor = self.decoder(torch.cat([self.upsampled(q_top), q_bottom], dim=1))
@@ -124,9 +140,13 @@ class VQVAE2(ModelMixin, ConfigMixin):  # type: ignore[misc]
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the codes of both levels, (B, h/2, w/2) and (B, h, w), of pixels (B, 3, H, W) in [-1, 1]."""
-        found = self(pixels)
-        return found.top, found.bottom
+        """Return the codes of both levels, (B, h/2, w/2) and (B, h, w), of pixels (B, 3, H, W) in [-1, 1].
+
+        Raises:
+            ArgumentError: A side is no multiple of twice the factor.
+        """
+        top, bottom = self._levels(pixels)
+        return top.numbers, bottom.numbers
 
     @torch.no_grad()
     def decode(self, top: Tensor, bottom: Tensor) -> Tensor:
@@ -172,28 +192,58 @@ class Level(nn.Module):
 
     def check_size(self, size: tuple[int, int]) -> None:
         """Raise ArgumentError unless height and width in pixels are multiples of those of a top code."""
-        unit = 2 * self.network.factor
-        if any(side % unit for side in size):
-            raise ArgumentError(f"height and width must be multiples of {unit} pixels, not {size[0]} x {size[1]}.")
+        self.network.check_size(size)
 
 
 def load_vqvae2(folder: str | PathLike[str]) -> VQVAE2:
-    """Load a VQ-VAE-2, in eval mode, on the CPU.
+    """Load a VQ-VAE-2, in eval mode, in float32, on the CPU.
+
+    Args:
+        folder: The result of `train_vqvae2`, or what `VQVAE2.save_pretrained` wrote.
 
     Raises:
         SourceError: The folder holds none, or a damaged one.
     """
     path = expanded(folder)
-    found = read_json(path / "config.json").get("_class_name")
+    found = read_json(path / CONFIG).get("_class_name")
     if found != VQVAE2.__name__:
         raise SourceError(f"{clean(path)!r} holds a {clean(found)}, not a VQVAE2; give the result of train vqvae2.")
-    with guarded(f"the VQ-VAE-2 in {clean(path)!r}"):
-        network: VQVAE2 = VQVAE2.from_pretrained(path, local_files_only=True, use_safetensors=True)
+    config, file = read_config(path / CONFIG, CHECKS), open_tensors(path / WEIGHTS)
+    check_dtypes(file, file.shapes)
+    label = f"the VQ-VAE-2 in {clean(path)!r}"
+    # Before memory is taken: a damaged config may ask for any amount of it.
+    blocks = (len(config.get("block_out_channels", "")) + 2) * config.get("layers_per_block", 1)
+    if blocks > len(file.shapes):
+        raise SourceError(f"{clean(path / CONFIG)!r} asks for {blocks:,} layers, more than its weights; correct it.")
+    with guarded(label), torch.device("meta"):
+        network: VQVAE2 = VQVAE2(**{key: config[key] for key in CHECKS if key in config})
+    expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+    check_fit(file.shapes, expected, f"the weights of {label} do not fit its config")
+    with guarded(label):
+        tensors = {name: tensor.to(torch.float32, copy=True) for name, tensor in file.read(expected).items()}
+        network.load_state_dict(tensors, assign=True)
+    check_finite(network, file, expected)
     network.eval()
     return network
 
 
-def _rounded(codebook: Tensor, latents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return codes with the gradient of the latents (B, C, h, w), their numbers (B, h, w), and the codebook loss."""
+class _Rounded(NamedTuple):
+    """Latents of a level that were rounded to codes.
+
+    Attributes:
+        codes: The codes (B, C, h, w), with the gradient of the latents.
+        numbers: Their numbers (B, h, w).
+        loss: The codebook and commitment losses.
+        latents: The latents (B, C, h, w).
+    """
+
+    codes: Tensor
+    numbers: Tensor
+    loss: Tensor
+    latents: Tensor
+
+
+def _rounded(codebook: Tensor, latents: Tensor) -> _Rounded:
+    """Round latents (B, C, h, w) to the nearest of the codes (N, C)."""
     codes, numbers = nearest_codes(codebook, latents)
-    return latents + (codes - latents).detach(), numbers, vq(latents, codes)
+    return _Rounded(latents + (codes - latents).detach(), numbers, vq(latents, codes), latents)

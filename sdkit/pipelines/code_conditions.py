@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sdkit.arguments import strings, whole_number
-from sdkit.errors import ArgumentError
+from sdkit.errors import ArgumentError, SourceError
 from sdkit.messages import clean
 from sdkit.networks.prior_shape import PriorShape
 from sdkit.pipelines.code_sampling import CodeSampling
@@ -22,9 +22,15 @@ class ConditionReader:
         shape: The shape of the prior.
         tokenizer: The tokenizer of a prior of texts.
         codes: Returns the codes (B, h, w) of images, for a prior of maps.
+
+    Raises:
+        SourceError: The prior reads texts, and the tokenizer is missing or has more tokens than the prior.
     """
 
     def __init__(self, shape: PriorShape, tokenizer: Any, codes: Callable[[Any], Tensor]) -> None:
+        if shape.condition == "text" and (tokenizer is None or len(tokenizer) > shape.tokens):
+            held = "no tokenizer" if tokenizer is None else f"a tokenizer of {len(tokenizer)}"
+            raise SourceError(f"the prior reads texts of {shape.tokens} tokens, and there is {held}; give its own.")
         self.shape, self.tokenizer, self.codes = shape, tokenizer, codes
 
     def __call__(
@@ -37,6 +43,9 @@ class ConditionReader:
             each: Images of each condition; None takes one condition for all `count` images, or one for each.
             sampling: How codes are drawn.
             count: Number of images, if `each` is None.
+
+        Raises:
+            ArgumentError: The prior has no such condition, or their number does not fit.
         """
         kind = self.shape.condition
         if kind is None:
@@ -52,8 +61,8 @@ class ConditionReader:
             found = found.expand(count, *found.shape[1:])
         elif len(found) != count:
             raise ArgumentError(f"{len(found)} conditions cannot serve {count} images: give one, or one for each.")
-        without = self._none(found.shape[1:] if kind == "map" else None)
-        return found, without.expand(len(found), *without.shape[1:]), len(found)
+        uncond = self._none(found.shape[1:] if kind == "map" else None)
+        return found, uncond.expand(len(found), *uncond.shape[1:]), len(found)
 
     def _none(self, size: tuple[int, ...] | None = None) -> Tensor:
         """Return the condition (1, ...) that stands for none: the empty text, or the prior's own value for it."""
@@ -96,9 +105,11 @@ def text_ids(tokenizer: Any, texts: Sequence[str], length: int) -> Tensor:
 def _class_number(label: Any, shape: PriorShape) -> int:
     """Return the number of a class that is given by its number or its name."""
     if isinstance(label, str):
-        names = [name.casefold() for name in shape.classes]
-        if label.strip().casefold() not in names:
-            known = f"its {len(names)}, such as {clean(repr(shape.classes[0]))}"
-            raise ArgumentError(f"the prior knows no class {clean(repr(label))}; give one of {known}.")
-        return names.index(label.strip().casefold())
+        # Names are spelled as tokens, "cat , orange", and users write captions: "cat, orange".
+        for spelled in (lambda text: text.strip().casefold(), lambda text: "".join(text.casefold().split())):
+            names = [spelled(name) for name in shape.classes]
+            if spelled(label) in names:
+                return names.index(spelled(label))
+        known = f"its {len(shape.classes)}, such as {clean(repr(shape.classes[0]))}"
+        raise ArgumentError(f"the prior knows no class {clean(repr(label))}; give one of {known}.")
     return whole_number("the number of a class", label, 0, shape.tokens - 1)

@@ -24,6 +24,9 @@ class CodeSampling:
         top_p: Draw from the fewest of the likeliest codes that have this probability together (Holtzman et al. 2020,
             https://arxiv.org/abs/1904.09751); None draws from all.
         guidance_scale: Scale of classifier-free guidance on the logits; 1 turns it off.
+
+    Raises:
+        ArgumentError: A value is out of range.
     """
 
     temperature: float = 1.0
@@ -44,7 +47,8 @@ class CodeSampling:
         logits = logits.double()
         if self.temperature == 0:
             return torch.zeros_like(logits).scatter_(1, logits.argmax(1, keepdim=True), 1.0)
-        p = torch.softmax(logits / self.temperature, dim=1)
+        # Shifted, so that the largest logit is 0 and does not overflow at the lowest temperatures.
+        p = torch.softmax((logits - logits.amax(1, keepdim=True)) / self.temperature, dim=1)
         if self.top_k is None and self.top_p is None:
             return p
         ordered, order = p.sort(dim=1, descending=True, stable=True)
@@ -79,7 +83,7 @@ def draw_codes(
     generators: Sequence[torch.Generator],
     *,
     condition: Tensor | None = None,
-    without: Tensor | None = None,
+    uncond: Tensor | None = None,
     size: tuple[int, int] | None = None,
     known: Tensor | None = None,
     sampling: CodeSampling | None = None,
@@ -92,7 +96,7 @@ def draw_codes(
         prior: The prior.
         generators: The generator of each image, on the CPU.
         condition: The conditions (B, ...), int64; None if the prior has none.
-        without: The conditions that stand for none, shaped alike; for guidance.
+        uncond: The conditions that stand for none, shaped alike; for guidance.
         size: Height and width in codes; None is the prior's grid.
         known: The first rows of the images (B, r, w), which are kept.
         sampling: How codes are drawn; None draws from the prior itself.
@@ -107,8 +111,8 @@ def draw_codes(
     guided = condition is not None and sampling.guidance_scale != 1
     if guided:
         assert condition is not None
-        assert without is not None
-        condition = torch.cat([condition, without])
+        assert uncond is not None
+        condition = torch.cat([condition, uncond])
     device = next(prior.parameters()).device
     codes = torch.zeros(len(generators), height, width, dtype=torch.int64, device=device)
     rows = 0 if known is None else known.shape[1]
@@ -121,7 +125,7 @@ def draw_codes(
                 before_step()
             logits = step(torch.cat([codes, codes]) if guided else codes, i, j)
             if guided:
-                cond, uncond = logits.double().chunk(2)
-                logits = cfg(uncond, cond, sampling.guidance_scale)
+                with_condition, without = logits.double().chunk(2)
+                logits = cfg(without, with_condition, sampling.guidance_scale)
             codes[:, i, j] = drawn(sampling.probabilities(logits), generators).to(device)
     return codes.cpu()

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from sdkit import images as image_io
-from sdkit.arguments import number, one_of, seeded, strings, whole_number
+from sdkit.arguments import LONGEST_SIDE, number, one_of, seeded, strings, whole_number
 from sdkit.atomic import whole_folder
 from sdkit.engines.device import resolve_place
 from sdkit.errors import ArgumentError, SourceError
@@ -111,11 +111,6 @@ class TokenPipeline:
         if vae.codebook is None or len(vae.codebook) != codes:
             held = "no codebook" if vae.codebook is None else f"{len(vae.codebook)} codes"
             raise SourceError(f"the prior is for a VQ model of {codes} codes, and this VAE has {held}; give its own.")
-        if prior.shape.condition == "text" and (tokenizer is None or len(tokenizer) > prior.shape.tokens):
-            held = "no tokenizer" if tokenizer is None else f"a tokenizer of {len(tokenizer)}"
-            raise SourceError(
-                f"the prior reads texts of {prior.shape.tokens} tokens, and there is {held}; give its own."
-            )
         self.vae, self.prior, self.tokenizer = vae, prior, tokenizer
         self._read = ConditionReader(prior.shape, tokenizer, self._codes)
 
@@ -222,10 +217,10 @@ class TokenPipeline:
         """
         one_of("output_type", output_type, (*image_io.OUTPUT_TYPES, "codes"))
         sampling = CodeSampling(temperature=temperature, top_k=top_k, top_p=top_p, guidance_scale=guidance_scale)
-        conditions, without, count = self._read(condition, whole_number("num_images", num_images, 1), sampling)
+        conditions, uncond, count = self._read(condition, whole_number("num_images", num_images, 1), sampling)
         size = self._size(height, width, conditions)
         codes = draw_codes(
-            self.prior, seeded(seed, count), condition=conditions, without=without, size=size, sampling=sampling,
+            self.prior, seeded(seed, count), condition=conditions, uncond=uncond, size=size, sampling=sampling,
             cached=cached,
         )  # fmt: skip
         return codes if output_type == "codes" else self.vae.decode_codes(codes, output_type=output_type)
@@ -263,12 +258,12 @@ class TokenPipeline:
         keep = number("keep", keep, 0, 1)
         sampling = CodeSampling(temperature=temperature, top_k=top_k, top_p=top_p, guidance_scale=guidance_scale)
         codes = self._codes(images)
-        conditions, without, count = self._read(condition, None, sampling, len(codes))
+        conditions, uncond, count = self._read(condition, None, sampling, len(codes))
         factor = self.vae.factor
         size = self._size(codes.shape[1] * factor, codes.shape[2] * factor, conditions)
         rows = int(keep * codes.shape[1])
         codes = draw_codes(
-            self.prior, seeded(seed, count), condition=conditions, without=without, size=size, known=codes[:, :rows],
+            self.prior, seeded(seed, count), condition=conditions, uncond=uncond, size=size, known=codes[:, :rows],
             sampling=sampling,
         )  # fmt: skip
         return codes if output_type == "codes" else self.vae.decode_codes(codes, output_type=output_type)
@@ -294,9 +289,12 @@ class TokenPipeline:
                 f"the likelihood is that of images of {shape.grid[0]} x {shape.grid[1]} codes, not of "
                 f"{tuple(codes.shape)}; give images of the size that the prior was trained on."
             )
+        if not codes.numel():
+            raise ArgumentError("there is no code; give at least one image.")
         if int(codes.min()) < 0 or int(codes.max()) >= shape.codes:
             raise ArgumentError(f"codes are numbers from 0 to {shape.codes - 1}; give codes of this VQ model.")
         conditions = self._read(condition, None, CodeSampling(), len(codes))[0]
+        self._size(codes.shape[1] * self.vae.factor, codes.shape[2] * self.vae.factor, conditions)  # of a map, too
         device = next(self.prior.parameters()).device
         found = log_likelihood(
             self.prior, codes.to(device), None if conditions is None else conditions.to(device)
@@ -317,7 +315,7 @@ class TokenPipeline:
             usual = (conditions.shape[1] * shape.ratio, conditions.shape[2] * shape.ratio)
         size = []
         for name, value, own, least in zip(("height", "width"), (height, width), usual, shape.grid, strict=True):
-            pixels = own * factor if value is None else whole_number(name, value, 1)
+            pixels = own * factor if value is None else whole_number(name, value, 1, LONGEST_SIDE)
             if pixels % factor:
                 raise ArgumentError(f"{name} must be a multiple of {factor} pixels, not {pixels}.")
             if shape.kind == "transformer" and pixels < least * factor:

@@ -35,7 +35,13 @@ class TwoLevelPipeline:
         network: The VQ-VAE-2.
         top: The prior of its top codes.
         bottom: The prior of its bottom codes, with the top codes as its map.
-        tokenizer: The tokenizer of a top prior of texts.
+        tokenizer: The tokenizer of a top prior of texts; None for others.
+
+    Attributes:
+        network: The VQ-VAE-2.
+        top: The prior of its top codes.
+        bottom: The prior of its bottom codes.
+        tokenizer: The tokenizer, or None.
 
     Raises:
         SourceError: The priors do not fit each other or the network.
@@ -43,7 +49,8 @@ class TwoLevelPipeline:
 
     def __init__(self, network: VQVAE2, top: CodePrior, bottom: CodePrior, tokenizer: Any = None) -> None:
         codes = network.config.num_vq_embeddings
-        fits = bottom.shape.condition == "map" and bottom.shape.condition_shape == top.shape.grid
+        below = bottom.shape
+        fits = below.condition == "map" and below.condition_shape == top.shape.grid and below.ratio == 2
         if not fits or {top.shape.codes, bottom.shape.codes, bottom.shape.tokens} != {codes}:
             raise SourceError("the priors are not those of the two levels of one VQ-VAE-2; give the top one first.")
         self.network, self.top, self.bottom, self.tokenizer = network, top, bottom, tokenizer
@@ -106,9 +113,9 @@ class TwoLevelPipeline:
         one_of("output_type", output_type, (*image_io.OUTPUT_TYPES, "codes"))
         guided = CodeSampling(temperature=temperature, top_k=top_k, top_p=top_p, guidance_scale=guidance_scale)
         plain = CodeSampling(temperature=temperature, top_k=top_k, top_p=top_p)
-        conditions, without, count = self._read(condition, whole_number("num_images", num_images, 1), guided)
+        conditions, uncond, count = self._read(condition, whole_number("num_images", num_images, 1), guided)
         generators = seeded(seed, count)
-        top = draw_codes(self.top, generators, condition=conditions, without=without, sampling=guided)
+        top = draw_codes(self.top, generators, condition=conditions, uncond=uncond, sampling=guided)
         bottom = draw_codes(self.bottom, generators, condition=top, sampling=plain)
         if output_type == "codes":
             return top, bottom

@@ -76,6 +76,9 @@ class Prior:
 
         Returns:
             (B, D), float32, on the prior's device.
+
+        Raises:
+            ArgumentError: The steps, the scale, or the sampler are impossible.
         """
         cond = self.text.condition(prompts)
         uncond = self.text.condition([""] * len(prompts)) if guidance_scale != 1 else None
@@ -192,6 +195,9 @@ class UnCLIP:
 
         Returns:
             PIL images.
+
+        Raises:
+            ArgumentError: An argument is impossible, or there is no prior.
         """
         prompts = strings("prompt", prompt)
         generators = seeded(seed, len(prompts))
@@ -230,7 +236,12 @@ class UnCLIP:
 
         Returns:
             B PIL images.
+
+        Raises:
+            ArgumentError: An argument is impossible, or the embeddings are not those of this model's CLIP.
         """
+        if not isinstance(embeddings, Tensor) or not embeddings.numel() or not bool(embeddings.isfinite().all()):
+            raise ArgumentError("embeddings must be a tensor (B, D) of finite numbers, as embed_images returns it.")
         n, sd = len(embeddings), self.sd
         prompts = [prompt] * n if isinstance(prompt, str) else strings("prompt", prompt)
         if len(prompts) != n:
@@ -253,7 +264,11 @@ class UnCLIP:
         return decode(sd.vae, z, (side * sd.vae.factor, side * sd.vae.factor))
 
     def embed_images(self, images: Images) -> Tensor:
-        """Return CLIP's embeddings (B, D) of images."""
+        """Return CLIP's embeddings (B, D) of images.
+
+        Raises:
+            ArgumentError: There is no image encoder.
+        """
         if self.image_encoder is None:
             raise ArgumentError("this model has no image encoder; give one that has image_encoder/, or embeddings.")
         pictures = [image if isinstance(image, Image.Image) else to_pil(image)[0] for image in flat(images)]
@@ -269,6 +284,9 @@ class UnCLIP:
 
         Returns:
             n PIL images.
+
+        Raises:
+            ArgumentError: There is more than one image, or no image encoder, or an argument is impossible.
         """
         embeddings = self.embed_images(image)
         if len(embeddings) != 1:
@@ -288,6 +306,9 @@ class UnCLIP:
 
         Returns:
             n PIL images.
+
+        Raises:
+            ArgumentError: An end is not one image, or there is no image encoder, or an argument is impossible.
         """
         first, last = self.embed_images(a).cpu(), self.embed_images(b).cpu()
         if len(first) != 1 or len(last) != 1:

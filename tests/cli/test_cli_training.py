@@ -84,7 +84,7 @@ def test_help_tells_every_field_with_its_docstring_and_default(run: Callable[...
     assert stage == "clip" or "--batch-size N Samples per process and micro-batch (default: 1)" in told
     clipping = "Largest gradient norm; gradients above it are clipped. None turns clipping off (default: 1.0)"
     assert f"--max-grad-norm X {clipping}" in told
-    libraries = {"clip": "transformers' CLIPModel", "image_prior": "diffusers' PriorTransformer"}
+    libraries = {"clip": "transformers' CLIPModel", "image-prior": "diffusers' PriorTransformer"}
     library = libraries.get(stage, "diffusers")
     assert f"--init PATH A config.json of {library}, or a folder with one: train" in told
     adam = "Use AdamW of bitsandbytes, with its state in 8 bits (default: no)"
@@ -97,7 +97,7 @@ def test_help_tells_every_field_with_its_docstring_and_default(run: Callable[...
         "embedding": "paintings in a style (Gal et al. 2022) (default: object)",
         "prior": "(a gated PixelCNN) (default: transformer)",
         "clip": "The contrast is over batch_size x processes pairs",
-        "image_prior": "CLIP whose embeddings the prior learns",
+        "image-prior": "CLIP whose embeddings the prior learns",
         "vqvae2": "Codes of each level's codebook (default: 512)",
         "classifier": "Classifier to train further: a folder or a Hub id",
     }
@@ -264,7 +264,7 @@ OWN: dict[str, dict[str, tuple[str, Any]]] = {
         "caption_column": ("text", "text"),
         "validation_data": ("more", "more"),
     },
-    "image_prior": {
+    "image-prior": {
         "prior": ("a/prior", "a/prior"),
         "caption_column": ("text", "text"),
         "caption_dropout": ("0.2", 0.2),
@@ -336,9 +336,9 @@ def test_every_field_can_be_set(stage: str) -> None:
         "controlnet": {"init", "conditioning_data", "condition"}, "embedding": {"init"},
         "prior": {"init", "conditioning_data", "level"}, "vqvae2": {"init"},
         "classifier": {"init", "evaluate"}, "clip": {"size", "evaluate"},
-        "image_prior": {"init", "size", "evaluate", "augment", "gradient_checkpointing"},
+        "image-prior": {"init", "size", "evaluate", "augment", "gradient_checkpointing"},
     }  # fmt: skip
-    refused = others[stage] if stage in ("classifier", "clip", "image_prior") else set[str]()
+    refused = others[stage] if stage in ("classifier", "clip", "image-prior") else set[str]()
     values = {name: value for name, value in values.items() if name not in refused}
     assert values.keys() | others[stage] == {field.name for field in fields(STAGES[stage])}
     words = [w for name, (text, _) in values.items() for w in (f"--{name.replace('_', '-')}", *text.split())]

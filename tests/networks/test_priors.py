@@ -232,6 +232,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "heads": ({"heads": 3}, "has heads 3, which cannot be"),
     "layers": ({"layers": 10**5}, "has layers 100000, which cannot be"),
     "memory": ({"width": 10**6, "layers": 1}, "do not fit its config, such as"),
+    "text": ({"condition": "text", "condition_shape": [1], "classes": []}, "has condition_shape [1], which cannot be"),
     "fit": ({"width": 16}, "do not fit its config, such as"),
 }
 
@@ -243,6 +244,15 @@ def test_a_damaged_config_is_one_sentence(case: str, tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     one_sentence(lambda: load_prior(tmp_path), sdkit.SourceError, sentence)
+
+
+def test_a_likelihood_without_its_condition_is_one_sentence() -> None:
+    codes = every_image()
+    made = prior("transformer", "class")
+    one_sentence(lambda: log_likelihood(made, codes), sdkit.ArgumentError, "takes a condition of kind class; give one")
+    given = torch.zeros(len(codes), dtype=torch.int64)
+    for one in (prior("transformer"), prior("pixelcnn")):
+        one_sentence(lambda one=one: log_likelihood(one, codes, given), sdkit.ArgumentError, "takes no condition")
 
 
 def test_damaged_files_are_one_sentence(tmp_path: Path) -> None:

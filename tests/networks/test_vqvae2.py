@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sdkit.errors import ArgumentError
+from sdkit.errors import ArgumentError, SourceError
 from sdkit.networks.code_prior import log_likelihood, new_prior
 from sdkit.networks.prior_shape import PriorShape
-from sdkit.networks.vqvae2 import VQVAE2
+from sdkit.networks.vqvae2 import VQVAE2, load_vqvae2
 from sdkit.pipelines.code_sampling import draw_codes
 from tests.helpers.sentences import one_sentence
 
@@ -45,6 +48,13 @@ def test_codes_decode_to_the_reconstruction(network: VQVAE2) -> None:
     torch.testing.assert_close(network.decode(found.top, found.bottom), found.pixels.clamp(-1, 1), atol=1e-5, rtol=1e-4)
     changed = (found.top + 1) % 6
     assert float((network.decode(changed, found.bottom) - network.decode(found.top, found.bottom)).abs().max()) > 1e-4
+
+
+def test_codes_need_no_decoder(network: VQVAE2, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = network.encode(pixels(16, 16))
+    monkeypatch.setattr(network, "decoder", None)
+    assert all(torch.equal(one, other) for one, other in zip(network.encode(pixels(16, 16)), found, strict=True))
+    one_sentence(lambda: network.encode(pixels(16, 20)), ArgumentError, "must be multiples of 8 pixels, not 16 x 20")
 
 
 def test_the_loss_is_that_of_both_codebooks(network: VQVAE2) -> None:
@@ -83,6 +93,34 @@ def test_saved_and_loaded_by_diffusers(network: VQVAE2, tmp_path: Path) -> None:
     network.save_pretrained(tmp_path)
     x = pixels(16, 16)
     assert torch.equal(VQVAE2.from_pretrained(tmp_path)(x).pixels, network(x).pixels)
+
+
+BAD: list[tuple[dict[str, Any], str]] = [
+    ({"layers_per_block": 10**9}, "has layers_per_block 1000000000, not a whole number from 0 to 1000"),
+    ({"layers_per_block": 300}, "asks for 1,500 layers, more than its weights"),
+    ({"block_out_channels": [8] * 10**4}, "has block_out_channels"),
+    ({"latent_channels": -4}, "has latent_channels -4, not a whole number from 1"),
+    ({"num_vq_embeddings": 10**6}, "bottom_codes.weight is 6x4 instead of 1000000x4"),
+    ({"block_out_channels": [10**6] * 3}, "do not fit its config"),
+    ({"norm_num_groups": 3}, "cannot be loaded"),
+]
+
+
+def test_damaged_files_are_one_sentence(network: VQVAE2, tmp_path: Path) -> None:
+    """Sizes are refused before memory is taken."""
+    network.save_pretrained(tmp_path)
+    assert all(map(torch.equal, load_vqvae2(tmp_path).state_dict().values(), network.state_dict().values()))
+    config, weights = tmp_path / "config.json", tmp_path / "diffusion_pytorch_model.safetensors"
+    written = json.loads(config.read_text())
+    for change, sentence in BAD:
+        config.write_text(json.dumps(written | change))
+        one_sentence(lambda: load_vqvae2(tmp_path), SourceError, sentence)
+    config.write_text(json.dumps(written))
+    tensors = load_file(weights)
+    save_file(tensors | {"joined.bias": tensors["joined.bias"] * torch.nan}, weights)
+    one_sentence(lambda: load_vqvae2(tmp_path), SourceError, "joined.bias is not finite")
+    save_file({name: tensor for name, tensor in tensors.items() if name != "joined.bias"}, weights)
+    one_sentence(lambda: load_vqvae2(tmp_path), SourceError, "joined.bias is missing")
 
 
 def test_priors_of_both_levels(network: VQVAE2) -> None:

@@ -63,6 +63,8 @@ def test_probabilities_are_those_of_transformers(temperature: float, top_k: int 
 def test_temperature_0_takes_the_likeliest() -> None:
     logits = torch.tensor([[0.1, 3.0, -1.0], [5.0, 4.9, 0.0]])
     assert CodeSampling(temperature=0).probabilities(logits).tolist() == [[0, 1, 0], [1, 0, 0]]
+    for cut in ({}, {"top_k": 2**70}, {"top_p": 0.5}):  # also where the logits, divided, are infinite
+        assert CodeSampling(temperature=1e-310, **cut).probabilities(logits).tolist() == [[0, 1, 0], [1, 0, 0]]
 
 
 def test_codes_without_probability_are_never_drawn() -> None:
@@ -86,7 +88,7 @@ def test_frequencies_are_the_exact_probabilities(kind: str) -> None:
     assert float(p.sum()) == pytest.approx(1, abs=1e-6)
     n = 4000
     codes = draw_codes(
-        made, generators(*range(n)), condition=torch.full((n,), 1), without=torch.full((n,), 2),
+        made, generators(*range(n)), condition=torch.full((n,), 1), uncond=torch.full((n,), 2),
         sampling=CodeSampling(guidance_scale=1.5),
     )  # fmt: skip
     counts = torch.bincount((codes.flatten(1) * torch.tensor([27, 9, 3, 1])).sum(1), minlength=81)
@@ -252,6 +254,13 @@ def test_reranking_by_a_clip(tmp_path: Path) -> None:
     one_sentence(lambda: rerank([], "a", extractor), ArgumentError, "there is no image to rank")
 
 
+def test_classes_are_named_as_captions_or_as_their_tokens_spell_them(vae: sdkit.VAE) -> None:
+    names = ("a b", "ab", "cat , orange")
+    reader = TokenPipeline(vae, prior("pixelcnn", condition="class", tokens=3, classes=names))._read
+    for given, number in (("ab", 1), ("A b ", 0), ("cat, orange", 2), ("Cat , orange", 2)):
+        assert reader(given, 1, CodeSampling())[0] == torch.tensor([number])
+
+
 # Bad input
 
 BAD: list[tuple[str, dict[str, Any], str]] = [
@@ -263,6 +272,7 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("none", {"top_p": 0}, "top_p must be above 0; for the likeliest code alone, take temperature 0"),
     ("none", {"top_p": 1.5}, "top_p must be a number from 0 to 1, not 1.5"),
     ("none", {"height": 30}, "height must be a multiple of 4 pixels, not 30"),
+    ("none", {"height": 2**40}, "height must be a whole number from 1 to 16384"),
     ("none", {"width": 8}, "width must be at least 16 pixels for this prior, not 8"),
     ("none", {"output_type": "gif"}, "output_type 'gif' is not one of 'pil', 'np', 'pt', 'codes'"),
     ("none", {"seed": -1}, "seed must be a whole number"),
@@ -291,6 +301,11 @@ def test_bad_images_are_one_sentence(pipelines: dict[str, TokenPipeline]) -> Non
         (lambda: pipeline.complete(picture(), keep=2), "keep must be a number from 0 to 1, not 2"),
         (lambda: pipeline.log_likelihood(picture((32, 32))), "the likelihood is that of images of 4 x 4 codes"),
         (lambda: pipeline.log_likelihood(torch.full((1, 4, 4), 16)), "codes are numbers from 0 to 15"),
+        (lambda: pipeline.log_likelihood(torch.zeros(0, 4, 4, dtype=torch.int64)), "there is no code; give at least"),
+        (
+            lambda: pipelines["pixelcnn map"].log_likelihood(picture((32, 32)), picture()),
+            "the map is for images of 16 x 16 pixels; give one of the size of the images, 32 x 32",
+        ),
         (
             lambda: pipelines["class"].complete([picture()] * 3, ["a red disc", "a blue disc"]),
             "2 conditions cannot serve 3 images: give one, or one for each",

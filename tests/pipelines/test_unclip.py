@@ -207,6 +207,9 @@ def test_mistakes_in_a_folder(folder: Path, tmp_path: Path) -> None:
         (load(edited("f", "prior/config.json", num_layers=100000)), source, "has num_layers 100000"),
         (load(edited("g", "prior/config.json", embedding_dim=24)), source, "do not fit the config.json beside them"),
         (load(edited("h", "prior/config.json", num_embeddings=16)), source, "do not fit the config.json beside them"),
+        (load(edited("k", "prior/config.json", num_embeddings=10**5)), source, "numbers beside its weights, sdkit"),
+        (load(edited("l", "image_encoder/config.json", image_size=10**6, patch_size=1)), source, "numbers beside its"),
+        (load(edited("m", "prior_text_encoder/config.json", architectures=7)), source, "holds a unknown network"),
         (load(edited("i", "image_normalizer/config.json", embedding_dim=8)), source, "do not fit the config.json"),
     ]  # fmt: skip
     (copied(folder, tmp_path / "j") / "prior" / "diffusion_pytorch_model.safetensors").write_bytes(b"damaged")
@@ -233,6 +236,9 @@ def test_mistakes_in_a_call(folder: Path, ours: UnCLIP) -> None:
         (lambda: ours.draw(embedding, noise_level=1000), "noise_level must be a whole number from 0 to 999, not 1000"),
         (lambda: ours.draw(embedding, prompt=["a", "b"]), "2 prompts do not serve 1 embeddings"),
         (lambda: ours.draw(torch.zeros(1, 3)), "embeddings must be (B, 16), not (1, 3)"),
+        (lambda: ours.draw(torch.zeros(0, D)), "embeddings must be a tensor (B, D) of finite numbers"),
+        (lambda: ours.draw(embedding.numpy()), "embeddings must be a tensor (B, D) of finite numbers"),
+        (lambda: ours.draw(embedding * torch.nan), "embeddings must be a tensor (B, D) of finite numbers"),
         (lambda: ours.draw(embedding, seed=[1, 2]), "2 seeds cannot serve 1 images"),
         (lambda: ours(3), "prompt must be a string or a list"),
         (lambda: ours("a", prior_guidance_scale="big"), "the guidance scale must be a number"),

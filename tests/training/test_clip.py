@@ -24,9 +24,10 @@ from sdkit.diffusion.contrastive import contrastive, equal_rows
 from sdkit.errors import DataError, TrainingError
 from sdkit.evaluation.extractors import open_extractor
 from sdkit.evaluation.retrieval import retrieval
+from sdkit.loading.transformers_folder import clip_config, new_clip
 from sdkit.networks.clip import CLIP
 from sdkit.training import ClipConfig, train_clip
-from sdkit.training.learned_tokenizer import learn_tokenizer
+from sdkit.training.learned_tokenizer import END, START, learn_tokenizer
 from sdkit.training.run_folder import read_metrics
 from sdkit.training.stages.clip import CLIPStage
 from tests.helpers import clip, tiny
@@ -238,6 +239,38 @@ def test_a_learned_tokenizer_spells_every_text(tmp_path: Path) -> None:
     for text in ("a red disc", "zebra \N{CAT FACE} \u4e2d\u6587"):
         assert words.decode(words(text).input_ids, skip_special_tokens=True).strip() == text
     one_sentence(lambda: learn_tokenizer(["a"], 513, 20), sdkit.ArgumentError, "too small: every byte needs two")
+
+
+def test_embeddings_that_are_not_finite_find_nothing() -> None:
+    embeddings = torch.full((6, 4), torch.nan)
+    found = retrieval(embeddings, embeddings, [str(i) for i in range(6)])
+    assert [found[f"{name}_top1"] for name in ("image_to_text", "text_to_image")] == [0, 0]
+
+
+def test_a_damaged_clip_takes_no_memory(tmp_path: Path) -> None:
+    folder = clip.save_clip(tmp_path / "clip")
+    path = folder / "config.json"
+    written = json.loads(path.read_text())
+    for part, change, sentence in (
+        ("text_config", {"num_hidden_layers": 10**9}, "has num_hidden_layers 1000000000, not a whole number"),
+        ("vision_config", {"image_size": -1}, "has image_size -1, not a whole number from 1"),
+        ("text_config", {"vocab_size": 10**6}, "parameters, more than the weights beside it"),
+        ("vision_config", {"image_size": 10**6, "patch_size": 1}, "parameters, more than the weights beside it"),
+    ):
+        path.write_text(json.dumps(written | {part: written[part] | change}))
+        one_sentence(lambda: CLIP.from_pretrained(folder), sdkit.SourceError, sentence)
+
+
+def test_a_tokenizer_whose_end_token_transformers_would_overlook(made: Path) -> None:
+    words = learn_tokenizer(["a red disc", "a blue disc"] * 5, 530, 20)
+    vocabulary = words.get_vocab()
+    swapped = {START: 0, END: 2} | {word: 1 if n == 2 else n for word, n in vocabulary.items() if n > 1}
+    merges = json.loads(words.backend_tokenizer.to_str())["model"]["merges"]
+    other = CLIPTokenizer(swapped, [tuple(one) for one in merges])
+    assert other.eos_token_id == 2
+    sizes = clip_config(made / "clip.json")
+    one_sentence(lambda: new_clip(sizes, other), sdkit.SourceError, "end token of this tokenizer has id 2")
+    new_clip(sizes, words)
 
 
 # Users' mistakes

@@ -22,6 +22,7 @@ import sdkit
 from sdkit.errors import DataError, TrainingError
 from sdkit.loading.unclip_folder import UnCLIPFolder
 from sdkit.pipelines.unclip import open_prior
+from sdkit.tensor_files import encoded, read
 from sdkit.training import ImagePriorConfig, train_image_prior
 from sdkit.training.run_folder import read_metrics
 from sdkit.training.stages.image_prior import ImagePriorStage
@@ -211,6 +212,7 @@ def test_mistakes_in_data_and_model(made: Path, tmp_path: Path) -> None:
         ({"init": prior("3.json", embedding_dim=24)}, argument, "this prior is for embeddings and states of width 24"),
         ({"init": prior("4.json", num_embeddings=77)}, argument, "texts of 77 tokens; this CLIP has widths 32 and 32"),
         ({"init": prior("5.json", num_layers=1000, num_attention_heads=5000)}, source, "sdkit builds at most"),
+        ({"init": prior("7.json", num_embeddings=10**5)}, source, "numbers beside its weights, sdkit builds at most"),
         ({"init": prior("6.json", time_embed_act_fn=3)}, source, "has time_embed_act_fn 3, not a word"),
         ({"model": tmp_path / "narrow"}, argument, "this CLIP has widths 24 and 32"),
         ({"model": made / "photos"}, source, "config.json"),
@@ -233,4 +235,8 @@ def test_damaged_embeddings_of_a_run(made: Path, tmp_path: Path) -> None:
     train_image_prior(again)
     whole = train_image_prior(config(made, tmp_path / "whole", max_steps=2))
     assert losses(out) == losses(whole)
+    tensors, identity = read(path, path.stat().st_size)
+    path.write_bytes(encoded({"embeddings": tensors["embeddings"]}, identity))  # embedded again
+    train_image_prior(config(made, out, max_steps=3))
+    assert torch.equal(read(path, 2**30)[0]["used"], tensors["used"])
     assert json.loads((out / "skipped.json").read_text()).keys() == {"005.png"}

@@ -247,6 +247,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"kind": "pixelcnn", "conditioned_on": "text"}, "a pixelcnn is conditioned on a class or a map; for text take"),
     ({"kind": "pixelcnn", "gradient_checkpointing": True}, "gradient_checkpointing is for a transformer; leave it out"),
     ({"condition_dropout": 1.5}, "condition_dropout must be a number from 0 to 1, not 1.5"),
+    ({"layers": 1000, "width": 16384}, "parameters, sdkit builds at most 10,000,000,000; take fewer layers"),
     ({"layers": 0}, "layers must be a whole number from 1 to 1000, not 0"),
     ({"width": "wide"}, "width must be a whole number from 1 to 16384, not 'wide'"),
     ({"heads": 3}, "width 16 is not divisible by 3 heads; change one of the two"),

@@ -6,6 +6,7 @@ Runs that are killed, and those of two processes, are in test_runs.py.
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 import sdkit
 from sdkit.data import cache
 from sdkit.errors import SdkitError
-from sdkit.networks.code_prior import load_prior
+from sdkit.networks.code_prior import load_prior, new_prior
 from sdkit.networks.vqvae2 import load_vqvae2
 from sdkit.pipelines.two_levels import TwoLevelPipeline
 from sdkit.training import PriorConfig, VQVAE2Config, train_prior, train_vqvae2
@@ -94,6 +95,10 @@ def test_bad_input_is_one_sentence(made: Path, tmp_path: Path) -> None:
     def pipeline(top: str, bottom: str) -> Any:
         return lambda: TwoLevelPipeline.from_pretrained(made / top, made / bottom, device="cpu")
 
+    network = load_vqvae2(made / "two" / "result")
+    top, bottom = (load_prior(made / level / "result" / "prior") for level in ("top", "bottom"))
+    text = new_prior(replace(top.shape, condition="text", condition_shape=(5,), tokens=9, classes=()))
+    coarse = new_prior(replace(bottom.shape, grid=(8, 8)))
     cases: list[tuple[Any, str]] = [
         (lambda: VQVAE2Config(**two, codes=1), "codes must be a whole number from 2"),
         (lambda: VQVAE2Config(**two, init="x"), "init has no meaning for a VQ-VAE-2"),
@@ -116,6 +121,11 @@ def test_bad_input_is_one_sentence(made: Path, tmp_path: Path) -> None:
             "a latent cache holds one level of latents",
         ),
         (pipeline("bottom/result", "top/result"), "the priors are not those of the two levels of one VQ-VAE-2"),
+        (
+            lambda: TwoLevelPipeline(network, text, bottom),
+            "reads texts of 9 tokens, and there is no tokenizer",
+        ),
+        (lambda: TwoLevelPipeline(network, top, coarse), "the priors are not those of the two levels of one VQ-VAE-2"),
         (pipeline("two/result", "bottom/result"), "has no folder vqvae2/; give the result of train prior"),
     ]
     for run, sentence in cases:

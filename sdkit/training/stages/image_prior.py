@@ -310,6 +310,7 @@ def _read(path: Path, identity: Mapping[str, str], shape: tuple[int, int]) -> di
         return None
     except (OSError, ValueError) as error:
         raise TrainingError(f"{path} cannot be read: {error}; remove it, and the images are embedded again.") from error
-    if metadata != identity or tensors["embeddings"].shape != shape:
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if metadata != identity or shapes != {"embeddings": shape, "used": shape[:1]}:
         return None
     return tensors

@@ -24,10 +24,11 @@ from sdkit.data.sources import open_examples
 from sdkit.errors import ArgumentError, CacheError, DataError
 from sdkit.files import expanded
 from sdkit.images import to_tensors
+from sdkit.loading.single_file import LARGEST
 from sdkit.loading.source import Source
 from sdkit.networks.autoencoder import VAE
 from sdkit.networks.autoencoder_kinds import nearest_codes
-from sdkit.networks.code_prior import CodePrior, new_prior, save_prior
+from sdkit.networks.code_prior import CodePrior, new_prior, parameters_of, save_prior
 from sdkit.networks.code_transformer import CodeTransformer
 from sdkit.networks.prior_shape import PriorShape
 from sdkit.networks.text_encoder import TextEncoder
@@ -205,6 +206,11 @@ class PriorStage:
             condition_shape=condition_shape, tokens=tokens, classes=self.classes, layers=config.layers,
             width=config.width, heads=config.heads if config.kind == "transformer" else 1,
         )  # fmt: skip
+        if (count := parameters_of(shape)) > LARGEST:
+            raise ArgumentError(
+                f"a prior of {config.layers} layers of width {config.width} would have {count:,} parameters, sdkit "
+                f"builds at most {LARGEST:,}; take fewer layers, or a smaller width."
+            )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             prior = new_prior(shape)
