@@ -28,6 +28,8 @@ SIZES: Mapping[str, Check] = {
     "hidden_act": WORD,
 }
 """Keys in the config of a CLIP from which a network is made -> their checks. Other keys are not passed on."""
+SMALL = 2**24
+"""Parameters that a network may have whatever the size of its file of weights; they take 64 MiB."""
 LEGACY_END = 2
 """Id of the end token in configs of CLIP from before transformers 4.31. It is wrong: their tokenizers' is the last."""
 
@@ -58,10 +60,10 @@ def pretrained(cls: Any, source: str | os.PathLike[str], kind: str) -> Any:
         with torch.device("meta"):
             count = sum(p.numel() for p in cls(cls.config_class.from_dict(config)).parameters())
         held = sum(path.stat().st_size for path in weights.iterdir() if path.suffix in (".safetensors", ".bin"))
-        if held and count > held:  # a weight takes a byte or more
+        if count > max(held, SMALL):  # a weight takes a byte or more
             raise SourceError(
-                f"the config of {place.label} asks for {count:,} parameters, more than the weights beside it; give "
-                "files of one network."
+                f"the config of {place.label} asks for {count:,} parameters, more than the weights beside it hold; "
+                "download it again."
             )
         network, report = cls.from_pretrained(
             weights, local_files_only=True, dtype=torch.float32, output_loading_info=True

@@ -31,14 +31,16 @@ from sdkit.errors import SdkitError
 from sdkit.files import read_regular
 from sdkit.loading.embedding_file import save_embedding
 from sdkit.loading.lora_file import convert_lora, read_lora, save_lora
+from sdkit.networks.clip import CLIP
 from sdkit.networks.code_prior import new_prior, save_prior
 from sdkit.networks.lora import add_lora, lora_layers, lora_tensors, merge_lora
 from sdkit.networks.prior_shape import PriorShape
+from sdkit.networks.vqvae2 import VQVAE2, load_vqvae2
 from sdkit.pipelines.generation import Generation
 from sdkit.training.loop import fit
 from sdkit.training.plot import plot
 from tests.fuzz.mutators import in_order
-from tests.helpers import original_layout, tiny, unclip
+from tests.helpers import clip, original_layout, tiny, unclip
 from tests.helpers.loaders import describe, load_schedule
 from tests.helpers.toy import Toy, ToySettings
 
@@ -199,6 +201,25 @@ def make_prior(folder: Path) -> None:
 
 def read_prior(folder: Path, out: Path) -> None:
     sdkit.TokenPipeline.from_pretrained(folder, **CPU)(PROMPT, guidance_scale=2.0)
+
+
+def make_vqvae2(folder: Path) -> None:
+    torch.manual_seed(0)
+    VQVAE2((8, 8), (8, 8), latent_channels=4, num_vq_embeddings=6, norm_num_groups=4).save_pretrained(folder)
+
+
+def read_vqvae2(folder: Path, out: Path) -> None:
+    network = load_vqvae2(folder)
+    network.decode(*network.encode(torch.zeros(1, 3, 8, 8)))
+
+
+def make_clip(folder: Path) -> None:
+    clip.save_clip(folder)
+
+
+def read_clip(folder: Path, out: Path) -> None:
+    network = CLIP.from_pretrained(folder)
+    network(torch.zeros(1, 3, network.side, network.side), network.tokenize([PROMPT]))
 
 
 def read_unet(folder: Path, out: Path) -> None:
@@ -671,6 +692,8 @@ TARGETS: dict[str, Target] = {
             for name in ("safetensors", "pt")
         ),
         Target(name="prior", make=make_prior, read=read_prior, files=("prior/*",)),
+        Target(name="vqvae2", make=make_vqvae2, read=read_vqvae2, files=("*",)),
+        Target(name="clip", make=make_clip, read=read_clip, files=("config.json", "*.safetensors")),
         Target(name="folder", make=make_folder, read=read_data, files=("*", "sub/*")),
         Target(name="captions", make=make_folder, read=read_data, files=("*.txt", "*.jsonl")),
         Target(name="metadata-csv", make=make_csv, read=read_data, files=("*.csv",)),
