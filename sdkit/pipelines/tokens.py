@@ -78,12 +78,14 @@ def rerank(images: Sequence[Any], prompt: str, clip: Extractor) -> Reranked:
         clip: A CLIP; see `sdkit.evaluation.open_extractor`.
 
     Raises:
-        ArgumentError: There is no image, or the extractor is no CLIP.
+        ArgumentError: There is no image, more than one prompt, or the extractor is no CLIP.
     """
     if len(images) == 0:
         raise ArgumentError("there is no image to rank; give at least one.")
-    (text,) = strings("prompt", prompt)
-    embedded = clip.embed_texts([text])
+    texts = strings("prompt", prompt)
+    if len(texts) != 1:
+        raise ArgumentError(f"images are ranked by one prompt, not by {len(texts)}; call this for each.")
+    embedded = clip.embed_texts(texts)
     scores = clip_score(clip([*images]), embedded.expand(len(images), -1))
     order = scores.argsort(descending=True, stable=True).tolist()
     return Reranked([images[i] for i in order], scores[order].tolist(), order)

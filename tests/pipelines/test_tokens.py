@@ -252,6 +252,8 @@ def test_reranking_by_a_clip(tmp_path: Path) -> None:
     assert [scores[i] for i in found.order] == pytest.approx(found.scores, abs=1e-5)
     assert all(image is images[i] for image, i in zip(found.images, found.order, strict=True))
     one_sentence(lambda: rerank([], "a", extractor), ArgumentError, "there is no image to rank")
+    two: Any = ["a", "b"]
+    one_sentence(lambda: rerank(images, two, extractor), ArgumentError, "are ranked by one prompt, not by 2")
 
 
 def test_classes_are_named_as_captions_or_as_their_tokens_spell_them(vae: sdkit.VAE) -> None:
