@@ -131,7 +131,7 @@ STAGES = {
         (
             "sdkit train vae --data photos/ --out-dir runs/vae",
             "sdkit train vae --data photos/ --out-dir runs/vae --disc-weight 0.5",
-            "sdkit train vae --data photos/ --out-dir runs/denoiser --train-encoder --input-noise 0.5",
+            "sdkit train vae --data photos/ -o run --train-encoder --input-noise 0.5",
         ),
     ),
     "unet": StageCommand(
@@ -179,14 +179,14 @@ STAGES = {
     "image-prior": StageCommand(
         ImagePriorConfig,
         "Train the prior of DALL-E 2: from a text to CLIP's embedding of an image.",
-        ("sdkit train image-prior --data photos/ --model runs/clip/result --init c.json -o run",),
+        ("sdkit train image-prior --data photos/ --model clip/ --init c.json -o run",),
     ),
     "classifier": StageCommand(
         ClassifierConfig,
         "Train a classifier of noisy images, to guide a model by.",
         (
             "sdkit train classifier --data animals/ --out-dir runs/classifier",
-            "sdkit train classifier --data a.parquet --label-column kind --vae pixels -o run",
+            "sdkit train classifier --data a.parquet --label-column kind -o run",
         ),
     ),
     "vqvae2": StageCommand(
