@@ -225,6 +225,16 @@ def test_mistakes_in_data_and_model(made: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:005.png is skipped")
+def test_command_line(made: Path, tmp_path: Path) -> None:
+    from sdkit.cli import main
+
+    arguments = ["train", "image-prior", "--data", made / "photos", "--model", made / "clip", "--max-steps", 1]
+    arguments += ["--init", made / "prior.json", "--batch-size", 4, "--out-dir", tmp_path / "run"]
+    assert main([str(one) for one in arguments]) == 0
+    assert open_prior(UnCLIPFolder(tmp_path / "run" / "result"), torch.device("cpu")).network.width == D
+
+
+@pytest.mark.filterwarnings("ignore:005.png is skipped")
 def test_damaged_embeddings_of_a_run(made: Path, tmp_path: Path) -> None:
     out = train_image_prior(config(made, tmp_path / "run", max_steps=1))
     path = out / "embeddings.safetensors"
