@@ -263,7 +263,7 @@ class TokenPipeline:
         conditions, uncond, count = self._read(condition, None, sampling, len(codes))
         factor = self.vae.factor
         size = self._size(codes.shape[1] * factor, codes.shape[2] * factor, conditions)
-        rows = int(keep * codes.shape[1])
+        rows = int(keep * codes.shape[1] + 1e-9)  # 0.58 * 50 is 28.999999999999996
         codes = draw_codes(
             self.prior, seeded(seed, count), condition=conditions, uncond=uncond, size=size, known=codes[:, :rows],
             sampling=sampling,

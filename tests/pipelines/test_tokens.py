@@ -224,6 +224,13 @@ def test_completion_keeps_the_codes_of_the_upper_half(pipelines: dict[str, Token
     assert len(pipelines["text"].complete(images, "a red disc", guidance_scale=2.0)) == 2
 
 
+def test_completion_keeps_whole_rows_despite_rounding(vae: sdkit.VAE) -> None:
+    pipeline, image = TokenPipeline(vae, prior("pixelcnn")), picture((16, 200))  # 50 rows of codes
+    completed = pipeline.complete(image, keep=0.58, output_type="codes")
+    same = (completed == vae.codes([image])).all(dim=2)[0]
+    assert (int(same[:29].sum()), bool(same[29])) == (29, False)
+
+
 def test_likelihood_of_images_is_that_of_their_codes(pipelines: dict[str, TokenPipeline], vae: sdkit.VAE) -> None:
     images = [picture(), picture(colour="red")]
     torch.testing.assert_close(
