@@ -166,7 +166,8 @@ def normal_kl(mean: Tensor, logvar: Tensor, other_mean: Tensor, other_logvar: Te
     """
     mean, logvar, other_mean, other_logvar = map(_wide, (mean, logvar, other_mean, other_logvar))
     difference = logvar - other_logvar
-    return 0.5 * (difference.exp() - 1 - difference + (mean - other_mean).square() * torch.exp(-other_logvar))
+    apart = (mean - other_mean).square() * torch.exp(-other_logvar)
+    return 0.5 * (torch.expm1(difference) - difference + apart)  # exp(x) - 1 would lose the digits of a small x
 
 
 def discretized_gaussian_nll(x: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:

@@ -261,7 +261,8 @@ class TestSavedModels:
             UNetStage(kit.config(tmp_path / "run", **settings))
         sd = load(train_unet(kit.config(tmp_path / "run", **settings, caption_dropout=0.0, max_steps=2)))
         assert sd.schedule.clip_x0 is None
-        assert sd("red", num_inference_steps=2, output_type="np", guidance_scale=1.0).shape == (1, 32, 32, 3)
+        assert sd.guidance_scale == 1.0  # without dropout the label for no class is untrained
+        assert sd("red", num_inference_steps=2, output_type="np").shape == (1, 32, 32, 3)
 
 
 def test_a_model_of_text_learns_its_variance_too(kit: Kit, tmp_path: Path) -> None:

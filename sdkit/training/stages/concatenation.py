@@ -42,6 +42,8 @@ def prepare_input(network: Any, config: UNetConfig) -> None:
     if own == LOW_RES or config.upscale_factor is not None:
         prepare_upsampler(network, config, kind)
         return
+    if config.noise_augmentation != type(config).noise_augmentation:
+        raise ArgumentError("noise_augmentation belongs to an upsampler; give upscale_factor, or leave it out.")
     if config.instance_data is not None and own is not None:
         raise ArgumentError("DreamBooth takes no conditions, and this model needs one: give a text-to-image model.")
     if kind is None:

@@ -109,10 +109,10 @@ class ImageLabels:
             "label_level": torch.tensor(levels), "label_eps": torch.stack(eps), "label_kept": torch.tensor(kept).float()
         }  # fmt: skip
 
-    def validation(self, i: int) -> dict[str, Tensor]:
-        """Return the same for the validation grid of held-out image i: at noise level 0, and never dropped."""
+    def validation(self, i: int, n: int = VALIDATION_TIMESTEPS) -> dict[str, Tensor]:
+        """Return the same for held-out image i, n times, as on the validation grid: at noise level 0, and never
+        dropped."""
         eps = torch.randn(self.noise.width, generator=noise_of(0, i))
-        n = VALIDATION_TIMESTEPS
         return {
             "label_level": torch.zeros(n, dtype=torch.int64),
             "label_eps": eps.expand(n, -1),

@@ -54,7 +54,7 @@ from sdkit.training.stages.examples import (
 )
 from sdkit.training.stages.image_labels import ImageLabels
 from sdkit.training.stages.images import identity_of, training_transform
-from sdkit.training.stages.kinds import check_bits, check_variance, check_without_text, scheduler_of
+from sdkit.training.stages.kinds import check_bits, check_variance, check_with_text, check_without_text, scheduler_of
 from sdkit.training.stages.lora import add_lora_layers, export_lora
 from sdkit.training.stages.upsampling import Upsampling
 from sdkit.training.stages.variational import TimestepSampler, losses_with_variance, timesteps_of
@@ -177,6 +177,7 @@ class UNetStage:
             self.vae, self.prompts, scale=self.latents.scale, shift=self.latents.shift,
             trains_text=config.train_text_encoder,
             half=config.mixed_precision == "bf16",  # not in float16, where this VAE can overflow
+            label=None if self.labels is None else self.labels.label,
         )  # fmt: skip
         networks = identity_of(self.vae.network, self.text.network, self.unet.network, schedule=self.scheduler)
         self.identity = {"data": self.latents.identity, "model": networks, "vae": self.vae.identity}
@@ -232,7 +233,9 @@ class UNetStage:
         self.unet = UNet(network)
         self.prompts: TextEncoder = self.text if self.unet.width else ClassNames()
         StableDiffusion(self.vae, self.prompts, self.unet, self.schedule)  # raises if the parts do not fit each other
-        if not self.unet.width:
+        if self.unet.width:
+            check_with_text(config, self.unet, embedded=embedded)
+        else:
             check_without_text(config, self.unet)
         if self.unet.inpaints:
             raise ArgumentError("an inpainting U-Net cannot be trained; give a text-to-image model.")
@@ -266,7 +269,8 @@ class UNetStage:
             names = classes_of(self.config, self.unet, self.latents, from_scratch=self.config.init is not None)
             self.latents = LabelledExamples(self.latents, names, self.text)
         if self.config.init is not None:
-            self.guidance_scale = 1.0 if names.none is None else LABEL_GUIDANCE
+            # Without dropout the label for no class is untrained, and guidance would steer away from noise.
+            self.guidance_scale = LABEL_GUIDANCE if names.none is not None and self.config.caption_dropout else 1.0
         if self.config.validation_prompts:
             names.check(self.config.validation_prompts)
         self.prompts = names
@@ -364,8 +368,6 @@ class UNetStage:
 
     def _denoised(self, network: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         """Return the network's output for noised latents, and its target, both (B, 4, h, w)."""
-        if self.labels is not None:
-            batch = {**batch, "label": self.labels.label(batch)}
         return self.encoder.denoised(self.objective, network, batch)
 
     def validate(self, step: int) -> dict[str, float]:
@@ -382,12 +384,14 @@ class UNetStage:
     def _validation_loss(self, i: int) -> float:
         """Return the loss of one held-out image over the validation grid."""
         batch = validation_batch(i, self.latents, self.objective, self._shape, self.unet.device)
-        if self.labels is not None:
-            batch |= self.labels.validation(i)
-        if self.upsampling is not None:
-            batch = self.upsampling.validated(batch, i)
-        output, target = self._denoised(self.denoiser, batch)
+        output, target = self._denoised(self.denoiser, self._held_out(batch, i))
         return float(diffusion_loss(output[:, : target.shape[1]], target))  # beside it may be a learned variance
+
+    def _held_out(self, batch: dict[str, Any], i: int) -> dict[str, Any]:
+        """Return a batch of held-out image i with what the U-Net reads of the image itself, the same in every run."""
+        if self.labels is not None:
+            batch = batch | self.labels.validation(i, len(batch["posterior_eps"]))
+        return batch if self.upsampling is None else self.upsampling.validated(batch, i)
 
     def _bits_per_dimension(self, step: int) -> Mapping[str, float]:
         """Return the mean bits per dimension of the held-out images; see `bits_per_dimension`."""
@@ -400,7 +404,7 @@ class UNetStage:
         device = self.unet.device
         batch = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in rows.items()}
         batch["posterior_eps"] = torch.zeros(1, *self._shape, device=device)
-        x0, cond = self.encoder.latents(batch), self.encoder.conditioning(batch)
+        x0, cond = self.encoder.latents(batch), self.encoder.conditioning(self._held_out(batch, i))
 
         def predict(x_t: Tensor, t: int) -> Prediction:
             raise_if_stopped()

@@ -69,12 +69,15 @@ class TimestepSampler(nn.Module):
             losses: (n, t, loss) of this process's samples, the n-th of the run. Those of all processes are remembered,
                 in the order of n, on each of them.
         """
+        history, counts = self.history.cpu(), self.counts.cpu()  # on a GPU, each loss would synchronise
         for _, t, loss in sorted(gather_object(list(losses))):
-            count = int(self.counts[t])
+            count = int(counts[t])
             if count == HISTORY:
-                self.history[t] = self.history[t].roll(-1)
-            self.history[t, min(count, HISTORY - 1)] = loss
-            self.counts[t] = min(count + 1, HISTORY)
+                history[t] = history[t].roll(-1)
+            history[t, min(count, HISTORY - 1)] = loss
+            counts[t] = min(count + 1, HISTORY)
+        self.history.copy_(history)
+        self.counts.copy_(counts)
 
 
 def timesteps_of(network: nn.Module) -> TimestepSampler | None:
