@@ -341,6 +341,38 @@ def test_classes_that_are_numbers_are_in_their_order(kit: Kit, tmp_path: Path) -
     assert stage.prompts.names == tuple(map(str, range(12)))  # type: ignore[attr-defined]
 
 
+def test_a_caches_classes_answer_to_their_own_names(tmp_path: Path) -> None:
+    """A cache spells names by tokens: "1 0" and "t - shirt". Labels and order are those of a run from images."""
+    data = classes.pictures(tmp_path / "data", 12)
+    for i, path in enumerate(sorted(data.glob("*.txt"))):
+        path.write_text(("10", "T-shirt", "9", "ice_cream")[i % 4])
+    cached = cache("emoji", data, tmp_path / "cache", vae="pixels", size=classes.SIDE, dtype="fp32", device="cpu")
+    init = classes.init(tmp_path / "init", num_class_embeds=5)
+    settings: dict[str, Any] = {"init": init, "vae": "pixels", "out_dir": tmp_path / "run", "batch_size": 4}
+    one, other = (UNetStage(UNetConfig(data=source, **settings)) for source in (data, cached))
+    wanted = ["9", "10", "ice_cream", "T-shirt"]
+    for stage in (one, other):
+        assert stage.prompts.labels([*wanted, ""]).tolist() == [0, 1, 2, 3, 4]  # type: ignore[attr-defined]
+    samples = [(n, n) for n in range(11)]
+    assert torch.equal(one.batch(samples)["label"], other.batch(samples)["label"])
+    with pytest.raises(ArgumentError, match="two classes have the same name"):
+        UNetStage(UNetConfig(data=data, classes=("10", "1 0", "9", "T-shirt"), **settings))
+
+
+def test_labels_as_sinusoids_in_half_precision_and_few_timesteps(tmp_path: Path, kit: Kit) -> None:
+    """diffusers leaves the sinusoids of labels in float32. Prompts are drawn in as many steps as there are."""
+    init = classes.init(tmp_path / "init", timesteps=5, class_embed_type="timestep")
+    out = train_unet(kit.config(tmp_path / "run", "plain", init=init, max_steps=1, validation_prompts=("red",)))
+    whole, half = (
+        sdkit.StableDiffusion.from_pretrained(out / "result", dtype=dtype, device="cpu")(
+            "red", num_inference_steps=2, guidance_scale=1.5, output_type="pt"
+        )
+        for dtype in ("fp32", "bf16")
+    )
+    torch.testing.assert_close(whole, half, atol=0.1, rtol=0)
+    assert not torch.equal(whole, half)
+
+
 def test_without_a_schedule_beside_it_a_network_is_ddpms(kit: Kit) -> None:
     stage = UNetStage(kit.config(Path("unused"), "ddpm"))
     assert torch.equal(stage.schedule.betas, NoiseSchedule.linear().betas)
