@@ -24,6 +24,7 @@ from sdkit.diffusion.schedule import NoiseSchedule
 from sdkit.errors import ArgumentError, SdkitError
 from sdkit.guidance import Conditioning, guided
 from sdkit.images import to_tensors
+from sdkit.loading.source import Source
 from sdkit.metrics import bits_per_dimension
 from sdkit.training import UNetConfig, train_unet
 from sdkit.training.run_folder import read_metrics
@@ -282,6 +283,8 @@ def test_a_model_that_another_toolkit_saved(tmp_path: Path) -> None:
     DDPMPipeline(classes.network(num_class_embeds=3), DDPMScheduler()).save_pretrained(tmp_path)
     sd = sdkit.StableDiffusion.from_pretrained(tmp_path, vae="pixels", device="cpu", dtype="fp32")
     assert (sd.text.names, sd.guidance_scale) == (("0", "1", "2"), 1.0)  # type: ignore[attr-defined]
+    (unet,) = [part for part in Source.open(tmp_path).describe().components if part.part == "unet"]
+    assert unet.config == {"in_channels": 3, "num_class_embeds": 3, "sample_size": 8}
     assert sd("2", num_inference_steps=2, output_type="np").shape == (1, 8, 8, 3)
     with pytest.raises(ArgumentError, match="was trained without label dropout, and draws classes alone"):
         sd("2", num_inference_steps=2, guidance_scale=2.0)

@@ -81,7 +81,10 @@ class LabelledExamples:
                 "an image has no class, and this U-Net has no label for that; give it a caption, or one more of "
                 "num_class_embeds."
             )
-        return ArgumentError(f"an image is of the class {clean(repr(caption))}, which is not one of classes; add it.")
+        return ArgumentError(
+            f"an image is of the class {clean(repr(caption))}, which is not one of classes; add it to them, or "
+            "give the image another caption."
+        )
 
 
 def classes_of(
