@@ -182,7 +182,9 @@ def discretized_gaussian_nll(x: Tensor, mean: Tensor, log_scale: Tensor) -> Tens
         log_scale: The logarithm of its standard deviation, shaped like x.
     """
     dtype = _wide(mean).dtype
-    x, mean, log_scale = x.double(), mean.double(), log_scale.double()  # far in a tail, float32 has no gradient
+    # Far in a tail, float32 has no gradient; Apple's GPU has no float64.
+    exact = torch.float32 if mean.device.type == "mps" else torch.float64
+    x, mean, log_scale = x.to(exact), mean.to(exact), log_scale.to(exact)
     low, high = ((x + side - mean) * torch.exp(-log_scale) for side in (-HALF_LEVEL, HALF_LEVEL))
     # By symmetry, work in the lower tail, where a difference of masses keeps its digits.
     low, high = torch.where(low + high > 0, -high, low), torch.where(low + high > 0, -low, high)

@@ -101,7 +101,7 @@ class TestTimesteps:
         sampler = TimestepSampler(T)
         seen: dict[int, list[float]] = {t: [] for t in range(T)}
         for n in range(200):
-            t, loss = int(rng.integers(T)), float(rng.exponential())
+            t, loss = int(rng.integers(T)), float(np.float32(rng.exponential()))
             expected = np.full(T, 1 / T)
             if all(len(losses) >= 10 for losses in seen.values()):
                 roots = np.array([np.sqrt(np.mean(np.square(losses[-10:]))) for losses in seen.values()])

@@ -26,7 +26,7 @@ class TimestepSampler(nn.Module):
         num_timesteps: T.
 
     Attributes:
-        history: (T, 10) float64, the last losses at each timestep, the oldest first.
+        history: (T, 10) float32, the last losses at each timestep, the oldest first.
         counts: (T,), how many of them there are.
     """
 
@@ -35,13 +35,13 @@ class TimestepSampler(nn.Module):
 
     def __init__(self, num_timesteps: int) -> None:
         super().__init__()
-        self.register_buffer("history", torch.zeros(num_timesteps, HISTORY, dtype=torch.float64))
+        self.register_buffer("history", torch.zeros(num_timesteps, HISTORY, dtype=torch.float32))
         self.register_buffer("counts", torch.zeros(num_timesteps, dtype=torch.int64))
 
     def shares(self) -> Tensor:
         """Return the probability of each timestep (T,), float64, on the CPU."""
         T = len(self.counts)
-        history = self.history.cpu()
+        history = self.history.cpu().double()
         if bool((self.counts < HISTORY).any()):
             return torch.full((T,), 1 / T, dtype=torch.float64)
         roots = history.square().mean(1).sqrt()
