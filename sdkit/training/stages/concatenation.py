@@ -126,6 +126,25 @@ class CachedConditions(CachedLatents):
         return super()._example(index) | {"concat": concat}
 
 
+class DroppedConditions:
+    """The conditions of a run, of which some are dropped in training, and none in validation.
+
+    Args:
+        config: Settings of the run.
+    """
+
+    def __init__(self, config: UNetConfig) -> None:
+        self.config = config
+
+    def added(self, batch: dict[str, Any], samples: Samples) -> dict[str, Any]:
+        """Return a training batch with `told`."""
+        return batch | {"told": told(samples, self.config)}
+
+    def held_out(self, batch: dict[str, Any], i: int) -> dict[str, Any]:  # noqa: ARG002 - the same for each image
+        """Return a batch of held-out image i, which has its condition."""
+        return batch
+
+
 def told(samples: Samples, config: UNetConfig) -> Tensor:
     """Return (B,) 1 for each sample with its condition, and 0 where zeros take its place.
 

@@ -4,7 +4,7 @@ and the noise schedule of each.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 from sdkit.diffusion.schedule import NoiseSchedule, completed
 from sdkit.errors import ArgumentError
@@ -17,7 +17,19 @@ from sdkit.loading.tensors import is_file
 from sdkit.networks.autoencoder import VAE
 from sdkit.networks.denoiser import UNet
 from sdkit.training.settings import NOISE_SCHEDULES, UNetConfig
+from sdkit.training.stage import Samples
 from sdkit.training.stages.frozen import keep_schedule
+
+
+class Addition(Protocol):
+    """What a kind of U-Net reads beside x_t and captions: embeddings of images, a small image, or a condition."""
+
+    def added(self, batch: dict[str, Any], samples: Samples) -> dict[str, Any]:
+        """Return a training batch of samples (n, item) with it. What is random depends on n and the seed alone."""
+
+    def held_out(self, batch: dict[str, Any], i: int) -> dict[str, Any]:
+        """Return a batch of held-out image i with it, the same in every run."""
+
 
 DDPM: dict[str, Any] = {
     "_class_name": "DDPMScheduler",

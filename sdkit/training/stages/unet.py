@@ -36,7 +36,7 @@ from sdkit.training.settings import UNetConfig
 from sdkit.training.signals import raise_if_stopped
 from sdkit.training.stage import Player, Samples
 from sdkit.training.stages.classes import LABEL_GUIDANCE, LabelledExamples, classes_of
-from sdkit.training.stages.concatenation import condition_image, open_conditioned, prepare_input, told
+from sdkit.training.stages.concatenation import DroppedConditions, condition_image, open_conditioned, prepare_input
 from sdkit.training.stages.denoising import DenoisingObjective
 from sdkit.training.stages.drawing import VALIDATION_STEPS, Drawing
 from sdkit.training.stages.dreambooth import ClassImages, open_instances, prior_preserving_loss
@@ -54,7 +54,14 @@ from sdkit.training.stages.examples import (
 )
 from sdkit.training.stages.image_labels import ImageLabels
 from sdkit.training.stages.images import identity_of, training_transform
-from sdkit.training.stages.kinds import check_bits, check_variance, check_with_text, check_without_text, scheduler_of
+from sdkit.training.stages.kinds import (
+    Addition,
+    check_bits,
+    check_variance,
+    check_with_text,
+    check_without_text,
+    scheduler_of,
+)
 from sdkit.training.stages.lora import add_lora_layers, export_lora
 from sdkit.training.stages.upsampling import Upsampling
 from sdkit.training.stages.variational import TimestepSampler, losses_with_variance, timesteps_of
@@ -192,6 +199,8 @@ class UNetStage:
             low_res = low_res if self.low_res is None else NoiseSchedule.from_config(self.low_res)
             factor = self.unet.upscale_factor or self.vae.factor
             self.upsampling = Upsampling(config, self.vae, factor, low_res, self.latents.shape)
+        conditions = DroppedConditions(config) if self.unet.condition not in (None, LOW_RES) else None
+        self.additions: list[Addition] = [one for one in (self.labels, self.upsampling, conditions) if one is not None]
         self.evaluators: list[Callable[[int], Mapping[str, float]]] = []
         height, width = (side * self.vae.factor for side in self.latents.shape)
         self.drawing = Drawing(
@@ -309,10 +318,10 @@ class UNetStage:
             rows += self.class_images.rows(samples, self.objective, self._shape)
         if self.objective.importance:
             rows = [row | {"n": n} for row, (n, _) in zip(rows, samples, strict=True)]
-        batch = collated(rows) | ({} if self.labels is None else self.labels.drawn(samples))
-        if self.upsampling is not None:
-            return self.upsampling.added(batch, samples)
-        return batch if self.unet.condition is None else batch | {"told": told(samples, config)}
+        batch = collated(rows)
+        for addition in self.additions:
+            batch = addition.added(batch, samples)
+        return batch
 
     @property
     def _shape(self) -> tuple[int, int, int]:
@@ -388,10 +397,10 @@ class UNetStage:
         return float(diffusion_loss(output[:, : target.shape[1]], target))  # beside it may be a learned variance
 
     def _held_out(self, batch: dict[str, Any], i: int) -> dict[str, Any]:
-        """Return a batch of held-out image i with what the U-Net reads of the image itself, the same in every run."""
-        if self.labels is not None:
-            batch = batch | self.labels.validation(i, len(batch["posterior_eps"]))
-        return batch if self.upsampling is None else self.upsampling.validated(batch, i)
+        """Return a batch of held-out image i with what this kind of U-Net reads beside captions."""
+        for addition in self.additions:
+            batch = addition.held_out(batch, i)
+        return batch
 
     def _bits_per_dimension(self, step: int) -> Mapping[str, float]:
         """Return the mean bits per dimension of the held-out images; see `bits_per_dimension`."""

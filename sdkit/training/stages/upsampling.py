@@ -133,7 +133,7 @@ class Upsampling:
         levels = [torch.randint(self.config.noise_augmentation + 1, (), generator=one) for one in generators]
         return self._noised(batch, torch.stack(levels), generators)
 
-    def validated(self, batch: dict[str, Any], i: int) -> dict[str, Any]:
+    def held_out(self, batch: dict[str, Any], i: int) -> dict[str, Any]:
         """Return a batch of held-out example i with what the U-Net reads at the usual noise level, the same in every
         run."""
         n = len(batch["posterior_eps"])
