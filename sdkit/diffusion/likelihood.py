@@ -35,10 +35,11 @@ def posterior(schedule: NoiseSchedule, x0: Tensor, x_t: Tensor, t: Tensor) -> tu
     Returns:
         The mean, shaped like x0, and the log-variance (B, 1, ...).
     """
-    beta, variance = (_at(table, t, x0) for table in (schedule.betas, _posterior_variances(schedule)))
-    a, before = (_at(table, t, x0) for table in (schedule.alphas_cumprod, _alphas_before(schedule)))
-    mean = before.sqrt() * beta / (1 - a) * x0 + (1 - beta).sqrt() * (1 - before) / (1 - a) * x_t
-    return mean, variance.log()
+    beta, a, before = schedule.betas, schedule.alphas_cumprod, _alphas_before(schedule)
+    of_x0 = before.sqrt() * beta / (1 - a)
+    of_x_t = (1 - beta).sqrt() * (1 - before) / (1 - a)
+    mean = _at(of_x0, t, x0) * x0 + _at(of_x_t, t, x0) * x_t
+    return mean, _at(_posterior_variances(schedule).log(), t, x0)
 
 
 def reverse_log_variance(schedule: NoiseSchedule, t: Tensor, like: Tensor, variance: Tensor | None = None) -> Tensor:
@@ -54,7 +55,7 @@ def reverse_log_variance(schedule: NoiseSchedule, t: Tensor, like: Tensor, varia
     Raises:
         ArgumentError: The variance is learned, and `variance` is None.
     """
-    smallest, beta = (_at(table, t, like).log() for table in (_posterior_variances(schedule), schedule.betas))
+    smallest, beta = (_at(table.log(), t, like) for table in (_posterior_variances(schedule), schedule.betas))
     if schedule.variance_type == "fixed_small":
         return smallest
     if schedule.variance_type == "fixed_large":  # the last step decodes pixels, for which beta_0 is too small

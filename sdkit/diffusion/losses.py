@@ -166,7 +166,8 @@ def normal_kl(mean: Tensor, logvar: Tensor, other_mean: Tensor, other_logvar: Te
     """
     mean, logvar, other_mean, other_logvar = map(_wide, (mean, logvar, other_mean, other_logvar))
     difference = logvar - other_logvar
-    return 0.5 * (difference.exp() - 1 - difference + (mean - other_mean).square() * torch.exp(-other_logvar))
+    apart = (mean - other_mean).square() * torch.exp(-other_logvar)
+    return 0.5 * (torch.expm1(difference) - difference + apart)  # exp(x) - 1 would lose the digits of a small x
 
 
 def discretized_gaussian_nll(x: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
@@ -181,7 +182,9 @@ def discretized_gaussian_nll(x: Tensor, mean: Tensor, log_scale: Tensor) -> Tens
         log_scale: The logarithm of its standard deviation, shaped like x.
     """
     dtype = _wide(mean).dtype
-    x, mean, log_scale = x.double(), mean.double(), log_scale.double()  # far in a tail, float32 has no gradient
+    # Far in a tail, float32 has no gradient; Apple's GPU has no float64.
+    exact = torch.float32 if mean.device.type == "mps" else torch.float64
+    x, mean, log_scale = x.to(exact), mean.to(exact), log_scale.to(exact)
     low, high = ((x + side - mean) * torch.exp(-log_scale) for side in (-HALF_LEVEL, HALF_LEVEL))
     # By symmetry, work in the lower tail, where a difference of masses keeps its digits.
     low, high = torch.where(low + high > 0, -high, low), torch.where(low + high > 0, -low, high)

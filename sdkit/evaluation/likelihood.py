@@ -54,13 +54,13 @@ def bits_per_dimension(
     """
     _check(x0)
     generators = seeded(seed, len(x0))
-    total = prior_term(schedule, x0).double().cpu()
+    total = prior_term(schedule, x0).cpu().double()
     for t, weight in _weighted(schedule.num_timesteps, timesteps, seed):
         x_t = schedule.add_noise(x0, noise_like(x0, generators), t)
         prediction = predict(x_t, t)
         if clip_x0 is not None:
             prediction = prediction._replace(x0=prediction.x0.clamp(-clip_x0, clip_x0))
-        total += weight * step_term(schedule, x0, x_t, torch.full((len(x0),), t), prediction).double().cpu()
+        total += weight * step_term(schedule, x0, x_t, torch.full((len(x0),), t), prediction).cpu().double()
     return total
 
 

@@ -425,4 +425,7 @@ def _component(
         shown["factor"] = 2 ** (len(levels) - 1)
     parameters, dtype, size = weights
     name = class_name(config)
+    if name == "UNet2DModel":  # it has no cross-attention, and the defaults of the rest are its own
+        shown = {"in_channels": config.get("in_channels", 3), "num_class_embeds": config.get("num_class_embeds")}
+        shown["sample_size"] = config.get("sample_size")
     return Component(part=part.name, class_name=name, parameters=parameters, dtype=dtype, bytes=size, config=shown)

@@ -25,9 +25,9 @@ SHOWN = 10
 class ClassNames(TextEncoder):
     """The classes of a U-Net that takes labels, or of one that takes nothing, in the place of a text encoder.
 
-    A prompt is the name of a class, whatever its case. The empty prompt is no class: the label of classifier-free
-    guidance's unconditional output, one beyond the last class, if the network has been trained with it. A network that
-    takes nothing has no classes, and only the empty prompt.
+    A prompt is the name of a class, whatever its case and spaces. The empty prompt is no class: the label of
+    classifier-free guidance's unconditional output, one beyond the last class, if the network has been trained with it.
+    A network that takes nothing has no classes, and only the empty prompt.
 
     Args:
         names: Names of the classes, in the order of their labels.
@@ -127,5 +127,8 @@ class ClassNames(TextEncoder):
 
 
 def plain(name: str) -> str:
-    """Return a name in lower case, with single spaces."""
-    return " ".join(name.lower().split())
+    """Return a name in lower case, without spaces.
+
+    A latent cache knows a name by its tokens, which spell "T-shirt" as "t - shirt" and "10" as "1 0".
+    """
+    return "".join(name.lower().split())

@@ -136,11 +136,13 @@ class Classifier(Wrapper):
             ArgumentError: There is no such class. Later: the number of images is another.
         """
         numbers = self.numbers_of(labels)
+        with torch.inference_mode(False):  # autograd keeps them
+            column = torch.tensor(numbers, device=self.device)  # once: a copy in each step would synchronise with a GPU
 
         def log_prob(x_t: Tensor, t: int) -> Tensor:
             if len(numbers) not in (1, len(x_t)):
                 raise ArgumentError(f"{len(numbers)} labels cannot serve {len(x_t)} images: give one, or one for each.")
-            columns = torch.tensor(numbers, device=self.device).expand(len(x_t))[:, None]
+            columns = column.to(self.device).expand(len(x_t))[:, None]
             chosen: Tensor = self(x_t, t).log_softmax(dim=1).gather(1, columns)
             return chosen.flatten().to(x_t)
 

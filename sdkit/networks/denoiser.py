@@ -70,6 +70,8 @@ class UNet(Wrapper):
         self.guided = getattr(config, "time_cond_proj_dim", None) is not None
         self.run: Callable[..., Any] | None = None
         embed_timestep_once(network)
+        if self.takes_labels and config.class_embed_type == "timestep":
+            network.class_embedding.register_forward_pre_hook(_as_weights)  # diffusers leaves sinusoids in float32
 
     @classmethod
     def from_pretrained(
@@ -306,6 +308,11 @@ def _number_embedding(scale: float, width: int, device: torch.device, dtype: tor
     a copy to a GPU in each step would synchronise with it."""
     with torch.inference_mode(False):  # a cached tensor must also serve callers that need gradients
         return guidance_embedding(torch.tensor([scale]), width).to(device, dtype)
+
+
+def _as_weights(network: Any, inputs: tuple[Tensor]) -> tuple[Tensor]:
+    """Return the input of an embedding in the dtype of its weights."""
+    return (inputs[0].to(network.linear_1.weight.dtype),)
 
 
 def _sides(area: int, height: int, width: int) -> tuple[int, int]:

@@ -14,6 +14,9 @@ from sdkit.images import OUTPUT_TYPES, from_tensors
 from sdkit.loading.configs import LOW_RES
 from sdkit.pipelines.text_to_image import StableDiffusion
 
+SHARED = ("prompt", "negative_prompt", "seed", "num_images_per_prompt", "output_type", "condition")
+"""Keywords of a stage's call that the cascade gives itself."""
+
 
 class Cascade:
     """A model, and upsamplers that enlarge its images one after another (Ho et al. 2022; GLIDE, Nichol et al. 2021,
@@ -30,6 +33,8 @@ class Cascade:
     """
 
     def __init__(self, stages: Sequence[StableDiffusion]) -> None:
+        if other := [one for one in stages if not isinstance(one, StableDiffusion)]:
+            raise ArgumentError(f"the models of a cascade are sdkit.StableDiffusion, not {type(other[0]).__name__}.")
         if len(stages) < 2:
             raise ArgumentError("a cascade has a base model and at least one upsampler; give both.")
         base, *upsamplers = stages
@@ -90,6 +95,10 @@ class Cascade:
         if len(own) != len(self.stages):
             raise ArgumentError(
                 f"{len(own)} options cannot serve {len(self.stages)} stages: give one mapping for each."
+            )
+        if given := [name for name in SHARED for one in own if name in one]:
+            raise ArgumentError(
+                f"{given[0]} is the same for all stages, or made by the cascade; take it out of options."
             )
         copies = whole_number("num_images_per_prompt", num_images_per_prompt, 1)
         prompts = [text for text in strings("prompt", prompt) for _ in range(copies)]

@@ -56,7 +56,7 @@ def embed(
     """
     if isinstance(text, ClassNames):
         text.check(prompts)
-        return Conditioning(label=text.labels(prompts) if text.names else None)
+        return Conditioning(label=text.labels(prompts).to(text.device) if text.names else None)
     distinct = list(dict.fromkeys(prompts))
     embeddings = text.encode(distinct, clip_skip=clip_skip, weighting=weighting, chunks=chunks)
     return Conditioning(embeddings[[distinct.index(prompt) for prompt in prompts]])

@@ -631,8 +631,8 @@ class UNetConfig(DreamBoothSettings):
                 raise ArgumentError("embedding_dropout belongs to image_encoder, and there is none; give it, too.")
             return
         path_or_name("image_encoder", self.image_encoder)
-        unfit = ("instance_data", "condition_column", "conditioning_data", "condition_kind", "lora_rank", "evaluate")
-        for name in (*unfit, "validation_prompts"):
+        unfit = ("instance_data", "condition_column", "conditioning_data", "condition_kind", "upscale_factor")
+        for name in (*unfit, "lora_rank", "evaluate", "validation_prompts"):
             if getattr(self, name) not in (None, ()):
                 raise ArgumentError(f"{name} has no meaning for a U-Net that reads image embeddings; leave it out.")
 

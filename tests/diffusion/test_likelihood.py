@@ -125,6 +125,19 @@ def test_each_term_equals_numpy(kind: str, variance_type: str) -> None:
         np.testing.assert_allclose(found[one], expected, rtol=1e-6)
 
 
+def test_little_noise_keeps_its_digits_in_float32() -> None:
+    """Early alphas of a long chain are near 1: in float32, 1 - a has few digits left."""
+    schedule, t = NoiseSchedule.cosine(4000), torch.arange(12)
+    x0, x_t = randn(12, 3, 5, 5).float(), randn(12, 3, 5, 5, seed=1).float()
+    exact = posterior(schedule, x0.double(), x_t.double(), t)
+    for found, expected in zip(posterior(schedule, x0, x_t, t), exact, strict=True):
+        assert (found.dtype, expected.dtype) == (torch.float32, torch.float64)
+        torch.testing.assert_close(found.double(), expected, rtol=3e-7, atol=3e-7)
+    zero, small = torch.zeros(1), torch.tensor([1e-3])
+    nats = normal_kl(zero, small, zero, zero)
+    torch.testing.assert_close(nats.double(), (small.double().exp() - 1 - small.double()) / 2, rtol=1e-4, atol=0)
+
+
 def test_the_prior_term_equals_torch_distributions() -> None:
     schedule, x0 = NoiseSchedule.linear(10), randn(3, 1, 4, 4)
     a = float(schedule.alphas_cumprod[-1])

@@ -168,6 +168,8 @@ class TestCascade:
             (lambda: sdkit.Cascade([ours, ours]), "the first model of a cascade draws from the prompt alone"),
             (lambda: sdkit.Cascade([base, ours, base]), "model 3 of the cascade is no upsampler"),
             (lambda: cascade("a", options=[{}]), "1 options cannot serve 2 stages: give one mapping for each"),
+            (lambda: sdkit.Cascade([base, "up"]), "the models of a cascade are sdkit.StableDiffusion, not str"),  # type: ignore[list-item]
+            (lambda: cascade("a", options=[{}, {"seed": 3}]), "seed is the same for all stages, or made by the"),
             (lambda: cascade("a", seed=[1, 2]), "2 seeds cannot serve 1 images"),
             (lambda: cascade("a", output_type="latent"), "output_type 'latent' is not one of"),
             (lambda: cascade("a", noise_level=3), "noise_level belongs to an upsampler, and this model is none"),

@@ -3,6 +3,7 @@ diffusers and in `UnCLIP`, and users' mistakes."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +129,28 @@ def test_the_result_is_a_whole_unclip(made: Path, tmp_path: Path) -> None:
     assert losses(again)[0] != losses(out)[0]
 
 
+def test_a_decoder_of_pixels_learns_its_variance(made: Path, tmp_path: Path) -> None:
+    """The hybrid loss and bits per dimension read the embeddings, too: other embeddings give other losses."""
+    own = json.loads((made / "model" / "unet" / "config.json").read_text()) | {"in_channels": 3, "out_channels": 6}
+    (tmp_path / "config.json").write_text(json.dumps(own))
+    changes: dict[str, Any] = {"init": tmp_path / "config.json", "vae": "pixels", "size": 8, "loss": "hybrid"}
+    settings = config(made, tmp_path / "run", **changes, bits_per_dimension=3, timestep_sampling="importance")
+    stage = UNetStage(settings)
+    torch.nn.init.normal_(stage.unet.network.class_embedding.linear_2.weight)
+    batch = stage.batch([(n, n) for n in range(4)])
+    with torch.no_grad():
+        one, other = (
+            stage.loss({"unet": stage.denoiser}, {**batch, "label_kept": torch.full((4,), kept)}, 0)[0]
+            for kept in (0.0, 1.0)
+        )
+        bits = stage.validate(0)["bits_per_dimension"]
+        torch.nn.init.normal_(stage.unet.network.class_embedding.linear_2.weight)
+        assert stage.validate(0)["bits_per_dimension"] != bits
+    assert float(one) != float(other)
+    train_unet(settings)
+    assert len(losses(tmp_path / "run")) == 2
+
+
 def test_mistakes(made: Path, tmp_path: Path) -> None:
     cache("emoji", made / "photos", tmp_path / "cache", size=32, device="cpu")
     UNet2DModel(
@@ -139,6 +162,7 @@ def test_mistakes(made: Path, tmp_path: Path) -> None:
         ({"embedding_dropout": 0.2}, "embedding_dropout belongs to image_encoder, and there is none"),
         (encoder | {"embedding_dropout": 2}, "embedding_dropout must be a number from 0 to 1, not 2"),
         ({"image_encoder": 3}, "image_encoder must be a path or a name, not 3"),
+        (encoder | {"upscale_factor": 2}, "upscale_factor has no meaning for a U-Net that reads image embeddings"),
         (encoder | {"lora_rank": 4}, "lora_rank has no meaning for a U-Net that reads image embeddings"),
         (encoder | {"condition_column": "map"}, "condition_column has no meaning for a U-Net that reads image"),
         (encoder | {"validation_prompts": ("a",)}, "validation_prompts has no meaning for a U-Net that reads image"),

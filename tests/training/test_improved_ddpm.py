@@ -24,6 +24,7 @@ from sdkit.diffusion.schedule import NoiseSchedule
 from sdkit.errors import ArgumentError, SdkitError
 from sdkit.guidance import Conditioning, guided
 from sdkit.images import to_tensors
+from sdkit.loading.source import Source
 from sdkit.metrics import bits_per_dimension
 from sdkit.training import UNetConfig, train_unet
 from sdkit.training.run_folder import read_metrics
@@ -100,7 +101,7 @@ class TestTimesteps:
         sampler = TimestepSampler(T)
         seen: dict[int, list[float]] = {t: [] for t in range(T)}
         for n in range(200):
-            t, loss = int(rng.integers(T)), float(rng.exponential())
+            t, loss = int(rng.integers(T)), float(np.float32(rng.exponential()))
             expected = np.full(T, 1 / T)
             if all(len(losses) >= 10 for losses in seen.values()):
                 roots = np.array([np.sqrt(np.mean(np.square(losses[-10:]))) for losses in seen.values()])
@@ -261,7 +262,8 @@ class TestSavedModels:
             UNetStage(kit.config(tmp_path / "run", **settings))
         sd = load(train_unet(kit.config(tmp_path / "run", **settings, caption_dropout=0.0, max_steps=2)))
         assert sd.schedule.clip_x0 is None
-        assert sd("red", num_inference_steps=2, output_type="np", guidance_scale=1.0).shape == (1, 32, 32, 3)
+        assert sd.guidance_scale == 1.0  # without dropout the label for no class is untrained
+        assert sd("red", num_inference_steps=2, output_type="np").shape == (1, 32, 32, 3)
 
 
 def test_a_model_of_text_learns_its_variance_too(kit: Kit, tmp_path: Path) -> None:
@@ -281,6 +283,8 @@ def test_a_model_that_another_toolkit_saved(tmp_path: Path) -> None:
     DDPMPipeline(classes.network(num_class_embeds=3), DDPMScheduler()).save_pretrained(tmp_path)
     sd = sdkit.StableDiffusion.from_pretrained(tmp_path, vae="pixels", device="cpu", dtype="fp32")
     assert (sd.text.names, sd.guidance_scale) == (("0", "1", "2"), 1.0)  # type: ignore[attr-defined]
+    (unet,) = [part for part in Source.open(tmp_path).describe().components if part.part == "unet"]
+    assert unet.config == {"in_channels": 3, "num_class_embeds": 3, "sample_size": 8}
     assert sd("2", num_inference_steps=2, output_type="np").shape == (1, 8, 8, 3)
     with pytest.raises(ArgumentError, match="was trained without label dropout, and draws classes alone"):
         sd("2", num_inference_steps=2, guidance_scale=2.0)
@@ -338,6 +342,38 @@ def test_classes_that_are_numbers_are_in_their_order(kit: Kit, tmp_path: Path) -
     own = classes.init(tmp_path / "init", num_class_embeds=13)
     stage = UNetStage(kit.config(tmp_path / "run", "plain", init=own, data=data))
     assert stage.prompts.names == tuple(map(str, range(12)))  # type: ignore[attr-defined]
+
+
+def test_a_caches_classes_answer_to_their_own_names(tmp_path: Path) -> None:
+    """A cache spells names by tokens: "1 0" and "t - shirt". Labels and order are those of a run from images."""
+    data = classes.pictures(tmp_path / "data", 12)
+    for i, path in enumerate(sorted(data.glob("*.txt"))):
+        path.write_text(("10", "T-shirt", "9", "ice_cream")[i % 4])
+    cached = cache("emoji", data, tmp_path / "cache", vae="pixels", size=classes.SIDE, dtype="fp32", device="cpu")
+    init = classes.init(tmp_path / "init", num_class_embeds=5)
+    settings: dict[str, Any] = {"init": init, "vae": "pixels", "out_dir": tmp_path / "run", "batch_size": 4}
+    one, other = (UNetStage(UNetConfig(data=source, **settings)) for source in (data, cached))
+    wanted = ["9", "10", "ice_cream", "T-shirt"]
+    for stage in (one, other):
+        assert stage.prompts.labels([*wanted, ""]).tolist() == [0, 1, 2, 3, 4]  # type: ignore[attr-defined]
+    samples = [(n, n) for n in range(11)]
+    assert torch.equal(one.batch(samples)["label"], other.batch(samples)["label"])
+    with pytest.raises(ArgumentError, match="two classes have the same name"):
+        UNetStage(UNetConfig(data=data, classes=("10", "1 0", "9", "T-shirt"), **settings))
+
+
+def test_labels_as_sinusoids_in_half_precision_and_few_timesteps(tmp_path: Path, kit: Kit) -> None:
+    """diffusers leaves the sinusoids of labels in float32. Prompts are drawn in as many steps as there are."""
+    init = classes.init(tmp_path / "init", timesteps=5, class_embed_type="timestep")
+    out = train_unet(kit.config(tmp_path / "run", "plain", init=init, max_steps=1, validation_prompts=("red",)))
+    whole, half = (
+        sdkit.StableDiffusion.from_pretrained(out / "result", dtype=dtype, device="cpu")(
+            "red", num_inference_steps=2, guidance_scale=1.5, output_type="pt"
+        )
+        for dtype in ("fp32", "bf16")
+    )
+    torch.testing.assert_close(whole, half, atol=0.1, rtol=0)
+    assert not torch.equal(whole, half)
 
 
 def test_without_a_schedule_beside_it_a_network_is_ddpms(kit: Kit) -> None:

@@ -38,6 +38,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     plain = {"_class_name": "UNet2DModel", "sample_size": 32, "down_block_types": ["DownBlock2D"] * 2}
     plain |= {"up_block_types": ["UpBlock2D"] * 2, "block_out_channels": [8, 8], "norm_num_groups": 4}
     (folder / "plain.json").write_text(json.dumps(plain))
+    ours = json.loads((folder / "model" / "unet" / "config.json").read_text())
+    (folder / "learned.json").write_text(json.dumps(ours | {"in_channels": 3, "out_channels": 6}))
+    (folder / "labelled.json").write_text(json.dumps(ours | {"num_class_embeds": 3}))
     return folder
 
 
@@ -96,6 +99,25 @@ def test_the_loss_is_that_of_diffusers_networks(made: Path, vae: str | None, tmp
     found.backward()  # type: ignore[no-untyped-call]
     for part in (stage.unet.network.conv_in, stage.unet.network.class_embedding):
         assert all(float(p.grad.abs().max()) > 0 for p in part.parameters())
+
+
+def test_bits_per_dimension_of_an_upsampler_of_pixels(made: Path, tmp_path: Path) -> None:
+    """Validation gives the U-Net the small image, too. The estimate is that of the function with this condition."""
+    shape = {"block_out_channels": (16, 32), "in_channels": 3, "out_channels": 3, "sample_size": 32}
+    tiny.networks((16, 16), unet={**tiny.TWO_LEVELS, **shape}).unet.save_pretrained(tmp_path)
+    stage = awake(UNetStage(config(made, vae="pixels", init=tmp_path, bits_per_dimension=4)))
+    with torch.no_grad():
+        found = stage.validate(0)["bits_per_dimension"]
+        row = stage.latents.validation(0)
+        batch = stage._held_out({"pixels": row["pixels"][None], "posterior_eps": torch.zeros(1, 3, 32, 32)}, 0)
+        cond = sdkit.guidance.Conditioning(
+            stage.text(row["ids"]).flatten(0, 1)[None], concat=batch["concat"], label=batch["label"]
+        )
+        assert batch["label"].tolist() == [20]
+        predict = sdkit.guidance.guided(stage.unet, stage.schedule, cond, scale=1)
+        expected = sdkit.metrics.bits_per_dimension(predict, row["pixels"][None], stage.schedule, timesteps=4)
+    assert len(stage.latents.held_out) == 1
+    assert found == pytest.approx(float(expected), rel=1e-5)
 
 
 def test_levels_are_uniform_and_depend_on_the_sample_alone(made: Path) -> None:
@@ -181,6 +203,13 @@ BAD: list[tuple[dict[str, Any], type[sdkit.SdkitError], str]] = [
     ({"upscale_factor": 64}, ArgumentError, "size 32 x 32 must divide by upscale_factor, 64; change one of them"),
     ({"noise_augmentation": -1}, ArgumentError, "noise_augmentation must be a whole number of at least 0, not -1"),
     ({"noise_augmentation": 1000}, ArgumentError, "noise_augmentation must be below 1000, the noise levels"),
+    ({"condition_dropout": 0.2}, ArgumentError, "condition_dropout is not for an upsampler"),
+    ({"model": "./run/result", "upscale_factor": None, "condition_dropout": 0.2}, ArgumentError,
+     "condition_dropout is not for an upsampler"),
+    ({"upscale_factor": None, "noise_augmentation": 9}, ArgumentError, "noise_augmentation belongs to an upsampler"),
+    ({"init": "./learned.json", "vae": "pixels", "loss": "hybrid"}, ArgumentError, "predicts no variance of its own"),
+    ({"upscale_factor": None, "classes": ("a", "b")}, ArgumentError, "classes are of a UNet2DModel with"),
+    ({"upscale_factor": None, "init": "./labelled.json"}, ArgumentError, "takes more than text, labels or other"),
     ({"condition_column": "a"}, ArgumentError, "is made of the image itself; leave condition_column out"),
     ({"conditioning_data": "a"}, ArgumentError, "is made of the image itself; leave conditioning_data out"),
     ({"lora_rank": 2}, ArgumentError, "a LoRA cannot train the new input channels of an upsampler"),

@@ -45,7 +45,7 @@ class LabelledExamples:
         self.held_out, self.skipped = examples.held_out, examples.skipped
         # Captions of a cache are known by their tokens alone, as which two spellings of a name are one.
         self._labels = {_key(text, name): i for i, name in enumerate(classes.names)}
-        if len(self._labels) < len(classes.names):
+        if len({plain(name) for name in classes.names}) < len(classes.names):
             raise ArgumentError("two classes have the same name but for case and spaces; rename one.")
         if classes.none is not None:
             self._labels[_key(text, "")] = classes.none
@@ -81,7 +81,10 @@ class LabelledExamples:
                 "an image has no class, and this U-Net has no label for that; give it a caption, or one more of "
                 "num_class_embeds."
             )
-        return ArgumentError(f"an image is of the class {clean(repr(caption))}, which is not one of classes; add it.")
+        return ArgumentError(
+            f"an image is of the class {clean(repr(caption))}, which is not one of classes; add it to them, or "
+            "give the image another caption."
+        )
 
 
 def classes_of(

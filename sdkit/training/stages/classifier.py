@@ -122,7 +122,7 @@ class ClassifierStage:
         for n, item in samples:
             generator = noise_of(self.config.seed, n)
             row: dict[str, Any] = {**self.examples.load(item, n // self.size)}
-            row["t"] = torch.tensor(self.objective.timestep(generator))
+            row["t"] = self.objective.timestep(generator)
             rows.append(row | self.objective.noise(self._shape, generator))
         return _stacked(rows)
 
@@ -139,12 +139,13 @@ class ClassifierStage:
         self, networks: Mapping[str, nn.Module], batch: dict[str, Any], step: int
     ) -> tuple[Tensor, Mapping[str, float | Tensor]]:
         """Return the cross-entropy, and the accuracy to log."""
-        logits = networks["classifier"](self._noised(batch), batch["t"])
+        x_t, t = self._noised(batch)
+        logits = networks["classifier"](x_t, t.to(x_t.device))
         accuracy = (logits.argmax(dim=1) == batch["label"]).float().mean()
         return F.cross_entropy(logits, batch["label"]), {"accuracy": accuracy}
 
-    def _noised(self, batch: Mapping[str, Any]) -> Tensor:
-        """Return the noised latents (B, C, h, w) of a batch."""
+    def _noised(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        """Return the noised latents (B, C, h, w) of a batch, and its timesteps (B,), on the CPU."""
         if "pixels" in batch:
             pixels = batch["pixels"]
             half = self.config.mixed_precision == "bf16"  # not in float16, where SD's VAE can overflow
@@ -153,7 +154,8 @@ class ClassifierStage:
         else:
             mean, logvar = batch["mean"], batch["logvar"]
         x0 = latents_of(mean, logvar, batch["posterior_eps"], self.examples.scale, self.examples.shift)
-        return self.schedule.add_noise(x0, batch["eps"], batch["t"])
+        t = torch.tensor(batch["t"])
+        return self.schedule.add_noise(x0, batch["eps"], t), t
 
     def validate(self, step: int) -> dict[str, float]:
         """Return cross-entropy and accuracy on a fixed grid of held-out images, noises, and timesteps.
@@ -176,12 +178,13 @@ class ClassifierStage:
         """Return (timestep, cross-entropy, 1 if it is right) of held-out image i at each point of the grid."""
         example = self.examples.validation(i)
         grid = self.objective.validation_grid(i, self._shape)
-        rows = [{**example, **drawn, "t": torch.tensor(drawn["t"])} for drawn in grid]
-        batch = {name: value.to(self.classifier.device) for name, value in _stacked(rows).items()}
-        logits, labels = self.classifier(self._noised(batch), batch["t"]), batch["label"]
+        rows = _stacked([{**example, **drawn} for drawn in grid])
+        device = self.classifier.device
+        batch = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in rows.items()}
+        logits, labels = self.classifier(*self._noised(batch)), batch["label"]
         losses = F.cross_entropy(logits, labels, reduction="none")
         right = (logits.argmax(dim=1) == labels).float()
-        return list(zip(batch["t"].tolist(), losses.tolist(), right.tolist(), strict=True))
+        return list(zip(batch["t"], losses.tolist(), right.tolist(), strict=True))
 
     def export(self, folder: Path) -> None:
         """Write the classifier in diffusers layout into an empty folder."""
@@ -190,8 +193,10 @@ class ClassifierStage:
 
 
 def _stacked(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the tensors of rows, stacked along a new first axis."""
-    return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+    """Return the tensors of rows, stacked along a new first axis, and other values as lists: timesteps stay on the
+    CPU, where the noise schedule is, since a GPU would synchronise for them."""
+    batch = {name: [row[name] for row in rows] for name in rows[0]}
+    return {name: torch.stack(values) if name != "t" else values for name, values in batch.items()}
 
 
 def _means(rows: list[tuple[int, float, float]], suffix: str) -> dict[str, float]:

@@ -42,6 +42,8 @@ def prepare_input(network: Any, config: UNetConfig) -> None:
     if own == LOW_RES or config.upscale_factor is not None:
         prepare_upsampler(network, config, kind)
         return
+    if config.noise_augmentation != type(config).noise_augmentation:
+        raise ArgumentError("noise_augmentation belongs to an upsampler; give upscale_factor, or leave it out.")
     if config.instance_data is not None and own is not None:
         raise ArgumentError("DreamBooth takes no conditions, and this model needs one: give a text-to-image model.")
     if kind is None:
@@ -122,6 +124,25 @@ class CachedConditions(CachedLatents):
         concat = self.cache[index]["concat"]
         assert concat is not None  # `prepare_input` found conditions in the manifest
         return super()._example(index) | {"concat": concat}
+
+
+class DroppedConditions:
+    """The conditions of a run, of which some are dropped in training, and none in validation.
+
+    Args:
+        config: Settings of the run.
+    """
+
+    def __init__(self, config: UNetConfig) -> None:
+        self.config = config
+
+    def added(self, batch: dict[str, Any], samples: Samples) -> dict[str, Any]:
+        """Return a training batch with `told`."""
+        return batch | {"told": told(samples, self.config)}
+
+    def held_out(self, batch: dict[str, Any], i: int) -> dict[str, Any]:  # noqa: ARG002 - the same for each image
+        """Return a batch of held-out image i, which has its condition."""
+        return batch
 
 
 def told(samples: Samples, config: UNetConfig) -> Tensor:

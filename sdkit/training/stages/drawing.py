@@ -21,7 +21,7 @@ from sdkit.pipelines.text_to_image import StableDiffusion
 from sdkit.training.distributed import split_over_processes
 from sdkit.training.signals import raise_if_stopped
 
-VALIDATION_STEPS = 25  # sampling steps of the images of validation prompts
+VALIDATION_STEPS = 25  # sampling steps of the images of validation prompts, where the schedule has as many
 
 
 class Drawing:
@@ -102,11 +102,12 @@ class Drawing:
             condition: (3, H, W) in [-1, 1], what the U-Net reads beside the noise.
         """
         device, (height, width) = self.unet.device, self.size
+        steps = min(VALIDATION_STEPS, self.schedule.num_timesteps)
         vae, text = self.vae.to(device), self.text.to(device)
         sd = StableDiffusion(vae, text, self.unet, self.schedule, low_res_schedule=self.low_res_schedule)
         with torch.autocast(device.type, self.half, enabled=self.half is not None):
             z = sd(
-                prompt, seed=seed, height=height, width=width, num_inference_steps=VALIDATION_STEPS,
+                prompt, seed=seed, height=height, width=width, num_inference_steps=steps,
                 guidance_scale=self.guidance_scale, controlnet=self.controlnet, control_image=control_image,
                 condition=condition, output_type="latent", callback=lambda _: raise_if_stopped(),
             )  # fmt: skip

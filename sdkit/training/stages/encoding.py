@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -27,15 +27,18 @@ class BatchEncoder:
         trains_text: Whether the text encoder is in training. Captions then stay token ids, and the network in
             training encodes them.
         half: Whether images are encoded in bfloat16.
+        label: Makes the labels (B, D) of a batch, for a U-Net that reads embeddings of its images; None passes on the
+            batch's own `label`, if it has one.
 
     Attributes:
         embeddings: Cache of captions' embeddings, on the CPU, by the bytes of their token ids.
     """
 
     def __init__(
-        self, vae: VAE, text: TextEncoder, *, scale: float, shift: float, trains_text: bool = False, half: bool = False
-    ) -> None:
-        self.vae, self.text = vae, text
+        self, vae: VAE, text: TextEncoder, *, scale: float, shift: float, trains_text: bool = False, half: bool = False,
+        label: Callable[[Mapping[str, Any]], Tensor] | None = None,
+    ) -> None:  # fmt: skip
+        self.vae, self.text, self.label = vae, text, label
         self.scale, self.shift, self.trains_text, self.half = scale, shift, trains_text, half
         self.embeddings: dict[bytes, Tensor] = {}
 
@@ -82,14 +85,15 @@ class BatchEncoder:
         if there are any.
 
         A batch has these as `concat` (B, C', h, w), or `concat_pixels` (B, 3, H, W) to encode; and `told` (B,), which
-        is 0 for samples that get zeros in their place. Its `label` (B, ...) is passed on, if it has one.
+        is 0 for samples that get zeros in their place.
         """
         concat = self._posterior(batch["concat_pixels"])[0] if "concat_pixels" in batch else batch.get("concat")
         if concat is not None and "told" in batch:
             concat = concat * batch["told"][:, None, None, None]
+        label = batch.get("label") if self.label is None else self.label(batch)
         if not self.text.width:  # classes, or nothing
-            return Conditioning(label=batch.get("label"), concat=concat)
-        return Conditioning(self.captions(batch), batch["mask"], concat, label=batch.get("label"))
+            return Conditioning(label=label, concat=concat)
+        return Conditioning(self.captions(batch), batch["mask"], concat, label=label)
 
     def captions(self, batch: Mapping[str, Any]) -> Tensor:
         """Return embeddings (B, 77k, D), or token ids (B, k, 77) if the text encoder is in training."""

@@ -20,7 +20,6 @@ from sdkit.networks.clip import ImageEncoder
 from sdkit.training.batches import noise_of
 from sdkit.training.settings import UNetConfig
 from sdkit.training.stage import Samples
-from sdkit.training.stages.denoising import VALIDATION_TIMESTEPS
 from sdkit.training.stages.images import identity_of, is_cache
 
 LABEL = 2**32 - 3  # passed to `draw` as the number of an augmentation; no image has this many
@@ -109,11 +108,14 @@ class ImageLabels:
             "label_level": torch.tensor(levels), "label_eps": torch.stack(eps), "label_kept": torch.tensor(kept).float()
         }  # fmt: skip
 
-    def validation(self, i: int) -> dict[str, Tensor]:
-        """Return the same for the validation grid of held-out image i: at noise level 0, and never dropped."""
-        eps = torch.randn(self.noise.width, generator=noise_of(0, i))
-        n = VALIDATION_TIMESTEPS
-        return {
+    def added(self, batch: dict[str, Any], samples: Samples) -> dict[str, Any]:
+        """Return a training batch with what `drawn` returns."""
+        return batch | self.drawn(samples)
+
+    def held_out(self, batch: dict[str, Any], i: int) -> dict[str, Any]:
+        """Return a batch of held-out image i with the same: at noise level 0, and never dropped."""
+        n, eps = len(batch["posterior_eps"]), torch.randn(self.noise.width, generator=noise_of(0, i))
+        return batch | {
             "label_level": torch.zeros(n, dtype=torch.int64),
             "label_eps": eps.expand(n, -1),
             "label_kept": torch.ones(n),

@@ -4,12 +4,12 @@ and the noise schedule of each.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 from sdkit.diffusion.schedule import NoiseSchedule, completed
 from sdkit.errors import ArgumentError
 from sdkit.files import expanded
-from sdkit.loading.configs import class_name, read_config
+from sdkit.loading.configs import LOW_RES, class_name, read_config
 from sdkit.loading.new_network import config_file
 from sdkit.loading.parts import SCHEDULER, UNET
 from sdkit.loading.source import Source
@@ -17,7 +17,19 @@ from sdkit.loading.tensors import is_file
 from sdkit.networks.autoencoder import VAE
 from sdkit.networks.denoiser import UNet
 from sdkit.training.settings import NOISE_SCHEDULES, UNetConfig
+from sdkit.training.stage import Samples
 from sdkit.training.stages.frozen import keep_schedule
+
+
+class Addition(Protocol):
+    """What a kind of U-Net reads beside x_t and captions: embeddings of images, a small image, or a condition."""
+
+    def added(self, batch: dict[str, Any], samples: Samples) -> dict[str, Any]:
+        """Return a training batch of samples (n, item) with it. What is random depends on n and the seed alone."""
+
+    def held_out(self, batch: dict[str, Any], i: int) -> dict[str, Any]:
+        """Return a batch of held-out image i with it, the same in every run."""
+
 
 DDPM: dict[str, Any] = {
     "_class_name": "DDPMScheduler",
@@ -102,6 +114,27 @@ def check_variance(config: UNetConfig, unet: UNet, schedule: NoiseSchedule) -> N
         )
     if config.loss != "simple" and float(schedule.alphas_cumprod[-1]) == 0:
         raise ArgumentError("at zero terminal SNR the variational bound is not finite; leave zero_snr out.")
+
+
+def check_with_text(config: UNetConfig, unet: UNet, *, embedded: bool) -> None:
+    """Raise ArgumentError for settings and labels that a U-Net of text does not take.
+
+    Args:
+        config: Settings of the run.
+        unet: The U-Net.
+        embedded: Whether its labels are embeddings of images.
+    """
+    if config.classes:
+        raise ArgumentError(
+            "classes are of a UNet2DModel with num_class_embeds, and this U-Net takes text: leave classes out, or give "
+            "another U-Net."
+        )
+    labelled = getattr(unet.network, "class_embedding", None) is not None
+    if unet.condition != LOW_RES and not embedded and (labelled or unet.network.config.addition_embed_type):
+        raise ArgumentError(
+            "this U-Net takes more than text, labels or other embeddings, which train unet does not give; leave "
+            "class_embed_type, num_class_embeds, and addition_embed_type out of its config."
+        )
 
 
 def check_without_text(config: UNetConfig, unet: UNet) -> None:

@@ -36,7 +36,7 @@ from sdkit.training.settings import UNetConfig
 from sdkit.training.signals import raise_if_stopped
 from sdkit.training.stage import Player, Samples
 from sdkit.training.stages.classes import LABEL_GUIDANCE, LabelledExamples, classes_of
-from sdkit.training.stages.concatenation import condition_image, open_conditioned, prepare_input, told
+from sdkit.training.stages.concatenation import DroppedConditions, condition_image, open_conditioned, prepare_input
 from sdkit.training.stages.denoising import DenoisingObjective
 from sdkit.training.stages.drawing import VALIDATION_STEPS, Drawing
 from sdkit.training.stages.dreambooth import ClassImages, open_instances, prior_preserving_loss
@@ -54,7 +54,14 @@ from sdkit.training.stages.examples import (
 )
 from sdkit.training.stages.image_labels import ImageLabels
 from sdkit.training.stages.images import identity_of, training_transform
-from sdkit.training.stages.kinds import check_bits, check_variance, check_without_text, scheduler_of
+from sdkit.training.stages.kinds import (
+    Addition,
+    check_bits,
+    check_variance,
+    check_with_text,
+    check_without_text,
+    scheduler_of,
+)
 from sdkit.training.stages.lora import add_lora_layers, export_lora
 from sdkit.training.stages.upsampling import Upsampling
 from sdkit.training.stages.variational import TimestepSampler, losses_with_variance, timesteps_of
@@ -177,6 +184,7 @@ class UNetStage:
             self.vae, self.prompts, scale=self.latents.scale, shift=self.latents.shift,
             trains_text=config.train_text_encoder,
             half=config.mixed_precision == "bf16",  # not in float16, where this VAE can overflow
+            label=None if self.labels is None else self.labels.label,
         )  # fmt: skip
         networks = identity_of(self.vae.network, self.text.network, self.unet.network, schedule=self.scheduler)
         self.identity = {"data": self.latents.identity, "model": networks, "vae": self.vae.identity}
@@ -191,6 +199,8 @@ class UNetStage:
             low_res = low_res if self.low_res is None else NoiseSchedule.from_config(self.low_res)
             factor = self.unet.upscale_factor or self.vae.factor
             self.upsampling = Upsampling(config, self.vae, factor, low_res, self.latents.shape)
+        conditions = DroppedConditions(config) if self.unet.condition not in (None, LOW_RES) else None
+        self.additions: list[Addition] = [one for one in (self.labels, self.upsampling, conditions) if one is not None]
         self.evaluators: list[Callable[[int], Mapping[str, float]]] = []
         height, width = (side * self.vae.factor for side in self.latents.shape)
         self.drawing = Drawing(
@@ -232,7 +242,9 @@ class UNetStage:
         self.unet = UNet(network)
         self.prompts: TextEncoder = self.text if self.unet.width else ClassNames()
         StableDiffusion(self.vae, self.prompts, self.unet, self.schedule)  # raises if the parts do not fit each other
-        if not self.unet.width:
+        if self.unet.width:
+            check_with_text(config, self.unet, embedded=embedded)
+        else:
             check_without_text(config, self.unet)
         if self.unet.inpaints:
             raise ArgumentError("an inpainting U-Net cannot be trained; give a text-to-image model.")
@@ -266,7 +278,8 @@ class UNetStage:
             names = classes_of(self.config, self.unet, self.latents, from_scratch=self.config.init is not None)
             self.latents = LabelledExamples(self.latents, names, self.text)
         if self.config.init is not None:
-            self.guidance_scale = 1.0 if names.none is None else LABEL_GUIDANCE
+            # Without dropout the label for no class is untrained, and guidance would steer away from noise.
+            self.guidance_scale = LABEL_GUIDANCE if names.none is not None and self.config.caption_dropout else 1.0
         if self.config.validation_prompts:
             names.check(self.config.validation_prompts)
         self.prompts = names
@@ -305,10 +318,10 @@ class UNetStage:
             rows += self.class_images.rows(samples, self.objective, self._shape)
         if self.objective.importance:
             rows = [row | {"n": n} for row, (n, _) in zip(rows, samples, strict=True)]
-        batch = collated(rows) | ({} if self.labels is None else self.labels.drawn(samples))
-        if self.upsampling is not None:
-            return self.upsampling.added(batch, samples)
-        return batch if self.unet.condition is None else batch | {"told": told(samples, config)}
+        batch = collated(rows)
+        for addition in self.additions:
+            batch = addition.added(batch, samples)
+        return batch
 
     @property
     def _shape(self) -> tuple[int, int, int]:
@@ -364,8 +377,6 @@ class UNetStage:
 
     def _denoised(self, network: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         """Return the network's output for noised latents, and its target, both (B, 4, h, w)."""
-        if self.labels is not None:
-            batch = {**batch, "label": self.labels.label(batch)}
         return self.encoder.denoised(self.objective, network, batch)
 
     def validate(self, step: int) -> dict[str, float]:
@@ -382,12 +393,14 @@ class UNetStage:
     def _validation_loss(self, i: int) -> float:
         """Return the loss of one held-out image over the validation grid."""
         batch = validation_batch(i, self.latents, self.objective, self._shape, self.unet.device)
-        if self.labels is not None:
-            batch |= self.labels.validation(i)
-        if self.upsampling is not None:
-            batch = self.upsampling.validated(batch, i)
-        output, target = self._denoised(self.denoiser, batch)
+        output, target = self._denoised(self.denoiser, self._held_out(batch, i))
         return float(diffusion_loss(output[:, : target.shape[1]], target))  # beside it may be a learned variance
+
+    def _held_out(self, batch: dict[str, Any], i: int) -> dict[str, Any]:
+        """Return a batch of held-out image i with what this kind of U-Net reads beside captions."""
+        for addition in self.additions:
+            batch = addition.held_out(batch, i)
+        return batch
 
     def _bits_per_dimension(self, step: int) -> Mapping[str, float]:
         """Return the mean bits per dimension of the held-out images; see `bits_per_dimension`."""
@@ -400,7 +413,7 @@ class UNetStage:
         device = self.unet.device
         batch = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in rows.items()}
         batch["posterior_eps"] = torch.zeros(1, *self._shape, device=device)
-        x0, cond = self.encoder.latents(batch), self.encoder.conditioning(batch)
+        x0, cond = self.encoder.latents(batch), self.encoder.conditioning(self._held_out(batch, i))
 
         def predict(x_t: Tensor, t: int) -> Prediction:
             raise_if_stopped()

@@ -48,6 +48,10 @@ def prepare_upsampler(network: Any, config: UNetConfig, kind: str | None) -> Non
             f"the cache {expanded(config.data)} does not hold the small images that an upsampler reads: make one with "
             "sdkit cache --condition-kind map, and the images themselves as --conditioning-data; or train from images."
         )
+    if config.condition_dropout != type(config).condition_dropout:
+        raise ArgumentError(
+            "condition_dropout is not for an upsampler, whose small image is noised instead; leave it out."
+        )
     if own == LOW_RES:
         stated = network.config.get(UPSCALE)
         if factor is not None and stated is not None and factor != stated:
@@ -56,6 +60,11 @@ def prepare_upsampler(network: Any, config: UNetConfig, kind: str | None) -> Non
     if not getattr(network.config, "cross_attention_dim", None):
         raise ArgumentError(
             "an upsampler reads captions, and a UNet2DModel none: give a UNet2DConditionModel, as model or as init."
+        )
+    if network.config.out_channels == 2 * network.config.in_channels:
+        raise ArgumentError(
+            "an upsampler predicts no variance of its own; give a U-Net with as many out_channels as in_channels, and "
+            "loss simple."
         )
     if own is not None or network.config.in_channels != network.config.out_channels:
         raise ArgumentError(
@@ -124,10 +133,10 @@ class Upsampling:
         levels = [torch.randint(self.config.noise_augmentation + 1, (), generator=one) for one in generators]
         return self._noised(batch, torch.stack(levels), generators)
 
-    def validated(self, batch: dict[str, Any], i: int) -> dict[str, Any]:
+    def held_out(self, batch: dict[str, Any], i: int) -> dict[str, Any]:
         """Return a batch of held-out example i with what the U-Net reads at the usual noise level, the same in every
         run."""
-        n = len(batch["t"])
+        n = len(batch["posterior_eps"])
         level = torch.full((n,), min(USUAL_LEVEL, self.config.noise_augmentation))
         return self._noised(batch, level, [draw(0, i * n + j, AUGMENTATION) for j in range(n)])
 

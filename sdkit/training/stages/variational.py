@@ -26,7 +26,7 @@ class TimestepSampler(nn.Module):
         num_timesteps: T.
 
     Attributes:
-        history: (T, 10) float64, the last losses at each timestep, the oldest first.
+        history: (T, 10) float32, the last losses at each timestep, the oldest first.
         counts: (T,), how many of them there are.
     """
 
@@ -35,13 +35,13 @@ class TimestepSampler(nn.Module):
 
     def __init__(self, num_timesteps: int) -> None:
         super().__init__()
-        self.register_buffer("history", torch.zeros(num_timesteps, HISTORY, dtype=torch.float64))
+        self.register_buffer("history", torch.zeros(num_timesteps, HISTORY, dtype=torch.float32))
         self.register_buffer("counts", torch.zeros(num_timesteps, dtype=torch.int64))
 
     def shares(self) -> Tensor:
         """Return the probability of each timestep (T,), float64, on the CPU."""
         T = len(self.counts)
-        history = self.history.cpu()
+        history = self.history.cpu().double()
         if bool((self.counts < HISTORY).any()):
             return torch.full((T,), 1 / T, dtype=torch.float64)
         roots = history.square().mean(1).sqrt()
@@ -69,12 +69,15 @@ class TimestepSampler(nn.Module):
             losses: (n, t, loss) of this process's samples, the n-th of the run. Those of all processes are remembered,
                 in the order of n, on each of them.
         """
+        history, counts = self.history.cpu(), self.counts.cpu()  # on a GPU, each loss would synchronise
         for _, t, loss in sorted(gather_object(list(losses))):
-            count = int(self.counts[t])
+            count = int(counts[t])
             if count == HISTORY:
-                self.history[t] = self.history[t].roll(-1)
-            self.history[t, min(count, HISTORY - 1)] = loss
-            self.counts[t] = min(count + 1, HISTORY)
+                history[t] = history[t].roll(-1)
+            history[t, min(count, HISTORY - 1)] = loss
+            counts[t] = min(count + 1, HISTORY)
+        self.history.copy_(history)
+        self.counts.copy_(counts)
 
 
 def timesteps_of(network: nn.Module) -> TimestepSampler | None:
