@@ -15,8 +15,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from sdkit.errors import SdkitError
-from sdkit.files import resolved
+from sdkit.errors import ArgumentError, SdkitError
+from sdkit.files import expanded, resolved
 from sdkit.messages import reason
 
 TEMPORARY = ".sdkit-"
@@ -26,6 +26,14 @@ OWNER = re.compile(r"\.sdkit-(?:([0-9a-f]{8})-(\d+)-)?[0-9a-f]{16}(?:\..*)?", re
 DAY = 24 * 60 * 60
 LONGEST_SUFFIX = 64
 """Longest suffix, in bytes, that a temporary name keeps. No format that sdkit writes has a longer one."""
+
+
+def new_folder(path: str | os.PathLike[str]) -> Path:
+    """Return a folder to be written, which must be absent or empty. Raises ArgumentError otherwise."""
+    folder = expanded(path)
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise ArgumentError(f"{folder} exists already; name another folder.")
+    return folder
 
 
 @contextlib.contextmanager

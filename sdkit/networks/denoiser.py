@@ -143,20 +143,20 @@ class UNet(Wrapper):
         cond = cond.map(self._received)
         if cond.concat is not None:
             sample = torch.cat([sample, cond.concat], dim=1)
-        down, mid = (None, None) if cond.residuals is None else cond.residuals
-        timesteps = timesteps_of(t, self.device)
-        if not self.width:
-            with shared_timestep(isinstance(t, int)):
-                run = self.network if self.run is None else self.run
-                drawn: Tensor = run(sample, timesteps, cond.label, return_dict=False)[0]
-            return drawn.to(x_t)
+        run = self.network if self.run is None else self.run
+        told: dict[str, Any] = {"class_labels": cond.label}
+        if self.width:  # a UNet2DModel takes labels alone
+            down, mid = (None, None) if cond.residuals is None else cond.residuals
+            told |= {
+                "encoder_hidden_states": cond.text,
+                "encoder_attention_mask": cond.mask,
+                "timestep_cond": None if guidance_scale is None else self._guidance(guidance_scale),
+                "added_cond_kwargs": cond.added,
+                "down_block_additional_residuals": down,
+                "mid_block_additional_residual": mid,
+            }
         with shared_timestep(isinstance(t, int)):
-            output: Tensor = (self.network if self.run is None else self.run)(
-                sample, timesteps, encoder_hidden_states=cond.text, encoder_attention_mask=cond.mask, return_dict=False,
-                timestep_cond=None if guidance_scale is None else self._guidance(guidance_scale),
-                class_labels=cond.label, added_cond_kwargs=cond.added,
-                down_block_additional_residuals=down, mid_block_additional_residual=mid,
-            )[0]  # fmt: skip
+            output: Tensor = run(sample, timesteps_of(t, self.device), return_dict=False, **told)[0]
         return output.to(x_t)
 
     def check_runs(self, what: str) -> None:

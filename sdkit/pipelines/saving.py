@@ -10,9 +10,8 @@ from typing import Any
 
 import torch
 
-from sdkit.atomic import whole_folder
-from sdkit.errors import ArgumentError, SourceError
-from sdkit.files import expanded
+from sdkit.atomic import new_folder, whole_folder
+from sdkit.errors import SourceError
 from sdkit.loading.configs import GUIDANCE, LOW_RES
 from sdkit.loading.lora_file import LoRA
 from sdkit.loading.parts import LOW_RES_SCHEDULER
@@ -132,9 +131,7 @@ def merge_into_model(
         SourceError: The model cannot be read, a LoRA was made for another model, or a weight would overflow.
         SdkitError: The folder cannot be written.
     """
-    out = expanded(folder)
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise ArgumentError(f"{out} exists already; name another folder.")
+    out = new_folder(folder)
     source = Source.open(model)
     unet, (text_encoder, tokenizer) = source.denoiser(inpainting=True, conditioned=True), source.text_encoder()
     active = {str(i): Active(lora, scale) for i, (lora, scale) in enumerate(loras)}

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sdkit import images as image_io
 from sdkit.arguments import LONGEST_SIDE, number, one_of, seeded, strings, whole_number
-from sdkit.atomic import whole_folder
+from sdkit.atomic import new_folder, whole_folder
 from sdkit.engines.device import resolve_place
 from sdkit.errors import ArgumentError, SourceError
 from sdkit.evaluation.clip_score import clip_score
@@ -149,9 +149,7 @@ class TokenPipeline:
             ArgumentError: The folder holds something.
             SdkitError: The folder cannot be written.
         """
-        out = expanded(folder)
-        if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-            raise ArgumentError(f"{out} exists already; name another folder.")
+        out = new_folder(folder)
         with whole_folder(out) as temporary:
             self.write(temporary)
         return out

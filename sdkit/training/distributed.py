@@ -35,6 +35,12 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
+def unwrapped(network: nn.Module) -> nn.Module:
+    """Return a network in training without the wrapper of several processes (DistributedDataParallel)."""
+    inner: nn.Module = getattr(network, "module", network)
+    return inner
+
+
 def make_accelerator(settings: LoopSettings, out_dir: Path) -> Accelerator:
     """Make the Accelerator of a run.
 

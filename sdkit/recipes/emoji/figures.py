@@ -21,7 +21,7 @@ EDGE = 0.3  # share of the room within which a figure is at an edge; it is in th
 
 @dataclass(frozen=True)
 class Figure:
-    """What stands on a plain background.
+    """An object on a plain background.
 
     Attributes:
         box: Left, top, right, and bottom in pixels.

@@ -30,7 +30,7 @@ BATCH = 32
 
 
 class Match(NamedTuple):
-    """What an image shows.
+    """The picture and the style that an image shows.
 
     Attributes:
         rank: Number of pictures of the named style that are nearer to the image than the named one; 0 is best.

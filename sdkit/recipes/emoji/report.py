@@ -49,7 +49,7 @@ Paint = Callable[[str, Sequence[Prompt]], Pictures]
 
 @dataclass(frozen=True)
 class Questions:
-    """What every model is asked.
+    """Questions to every model.
 
     Attributes:
         named: Prompts of a picture, its style, and its background.
@@ -79,7 +79,7 @@ class Questions:
 
 @dataclass(frozen=True)
 class Judge:
-    """What images are compared with.
+    """Real pictures, with which images are compared.
 
     Attributes:
         drawings: The pictures in all styles.
@@ -173,7 +173,7 @@ def evaluate(
         rows[source] = _measured(model, source, judge, questions, photographs, out / name)
         table = _save_rows(out, rows)
         if sweeps:
-            rows[source] |= _sweeps(model, judge, questions)
+            rows[source] |= _sweeps(model, judge, questions, rows[source])
             table = _save_rows(out, rows)
             _save_curves(out / f"{name}-curves.png", rows[source])
     return table
@@ -214,10 +214,11 @@ def _measured(
     }
 
 
-def _sweeps(model: StableDiffusion, judge: Judge, questions: Questions) -> Row:
+def _sweeps(model: StableDiffusion, judge: Judge, questions: Questions, row: Row) -> Row:
     """Return metrics at all guidance scales, step counts, and samplers.
 
     For scales they are those of as many compositions as there are prompts, with the fidelity of the named pictures.
+    The distribution at the usual number of steps is taken from `row`, and not drawn again.
     """
     captions = [one.caption for one in questions.compositions]
     texts, few = [one.text for one in questions.named], captions[: len(questions.named)]
@@ -227,7 +228,12 @@ def _sweeps(model: StableDiffusion, judge: Judge, questions: Questions) -> Row:
             | measure.fidelity(judge.gallery, questions.named, measure.generated(model, texts, scale=scale))
             for scale in SCALES
         },
-        "steps": {steps: judge.distribution(measure.generated(model, captions, steps=steps)) for steps in STEP_COUNTS},
+        "steps": {
+            steps: row["distribution"]
+            if steps == measure.STEPS
+            else judge.distribution(measure.generated(model, captions, steps=steps))
+            for steps in STEP_COUNTS
+        },
         "samplers": {
             name: judge.distribution(measure.generated(model, captions, steps=FAST, sampler=name)) for name in SAMPLERS
         },

@@ -120,9 +120,8 @@ def classes_of(
             f"caption_dropout needs a label for no class beside the {count}; set num_class_embeds to {count + 1}, or "
             "caption_dropout to 0."
         )
-    classes = ClassNames(names, has_none=count is None or count > len(names))
     unet.network.register_to_config(**{CLASSES: names})
-    return classes
+    return ClassNames.of(unet)
 
 
 def _found(examples: CachedLatents | ImageLatents) -> list[str]:

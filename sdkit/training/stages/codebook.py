@@ -6,11 +6,12 @@ chosen is never updated, and most codes of a small data set die that way.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from accelerate.utils import gather
 from torch import Tensor, nn
 
 from sdkit.networks.autoencoder_kinds import nearest_codes
@@ -104,6 +105,18 @@ class CodebookAverages(nn.Module):
         """Give some codes (N,) new values, and an equal share of the latents, so that they live for some steps."""
         self.shares[which] = 1 / len(self.shares)
         self.sums[which] = codebook[which] / len(self.shares)
+
+
+def of_all_processes(latents: Tensor, batches: Sequence[Mapping[str, Any]]) -> Tensor:
+    """Return the latents (M, C) of a step in the order of samples, which does not depend on the processes.
+
+    Args:
+        latents: Those of this process (B, h w, C).
+        batches: Its micro-batches, each with the numbers `n` (b,) of its samples.
+    """
+    order = gather(torch.cat([batch["n"] for batch in batches])).argsort()
+    everything: Tensor = gather(latents)
+    return everything[order].flatten(0, 1)
 
 
 def moved(codebook: Tensor, which: Tensor, latents: Tensor, generator: torch.Generator) -> Tensor:

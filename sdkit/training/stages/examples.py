@@ -106,30 +106,22 @@ class CachedLatents:
     ) -> None:
         self.cache, self._text = LatentCache(data), text
         made = self.cache.manifest.settings
-        # The run accepts the size and augmentations of the cache unless it asks for others.
-        wanted_size: Any = size or made.size
-        transform = Transform(
-            size=wanted_size, crop="random" if "crop" in augment else made.crop, flip="flip" in augment or made.flip
-        )
         self.cache.check_model(
             vae=vae.identity, scale=vae.scale, shift=vae.shift, factor=vae.factor,
             tokenizer=manifest.tokenizer_identity(text),
-            text=None if trains_text else manifest.text_identity(text), transform=transform,
+            text=None if trains_text else manifest.text_identity(text),
+            transform=wanted_of_cache(self.cache, size, augment),
         )  # fmt: skip
         self._embedded = made.embeddings and not trains_text
         self.scale, self.shift = made.scale, made.shift
         self.shape = (made.size[0] // made.factor, made.size[1] // made.factor)
-        train, held_out = split(self.cache.manifest.images)
-        copies = made.augmentations
-        self.train = (train[:, None] * copies + np.arange(copies)).ravel()
-        self.held_out = [image * copies for image in held_out]
+        self.train, self.held_out = split_cache(self.cache)
         self.empty = self._caption(self.cache.empty)
         self.identity = self.cache.manifest.identity
-        if is_main_process() and sum(file.bytes for file in self.cache.manifest.files) <= VERIFIED:
-            self.cache.verify()
+        verify_if_small(self.cache)
         self.skipped = {image.name: image.reason for image in self.cache.manifest.skipped}
         if takes_captions:
-            self._warn_of_captions(copies)
+            self._warn_of_captions(made.augmentations)
 
     def _warn_of_captions(self, copies: int) -> None:
         """Warn, in the main process, if no image of the cache has a caption."""
@@ -270,6 +262,28 @@ def open_provider(
     examples = open_examples(data, **opened_with)
     transform = training_transform(height_width, augment)
     return ImageLatents(examples, transform, vae, text, seed=seed, takes_captions=takes_captions)
+
+
+def wanted_of_cache(cache: LatentCache, size: int | tuple[int, int] | None, augment: Collection[str]) -> Transform:
+    """Return the transform that a run asks of a cache: its own size and augmentations, unless the run names others."""
+    made = cache.manifest.settings
+    wanted: Any = size or made.size
+    crop = "random" if "crop" in augment else made.crop
+    return Transform(size=wanted, crop=crop, flip="flip" in augment or made.flip)
+
+
+def split_cache(cache: LatentCache) -> tuple[npt.NDArray[np.int64], list[int]]:
+    """Return the indices of a cache's training examples, all augmentations of each image, and of its held-out ones, the
+    first augmentation of each image; see `split`."""
+    copies = cache.manifest.settings.augmentations
+    train, held_out = split(cache.manifest.images)
+    return (train[:, None] * copies + np.arange(copies)).ravel(), [image * copies for image in held_out]
+
+
+def verify_if_small(cache: LatentCache) -> None:
+    """Verify a cache by its checksums, in the main process, unless that would take long."""
+    if is_main_process() and sum(file.bytes for file in cache.manifest.files) <= VERIFIED:
+        cache.verify()
 
 
 def check_opened_with_nothing(opened_with: Mapping[str, Any]) -> None:

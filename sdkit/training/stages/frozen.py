@@ -1,4 +1,4 @@
-"""What a ControlNet, a textual inversion embedding, and a LoRA ask of the model that they are trained for."""
+"""Checks of the frozen model for which a ControlNet, a textual inversion embedding, or a LoRA is trained."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ from sdkit.training.stages.frozen import keep_schedule
 
 
 class Addition(Protocol):
-    """What a kind of U-Net reads beside x_t and captions: embeddings of images, a small image, or a condition."""
+    """Further input of a kind of U-Net beside x_t and captions: embeddings of images, a small image, or a condition."""
 
     def added(self, batch: dict[str, Any], samples: Samples) -> dict[str, Any]:
         """Return a training batch of samples (n, item) with it. What is random depends on n and the seed alone."""

@@ -17,9 +17,14 @@ from sdkit.data.sources import open_examples
 from sdkit.data.transform import Transform
 from sdkit.errors import ArgumentError
 from sdkit.networks.autoencoder import Autoencoder
-from sdkit.processes import is_main_process
 from sdkit.training.settings import ClassifierConfig
-from sdkit.training.stages.examples import VERIFIED, Row, check_opened_with_nothing
+from sdkit.training.stages.examples import (
+    Row,
+    check_opened_with_nothing,
+    split_cache,
+    verify_if_small,
+    wanted_of_cache,
+)
 from sdkit.training.stages.images import TrainingImages, is_cache, split, training_transform
 
 Numbering = Callable[[Labels], Labels]
@@ -106,16 +111,14 @@ class LabelledLatents:
     """
 
     def __init__(self, cache: LatentCache, labels: Labels) -> None:
-        made, copies = cache.manifest.settings, cache.manifest.settings.augmentations
+        made = cache.manifest.settings
         self.cache, self.labels = cache, labels
         self.scale, self.shift = made.scale, made.shift
         self.shape = (made.size[0] // made.factor, made.size[1] // made.factor)
-        train, held_out = split(cache.manifest.images)
-        self.train = (train[:, None] * copies + np.arange(copies)).ravel()
-        self.held_out = [image * copies for image in held_out]
+        self.train, self.held_out = split_cache(cache)
         self.identity = _identity(cache.manifest.identity, labels)
         self.skipped = {image.name: image.reason for image in cache.manifest.skipped}
-        self._copies = copies
+        self._copies = made.augmentations
 
     def load(self, item: int, epoch: int) -> Row:  # noqa: ARG002 - a cache's augmentations are examples of their own
         """Return training example `item`."""
@@ -165,15 +168,9 @@ def _cached(config: ClassifierConfig, vae: Autoencoder, numbering: Numbering) ->
     check_opened_with_nothing(config.opened_with())
     cache = LatentCache(config.data)
     made = cache.manifest.settings
-    wanted: Any = config.size or made.size
-    transform = Transform(
-        size=wanted,
-        crop="random" if "crop" in config.augment else made.crop,
-        flip="flip" in config.augment or made.flip,
-    )
+    transform = wanted_of_cache(cache, config.size, config.augment)
     cache.check_model(vae=vae.identity, scale=vae.scale, shift=vae.shift, factor=vae.factor, transform=transform)
-    if is_main_process() and sum(file.bytes for file in cache.manifest.files) <= VERIFIED:
-        cache.verify()
+    verify_if_small(cache)
     names = [cache.name(i) for i in range(0, len(cache), made.augmentations)]
     if config.label_data is None:
         if config.label_column is not None:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import PartialState
-from accelerate.utils import gather, reduce
+from accelerate.utils import reduce
 from PIL import Image
 from torch import Tensor, nn
 
@@ -34,12 +34,12 @@ from sdkit.networks.discriminator import SMALLEST as DISCRIMINATOR_SMALLEST
 from sdkit.networks.discriminator import Discriminator
 from sdkit.networks.lpips import LPIPS
 from sdkit.training.batches import noise_of
-from sdkit.training.distributed import full_tensor, sharded_as, split_over_processes
+from sdkit.training.distributed import full_tensor, sharded_as, split_over_processes, unwrapped
 from sdkit.training.loop import fit
 from sdkit.training.settings import VAEConfig
 from sdkit.training.signals import raise_if_stopped
 from sdkit.training.stage import Player, Samples
-from sdkit.training.stages.codebook import Chosen, CodebookAverages
+from sdkit.training.stages.codebook import Chosen, CodebookAverages, of_all_processes
 from sdkit.training.stages.corruption import Corruption
 from sdkit.training.stages.evaluating import Picture, PictureMetrics
 from sdkit.training.stages.images import (
@@ -309,7 +309,7 @@ class VAEStage:
         if self.discriminator and step >= config.disc_start:
             batch["reconstruction"] = y.detach()
             adversarial = hinge_generator(networks["discriminator"](y))
-            last = _unwrapped(networks["vae"]).network.decoder.conv_out.weight
+            last = _vae_of(networks["vae"]).network.decoder.conv_out.weight
             n = x[0].numel()  # sums over an image's values, because the gradients of means underflow in float16
             average = partial(reduce, reduction="mean")
             weight = adaptive_weight(reconstruction * n, adversarial * n, last, average)
@@ -330,7 +330,7 @@ class VAEStage:
         Returns:
             The share of codes that this step used, their perplexity, and the number of codes that were restarted.
         """
-        vae = _unwrapped(networks["vae"])
+        vae = _vae_of(networks["vae"])
         latents = torch.cat([batch["latents"] for batch in batches]).flatten(2).mT.contiguous()  # (B, h * w, C)
         numbers = torch.cat([batch["numbers"].flatten() for batch in batches])
         codebook: Any = vae.codebook
@@ -341,18 +341,12 @@ class VAEStage:
         if self.config.codebook_decay:
             averages = vae.get_submodule(AVERAGES)
             assert isinstance(averages, CodebookAverages)
-            everything = partial(self._latents_of_all_processes, latents, batches)
+            everything = partial(of_all_processes, latents, batches)
             metrics["codes_restarted"] = averages.step(chosen, everything, draw(self.config.seed, step, RESTARTS))
             codebook.copy_(sharded_as(averages.codebook, codebook))
         elif self.config.normalize_codes:
             codebook.copy_(sharded_as(F.normalize(full_tensor(codebook), dim=1), codebook))
         return metrics
-
-    def _latents_of_all_processes(self, latents: Tensor, batches: Sequence[dict[str, Any]]) -> Tensor:
-        """Return the latents (M, C) of a step in the order of samples, which does not depend on the processes."""
-        order = gather(torch.cat([batch["n"] for batch in batches])).argsort()
-        everything: Tensor = gather(latents)
-        return everything[order].flatten(0, 1)
 
     def discriminator_loss(
         self, networks: Mapping[str, nn.Module], batch: dict[str, Any], step: int
@@ -469,11 +463,11 @@ def _trainable_kind(network: Any, regularizer: str, label: str) -> Kind:
     return kind
 
 
-def _unwrapped(vae: nn.Module) -> VAE:
-    """Return the VAE that DistributedDataParallel may have wrapped."""
-    unwrapped = getattr(vae, "module", vae)
-    assert isinstance(unwrapped, VAE)
-    return unwrapped
+def _vae_of(network: nn.Module) -> VAE:
+    """Return the VAE that is trained, without the wrapper of several processes."""
+    vae = unwrapped(network)
+    assert isinstance(vae, VAE)
+    return vae
 
 
 def _average(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:

@@ -11,6 +11,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from sdkit.diffusion.likelihood import variational_loss
+from sdkit.training.distributed import unwrapped
 from sdkit.training.stages.denoising import DenoisingObjective
 
 HISTORY = 10  # losses that are remembered of each timestep
@@ -82,8 +83,7 @@ class TimestepSampler(nn.Module):
 
 def timesteps_of(network: nn.Module) -> TimestepSampler | None:
     """Return the sampler of timesteps that a network in training holds as `timesteps`, or None."""
-    unwrapped = getattr(network, "module", network)  # without the wrapper of several processes
-    return getattr(unwrapped, "timesteps", None)
+    return getattr(unwrapped(network), "timesteps", None)
 
 
 def losses_with_variance(

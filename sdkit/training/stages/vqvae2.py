@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather, reduce
+from accelerate.utils import reduce
 from PIL import Image
 from torch import Tensor, nn
 
@@ -22,12 +22,12 @@ from sdkit.errors import ArgumentError, DataError
 from sdkit.evaluation.codebook import codebook_use
 from sdkit.evaluation.similarity import psnr
 from sdkit.networks.vqvae2 import VQVAE2, TwoLevels
-from sdkit.training.distributed import sharded_as, split_over_processes
+from sdkit.training.distributed import sharded_as, split_over_processes, unwrapped
 from sdkit.training.loop import fit
 from sdkit.training.settings import LEVELS, VQVAE2Config
 from sdkit.training.signals import raise_if_stopped
 from sdkit.training.stage import Player, Samples
-from sdkit.training.stages.codebook import Chosen, CodebookAverages
+from sdkit.training.stages.codebook import Chosen, CodebookAverages, of_all_processes
 from sdkit.training.stages.evaluating import Picture, PictureMetrics
 from sdkit.training.stages.images import (
     TrainingImages,
@@ -176,8 +176,7 @@ class VQVAE2Stage:
         Returns:
             The number of codes of each level that were restarted.
         """
-        model = networks["vqvae2"]
-        model = getattr(model, "module", model)  # DistributedDataParallel may have wrapped it
+        model = unwrapped(networks["vqvae2"])
         assert isinstance(model, WithAverages)
         restarted = {}
         for level in LEVELS:
@@ -186,7 +185,7 @@ class VQVAE2Stage:
             averages = model.averages.get_submodule(level)
             assert isinstance(averages, CodebookAverages)
             chosen = Chosen.of(latents.flatten(0, 1), numbers, self.config.codes)
-            everything = partial(_of_all_processes, latents, batches)
+            everything = partial(of_all_processes, latents, batches)
             chosen = Chosen(*(reduce(tensor, "mean") for tensor in chosen))
             generator = draw(self.config.seed, step, RESTARTS[level])
             restarted[f"{level}_codes_restarted"] = float(averages.step(chosen, everything, generator))
@@ -234,15 +233,3 @@ class VQVAE2Stage:
     def export(self, folder: Path) -> None:
         """Write the network in diffusers' format into an empty folder."""
         self.model.network.save_pretrained(folder)
-
-
-def _of_all_processes(latents: Tensor, batches: Sequence[Mapping[str, Any]]) -> Tensor:
-    """Return the latents (M, C) of a step in the order of samples, which does not depend on the processes.
-
-    Args:
-        latents: Those of this process (B, h w, C).
-        batches: Its micro-batches.
-    """
-    order = gather(torch.cat([batch["n"] for batch in batches])).argsort()
-    everything: Tensor = gather(latents)
-    return everything[order].flatten(0, 1)
