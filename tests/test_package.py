@@ -195,7 +195,7 @@ def test_the_wheel_holds_the_package_whole_and_nothing_else(tmp_path: Path) -> N
         "sdkit/assets/emoji/vae/diffusion_pytorch_model.safetensors",
         "sdkit/assets/lpips_alex/lpips_alex.safetensors",
     } <= packed
-    licences = "Apache-2.0 AND MIT AND CC0-1.0 AND BSD-2-Clause AND BSD-3-Clause"
+    licences = "Apache-2.0 AND MIT AND CC-BY-4.0 AND CC0-1.0 AND BSD-2-Clause AND BSD-3-Clause"
     assert f"License-Expression: {licences}\n" in metadata
     for folder in ("", "sdkit/assets/emoji/", "sdkit/assets/clip_tokenizer/", "sdkit/assets/lpips_alex/"):
         assert f"License-File: {folder}LICENSE\n" in metadata
