@@ -34,11 +34,9 @@ from sdkit.networks.clip import ImageEncoder, TextTower
 from sdkit.networks.denoiser import UNet
 from sdkit.networks.image_prior import ImagePrior
 from sdkit.networks.text_encoder import TextEncoder
+from sdkit.pipelines.settings import DECODER_GUIDANCE, DECODER_STEPS, PRIOR_GUIDANCE, PRIOR_STEPS
 from sdkit.pipelines.steps import decode, denoise, embed, start
 from sdkit.pipelines.text_to_image import StableDiffusion
-
-PRIOR_STEPS, PRIOR_GUIDANCE = 25, 4.0
-DECODER_STEPS, DECODER_GUIDANCE = 20, 10.0
 
 
 @dataclass(frozen=True, kw_only=True)
