@@ -64,6 +64,12 @@ def vq(latents: Tensor, codes: Tensor, beta: float = 0.25) -> Tensor:
     return (e - z.detach()).square().mean() + number("beta", beta, 0) * (z - e.detach()).square().mean()
 
 
+def without_gradient(codes: Tensor) -> Tensor:
+    """Return codes with a gradient of zero, for a codebook that follows moving averages (van den Oord et al. 2017,
+    appendix A.1) and not the codebook loss, which would otherwise count in the norm by which gradients are clipped."""
+    return codes.detach() + 0 * codes  # zero, not missing: processes exchange the gradients of all weights
+
+
 def hinge_discriminator(real: Tensor, fake: Tensor) -> Tensor:
     """Return the discriminator's hinge loss (Lim & Ye 2017, https://arxiv.org/abs/1705.02894), halved as in VQGAN.
 

@@ -16,7 +16,7 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.models.autoencoders.vae import Decoder, Encoder
 from torch import Tensor, nn
 
-from sdkit.diffusion.losses import vq
+from sdkit.diffusion.losses import vq, without_gradient
 from sdkit.errors import ArgumentError, SourceError
 from sdkit.files import expanded
 from sdkit.loading.configs import COUNT, SIZE, WHOLE, WHOLES, Check, read_config, read_json
@@ -108,25 +108,26 @@ class VQVAE2(ModelMixin, ConfigMixin):  # type: ignore[misc]
         for table in (self.top_codes, self.bottom_codes):  # as in diffusers' VectorQuantizer
             nn.init.uniform_(table.weight, -1 / num_vq_embeddings, 1 / num_vq_embeddings)
 
-    def forward(self, pixels: Tensor) -> TwoLevels:
+    def forward(self, pixels: Tensor, *, train_codes: bool = True) -> TwoLevels:
         """Reconstruct pixels (B, 3, H, W) in [-1, 1] with gradients, for training.
 
-        The reconstruction's gradient bypasses both roundings (van den Oord et al. 2017, section 3.2).
+        The reconstruction's gradient bypasses both roundings (van den Oord et al. 2017, section 3.2). Without
+        `train_codes`, the loss has no gradient in the codes, which then learn in another way.
 
         Raises:
             ArgumentError: A side is no multiple of twice the factor.
         """
-        top, bottom = self._levels(pixels)
+        top, bottom = self._levels(pixels, train_codes=train_codes)
         decoded = self._decoded(top.codes, bottom.codes)
         return TwoLevels(decoded, top.loss + bottom.loss, top.numbers, bottom.numbers, top.latents, bottom.latents)
 
-    def _levels(self, pixels: Tensor) -> tuple[_Rounded, _Rounded]:
+    def _levels(self, pixels: Tensor, *, train_codes: bool = True) -> tuple[_Rounded, _Rounded]:
         """Return the rounded latents of both levels of pixels (B, 3, H, W)."""
         self.check_size((pixels.shape[2], pixels.shape[3]))
         below = self.bottom_encoder(pixels)
-        top = _rounded(self.top_codes.weight, self.top_encoder(below))
+        top = _rounded(self.top_codes.weight, self.top_encoder(below), train_codes=train_codes)
         joined = self.joined(torch.cat([self.top_decoder(top.codes), below], dim=1))
-        return top, _rounded(self.bottom_codes.weight, joined)
+        return top, _rounded(self.bottom_codes.weight, joined, train_codes=train_codes)
 
     def check_size(self, size: tuple[int, int]) -> None:
         """Raise ArgumentError unless height and width in pixels are multiples of those of a top code."""
@@ -243,7 +244,8 @@ class _Rounded(NamedTuple):
     latents: Tensor
 
 
-def _rounded(codebook: Tensor, latents: Tensor) -> _Rounded:
+def _rounded(codebook: Tensor, latents: Tensor, *, train_codes: bool) -> _Rounded:
     """Round latents (B, C, h, w) to the nearest of the codes (N, C)."""
     codes, numbers = nearest_codes(codebook, latents)
-    return _Rounded(latents + (codes - latents).detach(), numbers, vq(latents, codes), latents)
+    loss = vq(latents, codes if train_codes else without_gradient(codes))
+    return _Rounded(latents + (codes - latents).detach(), numbers, loss, latents)

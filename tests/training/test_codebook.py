@@ -255,6 +255,30 @@ class TestRuns:
         assert not [name for name in saved(run, 1) if name.startswith(AVERAGES)]
         assert {"codebook_use", "perplexity"} <= logged(run)[1].keys()
 
+    def test_a_codebook_of_moving_averages_has_no_gradient(self, photos: Path, tmp_path: Path) -> None:
+        """Its gradient is that of eq. 3 without moving averages, and else zero, so that it does not count in the norm
+        by which gradients are clipped. The other gradients are the same."""
+        found = []
+        for decay in (0.0, 0.99):
+            stage = VAEStage(VAEConfig(**settings(photos, tmp_path, codebook_decay=decay)))
+            batch = stage.batch([(n, n) for n in range(4)])
+            loss, parts = stage.loss({"vae": stage.vae}, batch, 0)
+            loss.backward()  # type: ignore[no-untyped-call]
+            gradients = {name: p.grad for name, p in stage.vae.network.named_parameters()}
+            found.append((loss.item(), torch.as_tensor(parts["codebook"]).item(), gradients, batch))
+        (learned, averaged), name = found, "quantize.embedding.weight"
+        assert averaged[:2] == learned[:2]
+        z, numbers = learned[3]["latents"].movedim(1, -1).flatten(0, 2), learned[3]["numbers"].flatten()
+        codes = stage.vae.network.quantize.embedding.weight.detach()
+        expected = torch.zeros(CODES, 4).index_add_(0, numbers, 2 * (codes[numbers] - z) / z.numel())
+        torch.testing.assert_close(learned[2].pop(name), expected, atol=1e-7, rtol=1e-4)
+        assert not averaged[2].pop(name).any()
+        assert learned[2].keys() == averaged[2].keys()
+        assert all(torch.equal(learned[2][other], averaged[2][other]) for other in learned[2])
+        norm = float(torch.stack([gradient.norm() for gradient in averaged[2].values()]).norm())
+        run = trained(photos, tmp_path, codebook_decay=0.99, max_steps=1)
+        assert next(line["grad_norm"] for line in logged(run) if "grad_norm" in line) == pytest.approx(norm, rel=0.2)
+
     @pytest.mark.parametrize("changes", [{"ema_decay": 0.9}, {"codebook_decay": 0.0}], ids=str)
     def test_exported_codes_have_length_one(self, changes: dict[str, float], photos: Path, tmp_path: Path) -> None:
         """Averages of weights shorten codes, and the optimizer lengthens them."""

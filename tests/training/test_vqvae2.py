@@ -63,6 +63,23 @@ def test_both_codebooks_are_used_and_the_reconstruction_improves(made: Path) -> 
     assert len([*(made / "two" / "samples").iterdir()]) == 2
 
 
+def test_codebooks_of_moving_averages_have_no_gradient(made: Path) -> None:
+    """Without moving averages they have that of the codebook loss; the other gradients are the same."""
+    found = []
+    for decay in (0.0, 0.99):
+        settings = RUN | {"codebook_decay": decay, "data": made / "photos", "out_dir": made / "unused"}
+        stage = VQVAE2Stage(VQVAE2Config(**settings))
+        loss, _ = stage.loss({"vqvae2": stage.model}, stage.batch([(n, n) for n in range(4)]), 0)
+        loss.backward()  # type: ignore[no-untyped-call]
+        found.append((loss.item(), {name: p.grad for name, p in stage.model.network.named_parameters()}))
+    (learned, others), (averaged, same) = found
+    assert learned == averaged
+    for level in ("top", "bottom"):
+        assert others.pop(f"{level}_codes.weight").any()
+        assert not same.pop(f"{level}_codes.weight").any()
+    assert all(torch.equal(others[name], same[name]) for name in others)
+
+
 def test_the_bottom_prior_reads_the_top_codes(made: Path) -> None:
     """Codes and map are those of the network; a share of the maps is left out."""
     stage = PriorStage(prior_config(made, level="bottom", kind="pixelcnn", condition_dropout=0.0))

@@ -22,7 +22,16 @@ from torch import Tensor, nn
 from sdkit import images as image_io
 from sdkit.data.sources import open_examples
 from sdkit.data.transform import Transform, draw
-from sdkit.diffusion.losses import adaptive_weight, hinge_discriminator, hinge_generator, kl, l1, l2, vq
+from sdkit.diffusion.losses import (
+    adaptive_weight,
+    hinge_discriminator,
+    hinge_generator,
+    kl,
+    l1,
+    l2,
+    vq,
+    without_gradient,
+)
 from sdkit.errors import ArgumentError, DataError
 from sdkit.evaluation.codebook import codebook_use, use_of_counts
 from sdkit.evaluation.similarity import WINDOW, psnr, ssim
@@ -299,7 +308,7 @@ class VAEStage:
         if self.trains_codebook:
             latents = F.normalize(mean, dim=1) if config.normalize_codes else mean
             batch["latents"], batch["numbers"] = latents.detach(), numbers
-            codebook = vq(latents, codes)
+            codebook = vq(latents, without_gradient(codes) if config.codebook_decay else codes)
             loss = loss + codebook
             parts["codebook"] = codebook.detach()
         if self.trains_encoder and config.regularizer == "kl" and config.kl_weight:

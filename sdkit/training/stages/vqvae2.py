@@ -78,7 +78,7 @@ class WithAverages(nn.Module):
 
     def forward(self, pixels: Tensor) -> TwoLevels:
         """Return the reconstruction of pixels (B, 3, H, W)."""
-        found: TwoLevels = self.network(pixels)
+        found: TwoLevels = self.network(pixels, train_codes=len(self.averages) == 0)
         return found
 
 
