@@ -447,22 +447,32 @@ class UNetStage:
 
     def export(self, folder: Path) -> None:
         """Write the LoRA, or the pipeline in diffusers layout, into an empty folder."""
-        text = self.text if self.config.train_text_encoder else None
         if self.config.lora_rank is not None:
-            export_lora(folder, self.config, self.unet.network, text and text.network)
-            return
-        if not self.unet.width:
-            save_without_text(
-                folder, vae=self.vae, unet=self.unet.network, scheduler=self.scheduler,
-                guidance_scale=self.guidance_scale,
-            )  # fmt: skip
-            return
+            self._export_lora(folder)
+        elif self.unet.width:
+            self._export_with_text(folder)
+        else:
+            self._export_without_text(folder)
+
+    def _export_lora(self, folder: Path) -> None:
+        """Write the LoRA of the U-Net, and of the text encoder if it was trained."""
+        text = self.text.network if self.config.train_text_encoder else None
+        export_lora(folder, self.config, self.unet.network, text)
+
+    def _export_with_text(self, folder: Path) -> None:
+        """Write a pipeline of Stable Diffusion; or of unCLIP, if the U-Net reads embeddings of images."""
         save_pipeline(
             folder, vae=self.vae, text_encoder=self.text.network, tokenizer=self.tokenizer, unet=self.unet.network,
             scheduler=self.scheduler, guidance_scale=self.guidance_scale, low_res_scheduler=self.low_res,
         )  # fmt: skip
         if self.labels is not None:
             self.labels.export(folder)
+
+    def _export_without_text(self, folder: Path) -> None:
+        """Write a pipeline of a U-Net that takes classes, or nothing."""
+        save_without_text(
+            folder, vae=self.vae, unet=self.unet.network, scheduler=self.scheduler, guidance_scale=self.guidance_scale
+        )
 
 
 def enable_gradient_checkpointing(network: nn.Module) -> None:
