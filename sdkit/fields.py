@@ -19,7 +19,7 @@ def field_docs(cls: type) -> dict[str, str]:
     """Return the description of each field of a class: its own fields first, then those it inherits."""
     docs: dict[str, str] = {}
     for base in cls.__mro__:
-        section = inspect.cleandoc(base.__doc__ or "").partition(f"{SECTION}\n")[2]
+        section = inspect.cleandoc(base.__doc__ or "").partition(f"{SECTION}\n")[2].partition("\n\n")[0]
         for name, text in re.findall(r"^    (\w+): ((?:.|\n(?=        ))*)", section, flags=re.MULTILINE):
             docs.setdefault(name, " ".join(text.split()))
     return docs

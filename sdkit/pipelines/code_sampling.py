@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypedDict
 
 import torch
 from torch import Tensor
@@ -59,6 +60,15 @@ class CodeSampling:
             before = ordered.cumsum(1) - ordered
             ordered[before >= self.top_p] = 0
         return torch.zeros_like(p).scatter_(1, order, ordered / ordered.sum(1, keepdim=True))
+
+
+class SamplingKeywords(TypedDict, total=False):
+    """The fields of `CodeSampling` as keywords, for type checkers."""
+
+    temperature: float
+    top_k: int | None
+    top_p: float | None
+    guidance_scale: float
 
 
 def drawn(p: Tensor, generators: Sequence[torch.Generator]) -> Tensor:

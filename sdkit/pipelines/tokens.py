@@ -8,7 +8,7 @@ import copy
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict, overload
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +23,7 @@ from sdkit.engines.device import resolve_place
 from sdkit.errors import ArgumentError, SourceError
 from sdkit.evaluation.clip_score import clip_score
 from sdkit.evaluation.extractors import Extractor
+from sdkit.fields import takes_fields
 from sdkit.files import expanded
 from sdkit.images.convert import Images
 from sdkit.loading.tokenizer import load_tokenizer
@@ -30,21 +31,17 @@ from sdkit.messages import clean, no_warnings, quiet
 from sdkit.networks.autoencoder import VAE
 from sdkit.networks.code_prior import CodePrior, load_prior, log_likelihood, save_prior
 from sdkit.pipelines.code_conditions import ConditionReader
-from sdkit.pipelines.code_sampling import CodeSampling, draw_codes
+from sdkit.pipelines.code_sampling import CodeSampling, SamplingKeywords, draw_codes
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
-class CodeKeywords(TypedDict, total=False):
+class CodeKeywords(SamplingKeywords, total=False):
     """Keyword arguments of `TokenPipeline.__call__`, except `output_type`."""
 
     num_images: int
     seed: int | Sequence[int]
-    temperature: float
-    top_k: int | None
-    top_p: float | None
-    guidance_scale: float
     height: int | None
     width: int | None
     cached: bool
@@ -180,20 +177,18 @@ class TokenPipeline:
     @overload
     def __call__(self, condition: Any = None, *, output_type: str, **options: Unpack[CodeKeywords]) -> Any: ...
 
+    @takes_fields(CodeSampling)
     def __call__(
         self,
         condition: Any = None,
         *,
         num_images: int = 1,
         seed: int | Sequence[int] = 0,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        guidance_scale: float = 1.0,
         height: int | None = None,
         width: int | None = None,
         cached: bool = True,
         output_type: str = "pil",
+        **options: Unpack[SamplingKeywords],
     ) -> Any:
         """Draw images.
 
@@ -202,21 +197,20 @@ class TokenPipeline:
                 None draws without a condition.
             num_images: Images of each condition.
             seed: Image i is drawn with seed + i, or with the i-th seed of a list.
-            temperature: See `CodeSampling`.
-            top_k: See `CodeSampling`.
-            top_p: See `CodeSampling`.
-            guidance_scale: See `CodeSampling`.
             height: Height in pixels; None is that of the training images, or of the map. A transformer draws no
                 smaller images; larger ones through a sliding window (Esser et al. 2021).
             width: Width in pixels, likewise.
             cached: Keep keys and values of a transformer: faster, and the same to rounding.
             output_type: "pil", "np", "pt", or "codes" (B, h, w).
 
+        Returns:
+            B images: PIL images, uint8 (B, H, W, 3), float32 (B, 3, H, W) in [-1, 1], or their codes.
+
         Raises:
             ArgumentError: An argument is impossible, or the prior has no such condition.
         """
         one_of("output_type", output_type, (*image_io.OUTPUT_TYPES, "codes"))
-        sampling = CodeSampling(temperature=temperature, top_k=top_k, top_p=top_p, guidance_scale=guidance_scale)
+        sampling = CodeSampling(**options)
         conditions, uncond, count = self._read(condition, whole_number("num_images", num_images, 1), sampling)
         size = self._size(height, width, conditions)
         codes = draw_codes(
@@ -225,6 +219,7 @@ class TokenPipeline:
         )  # fmt: skip
         return codes if output_type == "codes" else self.vae.decode_codes(codes, output_type=output_type)
 
+    @takes_fields(CodeSampling)
     def complete(
         self,
         images: Images,
@@ -232,11 +227,8 @@ class TokenPipeline:
         *,
         keep: float = 0.5,
         seed: int | Sequence[int] = 0,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        guidance_scale: float = 1.0,
         output_type: str = "pil",
+        **options: Unpack[SamplingKeywords],
     ) -> Any:
         """Keep the upper part of images and draw the rest.
 
@@ -244,19 +236,18 @@ class TokenPipeline:
             images: Images of one size, whose height and width are multiples of the VQ model's factor.
             condition: As in `__call__`, one for all images or one for each.
             keep: Share of the height to keep, in [0, 1]; rounded down to whole rows of codes.
-            seed: As in `__call__`, and so are the others.
-            temperature: As in `__call__`.
-            top_k: As in `__call__`.
-            top_p: As in `__call__`.
-            guidance_scale: As in `__call__`.
+            seed: As in `__call__`.
             output_type: As in `__call__`.
+
+        Returns:
+            The images, as `__call__` returns them.
 
         Raises:
             ArgumentError: As in `__call__`.
         """
         one_of("output_type", output_type, (*image_io.OUTPUT_TYPES, "codes"))
         keep = number("keep", keep, 0, 1)
-        sampling = CodeSampling(temperature=temperature, top_k=top_k, top_p=top_p, guidance_scale=guidance_scale)
+        sampling = CodeSampling(**options)
         codes = self._codes(images)
         conditions, uncond, count = self._read(condition, None, sampling, len(codes))
         factor = self.vae.factor

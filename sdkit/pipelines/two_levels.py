@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from sdkit import images as image_io
 from sdkit.arguments import one_of, seeded, whole_number
 from sdkit.engines.device import resolve_device
 from sdkit.errors import ArgumentError, SourceError
+from sdkit.fields import takes_fields
 from sdkit.files import expanded
 from sdkit.loading.fingerprint import weights_fingerprint
 from sdkit.loading.tokenizer import load_tokenizer
@@ -21,8 +23,11 @@ from sdkit.messages import clean
 from sdkit.networks.code_prior import CodePrior, load_prior
 from sdkit.networks.vqvae2 import VQVAE2, load_vqvae2
 from sdkit.pipelines.code_conditions import ConditionReader
-from sdkit.pipelines.code_sampling import CodeSampling, draw_codes
+from sdkit.pipelines.code_sampling import CodeSampling, SamplingKeywords, draw_codes
 from sdkit.pipelines.tokens import PRIOR, TOKENIZER
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 VQVAE2_FOLDER = "vqvae2"
 """Subfolder of the VQ-VAE-2 in the result of a prior of one of its levels."""
@@ -82,37 +87,34 @@ class TwoLevelPipeline:
         tokenizer = load_tokenizer(folders[0] / TOKENIZER) if first.shape.condition == "text" else None
         return cls(network.to(place), first, second, tokenizer)
 
+    @takes_fields(CodeSampling)
     def __call__(
         self,
         condition: Any = None,
         *,
         num_images: int = 1,
         seed: int | Sequence[int] = 0,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        guidance_scale: float = 1.0,
         output_type: str = "pil",
+        **options: Unpack[SamplingKeywords],
     ) -> Any:
         """Draw images of the size of the training images.
 
         Args:
-            condition: A condition of the top prior, as in `TokenPipeline.__call__`; so are the other arguments. The
-                guidance is that of the top level.
+            condition: A condition of the top prior, as in `TokenPipeline.__call__`. Guidance is that of the top level.
             num_images: Images of each condition.
             seed: Image i is drawn with seed + i, or with the i-th seed of a list.
-            temperature: See `CodeSampling`.
-            top_k: See `CodeSampling`.
-            top_p: See `CodeSampling`.
-            guidance_scale: See `CodeSampling`.
-            output_type: "pil", "np", "pt", or "codes": the top codes and the bottom codes.
+            output_type: "pil", "np", "pt", or "codes".
+
+        Returns:
+            B images, as `TokenPipeline.__call__` returns them; or the top codes (B, h/2, w/2) and the bottom codes
+            (B, h, w).
 
         Raises:
             ArgumentError: An argument is impossible, or the top prior has no such condition.
         """
         one_of("output_type", output_type, (*image_io.OUTPUT_TYPES, "codes"))
-        guided = CodeSampling(temperature=temperature, top_k=top_k, top_p=top_p, guidance_scale=guidance_scale)
-        plain = CodeSampling(temperature=temperature, top_k=top_k, top_p=top_p)
+        guided = CodeSampling(**options)
+        plain = replace(guided, guidance_scale=1.0)
         conditions, uncond, count = self._read(condition, whole_number("num_images", num_images, 1), guided)
         generators = seeded(seed, count)
         top = draw_codes(self.top, generators, condition=conditions, uncond=uncond, sampling=guided)

@@ -23,7 +23,6 @@ import sdkit
 from sdkit import images
 from sdkit.cli.jobs import (
     Report,
-    _generate,
     check_generation,
     decode_files,
     encode_files,
@@ -470,7 +469,7 @@ def test_what_a_recipe_refuses_the_model_refuses_too(
     with pytest.raises(ArgumentError, match=fragment):
         recipe.check()
     with pytest.raises(ArgumentError):
-        _generate(sd, [("a", recipe.seed)], recipe, {}, None)
+        sd("a", seed=recipe.seed, **recipe.options())
 
 
 def test_another_model_takes_nothing_over_from_the_old_one() -> None:
