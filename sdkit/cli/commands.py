@@ -381,7 +381,7 @@ def _add_generate(commands: Commands) -> None:
             'sdkit generate "a fox" --controlnet runs/edges/result --control-image a.png',
             'sdkit generate "make it red" --model runs/edit/result --condition cat.png',
             'sdkit generate "a cat" --model runs/prior/result --temperature 0.9 --top-k 50',
-            'sdkit generate "a cat" --model runs/small/result --upsampler runs/large/result',
+            'sdkit generate "a cat" -m runs/small/result --upsampler runs/large/result',
         ),
     )
     what, how = (parser.add_argument_group(title).add_argument for title in ("what to draw", "how to draw it"))
