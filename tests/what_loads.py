@@ -34,6 +34,8 @@ from sdkit.loading.single_file import ASSETS
 from sdkit.networks.code_prior import new_prior, save_prior
 from sdkit.networks.prior_shape import PriorShape
 from sdkit.pipelines.generation import Generation
+from sdkit.pipelines.other_generations import KINDS, CodeGeneration, UnCLIPGeneration, read_other
+from sdkit.pipelines.settings import PIPELINE
 from tests.helpers import classes, original_layout, tiny, unclip
 from tests.helpers.color_profiles import P3, matrix_profile
 from tests.helpers.networks import control_network
@@ -284,6 +286,11 @@ def _prior(path: Path, _: Kit) -> str:
     return f"{pipeline.prior.shape.kind}, {pipeline.prior.shape.codes} codes"
 
 
+def _settings(path: Path, _: Kit) -> object:
+    kind = sdkit.images.read_text(path).get(PIPELINE)
+    return read_other(path, kind) if kind in KINDS else Generation.read(path)
+
+
 def _resumed(path: Path, kit: Kit) -> object:
     return kit.train(path, 2)
 
@@ -291,7 +298,7 @@ def _resumed(path: Path, kit: Kit) -> object:
 SCHEDULES = Group("Noise schedules (scheduler_config.json)", _schedule)
 LATENTS = Group("Latent files", lambda path, _: sdkit.latents.load(path))
 CACHES = Group("Latent caches", _cache)
-RECIPES = Group("PNGs that carry their settings (`sdkit generate --from`)", lambda path, _: Generation.read(path))
+RECIPES = Group("PNGs that carry their settings (`sdkit generate --from`)", _settings)
 PROMPTS = Group("Prompts (`sdkit generate --prompts`)", lambda path, _: "; ".join(read_prompts(path)))
 RUNS = Group("Resumed runs", _resumed)
 PRIORS = Group("Priors over codes (`sdkit.TokenPipeline`)", _prior)
@@ -1068,6 +1075,28 @@ def _(kit: Kit, here: Path) -> Path:
     sdkit.images.save(
         Image.new("RGB", (8, 8)), here / "a.png", Generation(prompt="a dog").text() | {"num_inference_steps": "many"}
     )
+    return here / "a.png"
+
+
+@RECIPES
+def _(kit: Kit, here: Path) -> Path:
+    """A PNG that a prior over codes drew"""
+    sdkit.images.save(Image.new("RGB", (8, 8)), here / "a.png", CodeGeneration(prompt="a dog", model="run").text())
+    return here / "a.png"
+
+
+@RECIPES
+def _(kit: Kit, here: Path) -> Path:
+    """A PNG of DALL-E 2, with steps that sdkit never writes"""
+    text = UnCLIPGeneration(prompt="a dog", model="run").text() | {"prior_num_inference_steps": "many"}
+    sdkit.images.save(Image.new("RGB", (8, 8)), here / "a.png", text)
+    return here / "a.png"
+
+
+@RECIPES
+def _(kit: Kit, here: Path) -> Path:
+    """A PNG of a kind of model that sdkit does not know"""
+    sdkit.images.save(Image.new("RGB", (8, 8)), here / "a.png", Generation().text() | {PIPELINE: "xl"})
     return here / "a.png"
 
 

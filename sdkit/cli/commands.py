@@ -39,6 +39,7 @@ from sdkit.cli.options import (
     place_options,
     vae_option,
 )
+from sdkit.cli.other_models import add_other_options, check_options, generate_other, kind_of, upsampler_options
 from sdkit.cli.parser import Parser
 from sdkit.cli.training import add_training_commands
 from sdkit.errors import ArgumentError, SdkitError
@@ -98,6 +99,13 @@ def _failures_printed(report: Report[Any]) -> Iterator[None]:
 
 def generate(args: argparse.Namespace) -> int:
     """Generate images from text prompts."""
+    kind = kind_of(args)
+    check_options(args, kind)
+    return _generate_sd(args) if kind is None else generate_other(args, kind)
+
+
+def _generate_sd(args: argparse.Namespace) -> int:
+    """Generate images with Stable Diffusion."""
     from dataclasses import replace
 
     from sdkit.arguments import whole_number
@@ -122,13 +130,18 @@ def generate(args: argparse.Namespace) -> int:
     embeddings, settings = settings.embeddings()
     job = replace(job, generation=settings)
     controlnets = _load_controlnets(args, generation)
+    if generation.upsampler and (args.preview or args.preview_every is not None or args.preview_vae is not None):
+        raise ArgumentError("--preview shows the latents of one model, and --upsampler adds others; leave one out.")
     report, sd = Report[Path](on_done=say_path), _load_sd(args, generation)
+    upsamplers = _load_upsamplers(args, generation)
     for lora, scale in loras:
         sd.merge_lora(lora, scale)
     for embedding in embeddings:
         sd.add_embedding(embedding)
     preview = _preview(args, sd)
-    run_generation(sd, job, grid=args.grid, controlnets=controlnets, report=report, callback=preview)
+    run_generation(
+        sd, job, grid=args.grid, controlnets=controlnets, upsamplers=upsamplers, report=report, callback=preview
+    )
     return 0
 
 
@@ -279,6 +292,17 @@ def _load_sd(args: argparse.Namespace, generation: Generation) -> StableDiffusio
     )  # fmt: skip
 
 
+def _load_upsamplers(args: argparse.Namespace, generation: Generation) -> list[StableDiffusion]:
+    from sdkit.pipelines.text_to_image import StableDiffusion
+
+    return [
+        StableDiffusion.from_pretrained(
+            source, dtype=generation.dtype, device=args.device, compile=args.compile, offload=args.offload
+        )
+        for source in generation.upsampler
+    ]
+
+
 def _print_scores(report: Report[Reconstruction]) -> None:
     from sdkit.cli.jobs import mean_scores
 
@@ -356,6 +380,8 @@ def _add_generate(commands: Commands) -> None:
             "sdkit generate --prompts prompts.txt --lora runs/zork/result --lora-scale 0.8",
             'sdkit generate "a fox" --controlnet runs/edges/result --control-image a.png',
             'sdkit generate "make it red" --model runs/edit/result --condition cat.png',
+            'sdkit generate "a cat" --model runs/prior/result --temperature 0.9 --top-k 50',
+            'sdkit generate "a cat" --model runs/small/result --upsampler runs/large/result',
         ),
     )
     what, how = (parser.add_argument_group(title).add_argument for title in ("what to draw", "how to draw it"))
@@ -370,6 +396,8 @@ def _add_generate(commands: Commands) -> None:
     add("--controlnet", action="append", metavar="SOURCE", help=controlnet, **UNSET)
     control_image = "Image that the ControlNet follows, such as edges; with several, one for each, in the same order"
     add("--control-image", action="append", metavar="FILE", help=control_image, **UNSET)
+    upsampler_options(add)
+    add_other_options(parser.add_argument_group("priors over codes, and DALL-E 2").add_argument)
     add = parser.add_argument_group("where to write").add_argument
     add("--out", "-o", metavar="PATH", default="outputs", help="Folder, or a .png for one image (default: outputs)")
     add("--grid", action="store_true", help="Also write one picture of all images, with labels")

@@ -37,6 +37,7 @@ from sdkit.messages import reason
 from sdkit.networks.autoencoder import VAE
 from sdkit.networks.controlnet import ControlNet
 from sdkit.networks.tiling import check_tile
+from sdkit.pipelines.cascade import Cascade
 from sdkit.pipelines.generation import Generation
 from sdkit.pipelines.inpainting import open_canvas
 from sdkit.pipelines.text_to_image import StableDiffusion
@@ -323,11 +324,6 @@ class GenerationJob:
     inputs: Mapping[str, Image.Image]
     control_images: Sequence[Image.Image]
 
-    @property
-    def images(self) -> int:
-        """Number of images."""
-        return len(self.prompts) * self.count
-
 
 def check_generation(
     prompts: Sequence[str], out: str | Path, generation: Generation, *, count: int = 1, batch_size: int | None = None
@@ -350,17 +346,69 @@ def check_generation(
     if "image" in inputs:
         open_canvas(inputs["image"], inputs.get("mask_image"), generation, prompts=1, copies=1, side=512)
     prompts = strings("prompts", prompts)
-    n = len(prompts) * whole_number("count", count, 1)
-    first_seed(generation.seed, n)
+    check_drawing(prompts, out, generation.seed, count=count, batch_size=batch_size)
+    return GenerationJob(
+        prompts=prompts, out=Path(out), generation=generation, count=count, batch_size=batch_size, inputs=inputs,
+        control_images=control_images,
+    )  # fmt: skip
+
+
+def check_drawing(
+    prompts: Sequence[str], out: str | Path, seed: int, *, count: int = 1, batch_size: int | None = None
+) -> None:
+    """Raise SdkitError for arguments of `write_drawings` that cannot be, or if `out` cannot be written."""
+    n = len(strings("prompts", prompts)) * whole_number("count", count, 1)
+    first_seed(seed, n)
     if batch_size is not None:
         whole_number("batch_size", batch_size, 1)
     if is_image_name(Path(out)) and (Path(out).suffix.lower() != ".png" or n > 1):
         raise ArgumentError(f"{out} cannot hold {n} PNG image(s); give a folder, or a .png for a single image.")
     check_writable(Path(out), is_file=is_image_name(Path(out)))
-    return GenerationJob(
-        prompts=prompts, out=Path(out), generation=generation, count=count, batch_size=batch_size, inputs=inputs,
-        control_images=control_images,
-    )  # fmt: skip
+
+
+def write_drawings(
+    prompts: Sequence[str],
+    seed: int,
+    draw: Callable[[Sequence[str], Sequence[int]], Sequence[Image.Image]],
+    describe: Callable[[str, int, Image.Image], Mapping[str, str]],
+    out: Path,
+    *,
+    count: int,
+    at_once: int,
+    grid: bool,
+    report: Report[Path],
+) -> None:
+    """Draw `count` images of each prompt, and write them as PNGs.
+
+    Args:
+        prompts: The prompts.
+        seed: Seed of the first image; image i, counted over all prompts, has `seed` + i.
+        draw: Returns an image for each prompt and seed of a batch.
+        describe: Returns the text chunks of the PNG of an image, given its prompt and seed.
+        out: As in `generate_files`.
+        count: Images per prompt.
+        at_once: Images in a batch.
+        grid: Whether to write also a grid of all images, with labels.
+        report: The report to add to.
+
+    Raises:
+        SdkitError: An argument does not fit the model, or an output cannot be written.
+    """
+    repeated = itertools.product(prompts, range(count))
+    wanted = ((prompt, seed + i) for i, (prompt, _) in enumerate(repeated))
+    batches = iter(lambda: list(itertools.islice(wanted, at_once)), [])  # stops at the first empty batch
+    numbers = _numbers(out)
+    labelled: dict[str, Image.Image] = {}  # label -> image, for the grid
+    for batch in progress(batches, total=-(-len(prompts) * count // at_once), description="generate"):
+        texts, seeds = zip(*batch, strict=True)
+        for text, own, image in zip(texts, seeds, draw(texts, seeds), strict=True):
+            report.add(_save(image, out, f"{_slug(text)}-{own}", numbers, describe(text, own, image)))
+            if grid:
+                labelled[f"seed {own}: {text}"] = image
+    if grid:
+        sheet = images.grid([*labelled.values()], count if count > 1 else None, padding=6, captions=[*labelled])
+        beside = out.with_stem(f"{out.stem}-grid") if is_image_name(out) else out
+        report.add(_save(sheet, beside, "grid", numbers))
 
 
 def generate_files(
@@ -373,6 +421,7 @@ def generate_files(
     grid: bool = False,
     batch_size: int | None = None,
     controlnets: Sequence[ControlNet] = (),
+    upsamplers: Sequence[StableDiffusion] = (),
     report: Report[Path] | None = None,
     callback: Callable[[Step], object] | None = None,
 ) -> list[Path]:
@@ -389,6 +438,7 @@ def generate_files(
         grid: Whether to write also a grid of all images, with labels.
         batch_size: Images generated together; None takes as many as fit.
         controlnets: The ControlNets that `generation.controlnet` names.
+        upsamplers: The upsamplers that `generation.upsampler` names.
         report: The report to add to; None makes a new one.
         callback: Called with each `Step` of each batch, for example a `PreviewFile`.
 
@@ -399,7 +449,9 @@ def generate_files(
         SdkitError: An argument is wrong, or an output cannot be written.
     """
     job = check_generation(prompts, out, generation or Generation(), count=count, batch_size=batch_size)
-    return run_generation(sd, job, grid=grid, controlnets=controlnets, report=report, callback=callback)
+    return run_generation(
+        sd, job, grid=grid, controlnets=controlnets, upsamplers=upsamplers, report=report, callback=callback
+    )
 
 
 def run_generation(
@@ -408,6 +460,7 @@ def run_generation(
     *,
     grid: bool = False,
     controlnets: Sequence[ControlNet] = (),
+    upsamplers: Sequence[StableDiffusion] = (),
     report: Report[Path] | None = None,
     callback: Callable[[Step], object] | None = None,
 ) -> list[Path]:
@@ -426,45 +479,51 @@ def run_generation(
     whole_size = drawn_on and generation.padding_mask_crop is None  # a region is about as large as a training image
     width, height = drawn_on[0].size if whole_size else (side, side)
     at_once = job.batch_size or sd.images_at_once(generation.height or height, generation.width or width)
-    seeded = itertools.product(job.prompts, range(job.count))
-    wanted = ((prompt, generation.seed + i) for i, (prompt, _) in enumerate(seeded))
-    batches = iter(lambda: list(itertools.islice(wanted, at_once)), [])  # stops at the first empty batch
-    numbers = _numbers(out)
-    labelled: dict[str, Image.Image] = {}  # label -> image, for the grid
-    for batch in progress(batches, total=-(-job.images // at_once), description="generate"):
-        for (prompt, seed), image in zip(batch, _generate(sd, batch, generation, inputs, callback), strict=True):
-            # The size of an enlarged region is not that of the image.
-            sized: dict[str, Any] = (
-                {} if generation.padding_mask_crop is not None else {"height": image.height, "width": image.width}
-            )
-            whole = replace(
-                generation, prompt=prompt, seed=seed, **sized, model=sd.name,
-                guidance_scale=sd.guidance_scale if generation.guidance_scale is None else generation.guidance_scale,
-                spacing=generation.spacing or default_spacing(generation.sampler) or sd.schedule.timestep_spacing,
-                dtype=str(sd.unet.dtype).removeprefix("torch."),
-            )  # fmt: skip
-            report.add(_save(image, out, f"{_slug(prompt)}-{seed}", numbers, whole.text()))
-            if grid:
-                labelled[f"seed {seed}: {prompt}"] = image
-    if grid:
-        sheet = images.grid([*labelled.values()], job.count if job.count > 1 else None, padding=6, captions=[*labelled])
-        beside = out.with_stem(f"{out.stem}-grid") if is_image_name(out) else out
-        report.add(_save(sheet, beside, "grid", numbers))
+    cascade = Cascade([sd, *upsamplers]) if upsamplers else None
+    if generation.noise_level is not None:
+        inputs["noise_level"] = generation.noise_level
+
+    def draw(prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
+        if cascade is not None:
+            return _enlarged(cascade, prompts, seeds, generation)
+        drawn: list[Image.Image] = sd(
+            prompts, seed=seeds, batch_size=len(prompts), callback=callback, **generation.options(), **inputs
+        )
+        return drawn
+
+    def describe(prompt: str, seed: int, image: Image.Image) -> dict[str, str]:
+        own = replace(
+            generation, prompt=prompt, seed=seed, model=sd.name, dtype=str(sd.unet.dtype).removeprefix("torch.")
+        )
+        if cascade is not None:  # what is not given is each model's own
+            return own.text()
+        # The size of an enlarged region is not that of the image.
+        sized: dict[str, Any] = (
+            {} if generation.padding_mask_crop is not None else {"height": image.height, "width": image.width}
+        )
+        return replace(
+            own, **sized,
+            guidance_scale=sd.guidance_scale if generation.guidance_scale is None else generation.guidance_scale,
+            spacing=generation.spacing or default_spacing(generation.sampler) or sd.schedule.timestep_spacing,
+        ).text()  # fmt: skip
+
+    write_drawings(
+        job.prompts, generation.seed, draw, describe, out, count=job.count, at_once=at_once, grid=grid, report=report
+    )
     return report.done
 
 
-def _generate(
-    sd: StableDiffusion,
-    batch: Sequence[tuple[str, int]],
-    generation: Generation,
-    inputs: Mapping[str, Any],
-    callback: Callable[[Step], object] | None,
+def _enlarged(
+    cascade: Cascade, prompts: Sequence[str], seeds: Sequence[int], generation: Generation
 ) -> list[Image.Image]:
-    """Generate one image for each (prompt, seed), from the images of `inputs`, if there are any."""
-    prompts, seeds = zip(*batch, strict=True)
-    drawn: list[Image.Image] = sd(
-        prompts, seed=seeds, batch_size=len(batch), callback=callback, **generation.options(), **inputs
-    )
+    """Draw an image of each prompt with the first model, and enlarge it with the others."""
+    common = generation.options()
+    base = {name: common.pop(name) for name in ("height", "width")}
+    above = {} if generation.noise_level is None else {"noise_level": generation.noise_level}
+    drawn: list[Image.Image] = cascade(
+        prompts, common.pop("negative_prompt"), seed=seeds, batch_size=len(prompts),
+        options=[base, *[above] * (len(cascade.stages) - 1)], **common,
+    )  # fmt: skip
     return drawn
 
 

@@ -22,6 +22,7 @@ from sdkit.errors import ArgumentError, DataError
 from sdkit.file_search import walk
 from sdkit.files import expanded
 from sdkit.messages import clean, listed
+from sdkit.networks.class_list import ClassList, plain
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -52,12 +53,13 @@ class Labels:
         Raises:
             DataError: The model does not know a class of the data.
         """
-        if unknown := [name for name in self.classes if name not in classes]:
+        known = ClassList(tuple(classes))
+        places = [known.number(name) for name in self.classes]
+        if unknown := [name for name, place in zip(self.classes, places, strict=True) if place is None]:
             raise DataError(
                 f"{whose} knows no class {listed(unknown)}; leave these images out, or train a model from scratch."
             )
-        place = np.array([list(classes).index(name) for name in self.classes], np.int64)
-        return Labels(classes=tuple(classes), numbers=place[self.numbers])
+        return Labels(classes=known.names, numbers=np.array(places, np.int64)[self.numbers])
 
 
 def read_labels(
@@ -69,7 +71,7 @@ def read_labels(
     column is a key of metadata.jsonl (or .csv, or .parquet) for a folder of images, a field of the .json files in tar
     shards, or a column of parquet files and data sets of the Hub; the classes of a `ClassLabel` have its names.
 
-    Classes are numbered in alphabetical order, or by size if all are whole numbers.
+    Classes are numbered as in `ClassList.of`.
 
     Args:
         examples: The examples.
@@ -143,17 +145,15 @@ def labels_of(values: Sequence[str], names: Sequence[str], source: str) -> Label
     Raises:
         DataError: An example has no class, or all have the same.
     """
-    if missing := [name for name, value in zip(names, values, strict=True) if not value]:
+    if missing := [name for name, value in zip(names, values, strict=True) if not plain(value)]:
         raise DataError(
             f"{len(missing)} of {len(names)} images in {clean(source)} have no class, such as {clean(missing[0])}; "
             "give each image one, or leave these out."
         )
-    distinct = set(values)
-    if len(distinct) == 1:
+    classes = ClassList.of(values)
+    if len(classes.names) == 1:
         raise DataError(f"all images in {clean(source)} are of the class {clean(values[0])!r}; give at least two.")
-    classes = tuple(sorted(distinct, key=int) if all(map(_is_whole, distinct)) else sorted(distinct))
-    number = {name: i for i, name in enumerate(classes)}
-    return Labels(classes=classes, numbers=np.array([number[value] for value in values], np.int64))
+    return Labels(classes=classes.names, numbers=np.array([classes.number(value) for value in values], np.int64))
 
 
 def _has_shards(examples: Examples) -> bool:
@@ -198,7 +198,3 @@ def _text(value: Any, names: Sequence[str] | None, i: int) -> str:
         return caption_of(value)
     except ValueError as error:
         raise DataError(f"label_column: the class in row {i} cannot be used, for {error}; correct the data.") from error
-
-
-def _is_whole(name: str) -> bool:
-    return name.isascii() and name.isdigit() and len(name) < 19

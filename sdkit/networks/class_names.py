@@ -12,6 +12,7 @@ from sdkit.arguments import strings
 from sdkit.errors import ArgumentError
 from sdkit.loading.configs import CLASSES
 from sdkit.messages import clean
+from sdkit.networks.class_list import ClassList, plain
 from sdkit.networks.text_encoder import TextEncoder
 from sdkit.networks.wrapper import Wrapper
 
@@ -34,7 +35,8 @@ class ClassNames(TextEncoder):
         has_none: Whether the network has a label for no class.
 
     Attributes:
-        names: Names of the classes.
+        classes: The classes.
+        names: Their names.
         none: The label for no class, or None.
         width: 0: there are no embeddings.
 
@@ -46,12 +48,12 @@ class ClassNames(TextEncoder):
 
     def __init__(self, names: Sequence[str] = (), *, has_none: bool = True) -> None:
         Wrapper.__init__(self, nn.Module())
-        self.names = tuple(names)
+        self.classes = ClassList(tuple(names))
+        self.names = self.classes.names
         self.none = len(self.names) if self.names and has_none else None
         self.tokenizer: Any = None
         self.length, self.width = 1, 0
         self.learned: dict[str, Tensor] = {}
-        self._numbers = {plain(name): i for i, name in enumerate(self.names)}
 
     @classmethod
     def of(cls, unet: UNet) -> ClassNames:
@@ -82,19 +84,19 @@ class ClassNames(TextEncoder):
         return torch.tensor([self._label(prompt) for prompt in strings("prompt", prompts)])
 
     def _label(self, prompt: str) -> int:
-        wanted = plain(prompt)
-        if not wanted:
+        if not plain(prompt):
             if self.none is None:
                 raise ArgumentError(
                     "this model was trained without label dropout, and draws classes alone: name one, with "
                     "guidance_scale 1."
                 )
             return self.none
-        if wanted not in self._numbers:
+        number = self.classes.number(prompt)
+        if number is None:
             more = ", ..." if len(self.names) > SHOWN else ""
             known = ", ".join(clean(name) for name in self.names[:SHOWN]) + more
             raise ArgumentError(f"{clean(repr(prompt))} is no class of this model; its classes: {known}.")
-        return self._numbers[wanted]
+        return number
 
     def check(self, prompts: Sequence[str]) -> None:
         """Raise ArgumentError unless the model can draw all these prompts."""
@@ -124,11 +126,3 @@ class ClassNames(TextEncoder):
         """Raise ArgumentError: an embedding belongs to a text encoder."""
         del token, vectors
         raise ArgumentError(f"{label} belongs to a text encoder, and this model has none; leave it out.")
-
-
-def plain(name: str) -> str:
-    """Return a name in lower case, without spaces.
-
-    A latent cache knows a name by its tokens, which spell "T-shirt" as "t - shirt" and "10" as "1 0".
-    """
-    return "".join(name.lower().split())

@@ -15,6 +15,7 @@ from sdkit.errors import ArgumentError
 from sdkit.loading.source import Source
 from sdkit.messages import clean, listed
 from sdkit.networks.autoencoder import VAE
+from sdkit.networks.class_list import ClassList
 from sdkit.networks.shared_timestep import embed_timestep_once, shared_timestep, timesteps_of
 from sdkit.networks.wrapper import Wrapper, blames_network
 
@@ -62,6 +63,7 @@ class Classifier(Wrapper):
                 f"the config of this classifier names {len(self.classes)} classes, and its network has "
                 f"{config.num_classes}; correct class_names."
             )
+        self._numbers = ClassList(self.classes)
         self.factor = 2 ** (len(config.block_out_channels) - 1)
         embed_timestep_once(network)
 
@@ -156,8 +158,8 @@ class Classifier(Wrapper):
         return [self._number(label) for label in many]
 
     def _number(self, label: str | int) -> int:
-        if isinstance(label, str) and label in self.classes:
-            return self.classes.index(label)
+        if isinstance(label, str) and (number := self._numbers.number(label)) is not None:
+            return number
         if type(label) is int and 0 <= label < len(self.classes):
             return label
         raise ArgumentError(

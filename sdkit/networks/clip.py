@@ -217,12 +217,12 @@ class ImageEncoder(Wrapper):
 
     def try_out(self) -> None:
         """Embed a grey image."""
-        self.network(torch.zeros(1, 3, self.side, self.side, device=self.device))
+        self.network(torch.zeros(1, 3, self.side, self.side, device=self.device, dtype=self.dtype))
 
     @blames_network
     def forward(self, pixels: Tensor) -> Tensor:
         """Return embeddings (B, D), of any length, of images (B, 3, side, side) in [-1, 1]."""
-        embeddings: Tensor = self.network(scaled(pixels.to(self.device))).image_embeds
+        embeddings: Tensor = self.network(scaled(pixels.to(self.device)).to(self.dtype)).image_embeds
         return embeddings.float()
 
     @torch.inference_mode()

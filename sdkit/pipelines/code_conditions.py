@@ -11,6 +11,7 @@ from torch import Tensor
 from sdkit.arguments import strings, whole_number
 from sdkit.errors import ArgumentError, SourceError
 from sdkit.messages import clean
+from sdkit.networks.class_list import ClassList
 from sdkit.networks.prior_shape import PriorShape
 from sdkit.pipelines.code_sampling import CodeSampling
 
@@ -105,11 +106,9 @@ def text_ids(tokenizer: Any, texts: Sequence[str], length: int) -> Tensor:
 def _class_number(label: Any, shape: PriorShape) -> int:
     """Return the number of a class that is given by its number or its name."""
     if isinstance(label, str):
-        # Names are spelled as tokens, "cat , orange", and users write captions: "cat, orange".
-        for spelled in (lambda text: text.strip().casefold(), lambda text: "".join(text.casefold().split())):
-            names = [spelled(name) for name in shape.classes]
-            if spelled(label) in names:
-                return names.index(spelled(label))
+        number = ClassList(shape.classes).number(label)
+        if number is not None:
+            return number
         known = f"its {len(shape.classes)}, such as {clean(repr(shape.classes[0]))}"
         raise ArgumentError(f"the prior knows no class {clean(repr(label))}; give one of {known}.")
     return whole_number("the number of a class", label, 0, shape.tokens - 1)

@@ -12,7 +12,7 @@ from typing import Any
 from PIL import Image
 
 from sdkit import __version__, images, strict_json
-from sdkit.arguments import PREDICTIONS, first_seed, number, one_of, strings
+from sdkit.arguments import PREDICTIONS, first_seed, number, one_of, strings, whole_number
 from sdkit.diffusion.samplers import default_spacing
 from sdkit.errors import ArgumentError, ImageError, SourceError
 from sdkit.fields import with_inherited_fields
@@ -20,11 +20,12 @@ from sdkit.files import sha256
 from sdkit.loading.embedding_file import Embedding, read_embedding
 from sdkit.loading.lora_file import LoRA, read_lora
 from sdkit.loading.place import EMBEDDED, PIXELS
+from sdkit.messages import clean
 from sdkit.pipelines import infotext
 from sdkit.pipelines.concatenation import check_condition_settings
 from sdkit.pipelines.controlnet import OWN, SHARED, check_control_numbers
 from sdkit.pipelines.image_to_image import check_inputs
-from sdkit.pipelines.settings import DrawingSettings
+from sdkit.pipelines.settings import PIPELINE, DrawingSettings
 
 EARLIER_NAMES = {
     "steps": "num_inference_steps",
@@ -33,7 +34,7 @@ EARLIER_NAMES = {
     "interval": "guidance_interval",
 }
 """Key in PNGs that earlier versions wrote -> the field of `Generation` that it is today."""
-SOURCES = ("lora", "embedding", "controlnet", "control_image")
+SOURCES = ("lora", "embedding", "controlnet", "control_image", "upsampler")
 """Fields with several files, folders, or Hub ids."""
 
 INPUTS = {"image": "white", "mask_image": "black", "condition": "white"}
@@ -72,6 +73,9 @@ class Generation(DrawingSettings):
         controlnet: Sources of ControlNets; see `ControlNet.from_pretrained`.
         control_image: Files of the images that they read, one for each.
         control_image_sha256: SHA-256 of each of these files.
+        upsampler: Sources of upsamplers, each of which enlarges the images of the model before it; see `Cascade`.
+        noise_level: For an upsampler: noise added to the image to enlarge, a timestep. More noise lets it invent more.
+            None is 20.
     """
 
     prompt: str = ""
@@ -99,6 +103,8 @@ class Generation(DrawingSettings):
     controlnet: tuple[str, ...] = ()
     control_image: tuple[str, ...] = ()
     control_image_sha256: tuple[str, ...] = ()
+    upsampler: tuple[str, ...] = ()
+    noise_level: int | None = None
 
     def options(self) -> dict[str, Any]:
         """Return the keywords of the pipeline's call, except the prompt, the seed, and the images of `inputs`."""
@@ -114,6 +120,7 @@ class Generation(DrawingSettings):
         check_inputs(self, image=self.image is not None, mask=self.mask_image is not None)
         check_condition_settings(self, condition=self.condition is not None)
         check_control_numbers(self, len(self.controlnet), len(self.control_image))
+        self._check_upsampling()
         for scale in self.lora_scale:
             number("lora_scale", scale)
         if self.lora_scale and not self.lora:
@@ -137,6 +144,17 @@ class Generation(DrawingSettings):
         if self.prediction_type is not None:
             one_of("prediction_type", self.prediction_type, PREDICTIONS)
 
+    def _check_upsampling(self) -> None:
+        """Raise ArgumentError for upsamplers, or their noise, beside something that excludes them."""
+        excluded = ("image", "mask_image", "condition", "controlnet")
+        if self.upsampler and (name := next((name for name in excluded if getattr(self, name)), None)):
+            raise ArgumentError(f"upsampler enlarges images that are drawn of a prompt alone; leave {name} out.")
+        if self.noise_level is None:
+            return
+        whole_number("noise_level", self.noise_level, 0)
+        if not self.upsampler and self.condition is None:
+            raise ArgumentError("noise_level belongs to an upsampler, and there is none; name one as upsampler.")
+
     def inputs(self) -> tuple[dict[str, Any], Generation]:
         """Read the image, the mask, and the condition.
 
@@ -153,7 +171,7 @@ class Generation(DrawingSettings):
             if path is None:
                 continue
             pictures[name] = images.read(path, background)
-            hashes[f"{name}_sha256"] = _hash(path, name, expected)
+            hashes[f"{name}_sha256"] = hashed(path, name, expected)
         return pictures, self.but(**hashes)
 
     def control_images(self) -> tuple[list[Image.Image], Generation]:
@@ -167,7 +185,7 @@ class Generation(DrawingSettings):
         """
         expected = self.control_image_sha256 or [None] * len(self.control_image)
         pictures = [images.read(path) for path in self.control_image]
-        hashes = [_hash(path, "control_image", one) for path, one in zip(self.control_image, expected, strict=True)]
+        hashes = [hashed(path, "control_image", one) for path, one in zip(self.control_image, expected, strict=True)]
         return pictures, replace(self, control_image_sha256=tuple(hashes))
 
     def loras(self) -> tuple[list[tuple[LoRA, float]], Generation]:
@@ -232,17 +250,20 @@ class Generation(DrawingSettings):
         text = {EARLIER_NAMES.get(key, key): value for key, value in images.read_text(path).items()}
         if not {"prompt", "seed", "sdkit"} <= set(text):
             raise ImageError(f"{path} does not say how it was made; give a PNG as sdkit generate wrote it.")
+        if PIPELINE in text:
+            kind = clean(repr(text[PIPELINE]))
+            raise ImageError(f"{path} was drawn by a model of the kind {kind}, not by Stable Diffusion; give another.")
         if "lora" not in text:  # the first versions wrote a scale even without a LoRA
             text.pop("lora_scale", None)
         given = [field for field in fields(cls) if field.name in text]
-        return cls(**{field.name: _parsed(path, field, text[field.name]) for field in given})
+        return cls(**{field.name: parsed(path, field, text[field.name]) for field in given})
 
     def but(self, **changes: Any) -> Generation:
         """Return a copy with some values changed.
 
-        A change of the model resets all settings that belong to a model, its VAE, LoRAs, embeddings, and ControlNets
-        included. A change of the LoRAs resets their scales, one of the embeddings their tokens, and one between
-        samplers that need different spacings the spacing. An input that is given anew may hold anything.
+        A change of the model resets all settings that belong to a model, its VAE, LoRAs, embeddings, ControlNets, and
+        upsamplers included. A change of the LoRAs resets their scales, one of the embeddings their tokens, and one
+        between samplers that need different spacings the spacing. An input that is given anew may hold anything.
         """
         if "control_image" in changes:
             changes = {"control_image_sha256": (), **changes}
@@ -266,9 +287,10 @@ class Generation(DrawingSettings):
                 "vae",
                 "condition",
                 "condition_sha256",
+                "noise_level",
             )
             of_loras, of_embeddings = ("lora", "lora_scale", "lora_sha256"), ("embedding", "embedding_token")
-            names = (*of_loras, *of_embeddings, "embedding_sha256", "controlnet")
+            names = (*of_loras, *of_embeddings, "embedding_sha256", "controlnet", "upsampler")
             lists: dict[str, Any] = dict.fromkeys(names, ())
             if "controlnet" not in changes:
                 lists |= {"control_image": (), "control_image_sha256": ()}
@@ -280,7 +302,7 @@ class Generation(DrawingSettings):
 Generation.__doc__ = with_inherited_fields(Generation)
 
 
-def _hash(path: str, name: str, expected: str | None) -> str:
+def hashed(path: str, name: str, expected: str | None) -> str:
     """Return the SHA-256 of an input's file. Raise ImageError if it is not the expected one."""
     found = sha256(Path(path))
     if expected not in (None, found):
@@ -314,7 +336,7 @@ def anywhere(source: str) -> str:
     return os.path.abspath(path) if source not in (EMBEDDED, PIXELS) and os.path.exists(path) else source  # noqa: PTH100, PTH110
 
 
-def _parsed(path: str | Path, field: Field[Any], value: str) -> Any:
+def parsed(path: str | Path, field: Field[Any], value: str) -> Any:
     """Parse the text of one field. Raise ImageError if it is damaged."""
     name = field.name
     parse = _PARSERS.get(name) or _TYPES[str(field.type).removesuffix(" | None")]

@@ -9,6 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TypedDict
 
+PIPELINE = "pipeline"
+"""Text chunk of a PNG that says which kind of model drew it; Stable Diffusion's have none."""
+PRIOR_STEPS, PRIOR_GUIDANCE = 25, 4.0  # of DALL-E 2
+DECODER_STEPS, DECODER_GUIDANCE = 20, 10.0
+
 
 @dataclass(frozen=True, kw_only=True)
 class DrawingSettings:

@@ -23,7 +23,7 @@ from sdkit.diffusion.guidance import guided
 from sdkit.diffusion.latent_space import slerp
 from sdkit.diffusion.samplers import Generators, sampler_by_name
 from sdkit.diffusion.schedule import NoiseSchedule
-from sdkit.engines.device import resolve_device
+from sdkit.engines.device import resolve_place
 from sdkit.errors import ArgumentError
 from sdkit.images import Images, to_pil
 from sdkit.images.convert import flat
@@ -34,11 +34,9 @@ from sdkit.networks.clip import ImageEncoder, TextTower
 from sdkit.networks.denoiser import UNet
 from sdkit.networks.image_prior import ImagePrior
 from sdkit.networks.text_encoder import TextEncoder
+from sdkit.pipelines.settings import DECODER_GUIDANCE, DECODER_STEPS, PRIOR_GUIDANCE, PRIOR_STEPS
 from sdkit.pipelines.steps import decode, denoise, embed, start
 from sdkit.pipelines.text_to_image import StableDiffusion
-
-PRIOR_STEPS, PRIOR_GUIDANCE = 25, 4.0
-DECODER_STEPS, DECODER_GUIDANCE = 20, 10.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,25 +140,28 @@ class UnCLIP:
         source: str | PathLike[str],
         *,
         prior: str | PathLike[str] | None = None,
+        dtype: str | torch.dtype = "fp32",
         device: str | torch.device = "auto",
     ) -> UnCLIP:
-        """Load a model in float32.
+        """Load a model.
 
         Args:
             source: A folder or a Hub id in the layout of diffusers' StableUnCLIPPipeline or
                 StableUnCLIPImg2ImgPipeline, such as the result of `train_unet` with `image_encoder`.
             prior: Another folder with the prior, such as the result of `train_image_prior`; None takes the source's
                 own, if there is one.
+            dtype: "fp32", "bf16", "fp16", or "auto": bfloat16 where the hardware multiplies it, else float32. Noise
+                schedules, and the statistics of embeddings, are never in half precision.
             device: "cpu", "cuda", or "auto": a GPU where there is one.
 
         Raises:
             SourceError: A part is missing, damaged, or of another kind.
             ArgumentError: The parts do not belong to one model.
         """
-        on = resolve_device(device)
+        dtype, on = resolve_place(dtype, device)
         opened, folder = Source.open(source), UnCLIPFolder(source)
-        vae, text = VAE(opened.autoencoder()), TextEncoder(*opened.text_encoder())
-        unet = UNet(opened.denoiser(embedded=True))
+        vae, text = VAE(opened.autoencoder(dtype)), TextEncoder(*opened.text_encoder(dtype))
+        unet = UNet(opened.denoiser(dtype, embedded=True))
         for part in (vae, text, unet):
             part.eval().to(on)
         sd = StableDiffusion(vae, text, unet, opened.schedule(latents=vae.kind.makes_latents), name=opened.name)
@@ -169,8 +170,8 @@ class UnCLIP:
         return cls(
             sd,
             folder.noise(),
-            None if encoder is None else ImageEncoder(encoder.network("image_encoder")).to(on),
-            open_prior(beside, on) if prior is not None or folder.has("prior") else None,
+            None if encoder is None else ImageEncoder(encoder.network("image_encoder")).to(on, dtype),
+            open_prior(beside, on, dtype) if prior is not None or folder.has("prior") else None,
         )
 
     def __call__(
@@ -320,9 +321,12 @@ class UnCLIP:
         return self.draw(between, seed=[seed] * n, **drawing)
 
 
-def open_prior(folder: UnCLIPFolder, device: torch.device) -> Prior:
+def open_prior(folder: UnCLIPFolder, device: torch.device, dtype: torch.dtype = torch.float32) -> Prior:
     """Load a prior. Raises ArgumentError if its text encoder is not the one that it was made for."""
     network = ImagePrior(folder.network("prior"))
     text = TextTower(folder.network("prior_text_encoder"), folder.tokenizer())
     network.check_fits(text.width, text.hidden, text.length)
-    return Prior(network=network.to(device), text=text.to(device), schedule=folder.schedule("prior_scheduler"))
+    statistics = network.network.clip_mean.data, network.network.clip_std.data
+    network.to(dtype)
+    network.network.clip_mean.data, network.network.clip_std.data = statistics  # half precision would round them
+    return Prior(network=network.to(device), text=text.to(device, dtype), schedule=folder.schedule("prior_scheduler"))

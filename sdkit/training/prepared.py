@@ -103,18 +103,28 @@ def make_optimizer(player: Player, settings: LoopSettings, device: torch.device)
     Raises:
         ArgumentError: `use_8bit_adam` is set and bitsandbytes is not installed.
     """
-    parameters = [p for p in player.network.parameters() if p.requires_grad]
-    options: dict[str, Any] = {
-        "lr": player.learning_rate, "betas": player.betas, "weight_decay": player.weight_decay
-    }  # fmt: skip
+    groups = parameter_groups(player)
+    options: dict[str, Any] = {"lr": player.learning_rate, "betas": player.betas}
     if not settings.use_8bit_adam:
-        return AdamW(parameters, **options, fused=has_fused_adam(device))
+        return AdamW(groups, **options, fused=has_fused_adam(device))
     try:
         library = import_module("bitsandbytes.optim")
     except ImportError as error:
         raise ArgumentError("use_8bit_adam needs bitsandbytes; install it, or leave it off.") from error
-    optimizer: torch.optim.Optimizer = library.AdamW8bit(parameters, **options)
+    optimizer: torch.optim.Optimizer = library.AdamW8bit(groups, **options)
     return optimizer
+
+
+def parameter_groups(player: Player) -> list[dict[str, Any]]:
+    """Return the trainable parameters of `player` in groups, each with its weight decay; none is empty."""
+    trained = [p for p in player.network.parameters() if p.requires_grad]
+    decayed = [p for p in trained if player.decays_gains or p.ndim >= 2]
+    others = [p for p in trained if not player.decays_gains and p.ndim < 2]
+    groups = [
+        {"params": decayed, "weight_decay": player.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
 
 
 def lr_factor_of(player: Player, settings: LoopSettings) -> Callable[[int], float]:

@@ -31,6 +31,7 @@ DIFFERENCES = {  # setting -> description of the difference, where the two value
     "lpips_backbone_identity": "its LPIPS was the network {was}, this is {now} (give lpips= or --lpips as it was)",
     "lpips_identity": "its LPIPS had different weights (see lpips in its config.json)",
     "validation_identity": "its validation data was different (names, captions, or sizes of files)",
+    "classes_identity": "its classes were different (names or order)",
     "contrast_identity": "its contrast was over {was} pairs, this is over {now} (batch_size x processes, whose product "
     "must stay)",
     "samples_per_step": "its steps took {was} samples, these take {now} (batch_size x gradient_accumulation_steps x "

@@ -38,6 +38,7 @@ class Player:
         ema: Whether a moving average of the weights is kept, validated, and exported.
         betas: Betas of AdamW.
         weight_decay: Weight decay of AdamW.
+        decays_gains: Whether gains and biases, which are the parameters of fewer than two dimensions, decay as well.
         after_update: A function that is called on every process after each update of the weights, without gradients.
             It may change the weights further, on every process in the same way. None for most players.
     """
@@ -51,6 +52,7 @@ class Player:
     ema: bool = False
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 0.01
+    decays_gains: bool = True
     after_update: AfterUpdate | None = None
 
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel, VQModel
+from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, UNet2DConditionModel, VQModel
 from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -95,6 +95,27 @@ def model(folder: Path, prediction_type: str = "epsilon") -> Path:
     ).save(folder)  # fmt: skip
     tokenizer.save_pretrained(folder / "tokenizer")
     scheduler(prediction_type=prediction_type).save_pretrained(folder / "scheduler")
+    return folder
+
+
+LOW = {"beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
+"""The schedule of the small images' noise of `upsampler`"""
+
+
+def upsampler(folder: Path) -> Path:
+    """Write an upsampler in the layout of stable-diffusion-x4-upscaler: a VAE of factor 4 and scale 0.08333, a U-Net of
+    seven input channels with noise levels as class labels, and a second schedule."""
+    _, tokenizer = load_text("emoji")
+    networks(
+        (16, 16, 16), vae={"sample_size": 64, "scaling_factor": 0.08333},
+        unet={"sample_size": 16, "block_out_channels": (16, 32), "in_channels": 7, "num_class_embeds": 1000,
+              **TWO_LEVELS},
+        text={"vocab_size": len(tokenizer), "max_position_embeddings": 32, "bos_token_id": 0, "eos_token_id": 1,
+              "pad_token_id": 1, "dtype": "float32"},
+    ).save(folder)  # fmt: skip
+    tokenizer.save_pretrained(folder / "tokenizer")
+    scheduler(prediction_type="v_prediction").save_pretrained(folder / "scheduler")
+    DDPMScheduler(**LOW).save_pretrained(folder / "low_res_scheduler")
     return folder
 
 

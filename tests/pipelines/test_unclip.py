@@ -159,6 +159,37 @@ def test_an_image_depends_on_its_own_seed(ours: UnCLIP) -> None:
     assert np.abs(levels(ours(PROMPTS[1], seed=9, **options)) - alone).max() > 1
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [("bf16", 0.02), ("fp16", 0.003)])
+def test_half_precision_is_close_to_float32(folder: Path, ours: UnCLIP, dtype: str, tolerance: float) -> None:
+    """Embeddings within 2 % (bfloat16) or 0.3 % (float16) of their length, and images as close in levels of 255. The
+    prior's statistics and both schedules are exactly those of float32.
+    """
+    half = UnCLIP.from_pretrained(folder, dtype=dtype, device="cpu")
+    assert ours.prior is not None
+    assert half.prior is not None
+    assert half.image_encoder is not None
+    networks = (half.sd.vae, half.sd.text, half.sd.unet, half.image_encoder, half.prior.network, half.prior.text)
+    wanted = {"bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
+    assert {part.dtype for part in networks} == {wanted}
+    assert torch.equal(half.prior.network.network.clip_mean, ours.prior.network.network.clip_mean)
+    assert half.sd.schedule.alphas_cumprod.dtype == torch.float64
+    exact, rounded = (results(model) for model in (ours, half))
+    for one, other in zip(exact[:2], rounded[:2], strict=True):
+        assert other.dtype == torch.float32
+        assert 0 < float((one - other).norm() / one.norm()) < tolerance
+    assert 0 < np.abs(exact[2] - rounded[2]).mean() < 255 * tolerance
+
+
+def results(model: UnCLIP) -> tuple[Tensor, Tensor, np.ndarray[Any, Any]]:
+    """Return embeddings of an image, embeddings that the prior draws, and images of prompts."""
+    assert model.prior is not None
+    image = Image.effect_mandelbrot((48, 40), (-2, -1.5, 1, 1.5), 100).convert("RGB")
+    seeds = [torch.Generator().manual_seed(seed) for seed in (5, 6)]
+    sampled = model.prior.sample(PROMPTS, seeds, num_inference_steps=3)
+    drawn = model(PROMPTS, seed=5, num_inference_steps=3, prior_num_inference_steps=3)
+    return model.embed_images(image), sampled, levels(drawn)
+
+
 def test_interpolation_goes_from_image_to_image_along_a_circle(ours: UnCLIP, monkeypatch: pytest.MonkeyPatch) -> None:
     first, last = (Image.new("RGB", (40, 40), colour) for colour in ("red", "navy"))
     ends = ours.embed_images([first, last])

@@ -19,30 +19,12 @@ from sdkit.errors import ArgumentError
 from sdkit.loading.source import Source
 from sdkit.networks.concatenation import noised_low_res, widen
 from tests.helpers import tiny
-from tests.helpers.loaders import load_text
 from tests.helpers.sentences import one_sentence
-
-LOW = {"beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Write an upscaler in the layout of stable-diffusion-x4-upscaler: a VAE of factor 4 and scale 0.08333, a U-Net of
-    seven input channels with noise levels as class labels, and a second schedule."""
-    out = tmp_path_factory.mktemp("x4")
-    _, tokenizer = load_text("emoji")
-    nets = tiny.networks(
-        (16, 16, 16), vae={"sample_size": 64, "scaling_factor": 0.08333},
-        unet={"sample_size": 16, "block_out_channels": (16, 32), "in_channels": 7, "num_class_embeds": 1000,
-              **tiny.TWO_LEVELS},
-        text={"vocab_size": len(tokenizer), "max_position_embeddings": 32, "bos_token_id": 0, "eos_token_id": 1,
-              "pad_token_id": 1, "dtype": "float32"},
-    )  # fmt: skip
-    nets.save(out)
-    tokenizer.save_pretrained(out / "tokenizer")
-    tiny.scheduler(prediction_type="v_prediction").save_pretrained(out / "scheduler")
-    DDPMScheduler(**LOW).save_pretrained(out / "low_res_scheduler")
-    return out
+    return tiny.upsampler(tmp_path_factory.mktemp("x4"))
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ import itertools
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,9 @@ from sdkit.loading.transformers_folder import clip_config, new_clip
 from sdkit.networks.clip import CLIP
 from sdkit.training import ClipConfig, train_clip
 from sdkit.training.learned_tokenizer import END, START, learn_tokenizer
+from sdkit.training.prepared import make_optimizer
 from sdkit.training.run_folder import read_metrics
+from sdkit.training.settings import LoopSettings
 from sdkit.training.stages.clip import CLIPStage
 from tests.helpers import clip, tiny
 from tests.helpers.sentences import one_sentence
@@ -152,6 +155,24 @@ def test_the_loss_of_a_step_is_numpy_s_over_each_micro_batch(made: Path, tmp_pat
     train_clip(settings)
     assert losses(tmp_path / "run") == pytest.approx([np.mean(expected)], rel=1e-5)
     assert float(scale) == pytest.approx(1 / 0.07, rel=1e-3)  # as in the paper
+
+
+def test_weights_decay_but_gains_and_biases_do_not(made: Path, tmp_path: Path) -> None:
+    """Where gradients are zero, AdamW's step is its decay alone. Control: a player that decays everything."""
+    player = CLIPStage(config(made, tmp_path)).players[0]
+    network = player.network.network
+    gains = {f"{name}.weight" for name, part in network.named_modules() if isinstance(part, torch.nn.LayerNorm)}
+    spared = gains | {name for name, _ in network.named_parameters() if name.endswith(".bias")}
+    spared |= {"logit_scale", "vision_model.embeddings.class_embedding"}  # in open_clip, too, vectors do not decay
+    for decays_gains in (False, True):
+        before = {name: p.detach().clone() for name, p in network.named_parameters()}
+        optimizer = make_optimizer(replace(player, decays_gains=decays_gains), LoopSettings(), torch.device("cpu"))
+        for p in network.parameters():
+            p.grad = torch.zeros_like(p)
+        optimizer.step()
+        for name, p in network.named_parameters():
+            factor = 1 if name in spared and not decays_gains else 1 - player.learning_rate * 0.01
+            torch.testing.assert_close(p, before[name] * factor, rtol=1e-6, atol=0, msg=name)
 
 
 def item_of(seed: int, n: int, size: int) -> int:

@@ -1,21 +1,19 @@
-"""Classes in the place of captions, for a U-Net that takes labels."""
+"""Captions as classes, for a U-Net that takes labels and for a prior of classes."""
 
 from __future__ import annotations
 
 import hashlib
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
 
 from sdkit.errors import ArgumentError
 from sdkit.loading.configs import CLASSES
 from sdkit.messages import clean
-from sdkit.networks.class_names import ClassNames, plain
+from sdkit.networks.class_list import ClassList, plain
+from sdkit.networks.class_names import ClassNames
 from sdkit.networks.denoiser import UNet
-from sdkit.networks.text_encoder import TextEncoder
 from sdkit.training.settings import UNetConfig
 from sdkit.training.stages.examples import CachedLatents, ImageLatents, Row
 
@@ -32,27 +30,26 @@ class LabelledExamples:
     Args:
         examples: The examples.
         classes: The classes.
-        text: The text encoder whose tokens the examples' captions are.
+        none: The label of an image without a caption; None if the network has no such label.
 
     Raises:
         ArgumentError: A caption is that of no class.
     """
 
-    def __init__(self, examples: CachedLatents | ImageLatents, classes: ClassNames, text: TextEncoder) -> None:
-        self.examples, self.classes = examples, classes
+    def __init__(self, examples: CachedLatents | ImageLatents, classes: ClassList, none: int | None) -> None:
+        self.examples, self.classes, self.none = examples, classes, none
         self.scale, self.shift, self.shape = examples.scale, examples.shift, examples.shape
         self.train: npt.NDArray[np.int64] = examples.train
         self.held_out, self.skipped = examples.held_out, examples.skipped
-        # Captions of a cache are known by their tokens alone, as which two spellings of a name are one.
-        self._labels = {_key(text, name): i for i, name in enumerate(classes.names)}
-        if len({plain(name) for name in classes.names}) < len(classes.names):
+        if classes.alike:
             raise ArgumentError("two classes have the same name but for case and spaces; rename one.")
-        if classes.none is not None:
-            self._labels[_key(text, "")] = classes.none
+        self._labels: dict[bytes, int] = {}  # by the tokens of a caption: a cache has no more
         for ids, caption in examples.captions():
-            if ids.numpy().tobytes() not in self._labels:
+            label = classes.number(caption) if plain(caption) else none
+            if label is None:
                 raise self._unknown(caption)
-        self.empty = examples.empty if classes.none is None else self._labelled(examples.empty)
+            self._labels[ids.numpy().tobytes()] = label
+        self.empty = examples.empty if none is None else examples.empty | {"label": torch.tensor(none)}
         self.identity = hashlib.sha256(f"{examples.identity} {classes.names}".encode()).hexdigest()[:16]
 
     def load(self, item: int, epoch: int) -> Row:
@@ -66,7 +63,7 @@ class LabelledExamples:
     def held_out_caption(self, i: int) -> str:
         """Return the name of the class of held-out example i."""
         label = int(self.validation(i)["label"])
-        return "" if label == self.classes.none else self.classes.names[label]
+        return "" if label == self.none else self.classes.names[label]
 
     def name(self, item: int) -> str:
         """Return the name of training example `item`, for messages."""
@@ -109,7 +106,7 @@ def classes_of(
     if not names:
         if not from_scratch:
             raise ArgumentError("this model does not name its classes; give classes, in the order of its labels.")
-        names = _found(examples)
+        names = list(_few(caption_classes(examples)).names)
     if count is not None and len(names) > count:
         raise ArgumentError(
             f"there are {len(names)} classes, and the U-Net has {count} labels; set num_class_embeds to "
@@ -124,28 +121,21 @@ def classes_of(
     return ClassNames.of(unet)
 
 
-def _found(examples: CachedLatents | ImageLatents) -> list[str]:
-    """Return the distinct captions, without the empty one, in the order of their numbers and names."""
-    names = {plain(caption): caption for _, caption in examples.captions()}
-    found = [names[name] for name in sorted(filter(None, names), key=_order)]
-    if not found:
+def caption_classes(examples: CachedLatents | ImageLatents) -> ClassList:
+    """Return the classes that the captions of examples are; the empty caption is none."""
+    return ClassList.of(caption for _, caption in examples.captions())
+
+
+def _few(found: ClassList) -> ClassList:
+    """Return the classes of captions. Raise ArgumentError if there are none, or so many that they are descriptions."""
+    if not found.names:
         raise ArgumentError(
             "the U-Net takes class labels, and no image has a caption to be its class; name a caption_column, or give "
             "class_folders."
         )
-    if len(found) > MOST_FOUND:
+    if len(found.names) > MOST_FOUND:
         raise ArgumentError(
-            f"the images have {len(found)} different captions, too many to be classes; name classes, or another "
+            f"the images have {len(found.names)} different captions, too many to be classes; name classes, or another "
             "caption_column."
         )
     return found
-
-
-def _order(name: str) -> tuple[Any, ...]:
-    """Return what to sort a name by: numbers by their value, before other names."""
-    return (0, int(name), name) if name.isdecimal() else (1, 0, name)
-
-
-def _key(text: TextEncoder, caption: str) -> bytes:
-    ids: Tensor = text.tokenize(caption)[0][0]
-    return ids.numpy().tobytes()

@@ -66,7 +66,8 @@ class CLIPStage:
 
     The loss of a micro-batch contrasts its pairs on all processes: embeddings are gathered, so two processes with N
     pairs each train as one with 2 N. With gradient accumulation, a step averages the losses of separate contrasts.
-    Pairs of one contrast with the same caption are no wrong answers for each other.
+    Pairs of one contrast with the same caption are no wrong answers for each other. Weights decay, but gains and biases
+    do not (section 2.5 of the paper).
 
     Args:
         config: Settings of the run.
@@ -109,8 +110,11 @@ class CLIPStage:
         self.size = len(self.train)
         rate, ema = config.learning_rate, config.ema_decay > 0
         self.players = [
-            Player("clip", self.clip, self.loss, learning_rate=rate, ema=ema, betas=BETAS, after_update=self.clip_scale)
-        ]
+            Player(
+                "clip", self.clip, self.loss, learning_rate=rate, ema=ema, betas=BETAS, decays_gains=False,
+                after_update=self.clip_scale,
+            )
+        ]  # fmt: skip
 
     def _make_clip(self, examples: Examples) -> CLIP:
         """Load the CLIP, or make one with a tokenizer that is given or learned from the captions."""

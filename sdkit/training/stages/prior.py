@@ -41,6 +41,7 @@ from sdkit.training.loop import fit
 from sdkit.training.settings import PriorConfig
 from sdkit.training.signals import raise_if_stopped
 from sdkit.training.stage import Player, Samples
+from sdkit.training.stages.classes import LabelledExamples, caption_classes
 from sdkit.training.stages.concatenation import CachedConditions
 from sdkit.training.stages.conditions import PairedExamples
 from sdkit.training.stages.encoding import BatchEncoder
@@ -108,14 +109,18 @@ class PriorStage:
         # The export needs an unused copy, because tokenizing changes what a tokenizer saves.
         self.tokenizer = copy.deepcopy(self.text.tokenizer)
         self.condition = "map" if config.level == "bottom" else config.conditioned_on
-        self.examples = self._open()
-        self.classes = self._classes() if config.conditioned_on == "class" else ()
-        self.prior = self._make_prior(len(self.vae.codebook))
+        self.examples: CachedLatents | ImageLatents | LabelledExamples = self._open()
         self.identity = {
             "data": self.examples.identity,
             "model": identity_of(self.vae.network),
             "vae": self.vae.identity,
         }
+        self.classes: tuple[str, ...] = ()
+        if config.conditioned_on == "class":
+            self.examples = labelled = _labelled(self.examples)
+            self.classes = labelled.classes.names
+            self.identity["classes"] = labelled.classes.identity
+        self.prior = self._make_prior(len(self.vae.codebook))
         self.size = len(self.examples.train)
         self.evaluators: list[Callable[[int], Mapping[str, float]]] = []
         if config.evaluate:
@@ -179,18 +184,6 @@ class PriorStage:
             vae, self.text, seed=config.seed,
         )  # fmt: skip
 
-    def _classes(self) -> tuple[str, ...]:
-        """Return the names of the classes: the captions that differ, as their tokens spell them, in order."""
-        examples = self.examples
-        if isinstance(examples, CachedLatents):
-            found = {self.text.spelled(item["ids"]) for item in examples.cache}
-        else:
-            captions = {*examples.images.examples.captions}
-            found = {self.text.spelled(self.text.tokenize(caption)[0][0]) for caption in captions}
-        if len(found) < 2:
-            raise DataError("all images have the same caption, and classes are captions that differ; leave them out.")
-        return tuple(sorted(found))
-
     def _make_prior(self, codes: int) -> CodePrior:
         """Return the prior, with weights that depend on the seed alone."""
         config, grid = self.config, self.examples.shape
@@ -242,7 +235,7 @@ class PriorStage:
         if self.config.conditioned_on == "text":
             row["condition"] = example["ids"][0]
         elif self.config.conditioned_on == "class":
-            row["condition"] = torch.tensor(self.classes.index(self.text.spelled(example["ids"])))
+            row["condition"] = example["label"]
         return row
 
     def names(self, samples: Samples) -> list[str]:
@@ -344,6 +337,14 @@ class PriorStage:
         save_prior(self.prior, folder / PRIOR)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder / TOKENIZER)
+
+
+def _labelled(examples: CachedLatents | ImageLatents) -> LabelledExamples:
+    """Return the examples with their captions as classes. An image without a caption is of none."""
+    classes = caption_classes(examples)
+    if len(classes.names) < 2:
+        raise DataError("all images have the same caption, and classes are captions that differ; leave them out.")
+    return LabelledExamples(examples, classes, none=len(classes.names))
 
 
 def cross_entropy(logits: Tensor, codes: Tensor) -> Tensor:

@@ -276,7 +276,7 @@ class UNetStage:
             if not isinstance(self.latents, (CachedLatents, ImageLatents)):
                 raise ArgumentError("conditions need a U-Net of text; leave them out, or give another.")
             names = classes_of(self.config, self.unet, self.latents, from_scratch=self.config.init is not None)
-            self.latents = LabelledExamples(self.latents, names, self.text)
+            self.latents = LabelledExamples(self.latents, names.classes, names.none)
         if self.config.init is not None:
             # Without dropout the label for no class is untrained, and guidance would steer away from noise.
             self.guidance_scale = LABEL_GUIDANCE if names.none is not None and self.config.caption_dropout else 1.0
