@@ -16,8 +16,8 @@ from sdkit.recipes.emoji.drawings import Drawings
 from sdkit.recipes.emoji.pictures import BACKGROUNDS, SIZE, STYLES, Picture, with_article
 
 GRID = 8
-"""Pictures begin at multiples of this many pixels, the side of a latent: a picture one step further has the same latents,
-shifted by one. So the U-Net learns a shape once for all places."""
+"""Pictures begin at multiples of this many pixels, the side of a latent: a picture one step further has the same
+latents, shifted by one. So the U-Net learns a shape once for all places."""
 MARGIN = 8  # pixels between a picture and the edge of the image, before the grid
 SIZES = {"small": 40, "": 72, "large": 104}
 """Word for a size -> extent in pixels, of the longer side. "" is between the two. Few sizes are few shapes to learn."""
