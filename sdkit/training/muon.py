@@ -43,24 +43,22 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:
-                    p.mul_(1 - group["lr"] * group["weight_decay"])
-                    state = self.state[p]
-                    update = (
-                        _muon(p.grad, state)
-                        if group["matrices"]
-                        else _adam(p.grad, state, group["betas"], group["eps"])
-                    )
-                    p.add_(update, alpha=-group["lr"])
+                    if group["matrices"]:
+                        update = _muon(p.grad, self.state[p])
+                    else:
+                        update = _adam(p.grad, self.state[p], group["betas"], group["eps"])
+                    p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"])
 
 
 def _muon(gradient: Tensor, state: dict[str, Any]) -> Tensor:
     """Return Muon's update, with Nesterov momentum, before it is multiplied by the learning rate."""
     if not state:
         state["momentum"] = torch.zeros_like(gradient)
-    state["momentum"].lerp_(gradient, 1 - MOMENTUM)
-    matrix = gradient.lerp(state["momentum"], MOMENTUM).flatten(1)
+    momentum: Tensor = state["momentum"].lerp_(gradient, 1 - MOMENTUM)
+    matrix = gradient.lerp(momentum, MOMENTUM).flatten(1)
     scale = RMS * math.sqrt(max(matrix.shape))
-    return (scale * orthogonalised(matrix)).reshape(gradient.shape)
+    update: Tensor = scale * orthogonalised(matrix)
+    return update.reshape(gradient.shape)
 
 
 def _adam(gradient: Tensor, state: dict[str, Any], betas: tuple[float, float], eps: float) -> Tensor:
@@ -69,10 +67,11 @@ def _adam(gradient: Tensor, state: dict[str, Any], betas: tuple[float, float], e
         state |= {"step": 0, "exp_avg": torch.zeros_like(gradient), "exp_avg_sq": torch.zeros_like(gradient)}
     state["step"] += 1
     first, second = betas
-    mean = state["exp_avg"].lerp_(gradient, 1 - first)
+    mean: Tensor = state["exp_avg"].lerp_(gradient, 1 - first)
     square = state["exp_avg_sq"].mul_(second).addcmul_(gradient, gradient, value=1 - second)
     deviation = (square / (1 - second ** state["step"])).sqrt_().add_(eps)
-    return mean / deviation / (1 - first ** state["step"])
+    update: Tensor = mean / deviation / (1 - first ** state["step"])
+    return update
 
 
 def orthogonalised(matrix: Tensor) -> Tensor:
@@ -96,8 +95,8 @@ def orthogonalised(matrix: Tensor) -> Tensor:
     for _ in range(ITERATIONS):
         q = a * identity + b * gram + c * gram @ gram
         gram, product = q @ gram @ q, q @ product
-    x = product @ x
-    return x.mT if is_tall else x
+    orthogonal: Tensor = product @ x
+    return orthogonal.mT if is_tall else orthogonal
 
 
 def split(groups: Iterable[dict[str, Any]], network: nn.Module) -> list[dict[str, Any]]:
