@@ -101,7 +101,7 @@ GROUPS = {
     "reconstruction lpips_weight lpips regularizer codebook_decay normalize_codes kl_weight disc_weight disc_start "
     "input_noise mask_ratio mask_patch",
     "optimisation": "max_steps batch_size gradient_accumulation_steps learning_rate lr_scheduler lr_warmup_steps "
-    "max_grad_norm ema_decay seed",
+    "optimizer max_grad_norm ema_decay seed",
     "speed and memory": "mixed_precision gradient_checkpointing use_8bit_adam",
     "validation": "validate_every validation_data validation_prompts evaluate bits_per_dimension",
     "checkpoints and logs": "save_every keep_checkpoints report_to",

@@ -33,6 +33,7 @@ from sdkit.files import sha256
 from sdkit.messages import clean, reason
 from sdkit.strict_json import read_object, require
 from sdkit.training.distributed import full_tensor, is_sharded, sharded_as
+from sdkit.training.muon import Muon
 from sdkit.training.prepared import PreparedPlayer
 
 if TYPE_CHECKING:
@@ -299,7 +300,8 @@ def _check_optimizer(prepared: PreparedPlayer, state: Mapping[str, Any], steps: 
     """
     optimizer, parameters = prepared.optimizer, dict(_named(prepared))
     optimizer_class = type(getattr(optimizer, "optimizer", optimizer))  # without Accelerate's wrapper
-    expected: dict[Kind, dict[str, Kind]] = {}  # cached by kind of parameter: each kind costs a trial step
+    matrices = {p for group in optimizer.param_groups if group.get("matrices") for p in group["params"]}
+    expected: dict[object, dict[str, Kind]] = {}  # cached by kind of parameter: each kind costs a trial step
     entries_of: dict[str, dict[str, Any]] = {}
     for key, value in state.items():
         name, _, entry = key.rpartition("/")
@@ -308,9 +310,9 @@ def _check_optimizer(prepared: PreparedPlayer, state: Mapping[str, Any], steps: 
         p = parameters.get(name)
         if p is None:
             raise _mismatch(f"its optimizer knows {clean(name)!r}, which is not trained")
-        kind = _kind(p)
+        kind, options = (_kind(p), p in matrices), {"matrices": True} if p in matrices else {}
         if kind not in expected:
-            expected[kind] = _kinds(_state_after_a_step(optimizer_class, p))
+            expected[kind] = _kinds(_state_after_a_step(optimizer_class, p, options))
         if _kinds(entries) != expected[kind]:
             raise _mismatch(f"the optimizer's state of {name} is of other shapes or types")
         count = entries.get("step", 0)
@@ -318,13 +320,21 @@ def _check_optimizer(prepared: PreparedPlayer, state: Mapping[str, Any], steps: 
             raise _mismatch(f"its optimizer made other than 0 to {steps} steps of {name}")
 
 
-def _state_after_a_step(optimizer: type[torch.optim.Optimizer], p: Tensor) -> dict[str, Any]:
-    """Return the state that an optimizer of this class has for a parameter like `p` after its first step."""
-    # The "meta" device computes nothing and needs no memory, but only PyTorch's own optimizer runs on it.
-    device = "meta" if optimizer is torch.optim.AdamW else p.device
+def _state_after_a_step(
+    optimizer: type[torch.optim.Optimizer], p: Tensor, options: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the state that an optimizer of this class has for a parameter like `p` after its first step.
+
+    Args:
+        optimizer: The class.
+        p: The parameter.
+        options: Options of the parameter's group on which the entries depend.
+    """
+    # The "meta" device computes nothing and needs no memory, but bitsandbytes' optimizer does not run on it.
+    device = "meta" if optimizer in (torch.optim.AdamW, Muon) else p.device
     parameter = nn.Parameter(torch.zeros(p.shape, dtype=p.dtype, device=device))
     parameter.grad = torch.zeros_like(parameter)
-    fresh = optimizer([parameter])  # type: ignore[call-arg]
+    fresh = optimizer([{"params": [parameter], **options}])  # type: ignore[call-arg]
     fresh.step()
     return dict(fresh.state[parameter])
 

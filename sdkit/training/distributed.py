@@ -87,6 +87,8 @@ def make_accelerator(settings: LoopSettings, out_dir: Path) -> Accelerator:
         set_up_fsdp(accelerator)
         if settings.use_8bit_adam:
             raise ArgumentError("use_8bit_adam does not work with FSDP; leave it off.")
+        if settings.optimizer == "muon":
+            raise ArgumentError("optimizer muon needs whole matrices, which FSDP splits; take adamw.")
     return accelerator
 
 

@@ -16,6 +16,7 @@ from sdkit.engines.device import has_fused_adam
 from sdkit.errors import ArgumentError
 from sdkit.training.distributed import gather, is_sharded, reshard, sharded_copy
 from sdkit.training.ema import EMA
+from sdkit.training.muon import Muon, split
 from sdkit.training.settings import LoopSettings
 from sdkit.training.stage import Player
 
@@ -98,13 +99,15 @@ def only_gradients_of(
 
 
 def make_optimizer(player: Player, settings: LoopSettings, device: torch.device) -> torch.optim.Optimizer:
-    """Return AdamW over the trainable parameters of `player`.
+    """Return an optimizer of the trainable parameters of `player`.
 
     Raises:
         ArgumentError: `use_8bit_adam` is set and bitsandbytes is not installed.
     """
     groups = parameter_groups(player)
     options: dict[str, Any] = {"lr": player.learning_rate, "betas": player.betas}
+    if settings.optimizer == "muon":
+        return Muon(split(groups, player.network), **options)
     if not settings.use_8bit_adam:
         return AdamW(groups, **options, fused=has_fused_adam(device))
     try:

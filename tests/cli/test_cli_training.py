@@ -180,6 +180,7 @@ COMMON: dict[str, tuple[str, Any]] = {
     "lr_scheduler": ("cosine", "cosine"),
     "lr_warmup_steps": ("4", 4),
     "max_grad_norm": ("none", None),
+    "optimizer": ("muon", "muon"),
     "use_8bit_adam": ("", True),
     "ema_decay": ("0", 0.0),
     "save_every": ("11", 11),

@@ -21,8 +21,8 @@ from sdkit.data import open_examples
 from sdkit.errors import DataError
 from sdkit.recipes.emoji import prepare as module
 from sdkit.recipes.emoji.compositions import (
+    GRID,
     MARGIN,
-    PLACED,
     PLACES,
     SIZES,
     Composition,
@@ -113,14 +113,13 @@ def test_captions_say_what_the_images_show() -> None:
         if len(composition.parts) == 1:
             (part,) = composition.parts
             if said["size0"]:
-                low, high = SIZES[said["size0"]]
-                assert low <= part.extent <= high
+                assert part.extent == SIZES[said["size0"]]
             if said["place"]:
                 axis = "across" if said["place"].split()[-1] in ("left", "right") else "down"
                 near = getattr(part, axis)
                 assert near <= 0.12 if said["place"].split()[-1] in ("left", "top") else near >= 0.88
                 assert 0.4 <= getattr(part, "down" if axis == "across" else "across") <= 0.6
-                assert part.extent <= PLACED[1]
+                assert part.extent <= SIZES[""]
             open_at["alone"] += 1
             open_at["size"] += not said["size0"]
             open_at["place"] += not said["place"]
@@ -242,16 +241,16 @@ def box_of(image: Image.Image, background: str) -> tuple[int, int, int, int]:
 @pytest.mark.parametrize(
     ("place", "box"),
     [
-        ((0, 0), (4, 4, 64, 64)),
+        ((0, 0), (8, 8, 68, 68)),
         ((1, 1), (64, 64, 124, 124)),
-        ((0.5, 0), (34, 4, 94, 64)),
-        ((0, 0.5), (4, 34, 64, 94)),
+        ((0.5, 0), (32, 8, 92, 68)),
+        ((0, 0.5), (8, 32, 68, 92)),
     ],
 )
 def test_where_a_picture_is_drawn(
     style: str, place: tuple[float, float], box: tuple[int, int, int, int], drawings: Drawings
 ) -> None:
-    """A disc without its empty edges fills a square of the extent, between the margins."""
+    """A disc without its empty edges fills a square of the extent, from a multiple of 8 pixels."""
     composition = Composition(
         parts=(part(across=place[0], down=place[1]),), style=style, background="white", caption=""
     )
@@ -281,8 +280,8 @@ def test_two_pictures_side_by_side(drawings: Drawings) -> None:
     for seed in range(20):
         composition = two([FEW[0], FEW[1]], "flat", Random(seed))
         left, top, right, bottom = box_of(composition.drawn(drawings), composition.background)
-        assert MARGIN - 1 <= left < SIZE // 2 < right <= SIZE - MARGIN + 1
-        assert MARGIN - 1 <= top < bottom <= SIZE - MARGIN + 1
+        assert MARGIN <= left < SIZE // 2 < right <= SIZE - MARGIN + GRID // 2
+        assert MARGIN <= top < bottom <= SIZE - MARGIN + GRID // 2
         halves = [np.asarray(composition.drawn(drawings))[:, x : x + 2] for x in (0, SIZE // 2 - 1, SIZE - 2)]
         assert all((half == BACKGROUNDS[composition.background]).all() for half in halves)
 
@@ -303,7 +302,7 @@ def test_named_places_and_sizes_can_be_measured(drawings: Drawings) -> None:
         extents[size].append(max(right - left, bottom - top))
     assert max(extents["small"]) < 55
     assert min(extents["large"]) > 95
-    assert min(extents[""]) < 60 < 100 < max(extents[""])
+    assert {round(extent, -1) for extent in extents[""]} == {40, 70, 100}
 
 
 def test_a_caption_has_many_images() -> None:
@@ -346,7 +345,7 @@ def test_sdkit_reads_the_captioned_sets(drawings: Drawings, tmp_path: Path, monk
     ("name", "value"),
     [
         ("SIZE_NAMED", 0.5), ("PLACE_NAMED", 0.5), ("STYLE_NAMED", 0.5), ("BACKGROUND_NAMED", 0.5), ("WHITE", 0.5),
-        ("MARGIN", 5), ("BESIDE", (40, 57)),
+        ("MARGIN", 5), ("GRID", 4), ("BESIDE", 41),
     ],
 )  # fmt: skip
 def test_other_rules_make_the_captioned_sets_anew(

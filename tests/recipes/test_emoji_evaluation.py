@@ -21,7 +21,7 @@ from sdkit.recipes.emoji import __main__ as command
 from sdkit.recipes.emoji import asked as ask
 from sdkit.recipes.emoji import evaluation, gallery, report
 from sdkit.recipes.emoji.asked import Prompt
-from sdkit.recipes.emoji.compositions import PLACES, arranged
+from sdkit.recipes.emoji.compositions import PLACES, SIZES, arranged
 from sdkit.recipes.emoji.drawings import VECTORS, Drawings
 from sdkit.recipes.emoji.figures import ALIGNED, Figure, aligned, background_of, figure_of
 from sdkit.recipes.emoji.gallery import Gallery, Match
@@ -132,8 +132,8 @@ def test_a_composition_is_what_its_prompt_says() -> None:
     made = [prompt.composition(seed) for seed in range(20)]
     assert {one.style for one in made} == {"flat"}
     assert {one.background for one in made} == {"blue"}
-    assert all(36 <= one.parts[0].extent <= 52 and one.parts[0].across <= 0.12 for one in made)
-    assert len({one.parts[0].extent for one in made}) > 5
+    assert all(one.parts[0].extent == SIZES["small"] and one.parts[0].across <= 0.12 for one in made)
+    assert len({one.parts[0].down for one in made}) > 5
     assert prompt.composition(3) == made[3]
 
 
@@ -194,8 +194,9 @@ def test_what_training_shows_is_measured_as_it_is_named(size: str, place: str) -
     for _ in range(100):
         part = arranged(EVERY[0], size, place, rng)
         width, height = part.extent, round(part.extent * rng.uniform(0.6, 1))
-        left, top = 4 + part.across * (120 - width), 4 + part.down * (120 - height)
-        figure = Figure((round(left), round(top), round(left) + width, round(top) + height), (128, 128))
+        left, top = 8 + part.across * (112 - width), 8 + part.down * (112 - height)
+        left, top = 8 * round(left / 8), 8 * round(top / 8)
+        figure = Figure((left, top, left + width, top + height), (128, 128))
         if size:
             assert figure.size == size
         if place:

@@ -78,6 +78,8 @@ BOTH: list[tuple[dict[str, Any], str]] = [
     ({"augment": ("rotate",)}, "augment 'rotate' is not one of 'crop', 'flip'"),
     ({"augment": 3}, "augment must be a string or a list of at least one string"),
     ({"gradient_checkpointing": "no"}, "gradient_checkpointing must be True or False, not 'no'"),
+    ({"optimizer": "sgd"}, "optimizer 'sgd' is not one of 'adamw', 'muon'"),
+    ({"optimizer": "muon", "use_8bit_adam": True}, "use_8bit_adam belongs to the optimizer adamw; leave it off"),
     ({"use_8bit_adam": "no"}, "use_8bit_adam must be True or False, not 'no'"),
     ({"ema_decay": "0.9"}, "ema_decay must be a number from 0 to 1, not '0.9'"),
     ({"max_grad_norm": NAN}, "max_grad_norm must be a number"),

@@ -98,6 +98,7 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> Path:
         },
         {"out": "recomputed", "settings": PLAIN, "environment": {"FSDP_ACTIVATION_CHECKPOINTING": "true"}},
         {"out": "8 bit", "settings": PLAIN | {"use_8bit_adam": True}},
+        {"out": "matrices", "settings": PLAIN | {"optimizer": "muon"}},
     ]
     for scenario in scenarios:
         scenario["out"] = str(folder / scenario["out"])
@@ -222,6 +223,7 @@ def test_stages_train(name: str, launched: Path) -> None:
         ("by size", "FSDP splits networks by the blocks that they name themselves"),
         ("recomputed", "fsdp_activation_checkpointing does not work here; leave it off."),
         ("8 bit", "use_8bit_adam does not work with FSDP; leave it off."),
+        ("matrices", "optimizer muon needs whole matrices, which FSDP splits; take adamw."),
     ],
 )
 def test_what_does_not_go_with_it_is_told(name: str, sentence: str, launched: Path) -> None:

@@ -92,8 +92,8 @@ def run() -> helper.Runs:
 
 def settings(made: Path, kind: str, out: Path, **changes: Any) -> tuple[str, dict[str, Any]]:
     """Return stage and settings of a kind of run: "vae", "controlnet", "dreambooth", "embedding", "prior", "pixelcnn",
-    "vqvae2", "classes", "clip", "image_prior", "classifier", "upsampler", "unet", or "lora". The last two can be
-    followed by " from a cache".
+    "vqvae2", "classes", "clip", "image_prior", "classifier", "upsampler", "muon" (a U-Net with that optimizer),
+    "unet", or "lora". The last two can be followed by " from a cache".
     A U-Net that is trained from images also reads conditions, and a VAE's input is corrupted.
     """
     own: dict[str, Any] = {
@@ -141,6 +141,7 @@ def settings(made: Path, kind: str, out: Path, **changes: Any) -> tuple[str, dic
         "classifier": {"data": made / "kinds", "init": made / "classifier.json"},
         "upsampler": {"upscale_factor": 8, "caption_dropout": 0.3, "validation_prompts": ("a red disc",)},
         "vqvae2": {"width": 8, "latent_channels": 4, "codes": 8},
+        "muon": {"optimizer": "muon", "train_text_encoder": True, "caption_dropout": 0.3},
     }[kind.split()[0]]  # fmt: skip
     if kind == "unet":
         own |= {"conditioning_data": made / "maps", "condition_kind": "map", "condition_dropout": 0.3}
@@ -202,6 +203,7 @@ KILLS += [
     ("classifier", point)
     for point in ("batch 3", "loss 6", "update 3", "half 8", "os.rename:checkpoints/step- 2", "export 1")
 ]
+KILLS += [("muon", point) for point in ("update 3", "half 8")]
 # The losses of timesteps are in the checkpoint.
 KILLS += [("classes", point) for point in ("loss 14", "half 8")]
 POINTS["loss 14"] = 6
@@ -353,6 +355,7 @@ TOGETHER: dict[str, dict[str, Any]] = {
     # So it does with other gradients that are nearly 0. The codes follow moving averages, whatever the rate.
     "vqvae2": {"learning_rate": 1e-5},
     "classes": {"learning_rate": 1e-4},
+    "muon": {"learning_rate": 1e-5},  # it raises small singular values, and with them rounding errors
 }
 PLAYERS = {
     "vae": ["vae", "discriminator"], "controlnet": ["controlnet"], "embedding": ["embedding"], "prior": ["prior"],
@@ -362,6 +365,7 @@ PLAYERS = {
 """Kind of run -> its players; that of the others is the U-Net."""
 WITHOUT_PICTURES = (
     "lora from a cache", "dreambooth", "prior", "pixelcnn", "clip", "image_prior", "classifier", "classes",
+    "muon",
 )  # fmt: skip
 
 

@@ -15,13 +15,15 @@ from PIL import Image
 from sdkit.recipes.emoji.drawings import Drawings
 from sdkit.recipes.emoji.pictures import BACKGROUNDS, SIZE, STYLES, Picture, with_article
 
-MARGIN = 4  # pixels between a picture and the edge of the image, at least
-SIZES = {"small": (36, 52), "": (56, 96), "large": (100, 118)}
-"""Word for a size -> smallest and largest extent in pixels, of the longer side. "" is between the two."""
+GRID = 8
+"""Pictures begin at multiples of this many pixels, the side of a latent: a picture one step further has the same
+latents, shifted by one. So the U-Net learns a shape once for all places."""
+MARGIN = 8  # pixels between a picture and the edge of the image, before the grid
+SIZES = {"small": 40, "": 72, "large": 104}
+"""Word for a size -> extent in pixels, of the longer side. "" is between the two. Few sizes are few shapes to learn."""
 PLACES = {"left": "on the left", "right": "on the right", "top": "at the top", "bottom": "at the bottom"}
 """Places that captions name, in words."""
-PLACED = (36, 80)  # smallest and largest extent at a named place: larger pictures have no room to move
-BESIDE = (40, 58)  # smallest and largest extent of each of two pictures side by side
+BESIDE = 40  # extent of each of two pictures side by side
 
 STYLE_NAMED, SIZE_NAMED, PLACE_NAMED, BACKGROUND_NAMED = 0.6, 0.4, 0.35, 0.6  # shares of captions
 WHITE = 0.2  # share of white among backgrounds that are not named, besides its turn among all backgrounds
@@ -79,8 +81,13 @@ class Composition:
             top = MARGIN + part.down * (SIZE - 2 * MARGIN - height)
             # Pillow weights colours by alpha when it resizes RGBA, so the picture gets no dark rim.
             resized = picture.resize((width, height), Image.Resampling.LANCZOS)
-            canvas.alpha_composite(resized, (round(left), round(top)))
+            canvas.alpha_composite(resized, (_on_grid(left), _on_grid(top)))
         return canvas.convert("RGB")
+
+
+def _on_grid(position: float) -> int:
+    """Return the nearest multiple of `GRID`."""
+    return GRID * round(position / GRID)
 
 
 def described(
@@ -141,7 +148,7 @@ def arranged(picture: Picture, size: str, place: str, rng: Random) -> Part:
 def beside(picture: Picture, rng: Random) -> Part:
     """Return a picture at a random size and position in its half of an image with two."""
     return Part(
-        picture=picture, extent=rng.randint(*BESIDE), across=rng.uniform(0.2, 0.8), down=rng.uniform(0.35, 0.65),
+        picture=picture, extent=BESIDE, across=rng.uniform(0.2, 0.8), down=rng.uniform(0.35, 0.65),
         mirrored=_mirrored(picture, rng),
     )  # fmt: skip
 
@@ -180,10 +187,8 @@ def _shared(style: str, backgrounds: Sequence[str], rng: Random) -> tuple[str, d
 
 def _extent(size: str, place: str, rng: Random) -> int:
     """Return the extent in pixels of a picture, if its caption names this size and this place. "" is any."""
-    if place and not size:
-        return rng.randint(*PLACED)
-    drawn = size or rng.choices(tuple(SIZES), (0.1, 0.5, 0.4))[0]
-    return rng.randint(*SIZES[drawn])
+    shares = (0.4, 0.6, 0) if place else (0.1, 0.5, 0.4)  # large pictures have no room to be at a place
+    return SIZES[size or rng.choices(tuple(SIZES), shares)[0]]
 
 
 def _position(place: str, rng: Random) -> dict[str, float]:

@@ -40,7 +40,7 @@ class Figure:
     @property
     def size(self) -> str:
         """Word for the size that is nearest, as in `SIZES`; "" is neither small nor large."""
-        bounds = {"small": (SIZES["small"][1] + SIZES[""][0]) / 2, "large": (SIZES[""][1] + SIZES["large"][0]) / 2}
+        bounds = {word: (SIZES[word] + SIZES[""]) / 2 for word in ("small", "large")}
         return "small" if self.extent < bounds["small"] else "large" if self.extent > bounds["large"] else ""
 
     @property

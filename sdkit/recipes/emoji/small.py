@@ -15,7 +15,6 @@ from PIL import Image
 from sdkit.atomic import atomic_write
 from sdkit.cli.console import exit_code_of, say_path
 from sdkit.cli.parser import Parser
-from sdkit.errors import DataError
 from sdkit.recipes.emoji.drawings import Drawings
 from sdkit.recipes.emoji.pictures import STYLES, pictures
 

@@ -27,6 +27,8 @@ class LoopSettings:
         lr_warmup_steps: Optimizer steps in which the learning rate rises from 0, for schedules with a
             warmup.
         max_grad_norm: Largest gradient norm; gradients above it are clipped. None turns clipping off.
+        optimizer: adamw, or muon: Muon for the matrices of hidden layers (Jordan et al. 2024), and AdamW for
+            all other parameters, at the same learning rate.
         use_8bit_adam: Use AdamW of bitsandbytes, with its state in 8 bits.
         ema_decay: Decay of the moving average of the weights, which is validated and exported; 0 turns it
             off.
@@ -44,6 +46,7 @@ class LoopSettings:
     lr_scheduler: str = "constant"
     lr_warmup_steps: int = 0
     max_grad_norm: float | None = 1.0
+    optimizer: str = "adamw"
     use_8bit_adam: bool = False
     ema_decay: float = 0.9999
     save_every: int = 100
@@ -76,7 +79,9 @@ class LoopSettings:
             self._keep("max_grad_norm", number("max_grad_norm", self.max_grad_norm, 1e-9))
         one_of("mixed_precision", self.mixed_precision, ("no", "bf16", "fp16"))
         one_of("lr_scheduler", self.lr_scheduler, LR_SCHEDULERS)
-        flag("use_8bit_adam", self.use_8bit_adam)
+        one_of("optimizer", self.optimizer, ("adamw", "muon"))
+        if flag("use_8bit_adam", self.use_8bit_adam) and self.optimizer == "muon":
+            raise ArgumentError("use_8bit_adam belongs to the optimizer adamw; leave it off.")
         self._keep("report_to", tuple(strings("report_to", self.report_to)) if self.report_to else ())
 
     def _keep(self, name: str, value: object) -> None:

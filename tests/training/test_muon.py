@@ -1,0 +1,64 @@
+"""Muon: orthogonal updates against an SVD, against PyTorch's own Muon and AdamW, and in a run."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from sdkit.training.muon import Muon, orthogonalised, split
+
+
+@pytest.mark.parametrize("shape", [(24, 24), (16, 60), (60, 16)])
+def test_orthogonalised_is_near_the_nearest_orthogonal_matrix(shape: tuple[int, int]) -> None:
+    """U V^T of the singular value decomposition is the nearest one; the iteration moves each singular value near 1."""
+    torch.manual_seed(0)
+    matrix = torch.randn(shape)
+    u, values, v = torch.linalg.svd(matrix, full_matrices=False)
+    found = u.mT @ orthogonalised(matrix) @ v.mT  # in the bases of the matrix
+    kept = torch.diagonal(found)[values > 0.05 * values.max()]
+    assert kept.min() > 0.5
+    assert kept.max() < 1.3
+    assert (found - torch.diag(torch.diagonal(found))).abs().max() < 0.1
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this PyTorch has no Muon to compare with")
+def test_matrices_are_updated_as_by_torch() -> None:
+    torch.manual_seed(0)
+    ours, theirs = (nn.Parameter(torch.arange(60.0).reshape(6, 10) / 60) for _ in range(2))
+    one = Muon([{"params": [ours], "matrices": True}], lr=1e-2, weight_decay=0.1)
+    other = torch.optim.Muon([theirs], lr=1e-2, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw")
+    for _ in range(5):
+        ours.grad = torch.randn(6, 10)
+        theirs.grad = ours.grad.clone()
+        one.step()
+        other.step()
+    assert (ours - theirs).abs().max() < 2e-3  # PyTorch iterates in bfloat16
+    assert (ours - torch.arange(60.0).reshape(6, 10) / 60).abs().max() > 0.01
+
+
+def test_all_others_are_updated_as_by_adamw() -> None:
+    torch.manual_seed(0)
+    ours, theirs = (nn.Parameter(torch.linspace(-1, 1, 12)) for _ in range(2))
+    one = Muon([ours], lr=1e-2, betas=(0.8, 0.95), weight_decay=0.1)
+    other = torch.optim.AdamW([theirs], lr=1e-2, betas=(0.8, 0.95), weight_decay=0.1)
+    for _ in range(5):
+        ours.grad = torch.randn(12)
+        theirs.grad = ours.grad.clone()
+        one.step()
+        other.step()
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
+
+
+def test_hidden_matrices_are_split_from_all_others() -> None:
+    """Convolutions count; embeddings, biases, gains, and the first and last convolutions do not. Options stay."""
+    network = nn.ModuleDict({
+        "conv_in": nn.Conv2d(3, 4, 3), "words": nn.Embedding(5, 4), "hidden": nn.Conv2d(4, 6, 3),
+        "norm": nn.GroupNorm(2, 6), "linear": nn.Linear(6, 6), "conv_out": nn.Conv2d(6, 3, 3),
+    })  # fmt: skip
+    names = {p: name for name, p in network.named_parameters()}
+    groups = split([{"params": list(network.parameters()), "weight_decay": 0.3}], network)
+    found = {group["matrices"]: {names[p] for p in group["params"]} for group in groups}
+    assert found[True] == {"hidden.weight", "linear.weight"}
+    assert found[False] == set(names.values()) - found[True]
+    assert all(group["weight_decay"] == 0.3 for group in groups)
