@@ -284,6 +284,23 @@ def test_classes_that_do_not_differ(made: Path, tmp_path: Path) -> None:
     one_sentence(lambda: PriorStage(config(made, data=data, conditioned_on="class")), SdkitError, sentence)
 
 
+def test_classes_are_numbered_alike_from_images_and_a_cache(made: Path, tmp_path: Path) -> None:
+    """Numbers come first, by their value; an image without a caption has no condition."""
+    data = tiny.photos(tmp_path / "photos", 6)
+    for caption, path in zip(["10", "T-shirt", "9", "", "ice cream", "10"], sorted(data.glob("*.txt")), strict=True):
+        path.write_text(caption)
+    options: dict[str, Any] = {"size": tiny.SIZE, "dtype": "fp32", "device": "cpu", "vae": made / "vq"}
+    cached = cache(made / "model", data, tmp_path / "cache", **options)
+    for source in (data, cached):
+        stage = PriorStage(config(made, data=source, conditioned_on="class"))
+        assert ["".join(name.lower().split()) for name in stage.classes] == ["9", "10", "icecream", "t-shirt"]
+        labels = [int(stage.batch([(n, n)])["condition"]) for n in range(len(stage.examples.train))]
+        wanted = [1, 3, 0, 4, 2, 1]
+        assert labels == [wanted[i] for i in stage.examples.train.tolist()]
+        assert stage.prior.shape.no_condition() == 4
+        assert "classes" in stage.identity
+
+
 def test_another_condition_is_another_run(made: Path, tmp_path: Path) -> None:
     train_prior(config(made, out_dir=tmp_path, max_steps=1))
     other = config(made, out_dir=tmp_path, conditioned_on="text", max_steps=2)
