@@ -180,7 +180,7 @@ COMMON: dict[str, tuple[str, Any]] = {
     "lr_scheduler": ("cosine", "cosine"),
     "lr_warmup_steps": ("4", 4),
     "max_grad_norm": ("none", None),
-    "optimizer": ("muon", "muon"),
+    "optimizer": ("adamw", "adamw"),  # muon excludes 8-bit AdamW
     "use_8bit_adam": ("", True),
     "ema_decay": ("0", 0.0),
     "save_every": ("11", 11),
@@ -353,6 +353,7 @@ def test_what_is_not_given_is_the_default() -> None:
     given = ("--data", "photos", "--out-dir", "run")
     assert settings("unet", *given) == UNetConfig(**needed)
     assert settings("unet", *given, "--size", "64", "--no-zero-snr") == UNetConfig(size=64, zero_snr=False, **needed)
+    assert settings("unet", *given, "--optimizer", "muon") == UNetConfig(optimizer="muon", **needed)
     assert settings("unet", "-m", "a", *given, "--size", "none") == UNetConfig(model="a", **needed)
 
 
