@@ -50,7 +50,7 @@ def is_parameters(cell: Any) -> bool:
 def test_they_are_all_there() -> None:
     assert [path.stem[:2] for path in NOTEBOOKS] == ["01", "02", "03", "04", "05", "06", "07", "08", "09", "10"]
     assert [path.stem for path in TRANSLATIONS] == [
-        "01_encode_decode_zh", "02_text_to_image_zh", "03_autoencoders_zh",
+        "01_encode_decode_zh", "02_text_to_image_zh", "03_autoencoders_zh", "05_vector_quantisation_zh",
     ]  # fmt: skip
 
 
