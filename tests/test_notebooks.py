@@ -21,6 +21,7 @@ FEW = {
     "QUICK": 2, "PICTURES": 8, "CONTROL_STEPS": 2, "MAPS": 16, "MAP_STEPS": 2, "CLASS_IMAGES": 4, "OBJECT_STEPS": 2,
     "WORD_STEPS": 2, "VQ_STEPS": 4, "PRIOR_STEPS": 3, "TEXT_STEPS": 3, "CLIP_STEPS": 3, "DRAWS": 14, "EACH": 8,
     "JUDGE_STEPS": 3, "CLASSIFIER_STEPS": 3, "ABLATION_STEPS": 2,
+    "GAN_STEPS": 16, "DECODER_STEPS": 3,
 }  # fmt: skip
 FIRST = """
 from sdkit.pipelines.settings import DrawingSettings
@@ -48,10 +49,10 @@ def is_parameters(cell: Any) -> bool:
 
 
 def test_they_are_all_there() -> None:
-    assert [path.stem[:2] for path in NOTEBOOKS] == ["01", "02", "03", "04", "05", "06", "07", "08", "09"]
+    assert [path.stem[:2] for path in NOTEBOOKS] == ["01", "02", "03", "04", "05", "06", "07", "08", "09", "10"]
     assert [path.stem for path in TRANSLATIONS] == [
-        "01_encode_decode_zh", "02_text_to_image_zh", "03_autoencoders_zh",
-        "04_ddpm_from_scratch_zh",
+        "01_encode_decode_zh", "02_text_to_image_zh", "03_autoencoders_zh", "04_ddpm_from_scratch_zh",
+        "05_vector_quantisation_zh",
     ]  # fmt: skip
 
 
