@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from sdkit.atomic import atomic_write
+from sdkit.atomic import beside
 from sdkit.errors import SourceError
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -99,24 +99,20 @@ def enlarged(levels: np.ndarray[tuple[int, ...], np.dtype[np.float64]]) -> Image
 
 
 def write(training: Captioned, folder: Path) -> None:
-    """Write the training images, in each of the three ways. Existing files are kept."""
+    """Write the training images, in each of the three ways, unless the folder exists."""
+    if folder.exists():
+        return
+    temporary = beside(folder)  # a folder that was written in part must not pass for the whole
     for home in (*(f"{CLASSES}/{word}" for word in WORDS), CAPTIONED, EVERYTHING):
-        (folder / home).mkdir(parents=True, exist_ok=True)
+        (temporary / home).mkdir(parents=True)
     for i, (picture, label, caption) in enumerate(
         zip(training.pictures, training.labels, training.captions, strict=True)
     ):
-        _save(picture, folder / CLASSES / WORDS[label] / f"{i:04}.png")
+        picture.save(temporary / CLASSES / WORDS[label] / f"{i:04}.png")
         for home in (EVERYTHING,) if caption in UNSEEN else (EVERYTHING, CAPTIONED):
-            _save(picture, folder / home / f"{i:04}.png", caption)
-
-
-def _save(picture: Image.Image, path: Path, caption: str | None = None) -> None:
-    if path.exists():
-        return
-    if caption is not None:
-        path.with_suffix(".txt").write_text(caption, encoding="utf-8")
-    with atomic_write(path) as temporary:
-        picture.save(temporary, "PNG")
+            picture.save(temporary / home / f"{i:04}.png")
+            (temporary / home / f"{i:04}.txt").write_text(caption, encoding="utf-8")
+    temporary.rename(folder)
 
 
 def levels(pictures: Images) -> Tensor:

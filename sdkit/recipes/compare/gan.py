@@ -98,13 +98,10 @@ def train_gan(pictures: Images, out: Path, steps: int, seed: int = 0) -> None:
     optimizers = [torch.optim.Adam(one.parameters(), RATE, BETAS) for one in (drawing, judging)]
     for step in range(steps):
         chosen = real[torch.randint(len(real), (BATCH,), generator=source)]
-        with torch.autocast("cpu", torch.bfloat16):  # as the toolkit's stages are trained here
-            drawn = drawing(torch.randn(BATCH, LATENTS, generator=source))
-            loss = hinge_discriminator(judging(shifted(chosen, source)), judging(shifted(drawn.detach(), source)))
+        drawn = drawing(torch.randn(BATCH, LATENTS, generator=source))
+        loss = hinge_discriminator(judging(shifted(chosen, source)), judging(shifted(drawn.detach(), source)))
         _step(optimizers[1], loss)
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = hinge_generator(judging(shifted(drawn, source)))
-        _step(optimizers[0], loss)
+        _step(optimizers[0], hinge_generator(judging(shifted(drawn, source))))
         decay = min(DECAY, (1 + step) / (10 + step))
         for kept, new in zip(average.state_dict().values(), drawing.state_dict().values(), strict=True):
             kept.copy_(torch.lerp(kept, new, 1 - decay) if kept.is_floating_point() else new)

@@ -34,7 +34,7 @@ def _unet(channels: list[int], attention: list[bool], **changes: Any) -> dict[st
     } | changes  # fmt: skip
 
 
-_PIXELS = [32, 48, 64]  # channels at 16 x 16, 8 x 8, and 4 x 4 pixels
+_PIXELS = [16, 32, 64]  # channels at 16 x 16, 8 x 8, and 4 x 4 pixels
 _LATENTS = {"sample_size": 4, "in_channels": 4, "out_channels": 4}
 _CLIP: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
 CLIP_WIDTH = 64
@@ -42,17 +42,17 @@ CLIP_WIDTH = 64
 SHAPES: dict[str, dict[str, Any]] = {
     # One latent of 16 channels for the whole image, so that codes drawn from N(0, I) need no arrangement.
     "vae": {"_class_name": "AutoencoderKL", **_AUTOENCODER, "latent_channels": 16, **_levels(16, 32, 48, 64, 64)},
-    "kl": {"_class_name": "AutoencoderKL", **_AUTOENCODER, **_levels(24, 32, 48)},
-    "vq": {"_class_name": "VQModel", **_AUTOENCODER, **_levels(24, 32, 48), "num_vq_embeddings": 64},
+    "kl": {"_class_name": "AutoencoderKL", **_AUTOENCODER, **_levels(16, 32, 48)},
+    "vq": {"_class_name": "VQModel", **_AUTOENCODER, **_levels(16, 32, 48), "num_vq_embeddings": 64},
     "ddpm": _unet(_PIXELS, [False, True, False]),
     "improved-ddpm": _unet(_PIXELS, [False, True, False], out_channels=6),
     "adm": _unet(_PIXELS, [False, True, True], resnet_time_scale_shift="scale_shift", num_class_embeds=11),
     "classifier": {
-        "_class_name": "EncoderUNet", "block_out_channels": [32, 48, 64], "layers_per_block": 1, "norm_num_groups": 8,
+        "_class_name": "EncoderUNet", "block_out_channels": _PIXELS, "layers_per_block": 1, "norm_num_groups": 8,
         "attention_head_dim": 8, "down_block_types": ["DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"],
     },
-    "ldm-kl": _unet([64, 96], [True, True], **_LATENTS),
-    "ldm-vq": _unet([64, 96], [True, True], **_LATENTS),
+    "ldm-kl": _unet([48, 64], [True, True], **_LATENTS),
+    "ldm-vq": _unet([48, 64], [True, True], **_LATENTS),
     "clip": {
         "model_type": "clip", "projection_dim": CLIP_WIDTH,
         "text_config": {**_CLIP, "num_hidden_layers": 2, "vocab_size": 600, "max_position_embeddings": 16},

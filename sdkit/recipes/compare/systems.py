@@ -15,8 +15,9 @@ import torch
 from torch import nn
 
 import sdkit
+from sdkit.data import cache
 from sdkit.images import to_pil
-from sdkit.recipes.compare.data import WORDS, Images, word_of
+from sdkit.recipes.compare.data import SIDE, WORDS, Images, word_of
 from sdkit.recipes.compare.gan import load_generator, train_gan
 from sdkit.recipes.compare.workshop import Workshop
 from sdkit.training import (
@@ -35,8 +36,8 @@ from sdkit.training import (
 )
 
 BATCH = 50  # images drawn at once
-STEPS = 50  # sampling steps of diffusion models
-PRIOR_STEPS, PRIOR_GUIDANCE = 25, 2.0  # of DALL-E 2's prior
+STEPS = 25  # sampling steps of diffusion models
+PRIOR_STEPS, PRIOR_GUIDANCE = 10, 2.0  # of DALL-E 2's prior
 GUIDANCE = 2.0  # of DALL-E, and of DALL-E 2's decoder
 CLASSIFIER_SCALE = 1.0
 CODES = 16  # of an image
@@ -68,11 +69,11 @@ class Drawer:
         return sum(weights.values())
 
 
-def _common(steps: int, *, rate: float = 2e-3, batch_size: int = 32) -> dict[str, Any]:
+def _common(steps: int, *, rate: float = 2e-3, batch_size: int = 16) -> dict[str, Any]:
     """Return settings that all stages share."""
     return {
         "max_steps": steps, "batch_size": batch_size, "learning_rate": rate, "lr_scheduler": "cosine",
-        "mixed_precision": "bf16", "ema_decay": 0.99, "validate_every": steps, "save_every": max(50, steps // 4),
+        "ema_decay": 0.99, "validate_every": steps, "save_every": max(50, steps // 4),
         "keep_checkpoints": 1,
     }  # fmt: skip
 
@@ -128,7 +129,7 @@ def dall_e(work: Workshop) -> Drawer:
         drawn: Images = pipeline(list(captions), seed=[*range(len(captions))], guidance_scale=GUIDANCE)
         return drawn
 
-    return Drawer(draw, ("vq", "dall-e"), _networks(pipeline), 2 * CODES + 1, "text")
+    return Drawer(draw, ("vq", "vq-captioned", "dall-e"), _networks(pipeline), 2 * CODES + 1, "text")
 
 
 def ddpm(work: Workshop) -> Drawer:
@@ -169,14 +170,17 @@ def adm(work: Workshop) -> Drawer:
 def ldm_kl(work: Workshop) -> Drawer:
     """Latent diffusion: a VAE with a small KL term, and DDPM in its latents."""
     _autoencoder(work, "kl", regularizer="kl", kl_weight=1e-3)
-    model = _unet(work, "ldm-kl", vae=work.result("kl"))
-    return _diffusion(model, ("kl", "ldm-kl"))
+    data = _latents(work, "kl-latents", work.classes, "kl")
+    model = _unet(work, "ldm-kl", vae=work.result("kl"), data=data, batch_size=32)
+    return _diffusion(model, ("kl", "kl-latents", "ldm-kl"))
 
 
 def ldm_vq(work: Workshop) -> Drawer:
     """Latent diffusion: the VQ-VAE, and DDPM in its latents before they are rounded to codes."""
     _vq(work)
-    return _diffusion(_unet(work, "ldm-vq", vae=work.result("vq")), ("vq", "ldm-vq"))
+    data = _latents(work, "vq-latents", work.classes, "vq")
+    model = _unet(work, "ldm-vq", vae=work.result("vq"), data=data, batch_size=32)
+    return _diffusion(model, ("vq", "vq-latents", "ldm-vq"))
 
 
 def dall_e_2(work: Workshop) -> Drawer:
@@ -260,13 +264,27 @@ def _vq(work: Workshop) -> sdkit.VAE:
     return _autoencoder(work, "vq", regularizer="vq")
 
 
+def _latents(work: Workshop, part: str, data: Path, vae: str) -> Path:
+    """Encode the training images by a trained autoencoder, once for all steps of those that learn its latents."""
+
+    def encode(out: Path, steps: int) -> None:  # noqa: ARG001 - as for all parts
+        cache("emoji", data, out / "result", vae=work.result(vae), size=SIDE, device="cpu", workers=1)
+
+    return work.trained(part, encode)
+
+
 def _code_prior(work: Workshop, part: str, **settings: Any) -> sdkit.TokenPipeline:
     """Train a prior over the codes of the VQ-VAE."""
     _vq(work)
-    data = work.captioned if "conditioned_on" in settings else work.classes
+    if "conditioned_on" in settings:
+        data = _latents(work, "vq-captioned", work.captioned, "vq")
+    else:
+        data = _latents(work, "vq-latents", work.classes, "vq")
 
     def train(out: Path, steps: int) -> None:
-        train_prior(PriorConfig(vae=work.result("vq"), data=data, out_dir=out, **_common(steps) | settings))
+        train_prior(
+            PriorConfig(vae=work.result("vq"), data=data, out_dir=out, **_common(steps, batch_size=32) | settings)
+        )
 
     return sdkit.TokenPipeline.from_pretrained(work.trained(part, train), dtype="fp32", device="cpu")
 
@@ -282,12 +300,13 @@ def _codes(pipeline: sdkit.TokenPipeline, part: str) -> Drawer:
         drawn: Images = pipeline(num_images=len(captions), seed=0)
         return drawn
 
-    return Drawer(draw, ("vq", part), _networks(pipeline), CODES + 1)
+    return Drawer(draw, ("vq", "vq-latents", part), _networks(pipeline), CODES + 1)
 
 
 def _unet(work: Workshop, part: str, **settings: Any) -> sdkit.StableDiffusion:
     def train(out: Path, steps: int) -> None:
-        train_unet(UNetConfig(init=work.shape(part), data=work.classes, out_dir=out, **_common(steps) | settings))
+        given = {"data": work.classes, **_common(steps), **settings}
+        train_unet(UNetConfig(init=work.shape(part), out_dir=out, **given))
 
     return sdkit.StableDiffusion.from_pretrained(work.trained(part, train), device="cpu")
 
@@ -315,7 +334,7 @@ def _image_prior(work: Workshop) -> Path:
         train_image_prior(
             ImagePriorConfig(
                 model=clip, init=work.shape("image-prior"), data=work.captioned, out_dir=out,
-                **_common(steps, rate=1e-3),
+                **_common(steps, rate=1e-3, batch_size=32),
             )
         )  # fmt: skip
 

@@ -15,11 +15,11 @@ from sdkit.recipes.compare.data import CAPTIONED, CLASSES, EVERYTHING, Digits
 from sdkit.recipes.compare.shapes import SHAPES
 
 STEPS = {
-    "gan": 1500, "vae": 1000, "kl": 400, "vq": 400, "pixelcnn": 600, "gpt": 800, "ddpm": 700, "improved-ddpm": 700,
-    "adm": 500, "classifier": 250, "ldm-kl": 800, "ldm-vq": 800, "dall-e": 800, "clip": 250, "image-prior": 500,
-    "decoder": 600, "judge-clip": 400,
+    "gan": 1000, "vae": 600, "vq": 350, "kl": 350, "vq-latents": 1, "vq-captioned": 1, "kl-latents": 1,
+    "pixelcnn": 250, "gpt": 350, "ddpm": 460, "improved-ddpm": 450, "adm": 290, "classifier": 110, "ldm-kl": 260,
+    "ldm-vq": 260, "dall-e": 350, "clip": 140, "image-prior": 140, "decoder": 180, "judge-clip": 300,
 }  # fmt: skip
-"""Part -> its steps, by which each system takes about a minute of one core."""
+"""Part -> its steps, by which each system takes about half a minute of one core."""
 
 
 @dataclass(frozen=True)
