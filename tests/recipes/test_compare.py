@@ -206,6 +206,8 @@ def test_a_stopped_training_is_resumed_and_its_time_counts(digits: data.Digits, 
     assert work.seconds("gan") > first
     work.trained("gan", lambda out, steps: seen.append(steps))
     assert len(seen) == 1
+    (tmp_path / "gan.json").write_text("{}")
+    one_sentence(lambda: work.seconds("gan"), SourceError, "gan.json' is damaged; delete it and the folder 'gan'")
 
 
 def test_evaluations_are_counted_right(made: Path, digits: data.Digits) -> None:

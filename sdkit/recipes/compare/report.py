@@ -62,6 +62,12 @@ def compare(
     whole_number("images", images, LEAST, data.HELD_OUT)
     if out.exists() and not out.is_dir():
         raise ArgumentError(f"{str(out)!r} is a file; name a folder.")
+    for cost, _ in draws.every(out / DRAWS):
+        if cost.images != images:
+            raise ArgumentError(
+                f"{cost.name} has drawn {cost.images} images in {str(out)!r}, and this comparison asks for {images}; "
+                "name another --out, or the same --images as before."
+            )
     digits = data.digits()
     data.write(digits.training, out / "data")
     work = Workshop(out, digits, scale)
@@ -86,13 +92,7 @@ def compare(
 def _draw(work: Workshop, name: str, images: int) -> None:
     """Train a system and draw with it, unless its draws are there."""
     folder = work.folder / DRAWS
-    kept = draws.load(folder, name)
-    if kept is not None:
-        if kept[0].images != images:
-            raise ArgumentError(
-                f"{name} has drawn {kept[0].images} images in {str(work.folder)!r}, and this comparison asks for "
-                f"{images}; name another --out, or the same --images as before."
-            )
+    if draws.load(folder, name) is not None:
         return
     drawer = SYSTEMS[name](work)
     start = time.process_time()

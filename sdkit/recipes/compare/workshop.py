@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sdkit.atomic import atomic_write
-from sdkit.errors import ArgumentError
+from sdkit.errors import ArgumentError, SourceError
 from sdkit.recipes.compare.data import CAPTIONED, CLASSES, EVERYTHING, Digits
 from sdkit.recipes.compare.shapes import SHAPES
 
@@ -92,14 +92,18 @@ class Workshop:
 
     def seconds(self, part: str) -> float:
         """Return the CPU time that a part's training has taken."""
-        return float(self._record(part)["seconds"])
+        seconds: float = self._record(part)["seconds"]
+        return seconds
 
     def _record(self, part: str) -> dict[str, Any]:
         path = self.folder / f"{part}.json"
         if not path.exists():
             return {"steps": None, "done": False, "seconds": 0.0}
-        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return record
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+            return {"steps": int(record["steps"]), "done": bool(record["done"]), "seconds": float(record["seconds"])}
+        except (ValueError, TypeError, KeyError) as error:
+            raise SourceError(f"{str(path)!r} is damaged; delete it and the folder {part!r} beside it.") from error
 
     def _write(self, part: str, record: dict[str, Any]) -> None:
         with atomic_write(self.folder / f"{part}.json") as path:
