@@ -40,8 +40,8 @@ _CLIP: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128, "num_atten
 CLIP_WIDTH = 64
 
 SHAPES: dict[str, dict[str, Any]] = {
-    # One latent of 16 channels for the whole image, so that codes drawn from N(0, I) need no arrangement.
-    "vae": {"_class_name": "AutoencoderKL", **_AUTOENCODER, "latent_channels": 16, **_levels(16, 32, 48, 64, 64)},
+    # A latent of only 2 x 2 places, so that codes drawn from N(0, I) need little arrangement.
+    "vae": {"_class_name": "AutoencoderKL", **_AUTOENCODER, "latent_channels": 6, **_levels(16, 32, 48, 64)},
     "kl": {"_class_name": "AutoencoderKL", **_AUTOENCODER, **_levels(16, 32, 48)},
     "vq": {"_class_name": "VQModel", **_AUTOENCODER, **_levels(16, 32, 48), "num_vq_embeddings": 64},
     "ddpm": _unet(_PIXELS, [False, True, False]),

@@ -15,9 +15,9 @@ from sdkit.recipes.compare.data import CAPTIONED, CLASSES, EVERYTHING, Digits
 from sdkit.recipes.compare.shapes import SHAPES
 
 STEPS = {
-    "gan": 1000, "vae": 600, "vq": 350, "kl": 350, "vq-latents": 1, "vq-captioned": 1, "kl-latents": 1,
-    "pixelcnn": 250, "gpt": 350, "ddpm": 460, "improved-ddpm": 450, "adm": 290, "classifier": 110, "ldm-kl": 260,
-    "ldm-vq": 260, "dall-e": 350, "clip": 140, "image-prior": 140, "decoder": 180, "judge-clip": 300,
+    "gan": 1000, "vae": 400, "vq": 350, "kl": 300, "vq-latents": 1, "vq-captioned": 1, "kl-latents": 1,
+    "pixelcnn": 250, "gpt": 350, "ddpm": 460, "improved-ddpm": 450, "adm": 240, "classifier": 90, "ldm-kl": 220,
+    "ldm-vq": 220, "dall-e": 350, "clip": 120, "image-prior": 120, "decoder": 140, "judge-clip": 220,
 }  # fmt: skip
 """Part -> its steps, by which each system takes about half a minute of one core."""
 
