@@ -24,7 +24,7 @@ from sdkit.recipes.compare.draws import Cost
 from sdkit.recipes.compare.gan import Generator, load_generator, train_gan
 from sdkit.recipes.compare.judging import load_judges
 from sdkit.recipes.compare.measuring import JUDGES, controls, measure, measured, nearest_distance
-from sdkit.recipes.compare.report import SHIPPED, as_json, compare, table
+from sdkit.recipes.compare.report import SHIPPED, SWEEP, as_json, compare, table
 from sdkit.recipes.compare.systems import SYSTEMS
 from sdkit.recipes.compare.workshop import STEPS, Workshop
 from tests.helpers.sentences import one_sentence
@@ -225,6 +225,8 @@ def test_every_system_runs(tmp_path: Path) -> None:
     assert [row.cost.name for row in rows if row.cost.order >= 0] == list(SYSTEMS)
     asked = {row.cost.name: row.cost.asked for row in rows if row.cost.asked and row.cost.order >= 0}
     assert asked == {"ADM, guided": "class", "DALL-E": "text", "DALL-E 2": "text"}
+    sweep = [cost.name for cost, _ in draws.every(tmp_path / SWEEP)]
+    assert sweep == ["guidance 1", "guidance 1.5", "guidance 2", "guidance 4", "guidance 8"]
 
 
 def test_the_shipped_table_is_that_of_the_shipped_draws() -> None:
@@ -262,7 +264,7 @@ def test_the_table_leaves_out_what_is_not_measured() -> None:
 @pytest.mark.parametrize(
     ("names", "options", "fragment"),
     [
-        (["GPT-5"], {}, "system must be one of"),
+        (["GPT-5"], {}, "system 'GPT-5' is not one of"),
         (["GAN"], {"scale": 0}, "scale must be"),
         (["GAN"], {"scale": float("nan")}, "scale must be"),
         (["GAN"], {"images": 7}, "images must be"),

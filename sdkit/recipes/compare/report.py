@@ -22,9 +22,11 @@ from sdkit.recipes.compare.workshop import Workshop
 SHIPPED = Path(__file__).parents[2] / "assets" / "compare"
 """Draws, judges, and table of one whole comparison."""
 IMAGES = 300
+SWEEP, SCALES = "guidance", (1.0, 1.5, 2.0, 4.0, 8.0)
+"""Subfolder of DALL-E's draws at other guidance scales, and the scales."""
 LEAST = 8
 JUDGE_SEED = 1
-JUDGE_STEPS = 600
+JUDGE_STEPS = 400
 HEAD = (
     "system", "Fréchet", "precision", "recall", "nearest", "right digit", "own caption", "training", "weights",
     "evaluations", "ms per image",
@@ -71,16 +73,18 @@ def compare(
     digits = data.digits()
     data.write(digits.training, out / "data")
     work = Workshop(out, digits, scale)
-    for name in names:
-        if progress is not None:
-            progress(name)
-        _draw(work, name, images)
-    _draw_reconstructions(work, images)
     if not (out / JUDGES).exists():
         if progress is not None:
             progress("judges")
         clip = train_the_clip(work, "judge-clip", work.everything, JUDGE_SEED)
         save_judges(out / JUDGES, digits.training, clip, max(2, round(JUDGE_STEPS * min(scale, 1))))
+    for name in names:
+        if progress is not None:
+            progress(name)
+        _draw(work, name, images)
+    _draw_reconstructions(work, images)
+    if "DALL-E" in names:
+        _draw_sweep(work, images)
     rows = measured(out, digits)
     with atomic_write(out / "comparison.json") as path:
         path.write_text(json.dumps([as_json(row) for row in rows], indent=1) + "\n", encoding="utf-8")
@@ -103,6 +107,15 @@ def _draw(work: Workshop, name: str, images: int) -> None:
         training=sum(map(work.seconds, drawer.parts)), evaluations=drawer.evaluations, seconds=seconds,
     )  # fmt: skip
     draws.save(folder, cost, pictures)
+
+
+def _draw_sweep(work: Workshop, images: int) -> None:
+    """Draw with DALL-E at other guidance scales, for the curve of fidelity and variety."""
+    for order, scale in enumerate(SCALES):
+        name = f"guidance {scale:g}"
+        if draws.load(work.folder / SWEEP, name) is None:
+            pictures = systems.dall_e(work, scale).draw(work.digits.reference.captions[:images])
+            draws.save(work.folder / SWEEP, Cost(name=name, images=images, order=order, asked="text"), pictures)
 
 
 def _draw_reconstructions(work: Workshop, images: int) -> None:

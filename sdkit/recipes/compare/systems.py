@@ -121,14 +121,14 @@ def vq_gpt(work: Workshop) -> Drawer:
     return _codes(_code_prior(work, "gpt", kind="transformer", layers=3, width=96, heads=4), "gpt")
 
 
-def dall_e(work: Workshop) -> Drawer:
-    """DALL-E: the same VQ-VAE, and a GPT with the caption in front, guided."""
+def dall_e(work: Workshop, guidance: float = GUIDANCE) -> Drawer:
+    """DALL-E: the same VQ-VAE, and a GPT with the caption in front, guided with this scale."""
     pipeline = _code_prior(
         work, "dall-e", kind="transformer", layers=3, width=96, heads=4, conditioned_on="text", model="emoji"
     )
 
     def draw(captions: Sequence[str]) -> Images:
-        drawn: Images = pipeline(list(captions), seed=[*range(len(captions))], guidance_scale=GUIDANCE)
+        drawn: Images = pipeline(list(captions), seed=[*range(len(captions))], guidance_scale=guidance)
         return drawn
 
     return Drawer(draw, ("vq", "vq-captioned", "dall-e"), _networks(pipeline), 2 * CODES + 1, "text")

@@ -15,9 +15,9 @@ from sdkit.recipes.compare.data import CAPTIONED, CLASSES, EVERYTHING, Digits
 from sdkit.recipes.compare.shapes import SHAPES
 
 STEPS = {
-    "gan": 1000, "vae": 400, "vq": 350, "kl": 300, "vq-latents": 1, "vq-captioned": 1, "kl-latents": 1,
-    "pixelcnn": 250, "gpt": 350, "ddpm": 460, "improved-ddpm": 450, "adm": 240, "classifier": 90, "ldm-kl": 220,
-    "ldm-vq": 220, "dall-e": 350, "clip": 120, "image-prior": 120, "decoder": 140, "judge-clip": 220,
+    "gan": 1000, "vae": 300, "vq": 350, "kl": 300, "vq-latents": 1, "vq-captioned": 1, "kl-latents": 1,
+    "pixelcnn": 250, "gpt": 350, "ddpm": 460, "improved-ddpm": 450, "adm": 160, "classifier": 60, "ldm-kl": 220,
+    "ldm-vq": 220, "dall-e": 350, "clip": 120, "image-prior": 120, "decoder": 120, "judge-clip": 160,
 }  # fmt: skip
 """Part -> its steps, by which each system takes about half a minute of one core."""
 
