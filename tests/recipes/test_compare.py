@@ -120,7 +120,7 @@ class TestMeasures:
         assert real.accuracy is not None
         assert real.accuracy > 0.93
         assert real.retrieval is not None
-        assert real.retrieval > 0.5
+        assert real.retrieval > 0.3
 
 
 class TestGan:
