@@ -141,7 +141,7 @@ class TestGan:
             train_gan(digits.training.pictures, folder, steps)
             drawn = load_generator(folder).draw([torch.Generator().manual_seed(seed) for seed in range(64)])
             errors.append(float((drawn[:, 0].flatten(1).mean(0) - mean).square().mean()))
-        assert errors[1] < 0.5 * errors[0]
+        assert errors[1] < 0.7 * errors[0]
 
 
 @pytest.fixture(scope="module")
