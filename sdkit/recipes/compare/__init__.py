@@ -1,0 +1,1 @@
+"""Train every generative system of the tutorials on the same small digits, and measure them side by side."""

@@ -1,0 +1,111 @@
+"""Draws of a system: its images as one lossless picture, with what they cost as JSON beside it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from sdkit.atomic import atomic_write
+from sdkit.errors import SourceError
+from sdkit.recipes.compare.data import SIDE, Images
+
+COLUMNS = 20
+REFERENCE, HELD_OUT, TRAINING = "reference", "held_out", "training"
+"""Names of the three sets of digits."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """What a system is asked for, and what it costs.
+
+    Attributes:
+        name: Name of the system, or of a control.
+        images: Number of images.
+        order: Place in the table.
+        asked: What the system reads of a caption: "" (nothing), "class", or "text".
+        captions_of: The set whose captions were asked for: a field of `Digits`.
+        training: CPU time of the training, in seconds; None for a control.
+        weights: Number of weights that take part in a drawing.
+        evaluations: Evaluations of a network for each image.
+        seconds: CPU time of an image, in seconds.
+    """
+
+    name: str
+    images: int
+    order: int
+    asked: str = ""
+    captions_of: str = REFERENCE
+    training: float | None = None
+    weights: int | None = None
+    evaluations: int | None = None
+    seconds: float | None = None
+
+
+def slug(name: str) -> str:
+    """Return the name of a system's files."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def grey(pictures: Images) -> list[Image.Image]:
+    """Return pictures in grey, as they are saved and measured."""
+    return [one.convert("L") for one in pictures]
+
+
+def save(folder: Path, cost: Cost, pictures: Images) -> None:
+    """Save draws as NAME.png and then NAME.json."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = -(-len(pictures) // COLUMNS)
+    sheet = np.zeros((rows * SIDE, COLUMNS * SIDE), np.uint8)
+    for i, picture in enumerate(grey(pictures)):
+        top, left = i // COLUMNS * SIDE, i % COLUMNS * SIDE
+        sheet[top : top + SIDE, left : left + SIDE] = np.asarray(picture)
+    with atomic_write(folder / f"{slug(cost.name)}.png") as path:
+        Image.fromarray(sheet).save(path, "PNG", optimize=True)
+    with atomic_write(folder / f"{slug(cost.name)}.json") as path:
+        path.write_text(json.dumps(asdict(cost), indent=1) + "\n", encoding="utf-8")
+
+
+def load(folder: Path, name: str) -> tuple[Cost, list[Image.Image]] | None:
+    """Return the draws of a system, or None if there are none.
+
+    Raises:
+        SourceError: They are damaged.
+    """
+    file = folder / f"{slug(name)}.json"
+    if not file.exists():
+        return None
+    try:
+        cost = _cost(json.loads(file.read_text(encoding="utf-8")))
+        with Image.open(file.with_suffix(".png")) as image:
+            sheet = np.asarray(image.convert("L"))
+        return cost, _cut(sheet, cost.images)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise SourceError(
+            f"the draws in {str(file)!r} are damaged; delete the file, and they are made again."
+        ) from error
+
+
+def every(folder: Path) -> list[tuple[Cost, list[Image.Image]]]:
+    """Return all draws in a folder, in the order of the table."""
+    loaded = [load(folder, path.stem) for path in sorted(folder.glob("*.json"))]
+    return sorted([one for one in loaded if one is not None], key=lambda one: one[0].order)
+
+
+def _cost(content: dict[str, Any]) -> Cost:
+    return Cost(**{field.name: content[field.name] for field in fields(Cost)})
+
+
+def _cut(sheet: np.ndarray[Any, np.dtype[np.uint8]], count: int) -> list[Image.Image]:
+    """Return the first pictures of a sheet."""
+    places: Sequence[tuple[int, int]] = [(i // COLUMNS * SIDE, i % COLUMNS * SIDE) for i in range(count)]
+    pictures = [sheet[top : top + SIDE, left : left + SIDE] for top, left in places]
+    if any(one.shape != (SIDE, SIDE) for one in pictures):
+        raise ValueError("the sheet is too small")
+    return [Image.fromarray(one) for one in pictures]
