@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
@@ -10,7 +11,9 @@ from safetensors.torch import load_file
 
 from sdkit.errors import SourceError
 from sdkit.evaluation.extractors import open_extractor
-from sdkit.recipes.emoji import clip
+from sdkit.recipes.emoji import clip, clip_report
+from sdkit.recipes.emoji.compositions import one
+from sdkit.recipes.emoji.pictures import STYLES, pictures
 from tests.helpers import tiny
 from tests.helpers.sentences import one_sentence
 
@@ -42,3 +45,32 @@ def test_its_settings_are_valid(tmp_path: Path) -> None:
 
     config = ClipConfig(**settings(clip.RUN), data="photos", init=shape_file("clip"), out_dir=tmp_path)
     assert config.batch_size == 128
+
+
+@pytest.mark.parametrize(
+    ("caption", "said"),
+    [
+        ("a mahjong", clip_report.Told(name="mahjong red dragon")),  # the other name of that picture
+        ("red apple", clip_report.Told(name="red apple")),
+        ("a small flat red apple at the bottom of a purple background",
+         clip_report.Told(name="red apple", style="flat", size="small", place="bottom", background="purple")),
+        ("small airplane", clip_report.Told(name="small airplane")),
+        ("a large small airplane on the left, 3d style",
+         clip_report.Told(name="small airplane", style="3d", size="large", place="left")),
+        ("a noto ghost and a noto red apple", None),
+    ],
+)  # fmt: skip
+def test_captions_are_read(caption: str, said: clip_report.Told | None) -> None:
+    assert clip_report.told(caption) == said
+
+
+def test_each_caption_of_the_recipe_is_read_as_it_was_made() -> None:
+    """485 random compositions: what their captions say is what their makers named."""
+    rng = Random(0)
+    for picture in pictures()[::2]:
+        made = one(picture, rng.choice(STYLES), rng)
+        found = clip_report.told(made.caption)
+        assert found is not None, made.caption
+        assert found.name == picture.name
+        assert found.style in ("", made.style)
+        assert found.background in ("", made.background)
