@@ -176,7 +176,6 @@ def open_extractor(name: str = "alex", *, device: str | torch.device = "auto") -
     Args:
         name: "alex", "inception", "dinov2", or "clip", with or without a source of its weights: "NAME:SOURCE". A source
             is a folder, a Hub id, or, for "inception", also a file in the layout of pytorch-fid or torch-fidelity.
-            "clip:emoji" is the embedded CLIP, which knows emoji and their captions.
             Without one, "inception" takes the environment variable SDKIT_INCEPTION, or the file that pytorch-fid or
             torch-fidelity have downloaded; the other two take the networks of their metrics' papers from the Hub.
         device: Where the network computes; "auto" is a GPU if there is one.

@@ -14,7 +14,7 @@ from sdkit.files import expanded
 from sdkit.loading import hub, tokenizer
 from sdkit.loading.configs import COUNT, WHOLE, WORD, Check, read_json
 from sdkit.loading.place import KINDS, Place, absent, resolve
-from sdkit.loading.single_file import ASSETS, LARGEST
+from sdkit.loading.single_file import LARGEST
 from sdkit.loading.tensors import guarded, is_file
 from sdkit.messages import clean
 
@@ -30,8 +30,6 @@ SIZES: Mapping[str, Check] = {
 """Keys in the config of a CLIP from which a network is made -> their checks. Other keys are not passed on."""
 SMALL = 2**24
 """Parameters that a network may have whatever the size of its file of weights; they take 64 MiB."""
-EMBEDDED_CLIP = ASSETS / "emoji_clip"
-"""The CLIP that ships. Its name is "emoji", that of the embedded model, wherever a CLIP is wanted."""
 LEGACY_END = 2
 """Id of the end token in configs of CLIP from before transformers 4.31. It is wrong: their tokenizers' is the last."""
 
@@ -41,13 +39,13 @@ def pretrained(cls: Any, source: str | os.PathLike[str], kind: str) -> Any:
 
     Args:
         cls: Its class.
-        source: A folder or a Hub id; or "emoji", the embedded CLIP.
+        source: A folder or a Hub id.
         kind: The `model_type` that its config must name.
 
     Raises:
         SourceError: The network is missing, damaged, incomplete, or of another kind.
     """
-    place = _embedded_clip(resolve(source)) if kind == "clip" else resolve(source)
+    place = resolve(source)
     root = root_of(place, ["config.json"])
     if not is_file(root / "config.json"):
         raise absent(place, "config.json")
@@ -77,12 +75,7 @@ def pretrained(cls: Any, source: str | os.PathLike[str], kind: str) -> Any:
 
 def own_tokenizer(source: str | os.PathLike[str]) -> CLIPTokenizer:
     """Load the tokenizer in the same folder or Hub repository as a network; CLIP's, if there is none."""
-    return tokenizer.load_tokenizer(root_of(_embedded_clip(resolve(source)), ["config.json", *tokenizer.FILES]))
-
-
-def _embedded_clip(place: Place) -> Place:
-    """Return a place unchanged, except that of "emoji": the folder of the embedded CLIP."""
-    return Place(name=place.name, kind="folder", path=EMBEDDED_CLIP) if place.kind == "embedded" else place
+    return tokenizer.load_tokenizer(root_of(resolve(source), ["config.json", *tokenizer.FILES]))
 
 
 def root_of(place: Place, files: list[str]) -> Path:

@@ -112,8 +112,7 @@ class CLIP(Wrapper):
         """Load a CLIP and its tokenizer, frozen, in float32, on the CPU.
 
         Args:
-            source: A folder or a Hub id in transformers' layout, or the result of `train_clip`; or "emoji", the
-                embedded CLIP, which knows emoji and their captions.
+            source: A folder or a Hub id in transformers' layout, or the result of `train_clip`.
 
         Raises:
             SourceError: There is no CLIP, or it is damaged.

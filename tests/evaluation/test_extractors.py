@@ -235,7 +235,7 @@ class TestBadInput:
             ("inception:.", SourceError, "'model.safetensors' does not exist"),
             ("clip:org/none", SourceError, "'org/none' is not in the cache, and the Hub cannot be reached"),
             ("clip:.", SourceError, "'.' has no config.json"),
-            ("dinov2:emoji", SourceError, "'emoji' is the embedded model; give a folder or a Hub id"),
+            ("clip:emoji", SourceError, "'emoji' is the embedded model; give a folder or a Hub id"),
             ("dinov2:file.txt", SourceError, "'file.txt' is a file; give a folder or a Hub id"),
         ],
     )

@@ -319,7 +319,7 @@ def test_mistakes_in_data_and_model(made: Path, tmp_path: Path) -> None:
         ({"init": edited(made, tmp_path / "5.json", num_attention_heads=3)}, source, "the config of this CLIP"),
         ({"init": edited(made, tmp_path / "6.json", hidden_size=999998)}, source, "parameters, sdkit builds at most"),
         ({"tokenizer": made / "model"}, source, "the tokenizer has 2048 tokens, this CLIP a vocabulary of 530"),
-        ({"init": None, "model": "pixels"}, source, "is the pixel identity; give a folder or a Hub id of a network"),
+        ({"init": None, "model": "emoji"}, source, "is the embedded model; give a folder or a Hub id of a network"),
         ({"init": None, "model": made / "photos"}, source, "config.json"),
     ]  # fmt: skip
     for number, (change, error, fragment) in enumerate(cases):

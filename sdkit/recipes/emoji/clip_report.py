@@ -150,7 +150,7 @@ def measure(source: str, data: Path) -> dict[str, Share]:
     """Measure a CLIP on a folder of captioned images.
 
     Args:
-        source: The CLIP, such as "emoji".
+        source: The CLIP: a folder, such as clip-fp16 of the recipe, or a Hub id.
         data: Captioned images of the recipe, such as data/held_out. Those of two things are left out.
 
     Raises:
@@ -181,7 +181,7 @@ def table(found: Mapping[str, Share]) -> str:
 def main() -> int:
     """Measure, print the table, and return the exit code."""
     parser = Parser(prog="python -m sdkit.recipes.emoji.clip_report", description=__doc__)
-    parser.add_argument("--clip", default="emoji", metavar="SOURCE", help="the CLIP (default: the embedded one)")
+    parser.add_argument("--clip", required=True, metavar="SOURCE", help="the CLIP, such as runs/emoji/clip-fp16")
     parser.add_argument("--data", type=Path, required=True, metavar="FOLDER", help="captioned images, not trained on")
     args: argparse.Namespace = parser.parse_args()
     say(table(measure(args.clip, args.data)))
