@@ -20,6 +20,7 @@ FEW = {
     "STEPS": 4, "CONV_STEPS": 3, "MAE_STEPS": 3, "TEXTURE_STEPS": 3, "LATENT_STEPS": 3, "COUNTS": (2, 4), "EXACT": 8,
     "QUICK": 2, "PICTURES": 8, "CONTROL_STEPS": 2, "MAPS": 16, "MAP_STEPS": 2, "CLASS_IMAGES": 4, "OBJECT_STEPS": 2,
     "WORD_STEPS": 2, "VQ_STEPS": 4, "PRIOR_STEPS": 3, "TEXT_STEPS": 3, "CLIP_STEPS": 3, "DRAWS": 14, "EACH": 8,
+    "DECODER_STEPS": 3, "DRAW_STEPS": 2, "STYLE_STEPS": 2,
 }  # fmt: skip
 FIRST = """
 from sdkit.pipelines.settings import DrawingSettings
@@ -47,7 +48,7 @@ def is_parameters(cell: Any) -> bool:
 
 
 def test_they_are_all_there() -> None:
-    assert [path.stem[:2] for path in NOTEBOOKS] == ["01", "02", "03", "04", "05", "06", "07", "08", "09"]
+    assert [path.stem[:2] for path in NOTEBOOKS] == ["01", "02", "03", "04", "05", "06", "07", "08", "09", "11"]
     assert [path.stem for path in TRANSLATIONS] == [
         "01_encode_decode_zh", "02_text_to_image_zh", "03_autoencoders_zh",
     ]  # fmt: skip
