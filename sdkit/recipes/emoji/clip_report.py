@@ -114,8 +114,8 @@ def shares(clip: Extractor, embedded: Tensor, captions: Sequence[Told]) -> dict[
     styled = [i for i, one in enumerate(captions) if one.style][:AT_MOST]
     names = [picture.name for picture in pictures()]
     if styled:
-        texts = {s: _units(clip, [Told(name=name, style=s).caption for name in names]) for s in STYLES}
-        scores = torch.stack([texts[captions[i].style] @ units[i] for i in styled])
+        named = {s: _units(clip, [Told(name=name, style=s).caption for name in names]) for s in STYLES}
+        scores = torch.stack([named[captions[i].style] @ units[i] for i in styled])
         found["name, within its style"] = _share(scores, [names.index(captions[i].name) for i in styled])
     for attribute, answers in ANSWERS.items():
         asked = [i for i, one in enumerate(captions) if getattr(one, attribute)][:AT_MOST]
