@@ -231,7 +231,8 @@ class UnCLIP:
             seed: As in `__call__`; ignored if there are generators.
             noise_level: Timestep of the noise that is added to the embedding; more of it gives more variety.
             num_inference_steps: Steps of the decoder's sampler.
-            guidance_scale: Guidance scale against no embedding and the empty prompt; 1 turns it off.
+            guidance_scale: Guidance scale against no embedding and the empty prompt; 1 turns it off. The default is
+                stable unCLIP's; it saturates a small decoder that was trained for minutes, which needs about 2.
             sampler: Name of a sampler.
             generators: One CPU generator for each image: for the embedding's noise, x_T, and the steps' noise.
 

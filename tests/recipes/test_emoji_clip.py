@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
-from sdkit.errors import SourceError
+from sdkit.errors import DataError, SourceError
 from sdkit.evaluation.extractors import open_extractor
-from sdkit.recipes.emoji import clip
+from sdkit.recipes.emoji import clip, clip_report
+from sdkit.recipes.emoji.compositions import one
+from sdkit.recipes.emoji.pictures import STYLES, pictures
+from tests.helpers import clip as tiny_clip
 from tests.helpers import tiny
 from tests.helpers.sentences import one_sentence
 
@@ -42,3 +47,61 @@ def test_its_settings_are_valid(tmp_path: Path) -> None:
 
     config = ClipConfig(**settings(clip.RUN), data="photos", init=shape_file("clip"), out_dir=tmp_path)
     assert config.batch_size == 128
+
+
+@pytest.mark.parametrize(
+    ("caption", "said"),
+    [
+        ("a mahjong", clip_report.Told(name="mahjong red dragon")),  # the other name of that picture
+        ("red apple", clip_report.Told(name="red apple")),
+        ("a small flat red apple at the bottom of a purple background",
+         clip_report.Told(name="red apple", style="flat", size="small", place="bottom", background="purple")),
+        ("small airplane", clip_report.Told(name="small airplane")),
+        ("a large small airplane on the left, 3d style",
+         clip_report.Told(name="small airplane", style="3d", size="large", place="left")),
+        ("a noto ghost and a noto red apple", None),
+    ],
+)  # fmt: skip
+def test_captions_are_read(caption: str, said: clip_report.Told | None) -> None:
+    assert clip_report.told(caption) == said
+
+
+def test_each_caption_of_the_recipe_is_read_as_it_was_made() -> None:
+    """485 random compositions: what their captions say is what their makers named."""
+    rng = Random(0)
+    for picture in pictures()[::2]:
+        made = one(picture, rng.choice(STYLES), rng)
+        found = clip_report.told(made.caption)
+        assert found is not None, made.caption
+        assert found.name == picture.name
+        assert found.style in ("", made.style)
+        assert found.background in ("", made.background)
+
+
+def test_shares_are_counted_by_hand() -> None:
+    """Four images, three answers each. The first two are right; the others' own answers are second and last."""
+    scores = torch.tensor([[0.9, 0.1, 0.0], [0.2, 0.8, 0.3], [0.7, 0.6, 0.1], [0.1, 0.5, 0.9]])
+    found = clip_report._share(scores, [0, 1, 1, 0])
+    assert (found.right, found.right5, found.images) == (0.5, 1.0, 4)
+    assert found.chance == pytest.approx(1 / 3)
+    rivals = clip_report._share(torch.arange(12.0).expand(2, 12), [6, 7])  # the nearest are 11, 10, 9, 8, 7
+    assert (rivals.right, rivals.right5, rivals.chance) == (0, 0.5, 1 / 12)
+
+
+def test_a_folder_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of five images, one has two things, and two name their size; a CLIP of random weights fills the table."""
+    said = [
+        "a red apple on a blue background", "a small cat, 3d style", "a large flat ghost on the left",
+        "rocket at the top of a red background", "a cat and a rocket",
+    ]  # fmt: skip
+    for i, text in enumerate(said):
+        Image.new("RGB", (32, 32), (40 * i, 99, 20)).save(tmp_path / f"{i}.png")
+        (tmp_path / f"{i}.txt").write_text(text)
+    found = clip_report.measure(str(tiny_clip.save_clip(tmp_path / "clip")), tmp_path)
+    counts = {"name, within its style": 2, "style": 2, "background": 2, "size": 2, "place": 2}
+    assert {name: one.images for name, one in found.items()} == counts
+    assert [one.chance for one in found.values()] == pytest.approx([1 / 970, 1 / 4, 1 / 12, 1 / 2, 1 / 4])
+    assert clip_report.table(found).count("\n") == 6
+    (tmp_path / "other").mkdir()
+    Image.new("RGB", (32, 32)).save(tmp_path / "other" / "a.png")
+    one_sentence(lambda: clip_report.measure("none", tmp_path / "other"), DataError, "has a caption of one emoji")
