@@ -145,7 +145,12 @@ def requirements() -> dict[str, set[str]]:
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_a_module_imports_only_what_is_required(path: Path) -> None:
     imported = imported_by(path) - set(sys.stdlib_module_names) - {"sdkit"}
-    distributions = {"PIL": "pillow", "huggingface_hub": "huggingface-hub", "resvg_py": "resvg-py"}
+    distributions = {
+        "PIL": "pillow",
+        "huggingface_hub": "huggingface-hub",
+        "resvg_py": "resvg-py",
+        "sklearn": "scikit-learn",
+    }
     # The demo and the recipe use scikit-image's photos if it is installed; only type checkers read typing_extensions.
     optional = {"skimage", "typing_extensions"}
     extra = requirements()["train"] if TRAINING & set(path.parts) else set()
@@ -185,6 +190,8 @@ def test_the_wheel_holds_the_package_whole_and_nothing_else(tmp_path: Path) -> N
         ".json",
         ".safetensors",
         ".jpg",
+        ".png",
+        ".webp",
         ".md",
         ".txt",
         ".tsv",

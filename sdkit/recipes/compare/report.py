@@ -43,7 +43,8 @@ def compare(
 ) -> list[Row]:
     """Train systems on the same digits, draw with each, and measure the draws. What is there already is kept.
 
-    The folder gets comparison.json, comparison.md, draws/, judges/, and a run folder for each part.
+    The folder gets comparison.json, comparison.md, draws/, judges/, guidance/ (DALL-E at other scales), and a
+    run folder for each part.
 
     Args:
         out: Folder of the comparison.
