@@ -253,6 +253,25 @@ def test_draws_are_lossless(tmp_path: Path) -> None:
     one_sentence(lambda: draws.load(tmp_path, "VQ + GPT"), SourceError, "are damaged; delete the file")
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("images", 10**9), ("images", 0), ("order", None), ("captions_of", "x"), ("training", "1"), ("name", 5)],
+)
+def test_impossible_costs(tmp_path: Path, key: str, value: Any) -> None:
+    content = asdict(Cost(name="GAN", images=1, order=0)) | {key: value}
+    draws.save(tmp_path, Cost(name="GAN", images=1, order=0), [data.enlarged(np.zeros((8, 8)))])
+    (tmp_path / "gan.json").write_text(json.dumps(content))
+    one_sentence(lambda: draws.every(tmp_path), SourceError, "gan.json' are damaged; delete the file")
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage", None])
+def test_damaged_weights(tmp_path: Path, content: bytes | None) -> None:
+    for name, load in (("generator", load_generator), ("classifier", load_judges)):
+        if content is not None:
+            (tmp_path / f"{name}.safetensors").write_bytes(content)
+        one_sentence(lambda load=load: load(tmp_path), SourceError, name if content is not None else str(tmp_path))
+
+
 def test_the_table_leaves_out_what_is_not_measured() -> None:
     stored = table(measured(SHIPPED)).splitlines()
     cells = {line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:-1]] for line in stored[2:]}
@@ -270,6 +289,7 @@ def test_the_table_leaves_out_what_is_not_measured() -> None:
         (["GAN"], {"images": 7}, "images must be"),
         (["GAN"], {"images": 301}, "images must be"),
         (["GAN"], {"scale": 2 * FEW, "images": 2 * IMAGES}, "has drawn 12 images"),
+        (["GAN"], {"scale": 3 * FEW, "images": IMAGES}, "this comparison asks for"),
         (["VQ + PixelCNN"], {"scale": 3 * FEW, "images": IMAGES}, "this comparison asks for"),
     ],
 )

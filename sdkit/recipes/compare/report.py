@@ -72,8 +72,9 @@ def compare(
                 "name another --out, or the same --images as before."
             )
     digits = data.digits()
-    data.write(digits.training, out / "data")
     work = Workshop(out, digits, scale)
+    work.check_scale()  # draws that are there are kept, and must be of as long a training
+    data.write(digits.training, out / "data")
     if not (out / JUDGES).exists():
         if progress is not None:
             progress("judges")
