@@ -159,6 +159,24 @@ def test_a_cascade_enlarges(run: Run, made: Path, work: Path) -> None:
     close([again(run, found.out.strip())], [expected])
 
 
+def test_an_upsampler_takes_fewer_images_at_once(
+    run: Run, made: Path, work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The base draws both images of 16 x 16 pixels at once, and the upsampler one of 64 x 64 after the other."""
+    monkeypatch.setattr(sdkit.StableDiffusion, "images_at_once", lambda self, height, width: 2 if height < 64 else 1)
+    seen: list[int] = []
+    original = sdkit.UNet.forward
+
+    def forward(self: sdkit.UNet, z: torch.Tensor, *args: Any, **keywords: Any) -> torch.Tensor:
+        seen.append(len(z))
+        return original(self, z, *args, **keywords)
+
+    monkeypatch.setattr(sdkit.UNet, "forward", forward)
+    how = ("--steps", 1, "--height", 16, "--width", 16, "--scale", 1, "--count", 2, *PLACE)
+    assert run("generate", "a cat", "-m", made / "base", "--upsampler", made / "upsampler", *how).code == 0
+    assert seen == [2, 1, 1]
+
+
 def test_an_upsampler_alone_takes_its_noise_level(run: Run, made: Path, work: Path) -> None:
     how = ("--condition", made / "image.png", "--noise-level", 300, "--steps", 2, *PLACE)
     assert run("generate", "a cat", "-m", made / "upsampler", *how, "-o", "a.png").code == 0

@@ -17,7 +17,7 @@ from scipy.linalg import sqrtm
 from sklearn.datasets import load_digits
 from sklearn.neighbors import NearestNeighbors
 
-from sdkit.errors import ArgumentError, SourceError
+from sdkit.errors import ArgumentError, SdkitError, SourceError
 from sdkit.recipes.compare import __main__ as command
 from sdkit.recipes.compare import data, draws, systems
 from sdkit.recipes.compare.draws import Cost
@@ -299,7 +299,13 @@ def test_bad_input(made: Path, names: Sequence[str], options: dict[str, Any], fr
 
 def test_bad_places(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
-    one_sentence(lambda: compare(tmp_path / "file", ["GAN"]), ArgumentError, "is a file; name a folder")
+    for place in ("file", "file/inside"):
+        one_sentence(
+            lambda place=place: compare(tmp_path / place, ["GAN"]), SdkitError, "not a directory; give another"
+        )
+    (tmp_path / "other" / JUDGES).mkdir(parents=True)
+    one_sentence(lambda: compare(tmp_path / "other", ["GAN"]), SourceError, "there are no judges in")
+    assert not (tmp_path / "other" / "gan").exists()  # nothing was trained before
     one_sentence(lambda: measured(tmp_path), SourceError, "there are no judges in")
 
 
