@@ -196,7 +196,6 @@ def test_the_wheel_holds_the_package_whole_and_nothing_else(tmp_path: Path) -> N
         ".txt",
         ".tsv",
         ".typed",
-        ".webp",
     }
     assert {
         "sdkit/py.typed",

@@ -485,7 +485,7 @@ def run_generation(
 
     def draw(prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
         if cascade is not None:
-            return _enlarged(cascade, prompts, seeds, generation)
+            return _enlarged(cascade, prompts, seeds, generation, job.batch_size)
         drawn: list[Image.Image] = sd(
             prompts, seed=seeds, batch_size=len(prompts), callback=callback, **generation.options(), **inputs
         )
@@ -514,14 +514,17 @@ def run_generation(
 
 
 def _enlarged(
-    cascade: Cascade, prompts: Sequence[str], seeds: Sequence[int], generation: Generation
+    cascade: Cascade, prompts: Sequence[str], seeds: Sequence[int], generation: Generation, batch_size: int | None
 ) -> list[Image.Image]:
-    """Draw an image of each prompt with the first model, and enlarge it with the others."""
+    """Draw an image of each prompt with the first model, and enlarge it with the others.
+
+    Without a batch size, each model takes as many images at once as fit: an upsampler's are larger.
+    """
     common = generation.options()
     base = {name: common.pop(name) for name in ("height", "width")}
     above = {} if generation.noise_level is None else {"noise_level": generation.noise_level}
     drawn: list[Image.Image] = cascade(
-        prompts, common.pop("negative_prompt"), seed=seeds, batch_size=len(prompts),
+        prompts, common.pop("negative_prompt"), seed=seeds, batch_size=batch_size,
         options=[base, *[above] * (len(cascade.stages) - 1)], **common,
     )  # fmt: skip
     return drawn

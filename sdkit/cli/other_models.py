@@ -68,7 +68,9 @@ def kind_of(args: argparse.Namespace) -> str | None:
             f"{model!r} draws one level of a VQ-VAE-2, and an image needs both; draw with TwoLevelPipeline in Python."
         )
     if args.from_image and model is not None and stated != kind:
-        drew = TITLES.get(stated, "another kind of model")
+        if stated not in KINDS:  # the image may be one that no model drew
+            raise ArgumentError(f"{args.from_image} was not drawn by {TITLES[kind]}, as {model!r} is; give options.")
+        drew = TITLES[stated]
         raise ArgumentError(f"{args.from_image} was drawn by {drew}, and {model!r} is {TITLES[kind]}; give options.")
     return kind
 

@@ -38,7 +38,7 @@ class ClassList:
         Args:
             names: The class of each example, or all that there are; empty ones are left out.
         """
-        distinct = {plain(name): name for name in names}
+        distinct = {plain(name): name for name in sorted(set(names))}  # one spelling, whatever the examples' order
         return cls(tuple(distinct[name] for name in sorted(filter(None, distinct), key=_order)))
 
     def number(self, name: str) -> int | None:
@@ -77,7 +77,7 @@ def plain(name: str) -> str:
 
 
 def _folded(name: str) -> str:
-    return name.strip().casefold()
+    return name.strip().lower()  # casefold() would take "Maße" for "Masse", which `plain` tells apart
 
 
 def _first_of_each(names: Iterable[str]) -> dict[str, int]:

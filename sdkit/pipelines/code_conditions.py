@@ -11,7 +11,7 @@ from torch import Tensor
 from sdkit.arguments import strings, whole_number
 from sdkit.errors import ArgumentError, SourceError
 from sdkit.messages import clean
-from sdkit.networks.class_list import ClassList
+from sdkit.networks.class_list import ClassList, plain
 from sdkit.networks.prior_shape import PriorShape
 from sdkit.pipelines.code_sampling import CodeSampling
 
@@ -104,8 +104,10 @@ def text_ids(tokenizer: Any, texts: Sequence[str], length: int) -> Tensor:
 
 
 def _class_number(label: Any, shape: PriorShape) -> int:
-    """Return the number of a class that is given by its number or its name."""
+    """Return the number of a class that is given by its number or its name; "" is the number that stands for none."""
     if isinstance(label, str):
+        if not plain(label):
+            return shape.tokens
         number = ClassList(shape.classes).number(label)
         if number is not None:
             return number

@@ -96,8 +96,8 @@ class CodeGeneration:
 
         if self.condition is None:
             return None, self
-        found = hashed(self.condition, "condition", self.condition_sha256)
-        return images.read(self.condition), replace(self, condition_sha256=found)
+        picture = images.read(self.condition)
+        return picture, replace(self, condition_sha256=hashed(self.condition, "condition", self.condition_sha256))
 
     def draw(
         self, pipeline: TokenPipeline, prompts: Sequence[str], seeds: Sequence[int], given: Image.Image | None
@@ -105,6 +105,11 @@ class CodeGeneration:
         """Draw an image of each prompt, or of the map `given`, from its seed."""
         if given is not None and any(prompts):
             raise ArgumentError("a prior is conditioned on a prompt or a map, not on both; leave one of them out.")
+        reads_map = pipeline.prior.shape.condition == "map"
+        if given is not None and not reads_map:
+            raise ArgumentError("this prior reads no map; leave condition out.")
+        if any(prompts) and reads_map:  # the pipeline would take a prompt for a file
+            raise ArgumentError("this prior reads a map, not a prompt; give the file of the map as condition.")
         condition: Any = [given] * len(seeds) if given is not None else [*prompts]
         if given is None and not any(prompts):
             condition = None

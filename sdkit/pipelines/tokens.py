@@ -194,7 +194,7 @@ class TokenPipeline:
 
         Args:
             condition: What to draw: a prompt, the name or number of a class, or a map, as an image; or a list of these.
-                None draws without a condition.
+                None draws without a condition, and so does an empty prompt or name.
             num_images: Images of each condition.
             seed: Image i is drawn with seed + i, or with the i-th seed of a list.
             height: Height in pixels; None is that of the training images, or of the map. A transformer draws no

@@ -112,7 +112,10 @@ def split(groups: Iterable[dict[str, Any]], network: nn.Module) -> list[dict[str
     matrices = {
         p
         for name, p in network.named_parameters()
-        if p.ndim >= 2 and p not in embeddings and not any(layer in name for layer in FIRST_AND_LAST)
+        if p.ndim >= 2
+        and name.endswith("weight")  # not diffusers' `positional_embedding` (1, N, D)
+        and p not in embeddings
+        and not any(layer in name for layer in FIRST_AND_LAST)
     }
     both = [
         group | {"params": [p for p in group["params"] if (p in matrices) == are_matrices], "matrices": are_matrices}

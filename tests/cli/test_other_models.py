@@ -92,6 +92,13 @@ def test_codes_are_drawn_as_in_python(run: Run, made: Path, work: Path, name: st
     assert text["model"] == str(made / name)
 
 
+def test_an_empty_prompt_is_no_class_alone_and_in_a_batch(run: Run, made: Path, work: Path) -> None:
+    given = ("generate", "", "blue", "-m", made / "class", *PLACE)
+    alone, batch = (run(*given, "-o", str(size), "--batch-size", size).out.splitlines() for size in (1, 2))
+    assert len(batch) == 2
+    assert np.array_equal([pixels(path) for path in batch], [pixels(path) for path in alone])
+
+
 def test_codes_of_a_map(run: Run, made: Path, work: Path) -> None:
     found = run("generate", "-m", made / "map", "--condition", made / "image.png", "-o", "map.png", *PLACE)
     assert found == Ran(0, "map.png\n", "")
@@ -152,6 +159,24 @@ def test_a_cascade_enlarges(run: Run, made: Path, work: Path) -> None:
     close([again(run, found.out.strip())], [expected])
 
 
+def test_an_upsampler_takes_fewer_images_at_once(
+    run: Run, made: Path, work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The base draws both images of 16 x 16 pixels at once, and the upsampler one of 64 x 64 after the other."""
+    monkeypatch.setattr(sdkit.StableDiffusion, "images_at_once", lambda self, height, width: 2 if height < 64 else 1)
+    seen: list[int] = []
+    original = sdkit.UNet.forward
+
+    def forward(self: sdkit.UNet, z: torch.Tensor, *args: Any, **keywords: Any) -> torch.Tensor:
+        seen.append(len(z))
+        return original(self, z, *args, **keywords)
+
+    monkeypatch.setattr(sdkit.UNet, "forward", forward)
+    how = ("--steps", 1, "--height", 16, "--width", 16, "--scale", 1, "--count", 2, *PLACE)
+    assert run("generate", "a cat", "-m", made / "base", "--upsampler", made / "upsampler", *how).code == 0
+    assert seen == [2, 1, 1]
+
+
 def test_an_upsampler_alone_takes_its_noise_level(run: Run, made: Path, work: Path) -> None:
     how = ("--condition", made / "image.png", "--noise-level", 300, "--steps", 2, *PLACE)
     assert run("generate", "a cat", "-m", made / "upsampler", *how, "-o", "a.png").code == 0
@@ -174,6 +199,16 @@ BAD = {
     "no class": (("cat", "-m", "{class}"), "the prior knows no class 'cat'"),
     "no condition": (("cat", "-m", "{none}"), "this prior has no condition; leave the condition out"),
     "two conditions": (("cat", "-m", "{map}", "--condition", "{image.png}"), "a prompt or a map, not on both"),
+    "a prompt of maps": (("{image.png}", "-m", "{map}"), "this prior reads a map, not a prompt; give the file of the"),
+    "a map of classes": (
+        ("-m", "{class}", "--condition", "{image.png}"),
+        "this prior reads no map; leave condition out",
+    ),
+    "no map": (("-m", "{map}", "--condition", "nowhere.png"), "cannot read nowhere.png: No such file or directory"),
+    "no PNG of a model": (
+        ("--from", "{image.png}", "-m", "{text}"),
+        "image.png was not drawn by a prior over codes, as",
+    ),
     "no prompt": (("-m", "{unclip}"), "there is no prompt; give one, --prompts FILE, --image FILE, or --from"),
     "sampler": (("cat", "-m", "{unclip}", "--prior-sampler", "best"), "sampler 'best' is not one of"),
     "noise": (("cat", "-m", "{unclip}", "--noise-level", 1000), "noise_level must be a whole number from 0 to 999"),

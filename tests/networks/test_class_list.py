@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 from hypothesis import given
@@ -25,6 +26,16 @@ def test_the_order_of_examples_and_the_spelling_of_tokens_change_nothing(names: 
         by_tokens = " ".join(name.lower())
         assert [classes.number(one) for one in (name, f" {name.upper()} ", by_tokens)] == [i] * 3
     assert ClassList.of(" ".join(name.lower()) for name in names).number("T-shirt") == classes.number("t-shirt")
+
+
+def test_one_spelling_of_a_class_is_its_name_in_any_order() -> None:
+    names = ["Cat", "cat", " cat ", "dog"]
+    assert {ClassList.of(order).names for order in itertools.permutations(names)} == {("cat", "dog")}
+
+
+def test_sharp_s_is_told_from_two() -> None:
+    classes = ClassList.of(["Masse", " Maße"])
+    assert [classes.number(name) for name in ("masse", "Maße", "maße ")] == [0, 1, 1]
 
 
 def test_names_that_are_alike_are_found_as_they_are_written() -> None:

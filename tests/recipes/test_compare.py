@@ -17,7 +17,7 @@ from scipy.linalg import sqrtm
 from sklearn.datasets import load_digits
 from sklearn.neighbors import NearestNeighbors
 
-from sdkit.errors import ArgumentError, SourceError
+from sdkit.errors import ArgumentError, SdkitError, SourceError
 from sdkit.recipes.compare import __main__ as command
 from sdkit.recipes.compare import data, draws, systems
 from sdkit.recipes.compare.draws import Cost
@@ -253,6 +253,25 @@ def test_draws_are_lossless(tmp_path: Path) -> None:
     one_sentence(lambda: draws.load(tmp_path, "VQ + GPT"), SourceError, "are damaged; delete the file")
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("images", 10**9), ("images", 0), ("order", None), ("captions_of", "x"), ("training", "1"), ("name", 5)],
+)
+def test_impossible_costs(tmp_path: Path, key: str, value: Any) -> None:
+    content = asdict(Cost(name="GAN", images=1, order=0)) | {key: value}
+    draws.save(tmp_path, Cost(name="GAN", images=1, order=0), [data.enlarged(np.zeros((8, 8)))])
+    (tmp_path / "gan.json").write_text(json.dumps(content))
+    one_sentence(lambda: draws.every(tmp_path), SourceError, "gan.json' are damaged; delete the file")
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage", None])
+def test_damaged_weights(tmp_path: Path, content: bytes | None) -> None:
+    for name, load in (("generator", load_generator), ("classifier", load_judges)):
+        if content is not None:
+            (tmp_path / f"{name}.safetensors").write_bytes(content)
+        one_sentence(lambda load=load: load(tmp_path), SourceError, name if content is not None else str(tmp_path))
+
+
 def test_the_table_leaves_out_what_is_not_measured() -> None:
     stored = table(measured(SHIPPED)).splitlines()
     cells = {line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:-1]] for line in stored[2:]}
@@ -270,6 +289,7 @@ def test_the_table_leaves_out_what_is_not_measured() -> None:
         (["GAN"], {"images": 7}, "images must be"),
         (["GAN"], {"images": 301}, "images must be"),
         (["GAN"], {"scale": 2 * FEW, "images": 2 * IMAGES}, "has drawn 12 images"),
+        (["GAN"], {"scale": 3 * FEW, "images": IMAGES}, "this comparison asks for"),
         (["VQ + PixelCNN"], {"scale": 3 * FEW, "images": IMAGES}, "this comparison asks for"),
     ],
 )
@@ -279,7 +299,13 @@ def test_bad_input(made: Path, names: Sequence[str], options: dict[str, Any], fr
 
 def test_bad_places(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
-    one_sentence(lambda: compare(tmp_path / "file", ["GAN"]), ArgumentError, "is a file; name a folder")
+    for place in ("file", "file/inside"):
+        one_sentence(
+            lambda place=place: compare(tmp_path / place, ["GAN"]), SdkitError, "not a directory; give another"
+        )
+    (tmp_path / "other" / JUDGES).mkdir(parents=True)
+    one_sentence(lambda: compare(tmp_path / "other", ["GAN"]), SourceError, "there are no judges in")
+    assert not (tmp_path / "other" / "gan").exists()  # nothing was trained before
     one_sentence(lambda: measured(tmp_path), SourceError, "there are no judges in")
 
 

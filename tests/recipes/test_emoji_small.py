@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
+import pytest
 from PIL import Image
 
+from sdkit.errors import DataError
+from sdkit.recipes.emoji import small as module
 from sdkit.recipes.emoji.pictures import BACKGROUNDS, STYLES, composed, pictures
 from sdkit.recipes.emoji.small import SIDE, small_pictures
+from tests.helpers.sentences import one_sentence
 
 
 def test_each_name_is_there_in_each_style() -> None:
@@ -28,3 +34,20 @@ def test_colours_are_those_of_the_names() -> None:
         for channel, name in enumerate(("red heart", "green heart", "blue heart")):
             image = composed(small[name, style], BACKGROUNDS["white"], size=SIDE, side=SIDE)
             assert np.asarray(image, float)[8:24, 8:24].mean((0, 1)).argmax() == channel, (name, style)
+
+
+@pytest.mark.parametrize(
+    ("content", "fragment"),
+    [(None, "is missing or damaged"), (b"no picture", "is missing or damaged"), ("small", "holds other pictures than")],
+)
+def test_a_bad_file_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes | str | None, fragment: str
+) -> None:
+    """Beyond the edge of a small sheet, Pillow would crop transparent pictures."""
+    path = tmp_path / "pictures.webp"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content is not None:
+        Image.new("RGBA", (64, 64)).save(path)
+    monkeypatch.setattr(module, "FILE", path)
+    one_sentence(small_pictures.__wrapped__, DataError, fragment)

@@ -1,9 +1,10 @@
-"""Muon: orthogonal updates against an SVD, against PyTorch's own Muon and AdamW, and in a run."""
+"""Muon: orthogonal updates against an SVD, and against PyTorch's own Muon and AdamW."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from diffusers import PriorTransformer
 from torch import nn
 
 from sdkit.training.muon import Muon, orthogonalised, split
@@ -62,3 +63,15 @@ def test_hidden_matrices_are_split_from_all_others() -> None:
     assert found[True] == {"hidden.weight", "linear.weight"}
     assert found[False] == set(names.values()) - found[True]
     assert all(group["weight_decay"] == 0.3 for group in groups)
+
+
+def test_embeddings_that_are_no_module_are_left_to_adamw() -> None:
+    """Muon would take diffusers' (1, N, D) for one row, and scale the whole as a vector."""
+    network = PriorTransformer(
+        num_attention_heads=2, attention_head_dim=4, num_layers=1, embedding_dim=8, num_embeddings=3
+    )
+    names = {p: name for name, p in network.named_parameters()}
+    groups = {g["matrices"]: [names[p] for p in g["params"]] for g in split([{"params": [*names]}], network)}
+    assert {"positional_embedding", "prd_embedding"} <= {*groups[False]}
+    assert "transformer_blocks.0.attn1.to_q.weight" in groups[True]
+    assert sorted(groups[True] + groups[False]) == sorted(names.values())

@@ -12,9 +12,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from sdkit import images
 from sdkit.atomic import atomic_write
-from sdkit.errors import SourceError
+from sdkit.errors import ImageError, SourceError
+from sdkit.recipes.compare.data import HELD_OUT as MOST
 from sdkit.recipes.compare.data import SIDE, Images
+from sdkit.strict_json import read_object, require
 
 COLUMNS = 20
 REFERENCE, HELD_OUT, TRAINING = "reference", "held_out", "training"
@@ -82,11 +85,10 @@ def load(folder: Path, name: str) -> tuple[Cost, list[Image.Image]] | None:
     if not file.exists():
         return None
     try:
-        cost = _cost(json.loads(file.read_text(encoding="utf-8")))
-        with Image.open(file.with_suffix(".png")) as image:
-            sheet = np.asarray(image.convert("L"))
+        cost = _cost(read_object(file))
+        sheet = np.asarray(images.read(file.with_suffix(".png")).convert("L"))
         return cost, _cut(sheet, cost.images)
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, ImageError) as error:
         raise SourceError(
             f"the draws in {str(file)!r} are damaged; delete the file, and they are made again."
         ) from error
@@ -99,7 +101,16 @@ def every(folder: Path) -> list[tuple[Cost, list[Image.Image]]]:
 
 
 def _cost(content: dict[str, Any]) -> Cost:
-    return Cost(**{field.name: content[field.name] for field in fields(Cost)})
+    """Return what a JSON file states. Raise ValueError if a value is impossible."""
+    texts, counts, measured = ("name", "asked", "captions_of"), ("weights", "evaluations"), ("training", "seconds")
+    require(content, dict.fromkeys(texts, str) | {"images": int, "order": int})
+    require(content, dict.fromkeys(counts, (int, type(None))) | dict.fromkeys(measured, (float, type(None))))
+    cost = Cost(**{field.name: content[field.name] for field in fields(Cost)})
+    if cost.asked not in ("", "class", "text") or cost.captions_of not in (REFERENCE, HELD_OUT, TRAINING):
+        raise ValueError("asks for captions of no known kind")
+    if not 1 <= cost.images <= MOST:
+        raise ValueError("has an impossible number of images")
+    return cost
 
 
 def _cut(sheet: np.ndarray[Any, np.dtype[np.uint8]], count: int) -> list[Image.Image]:

@@ -9,12 +9,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sdkit.diffusion.losses import hinge_discriminator, hinge_generator
 from sdkit.images import to_tensors
 from sdkit.recipes.compare.data import Images
+from sdkit.recipes.compare.weights import load_weights
 
 LATENTS = 64
 BATCH = 32
@@ -110,9 +111,9 @@ def train_gan(pictures: Images, out: Path, steps: int, seed: int = 0) -> None:
 
 
 def load_generator(folder: Path) -> Generator:
-    """Load a trained generator."""
+    """Load a trained generator. Raise SourceError if it is missing or damaged."""
     generator = Generator()
-    generator.load_state_dict(load_file(folder / WEIGHTS))
+    load_weights(generator, folder / WEIGHTS)
     return generator.eval()
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sdkit.atomic import whole_folder
@@ -17,6 +17,7 @@ from sdkit.errors import SourceError, TrainingError
 from sdkit.evaluation.extractors import Extractor, open_extractor
 from sdkit.messages import no_warnings, quiet
 from sdkit.recipes.compare.data import CAPTIONS, SIDE, Captioned, Images, levels
+from sdkit.recipes.compare.weights import load_weights
 
 FEATURES = 32
 CLASSIFIER, CLIP = "classifier.safetensors", "clip"
@@ -90,7 +91,7 @@ def load_judges(folder: Path) -> Judges:
     if not (folder / CLASSIFIER).is_file():
         raise SourceError(f"there are no judges in {str(folder)!r}; run the comparison first.")
     classifier = DigitNet()
-    classifier.load_state_dict(load_file(folder / CLASSIFIER))
+    load_weights(classifier, folder / CLASSIFIER)
     return Judges(classifier.float().eval(), open_extractor(f"clip:{folder / CLIP}", device="cpu"))
 
 

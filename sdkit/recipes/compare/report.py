@@ -11,10 +11,11 @@ from typing import Any
 
 from sdkit.arguments import number, one_of, whole_number
 from sdkit.atomic import atomic_write
+from sdkit.cli.jobs import check_writable
 from sdkit.errors import ArgumentError
 from sdkit.recipes.compare import data, draws, systems
 from sdkit.recipes.compare.draws import HELD_OUT, Cost
-from sdkit.recipes.compare.judging import save_judges
+from sdkit.recipes.compare.judging import load_judges, save_judges
 from sdkit.recipes.compare.measuring import DRAWS, JUDGES, Row, measured
 from sdkit.recipes.compare.systems import SYSTEMS, reconstructions, train_the_clip
 from sdkit.recipes.compare.workshop import Workshop
@@ -63,8 +64,7 @@ def compare(
         one_of("system", name, SYSTEMS)
     number("scale", scale, 1e-4, 100)
     whole_number("images", images, LEAST, data.HELD_OUT)
-    if out.exists() and not out.is_dir():
-        raise ArgumentError(f"{str(out)!r} is a file; name a folder.")
+    check_writable(out)
     for cost, _ in draws.every(out / DRAWS):
         if cost.images != images:
             raise ArgumentError(
@@ -72,13 +72,15 @@ def compare(
                 "name another --out, or the same --images as before."
             )
     digits = data.digits()
-    data.write(digits.training, out / "data")
     work = Workshop(out, digits, scale)
+    work.check_scale()  # draws that are there are kept, and must be of as long a training
+    data.write(digits.training, out / "data")
     if not (out / JUDGES).exists():
         if progress is not None:
             progress("judges")
         clip = train_the_clip(work, "judge-clip", work.everything, JUDGE_SEED)
         save_judges(out / JUDGES, digits.training, clip, max(2, round(JUDGE_STEPS * min(scale, 1))))
+    load_judges(out / JUDGES)  # before minutes of training: those that were there may be damaged
     for name in names:
         if progress is not None:
             progress(name)

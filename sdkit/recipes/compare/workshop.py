@@ -13,6 +13,7 @@ from sdkit.atomic import atomic_write
 from sdkit.errors import ArgumentError, SourceError
 from sdkit.recipes.compare.data import CAPTIONED, CLASSES, EVERYTHING, Digits
 from sdkit.recipes.compare.shapes import SHAPES
+from sdkit.strict_json import read_object, require
 
 STEPS = {
     "gan": 1000, "vae": 300, "vq": 350, "kl": 300, "vq-latents": 1, "vq-captioned": 1, "kl-latents": 1,
@@ -58,6 +59,16 @@ class Workshop:
         path.write_text(json.dumps(SHAPES[part], indent=1), encoding="utf-8")
         return path
 
+    def check_scale(self) -> None:
+        """Raise ArgumentError if a part is there, trained for another number of steps."""
+        for part in STEPS:
+            had, wanted = self._record(part)["steps"], self._steps(part)
+            if had not in (None, wanted):
+                raise ArgumentError(
+                    f"{part} in {str(self.folder)!r} has {had} steps, and this comparison asks for {wanted}; name "
+                    "another --out, or the same --scale as before."
+                )
+
     def result(self, part: str) -> Path:
         """Return the folder of a part that has been trained."""
         return self.folder / part / "result"
@@ -70,15 +81,9 @@ class Workshop:
             train: Trains it, given its run folder and its number of steps; a run that was stopped is resumed.
 
         Raises:
-            ArgumentError: The part is there, trained for another number of steps.
+            SourceError: Its record is damaged.
         """
-        steps = max(2, round(STEPS[part] * self.scale))
-        record = self._record(part)
-        if record["steps"] not in (None, steps):
-            raise ArgumentError(
-                f"{part} in {str(self.folder)!r} has {record['steps']} steps, and this comparison asks for {steps}; "
-                "name another --out, or the same --scale as before."
-            )
+        steps, record = self._steps(part), self._record(part)
         if not record["done"]:
             start = time.process_time()
             try:
@@ -95,15 +100,19 @@ class Workshop:
         seconds: float = self._record(part)["seconds"]
         return seconds
 
+    def _steps(self, part: str) -> int:
+        return max(2, round(STEPS[part] * self.scale))
+
     def _record(self, part: str) -> dict[str, Any]:
         path = self.folder / f"{part}.json"
         if not path.exists():
             return {"steps": None, "done": False, "seconds": 0.0}
         try:
-            record = json.loads(path.read_text(encoding="utf-8"))
-            return {"steps": int(record["steps"]), "done": bool(record["done"]), "seconds": float(record["seconds"])}
-        except (ValueError, TypeError, KeyError) as error:
+            record = read_object(path)
+            require(record, {"steps": int, "done": bool, "seconds": float})
+        except (OSError, ValueError) as error:
             raise SourceError(f"{str(path)!r} is damaged; delete it and the folder {part!r} beside it.") from error
+        return record
 
     def _write(self, part: str, record: dict[str, Any]) -> None:
         with atomic_write(self.folder / f"{part}.json") as path:

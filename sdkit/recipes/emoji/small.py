@@ -15,6 +15,8 @@ from PIL import Image
 from sdkit.atomic import atomic_write
 from sdkit.cli.console import exit_code_of, say_path
 from sdkit.cli.parser import Parser
+from sdkit.errors import DataError
+from sdkit.messages import reason
 from sdkit.recipes.emoji.drawings import Drawings
 from sdkit.recipes.emoji.pictures import STYLES, pictures
 
@@ -30,10 +32,18 @@ def small_pictures() -> dict[tuple[str, str], Image.Image]:
     Returns:
         (name, style) -> the picture, RGBA, of 30 pixels on its longer side, centred. Each name in pictures.tsv comes
         in each of the `STYLES`, in that order. Paste it on a background with `composed(picture, colour, size=32,
-        side=32)`.
+        side=32)`. All calls share the pictures: copy one before you change it.
+
+    Raises:
+        DataError: The package's file is missing, damaged, or of other pictures.
     """
-    with Image.open(FILE) as image:
-        sheet = image.convert("RGBA")
+    try:
+        with Image.open(FILE) as image:
+            sheet = image.convert("RGBA")
+    except OSError as error:
+        raise DataError(f"{str(FILE)!r} is missing or damaged ({reason(error)}); install sdkit again.") from error
+    if sheet.size != _sheet_size():
+        raise DataError(f"{str(FILE)!r} holds other pictures than pictures.tsv lists; install sdkit again.")
     return {
         (picture.name, style): sheet.crop(_box(len(STYLES) * i + j))
         for i, picture in enumerate(pictures())
@@ -47,14 +57,18 @@ def _box(index: int) -> tuple[int, int, int, int]:
     return left, top, left + SIDE, top + SIDE
 
 
+def _sheet_size() -> tuple[int, int]:
+    """Return the sheet's width and height in pixels."""
+    return COLUMNS * SIDE, -(-len(pictures()) * len(STYLES) // COLUMNS) * SIDE
+
+
 def sheet(drawings: Drawings) -> Image.Image:
     """Return all pictures in all styles on one sheet, RGBA, in the order of `small_pictures`.
 
     Raises:
         DataError: The packages lack a picture or are damaged, or resvg-py is not installed.
     """
-    rows = -(-len(pictures()) * len(STYLES) // COLUMNS)
-    whole = Image.new("RGBA", (COLUMNS * SIDE, rows * SIDE))
+    whole = Image.new("RGBA", _sheet_size())
     for i, picture in enumerate(pictures()):
         for j, style in enumerate(STYLES):
             whole.paste(_shrunk(drawings.trimmed(picture.file, style)), _box(len(STYLES) * i + j)[:2])
