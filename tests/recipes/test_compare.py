@@ -32,7 +32,7 @@ from tests.helpers.sentences import one_sentence
 pytest.importorskip("datasets")
 
 IMAGES = 12
-FEW = 0.003
+FEW = 0.0006
 
 
 @pytest.fixture(scope="module")

@@ -16,11 +16,11 @@ from sdkit.recipes.compare.shapes import SHAPES
 from sdkit.strict_json import read_object, require
 
 STEPS = {
-    "gan": 1000, "vae": 300, "vq": 350, "kl": 300, "vq-latents": 1, "vq-captioned": 1, "kl-latents": 1,
-    "pixelcnn": 250, "gpt": 350, "ddpm": 460, "improved-ddpm": 450, "adm": 160, "classifier": 60, "ldm-kl": 220,
-    "ldm-vq": 220, "dall-e": 350, "clip": 120, "image-prior": 120, "decoder": 120, "judge-clip": 160,
+    "gan": 5000, "vae": 1500, "vq": 1750, "kl": 1500, "vq-latents": 1, "vq-captioned": 1, "kl-latents": 1,
+    "pixelcnn": 1250, "gpt": 1750, "ddpm": 2300, "improved-ddpm": 2250, "adm": 800, "classifier": 300, "ldm-kl": 1100,
+    "ldm-vq": 1100, "dall-e": 1750, "clip": 600, "image-prior": 600, "decoder": 600, "judge-clip": 800,
 }  # fmt: skip
-"""Part -> its steps, by which the systems take from 20 to 72 seconds of one core, 40 on average."""
+"""Part -> its steps, by which the systems take from two to six minutes of one core, three on average."""
 
 
 @dataclass(frozen=True)
