@@ -355,7 +355,7 @@ TOGETHER: dict[str, dict[str, Any]] = {
     # So it does with other gradients that are nearly 0. The codes follow moving averages, whatever the rate.
     "vqvae2": {"learning_rate": 1e-5},
     "classes": {"learning_rate": 1e-4},
-    "muon": {"learning_rate": 1e-5},  # it raises small singular values, and with them rounding errors
+    "muon": {"learning_rate": 3e-5},  # it raises small singular values, and with them rounding errors
 }
 PLAYERS = {
     "vae": ["vae", "discriminator"], "controlnet": ["controlnet"], "embedding": ["embedding"], "prior": ["prior"],
