@@ -471,7 +471,7 @@ BAD: dict[str, tuple[tuple[str, ...], str]] = {
         ("convert", "model/vae/diffusion_pytorch_model.safetensors", "x.safetensors"), "which is no part of a LoRA"
     ),
     "convert: a name": (("convert", "nowhere", "x.ckpt"), "give a name that ends in .safetensors"),
-    "generate: LoRA missing": (("generate", "a", "-m", "nowhere", "--lora", "no.safetensors"), "does not exist"),
+    "generate: LoRA missing": (("generate", "a", "--lora", "no.safetensors"), "does not exist"),
     "generate: LoRA scale nan": (("generate", "a", "--lora", "run/result", "--lora-scale", "nan"), "lora_scale must"),
     "generate: two scales, one LoRA": (
         ("generate", "a", "--lora", "x", "--lora-scale", "2", "--lora-scale", "1"), "2 of lora_scale cannot serve 1"
@@ -480,7 +480,7 @@ BAD: dict[str, tuple[tuple[str, ...], str]] = {
         ("generate", "a", "--lora", "x", "--lora-scale", "2", "--lora", "y"), "1 of lora_scale cannot serve 2 LoRAs"
     ),
     "generate: of two LoRAs one missing": (
-        ("generate", "a", "-m", "nowhere", "--lora", "run/result", "--lora", "no.safetensors"), "does not exist"
+        ("generate", "a", "--lora", "run/result", "--lora", "no.safetensors"), "does not exist"
     ),
     "generate: no VAE": (("generate", "a", "--vae", "nowhere"), "'nowhere' is neither a path that exists nor a Hub id"),
     "generate: scale without LoRA": (("generate", "a", "--lora-scale", "2"), "lora_scale belongs to a LoRA"),

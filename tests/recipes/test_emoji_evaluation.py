@@ -174,7 +174,7 @@ def drawn_box(box: tuple[int, int, int, int], side: int = 128) -> Image.Image:
         ((44, 80, 84, 120), "small", "bottom"),
         ((4, 4, 44, 44), "small", ""),  # a corner has no name
         ((30, 24, 98, 104), "", ""),
-        ((8, 8, 120, 118), "large", ""),
+        ((8, 8, 120, 120), "large", ""),
         ((4, 4, 124, 124), "large", ""),  # no room
     ],
 )
