@@ -20,7 +20,7 @@ import skimage.metrics
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 from PIL import Image, ImageOps
-from torch import Tensor, nn
+from torch import nn
 
 import sdkit
 from sdkit.data import open_examples
