@@ -310,8 +310,9 @@ def _check_optimizer(prepared: PreparedPlayer, state: Mapping[str, Any], steps: 
         p = parameters.get(name)
         if p is None:
             raise _mismatch(f"its optimizer knows {clean(name)!r}, which is not trained")
-        kind, options = (_kind(p), p in matrices), {"matrices": True} if p in matrices else {}
+        kind = (_kind(p), p in matrices)
         if kind not in expected:
+            options = {"matrices": True} if p in matrices else {}
             expected[kind] = _kinds(_state_after_a_step(optimizer_class, p, options))
         if _kinds(entries) != expected[kind]:
             raise _mismatch(f"the optimizer's state of {name} is of other shapes or types")

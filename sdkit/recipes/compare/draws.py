@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ REFERENCE, HELD_OUT, TRAINING = "reference", "held_out", "training"
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """What a system is asked for, and what it costs.
+    """Costs of a system, and the part of a caption that it reads.
 
     Attributes:
         name: Name of the system, or of a control.
@@ -67,8 +66,7 @@ def save(folder: Path, cost: Cost, pictures: Images) -> None:
     rows = -(-len(pictures) // COLUMNS)
     sheet = np.zeros((rows * SIDE, COLUMNS * SIDE), np.uint8)
     for i, picture in enumerate(grey(pictures)):
-        top, left = i // COLUMNS * SIDE, i % COLUMNS * SIDE
-        sheet[top : top + SIDE, left : left + SIDE] = np.asarray(picture)
+        sheet[_place(i)] = np.asarray(picture)
     with atomic_write(folder / f"{slug(cost.name)}.png") as path:
         Image.fromarray(sheet).save(path, "PNG", optimize=True)
     with atomic_write(folder / f"{slug(cost.name)}.json") as path:
@@ -115,8 +113,13 @@ def _cost(content: dict[str, Any]) -> Cost:
 
 def _cut(sheet: np.ndarray[Any, np.dtype[np.uint8]], count: int) -> list[Image.Image]:
     """Return the first pictures of a sheet."""
-    places: Sequence[tuple[int, int]] = [(i // COLUMNS * SIDE, i % COLUMNS * SIDE) for i in range(count)]
-    pictures = [sheet[top : top + SIDE, left : left + SIDE] for top, left in places]
+    pictures = [sheet[_place(i)] for i in range(count)]
     if any(one.shape != (SIDE, SIDE) for one in pictures):
         raise ValueError("the sheet is too small")
     return [Image.fromarray(one) for one in pictures]
+
+
+def _place(i: int) -> tuple[slice, slice]:
+    """Return the rows and columns of pixels that picture i takes on the sheet."""
+    top, left = i // COLUMNS * SIDE, i % COLUMNS * SIDE
+    return slice(top, top + SIDE), slice(left, left + SIDE)

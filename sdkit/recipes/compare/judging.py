@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,15 +14,13 @@ from torch import Tensor, nn
 from sdkit.atomic import whole_folder
 from sdkit.errors import SourceError, TrainingError
 from sdkit.evaluation.extractors import Extractor, open_extractor
-from sdkit.messages import no_warnings, quiet
 from sdkit.recipes.compare.data import CAPTIONS, SIDE, Captioned, Images, levels
 from sdkit.recipes.compare.weights import load_weights
+from sdkit.recipes.half_clip import write_half
 
 FEATURES = 32
 CLASSIFIER, CLIP = "classifier.safetensors", "clip"
 """Files of the judges."""
-OWN = ("config.json", "model.safetensors", "training.json")
-"""Files of a trained CLIP that are written anew, or not at all; the rest is its tokenizer and preprocessing."""
 BATCH, SHIFT = 64, 2
 
 
@@ -104,15 +101,10 @@ def save_judges(folder: Path, training: Captioned, clip: Path, steps: int) -> No
         clip: Result of `train_clip`.
         steps: Steps of the classifier.
     """
-    from transformers import CLIPModel
-
     classifier = trained_classifier(training, steps)
-    with quiet("transformers"), no_warnings(), whole_folder(folder, TrainingError) as out:
+    with whole_folder(folder, TrainingError) as out:
         save_file({key: value.half().contiguous() for key, value in classifier.state_dict().items()}, out / CLASSIFIER)
-        CLIPModel.from_pretrained(clip).half().save_pretrained(out / CLIP)
-        for path in clip.iterdir():
-            if path.name not in OWN:
-                shutil.copy(path, out / CLIP)
+        write_half(clip, out / CLIP)
 
 
 def trained_classifier(training: Captioned, steps: int, seed: int = 0) -> DigitNet:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import shutil
 import sys
 from pathlib import Path
 
@@ -11,8 +10,8 @@ from sdkit.atomic import whole_folder
 from sdkit.cli.console import exit_code_of, say_path
 from sdkit.cli.parser import Parser
 from sdkit.errors import SourceError, TrainingError
-from sdkit.messages import no_warnings, quiet
 from sdkit.recipes.emoji.settings import settings, shape_file
+from sdkit.recipes.half_clip import write_half
 from sdkit.training import ClipConfig, train_clip
 
 RUN = "clip"
@@ -51,17 +50,12 @@ def export(trained: Path, out: Path) -> Path:
         SourceError: There is no trained CLIP, or `out` holds something else.
         TrainingError: The folder cannot be written.
     """
-    from transformers import CLIPModel
-
     if not (trained / "config.json").is_file():
         raise SourceError(f"{trained} holds no CLIP; train it first.")
     if out.exists() and not (out / "preprocessor_config.json").is_file():
         raise SourceError(f"{out} is there already, with what is not of this recipe; move it, or name another --out.")
-    with quiet("transformers"), no_warnings(), whole_folder(out, TrainingError) as folder:
-        CLIPModel.from_pretrained(trained).half().save_pretrained(folder)
-        for path in trained.iterdir():
-            if path.name not in ("config.json", "model.safetensors", "training.json"):
-                shutil.copy(path, folder)
+    with whole_folder(out, TrainingError) as folder:
+        write_half(trained, folder)
     return out
 
 

@@ -35,7 +35,7 @@ ANSWERS: Mapping[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Told:
-    """What a caption says of an image of one thing; "" where it is silent.
+    """Words in the caption of an image of one thing; "" where the caption leaves an attribute open.
 
     Attributes:
         name: Name of the picture: the first of its names.

@@ -13,7 +13,7 @@ from typing import Any
 from PIL import Image
 
 from sdkit.recipes.emoji.drawings import Drawings
-from sdkit.recipes.emoji.pictures import BACKGROUNDS, SIZE, STYLES, Picture, with_article
+from sdkit.recipes.emoji.pictures import BACKGROUNDS, SIZE, STYLES, Picture, resized, with_article
 
 GRID = 8
 """Pictures begin at multiples of this many pixels, the side of a latent: a picture one step further has the same
@@ -75,13 +75,11 @@ class Composition:
             picture = drawings.trimmed(part.picture.file, self.style)
             if part.mirrored:
                 picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-            scale = part.extent / max(picture.size)
-            width, height = (max(1, round(scale * side)) for side in picture.size)
+            picture = resized(picture, part.extent)
+            width, height = picture.size
             left = n * room + MARGIN + part.across * (room - 2 * MARGIN - width)
             top = MARGIN + part.down * (SIZE - 2 * MARGIN - height)
-            # Pillow weights colours by alpha when it resizes RGBA, so the picture gets no dark rim.
-            resized = picture.resize((width, height), Image.Resampling.LANCZOS)
-            canvas.alpha_composite(resized, (_on_grid(left), _on_grid(top)))
+            canvas.alpha_composite(picture, (_on_grid(left), _on_grid(top)))
         return canvas.convert("RGB")
 
 

@@ -157,6 +157,14 @@ def read(folder: Path, file: str) -> Image.Image:
         raise DataError(f"{path} cannot be read ({reason(error)}); is {folder} the package's assets/?") from error
 
 
+def resized(picture: Image.Image, extent: int) -> Image.Image:
+    """Return a picture with `extent` pixels on its longer side, in its proportions."""
+    scale = extent / max(picture.size)
+    width, height = (max(1, round(scale * side)) for side in picture.size)
+    # Pillow weights colours by alpha when it resizes RGBA, so the picture gets no dark rim.
+    return picture.resize((width, height), Image.Resampling.LANCZOS)
+
+
 def composed(
     picture: Image.Image,
     colour: tuple[int, int, int],

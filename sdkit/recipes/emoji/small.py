@@ -18,7 +18,7 @@ from sdkit.cli.parser import Parser
 from sdkit.errors import DataError
 from sdkit.messages import reason
 from sdkit.recipes.emoji.drawings import Drawings
-from sdkit.recipes.emoji.pictures import STYLES, pictures
+from sdkit.recipes.emoji.pictures import STYLES, pictures, resized
 
 FILE = Path(__file__).parents[2] / "assets" / "emoji32" / "pictures.webp"
 SIDE = 32  # pixels
@@ -75,12 +75,11 @@ def sheet(drawings: Drawings) -> Image.Image:
     return whole
 
 
-def _shrunk(picture: Image.Image, extent: int = SIDE - 2) -> Image.Image:
-    """Return a picture centred on 32 x 32 transparent pixels, with `extent` pixels on its longer side."""
-    scale = extent / max(picture.size)
-    width, height = (max(1, round(side * scale)) for side in picture.size)
+def _shrunk(picture: Image.Image) -> Image.Image:
+    """Return a picture centred on 32 x 32 transparent pixels, with 30 pixels on its longer side."""
+    shrunk = resized(picture, SIDE - 2)
     canvas = Image.new("RGBA", (SIDE, SIDE))
-    canvas.paste(picture.resize((width, height), Image.Resampling.LANCZOS), ((SIDE - width) // 2, (SIDE - height) // 2))
+    canvas.paste(shrunk, ((SIDE - shrunk.width) // 2, (SIDE - shrunk.height) // 2))
     return canvas
 
 
