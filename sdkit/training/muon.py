@@ -91,10 +91,12 @@ def orthogonalised(matrix: Tensor) -> Tensor:
     x = matrix.mT if is_tall else matrix
     x = x / x.norm().clamp(min=1e-7)
     identity = torch.eye(len(x), dtype=x.dtype, device=x.device)
-    gram, product = x @ x.mT, identity
-    for _ in range(ITERATIONS):
+    gram = x @ x.mT
+    product = q = a * identity + b * gram + c * gram @ gram
+    for _ in range(ITERATIONS - 1):
+        gram = q @ gram @ q
         q = a * identity + b * gram + c * gram @ gram
-        gram, product = q @ gram @ q, q @ product
+        product = q @ product
     orthogonal: Tensor = product @ x
     return orthogonal.mT if is_tall else orthogonal
 

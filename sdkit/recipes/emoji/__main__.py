@@ -23,8 +23,7 @@ steps, in this order:
   export     assemble model/, in float16
   evaluate   measure the model, or those of --models; evaluation/ also keeps the results of earlier calls
 A training or a latent cache that was stopped is resumed. If the data has changed, remove its folder first.
-With --from, a model is trained further: of the VAE's runs only vae-5 is made, which fine-tunes the model's VAE, and
-unet-1 begins with its U-Net, text encoder, and tokenizer.
+With --from, another model's VAE takes the place of vae-1 to vae-5, and needs no training but that of `decoder`.
 The raw material:
   npm install --ignore-scripts --no-save @lobehub/fluent-emoji-3d@1.1.0 @iconify-json/fluent-emoji-flat@1.2.6 \\
     @iconify-json/noto@1.2.9 @iconify-json/twemoji@1.2.5
@@ -47,12 +46,12 @@ def _run(step: str, args: argparse.Namespace) -> None:
     """Run one step."""
     from sdkit.recipes.emoji import training
     from sdkit.recipes.emoji.drawings import Drawings
-    from sdkit.recipes.emoji.prepare import prepare_captioned, prepare_tiles
+    from sdkit.recipes.emoji.prepare import TILES, prepare_captioned, prepare_tiles
     from sdkit.recipes.emoji.report import evaluate
 
     root, drawings = args.out, Drawings(args.drawn, args.vectors)
     if step == "tiles":
-        names = {*training.vae_runs(args.model).values(), training.FINE}
+        names = {training.FINE} if args.model else TILES.keys()
         prepare_tiles(drawings, args.photographs, root / "data", names)
         say_path(root / "data")
     elif step == "captioned":
@@ -67,8 +66,8 @@ def _run(step: str, args: argparse.Namespace) -> None:
         )
     else:
         functions: dict[str, Callable[[Path], object]] = {
-            "vae": partial(training.train_the_vae, model=args.model),
-            "latents": partial(training.make_latents, model=args.model),
+            "vae": partial(training.take_the_vae, model=args.model) if args.model else training.train_the_vae,
+            "latents": training.make_latents,
             "unet": training.train_the_unet,
             "decoder": training.train_the_decoder,
             "export": training.export,
@@ -91,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--drawn", type=Path, default=solid, metavar="FOLDER", help="3D pictures (default: %(default)s)")
     add("--vectors", type=Path, default=vectors, metavar="FOLDER", help="vector graphics (default: %(default)s)")
     add("--photographs", type=Path, default=Path("photographs"), metavar="FOLDER", help="the unpacked photographs")
-    add("--from", dest="model", metavar="SOURCE", help="a model to begin with, such as emoji (default: from scratch)")
+    add("--from", dest="model", metavar="SOURCE", help="a model whose VAE to take, such as emoji (default: train one)")
     add("--models", nargs="+", metavar="SOURCE", help="models to evaluate side by side (default: OUT/model)")
     add("--prompts", type=int, default=320, metavar="N", help="prompts of each kind (default: %(default)s)")
     add("--images", type=int, default=1000, metavar="N", help="images of the distribution (default: %(default)s)")

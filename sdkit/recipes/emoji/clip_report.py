@@ -27,7 +27,7 @@ AT_MOST = 400  # images for each attribute
 ANSWERS: Mapping[str, tuple[str, ...]] = {
     "style": STYLES,
     "background": tuple(BACKGROUNDS),
-    "size": tuple(size for size in SIZES if size),
+    "size": tuple(SIZES),
     "place": tuple(PLACES),
 }
 """Attribute of a caption, other than its name -> what a caption may say of it."""

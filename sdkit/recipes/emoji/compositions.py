@@ -19,11 +19,11 @@ GRID = 8
 """Pictures begin at multiples of this many pixels, the side of a latent: a picture one step further has the same
 latents, shifted by one. So the U-Net learns a shape once for all places."""
 MARGIN = 8  # pixels between a picture and the edge of the image, before the grid
-SIZES = {"small": 40, "": 72, "large": 104}
-"""Word for a size -> extent in pixels, of the longer side. "" is between the two. Few sizes are few shapes to learn."""
+SIZES = {"small": 48, "large": 104}
+"""Word for a size -> extent in pixels, of the longer side. Two sizes are few shapes to learn."""
 PLACES = {"left": "on the left", "right": "on the right", "top": "at the top", "bottom": "at the bottom"}
 """Places that captions name, in words."""
-BESIDE = 40  # extent of each of two pictures side by side
+BESIDE = 48  # extent of each of two pictures side by side
 
 STYLE_NAMED, SIZE_NAMED, PLACE_NAMED, BACKGROUND_NAMED = 0.6, 0.4, 0.35, 0.6  # shares of captions
 WHITE = 0.2  # share of white among backgrounds that are not named, besides its turn among all backgrounds
@@ -185,8 +185,8 @@ def _shared(style: str, backgrounds: Sequence[str], rng: Random) -> tuple[str, d
 
 def _extent(size: str, place: str, rng: Random) -> int:
     """Return the extent in pixels of a picture, if its caption names this size and this place. "" is any."""
-    shares = (0.4, 0.6, 0) if place else (0.1, 0.5, 0.4)  # large pictures have no room to be at a place
-    return SIZES[size or rng.choices(tuple(SIZES), shares)[0]]
+    at_a_place = "small" if place else ""  # large pictures have no room to be at a place
+    return SIZES[size or at_a_place or rng.choices(("small", "large"), (0.4, 0.6))[0]]
 
 
 def _position(place: str, rng: Random) -> dict[str, float]:

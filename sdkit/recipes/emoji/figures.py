@@ -39,9 +39,8 @@ class Figure:
 
     @property
     def size(self) -> str:
-        """Word for the size that is nearest, as in `SIZES`; "" is neither small nor large."""
-        bounds = {word: (SIZES[word] + SIZES[""]) / 2 for word in ("small", "large")}
-        return "small" if self.extent < bounds["small"] else "large" if self.extent > bounds["large"] else ""
+        """Word for the size that is nearest, as in `SIZES`."""
+        return min(SIZES, key=lambda word: abs(SIZES[word] - self.extent))
 
     @property
     def place(self) -> str:

@@ -64,7 +64,7 @@ TILES = {
     "fine_tiles": Tiles(SIZE, 12_000, 0.1, 0.8),
     "details": Tiles(64, 24_000, 0.1, 0.8),
 }
-CAPTIONED = {"captioned-1": 4, "captioned-2": 16}
+CAPTIONED = {"captioned-1": 8, "captioned-2": 16}
 """Captioned set -> images of each pair of picture and style. A later set has compositions that no earlier one has."""
 TWO = 0.12  # share of captioned images with two pictures, of those that can have them
 AS_CAPTIONED = 0.7  # share of `_drawn_tile`'s SIZE x SIZE tiles that show the picture as large as possible

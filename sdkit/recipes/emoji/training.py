@@ -15,7 +15,7 @@ from sdkit.networks.lpips import LPIPS
 from sdkit.pipelines.text_to_image import StableDiffusion
 from sdkit.recipes.emoji.pictures import SIZE
 from sdkit.recipes.emoji.settings import settings, shape_file
-from sdkit.recipes.emoji.start import make_start, take_start
+from sdkit.recipes.emoji.start import make_start
 from sdkit.training import UNetConfig, VAEConfig, train_unet, train_vae
 
 VAE_RUNS = {
@@ -29,25 +29,32 @@ TRAINED = "unet-3"
 DRAWN_AT = 1.5  # default guidance scale of the model: images follow their prompts, and backgrounds stay even
 
 
-def vae_runs(model: str | None) -> dict[str, str]:
-    """Return the runs, with their data sets, that train the whole VAE: only the last one if it begins with `model`."""
-    return VAE_RUNS if model is None else {WHOLE: VAE_RUNS[WHOLE]}
+def train_the_vae(root: Path) -> None:
+    """Train the VAE in the folders root/vae-1 to root/vae-5."""
+    if any(settings(run)["lpips_weight"] for run in VAE_RUNS):
+        LPIPS.from_pretrained("vgg")  # raises now, not after hours of training, if the weights are missing
+    start: dict[str, Any] = {"init": shape_file("vae")}
+    for run, tiles in VAE_RUNS.items():
+        _train_vae(root, run, tiles, **start)
+        start = {"model": _result(root, run)}
 
 
-def train_the_vae(root: Path, model: str | None = None) -> None:
-    """Train the VAE in the folders root/vae-1 to root/vae-5.
+def take_the_vae(root: Path, model: str) -> None:
+    """Write the VAE of another model as root/vae-5/result, where a trained one would be.
 
     Args:
         root: Folder of the recipe's results.
-        model: Source whose VAE vae-5 fine-tunes in place of the result of vae-4; None trains from scratch.
+        model: Source of the VAE; see `VAE.from_pretrained`.
+
+    Raises:
+        SourceError: There is no such VAE, or one was trained in root/vae-5.
     """
-    runs = vae_runs(model)
-    if any(settings(run)["lpips_weight"] for run in runs):
-        LPIPS.from_pretrained("vgg")  # raises now, not after hours of training, if the weights are missing
-    start: dict[str, Any] = {"init": shape_file("vae")} if model is None else {"model": model}
-    for run, tiles in runs.items():
-        _train_vae(root, run, tiles, **start)
-        start = {"model": _result(root, run)}
+    if (root / WHOLE / "checkpoints").exists():
+        raise SourceError(f"{root / WHOLE} holds a VAE trained by this recipe; move it, or name another --out.")
+    vae = VAE.from_pretrained(model, dtype="fp32")
+    vae.network.register_to_config(_name_or_path="")  # otherwise diffusers saves the local path
+    with quiet("diffusers"), whole_folder(root / WHOLE / "result", TrainingError) as folder:
+        vae.network.save_pretrained(folder)
 
 
 def _train_vae(root: Path, run: str, tiles: str, **start: Any) -> None:
@@ -85,33 +92,22 @@ def _replaceable(folder: Path) -> Path:
     return folder
 
 
-def make_latents(root: Path, model: str | None = None) -> None:
+def make_latents(root: Path) -> None:
     """Make root/start, where the U-Net's training starts, and root/latents, with a latent cache of each captioned set.
 
-    Args:
-        root: Folder of the recipe's results.
-        model: Source of the tokenizer, text encoder, and U-Net that are trained further. None trains from scratch: the
-            tokenizer then learns from the captions of the first set, which hold all names.
+    The tokenizer learns from the captions of the first set, which hold all names.
     """
     first, *others = dict.fromkeys(UNET_RUNS.values())
     start, vae, data = _replaceable(root / "start"), _result(root, WHOLE), _data(root, first)
     VAE.from_pretrained(vae)  # raises if the VAE is damaged
-    if model is None:
-        make_start(vae, open_examples(data).captions, start)
-    else:
-        take_start(vae, model, start)
+    make_start(vae, open_examples(data).captions, start)
     for name in (first, *others):
         cache(start, _data(root, name), root / "latents" / name, size=SIZE, dtype="auto")
 
 
 def train_the_unet(root: Path) -> None:
-    """Train the U-Net and the text encoder in the folders root/unet-1 to root/unet-3, the first from root/start.
-
-    A start without a U-Net gets a new one.
-    """
-    start: dict[str, Any] = {"model": root / "start"}
-    if not (root / "start" / "unet").exists():
-        start["init"] = shape_file("unet")
+    """Train the U-Net and the text encoder in the folders root/unet-1 to root/unet-3, the first from scratch."""
+    start: dict[str, Any] = {"model": root / "start", "init": shape_file("unet")}
     for run, images in UNET_RUNS.items():
         latents = _existing(root / "latents" / images, "latents makes it")
         train_unet(
