@@ -34,18 +34,20 @@ LEGACY_END = 2
 """Id of the end token in configs of CLIP from before transformers 4.31. It is wrong: their tokenizers' is the last."""
 
 
-def pretrained(cls: Any, source: str | os.PathLike[str], kind: str) -> Any:
+def pretrained(cls: Any, source: str | os.PathLike[str], kind: str, revision: str | None = None) -> Any:
     """Load a network of transformers, in eval mode, frozen, in float32, on the CPU.
 
     Args:
         cls: Its class.
         source: A folder or a Hub id.
         kind: The `model_type` that its config must name.
+        revision: Branch, tag, or commit of a Hub repository.
 
     Raises:
         SourceError: The network is missing, damaged, incomplete, or of another kind.
+        ArgumentError: `source` is no Hub id, and `revision` is given.
     """
-    place = resolve(source)
+    place = resolve(source, revision=revision)
     root = root_of(place, ["config.json"])
     if not is_file(root / "config.json"):
         raise absent(place, "config.json")
@@ -73,9 +75,9 @@ def pretrained(cls: Any, source: str | os.PathLike[str], kind: str) -> Any:
     return network.eval().requires_grad_(False)
 
 
-def own_tokenizer(source: str | os.PathLike[str]) -> CLIPTokenizer:
+def own_tokenizer(source: str | os.PathLike[str], revision: str | None = None) -> CLIPTokenizer:
     """Load the tokenizer in the same folder or Hub repository as a network; CLIP's, if there is none."""
-    return tokenizer.load_tokenizer(root_of(resolve(source), ["config.json", *tokenizer.FILES]))
+    return tokenizer.load_tokenizer(root_of(resolve(source, revision=revision), ["config.json", *tokenizer.FILES]))
 
 
 def root_of(place: Place, files: list[str]) -> Path:

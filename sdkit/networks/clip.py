@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sdkit.arguments import strings
 from sdkit.diffusion.conditioning import Conditioning
+from sdkit.engines.device import resolve_place
 from sdkit.errors import SourceError
 from sdkit.images import to_tensors
 from sdkit.loading.transformers_folder import own_tokenizer, pretrained
@@ -108,20 +109,32 @@ class CLIP(Wrapper):
         self.side, self.width = vision.image_size, int(network.config.projection_dim)
 
     @classmethod
-    def from_pretrained(cls, source: str | PathLike[str]) -> CLIP:
-        """Load a CLIP and its tokenizer, frozen, in float32, on the CPU.
+    def from_pretrained(
+        cls,
+        source: str | PathLike[str],
+        *,
+        dtype: str | torch.dtype = "fp32",
+        device: str | torch.device = "auto",
+        revision: str | None = None,
+    ) -> CLIP:
+        """Load a CLIP and its tokenizer, frozen.
 
         Args:
             source: A folder or a Hub id in transformers' layout, or the result of `train_clip`.
+            dtype: As in `sdkit.VAE.from_pretrained`, as for the other arguments.
+            device: A GPU or the CPU.
+            revision: Branch, tag, or commit of a Hub repository.
 
         Raises:
-            SourceError: There is no CLIP, or it is damaged.
+            SourceError: There is no CLIP, or it is damaged, or cannot be downloaded.
+            ArgumentError: An argument is out of range.
         """
         from transformers import CLIPModel
 
-        clip = cls(pretrained(CLIPModel, source, "clip"), own_tokenizer(source))
+        dtype, device = resolve_place(dtype, device)
+        clip = cls(pretrained(CLIPModel, source, "clip", revision), own_tokenizer(source, revision))
         clip.name = str(source)
-        return clip.eval()
+        return clip.eval().to(device, dtype)
 
     def try_out(self) -> None:
         """Embed a grey image and a text without words."""

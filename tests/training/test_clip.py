@@ -268,6 +268,20 @@ def test_embeddings_that_are_not_finite_find_nothing() -> None:
     assert [found[f"{name}_top1"] for name in ("image_to_text", "text_to_image")] == [0, 0]
 
 
+def test_a_clip_is_loaded_as_other_networks_are(tmp_path: Path) -> None:
+    folder = clip.save_clip(tmp_path / "clip")
+    half = CLIP.from_pretrained(folder, dtype="bf16", device="cpu")
+    assert (half.dtype, half.device, half.name) == (torch.bfloat16, torch.device("cpu"), str(folder))
+    assert {p.dtype for p in half.network.parameters()} == {torch.bfloat16}
+    assert CLIP.from_pretrained(folder, device="cpu").dtype == torch.float32
+    for options, sentence in (
+        ({"revision": "main"}, "revision= has no meaning for a folder"),
+        ({"dtype": "int8"}, "dtype"),
+        ({"device": "abacus"}, "device"),
+    ):
+        one_sentence(lambda: CLIP.from_pretrained(folder, **options), sdkit.ArgumentError, sentence)  # noqa: B023
+
+
 def test_a_damaged_clip_takes_no_memory(tmp_path: Path) -> None:
     folder = clip.save_clip(tmp_path / "clip")
     path = folder / "config.json"

@@ -120,7 +120,7 @@ class CLIPStage:
         """Load the CLIP, or make one with a tokenizer that is given or learned from the captions."""
         config = self.config
         if config.init is None:
-            clip = CLIP.from_pretrained(config.model)
+            clip = CLIP.from_pretrained(config.model, device="cpu")
         else:
             sizes = clip_config(config.init)
             if config.tokenizer is not None:

@@ -92,7 +92,7 @@ class ImagePriorStage:
 
     def __init__(self, config: ImagePriorConfig) -> None:
         self.config = config
-        self.clip = CLIP.from_pretrained(config.model)
+        self.clip = CLIP.from_pretrained(config.model, device="cpu")
         # The export needs an unused copy, because tokenizing changes what a tokenizer saves.
         self.tokenizer = copy.deepcopy(self.clip.tokenizer)
         text_network, self.image_network = halves(self.clip)
