@@ -160,7 +160,8 @@ class Source:
             return unet
         upscales = condition_of(settings) == LOW_RES  # noise levels are its class embeddings
         decodes = embedded and settings.class_embed_type == "projection"
-        other = settings.addition_embed_type or settings.class_embed_type or settings.num_class_embeds
+        added = settings.addition_embed_type not in (None, "text")  # "text" pools the text it reads anyway
+        other = added or settings.class_embed_type or settings.num_class_embeds
         if other and not upscales and not decodes:
             raise SourceError(f"{label} holds a U-Net of Stable Diffusion XL or of another kind; give SD 1.x or 2.x.")
         latents, condition = latent_channels(settings), condition_of(settings)

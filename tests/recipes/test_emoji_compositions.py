@@ -35,7 +35,7 @@ from sdkit.recipes.emoji.compositions import (
     two,
 )
 from sdkit.recipes.emoji.drawings import PIXELS, VECTORS, Drawings, _json, _rendered
-from sdkit.recipes.emoji.pictures import BACKGROUNDS, SIZE, STYLES, TABLE, Picture, pictures
+from sdkit.recipes.emoji.pictures import BACKGROUNDS, SIZE, STYLES, TABLE, Picture, pictures, with_article
 from sdkit.recipes.emoji.prepare import CAPTIONED, prepare_captioned
 from sdkit.recipes.emoji.settings import settings
 from sdkit.recipes.emoji.start import LENGTH, VOCABULARY
@@ -94,7 +94,7 @@ def test_captions_say_what_the_images_show() -> None:
     ground = rf"(?: (?:on|of) an? (?P<ground>{backgrounds}) background)?(?:, (?P<suffix>{styles}) style)?"
     open_at = Counter[str]()
     n = 0
-    for composition in planned("captioned-1"):
+    for composition in planned("captioned"):
         n += 1
         names = ["|".join(map(re.escape, part.picture.names)) for part in composition.parts]
         things = " and ".join(words.format(k, name) for k, name in enumerate(names))
@@ -131,7 +131,7 @@ def test_captions_say_what_the_images_show() -> None:
 
 
 def test_two_pictures_have_short_names_and_differ() -> None:
-    pairs = [composition for composition in planned("captioned-1") if len(composition.parts) == 2]
+    pairs = [composition for composition in planned("captioned") if len(composition.parts) == 2]
     total = 4 * len(all_pairs(pictures()))
     eligible = sum(may_be_beside(picture) for picture, _ in all_pairs(pictures())) * 4
     assert abs(len(pairs) - 0.12 * eligible) <= 4 * math.sqrt(eligible * 0.12 * 0.88)
@@ -174,7 +174,7 @@ def test_what_must_not_be_mirrored_is_not() -> None:
     assert excluded > {"musical note", "world map", "keyboard", "waxing crescent moon", "pool 8 ball", "ambulance"}
     assert not excluded & {"cat", "rocket", "red apple", "guitar", "penguin", "bicycle"}
     counts = defaultdict[bool, Counter[bool]](Counter)
-    for composition in planned("captioned-1"):
+    for composition in planned("captioned"):
         for part in composition.parts:
             counts[part.picture.mirrored == "no"][part.mirrored] += 1
     assert not counts[True][True]
@@ -183,17 +183,26 @@ def test_what_must_not_be_mirrored_is_not() -> None:
 
 
 def test_compositions_are_the_same_each_time_and_differ_between_sets() -> None:
-    first, again, other = ([*planned(name)] for name in ("captioned-1", "captioned-1", "captioned-2"))
+    first, again, other = ([*planned(name)] for name in ("captioned", "captioned", "plain"))
     assert first == again
     assert not {*first} & {*other}
     # A picture's compositions do not depend on its place in the table, nor on the styles of other pictures.
-    beside = companions(pictures())
+    beside, n = companions(pictures()), module.CAPTIONED["captioned"]
     picture, style = all_pairs(pictures())[40]
-    assert module._plan("captioned-1", picture, style, beside) == first[160:164]
+    assert module._plan("captioned", picture, style, beside) == first[40 * n : 41 * n]
+
+
+def test_plain_compositions_leave_nothing_open() -> None:
+    for composition in planned("plain"):
+        (part,) = composition.parts
+        assert (part.extent, part.across, part.down, part.mirrored) == (SIZES["large"], 0.5, 0.5, False)
+        ground = with_article(composition.background)
+        assert composition.caption == f"a large {composition.style} {part.picture.name} on {ground} background"
+        assert composition.background in part.picture.backgrounds
 
 
 def test_captions_fit_the_text_encoder() -> None:
-    captions = [composition.caption for composition in planned("captioned-1")]
+    captions = [composition.caption for composition in planned("captioned")]
     tokenizer = learn_tokenizer(captions, VOCABULARY, LENGTH)
     longest = max(captions, key=lambda caption: len(tokenizer(caption).input_ids))
     assert len(tokenizer(longest).input_ids) <= LENGTH, longest
@@ -324,7 +333,7 @@ def test_an_existing_name_is_as_frequent_as_planned() -> None:
 def test_sdkit_reads_the_captioned_sets(drawings: Drawings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The folders hold the planned images and captions, and a second call changes nothing."""
     monkeypatch.setattr(module, "pictures", lambda: FEW)
-    monkeypatch.setattr(module, "CAPTIONED", {"captioned-1": 2, "captioned-2": 3})
+    monkeypatch.setattr(module, "CAPTIONED", {"plain": 2, "captioned": 3})
     out = tmp_path / "data"
     prepare_captioned(drawings, out)
     beside = companions(FEW)
@@ -352,11 +361,11 @@ def test_other_rules_make_the_captioned_sets_anew(
     name: str, value: object, drawings: Drawings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "pictures", lambda: FEW)
-    monkeypatch.setattr(module, "CAPTIONED", {"captioned-1": 20})
+    monkeypatch.setattr(module, "CAPTIONED", {"captioned": 20})
     monkeypatch.setattr(module, "TWO", 0.5)
     monkeypatch.setattr(module, "_captioned", lambda *_: [])
     prepare_captioned(drawings, tmp_path / "data")
-    mark = tmp_path / "data" / "captioned-1" / "mark"
+    mark = tmp_path / "data" / "captioned" / "mark"
     mark.touch()
     prepare_captioned(drawings, tmp_path / "data")
     assert mark.exists()

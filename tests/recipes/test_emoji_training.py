@@ -100,7 +100,7 @@ def test_the_whole_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     """
     pytest.importorskip("resvg_py")
     monkeypatch.setattr(preparing, "pictures", lambda: FEW)
-    monkeypatch.setattr(preparing, "CAPTIONED", {"captioned-1": 2, "captioned-2": 2})
+    monkeypatch.setattr(preparing, "CAPTIONED", {"plain": 2, "captioned": 2})
     tiles = {"tiles": (64, 12, 0.5, 0.0), "fine_tiles": (128, 12, 0.1, 0.8), "details": (64, 12, 0.1, 0.8)}
     tiles = {name: preparing.Tiles(*one) for name, one in tiles.items()}
     monkeypatch.setattr(preparing, "TILES", tiles)
@@ -142,7 +142,7 @@ def test_the_whole_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
 BEFORE = {
     "vae": "data/tiles is not there: tiles makes it",
     "latents": "vae-5/result is not there: vae-5 is to be trained first",
-    "unet": "latents/captioned-1 is not there: latents makes it",
+    "unet": "latents/plain is not there: latents makes it",
     "decoder": "vae-5/result is not there: vae-5 is to be trained first",
     "export": "vae-6/result is not there: vae-6 is to be trained first",
 }

@@ -130,6 +130,17 @@ def one(picture: Picture, style: str, rng: Random, backgrounds: Sequence[str] | 
     return Composition(parts=(part,), style=style, background=background, caption=caption)
 
 
+def plain(picture: Picture, style: str, rng: Random) -> Composition:
+    """Return a large picture in the middle of a random background, whose caption says all of that but the place.
+
+    With nothing left open, a network learns the names much sooner than from compositions of `one`.
+    """
+    part = Part(picture=picture, extent=SIZES["large"], across=0.5, down=0.5, mirrored=False)
+    background = rng.choice(picture.backgrounds)
+    caption = described([picture.name], style=style, size="large", background=background)
+    return Composition(parts=(part,), style=style, background=background, caption=caption)
+
+
 def arranged(picture: Picture, size: str, place: str, rng: Random) -> Part:
     """Return a picture at a random size and position, of those that a caption with this size and place allows.
 

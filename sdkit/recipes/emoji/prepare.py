@@ -64,8 +64,8 @@ TILES = {
     "fine_tiles": Tiles(SIZE, 12_000, 0.1, 0.8),
     "details": Tiles(64, 24_000, 0.1, 0.8),
 }
-CAPTIONED = {"captioned-1": 8, "captioned-2": 16}
-"""Captioned set -> images of each pair of picture and style. A later set has compositions that no earlier one has."""
+CAPTIONED = {"plain": 4, "captioned": 16}
+"""Captioned set -> images of each pair of picture and style: `compositions.plain` ones, and then all kinds."""
 TWO = 0.12  # share of captioned images with two pictures, of those that can have them
 AS_CAPTIONED = 0.7  # share of `_drawn_tile`'s SIZE x SIZE tiles that show the picture as large as possible
 FLAT = 20  # largest standard deviation, of values from 0 to 255, at which a photograph's tile counts as plain
@@ -177,6 +177,8 @@ def _captioned(drawings: Drawings, plans: Sequence[Sequence[Composition]], numbe
 def _plan(name: str, picture: Picture, style: str, beside: Companions) -> list[Composition]:
     """Return the compositions of a picture in a style in one of the captioned sets."""
     rng = Random(f"{name} {picture.file} {style}")
+    if name == "plain":
+        return [compositions.plain(picture, style, rng) for _ in range(CAPTIONED[name])]
     return [_composition(picture, style, beside, rng) for _ in range(CAPTIONED[name])]
 
 

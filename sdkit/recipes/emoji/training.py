@@ -23,7 +23,7 @@ VAE_RUNS = {
 }  # fmt: skip
 """Run of the VAE -> its data set. The first run starts from scratch, and each later run from the result before it."""
 WHOLE, SHARPENED, FINE = "vae-5", "vae-6", "fine_tiles"
-UNET_RUNS = {"unet-1": "captioned-1", "unet-2": "captioned-2", "unet-3": "captioned-2"}
+UNET_RUNS = {"unet-1": "plain", "unet-2": "captioned", "unet-3": "captioned"}
 """Run of the U-Net -> its data set. The first begins with root/start, and each later one with the result before it."""
 TRAINED = "unet-3"
 DRAWN_AT = 1.5  # default guidance scale of the model: images follow their prompts, and backgrounds stay even
@@ -95,13 +95,13 @@ def _replaceable(folder: Path) -> Path:
 def make_latents(root: Path) -> None:
     """Make root/start, where the U-Net's training starts, and root/latents, with a latent cache of each captioned set.
 
-    The tokenizer learns from the captions of the first set, which hold all names.
+    The tokenizer learns from the captions of the last set, which hold all words.
     """
-    first, *others = dict.fromkeys(UNET_RUNS.values())
-    start, vae, data = _replaceable(root / "start"), _result(root, WHOLE), _data(root, first)
+    names = [*dict.fromkeys(UNET_RUNS.values())]
+    start, vae, data = _replaceable(root / "start"), _result(root, WHOLE), _data(root, names[-1])
     VAE.from_pretrained(vae)  # raises if the VAE is damaged
     make_start(vae, open_examples(data).captions, start)
-    for name in (first, *others):
+    for name in names:
         cache(start, _data(root, name), root / "latents" / name, size=SIZE, dtype="auto")
 
 

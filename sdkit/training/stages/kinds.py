@@ -130,7 +130,8 @@ def check_with_text(config: UNetConfig, unet: UNet, *, embedded: bool) -> None:
             "another U-Net."
         )
     labelled = getattr(unet.network, "class_embedding", None) is not None
-    if unet.condition != LOW_RES and not embedded and (labelled or unet.network.config.addition_embed_type):
+    added = unet.network.config.addition_embed_type not in (None, "text")
+    if unet.condition != LOW_RES and not embedded and (labelled or added):
         raise ArgumentError(
             "this U-Net takes more than text, labels or other embeddings, which train unet does not give; leave "
             "class_embed_type, num_class_embeds, and addition_embed_type out of its config."
