@@ -223,7 +223,12 @@ def test_evaluations_are_counted_right(made: Path, digits: data.Digits) -> None:
 def test_every_system_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scales: list[float] = []
     drawer = systems.dall_e
-    monkeypatch.setattr(systems, "dall_e", lambda work, scale: (scales.append(scale), drawer(work, scale))[1])
+
+    def counted(work: Workshop, guidance: float) -> systems.Drawer:
+        scales.append(guidance)
+        return drawer(work, guidance)
+
+    monkeypatch.setattr(systems, "dall_e", counted)
     rows = compare(tmp_path, scale=FEW, images=IMAGES)
     assert [row.cost.name for row in rows if row.cost.order >= 0] == list(SYSTEMS)
     asked = {row.cost.name: row.cost.asked for row in rows if row.cost.asked and row.cost.order >= 0}
