@@ -23,7 +23,7 @@ FEW = {
     "JUDGE_STEPS": 3, "CLASSIFIER_STEPS": 3, "ABLATION_STEPS": 2,
     "GAN_STEPS": 16, "DECODER_STEPS": 3,
     "SCALE": 0.0006, "IMAGES": 16, "REPEATS": 2, "DEEP": 8,
-    "DRAW_STEPS": 2, "STYLE_STEPS": 2,
+    "DRAW_STEPS": 2, "STYLE_STEPS": 2, "LEVEL_STEPS": 2, "CROPS": 32, "MORE_STEPS": 2, "ROWS": 2, "CASCADE_STEPS": 2,
 }  # fmt: skip
 FIRST = """
 from sdkit.pipelines.settings import DrawingSettings

@@ -23,7 +23,7 @@ from sdkit.recipes.compare import data, draws, systems
 from sdkit.recipes.compare.draws import Cost
 from sdkit.recipes.compare.gan import Generator, load_generator, train_gan
 from sdkit.recipes.compare.judging import load_judges
-from sdkit.recipes.compare.measuring import JUDGES, controls, measure, measured, nearest_distance
+from sdkit.recipes.compare.measuring import DRAWS, JUDGES, controls, measure, measured, nearest_distance
 from sdkit.recipes.compare.report import SHIPPED, SWEEP, as_json, compare, table
 from sdkit.recipes.compare.systems import SYSTEMS
 from sdkit.recipes.compare.workshop import STEPS, Workshop
@@ -220,13 +220,23 @@ def test_evaluations_are_counted_right(made: Path, digits: data.Digits) -> None:
 
 
 @pytest.mark.slow
-def test_every_system_runs(tmp_path: Path) -> None:
+def test_every_system_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scales: list[float] = []
+    drawer = systems.dall_e
+
+    def counted(work: Workshop, guidance: float) -> systems.Drawer:
+        scales.append(guidance)
+        return drawer(work, guidance)
+
+    monkeypatch.setattr(systems, "dall_e", counted)
     rows = compare(tmp_path, scale=FEW, images=IMAGES)
     assert [row.cost.name for row in rows if row.cost.order >= 0] == list(SYSTEMS)
     asked = {row.cost.name: row.cost.asked for row in rows if row.cost.asked and row.cost.order >= 0}
     assert asked == {"ADM, guided": "class", "DALL-E": "text", "DALL-E 2": "text"}
     sweep = [cost.name for cost, _ in draws.every(tmp_path / SWEEP)]
     assert sweep == ["guidance 1", "guidance 1.5", "guidance 2", "guidance 4", "guidance 8"]
+    assert scales == [1.0, 1.5, 4.0, 8.0]  # "DALL-E" itself has a scale of 2
+    assert (tmp_path / SWEEP / "guidance-2.png").read_bytes() == (tmp_path / DRAWS / "dall-e.png").read_bytes()
 
 
 def test_the_shipped_table_is_that_of_the_shipped_draws() -> None:

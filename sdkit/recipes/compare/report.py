@@ -113,12 +113,21 @@ def _draw(work: Workshop, name: str, images: int) -> None:
 
 
 def _draw_sweep(work: Workshop, images: int) -> None:
-    """Draw with DALL-E at other guidance scales, for the curve of fidelity and variety."""
+    """Draw with DALL-E at other guidance scales, for the curve of fidelity and variety.
+
+    At its own scale the draws are those of the comparison.
+    """
     for order, scale in enumerate(SCALES):
         name = f"guidance {scale:g}"
-        if draws.load(work.folder / SWEEP, name) is None:
+        if draws.load(work.folder / SWEEP, name) is not None:
+            continue
+        if scale == systems.GUIDANCE:
+            own = draws.load(work.folder / DRAWS, "DALL-E")
+            assert own is not None  # drawn before
+            pictures: data.Images = own[1]
+        else:
             pictures = systems.dall_e(work, scale).draw(work.digits.reference.captions[:images])
-            draws.save(work.folder / SWEEP, Cost(name=name, images=images, order=order, asked="text"), pictures)
+        draws.save(work.folder / SWEEP, Cost(name=name, images=images, order=order, asked="text"), pictures)
 
 
 def _draw_reconstructions(work: Workshop, images: int) -> None:
