@@ -37,6 +37,7 @@ def test_it_is_trained_and_exported_by_one_command(
     assert {value.dtype for value in load_file(made / "model.safetensors").values()} == {torch.float16}
     extractor = open_extractor(f"clip:{made}", device="cpu")
     assert extractor.embed_texts(["a red disc", "a blue one"]).shape == (2, extractor.width) == (2, 128)
+    assert len([*(tmp_path / "runs" / "clip-data").glob("*.png")]) == 48  # each image with two captions
     one_sentence(lambda: clip.export(tmp_path, made), SourceError, "holds no CLIP; train it first")
     one_sentence(lambda: clip.export(made, photos), SourceError, "with what is not of this recipe")
 
@@ -76,6 +77,30 @@ def test_each_caption_of_the_recipe_is_read_as_it_was_made() -> None:
         assert found.name == picture.name
         assert found.style in ("", made.style)
         assert found.background in ("", made.background)
+
+
+def test_a_caption_becomes_one_of_the_name_and_one_of_the_attributes() -> None:
+    """In 400 draws: the first names the picture, mostly nothing else; the second says the rest, half without a name."""
+    caption, rng = "a small flat shooting star at the bottom of a purple background", Random(0)
+    drawn = [clip.two_captions(caption, rng) for _ in range(400)]
+    firsts = [clip_report.told(first) for first, _ in drawn]
+    assert {one.name for one in firsts if one is not None} == {"shooting star"}
+    for attribute in clip_report.ANSWERS:
+        kept = sum(getattr(one, attribute) != "" for one in firsts) / 400
+        assert kept == pytest.approx(clip.KEPT, abs=0.07)
+    nameless = "a small flat picture at the bottom of a purple background"
+    assert {second for _, second in drawn} == {caption, nameless}
+    assert sum(second == nameless for _, second in drawn) / 400 == pytest.approx(clip.NAMELESS, abs=0.08)
+
+
+@pytest.mark.parametrize("caption", ["a red disc", "a noto ghost and a noto red apple"])
+def test_other_captions_stay(caption: str) -> None:
+    assert {clip.two_captions(caption, Random(seed)) for seed in range(20)} == {(caption, caption)}
+
+
+def test_a_caption_of_the_name_alone_keeps_its_name() -> None:
+    said = {clip.two_captions("a mahjong red dragon", Random(seed)) for seed in range(20)}
+    assert said == {(first, "a mahjong red dragon") for first in ("a mahjong", "a mahjong red dragon")}
 
 
 def test_shares_are_counted_by_hand() -> None:

@@ -3,23 +3,38 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
+from random import Random
+
+from PIL import Image, ImageOps
 
 from sdkit.atomic import whole_folder
 from sdkit.cli.console import exit_code_of, say_path
 from sdkit.cli.parser import Parser
+from sdkit.data import open_examples
 from sdkit.errors import SourceError, TrainingError
-from sdkit.recipes.emoji.settings import settings, shape_file
+from sdkit.progress import progress
+from sdkit.recipes.emoji.clip_report import ANSWERS, told
+from sdkit.recipes.emoji.pictures import pictures
+from sdkit.recipes.emoji.settings import settings, shape, shape_file
 from sdkit.recipes.half_clip import write_half
 from sdkit.training import ClipConfig, train_clip
 
 RUN = "clip"
+RESTATED = "clip-data"
 EXPORTED = "clip-fp16"
+KEPT = 0.25  # share of the other attributes that stay in a caption of the name
+NAMELESS = 0.5  # share of the captions of attributes that call the picture "picture"
 
 
 def train(data: Path, root: Path, *, validation_data: Path | None = None, max_steps: int | None = None) -> Path:
     """Train the CLIP in root/clip, and write it to root/clip-fp16, in float16. An existing run is resumed.
+
+    The images in root/clip-data, which it learns from, are made first if they are not there; see `restate`.
 
     Args:
         data: Captioned images, such as data/captioned-1 of the recipe.
@@ -34,13 +49,60 @@ def train(data: Path, root: Path, *, validation_data: Path | None = None, max_st
         SdkitError: The data cannot be used, or the folder cannot be written.
     """
     given = settings(RUN) | ({} if max_steps is None else {"max_steps": max_steps})
+    if not (root / RESTATED).exists():
+        restate(data, root / RESTATED)
     run = train_clip(
         ClipConfig(
-            **given, data=data, validation_data=validation_data, init=shape_file("clip"), out_dir=root / RUN,
-            augment=("crop",),
+            **given, data=root / RESTATED, validation_data=validation_data, init=shape_file("clip"), out_dir=root / RUN
         )
-    )  # fmt: skip
+    )
     return export(run / "result", root / EXPORTED)
+
+
+def restate(data: Path, out: Path) -> None:
+    """Write captioned images twice, each time with one of the captions of `two_captions`, as small as the CLIP's.
+
+    Raises:
+        DataError: The images cannot be read.
+        TrainingError: The folder cannot be written.
+    """
+    examples, side = open_examples(data), shape("clip")["vision_config"]["image_size"]
+    with whole_folder(out, TrainingError) as folder:
+        lines = []
+        for i, caption in enumerate(progress(examples.captions, len(examples), RESTATED)):
+            # The filter of `Extractor.prepare`, so that the CLIP sees what it was trained on.
+            small = ImageOps.fit(examples[i].load(), (side, side), Image.Resampling.BICUBIC)
+            for n, said in enumerate(two_captions(caption, Random(f"{RESTATED} {i}"))):
+                name = f"{i:05}-{n}.png"
+                small.save(folder / name, compress_level=1)
+                lines.append(json.dumps({"file_name": name, "text": said}) + "\n")
+        (folder / "metadata.jsonl").write_text("".join(lines), encoding="utf-8")
+
+
+def two_captions(caption: str, rng: Random) -> tuple[str, str]:
+    """Return a caption that says little but the name, and one that says all attributes, in half of the cases no name.
+
+    In a batch, most full captions differ in background, size, or style, and hardly any names have to be known to find
+    the right one. Where a caption has only the name, nothing else can be learned from it; where a caption has no name,
+    the other attributes have to be known.
+
+    Args:
+        caption: A caption of the recipe. One of two pictures, or of something else, is returned unchanged, twice.
+        rng: Random numbers.
+    """
+    said = told(caption)
+    if said is None:
+        return caption, caption
+    left_out = {attribute: "" for attribute in ANSWERS if rng.random() >= KEPT}
+    named = replace(said, name=rng.choice(_all_names()[said.name]), **left_out).caption
+    nameless = rng.random() < NAMELESS and any(getattr(said, attribute) for attribute in ANSWERS)
+    return named, replace(said, name="picture").caption if nameless else caption
+
+
+@cache
+def _all_names() -> dict[str, list[str]]:
+    """Return a dict from the first name of a picture to all of its names."""
+    return {picture.name: picture.names for picture in pictures()}
 
 
 def export(trained: Path, out: Path) -> Path:
