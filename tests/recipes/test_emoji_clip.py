@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from sdkit.errors import DataError, SourceError
 from sdkit.evaluation.extractors import open_extractor
 from sdkit.recipes.emoji import clip, clip_report
+from sdkit.recipes.emoji.asked import Prompt
 from sdkit.recipes.emoji.compositions import one
 from sdkit.recipes.emoji.pictures import STYLES, pictures
 from tests.helpers import clip as tiny_clip
@@ -50,20 +51,25 @@ def test_its_settings_are_valid(tmp_path: Path) -> None:
     assert config.batch_size == 128
 
 
+def said_of(name: str, **attributes: str) -> Prompt:
+    """Return a prompt for the picture with this name, which is the first of its names."""
+    return Prompt(tuple(picture for picture in pictures() if picture.name == name), **attributes)
+
+
 @pytest.mark.parametrize(
     ("caption", "said"),
     [
-        ("a mahjong", clip_report.Told(name="mahjong red dragon")),  # the other name of that picture
-        ("red apple", clip_report.Told(name="red apple")),
+        ("a mahjong", said_of("mahjong red dragon")),  # the other name of that picture
+        ("red apple", said_of("red apple")),
         ("a small flat red apple at the bottom of a purple background",
-         clip_report.Told(name="red apple", style="flat", size="small", place="bottom", background="purple")),
-        ("small airplane", clip_report.Told(name="small airplane")),
+         said_of("red apple", style="flat", size="small", place="bottom", background="purple")),
+        ("small airplane", said_of("small airplane")),
         ("a large small airplane on the left, 3d style",
-         clip_report.Told(name="small airplane", style="3d", size="large", place="left")),
+         said_of("small airplane", style="3d", size="large", place="left")),
         ("a noto ghost and a noto red apple", None),
     ],
 )  # fmt: skip
-def test_captions_are_read(caption: str, said: clip_report.Told | None) -> None:
+def test_captions_are_read(caption: str, said: Prompt | None) -> None:
     assert clip_report.told(caption) == said
 
 
@@ -74,7 +80,7 @@ def test_each_caption_of_the_recipe_is_read_as_it_was_made() -> None:
         made = one(picture, rng.choice(STYLES), rng)
         found = clip_report.told(made.caption)
         assert found is not None, made.caption
-        assert found.name == picture.name
+        assert found.pictures == (picture,)
         assert found.style in ("", made.style)
         assert found.background in ("", made.background)
 
@@ -84,7 +90,7 @@ def test_a_caption_becomes_one_of_the_name_and_one_of_the_attributes() -> None:
     caption, rng = "a small flat shooting star at the bottom of a purple background", Random(0)
     drawn = [clip.two_captions(caption, rng) for _ in range(400)]
     firsts = [clip_report.told(first) for first, _ in drawn]
-    assert {one.name for one in firsts if one is not None} == {"shooting star"}
+    assert {one.pictures[0].name for one in firsts if one is not None} == {"shooting star"}
     for attribute in clip_report.ANSWERS:
         kept = sum(getattr(one, attribute) != "" for one in firsts) / 400
         assert kept == pytest.approx(clip.KEPT, abs=0.07)

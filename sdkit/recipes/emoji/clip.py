@@ -6,7 +6,6 @@ import argparse
 import json
 import sys
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from random import Random
 
@@ -19,7 +18,6 @@ from sdkit.data import open_examples
 from sdkit.errors import SourceError, TrainingError
 from sdkit.progress import progress
 from sdkit.recipes.emoji.clip_report import ANSWERS, told
-from sdkit.recipes.emoji.pictures import pictures
 from sdkit.recipes.emoji.settings import settings, shape, shape_file
 from sdkit.recipes.half_clip import write_half
 from sdkit.training import ClipConfig, train_clip
@@ -94,15 +92,11 @@ def two_captions(caption: str, rng: Random) -> tuple[str, str]:
     if said is None:
         return caption, caption
     left_out = {attribute: "" for attribute in ANSWERS if rng.random() >= KEPT}
-    named = replace(said, name=rng.choice(_all_names()[said.name]), **left_out).caption
-    nameless = rng.random() < NAMELESS and any(getattr(said, attribute) for attribute in ANSWERS)
-    return named, replace(said, name="picture").caption if nameless else caption
-
-
-@cache
-def _all_names() -> dict[str, list[str]]:
-    """Return a dict from the first name of a picture to all of its names."""
-    return {picture.name: picture.names for picture in pictures()}
+    picture = said.pictures[0]
+    named = replace(said, pictures=(replace(picture, name=rng.choice(picture.names)),), **left_out)
+    nameless = replace(said, pictures=(replace(picture, name="picture"),))
+    says_more = any(getattr(said, attribute) for attribute in ANSWERS)
+    return named.text, nameless.text if rng.random() < NAMELESS and says_more else caption
 
 
 def export(trained: Path, out: Path) -> Path:
