@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -97,11 +98,17 @@ def shares(clip: Extractor, embedded: Tensor, captions: Sequence[Prompt]) -> dic
         asked = [i for i, one in enumerate(captions) if getattr(one, attribute)][:AT_MOST]
         if not asked:
             continue
-        texts = [replace(captions[i], **{attribute: answer}).text for i in asked for answer in answers]
+        texts = [_saying(captions[i], attribute, answer) for i in asked for answer in answers]
         embeddings = _units(clip, texts).unflatten(0, (len(asked), len(answers)))
         scores = torch.einsum("nad,nd->na", embeddings, units[asked])
         found[attribute] = _share(scores, [answers.index(getattr(captions[i], attribute)) for i in asked])
     return found
+
+
+def _saying(caption: Prompt, attribute: str, answer: str) -> str:
+    """Return a caption with another answer for one attribute."""
+    change: dict[str, Any] = {attribute: answer}
+    return replace(caption, **change).text
 
 
 def _units(clip: Extractor, texts: Sequence[str]) -> Tensor:
