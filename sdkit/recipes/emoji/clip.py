@@ -26,7 +26,8 @@ RUN = "clip"
 RESTATED = "clip-data"
 EXPORTED = "clip-fp16"
 KEPT = 0.25  # share of the other attributes that stay in a caption of the name
-NAMELESS = 0.5  # share of the captions of attributes that call the picture "picture"
+ALONE = 0.6  # share of the second captions that say one attribute alone, of "a picture"
+SHARES = {"place": 4, "style": 2, "background": 1, "size": 1}  # how often which, of those that a caption says
 
 
 def train(data: Path, root: Path, *, validation_data: Path | None = None, max_steps: int | None = None) -> Path:
@@ -78,11 +79,11 @@ def restate(data: Path, out: Path) -> None:
 
 
 def two_captions(caption: str, rng: Random) -> tuple[str, str]:
-    """Return a caption that says little but the name, and one that says all attributes, in half of the cases no name.
+    """Return a caption that says little but the name, and the caption itself, or one other attribute alone.
 
-    In a batch, most full captions differ in background, size, or style, and hardly any names have to be known to find
-    the right one. Where a caption has only the name, nothing else can be learned from it; where a caption has no name,
-    the other attributes have to be known.
+    In a batch, most full captions differ in background or size, and a CLIP that knows these alone finds nearly all
+    images. Where a caption says one thing only, that is what has to be known. (Equal captions in a batch are no wrong
+    answers for each other; see `contrastive`.)
 
     Args:
         caption: A caption of the recipe. One of two pictures, or of something else, is returned unchanged, twice.
@@ -91,12 +92,15 @@ def two_captions(caption: str, rng: Random) -> tuple[str, str]:
     said = told(caption)
     if said is None:
         return caption, caption
-    left_out = {attribute: "" for attribute in ANSWERS if rng.random() >= KEPT}
     picture = said.pictures[0]
+    left_out = {attribute: "" for attribute in ANSWERS if rng.random() >= KEPT}
     named = replace(said, pictures=(replace(picture, name=rng.choice(picture.names)),), **left_out)
-    nameless = replace(said, pictures=(replace(picture, name="picture"),))
-    says_more = any(getattr(said, attribute) for attribute in ANSWERS)
-    return named.text, nameless.text if rng.random() < NAMELESS and says_more else caption
+    open_to_choice = [attribute for attribute in ANSWERS if getattr(said, attribute)]
+    if not open_to_choice or rng.random() >= ALONE:
+        return named.text, caption
+    [only] = rng.choices(open_to_choice, [SHARES[attribute] for attribute in open_to_choice])
+    others = {attribute: "" for attribute in ANSWERS if attribute != only}
+    return named.text, replace(said, pictures=(replace(picture, name="picture"),), **others).text
 
 
 def export(trained: Path, out: Path) -> Path:
