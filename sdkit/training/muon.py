@@ -14,7 +14,7 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Coefficients of the quintic Newton-Schulz iteration, which raise small singular values fast (Jordan et al. 2024)."""
 ITERATIONS = 5
 RMS = 0.2  # root mean square of AdamW's usual updates, which Muon's are scaled to (Liu et al. 2025, section 2.2)
-FIRST_AND_LAST = ("conv_in", "conv_out")  # diffusers' names
+FIRST_AND_LAST = ("conv_in", "conv_out", "patch_embedding")  # diffusers' names, and transformers' in vision models
 
 
 class Muon(torch.optim.Optimizer):
@@ -104,7 +104,8 @@ def orthogonalised(matrix: Tensor) -> Tensor:
 def split(groups: Iterable[dict[str, Any]], network: nn.Module) -> list[dict[str, Any]]:
     """Return parameter groups of a network with the weight matrices of its hidden layers in groups of their own.
 
-    Biases, gains, embeddings, and diffusers' first and last convolutions are left to AdamW (Jordan et al. 2024).
+    Biases, gains, embeddings (those of an image's patches, too), and diffusers' first and last convolutions are left to
+    AdamW (Jordan et al. 2024).
 
     Args:
         groups: Parameter groups of any optimizer.

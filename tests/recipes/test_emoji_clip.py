@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from sdkit.errors import DataError, SourceError
 from sdkit.evaluation.extractors import open_extractor
 from sdkit.recipes.emoji import clip, clip_report
+from sdkit.recipes.emoji.asked import Prompt
 from sdkit.recipes.emoji.compositions import one
 from sdkit.recipes.emoji.pictures import STYLES, pictures
 from tests.helpers import clip as tiny_clip
@@ -37,6 +38,7 @@ def test_it_is_trained_and_exported_by_one_command(
     assert {value.dtype for value in load_file(made / "model.safetensors").values()} == {torch.float16}
     extractor = open_extractor(f"clip:{made}", device="cpu")
     assert extractor.embed_texts(["a red disc", "a blue one"]).shape == (2, extractor.width) == (2, 128)
+    assert len([*(tmp_path / "runs" / "clip-data").glob("*.png")]) == 48  # each image with two captions
     one_sentence(lambda: clip.export(tmp_path, made), SourceError, "holds no CLIP; train it first")
     one_sentence(lambda: clip.export(made, photos), SourceError, "with what is not of this recipe")
 
@@ -49,20 +51,25 @@ def test_its_settings_are_valid(tmp_path: Path) -> None:
     assert config.batch_size == 128
 
 
+def said_of(name: str, **attributes: str) -> Prompt:
+    """Return a prompt for the picture with this name, which is the first of its names."""
+    return Prompt(tuple(picture for picture in pictures() if picture.name == name), **attributes)
+
+
 @pytest.mark.parametrize(
     ("caption", "said"),
     [
-        ("a mahjong", clip_report.Told(name="mahjong red dragon")),  # the other name of that picture
-        ("red apple", clip_report.Told(name="red apple")),
+        ("a mahjong", said_of("mahjong red dragon")),  # the other name of that picture
+        ("red apple", said_of("red apple")),
         ("a small flat red apple at the bottom of a purple background",
-         clip_report.Told(name="red apple", style="flat", size="small", place="bottom", background="purple")),
-        ("small airplane", clip_report.Told(name="small airplane")),
+         said_of("red apple", style="flat", size="small", place="bottom", background="purple")),
+        ("small airplane", said_of("small airplane")),
         ("a large small airplane on the left, 3d style",
-         clip_report.Told(name="small airplane", style="3d", size="large", place="left")),
+         said_of("small airplane", style="3d", size="large", place="left")),
         ("a noto ghost and a noto red apple", None),
     ],
 )  # fmt: skip
-def test_captions_are_read(caption: str, said: clip_report.Told | None) -> None:
+def test_captions_are_read(caption: str, said: Prompt | None) -> None:
     assert clip_report.told(caption) == said
 
 
@@ -73,9 +80,39 @@ def test_each_caption_of_the_recipe_is_read_as_it_was_made() -> None:
         made = one(picture, rng.choice(STYLES), rng)
         found = clip_report.told(made.caption)
         assert found is not None, made.caption
-        assert found.name == picture.name
+        assert found.pictures == (picture,)
         assert found.style in ("", made.style)
         assert found.background in ("", made.background)
+
+
+def test_a_caption_becomes_one_of_the_name_and_one_of_another_attribute() -> None:
+    """In 400 draws: the first names the picture, mostly nothing else; the second is whole, or says one attribute."""
+    caption, rng = "a small flat shooting star at the bottom of a purple background", Random(0)
+    drawn = [clip.two_captions(caption, rng) for _ in range(400)]
+    firsts = [clip_report.told(first) for first, _ in drawn]
+    assert {one.pictures[0].name for one in firsts if one is not None} == {"shooting star"}
+    for attribute in clip_report.ANSWERS:
+        kept = sum(getattr(one, attribute) != "" for one in firsts) / 400
+        assert kept == pytest.approx(clip.KEPT, abs=0.07)
+    alone = {
+        "a picture at the bottom": 4 / 8, "a flat picture": 2 / 8, "a small picture": 1 / 8,
+        "a picture on a purple background": 1 / 8,
+    }  # fmt: skip
+    seconds = [second for _, second in drawn]
+    assert {*seconds} == {caption, *alone}
+    assert seconds.count(caption) / 400 == pytest.approx(1 - clip.ALONE, abs=0.08)
+    for said, share in alone.items():
+        assert seconds.count(said) / 400 == pytest.approx(clip.ALONE * share, abs=0.07)
+
+
+@pytest.mark.parametrize("caption", ["a red disc", "a noto ghost and a noto red apple"])
+def test_other_captions_stay(caption: str) -> None:
+    assert {clip.two_captions(caption, Random(seed)) for seed in range(20)} == {(caption, caption)}
+
+
+def test_a_caption_of_the_name_alone_keeps_its_name() -> None:
+    said = {clip.two_captions("a mahjong red dragon", Random(seed)) for seed in range(20)}
+    assert said == {(first, "a mahjong red dragon") for first in ("a mahjong", "a mahjong red dragon")}
 
 
 def test_shares_are_counted_by_hand() -> None:

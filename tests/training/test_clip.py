@@ -175,6 +175,17 @@ def test_weights_decay_but_gains_and_biases_do_not(made: Path, tmp_path: Path) -
             torch.testing.assert_close(p, before[name] * factor, rtol=1e-6, atol=0, msg=name)
 
 
+def test_attention_is_plain_under_autocast_on_a_cpu(made: Path, tmp_path: Path) -> None:
+    """Fused attention trains slowly there. The exported config names neither."""
+    for precision, wanted in (("no", "sdpa"), ("bf16", "eager")):
+        stage = CLIPStage(config(made, tmp_path, mixed_precision=precision))
+        towers = (stage.clip.network.text_model, stage.clip.network.vision_model)
+        assert [tower.config._attn_implementation for tower in towers] == [wanted] * 2
+    (tmp_path / "result").mkdir()
+    stage.export(tmp_path / "result")
+    assert "eager" not in (tmp_path / "result" / "config.json").read_text()
+
+
 def item_of(seed: int, n: int, size: int) -> int:
     return int(np.random.default_rng((seed, n // size)).permutation(size)[n % size])
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from diffusers import PriorTransformer
 from torch import nn
+from transformers import CLIPConfig, CLIPModel
 
 from sdkit.training.muon import Muon, orthogonalised, split
 
@@ -75,3 +76,17 @@ def test_embeddings_that_are_no_module_are_left_to_adamw() -> None:
     assert {"positional_embedding", "prd_embedding"} <= {*groups[False]}
     assert "transformer_blocks.0.attn1.to_q.weight" in groups[True]
     assert sorted(groups[True] + groups[False]) == sorted(names.values())
+
+
+def test_patches_of_a_clip_are_left_to_adamw() -> None:
+    """They are its first layer, as the embedding of tokens is; its projections are matrices."""
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1, "num_hidden_layers": 1}
+    config = CLIPConfig(text_config=sizes | {"vocab_size": 5}, vision_config=sizes | {"image_size": 8, "patch_size": 4})
+    network = CLIPModel(config)
+    names = {p: name for name, p in network.named_parameters()}
+    groups = {g["matrices"]: {names[p] for p in g["params"]} for g in split([{"params": [*names]}], network)}
+    assert {name for name in groups[False] if name.endswith("weight") and "norm" not in name} == {
+        "text_model.embeddings.token_embedding.weight", "text_model.embeddings.position_embedding.weight",
+        "vision_model.embeddings.patch_embedding.weight", "vision_model.embeddings.position_embedding.weight",
+    }  # fmt: skip
+    assert {"visual_projection.weight", "vision_model.encoder.layers.0.mlp.fc1.weight"} <= groups[True]

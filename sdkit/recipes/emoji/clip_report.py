@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,8 +21,9 @@ from sdkit.cli.parser import Parser
 from sdkit.data.sources import open_examples
 from sdkit.errors import DataError
 from sdkit.evaluation.extractors import Extractor, open_extractor
-from sdkit.recipes.emoji.compositions import PLACES, SIZES, described
-from sdkit.recipes.emoji.pictures import BACKGROUNDS, STYLES, pictures
+from sdkit.recipes.emoji.asked import Prompt
+from sdkit.recipes.emoji.compositions import PLACES, SIZES
+from sdkit.recipes.emoji.pictures import BACKGROUNDS, STYLES, Picture, pictures
 
 AT_MOST = 400  # images for each attribute
 ANSWERS: Mapping[str, tuple[str, ...]] = {
@@ -33,37 +35,13 @@ ANSWERS: Mapping[str, tuple[str, ...]] = {
 """Attribute of a caption, other than its name -> what a caption may say of it."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Told:
-    """Words in the caption of an image of one thing; "" where the caption leaves an attribute open.
-
-    Attributes:
-        name: Name of the picture: the first of its names.
-        style: Word for the style.
-        size: "small" or "large".
-        place: A key of `PLACES`.
-        background: Name of the background's colour.
-    """
-
-    name: str
-    style: str = ""
-    size: str = ""
-    place: str = ""
-    background: str = ""
-
-    @property
-    def caption(self) -> str:
-        """The caption that says this."""
-        return described([self.name], style=self.style, size=self.size, place=self.place, background=self.background)
-
-
 @cache
-def _names() -> dict[str, str]:
-    """Return a dict from each name of a picture to the first of its names."""
-    return {name: picture.name for picture in pictures() for name in picture.names[::-1]}
+def _named() -> dict[str, Picture]:
+    """Return a dict from each name to its picture."""
+    return {name: picture for picture in pictures() for name in picture.names}
 
 
-def told(caption: str) -> Told | None:
+def told(caption: str) -> Prompt | None:
     """Return what a caption of `described` says; None if it names two things, or none of the recipe's."""
     rest, found = caption, {}
     if match := re.fullmatch(r"(.+), (\w+) style", rest):
@@ -76,9 +54,9 @@ def told(caption: str) -> Told | None:
     rest = re.sub(r"^an? ", "", rest)
     for key in ("size", "style"):
         first, _, others = rest.partition(" ")
-        if rest not in _names() and first in ANSWERS[key] and others:
+        if rest not in _named() and first in ANSWERS[key] and others:
             rest, found[key] = others, first
-    return Told(name=_names()[rest], **found) if rest in _names() else None
+    return Prompt((_named()[rest],), **found) if rest in _named() else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +78,7 @@ class Share:
     images: int
 
 
-def shares(clip: Extractor, embedded: Tensor, captions: Sequence[Told]) -> dict[str, Share]:
+def shares(clip: Extractor, embedded: Tensor, captions: Sequence[Prompt]) -> dict[str, Share]:
     """Return how often a CLIP knows the name, within the named style, and the other attributes that captions name.
 
     For each attribute, an image is compared with captions that differ in it alone.
@@ -112,20 +90,25 @@ def shares(clip: Extractor, embedded: Tensor, captions: Sequence[Told]) -> dict[
     """
     found, units = {}, F.normalize(embedded, dim=1)
     styled = [i for i, one in enumerate(captions) if one.style][:AT_MOST]
-    names = [picture.name for picture in pictures()]
     if styled:
-        named = {s: _units(clip, [Told(name=name, style=s).caption for name in names]) for s in STYLES}
+        named = {s: _units(clip, [Prompt((picture,), s).text for picture in pictures()]) for s in STYLES}
         scores = torch.stack([named[captions[i].style] @ units[i] for i in styled])
-        found["name, within its style"] = _share(scores, [names.index(captions[i].name) for i in styled])
+        found["name, within its style"] = _share(scores, [pictures().index(captions[i].pictures[0]) for i in styled])
     for attribute, answers in ANSWERS.items():
         asked = [i for i, one in enumerate(captions) if getattr(one, attribute)][:AT_MOST]
         if not asked:
             continue
-        texts = [replace(captions[i], **{attribute: answer}).caption for i in asked for answer in answers]
+        texts = [_saying(captions[i], attribute, answer) for i in asked for answer in answers]
         embeddings = _units(clip, texts).unflatten(0, (len(asked), len(answers)))
         scores = torch.einsum("nad,nd->na", embeddings, units[asked])
         found[attribute] = _share(scores, [answers.index(getattr(captions[i], attribute)) for i in asked])
     return found
+
+
+def _saying(caption: Prompt, attribute: str, answer: str) -> str:
+    """Return a caption with another answer for one attribute."""
+    change: dict[str, Any] = {attribute: answer}
+    return replace(caption, **change).text
 
 
 def _units(clip: Extractor, texts: Sequence[str]) -> Tensor:
