@@ -132,8 +132,8 @@ def test_captions_say_what_the_images_show() -> None:
 
 def test_two_pictures_have_short_names_and_differ() -> None:
     pairs = [composition for composition in planned("captioned") if len(composition.parts) == 2]
-    total = 4 * len(all_pairs(pictures()))
-    eligible = sum(may_be_beside(picture) for picture, _ in all_pairs(pictures())) * 4
+    total = module.CAPTIONED["captioned"] * len(all_pairs(pictures()))
+    eligible = sum(may_be_beside(picture) for picture, _ in all_pairs(pictures())) * module.CAPTIONED["captioned"]
     assert abs(len(pairs) - 0.12 * eligible) <= 4 * math.sqrt(eligible * 0.12 * 0.88)
     assert 0.08 < len(pairs) / total < 0.13
     for composition in pairs:
@@ -196,8 +196,8 @@ def test_plain_compositions_leave_nothing_open() -> None:
     for composition in planned("plain"):
         (part,) = composition.parts
         assert (part.extent, part.across, part.down, part.mirrored) == (SIZES["large"], 0.5, 0.5, False)
-        ground = with_article(composition.background)
-        assert composition.caption == f"a large {composition.style} {part.picture.name} on {ground} background"
+        thing, ground = f"large {composition.style} {part.picture.name}", with_article(composition.background)
+        assert composition.caption == f"{with_article(thing)} on {ground} background"
         assert composition.background in part.picture.backgrounds
 
 
@@ -311,7 +311,7 @@ def test_named_places_and_sizes_can_be_measured(drawings: Drawings) -> None:
         extents[size].append(max(right - left, bottom - top))
     assert max(extents["small"]) < 55
     assert min(extents["large"]) > 95
-    assert {round(extent, -1) for extent in extents[""]} == {40, 70, 100}
+    assert {round(extent, -1) for extent in extents[""]} == {50, 100}
 
 
 def test_a_caption_has_many_images() -> None:
@@ -321,7 +321,7 @@ def test_a_caption_has_many_images() -> None:
     assert len(plain) > 60
     assert {image.style for image in plain} == {*STYLES}
     assert {image.background for image in plain} == BACKGROUNDS.keys() - {"gray"}
-    assert max(image.parts[0].extent for image in plain) - min(image.parts[0].extent for image in plain) > 60
+    assert max(image.parts[0].extent for image in plain) - min(image.parts[0].extent for image in plain) > 50
     assert {image.parts[0].mirrored for image in plain} == {False, True}
 
 
