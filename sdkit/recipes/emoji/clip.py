@@ -36,7 +36,7 @@ def train(data: Path, root: Path, *, validation_data: Path | None = None, max_st
     The images in root/clip-data, which it learns from, are made first if they are not there; see `restate`.
 
     Args:
-        data: Captioned images, such as data/captioned-1 of the recipe.
+        data: Captioned images, such as data/captioned of the recipe.
         root: Folder of the results.
         validation_data: Other captioned images, for retrieval; None holds out 16 of `data`.
         max_steps: Steps of the training; None takes the recipe's.
@@ -123,7 +123,7 @@ def main() -> int:
     """Train and export, and return the exit code."""
     parser = Parser(prog="python -m sdkit.recipes.emoji.clip", description=__doc__)
     add = parser.add_argument
-    captioned = Path("runs/emoji/data/captioned-1")
+    captioned = Path("runs/emoji/data/captioned")
     add("--data", type=Path, default=captioned, metavar="FOLDER", help="captioned images (default: %(default)s)")
     add("--validation-data", type=Path, metavar="FOLDER", help="captioned images that are not trained on")
     add("--out", "-o", type=Path, default=Path("runs/emoji"), metavar="FOLDER", help="results (default: %(default)s)")
