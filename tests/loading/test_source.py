@@ -1155,6 +1155,10 @@ def test_unfit_arguments(sd1: Tiny, call: Callable[[Tiny], Any], expected: str) 
         ({"in_channels": 9}, r"looks like an inpainting model \(9 input channels\); give a text-to-image model"),
         ({"num_class_embeds": 10}, "holds a U-Net of Stable Diffusion XL or of another kind"),
         (
+            {"addition_embed_type": "text_image", "encoder_hid_dim": 8},
+            "holds a U-Net of Stable Diffusion XL or of another kind",
+        ),
+        (
             {
                 "addition_embed_type": "text_time",
                 "addition_time_embed_dim": 8,

@@ -761,3 +761,24 @@ def test_a_model_of_pixels_is_trained_exported_and_loaded(kit: Kit, tmp_path: Pa
     sd = sdkit.StableDiffusion.from_pretrained(result, device="cpu", dtype="fp32")
     assert (sd.vae.factor, sd.vae.channels) == (1, 3)
     assert sd("a red disc", num_inference_steps=1, output_type="np", height=8, width=8).shape == (1, 8, 8, 3)
+
+
+def test_pooled_text_beside_the_timestep(kit: Kit, tmp_path: Path) -> None:
+    """A U-Net that also adds the pooled text to the timestep learns, and draws the same in diffusers."""
+    config = json.loads((kit.models["epsilon"] / "unet" / "config.json").read_text())
+    config |= {
+        "addition_embed_type": "text",
+        "addition_embed_type_num_heads": 2,
+        "resnet_time_scale_shift": "scale_shift",
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    stage = kit.stage(init=tmp_path / "config.json", train_text_encoder=True)
+    gradients = backward(stage, stage.batch(BATCH))
+    pooled = {name: p for name, p in gradients.items() if "add_embedding" in name}
+    assert pooled
+    assert all(p is not None and bool(p.abs().max() > 0) for name, p in pooled.items() if name.endswith("weight"))
+    result = train_unet(kit.config(tmp_path / "run", init=tmp_path / "config.json")) / "result"
+    sd = sdkit.StableDiffusion.from_pretrained(result, dtype="fp32", device="cpu")
+    z = sd(PROMPTS, num_inference_steps=10, output_type="latent")
+    torch.testing.assert_close(drawn_by_diffusers(result, 10, "latent"), z, atol=1e-4, rtol=1e-4)
+    assert bool(sd(LONG, num_inference_steps=2, output_type="latent").isfinite().all())  # of two chunks
