@@ -173,7 +173,8 @@ def drawn_box(box: tuple[int, int, int, int], side: int = 128) -> Image.Image:
         ((44, 6, 84, 46), "small", "top"),
         ((44, 80, 84, 120), "small", "bottom"),
         ((4, 4, 44, 44), "small", ""),  # a corner has no name
-        ((30, 24, 98, 104), "", ""),
+        ((30, 24, 98, 98), "small", ""),  # nearer to 48 pixels than to 104
+        ((30, 24, 98, 104), "large", ""),
         ((8, 8, 120, 120), "large", ""),
         ((4, 4, 124, 124), "large", ""),  # no room
     ],
