@@ -160,8 +160,7 @@ class Source:
             return unet
         upscales = condition_of(settings) == LOW_RES  # noise levels are its class embeddings
         decodes = embedded and settings.class_embed_type == "projection"
-        added = settings.addition_embed_type not in (None, "text")  # "text" pools the text it reads anyway
-        other = added or settings.class_embed_type or settings.num_class_embeds
+        other = adds_more_than_text(settings) or settings.class_embed_type or settings.num_class_embeds
         if other and not upscales and not decodes:
             raise SourceError(f"{label} holds a U-Net of Stable Diffusion XL or of another kind; give SD 1.x or 2.x.")
         latents, condition = latent_channels(settings), condition_of(settings)
@@ -265,6 +264,11 @@ def latent_channels(unet: Any) -> int:
     """Return the channels of the latents that a U-Net denoises, by its config. With twice as many outputs as inputs,
     the second half is a learned variance."""
     return int(unet.in_channels if unet.out_channels == 2 * unet.in_channels else unet.out_channels)
+
+
+def adds_more_than_text(unet: Any) -> bool:
+    """Return whether a U-Net, by its config, adds other embeddings to the timestep than the text that it reads."""
+    return unet.addition_embed_type not in (None, "text")
 
 
 def condition_of(unet: Any) -> str | None:

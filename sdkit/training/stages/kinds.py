@@ -12,7 +12,7 @@ from sdkit.files import expanded
 from sdkit.loading.configs import LOW_RES, class_name, read_config
 from sdkit.loading.new_network import config_file
 from sdkit.loading.parts import SCHEDULER, UNET
-from sdkit.loading.source import Source
+from sdkit.loading.source import Source, adds_more_than_text
 from sdkit.loading.tensors import is_file
 from sdkit.networks.autoencoder import VAE
 from sdkit.networks.denoiser import UNet
@@ -130,8 +130,7 @@ def check_with_text(config: UNetConfig, unet: UNet, *, embedded: bool) -> None:
             "another U-Net."
         )
     labelled = getattr(unet.network, "class_embedding", None) is not None
-    added = unet.network.config.addition_embed_type not in (None, "text")
-    if unet.condition != LOW_RES and not embedded and (labelled or added):
+    if unet.condition != LOW_RES and not embedded and (labelled or adds_more_than_text(unet.network.config)):
         raise ArgumentError(
             "this U-Net takes more than text, labels or other embeddings, which train unet does not give; leave "
             "class_embed_type, num_class_embeds, and addition_embed_type out of its config."
