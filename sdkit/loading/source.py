@@ -186,7 +186,7 @@ class Source:
         """Load the ControlNet's network, in eval mode, on the CPU, converted to `dtype`."""
         controlnet = cast("ControlNetModel", self._backend.network(CONTROLNET, dtype))
         settings = cast("Any", controlnet.config)
-        if settings.addition_embed_type or settings.class_embed_type or settings.num_class_embeds:
+        if adds_more_than_text(settings) or settings.class_embed_type or settings.num_class_embeds:
             raise SourceError(
                 f"{self.place.label} holds a ControlNet of Stable Diffusion XL or of another kind; give one of SD 1.x "
                 "or 2.x."
@@ -266,9 +266,9 @@ def latent_channels(unet: Any) -> int:
     return int(unet.in_channels if unet.out_channels == 2 * unet.in_channels else unet.out_channels)
 
 
-def adds_more_than_text(unet: Any) -> bool:
-    """Return whether a U-Net, by its config, adds other embeddings to the timestep than the text that it reads."""
-    return unet.addition_embed_type not in (None, "text")
+def adds_more_than_text(network: Any) -> bool:
+    """Return whether a U-Net or ControlNet, by its config, adds other embeddings to the timestep than the text that it reads."""
+    return network.addition_embed_type not in (None, "text")
 
 
 def condition_of(unet: Any) -> str | None:

@@ -331,6 +331,31 @@ def test_a_controlnet_of_another_model(made: Path, tmp_path: Path) -> None:
         ControlNetStage(config(made, controlnet=tmp_path))
 
 
+def test_a_model_that_also_pools_the_text(made: Path, tmp_path: Path) -> None:
+    """The ControlNet pools with as many heads as the U-Net. When loaded, it computes what diffusers' does."""
+    shutil.copytree(made / "model", tmp_path / "model")
+    own = UNet2DConditionModel.load_config(tmp_path / "model" / "unet")
+    pooling = {"addition_embed_type": "text", "addition_embed_type_num_heads": 2}
+    torch.manual_seed(0)
+    UNet2DConditionModel.from_config({**own, **pooling}).save_pretrained(tmp_path / "model" / "unet")
+    settings = config(made, model=tmp_path / "model", out_dir=tmp_path / "run", max_steps=2, learning_rate=0.01)
+    stage = with_weights(ControlNetStage(settings))
+    text = torch.randn(4, 32, 16)
+    embedding = (one.network.add_embedding(text) for one in (stage.controlnet, stage.unet))
+    torch.testing.assert_close(*embedding, atol=0, rtol=0)
+    result = train_controlnet(settings) / "result"
+    loaded = sdkit.ControlNet.from_pretrained(result, dtype="fp32", device="cpu")
+    x_t, image = torch.randn(4, 4, 4, 4), torch.rand(4, 3, 32, 32)
+    found_down, found_mid = loaded(x_t, 500, sdkit.guidance.Conditioning(text), image)
+    reference = ControlNetModel.from_pretrained(result)
+    assert reference.config.addition_embed_type_num_heads == 2
+    down, mid = reference(x_t, 500, text, image, return_dict=False)
+    torch.testing.assert_close([*found_down, found_mid], [*down, mid], atol=1e-5, rtol=1e-5)
+    sd = sdkit.StableDiffusion.from_pretrained(tmp_path / "model", dtype="fp32", device="cpu")
+    drawing = {"num_inference_steps": 2, "control_image": sdkit.images.read(made / "maps" / "000.webp")}
+    assert len(sd("a red disc", controlnet=loaded, height=32, width=32, **drawing)) == 1
+
+
 @pytest.fixture(scope="module")
 def cached(made: Path) -> Path:
     return sdkit.data.cache(made / "model", made / "photos", made / "cache", size=tiny.SIZE, dtype="fp32", device="cpu")

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,9 @@ from sdkit.training.stages.examples import Row, denoising_batch, validation_batc
 from sdkit.training.stages.frozen import check_frozen, keep_schedule
 from sdkit.training.stages.images import identity_of
 from sdkit.training.stages.unet import HALF, enable_gradient_checkpointing
+
+if TYPE_CHECKING:
+    from diffusers import ControlNetModel, UNet2DConditionModel
 
 EMBEDDING_CHANNELS = (16, 32, 96, 256, 256, 256)
 """Channels of the levels of the network that reads the image. The first four are those of the paper and of diffusers;
@@ -166,6 +169,7 @@ class ControlNetStage:
                 network = ControlNetModel.from_unet(
                     self.unet.network, conditioning_embedding_out_channels=EMBEDDING_CHANNELS[:levels]
                 )
+            _keep_heads(network, self.unet.network)
         self.controlnet = ControlNet(network.requires_grad_(True))
         self.controlnet.check_fits(self.unet, self.vae.factor)
         for p in self.unet.parameters():  # frozen weights can be in half precision, since autocast casts them anyway
@@ -263,3 +267,12 @@ class ControlNetStage:
 def control_image(row: Row) -> Tensor:
     """Return the condition of an example as the pipeline takes it, (3, H, W) in [-1, 1]."""
     return row["condition"] * 2 - 1
+
+
+def _keep_heads(controlnet: ControlNetModel, unet: UNet2DConditionModel) -> None:
+    """Pool the text with as many heads as the U-Net does, which `ControlNetModel.from_unet` leaves at its default."""
+    config: Any = unet.config
+    if config.addition_embed_type == "text":
+        heads, pool = config.addition_embed_type_num_heads, controlnet.add_embedding.pool
+        controlnet.register_to_config(addition_embed_type_num_heads=heads)
+        pool.num_heads, pool.dim_per_head = heads, pool.k_proj.in_features // heads
