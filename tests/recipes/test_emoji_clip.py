@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from sdkit import images
 from sdkit.errors import DataError, SourceError
 from sdkit.evaluation.extractors import open_extractor
 from sdkit.recipes.emoji import clip, clip_report
@@ -26,11 +27,12 @@ LARGEST = 6 * 10**6  # bytes of the CLIP with its tokenizer
 def test_it_is_trained_and_exported_by_one_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    photos = tiny.photos(tmp_path / "photos", 24, size=64)
-    words = ("--data", str(photos), "--out", str(tmp_path / "runs"), "--max-steps", "1")
+    for name in clip.RUNS.values():
+        tiny.photos(tmp_path / "data" / name, 24, size=64)
+    words = ("--data", str(tmp_path / "data"), "--out", str(tmp_path / "runs"), "--max-steps", "1")
     monkeypatch.setattr(clip, "settings", lambda run: {"batch_size": 8, "lr_scheduler": "constant"})
     monkeypatch.setattr("sys.argv", ["clip", *words])
-    for _ in range(2):  # the second time, the finished run is exported again
+    for _ in range(2):  # the second time, the finished runs are exported again
         assert clip.main() == 0
     made = tmp_path / "runs" / "clip-fp16"
     assert capsys.readouterr().out.split() == [str(made)] * 2
@@ -38,16 +40,26 @@ def test_it_is_trained_and_exported_by_one_command(
     assert {value.dtype for value in load_file(made / "model.safetensors").values()} == {torch.float16}
     extractor = open_extractor(f"clip:{made}", device="cpu")
     assert extractor.embed_texts(["a red disc", "a blue one"]).shape == (2, extractor.width) == (2, 128)
-    assert len([*(tmp_path / "runs" / "clip-data").glob("*.png")]) == 48  # each image with two captions
+    written = [*(tmp_path / "runs" / "clip-data").glob("*/*.png")]
+    assert len(written) == 2 * 48  # each image with two captions
+    assert {images.read(path).size for path in written} == {(extractor.side, extractor.side)}
     one_sentence(lambda: clip.export(tmp_path, made), SourceError, "holds no CLIP; train it first")
-    one_sentence(lambda: clip.export(made, photos), SourceError, "with what is not of this recipe")
+    one_sentence(lambda: clip.export(made, tmp_path / "data"), SourceError, "with what is not of this recipe")
 
 
-def test_its_settings_are_valid(tmp_path: Path) -> None:
+def test_images_of_another_set_are_not_taken_for_those_that_were_made(tmp_path: Path) -> None:
+    first, second = (tiny.photos(tmp_path / str(n) / "plain", n, size=64) for n in (3, 4))
+    made = [clip.restate(data, tmp_path / "made") for data in (first, second, first)]
+    assert made[0] == made[2] != made[1]
+    assert [len([*folder.glob("*.png")]) for folder in made] == [6, 8, 6]
+
+
+@pytest.mark.parametrize("run", clip.RUNS)
+def test_its_settings_are_valid(tmp_path: Path, run: str) -> None:
     from sdkit.recipes.emoji.settings import settings, shape_file
     from sdkit.training import ClipConfig
 
-    config = ClipConfig(**settings(clip.RUN), data="photos", init=shape_file("clip"), out_dir=tmp_path)
+    config = ClipConfig(**settings(run), data="photos", init=shape_file("clip"), out_dir=tmp_path)
     assert config.batch_size == 128
 
 
@@ -88,7 +100,7 @@ def test_each_caption_of_the_recipe_is_read_as_it_was_made() -> None:
 def test_a_caption_becomes_one_of_the_name_and_one_of_another_attribute() -> None:
     """In 400 draws: the first names the picture, mostly nothing else; the second is whole, or says one attribute."""
     caption, rng = "a small flat shooting star at the bottom of a purple background", Random(0)
-    drawn = [clip.two_captions(caption, rng) for _ in range(400)]
+    drawn = [clip.restated(caption, rng, alone=True) for _ in range(400)]
     firsts = [clip_report.told(first) for first, _ in drawn]
     assert {one.pictures[0].name for one in firsts if one is not None} == {"shooting star"}
     for attribute in clip_report.ANSWERS:
@@ -105,13 +117,23 @@ def test_a_caption_becomes_one_of_the_name_and_one_of_another_attribute() -> Non
         assert seconds.count(said) / 400 == pytest.approx(clip.ALONE * share, abs=0.07)
 
 
+def test_both_captions_of_a_plain_image_name_it() -> None:
+    rng = Random(0)
+    drawn = [clip.restated("a large flat red apple on a blue background", rng, alone=False) for _ in range(100)]
+    found = [clip_report.told(caption) for both in drawn for caption in both]
+    assert {one.pictures[0].name for one in found if one is not None} == {"red apple"}
+    assert None not in found
+    assert len({first == second for first, second in drawn}) == 2
+
+
 @pytest.mark.parametrize("caption", ["a red disc", "a noto ghost and a noto red apple"])
 def test_other_captions_stay(caption: str) -> None:
-    assert {clip.two_captions(caption, Random(seed)) for seed in range(20)} == {(caption, caption)}
+    for alone in (False, True):
+        assert {clip.restated(caption, Random(seed), alone=alone) for seed in range(20)} == {(caption, caption)}
 
 
 def test_a_caption_of_the_name_alone_keeps_its_name() -> None:
-    said = {clip.two_captions("a mahjong red dragon", Random(seed)) for seed in range(20)}
+    said = {clip.restated("a mahjong red dragon", Random(seed), alone=True) for seed in range(20)}
     assert said == {(first, "a mahjong red dragon") for first in ("a mahjong", "a mahjong red dragon")}
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import sys
 from dataclasses import replace
 from pathlib import Path
 from random import Random
+from typing import Any
 
 from PIL import Image, ImageOps
 
@@ -16,30 +18,36 @@ from sdkit.cli.console import exit_code_of, say_path
 from sdkit.cli.parser import Parser
 from sdkit.data import open_examples
 from sdkit.errors import SourceError, TrainingError
+from sdkit.messages import quiet
 from sdkit.progress import progress
+from sdkit.recipes.emoji.asked import Prompt
 from sdkit.recipes.emoji.clip_report import ANSWERS, told
 from sdkit.recipes.emoji.settings import settings, shape, shape_file
 from sdkit.recipes.half_clip import write_half
 from sdkit.training import ClipConfig, train_clip
+from sdkit.training.learned_tokenizer import learn_tokenizer
 
-RUN = "clip"
-RESTATED = "clip-data"
+RUNS = {"clip-1": "plain", "clip-2": "captioned"}
+"""Run of the CLIP -> its captioned set. With plain pictures first, it learns the names much sooner."""
+TRAINED = "clip-2"
+WORDS = "clip-tokenizer"
 EXPORTED = "clip-fp16"
 KEPT = 0.25  # share of the other attributes that stay in a caption of the name
-ALONE = 0.6  # share of the second captions that say one attribute alone, of "a picture"
+ALONE = 0.6  # share of the other captions that say one attribute alone, of "a picture"
 SHARES = {"place": 4, "style": 2, "background": 1, "size": 1}  # how often which, of those that a caption says
 
 
 def train(data: Path, root: Path, *, validation_data: Path | None = None, max_steps: int | None = None) -> Path:
-    """Train the CLIP in root/clip, and write it to root/clip-fp16, in float16. An existing run is resumed.
+    """Train the CLIP in root/clip-1 and root/clip-2, and write it to root/clip-fp16, in float16.
 
-    The images in root/clip-data, which it learns from, are made first if they are not there; see `restate`.
+    Existing runs are resumed. The images that it learns from are made in root/clip-data, unless they are there; see
+    `restate`. Its tokenizer learns from the captions of the last set, which hold all words.
 
     Args:
-        data: Captioned images, such as data/captioned of the recipe.
+        data: Folder with the captioned sets of `RUNS`, as the recipe makes them in runs/emoji/data.
         root: Folder of the results.
-        validation_data: Other captioned images, for retrieval; None holds out 16 of `data`.
-        max_steps: Steps of the training; None takes the recipe's.
+        validation_data: Other captioned images, for retrieval; None holds out 16 of a run's own.
+        max_steps: Steps of each run; None takes the recipe's.
 
     Returns:
         The folder of the CLIP, which `open_extractor("clip:FOLDER")` and transformers' `CLIPModel` load.
@@ -47,39 +55,48 @@ def train(data: Path, root: Path, *, validation_data: Path | None = None, max_st
     Raises:
         SdkitError: The data cannot be used, or the folder cannot be written.
     """
-    given = settings(RUN) | ({} if max_steps is None else {"max_steps": max_steps})
-    if not (root / RESTATED).exists():
-        restate(data, root / RESTATED)
-    run = train_clip(
-        ClipConfig(
-            **given, data=root / RESTATED, validation_data=validation_data, init=shape_file("clip"), out_dir=root / RUN
-        )
-    )
-    return export(run / "result", root / EXPORTED)
+    sets = {name: restate(data / name, root / "clip-data") for name in RUNS.values()}
+    start: dict[str, Any] = {"init": shape_file("clip"), "tokenizer": _words(sets[RUNS[TRAINED]], root / WORDS)}
+    for run, name in RUNS.items():
+        given = settings(run) | ({} if max_steps is None else {"max_steps": max_steps})
+        train_clip(ClipConfig(**given, **start, data=sets[name], validation_data=validation_data, out_dir=root / run))
+        start = {"model": root / run / "result"}
+    return export(root / TRAINED / "result", root / EXPORTED)
 
 
-def restate(data: Path, out: Path) -> None:
-    """Write captioned images twice, each time with one of the captions of `two_captions`, as small as the CLIP's.
+def restate(data: Path, parent: Path) -> Path:
+    """Write captioned images twice, each time with one of the captions of `restated`, as small as the CLIP's.
+
+    Args:
+        data: One of the captioned sets.
+        parent: Folder in which to write them, under a name that tells the set and its images.
+
+    Returns:
+        Their folder. If it is there already, it is left unchanged.
 
     Raises:
         DataError: The images cannot be read.
         TrainingError: The folder cannot be written.
     """
     examples, side = open_examples(data), shape("clip")["vision_config"]["image_size"]
+    out = parent / f"{data.name}-{hashlib.sha256(examples.identity.encode()).hexdigest()[:8]}"
+    if out.exists():
+        return out
     with whole_folder(out, TrainingError) as folder:
         lines = []
-        for i, caption in enumerate(progress(examples.captions, len(examples), RESTATED)):
+        for i, caption in enumerate(progress(examples.captions, len(examples), f"clip-data/{data.name}")):
             # The filter of `Extractor.prepare`, so that the CLIP sees what it was trained on.
             small = ImageOps.fit(examples[i].load(), (side, side), Image.Resampling.BICUBIC)
-            for n, said in enumerate(two_captions(caption, Random(f"{RESTATED} {i}"))):
+            for n, said in enumerate(restated(caption, Random(f"{data.name} {i}"), alone=data.name == RUNS[TRAINED])):
                 name = f"{i:05}-{n}.png"
                 small.save(folder / name, compress_level=1)
                 lines.append(json.dumps({"file_name": name, "text": said}) + "\n")
         (folder / "metadata.jsonl").write_text("".join(lines), encoding="utf-8")
+    return out
 
 
-def two_captions(caption: str, rng: Random) -> tuple[str, str]:
-    """Return a caption that says little but the name, and the caption itself, or one other attribute alone.
+def restated(caption: str, rng: Random, *, alone: bool) -> tuple[str, str]:
+    """Return two captions for an image: one that says little but the name, and another one.
 
     In a batch, most full captions differ in background or size, and a CLIP that knows these alone finds nearly all
     images. Where a caption says one thing only, that is what has to be known. (Equal captions in a batch are no wrong
@@ -88,19 +105,40 @@ def two_captions(caption: str, rng: Random) -> tuple[str, str]:
     Args:
         caption: A caption of the recipe. One of two pictures, or of something else, is returned unchanged, twice.
         rng: Random numbers.
+        alone: Whether the other one is the caption itself, or one other attribute alone. Otherwise it also says little
+            but the name.
     """
     said = told(caption)
     if said is None:
         return caption, caption
+    return _of_the_name(said, rng), _of_another(said, rng) if alone else _of_the_name(said, rng)
+
+
+def _of_the_name(said: Prompt, rng: Random) -> str:
+    """Return a caption of the name, and of a few of the other attributes."""
     picture = said.pictures[0]
     left_out = {attribute: "" for attribute in ANSWERS if rng.random() >= KEPT}
-    named = replace(said, pictures=(replace(picture, name=rng.choice(picture.names)),), **left_out)
+    return replace(said, pictures=(replace(picture, name=rng.choice(picture.names)),), **left_out).text
+
+
+def _of_another(said: Prompt, rng: Random) -> str:
+    """Return the caption itself, or one that says one attribute alone."""
     open_to_choice = [attribute for attribute in ANSWERS if getattr(said, attribute)]
     if not open_to_choice or rng.random() >= ALONE:
-        return named.text, caption
+        return said.text
     [only] = rng.choices(open_to_choice, [SHARES[attribute] for attribute in open_to_choice])
     others = {attribute: "" for attribute in ANSWERS if attribute != only}
-    return named.text, replace(said, pictures=(replace(picture, name="picture"),), **others).text
+    return replace(said, pictures=(replace(said.pictures[0], name="picture"),), **others).text
+
+
+def _words(data: Path, folder: Path) -> Path:
+    """Write a tokenizer that has learned from the captions of a data set, unless it is there, and return its folder."""
+    if not folder.exists():
+        text = shape("clip")["text_config"]
+        words = learn_tokenizer(open_examples(data).captions, text["vocab_size"], text["max_position_embeddings"])
+        with whole_folder(folder, TrainingError) as made, quiet("transformers"):
+            words.save_pretrained(made)
+    return folder
 
 
 def export(trained: Path, out: Path) -> Path:
@@ -123,11 +161,11 @@ def main() -> int:
     """Train and export, and return the exit code."""
     parser = Parser(prog="python -m sdkit.recipes.emoji.clip", description=__doc__)
     add = parser.add_argument
-    captioned = Path("runs/emoji/data/captioned")
-    add("--data", type=Path, default=captioned, metavar="FOLDER", help="captioned images (default: %(default)s)")
+    made = Path("runs/emoji/data")
+    add("--data", type=Path, default=made, metavar="FOLDER", help="the sets plain and captioned (default: %(default)s)")
     add("--validation-data", type=Path, metavar="FOLDER", help="captioned images that are not trained on")
     add("--out", "-o", type=Path, default=Path("runs/emoji"), metavar="FOLDER", help="results (default: %(default)s)")
-    add("--max-steps", type=int, metavar="N", help="steps of the training (default: the recipe's)")
+    add("--max-steps", type=int, metavar="N", help="steps of each of the two runs (default: the recipe's)")
     args: argparse.Namespace = parser.parse_args()
     say_path(train(args.data, args.out, validation_data=args.validation_data, max_steps=args.max_steps))
     return 0
