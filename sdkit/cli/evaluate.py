@@ -161,7 +161,7 @@ def images(args: argparse.Namespace) -> int:
         found = evaluate_images(generated, reference, prompts=prompts, **options)
     else:
         draw, count = _drawing(settings, prompts or [])
-        # Drawing needs prompts, but no CLIP, which does not ship: measure the CLIP score only where CLIP is asked for.
+        # Drawing needs prompts, but no CLIP, and the usual one does not ship: measure the score only if one is named.
         scored = prompts if any(name.partition(":")[0] == "clip" for name in settings.extractor) else None
         found = evaluate_images(draw, reference, prompts=scored, count=count, **options)
     if is_main_process():
@@ -378,7 +378,7 @@ def _add_images(commands: Commands) -> None:
     add = parser.add_argument_group("how to measure").add_argument
     extractor = (
         "Feature extractors: alex (embedded), inception (the FID's), dinov2, or clip; with :SOURCE, such as "
-        "clip:FOLDER, for other weights than the usual (default: alex)"
+        "clip:FOLDER, for other weights than the usual. clip:emoji is embedded, for images of emoji (default: alex)"
     )
     add("--extractor", nargs="+", default=["alex"], metavar="NAME[:SOURCE]", help=extractor)
     add = parser.add_argument_group("model that draws the images, in place of GENERATED").add_argument

@@ -5,7 +5,7 @@
 | `alex` | AlexNet of LPIPS v0.1 | 1152 | embedded |
 | `inception` | Inception v3 of the FID (Heusel et al. 2017) | 2048 | a file, a folder, or a Hub id; SDKIT_INCEPTION |
 | `dinov2` | DINOv2 (Oquab et al. 2023), as Stein et al. 2023 advise | its width | a folder or a Hub id |
-| `clip` | the image encoder of CLIP (Radford et al. 2021), as CMMD takes it | its projection | a folder or a Hub id |
+| `clip` | image encoder of CLIP (Radford et al. 2021), as for CMMD | its projection | a folder, a Hub id, or `emoji` |
 
 Distances of different extractors, or of different resizing, cannot be compared with each other.
 """
@@ -38,7 +38,7 @@ from sdkit.loading.tensors import (
     is_file,
     open_tensors,
 )
-from sdkit.loading.transformers_folder import own_tokenizer, pretrained
+from sdkit.loading.transformers_folder import clip_source, own_tokenizer, pretrained
 from sdkit.messages import clean
 from sdkit.networks.clip import PIXELS as CLIP_PIXELS
 from sdkit.networks.clip import pooled
@@ -178,6 +178,7 @@ def open_extractor(name: str = "alex", *, device: str | torch.device = "auto") -
             is a folder, a Hub id, or, for "inception", also a file in the layout of pytorch-fid or torch-fidelity.
             Without one, "inception" takes the environment variable SDKIT_INCEPTION, or the file that pytorch-fid or
             torch-fidelity have downloaded; the other two take the networks of their metrics' papers from the Hub.
+            "clip:emoji" is embedded: a small CLIP that knows emoji alone, by the recipe `sdkit.recipes.emoji.clip`.
         device: Where the network computes; "auto" is a GPU if there is one.
 
     Raises:
@@ -284,7 +285,8 @@ def _dinov2(source: str, device: torch.device) -> Extractor:
 def _clip(source: str, device: torch.device) -> Extractor:
     from transformers import CLIPModel
 
-    network = pretrained(CLIPModel, source, "clip").to(device)
+    place = clip_source(source)
+    network = pretrained(CLIPModel, place, "clip").to(device)
     mean, std = (_channels(values, device) for values in CLIP_PIXELS)
 
     def run(pixels: Tensor) -> Outputs:
@@ -297,7 +299,7 @@ def _clip(source: str, device: torch.device) -> Extractor:
         width=int(network.config.projection_dim),
         side=int(network.config.vision_config.image_size),
         crops=True,
-        text=own_tokenizer(source),
+        text=own_tokenizer(place),
     )
 
 

@@ -13,8 +13,8 @@ from sdkit.errors import SourceError
 from sdkit.files import expanded
 from sdkit.loading import hub, tokenizer
 from sdkit.loading.configs import COUNT, WHOLE, WORD, Check, read_json
-from sdkit.loading.place import KINDS, Place, absent, resolve
-from sdkit.loading.single_file import LARGEST
+from sdkit.loading.place import EMBEDDED, KINDS, Place, absent, resolve
+from sdkit.loading.single_file import ASSETS, LARGEST
 from sdkit.loading.tensors import guarded, is_file
 from sdkit.messages import clean
 
@@ -32,6 +32,13 @@ SMALL = 2**24
 """Parameters that a network may have whatever the size of its file of weights; they take 64 MiB."""
 LEGACY_END = 2
 """Id of the end token in configs of CLIP from before transformers 4.31. It is wrong: their tokenizers' is the last."""
+
+EMBEDDED_CLIP = ASSETS / "emoji_clip"
+
+
+def clip_source(source: str | os.PathLike[str]) -> str | os.PathLike[str]:
+    """Return the folder of the embedded CLIP for "emoji", and other sources unchanged."""
+    return EMBEDDED_CLIP if source == EMBEDDED else source  # only as a string: Path("emoji") is a path
 
 
 def pretrained(cls: Any, source: str | os.PathLike[str], kind: str, revision: str | None = None) -> Any:

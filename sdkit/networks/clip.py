@@ -17,7 +17,7 @@ from sdkit.diffusion.conditioning import Conditioning
 from sdkit.engines.device import resolve_place
 from sdkit.errors import SourceError
 from sdkit.images import to_tensors
-from sdkit.loading.transformers_folder import own_tokenizer, pretrained
+from sdkit.loading.transformers_folder import clip_source, own_tokenizer, pretrained
 from sdkit.networks.image_prior import conditioning
 from sdkit.networks.wrapper import Wrapper, blames_network
 
@@ -120,7 +120,8 @@ class CLIP(Wrapper):
         """Load a CLIP and its tokenizer, frozen.
 
         Args:
-            source: A folder or a Hub id in transformers' layout, or the result of `train_clip`.
+            source: A folder or a Hub id in transformers' layout, the result of `train_clip`, or "emoji", the embedded
+                CLIP of emoji.
             dtype: As in `sdkit.VAE.from_pretrained`, as for the other arguments.
             device: A GPU or the CPU.
             revision: Branch, tag, or commit of a Hub repository.
@@ -132,7 +133,8 @@ class CLIP(Wrapper):
         from transformers import CLIPModel
 
         dtype, device = resolve_place(dtype, device)
-        clip = cls(pretrained(CLIPModel, source, "clip", revision), own_tokenizer(source, revision))
+        place = clip_source(source)
+        clip = cls(pretrained(CLIPModel, place, "clip", revision), own_tokenizer(place, revision))
         clip.name = str(source)
         return clip.eval().to(device, dtype)
 

@@ -20,6 +20,10 @@ from sdkit.evaluation import extractors as module
 from sdkit.evaluation.extractors import DOWNLOADED, VARIABLE, Extractor, open_extractor
 from sdkit.evaluation.inception import Inception
 from sdkit.images import to_tensors
+from sdkit.networks.clip import CLIP
+from sdkit.recipes.emoji.asked import Prompt
+from sdkit.recipes.emoji.pictures import BACKGROUNDS, STYLES, composed, pictures
+from sdkit.recipes.emoji.small import small_pictures
 from tests.helpers.clip import save_clip, save_dinov2
 from tests.helpers.real_images import crops
 from tests.helpers.sentences import one_sentence
@@ -223,6 +227,24 @@ class TestInception:
         assert torch.equal(open_extractor("inception", device="cpu")(chelsea), expected)
 
 
+class TestTheEmbeddedClip:
+    def test_says_what_it_is(self) -> None:
+        clip = open_extractor("clip:emoji", device="cpu")
+        assert (clip.name, clip.kind, clip.width, clip.side) == ("clip:emoji", "clip", 128, 64)
+        assert CLIP.from_pretrained("emoji", device="cpu").side == 64
+
+    def test_own_captions_fit_better_than_others(self) -> None:
+        """Every tenth picture, large and plain as in its training. A quarter of the other captions name the style."""
+        clip = open_extractor("clip:emoji", device="cpu")
+        prompts = [Prompt((picture,), STYLES[i % 4], "gray", "large") for i, picture in enumerate(pictures()[::10])]
+        drawn = [small_pictures()[prompt.pictures[0].name, prompt.style] for prompt in prompts]
+        images = F.normalize(clip([composed(one, BACKGROUNDS["gray"], size=64, side=52) for one in drawn]), dim=1)
+        texts = F.normalize(clip.embed_texts([prompt.text for prompt in prompts]), dim=1)
+        scores = images @ texts.T  # (97, 97)
+        assert (scores.diagonal() - scores.roll(1, 1).diagonal()).mean() > 0.1
+        assert (scores.argmax(1) == torch.arange(len(scores))).double().mean() > 0.7  # chance: 0.01
+
+
 class TestBadInput:
     @pytest.mark.parametrize(
         ("name", "kind", "sentence"),
@@ -235,7 +257,7 @@ class TestBadInput:
             ("inception:.", SourceError, "'model.safetensors' does not exist"),
             ("clip:org/none", SourceError, "'org/none' is not in the cache, and the Hub cannot be reached"),
             ("clip:.", SourceError, "'.' has no config.json"),
-            ("clip:emoji", SourceError, "'emoji' is the embedded model; give a folder or a Hub id"),
+            ("dinov2:emoji", SourceError, "'emoji' is the embedded model; give a folder or a Hub id"),
             ("dinov2:file.txt", SourceError, "'file.txt' is a file; give a folder or a Hub id"),
         ],
     )

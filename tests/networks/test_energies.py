@@ -97,9 +97,10 @@ def test_a_reference_is_the_squared_error_or_lpips(alex: LPIPS) -> None:
 def test_gradients_are_finite_differences(kind: str, clip_folder: Path) -> None:
     """Central differences along four random directions of each of two images."""
     lpips = LPIPS.from_pretrained("alex").double()
-    clip = CLIP.from_pretrained(clip_folder, device="cpu")
     energies: dict[str, Callable[[], Energy]] = {
-        "text": lambda: text_energy(clip.double(), ["a cat", "a red apple"], same),
+        "text": lambda: text_energy(
+            CLIP.from_pretrained(clip_folder, device="cpu").double(), ["a cat", "a red apple"], same
+        ),
         "style": lambda: style_energy(picture(6), same, lpips=lpips),
         "lpips": lambda: image_energy(picture(6), same, lpips=lpips),
         "squares": lambda: image_energy(picture(6), same),
