@@ -46,7 +46,8 @@ def train(data: Path, root: Path, *, validation_data: Path | None = None, max_st
     Args:
         data: Folder with the captioned sets of `RUNS`, as the recipe makes them in runs/emoji/data.
         root: Folder of the results.
-        validation_data: Other captioned images, for retrieval; None holds out 16 of a run's own.
+        validation_data: Other captioned images, for retrieval; None holds out 16 of a run's own. Of those the run
+            sees the same images, with other captions.
         max_steps: Steps of each run; None takes the recipe's.
 
     Returns:
@@ -56,7 +57,7 @@ def train(data: Path, root: Path, *, validation_data: Path | None = None, max_st
         SdkitError: The data cannot be used, or the folder cannot be written.
     """
     sets = {name: restate(data / name, root / "clip-data") for name in RUNS.values()}
-    start: dict[str, Any] = {"init": shape_file("clip"), "tokenizer": _words(sets[RUNS[TRAINED]], root / WORDS)}
+    start: dict[str, Any] = {"init": shape_file("clip"), "tokenizer": _words(sets[RUNS[TRAINED]], root)}
     for run, name in RUNS.items():
         given = settings(run) | ({} if max_steps is None else {"max_steps": max_steps})
         train_clip(ClipConfig(**given, **start, data=sets[name], validation_data=validation_data, out_dir=root / run))
@@ -131,8 +132,12 @@ def _of_another(said: Prompt, rng: Random) -> str:
     return replace(said, pictures=(replace(said.pictures[0], name="picture"),), **others).text
 
 
-def _words(data: Path, folder: Path) -> Path:
-    """Write a tokenizer that has learned from the captions of a data set, unless it is there, and return its folder."""
+def _words(data: Path, root: Path) -> Path:
+    """Write a tokenizer that has learned from the captions of a data set, unless it is there, and return its folder.
+
+    The folder is named after the data set: a tokenizer of other captions would lack words, or split them.
+    """
+    folder = root / f"{WORDS}-{data.name}"
     if not folder.exists():
         text = shape("clip")["text_config"]
         words = learn_tokenizer(open_examples(data).captions, text["vocab_size"], text["max_position_embeddings"])
