@@ -267,7 +267,7 @@ def latent_channels(unet: Any) -> int:
 
 
 def adds_more_than_text(network: Any) -> bool:
-    """Return whether a U-Net or ControlNet, by its config, adds other embeddings to the timestep than the text that it reads."""
+    """Return whether a U-Net or ControlNet, by its config, adds more than the pooled text to the timestep."""
     return network.addition_embed_type not in (None, "text")
 
 

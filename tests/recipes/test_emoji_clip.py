@@ -52,6 +52,8 @@ def test_images_of_another_set_are_not_taken_for_those_that_were_made(tmp_path: 
     made = [clip.restate(data, tmp_path / "made") for data in (first, second, first)]
     assert made[0] == made[2] != made[1]
     assert [len([*folder.glob("*.png")]) for folder in made] == [6, 8, 6]
+    words = [clip._words(folder, tmp_path) for folder in made]
+    assert words[0] == words[2] != words[1]
 
 
 @pytest.mark.parametrize("run", clip.RUNS)
@@ -148,19 +150,23 @@ def test_shares_are_counted_by_hand() -> None:
 
 
 def test_a_folder_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Of five images, one has two things, and two name their size; a CLIP of random weights fills the table."""
+    """Of five images, one has two things, and two name their size, one of them in its held-out style; a CLIP of random
+    weights fills the table."""
     said = [
-        "a red apple on a blue background", "a small cat, 3d style", "a large flat ghost on the left",
+        "a red apple on a blue background", "a small cat, 3d style", "a large twemoji ghost on the left",
         "rocket at the top of a red background", "a cat and a rocket",
     ]  # fmt: skip
     for i, text in enumerate(said):
         Image.new("RGB", (32, 32), (40 * i, 99, 20)).save(tmp_path / f"{i}.png")
         (tmp_path / f"{i}.txt").write_text(text)
     found = clip_report.measure(str(tiny_clip.save_clip(tmp_path / "clip")), tmp_path)
-    counts = {"name, within its style": 2, "style": 2, "background": 2, "size": 2, "place": 2}
+    counts = {
+        "name, of pairs in training": 1, "name, of held-out pairs": 1, "style": 2, "background": 2, "size": 2,
+        "place": 2,
+    }  # fmt: skip
     assert {name: one.images for name, one in found.items()} == counts
-    assert [one.chance for one in found.values()] == pytest.approx([1 / 970, 1 / 4, 1 / 12, 1 / 2, 1 / 4])
-    assert clip_report.table(found).count("\n") == 6
+    assert [one.chance for one in found.values()] == pytest.approx([1 / 970, 1 / 970, 1 / 4, 1 / 12, 1 / 2, 1 / 4])
+    assert clip_report.table(found).count("\n") == 7
     (tmp_path / "other").mkdir()
     Image.new("RGB", (32, 32)).save(tmp_path / "other" / "a.png")
     one_sentence(lambda: clip_report.measure("none", tmp_path / "other"), DataError, "has a caption of one emoji")

@@ -46,8 +46,8 @@ def train(data: Path, root: Path, *, validation_data: Path | None = None, max_st
     Args:
         data: Folder with the captioned sets of `RUNS`, as the recipe makes them in runs/emoji/data.
         root: Folder of the results.
-        validation_data: Other captioned images, for retrieval; None holds out 16 of a run's own. Of those the run
-            sees the same images, with other captions.
+        validation_data: Other captioned images, for retrieval; None holds out 16 of a run's own, most of which the run
+            sees with their other captions.
         max_steps: Steps of each run; None takes the recipe's.
 
     Returns:
@@ -70,7 +70,7 @@ def restate(data: Path, parent: Path) -> Path:
 
     Args:
         data: One of the captioned sets.
-        parent: Folder in which to write them, under a name that tells the set and its images.
+        parent: Folder in which to write them, under a name that tells the set, its images, and the rules.
 
     Returns:
         Their folder. If it is there already, it is left unchanged.
@@ -80,7 +80,8 @@ def restate(data: Path, parent: Path) -> Path:
         TrainingError: The folder cannot be written.
     """
     examples, side = open_examples(data), shape("clip")["vision_config"]["image_size"]
-    out = parent / f"{data.name}-{hashlib.sha256(examples.identity.encode()).hexdigest()[:8]}"
+    made_of = f"{examples.identity} {side} {KEPT} {ALONE} {SHARES}"
+    out = parent / f"{data.name}-{hashlib.sha256(made_of.encode()).hexdigest()[:8]}"
     if out.exists():
         return out
     with whole_folder(out, TrainingError) as folder:

@@ -81,7 +81,8 @@ class Share:
 def shares(clip: Extractor, embedded: Tensor, captions: Sequence[Prompt]) -> dict[str, Share]:
     """Return how often a CLIP knows the name, within the named style, and the other attributes that captions name.
 
-    For each attribute, an image is compared with captions that differ in it alone.
+    Names are counted apart for pairs of name and style that training shows, and for held-out pairs. For each attribute,
+    an image is compared with captions that differ in it alone.
 
     Args:
         clip: The CLIP.
@@ -89,11 +90,12 @@ def shares(clip: Extractor, embedded: Tensor, captions: Sequence[Prompt]) -> dic
         captions: What their captions say.
     """
     found, units = {}, F.normalize(embedded, dim=1)
-    styled = [i for i, one in enumerate(captions) if one.style][:AT_MOST]
-    if styled:
-        named = {s: _units(clip, [Prompt((picture,), s).text for picture in pictures()]) for s in STYLES}
-        scores = torch.stack([named[captions[i].style] @ units[i] for i in styled])
-        found["name, within its style"] = _share(scores, [pictures().index(captions[i].pictures[0]) for i in styled])
+    named = {s: _units(clip, [Prompt((picture,), s).text for picture in pictures()]) for s in STYLES}
+    for row, held_out in {"name, of pairs in training": False, "name, of held-out pairs": True}.items():
+        styled = [i for i, one in enumerate(captions) if one.style and _is_held_out(one) == held_out][:AT_MOST]
+        if styled:
+            scores = torch.stack([named[captions[i].style] @ units[i] for i in styled])
+            found[row] = _share(scores, [pictures().index(captions[i].pictures[0]) for i in styled])
     for attribute, answers in ANSWERS.items():
         asked = [i for i, one in enumerate(captions) if getattr(one, attribute)][:AT_MOST]
         if not asked:
@@ -103,6 +105,11 @@ def shares(clip: Extractor, embedded: Tensor, captions: Sequence[Prompt]) -> dic
         scores = torch.einsum("nad,nd->na", embeddings, units[asked])
         found[attribute] = _share(scores, [answers.index(getattr(captions[i], attribute)) for i in asked])
     return found
+
+
+def _is_held_out(caption: Prompt) -> bool:
+    """Return whether no training image shows the picture in the style that a caption names."""
+    return caption.style == caption.pictures[0].held_out_style
 
 
 def _saying(caption: Prompt, attribute: str, answer: str) -> str:
