@@ -16,6 +16,7 @@ from sdkit.errors import SourceError
 from sdkit.recipes.emoji import __main__ as command
 from sdkit.recipes.emoji import prepare as preparing
 from sdkit.recipes.emoji import training
+from sdkit.recipes.emoji.clip import RUNS as CLIP_RUNS
 from sdkit.recipes.emoji.pictures import pictures
 from sdkit.recipes.emoji.settings import HERE, settings, shape
 from sdkit.recipes.emoji.start import LENGTH, VOCABULARY, make_start
@@ -84,12 +85,12 @@ def test_the_shapes_are_those_of_the_paper_s_model_in_small(start: Path) -> None
     assert 2 * numbers < 48e6
 
 
-@pytest.mark.parametrize("run", [*RUNS, "clip"])
+@pytest.mark.parametrize("run", [*RUNS, *CLIP_RUNS])
 def test_the_settings_are_valid(run: str, tmp_path: Path) -> None:
     kind = {"vae": VAEConfig, "unet": UNetConfig, "clip": ClipConfig}[run.split("-")[0]]
     config = kind(**settings(run), model="emoji", data=tmp_path / "data", out_dir=tmp_path / "out")
     assert config.mixed_precision in ("no", "bf16")
-    assert {path.stem for path in (HERE / "runs").iterdir()} == {*RUNS, "clip"}
+    assert {path.stem for path in (HERE / "runs").iterdir()} == {*RUNS, *CLIP_RUNS}
 
 
 @pytest.mark.slow

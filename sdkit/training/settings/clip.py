@@ -15,7 +15,8 @@ class ClipConfig(StageSettings):
     """Settings of `train_clip`. Each image is contrasted with the captions of the others of its micro-batch.
 
     Attributes:
-        model: CLIP to fine-tune: a folder or a Hub id in transformers' layout, or the result of an earlier run.
+        model: CLIP to fine-tune: a folder or a Hub id in transformers' layout, the result of an earlier run, or
+            "emoji", the embedded CLIP.
         data: A folder of images with captions (in NAME.txt beside each, or a metadata.jsonl), .tar or
             .parquet files, or a data set's id on the Hub. Images without a caption are left out.
         init: A config.json of transformers' CLIPModel, or a folder with one: train a CLIP of this shape from scratch.
