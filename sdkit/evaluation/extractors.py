@@ -38,10 +38,10 @@ from sdkit.loading.tensors import (
     is_file,
     open_tensors,
 )
-from sdkit.loading.transformers_folder import clip_source, own_tokenizer, pretrained
+from sdkit.loading.transformers_folder import pretrained
 from sdkit.messages import clean
+from sdkit.networks.clip import CLIP, pooled
 from sdkit.networks.clip import PIXELS as CLIP_PIXELS
-from sdkit.networks.clip import pooled
 from sdkit.networks.lpips import LPIPS
 
 VARIABLE = "SDKIT_INCEPTION"
@@ -283,23 +283,14 @@ def _dinov2(source: str, device: torch.device) -> Extractor:
 
 
 def _clip(source: str, device: torch.device) -> Extractor:
-    from transformers import CLIPModel
-
-    place = clip_source(source)
-    network = pretrained(CLIPModel, place, "clip").to(device)
+    clip = CLIP.from_pretrained(source, device=device)
     mean, std = (_channels(values, device) for values in CLIP_PIXELS)
 
     def run(pixels: Tensor) -> Outputs:
-        return pooled(network.get_image_features((pixels / 255 - mean) / std)), None
+        return pooled(clip.network.get_image_features((pixels / 255 - mean) / std)), None
 
     return Extractor(
-        network,
-        run,
-        name=f"clip:{source}",
-        width=int(network.config.projection_dim),
-        side=int(network.config.vision_config.image_size),
-        crops=True,
-        text=own_tokenizer(place),
+        clip.network, run, name=f"clip:{source}", width=clip.width, side=clip.side, crops=True, text=clip.tokenizer
     )
 
 

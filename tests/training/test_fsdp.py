@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import signal
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +71,20 @@ def lora(folder: Path, out: str, batch_size: int) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def launched(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Launch two processes, which train several runs one after another."""
+    """Launch two processes, which train several runs one after another.
+
+    PyTorch's collectives on CPUs, which stand in for GPUs here, have once ended a process by a segmentation fault, in
+    one of hundreds of launches. All is then launched anew, once.
+    """
+    folder, ended = _launched(tmp_path_factory)
+    if -signal.SIGSEGV in ended.codes:
+        warnings.warn(f"a process ended by a segmentation fault, and is started anew: {ended.err}", stacklevel=1)
+        folder, ended = _launched(tmp_path_factory)
+    assert ended.codes == [0, 0], ended.err
+    return folder
+
+
+def _launched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, forks.Ended]:
     folder = tmp_path_factory.mktemp("launched")
     fit(folder / "begun", **PLAIN | {"batch_size": 4, "max_steps": 3, "lr_scheduler": "constant"})
     tiny.model(folder / "model")
@@ -104,9 +119,7 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> Path:
         scenario["out"] = str(folder / scenario["out"])
         Path(scenario["out"]).mkdir(exist_ok=True)
     (folder / "fsdp.yaml").write_text(CONFIG)
-    ended = forks.launch(sharded.launched, scenarios, options=("--config_file", str(folder / "fsdp.yaml")))
-    assert ended.codes == [0, 0], ended.err
-    return folder
+    return folder, forks.launch(sharded.launched, scenarios, options=("--config_file", str(folder / "fsdp.yaml")))
 
 
 @pytest.mark.parametrize("name", ["plain", "accumulated"])
