@@ -78,7 +78,7 @@ class Extractor:
         side: Side in pixels of the images that the network takes.
         crops: Whether images are cropped to a square first. If not, their aspect ratio is not kept.
         network: The network.
-        text: The tokenizer of "clip", for `embed_texts`; None for other extractors.
+        text: The network of "clip" with its tokenizer, for `embed_texts`; None for other extractors.
         device: Where the network computes.
     """
 
@@ -93,7 +93,7 @@ class Extractor:
         width: int,
         side: int,
         crops: bool = False,
-        text: Any = None,
+        text: CLIP | None = None,
     ) -> None:
         """Wrap a network; `open_extractor` loads one.
 
@@ -154,20 +154,15 @@ class Extractor:
 
     @torch.no_grad()
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
-        """Return CLIP's embeddings (B, D) of texts, float32 on the CPU. Texts over 77 tokens are cut, as CLIP does.
+        """Return CLIP's embeddings (B, D) of texts, float32 on the CPU. Texts too long for it are cut, with a warning.
 
         Raises:
             ArgumentError: The extractor has no text encoder.
         """
         if self.text is None:
             raise ArgumentError(f"{self.name} has no text encoder to compare images with prompts; take 'clip'.")
-        embedded = []
-        for i in range(0, len(texts), AT_ONCE):
-            length = self.network.config.text_config.max_position_embeddings
-            batch = list(texts[i : i + AT_ONCE])
-            tokens = self.text(batch, padding=True, truncation=True, max_length=length, return_tensors="pt")
-            embedded.append(pooled(self.network.get_text_features(**tokens.to(self.device))).float().cpu())
-        return torch.cat(embedded)
+        batches = self.text.tokenize(texts).split(AT_ONCE)
+        return torch.cat([self.text.embed_texts(ids.to(self.device)).cpu() for ids in batches])
 
 
 def open_extractor(name: str = "alex", *, device: str | torch.device = "auto") -> Extractor:
@@ -289,9 +284,7 @@ def _clip(source: str, device: torch.device) -> Extractor:
     def run(pixels: Tensor) -> Outputs:
         return pooled(clip.network.get_image_features((pixels / 255 - mean) / std)), None
 
-    return Extractor(
-        clip.network, run, name=f"clip:{source}", width=clip.width, side=clip.side, crops=True, text=clip.tokenizer
-    )
+    return Extractor(clip.network, run, name=f"clip:{source}", width=clip.width, side=clip.side, crops=True, text=clip)
 
 
 def _channels(values: Sequence[float], device: torch.device) -> Tensor:

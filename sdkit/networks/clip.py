@@ -55,7 +55,7 @@ class Words:
         self._warned = False
 
     def ids(self, texts: str | Sequence[str]) -> Tensor:
-        """Return token ids (B, 77) of texts: start token, at most 75 tokens, end token, padding.
+        """Return token ids (B, L) of texts: start token, at most L - 2 tokens, end token, padding. L is the `length`.
 
         CLIP has no second chunk: longer texts are cut, with one warning.
         """
@@ -146,7 +146,7 @@ class CLIP(Wrapper):
         )
 
     def tokenize(self, texts: str | Sequence[str]) -> Tensor:
-        """Return token ids (B, 77) of texts; see `Words.ids`."""
+        """Return token ids (B, L) of texts; see `Words.ids`."""
         return self.words.ids(texts)
 
     @blames_network
@@ -155,7 +155,7 @@ class CLIP(Wrapper):
 
         Args:
             pixels: (B, 3, side, side) in [-1, 1].
-            ids: Token ids (B', 77).
+            ids: Token ids (B', L).
 
         Returns:
             Embeddings of the images (B, D) and of the texts (B', D), of any length, in float32; and the factor of the
@@ -168,7 +168,7 @@ class CLIP(Wrapper):
         return pooled(self.network.get_image_features(scaled(pixels))).float()
 
     def embed_texts(self, ids: Tensor) -> Tensor:
-        """Return embeddings (B, D), of any length, of token ids (B, 77)."""
+        """Return embeddings (B, D), of any length, of token ids (B, L)."""
         # Attention is causal, so the end token, whose state is the embedding, does not see the padding after it.
         return pooled(self.network.get_text_features(ids)).float()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from random import Random
 
@@ -15,7 +16,7 @@ from sdkit.errors import DataError, SourceError
 from sdkit.evaluation.extractors import open_extractor
 from sdkit.recipes.emoji import clip, clip_report
 from sdkit.recipes.emoji.asked import Prompt
-from sdkit.recipes.emoji.compositions import one
+from sdkit.recipes.emoji.compositions import PLACES, SIZES, one
 from sdkit.recipes.emoji.pictures import STYLES, pictures
 from tests.helpers import clip as tiny_clip
 from tests.helpers import tiny
@@ -81,6 +82,8 @@ def said_of(name: str, **attributes: str) -> Prompt:
         ("a large small airplane on the left, 3d style",
          said_of("small airplane", style="3d", size="large", place="left")),
         ("a noto ghost and a noto red apple", None),
+        ("a red apple, cartoon style", None),
+        ("a red apple on a wooden background", None),
     ],
 )  # fmt: skip
 def test_captions_are_read(caption: str, said: Prompt | None) -> None:
@@ -95,8 +98,11 @@ def test_each_caption_of_the_recipe_is_read_as_it_was_made() -> None:
         found = clip_report.told(made.caption)
         assert found is not None, made.caption
         assert found.pictures == (picture,)
-        assert found.style in ("", made.style)
-        assert found.background in ("", made.background)
+        assert found.style == (made.style if re.search(rf"\b{made.style}\b", made.caption) else "")
+        assert found.background == (made.background if "background" in made.caption else "")
+        if found.size:
+            assert made.parts[0].extent == SIZES[found.size]
+        assert bool(found.place) == any(f" {words}" in made.caption for words in PLACES.values())
 
 
 def test_a_caption_becomes_one_of_the_name_and_one_of_another_attribute() -> None:

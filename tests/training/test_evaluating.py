@@ -110,6 +110,7 @@ def test_reconstructions_are_compared_with_the_images(kit: Kit, tmp_path: Path) 
         assert last["lpips"] == pytest.approx(float(LPIPS.from_pretrained("alex")(y, x).mean()), rel=0.02)  # of 8 bits
 
 
+@pytest.mark.filterwarnings("ignore:.*and this CLIP reads 30")
 @pytest.mark.parametrize("data", ["photos", "cache"])
 def test_drawings_of_the_captions_are_compared_with_the_images(data: str, kit: Kit, tmp_path: Path) -> None:
     """From a cache, the images are what the VAE decodes, and the captions what their tokens spell."""

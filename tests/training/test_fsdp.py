@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +77,6 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """
     folder, ended = _launched(tmp_path_factory)
     if -signal.SIGSEGV in ended.codes:
-        warnings.warn(f"a process ended by a segmentation fault, and is started anew: {ended.err}", stacklevel=1)
         folder, ended = _launched(tmp_path_factory)
     assert ended.codes == [0, 0], ended.err
     return folder

@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from sdkit.atomic import beside
-from sdkit.errors import SourceError
+from sdkit.atomic import whole_folder
+from sdkit.errors import SourceError, TrainingError
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 STROKES = ("thick", "thin")
@@ -99,20 +99,23 @@ def enlarged(levels: np.ndarray[tuple[int, ...], np.dtype[np.float64]]) -> Image
 
 
 def write(training: Captioned, folder: Path) -> None:
-    """Write the training images, in each of the three ways, unless the folder exists."""
+    """Write the training images, in each of the three ways, unless the folder exists.
+
+    Raises:
+        TrainingError: The folder cannot be written.
+    """
     if folder.exists():
         return
-    temporary = beside(folder)  # a folder that was written in part must not pass for the whole
-    for home in (*(f"{CLASSES}/{word}" for word in WORDS), CAPTIONED, EVERYTHING):
-        (temporary / home).mkdir(parents=True)
-    for i, (picture, label, caption) in enumerate(
-        zip(training.pictures, training.labels, training.captions, strict=True)
-    ):
-        picture.save(temporary / CLASSES / WORDS[label] / f"{i:04}.png")
-        for home in (EVERYTHING,) if caption in UNSEEN else (EVERYTHING, CAPTIONED):
-            picture.save(temporary / home / f"{i:04}.png")
-            (temporary / home / f"{i:04}.txt").write_text(caption, encoding="utf-8")
-    temporary.rename(folder)
+    with whole_folder(folder, TrainingError) as made:
+        for home in (*(f"{CLASSES}/{word}" for word in WORDS), CAPTIONED, EVERYTHING):
+            (made / home).mkdir(parents=True)
+        for i, (picture, label, caption) in enumerate(
+            zip(training.pictures, training.labels, training.captions, strict=True)
+        ):
+            picture.save(made / CLASSES / WORDS[label] / f"{i:04}.png")
+            for home in (EVERYTHING,) if caption in UNSEEN else (EVERYTHING, CAPTIONED):
+                picture.save(made / home / f"{i:04}.png")
+                (made / home / f"{i:04}.txt").write_text(caption, encoding="utf-8")
 
 
 def levels(pictures: Images) -> Tensor:

@@ -59,7 +59,7 @@ def measured(folder: Path, data: Digits | None = None) -> list[Row]:
         Rows of the controls, and then of the systems.
 
     Raises:
-        SourceError: Draws or judges are missing or damaged.
+        SourceError: The judges are missing or damaged, or draws that are there are damaged.
     """
     data = digits() if data is None else data
     judges = load_judges(folder / JUDGES)

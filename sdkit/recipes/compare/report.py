@@ -27,6 +27,8 @@ SWEEP, SCALES = "guidance", (1.0, 1.5, 2.0, 4.0, 8.0)
 """Subfolder of DALL-E's draws at other guidance scales, and the scales."""
 LEAST = 8
 JUDGE_SEED = 1
+JUDGE = {"optimizer": "adamw", "learning_rate": 2e-3, "lr_warmup_steps": 0}
+"""Settings of the CLIP that judges, by which the shipped one was trained."""
 JUDGE_STEPS = 400
 HEAD = (
     "system", "Fréchet", "precision", "recall", "nearest", "right digit", "own caption", "training", "weights",
@@ -78,7 +80,7 @@ def compare(
     if not (out / JUDGES).exists():
         if progress is not None:
             progress("judges")
-        clip = train_the_clip(work, "judge-clip", work.everything, JUDGE_SEED)
+        clip = train_the_clip(work, "judge-clip", work.everything, JUDGE_SEED, **JUDGE)
         save_judges(out / JUDGES, digits.training, clip, max(2, round(JUDGE_STEPS * min(scale, 1))))
     load_judges(out / JUDGES)  # before minutes of training: those that were there may be damaged
     for name in names:

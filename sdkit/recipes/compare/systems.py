@@ -69,8 +69,12 @@ class Drawer:
         return sum(weights.values())
 
 
+ADAMW = {"optimizer": "adamw", "learning_rate": 2e-3}
+"""Settings of priors over codes."""
+
+
 def _common(steps: int, *, batch_size: int = 16) -> dict[str, Any]:
-    """Return settings that all stages share, except priors over codes."""
+    """Return settings that all stages share; priors over codes, and the judge, have another optimizer."""
     return {
         "max_steps": steps, "batch_size": batch_size, "optimizer": "muon", "learning_rate": 3e-3,
         "lr_scheduler": "cosine", "lr_warmup_steps": min(50, steps // 4),
@@ -240,13 +244,16 @@ def reconstructions(work: Workshop, part: str, pictures: Images) -> Images:
     return model.reconstruct(list(pictures))
 
 
-def train_the_clip(work: Workshop, part: str, data: Path, seed: int) -> Path:
+def train_the_clip(work: Workshop, part: str, data: Path, seed: int, **settings: Any) -> Path:
     """Train a CLIP, which the part "clip" of DALL-E 2 is, and another that judges."""
 
     def train(out: Path, steps: int) -> None:
         train_clip(
-            ClipConfig(init=work.shape("clip"), data=data, out_dir=out, seed=seed, **_common(steps, batch_size=64))
-        )
+            ClipConfig(
+                init=work.shape("clip"), data=data, out_dir=out, seed=seed,
+                **_common(steps, batch_size=64) | settings,
+            )
+        )  # fmt: skip
 
     return work.trained(part, train)
 
@@ -279,7 +286,7 @@ def _latents(work: Workshop, part: str, data: Path, vae: str) -> Path:
 def _code_prior(work: Workshop, part: str, **settings: Any) -> sdkit.TokenPipeline:
     """Train a prior over the codes of the VQ-VAE.
 
-    With AdamW: in as many steps of Muon, the two GPTs learn most training digits by heart.
+    With AdamW: after as many steps of Muon, most draws of the two GPTs were copies of training digits.
     """
     _vq(work)
     if "conditioned_on" in settings:
@@ -291,7 +298,7 @@ def _code_prior(work: Workshop, part: str, **settings: Any) -> sdkit.TokenPipeli
         train_prior(
             PriorConfig(
                 vae=work.result("vq"), data=data, out_dir=out,
-                **_common(steps, batch_size=32) | {"optimizer": "adamw", "learning_rate": 2e-3} | settings,
+                **_common(steps, batch_size=32) | ADAMW | settings,
             )
         )  # fmt: skip
 

@@ -66,7 +66,7 @@ class Workshop:
             if had not in (None, wanted):
                 raise ArgumentError(
                     f"{part} in {str(self.folder)!r} has {had} steps, and this comparison asks for {wanted}; name "
-                    "another --out, or the same --scale as before."
+                    "another --out, or the same --scale as before, if that was with this version of sdkit."
                 )
 
     def result(self, part: str) -> Path:
@@ -78,7 +78,9 @@ class Workshop:
 
         Args:
             part: Name of the part.
-            train: Trains it, given its run folder and its number of steps; a run that was stopped is resumed.
+            train: Trains it, given its run folder and its number of steps. A run that was stopped is resumed, except
+                the GAN, which begins again. Its time is kept if Python could still write it: a process that is killed
+                outright loses the time since it was started.
 
         Raises:
             SourceError: Its record is damaged.

@@ -107,13 +107,14 @@ def restated(caption: str, rng: Random, *, alone: bool) -> tuple[str, str]:
     Args:
         caption: A caption of the recipe. One of two pictures, or of something else, is returned unchanged, twice.
         rng: Random numbers.
-        alone: Whether the other one is the caption itself, or one other attribute alone. Otherwise it also says little
-            but the name.
+        alone: Whether the other one says all that the caption says, or one other attribute alone. Otherwise it also
+            says little but the name.
     """
     said = told(caption)
     if said is None:
         return caption, caption
-    return _of_the_name(said, rng), _of_another(said, rng) if alone else _of_the_name(said, rng)
+    first = _of_the_name(said, rng)
+    return first, _of_another(said, rng) if alone else _of_the_name(said, rng)
 
 
 def _of_the_name(said: Prompt, rng: Random) -> str:
@@ -124,7 +125,7 @@ def _of_the_name(said: Prompt, rng: Random) -> str:
 
 
 def _of_another(said: Prompt, rng: Random) -> str:
-    """Return the caption itself, or one that says one attribute alone."""
+    """Return a caption of all that one says, with the main name and the style before it, or of one attribute alone."""
     open_to_choice = [attribute for attribute in ANSWERS if getattr(said, attribute)]
     if not open_to_choice or rng.random() >= ALONE:
         return said.text

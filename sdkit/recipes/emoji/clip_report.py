@@ -44,9 +44,9 @@ def _named() -> dict[str, Picture]:
 def told(caption: str) -> Prompt | None:
     """Return what a caption of `described` says; None if it names two things, or none of the recipe's."""
     rest, found = caption, {}
-    if match := re.fullmatch(r"(.+), (\w+) style", rest):
+    if match := re.fullmatch(rf"(.+), ({'|'.join(STYLES)}) style", rest):
         rest, found["style"] = match.groups()
-    if match := re.fullmatch(r"(.+) (on|of) an? (\w+) background", rest):
+    if match := re.fullmatch(rf"(.+) (on|of) an? ({'|'.join(BACKGROUNDS)}) background", rest):
         rest, found["background"] = match[1], match[3]
     for place, words in PLACES.items():
         if rest.endswith(f" {words}"):

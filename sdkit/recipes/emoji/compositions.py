@@ -131,7 +131,7 @@ def one(picture: Picture, style: str, rng: Random, backgrounds: Sequence[str] | 
 
 
 def plain(picture: Picture, style: str, rng: Random) -> Composition:
-    """Return a large picture in the middle of a random background, whose caption says all of that but the place.
+    """Return a large picture on a random background, in the middle, as far as the grid allows, with a full caption.
 
     With nothing left open, a network learns the names much sooner than from compositions of `one`.
     """
@@ -155,7 +155,7 @@ def arranged(picture: Picture, size: str, place: str, rng: Random) -> Part:
 
 
 def beside(picture: Picture, rng: Random) -> Part:
-    """Return a picture at a random size and position in its half of an image with two."""
+    """Return a picture of extent `BESIDE`, at a random height of its half of an image with two."""
     return Part(
         picture=picture, extent=BESIDE, across=rng.uniform(0.2, 0.8), down=rng.uniform(0.35, 0.65),
         mirrored=_mirrored(picture, rng),
@@ -195,13 +195,16 @@ def _shared(style: str, backgrounds: Sequence[str], rng: Random) -> tuple[str, d
 
 
 def _extent(size: str, place: str, rng: Random) -> int:
-    """Return the extent in pixels of a picture, if its caption names this size and this place. "" is any."""
+    """Return the extent in pixels of a picture, if its caption names this size and this place. "" leaves it open."""
     at_a_place = "small" if place else ""  # large pictures have no room to be at a place
     return SIZES[size or at_a_place or rng.choices(("small", "large"), (0.4, 0.6))[0]]
 
 
 def _position(place: str, rng: Random) -> dict[str, float]:
-    """Return `across` and `down` of a picture, if its caption names this place. "" is any, in half of the images."""
+    """Return `across` and `down` of a picture, if its caption names this place.
+
+    "" leaves it open: the picture is near the middle in half of the images, and anywhere in the others.
+    """
     middle = {"across": rng.uniform(0.4, 0.6), "down": rng.uniform(0.4, 0.6)}
     near = rng.uniform(0, 0.12)
     if place:
