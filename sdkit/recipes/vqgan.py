@@ -88,7 +88,8 @@ def train(out: Path, *, scale: float = 1.0, mixed_precision: str = "no") -> Path
     Args:
         out: Folder of the data, the runs, and the result.
         scale: Share of the steps to take, such as 0.1 for a quick trial.
-        mixed_precision: "no"; or "bf16", which is faster on processors and GPUs that support it natively.
+        mixed_precision: "no"; "bf16", which is faster on processors and GPUs that support it natively; or "fp16", for
+            GPUs.
 
     Returns:
         out/result, which `decoders` and `curves` read.
@@ -98,10 +99,12 @@ def train(out: Path, *, scale: float = 1.0, mixed_precision: str = "no") -> Path
         SourceError: out/result holds something else, or the result of a run is damaged.
         TrainingError: The folder cannot be written, or holds runs with other settings.
     """
-    scale, result = number("scale", scale, 1e-4, 1), out / "result"
+    scale = number("scale", scale, 1e-4, 1)
+    result = out / "result"
     if result.exists() and not (result / CURVES).is_file():
-        raise SourceError(f"{result} is there already, with what is not of this recipe; name another --out.")
-    sets, shape = dict(zip(("training", "held-out"), emoji(), strict=True)), json.dumps(SHAPE)
+        raise SourceError(f"{result} exists already, and is no result of this recipe; name another --out.")
+    sets = dict(zip(("training", "held-out"), emoji(), strict=True))
+    shape = json.dumps(SHAPE)
     made_of = b"".join(image.tobytes() for images in sets.values() for image in images) + shape.encode()
     data = out / f"data-{hashlib.sha256(made_of).hexdigest()[:8]}"
 
@@ -111,7 +114,7 @@ def train(out: Path, *, scale: float = 1.0, mixed_precision: str = "no") -> Path
             data=data / "training", validation_data=data / "held-out", mixed_precision=mixed_precision, out_dir=folder,
         )  # fmt: skip
 
-    first = config(out / "first", FIRST, init=data / "shape.json")
+    first = config(out / "first", FIRST, init=data / "shape.json")  # checks the arguments before anything is written
     if not data.exists():
         with whole_folder(data, TrainingError) as folder:
             (folder / "shape.json").write_text(shape, encoding="utf-8")
@@ -167,6 +170,8 @@ def curves(folder: Path = SHIPPED) -> dict[str, list[dict[str, float]]]:
     try:
         found = read_object(folder / CURVES)
         require(found, dict.fromkeys(TERMS, list))
+        for row in (row for rows in found.values() for row in rows):
+            require(row if isinstance(row, dict) else {}, {"step": int, "psnr": float, "lpips": float})
     except (OSError, ValueError) as error:
         raise SourceError(f"{str(folder / CURVES)!r} is missing or damaged ({first_line(error)}).") from error
     return found

@@ -64,7 +64,7 @@ def train_clip(folder: Path, images: Sequence[Image.Image], texts: Sequence[str]
     extractor = open_extractor(f"clip:{folder}", device="cpu")
     network = extractor.network.requires_grad_(True).train()
     pixels = torch.stack([extractor.prepare(image) for image in images]).float() / 127.5 - 1
-    tokens = extractor.text(list(texts), padding=True, return_tensors="pt")
+    tokens = extractor.text.tokenizer(list(texts), padding=True, return_tensors="pt")
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3)
     labels = torch.arange(len(texts))
     for _ in range(steps):
