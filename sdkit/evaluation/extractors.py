@@ -40,8 +40,7 @@ from sdkit.loading.tensors import (
 )
 from sdkit.loading.transformers_folder import pretrained
 from sdkit.messages import clean
-from sdkit.networks.clip import CLIP, pooled
-from sdkit.networks.clip import PIXELS as CLIP_PIXELS
+from sdkit.networks.clip import CLIP
 from sdkit.networks.lpips import LPIPS
 
 VARIABLE = "SDKIT_INCEPTION"
@@ -279,10 +278,9 @@ def _dinov2(source: str, device: torch.device) -> Extractor:
 
 def _clip(source: str, device: torch.device) -> Extractor:
     clip = CLIP.from_pretrained(source, device=device)
-    mean, std = (_channels(values, device) for values in CLIP_PIXELS)
 
     def run(pixels: Tensor) -> Outputs:
-        return pooled(clip.network.get_image_features((pixels / 255 - mean) / std)), None
+        return clip.embed_images(pixels / 127.5 - 1), None
 
     return Extractor(clip.network, run, name=f"clip:{source}", width=clip.width, side=clip.side, crops=True, text=clip)
 

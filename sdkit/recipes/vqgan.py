@@ -170,7 +170,7 @@ def curves(folder: Path = SHIPPED) -> dict[str, list[dict[str, float]]]:
     try:
         found = read_object(folder / CURVES)
         require(found, dict.fromkeys(TERMS, list))
-        for row in (row for rows in found.values() for row in rows):
+        for row in (row for name in TERMS for row in found[name]):
             require(row if isinstance(row, dict) else {}, {"step": int, "psnr": float, "lpips": float})
     except (OSError, ValueError) as error:
         raise SourceError(f"{str(folder / CURVES)!r} is missing or damaged ({first_line(error)}).") from error

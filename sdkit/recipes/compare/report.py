@@ -27,7 +27,7 @@ SWEEP, SCALES = "guidance", (1.0, 1.5, 2.0, 4.0, 8.0)
 """Subfolder of DALL-E's draws at other guidance scales, and the scales."""
 LEAST = 8
 JUDGE_SEED = 1
-JUDGE = {"optimizer": "adamw", "learning_rate": 2e-3, "lr_warmup_steps": 0}
+JUDGE = systems.ADAMW | {"lr_warmup_steps": 0}
 """Settings of the CLIP that judges, by which the shipped one was trained."""
 JUDGE_STEPS = 400
 HEAD = (

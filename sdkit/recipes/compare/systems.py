@@ -69,8 +69,8 @@ class Drawer:
         return sum(weights.values())
 
 
-ADAMW = {"optimizer": "adamw", "learning_rate": 2e-3}
-"""Settings of priors over codes."""
+ADAMW: dict[str, Any] = {"optimizer": "adamw", "learning_rate": 2e-3}
+"""Settings of priors over codes, and of the CLIP that judges."""
 
 
 def _common(steps: int, *, batch_size: int = 16) -> dict[str, Any]:
