@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ MOMENTUM = 0.95
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Coefficients of the quintic Newton-Schulz iteration, which raise small singular values fast (Jordan et al. 2024)."""
 ITERATIONS = 5
+WIDE = 4  # columns for each row from which a matrix counts as wide
+TOGETHER = 16  # most matrices of one shape that are orthogonalised at once
 RMS = 0.2  # root mean square of AdamW's usual updates, which Muon's are scaled to (Liu et al. 2025, section 2.2)
 FIRST_AND_LAST = ("conv_in", "conv_out", "patch_embedding")  # diffusers' names, and transformers' in vision models
 
@@ -28,37 +31,53 @@ class Muon(torch.optim.Optimizer):
         lr: Learning rate.
         betas: Decay rates of AdamW's moving averages.
         weight_decay: Decoupled weight decay.
+        dtype: Data type in which matrices are orthogonalised: float32 or bfloat16.
     """
 
     def __init__(
         self, params: Iterable[Any], lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999),
-        weight_decay: float = 0.01,
+        weight_decay: float = 0.01, dtype: torch.dtype = torch.float32,
     ) -> None:  # fmt: skip
         defaults = {"lr": lr, "betas": betas, "weight_decay": weight_decay, "matrices": False, "eps": 1e-8}
         super().__init__(params, defaults)
+        self.dtype = dtype
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]  # noqa: ARG002 (Accelerate gives it)
         """Update all parameters that have a gradient."""
         for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    if group["matrices"]:
-                        update = _muon(p.grad, self.state[p])
-                    else:
-                        update = _adam(p.grad, self.state[p], group["betas"], group["eps"])
-                    p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"])
+            updated = [p for p in group["params"] if p.grad is not None]
+            if group["matrices"]:
+                updates = self._muon(updated)
+            else:
+                updates = ((p, _adam(_gradient(p), self.state[p], group["betas"], group["eps"])) for p in updated)
+            for p, update in updates:
+                p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"])
+
+    def _muon(self, params: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield matrices and their updates, before these are multiplied by the learning rate."""
+        by_shape: defaultdict[torch.Size, list[Tensor]] = defaultdict(list)
+        for p in params:
+            by_shape[p.flatten(1).shape].append(p)
+        for shape, alike in by_shape.items():
+            for i in range(0, len(alike), TOGETHER):
+                some = alike[i : i + TOGETHER]
+                directions = torch.stack([_direction(_gradient(p), self.state[p]) for p in some])
+                updates = RMS * math.sqrt(max(shape)) * orthogonalised(directions, self.dtype)
+                yield from ((p, update.reshape(p.shape)) for p, update in zip(some, updates, strict=True))
 
 
-def _muon(gradient: Tensor, state: dict[str, Any]) -> Tensor:
-    """Return Muon's update, with Nesterov momentum, before it is multiplied by the learning rate."""
+def _gradient(p: Tensor) -> Tensor:
+    assert p.grad is not None
+    return p.grad
+
+
+def _direction(gradient: Tensor, state: dict[str, Any]) -> Tensor:
+    """Return the matrix that Muon orthogonalises: the gradient with Nesterov momentum."""
     if not state:
         state["momentum"] = torch.zeros_like(gradient)
     momentum: Tensor = state["momentum"].lerp_(gradient, 1 - MOMENTUM)
-    matrix = gradient.lerp(momentum, MOMENTUM).flatten(1)
-    scale = RMS * math.sqrt(max(matrix.shape))
-    update: Tensor = scale * orthogonalised(matrix)
-    return update.reshape(gradient.shape)
+    return gradient.lerp(momentum, MOMENTUM).flatten(1)
 
 
 def _adam(gradient: Tensor, state: dict[str, Any], betas: tuple[float, float], eps: float) -> Tensor:
@@ -74,31 +93,47 @@ def _adam(gradient: Tensor, state: dict[str, Any], betas: tuple[float, float], e
     return update
 
 
-def orthogonalised(matrix: Tensor) -> Tensor:
-    """Return the matrix with all singular values moved close to 1, by a Newton-Schulz iteration.
+def orthogonalised(matrices: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return matrices with all singular values moved close to 1, by a Newton-Schulz iteration.
 
-    An iteration multiplies X by Q = a + b X X^T + c (X X^T)^2. Here X X^T and the product of all Q are computed, and X
-    is multiplied once, in the end: for a convolution's wide matrix this is a fraction of the work.
+    An iteration multiplies X by Q = a + b X X^T + c (X X^T)^2. For a convolution's wide matrix it is a fraction of the
+    work to compute X X^T and the product of all Q, and to multiply X once, in the end. bfloat16 is too coarse for that.
 
     Args:
-        matrix: (m, n).
+        matrices: (N, m, n).
+        dtype: Data type of the iteration, float32 or bfloat16, except for wide matrices.
 
     Returns:
-        (m, n), with singular values roughly from 0.7 to 1.2 if those of `matrix` are not tiny beside the largest.
+        (N, m, n), with singular values roughly from 0.7 to 1.2 if those of a matrix are not tiny beside the largest.
     """
+    is_tall = matrices.shape[-2] > matrices.shape[-1]
+    x = matrices.mT if is_tall else matrices
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+    is_wide = x.shape[-1] >= WIDE * x.shape[-2]
+    orthogonal = _product(x) @ x if is_wide else _iterated(x.to(dtype)).to(x.dtype)
+    return orthogonal.mT if is_tall else orthogonal
+
+
+def _product(x: Tensor) -> Tensor:
+    """Return the product (N, m, m) of the Q of all iterations from matrices (N, m, n)."""
     a, b, c = COEFFICIENTS
-    is_tall = matrix.shape[0] > matrix.shape[1]
-    x = matrix.mT if is_tall else matrix
-    x = x / x.norm().clamp(min=1e-7)
-    identity = torch.eye(len(x), dtype=x.dtype, device=x.device)
+    identity = torch.eye(x.shape[-2], dtype=x.dtype, device=x.device)
     gram = x @ x.mT
     product = q = a * identity + b * gram + c * gram @ gram
     for _ in range(ITERATIONS - 1):
         gram = q @ gram @ q
         q = a * identity + b * gram + c * gram @ gram
         product = q @ product
-    orthogonal: Tensor = product @ x
-    return orthogonal.mT if is_tall else orthogonal
+    return product
+
+
+def _iterated(x: Tensor) -> Tensor:
+    """Return matrices (N, m, n) after all iterations."""
+    a, b, c = COEFFICIENTS
+    for _ in range(ITERATIONS):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x
 
 
 def split(groups: Iterable[dict[str, Any]], network: nn.Module) -> list[dict[str, Any]]:

@@ -107,7 +107,8 @@ def make_optimizer(player: Player, settings: LoopSettings, device: torch.device)
     groups = parameter_groups(player)
     options: dict[str, Any] = {"lr": player.learning_rate, "betas": player.betas}
     if settings.optimizer == "muon":
-        return Muon(split(groups, player.network), **options)
+        dtype = torch.bfloat16 if settings.mixed_precision == "bf16" else torch.float32
+        return Muon(split(groups, player.network), **options, dtype=dtype)
     if not settings.use_8bit_adam:
         return AdamW(groups, **options, fused=has_fused_adam(device))
     try:

@@ -370,6 +370,7 @@ class TestConfigs:
             ("unet", "in_channels", float("nan")),
             ("unet", "cross_attention_dim", 10**9),
             ("unet", "conv_in_kernel", 10**9),
+            ("unet", "addition_embed_type_num_heads", None),
             ("text_encoder", "num_hidden_layers", 10**9),
             ("text_encoder", "hidden_size", float("nan")),
             ("text_encoder", "vocab_size", -1),

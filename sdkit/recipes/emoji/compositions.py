@@ -5,6 +5,7 @@ A caption names each of these attributes or leaves it open, so that most caption
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
@@ -15,9 +16,10 @@ from PIL import Image
 from sdkit.recipes.emoji.drawings import Drawings
 from sdkit.recipes.emoji.pictures import BACKGROUNDS, SIZE, STYLES, Picture, resized, with_article
 
-GRID = 8
-"""Pictures begin at multiples of this many pixels, the side of a latent: a picture one step further has the same
-latents, shifted by one. So the U-Net learns a shape once for all places."""
+GRID, STRIDE = 8, 16
+"""A picture in the middle begins at a multiple of GRID pixels, the side of a latent, and at other places multiples of
+STRIDE pixels further, the side of the U-Net's cells after one downsampling. There it has the same latents, and the same
+cells, shifted: the U-Net learns a shape once for all places."""
 MARGIN = 8  # pixels between a picture and the edge of the image, before the grid
 SIZES = {"small": 48, "large": 104}
 """Word for a size -> extent in pixels, of the longer side. Two sizes are few shapes to learn."""
@@ -25,7 +27,8 @@ PLACES = {"left": "on the left", "right": "on the right", "top": "at the top", "
 """Places that captions name, in words."""
 BESIDE = 48  # extent of each of two pictures side by side
 
-STYLE_NAMED, SIZE_NAMED, PLACE_NAMED, BACKGROUND_NAMED = 0.6, 0.4, 0.35, 0.6  # shares of captions
+STYLE_NAMED, SIZE_NAMED, PLACE_NAMED, BACKGROUND_NAMED = 0.7, 0.4, 0.25, 0.7  # shares of captions
+LARGE = 0.7  # share of large pictures, where captions leave size and place open
 WHITE = 0.2  # share of white among backgrounds that are not named, besides its turn among all backgrounds
 LONGEST = 3  # longest name, in words, of two pictures side by side
 
@@ -77,15 +80,16 @@ class Composition:
                 picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
             picture = resized(picture, part.extent)
             width, height = picture.size
-            left = n * room + MARGIN + part.across * (room - 2 * MARGIN - width)
-            top = MARGIN + part.down * (SIZE - 2 * MARGIN - height)
-            canvas.alpha_composite(picture, (_on_grid(left), _on_grid(top)))
+            left = n * room + _begin(part.across, room, width)
+            canvas.alpha_composite(picture, (left, _begin(part.down, SIZE, height)))
         return canvas.convert("RGB")
 
 
-def _on_grid(position: float) -> int:
-    """Return the nearest multiple of `GRID`."""
-    return GRID * round(position / GRID)
+def _begin(position: float, room: int, extent: int) -> int:
+    """Return where a picture begins in its room, in pixels, with its position from 0 to 1."""
+    free = room - 2 * MARGIN - extent
+    middle = GRID * round((MARGIN + free / 2) / GRID)
+    return middle + STRIDE * math.floor((MARGIN + position * free - middle) / STRIDE + 0.5)
 
 
 def described(
@@ -197,7 +201,7 @@ def _shared(style: str, backgrounds: Sequence[str], rng: Random) -> tuple[str, d
 def _extent(size: str, place: str, rng: Random) -> int:
     """Return the extent in pixels of a picture, if its caption names this size and this place. "" leaves it open."""
     at_a_place = "small" if place else ""  # large pictures have no room to be at a place
-    return SIZES[size or at_a_place or rng.choices(("small", "large"), (0.4, 0.6))[0]]
+    return SIZES[size or at_a_place or ("large" if rng.random() < LARGE else "small")]
 
 
 def _position(place: str, rng: Random) -> dict[str, float]:

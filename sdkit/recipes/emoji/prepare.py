@@ -140,7 +140,7 @@ def _make(sets: Mapping[str, _Set], files: Sequence[Path], out: Path) -> None:
     material = [(file.name, file.stat().st_size) for file in files]
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # threads help, because Pillow releases the GIL
         for name, one in sets.items():
-            rules = f"{SIZE} {compositions.MARGIN} {compositions.GRID} {BACKGROUNDS}"
+            rules = f"{SIZE} {compositions.MARGIN} {compositions.GRID} {compositions.STRIDE} {BACKGROUNDS}"
             made_of = f"{name} {one.n} {one.made_of} {rules} {material}"
             digest, folder = hashlib.sha256(made_of.encode()).hexdigest(), out / name
             if (folder / MADE_OF).is_file() and (folder / MADE_OF).read_text() == digest:
