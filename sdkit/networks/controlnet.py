@@ -16,6 +16,7 @@ from sdkit.errors import ArgumentError
 from sdkit.loading.source import Source
 from sdkit.networks.denoiser import UNet
 from sdkit.networks.shared_timestep import embed_timestep_once, shared_timestep, timesteps_of
+from sdkit.networks.text_lengths import of_equal_length
 from sdkit.networks.wrapper import Wrapper, blames_network
 
 if TYPE_CHECKING:
@@ -175,11 +176,8 @@ class ControlNet(Wrapper):
         self, x_t: Tensor, t: Tensor, text: Tensor, mask: Tensor, image: Tensor, scale: float, guess_mode: bool
     ) -> Residuals:
         """Call the network once for each number of tokens: diffusers' has no mask for its cross-attention."""
-        lengths = mask.sum(1)
         rows, parts = list[Tensor](), list[Residuals]()
-        for length in lengths.unique().tolist():
-            (some,) = (lengths == length).nonzero(as_tuple=True)
-            tokens = text[some][mask[some]].view(len(some), length, text.shape[2])
+        for some, tokens in of_equal_length(text, mask):
             parts.append(self._residuals(x_t[some], t.expand(len(x_t))[some], tokens, image[some], scale, guess_mode))
             rows.append(some)
         order = torch.cat(rows).argsort()

@@ -20,6 +20,7 @@ from sdkit.errors import ArgumentError
 from sdkit.loading.configs import LOW_RES, UPSCALE
 from sdkit.loading.source import Source, condition_of, latent_channels
 from sdkit.networks.shared_timestep import embed_timestep_once, shared_timestep, timesteps_of
+from sdkit.networks.text_lengths import padded, pool_without_padding
 from sdkit.networks.wrapper import Wrapper, blames_network
 
 if TYPE_CHECKING:
@@ -70,6 +71,8 @@ class UNet(Wrapper):
         self.guided = getattr(config, "time_cond_proj_dim", None) is not None
         self.run: Callable[..., Any] | None = None
         embed_timestep_once(network)
+        if config.get("addition_embed_type") == "text":
+            pool_without_padding(network.add_embedding)
         if self.takes_labels and config.class_embed_type == "timestep":
             network.class_embedding.register_forward_pre_hook(_as_weights)  # diffusers leaves sinusoids in float32
 
@@ -155,7 +158,7 @@ class UNet(Wrapper):
                 "down_block_additional_residuals": down,
                 "mid_block_additional_residual": mid,
             }
-        with shared_timestep(isinstance(t, int)):
+        with shared_timestep(isinstance(t, int)), padded(cond.mask):
             output: Tensor = run(sample, timesteps_of(t, self.device), return_dict=False, **told)[0]
         return output.to(x_t)
 

@@ -19,8 +19,12 @@ from sdkit.loading.lora_update import Update
 from sdkit.loading.tensors import is_finite, loading
 from sdkit.messages import clean
 
-TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "q_proj", "k_proj", "v_proj", "out_proj")
-"""The projections of every attention layer, as the U-Net and CLIP name them."""
+TARGETS = (
+    "to_q", "to_k", "to_v", "to_out.0",
+    "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj",
+)  # fmt: skip
+"""The projections of every attention layer, as the U-Net and CLIP name them. Those of a U-Net that pools the text have
+CLIP's names, without self_attn, and are left out: diffusers does not read LoRAs of them."""
 FEED_FORWARD = ("ff.net.0.proj", "ff.net.2", "fc1", "fc2")
 """The layers of the MLP that follows the attention."""
 GROUPS = {"attention": TARGETS, "feed_forward": FEED_FORWARD}

@@ -18,7 +18,7 @@ from sdkit.networks.prior_shape import PriorShape
 from sdkit.pipelines.tokens import TokenPipeline
 from tests.helpers import tiny, unclip
 from tests.helpers.command_line import Ran
-from tests.helpers.loaders import load_text
+from tests.helpers.loaders import load_tokenizer
 
 Run = Callable[..., Ran]
 PLACE = ("--dtype", "fp32", "--device", "cpu")
@@ -30,7 +30,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     upsampler; and an image."""
     folder = tmp_path_factory.mktemp("made")
     vae = sdkit.VAE.from_pretrained(tiny.vq_model(folder / "vq"), dtype="fp32", device="cpu")
-    tokenizer = load_text("emoji")[1]
+    tokenizer = load_tokenizer()
     shapes: dict[str, dict[str, Any]] = {
         "text": {"condition": "text", "condition_shape": (32,), "tokens": len(tokenizer)},
         "class": {"condition": "class", "tokens": 2, "classes": ("a red disc", "blue")},

@@ -41,7 +41,7 @@ from sdkit.training.loop import fit
 from sdkit.training.plot import plot
 from tests.fuzz.mutators import in_order
 from tests.helpers import clip, original_layout, tiny, unclip
-from tests.helpers.loaders import describe, load_schedule
+from tests.helpers.loaders import TOKENIZER, describe, load_schedule
 from tests.helpers.toy import Toy, ToySettings
 
 SIDE = 16  # pixels
@@ -130,14 +130,13 @@ def make_model(folder: Path) -> None:
 
 
 def make_tokenizer(folder: Path, *, fast: bool) -> None:
-    """Write the first tokens of the embedded model's tokenizer, as tokenizer.json or as vocab.json and merges.txt."""
+    """Write the first tokens of the tests' tokenizer, as tokenizer.json or as vocab.json and merges.txt."""
     folder.mkdir(parents=True, exist_ok=True)
-    embedded = Path(sdkit.__file__).parent / "assets" / "emoji" / "tokenizer"
-    shutil.copy(embedded / "tokenizer_config.json", folder)
+    shutil.copy(TOKENIZER / "tokenizer_config.json", folder)
     shutil.os.chmod(folder / "tokenizer_config.json", 0o644)  # type: ignore[attr-defined]
     settings = json.loads((folder / "tokenizer_config.json").read_text()) | {"model_max_length": 16}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    whole = json.loads((embedded / "tokenizer.json").read_text())
+    whole = json.loads((TOKENIZER / "tokenizer.json").read_text())
     vocabulary = {token: i for token, i in whole["model"]["vocab"].items() if i < TOKENS}
     pairs = [pair if isinstance(pair, list) else pair.split(" ") for pair in whole["model"]["merges"]]
     merges = [pair for pair in pairs if {*pair, "".join(pair)} <= vocabulary.keys()]

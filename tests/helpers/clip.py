@@ -12,20 +12,20 @@ from PIL import Image
 from transformers import CLIPConfig, CLIPModel, Dinov2Config, Dinov2Model
 
 from sdkit.evaluation.extractors import Extractor, open_extractor
-from tests.helpers.loaders import load_text
+from tests.helpers.loaders import load_tokenizer
 
 SIDE = 32  # pixels
 
 
 def save_clip(folder: Path, projection: int = 24) -> Path:
-    """Write a CLIP with random, seeded weights. Its tokenizer is the embedded model's.
+    """Write a CLIP with random, seeded weights. Its tokenizer is that of the tests.
 
     Args:
         folder: The folder.
         projection: Width of the embeddings. That of the text encoder's states is 32, which the prior of DALL-E 2 needs.
     """
     torch.manual_seed(0)
-    _, tokenizer = load_text("emoji")
+    tokenizer = load_tokenizer()
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     words = {
         "vocab_size": len(tokenizer), "max_position_embeddings": 32, "bos_token_id": tokenizer.bos_token_id,

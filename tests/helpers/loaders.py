@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import CLIPTokenizer
 
 from sdkit.diffusion.schedule import NoiseSchedule
 from sdkit.loading.source import Description, Source
+
+TOKENIZER = Path(__file__).parent / "tokenizer"
+"""A CLIP tokenizer of 2,048 tokens, learned from names of emoji, for captions of 32 tokens"""
+
+
+def load_tokenizer() -> CLIPTokenizer:
+    return CLIPTokenizer.from_pretrained(TOKENIZER)
 
 
 def load_vae(name: Any, *, dtype: torch.dtype = torch.float32, **options: Any) -> Any:

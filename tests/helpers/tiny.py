@@ -12,7 +12,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, UNet2DConditi
 from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from tests.helpers.loaders import load_text
+from tests.helpers.loaders import load_tokenizer
 
 Config = dict[str, Any]
 SIZE = 32  # pixels; latents are (4, 4, 4)
@@ -82,8 +82,8 @@ def scheduler(**changes: Any) -> DDIMScheduler:
 
 
 def model(folder: Path, prediction_type: str = "epsilon") -> Path:
-    """Write a model of 0.5 M parameters in diffusers layout. Its tokenizer is the embedded model's (32 tokens)."""
-    _, tokenizer = load_text("emoji")
+    """Write a model of 0.5 M parameters in diffusers layout. Its tokenizer is that of the tests (32 tokens)."""
+    tokenizer = load_tokenizer()
     networks(
         (16, 16, 16, 16),
         vae={"sample_size": SIZE, "scaling_factor": 0.5},
@@ -105,7 +105,7 @@ LOW = {"beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "scaled_linear", "
 def upsampler(folder: Path) -> Path:
     """Write an upsampler in the layout of stable-diffusion-x4-upscaler: a VAE of factor 4 and scale 0.08333, a U-Net of
     seven input channels with noise levels as class labels, and a second schedule."""
-    _, tokenizer = load_text("emoji")
+    tokenizer = load_tokenizer()
     networks(
         (16, 16, 16), vae={"sample_size": 64, "scaling_factor": 0.08333},
         unet={"sample_size": 16, "block_out_channels": (16, 32), "in_channels": 7, "num_class_embeds": 1000,

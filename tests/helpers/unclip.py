@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from tests.helpers import tiny
-from tests.helpers.loaders import load_text
+from tests.helpers.loaders import load_tokenizer
 
 WIDTH, LENGTH, SIDE = 16, 32, 32
 HEADS = {"hidden_size": WIDTH, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -33,12 +33,12 @@ def save_prior_config(path: Path, **changes: Any) -> Path:
 
 
 def unclip(**prior_scheduler: Any) -> StableUnCLIPPipeline:
-    """Build a model. Its tokenizers are the embedded model's (32 tokens).
+    """Build a model. Its tokenizers are that of the tests (32 tokens).
 
     Args:
         **prior_scheduler: Settings of the prior's DDIM scheduler.
     """
-    _, tokenizer = load_text("emoji")
+    tokenizer = load_tokenizer()
     special = {
         "vocab_size": len(tokenizer), "max_position_embeddings": LENGTH, "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id,

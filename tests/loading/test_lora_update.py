@@ -19,6 +19,7 @@ import sdkit
 from sdkit.errors import SourceError
 from sdkit.loading.lora_file import convert_lora, read_lora
 from sdkit.networks.lora import lora_layers, merge_lora
+from tests.helpers import tiny
 from tests.helpers.networks import sd_shaped
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
@@ -282,3 +283,8 @@ def test_choice_of_layers(sd: sdkit.StableDiffusion) -> None:
     assert len(lora_layers(unet, ["attn2.to_k", "attn1.to_k"])) == len(lora_layers(unet, ["to_k"])) > 4
     assert {name.rpartition(".")[2] for name in lora_layers(text, ["feed_forward"])} == {"fc1", "fc2"}
     assert lora_layers(text, ["convolutions", "o_k"]) == {}
+    assert {name.rpartition(".")[2] for name in lora_layers(text)} == {"q_proj", "k_proj", "v_proj", "out_proj"}
+    pools = {"addition_embed_type": "text", "addition_embed_type_num_heads": 2}  # in layers that diffusers' LoRAs lack
+    pooling = tiny.networks((16, 16), unet={**pools, **tiny.TWO_LEVELS}).unet
+    assert any("add_embedding.pool.q_proj" in name for name, _ in pooling.named_modules())
+    assert not any("add_embedding" in name for name in lora_layers(pooling))

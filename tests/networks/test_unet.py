@@ -125,6 +125,18 @@ class TestConditioning:
         torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)
         assert (got - unet(x_t, 500, Conditioning(text))).abs().max() > 1e-3
 
+    @torch.no_grad()
+    def test_padding_changes_nothing(self) -> None:
+        """Neither for the cross-attention nor for the pooled text, whose embedding diffusers takes of all tokens."""
+        unet = sdkit.UNet(small_network(addition_embed_type="text", addition_embed_type_num_heads=2))
+        x_t, text, lengths = torch.randn(3, 4, 8, 8), torch.randn(3, 6, 8), (6, 2, 4)
+        mask = torch.arange(6) < torch.tensor(lengths)[:, None]
+        alone = [unet(x_t[i : i + 1], 500, Conditioning(text[i : i + 1, :n])) for i, n in enumerate(lengths)]
+        torch.testing.assert_close(unet(x_t, 500, Conditioning(text, mask=mask)), torch.cat(alone), atol=1e-5, rtol=0)
+        unmasked = unet(x_t, 500, Conditioning(text))  # the mask of the call before is forgotten
+        torch.testing.assert_close(unmasked[:1], alone[0], atol=1e-5, rtol=0)
+        assert (unmasked[1] - alone[1]).abs().max() > 1e-3
+
     def test_a_bare_tensor_is_refused(self, unet: sdkit.UNet) -> None:
         with pytest.raises(sdkit.ArgumentError, match="not Tensor"):
             unet(torch.zeros(1, 4, 8, 8), 500, torch.zeros(1, 4, 192))

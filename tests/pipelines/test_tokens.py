@@ -23,7 +23,7 @@ from sdkit.pipelines.code_conditions import text_ids
 from sdkit.pipelines.code_sampling import CodeSampling, draw_codes, drawn
 from sdkit.pipelines.tokens import TokenPipeline, rerank
 from tests.helpers import clip, tiny
-from tests.helpers.loaders import load_text
+from tests.helpers.loaders import load_tokenizer
 from tests.helpers.sentences import one_sentence
 
 GRID = (4, 4)  # codes of an image of 16 pixels
@@ -140,7 +140,7 @@ def vae(tmp_path_factory: pytest.TempPathFactory) -> sdkit.VAE:
 
 @pytest.fixture(scope="module")
 def pipelines(vae: sdkit.VAE) -> dict[str, TokenPipeline]:
-    _, tokenizer = load_text("emoji")
+    tokenizer = load_tokenizer()
     text: dict[str, Any] = {"condition": "text", "condition_shape": (32,), "tokens": len(tokenizer)}
     label: dict[str, Any] = {"condition": "class", "tokens": 2, "classes": ("a red disc", "a blue disc")}
     map_: dict[str, Any] = {"condition": "map", "condition_shape": GRID, "tokens": 16}
