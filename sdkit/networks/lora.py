@@ -19,12 +19,10 @@ from sdkit.loading.lora_update import Update
 from sdkit.loading.tensors import is_finite, loading
 from sdkit.messages import clean
 
-TARGETS = (
-    "to_q", "to_k", "to_v", "to_out.0",
-    "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj",
-)  # fmt: skip
-"""The projections of every attention layer, as the U-Net and CLIP name them. Those of a U-Net that pools the text have
-CLIP's names, without self_attn, and are left out: diffusers does not read LoRAs of them."""
+TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "q_proj", "k_proj", "v_proj", "out_proj")
+"""The projections of every attention layer, as the U-Net and CLIP name them."""
+POOLING = "add_embedding."
+"""Beginning of the names of a U-Net's layers that pool the text. diffusers reads no LoRA of them."""
 FEED_FORWARD = ("ff.net.0.proj", "ff.net.2", "fc1", "fc2")
 """The layers of the MLP that follows the attention."""
 GROUPS = {"attention": TARGETS, "feed_forward": FEED_FORWARD}
@@ -46,7 +44,7 @@ def lora_layers(network: nn.Module, targets: Iterable[str] = ("attention",)) -> 
     ends = tuple(end for target in targets for end in GROUPS.get(target, (target,)))
     found: dict[str, nn.Linear | nn.Conv2d] = {}
     for name, layer in network.named_modules():
-        if not isinstance(layer, (nn.Linear, nn.Conv2d)):
+        if not isinstance(layer, (nn.Linear, nn.Conv2d)) or name.startswith(POOLING):
             continue
         convolution = CONVOLUTIONS in ends and isinstance(layer, nn.Conv2d)
         if convolution or any(name == end or name.endswith(f".{end}") for end in ends):

@@ -35,17 +35,19 @@ def of_equal_length(text: Tensor, mask: Tensor) -> Iterator[tuple[Tensor, Tensor
 
 def pool_without_padding(pooling: torch.nn.Module) -> None:
     """Make a `TextTimeEmbedding` of diffusers leave out the padding that `padded` tells."""
-    pooling.register_forward_hook(_without_padding)
+    # Outside of compiled graphs, which would keep the mask that they saw first.
+    pooling.register_forward_hook(torch.compiler.disable(_without_padding))
 
 
 @contextmanager
 def padded(mask: Tensor | None) -> Iterator[None]:
     """Tell the networks that are called in the block, in this thread, the mask (B, L) of their text, if it has one."""
+    before = getattr(_thread, "mask", None)
     _thread.mask = mask
     try:
         yield
     finally:
-        _thread.mask = None
+        _thread.mask = before
 
 
 def _without_padding(pooling: Any, inputs: tuple[Tensor], output: Tensor) -> Tensor | None:

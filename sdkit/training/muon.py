@@ -15,7 +15,7 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Coefficients of the quintic Newton-Schulz iteration, which raise small singular values fast (Jordan et al. 2024)."""
 ITERATIONS = 5
 WIDE = 4  # columns for each row from which a matrix counts as wide
-TOGETHER = 16  # most matrices of one shape that are orthogonalised at once
+AT_ONCE = 2**20  # elements of small matrices of one shape that are orthogonalised at once
 RMS = 0.2  # root mean square of AdamW's usual updates, which Muon's are scaled to (Liu et al. 2025, section 2.2)
 FIRST_AND_LAST = ("conv_in", "conv_out", "patch_embedding")  # diffusers' names, and transformers' in vision models
 
@@ -56,14 +56,15 @@ class Muon(torch.optim.Optimizer):
 
     def _muon(self, params: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield matrices and their updates, before these are multiplied by the learning rate."""
-        by_shape: defaultdict[torch.Size, list[Tensor]] = defaultdict(list)
+        by_shape: defaultdict[tuple[int, int], list[Tensor]] = defaultdict(list)
         for p in params:
-            by_shape[p.flatten(1).shape].append(p)
-        for shape, alike in by_shape.items():
-            for i in range(0, len(alike), TOGETHER):
-                some = alike[i : i + TOGETHER]
+            by_shape[len(p), p[0].numel()].append(p)
+        for (rows, columns), alike in by_shape.items():
+            count = max(1, AT_ONCE // (rows * columns))
+            for i in range(0, len(alike), count):
+                some = alike[i : i + count]
                 directions = torch.stack([_direction(_gradient(p), self.state[p]) for p in some])
-                updates = RMS * math.sqrt(max(shape)) * orthogonalised(directions, self.dtype)
+                updates = RMS * math.sqrt(max(rows, columns)) * orthogonalised(directions, self.dtype)
                 yield from ((p, update.reshape(p.shape)) for p, update in zip(some, updates, strict=True))
 
 
@@ -97,7 +98,8 @@ def orthogonalised(matrices: Tensor, dtype: torch.dtype = torch.float32) -> Tens
     """Return matrices with all singular values moved close to 1, by a Newton-Schulz iteration.
 
     An iteration multiplies X by Q = a + b X X^T + c (X X^T)^2. For a convolution's wide matrix it is a fraction of the
-    work to compute X X^T and the product of all Q, and to multiply X once, in the end. bfloat16 is too coarse for that.
+    work to compute X X^T and the product of all Q, and to multiply X once, in the end. bfloat16 is too coarse for the
+    product, so that these are iterated in their own type.
 
     Args:
         matrices: (N, m, n).

@@ -287,4 +287,4 @@ def test_choice_of_layers(sd: sdkit.StableDiffusion) -> None:
     pools = {"addition_embed_type": "text", "addition_embed_type_num_heads": 2}  # in layers that diffusers' LoRAs lack
     pooling = tiny.networks((16, 16), unet={**pools, **tiny.TWO_LEVELS}).unet
     assert any("add_embedding.pool.q_proj" in name for name, _ in pooling.named_modules())
-    assert not any("add_embedding" in name for name in lora_layers(pooling))
+    assert not any("add_embedding" in name for name in lora_layers(pooling, ["attention", "q_proj"]))

@@ -12,6 +12,7 @@ from diffusers import ControlNetModel, StableDiffusionPipeline, UNet2DConditionM
 
 import sdkit
 from sdkit.diffusion.conditioning import Conditioning
+from sdkit.engines.compile import compile_modules
 from sdkit.loading.lora_file import LoRA
 from sdkit.networks.denoiser import guidance_embedding
 from tests.helpers.networks import guided_network
@@ -136,6 +137,20 @@ class TestConditioning:
         unmasked = unet(x_t, 500, Conditioning(text))  # the mask of the call before is forgotten
         torch.testing.assert_close(unmasked[:1], alone[0], atol=1e-5, rtol=0)
         assert (unmasked[1] - alone[1]).abs().max() > 1e-3
+
+    @pytest.mark.slow
+    @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+    @torch.no_grad()
+    def test_padding_changes_nothing_when_compiled(self) -> None:
+        """Each call has its own mask, whatever that of the call was in which the network was compiled."""
+        pools = {"addition_embed_type": "text", "addition_embed_type_num_heads": 2}
+        unet, compiled = (sdkit.UNet(small_network(**pools)) for _ in range(2))
+        compile_modules(compiled.network, device=torch.device("cpu"))
+        x_t, text = torch.randn(2, 4, 8, 8), torch.randn(2, 6, 8)
+        masks = (torch.arange(6) < torch.tensor(lengths)[:, None] for lengths in ([6, 2], [3, 3]))
+        for mask in (None, *masks, None):
+            cond = Conditioning(text, mask=mask)
+            torch.testing.assert_close(compiled(x_t, 500, cond), unet(x_t, 500, cond), atol=1e-4, rtol=0)
 
     def test_a_bare_tensor_is_refused(self, unet: sdkit.UNet) -> None:
         with pytest.raises(sdkit.ArgumentError, match="not Tensor"):
