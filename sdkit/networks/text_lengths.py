@@ -57,5 +57,5 @@ def _without_padding(pooling: Any, inputs: tuple[Tensor], output: Tensor) -> Ten
         return None
     pooled = torch.empty_like(output)
     for rows, tokens in of_equal_length(inputs[0], mask):
-        pooled = pooled.index_copy(0, rows, pooling.forward(tokens).to(pooled))
+        pooled = pooled.index_copy(0, rows, pooling.forward(tokens))
     return pooled

@@ -46,31 +46,30 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure: Any = None) -> None:  # type: ignore[override]  # noqa: ARG002 (Accelerate gives it)
         """Update all parameters that have a gradient."""
         for group in self.param_groups:
-            updated = [p for p in group["params"] if p.grad is not None]
+            gradients = [(p, p.grad) for p in group["params"] if p.grad is not None]
             if group["matrices"]:
-                updates = self._muon(updated)
+                updates = self._muon(gradients)
             else:
-                updates = ((p, _adam(_gradient(p), self.state[p], group["betas"], group["eps"])) for p in updated)
+                updates = ((p, _adam(grad, self.state[p], group["betas"], group["eps"])) for p, grad in gradients)
             for p, update in updates:
                 p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"])
 
-    def _muon(self, params: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield matrices and their updates, before these are multiplied by the learning rate."""
-        by_shape: defaultdict[tuple[int, int], list[Tensor]] = defaultdict(list)
-        for p in params:
-            by_shape[len(p), p[0].numel()].append(p)
+    def _muon(self, gradients: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield matrices and their updates, before these are multiplied by the learning rate.
+
+        Args:
+            gradients: Pairs of matrix and gradient.
+        """
+        by_shape: defaultdict[tuple[int, int], list[tuple[Tensor, Tensor]]] = defaultdict(list)
+        for p, grad in gradients:
+            by_shape[len(p), p[0].numel()].append((p, grad))
         for (rows, columns), alike in by_shape.items():
             count = max(1, AT_ONCE // (rows * columns))
             for i in range(0, len(alike), count):
                 some = alike[i : i + count]
-                directions = torch.stack([_direction(_gradient(p), self.state[p]) for p in some])
+                directions = torch.stack([_direction(grad, self.state[p]) for p, grad in some])
                 updates = RMS * math.sqrt(max(rows, columns)) * orthogonalised(directions, self.dtype)
-                yield from ((p, update.reshape(p.shape)) for p, update in zip(some, updates, strict=True))
-
-
-def _gradient(p: Tensor) -> Tensor:
-    assert p.grad is not None
-    return p.grad
+                yield from ((p, update.reshape(p.shape)) for (p, _), update in zip(some, updates, strict=True))
 
 
 def _direction(gradient: Tensor, state: dict[str, Any]) -> Tensor:

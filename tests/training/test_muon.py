@@ -46,7 +46,7 @@ def test_matrices_are_updated_as_by_torch(dtype: torch.dtype, monkeypatch: pytes
         other.step()
     assert torch.equal(ours[0], first[0])
     for p, q, value in zip(ours[1:], theirs[1:], first[1:], strict=True):
-        assert (p - q).abs().max() < 3e-3  # PyTorch iterates in bfloat16
+        assert (p - q).abs().max() < 2e-3  # PyTorch iterates in bfloat16
         assert (p - value).abs().max() > 0.01
 
 
