@@ -86,6 +86,23 @@ def metrics_in(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
                     yield line, entry
 
 
+def _warn_of_repeats(config: Mapping[str, Any]) -> None:
+    """Warn if a new run goes on from the result of another one, on the same data with the same seed."""
+    settings = config["settings"]
+    model, earlier = Path(str(settings.get("model") or "")), dict[str, Any]()
+    with contextlib.suppress(OSError, ValueError):
+        earlier = read_object(model.parent / "config.json") if model.name == "result" else {}
+    if (
+        _is_config(earlier)
+        and earlier.get("data_identity") == config.get("data_identity")
+        and earlier["settings"].get("seed") == settings["seed"]
+    ):
+        warnings.warn(
+            f"{clean(model)} was trained on this data with seed {settings['seed']}: the same images would come in the "
+            "same order with the same noise again, which would be learned by heart; give another seed.", stacklevel=2,
+        )  # fmt: skip
+
+
 @dataclass(frozen=True, kw_only=True)
 class Start:
     """State of a run folder when it is opened.
@@ -155,6 +172,8 @@ class RunFolder:
             if checkpoint and read_state(checkpoint).get("run") != self._run:
                 raise TrainingError(f"{checkpoint} is of another run; remove it, or name another out_dir.")
             step = int(checkpoint.name.removeprefix("step-")) if checkpoint else 0
+            if checkpoint is None:
+                _warn_of_repeats(config)
             with atomic_write(self.path / "config.json") as temporary:
                 temporary.write_text(json.dumps(config, indent=2) + "\n")
             validated = self._rewind(step if checkpoint else -1)

@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import shutil
 import signal
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -782,3 +783,16 @@ def test_pooled_text_beside_the_timestep(kit: Kit, tmp_path: Path) -> None:
     z = sd(PROMPTS, num_inference_steps=10, output_type="latent")
     torch.testing.assert_close(drawn_by_diffusers(result, 10, "latent"), z, atol=1e-4, rtol=1e-4)
     assert bool(sd(LONG, num_inference_steps=2, output_type="latent").isfinite().all())  # of two chunks
+
+
+def test_a_run_that_would_repeat_the_noise_of_another_is_warned_of(kit: Kit, tmp_path: Path) -> None:
+    """The noise of a sample depends on the seed and on its number in the run alone."""
+    result = train_unet(kit.config(tmp_path / "first", max_steps=1)) / "result"
+    again = replace(kit.config(tmp_path / "again", max_steps=1), model=result)
+    with pytest.warns(UserWarning, match=r"result was trained on this data with seed 0: .*; give another seed\.$"):
+        train_unet(again)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train_unet(replace(again, out_dir=tmp_path / "other", seed=1))
+        train_unet(replace(again, out_dir=tmp_path / "photos", data=kit.photos))
+        train_unet(replace(again, max_steps=2))  # the same run, continued
