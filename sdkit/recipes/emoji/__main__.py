@@ -18,7 +18,7 @@ steps, in this order:
   vae        train the VAE: vae-1 from scratch, vae-2 on tiles of captioned images, vae-3 to vae-5 with LPIPS
   captioned  make captioned images from the pictures: plain/, large and in the middle, and captioned/, of all kinds
   latents    make a tokenizer, an untrained text encoder, and the latent caches
-  unet       train the U-Net and the text encoder: unet-1 and unet-2 on plain/, unet-3 to unet-5 on captioned/
+  unet       train the U-Net and the text encoder: unet-1 and unet-2 on plain/, unet-3 to unet-6 on captioned/
   decoder    train only the VAE's decoder, for sharper images: vae-6
   export     assemble model/, in float16
   evaluate   measure the model, or those of --models; evaluation/ also keeps the results of earlier calls

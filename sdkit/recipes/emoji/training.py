@@ -24,10 +24,11 @@ VAE_RUNS = {
 """Run of the VAE -> its data set. The first run starts from scratch, and each later run from the result before it."""
 WHOLE, SHARPENED, FINE = "vae-5", "vae-6", "fine_tiles"
 UNET_RUNS = {
-    "unet-1": "plain", "unet-2": "plain", "unet-3": "captioned", "unet-4": "captioned", "unet-5": "captioned"
+    "unet-1": "plain", "unet-2": "plain", "unet-3": "captioned", "unet-4": "captioned", "unet-5": "captioned",
+    "unet-6": "captioned",
 }  # fmt: skip
 """Run of the U-Net -> its data set. The first begins with root/start, and each later one with the result before it."""
-TRAINED = "unet-5"
+TRAINED = "unet-6"
 DRAWN_AT = 1.5  # default guidance scale of the model: images follow their prompts, and backgrounds stay even
 
 
@@ -108,7 +109,7 @@ def make_latents(root: Path) -> None:
 
 
 def train_the_unet(root: Path) -> None:
-    """Train the U-Net and the text encoder in the folders root/unet-1 to root/unet-5, the first from scratch."""
+    """Train the U-Net and the text encoder in the folders root/unet-1 to root/unet-6, the first from scratch."""
     start: dict[str, Any] = {"model": root / "start", "init": shape_file("unet")}
     for run, images in UNET_RUNS.items():
         latents = _existing(root / "latents" / images, "latents makes it")
@@ -124,7 +125,7 @@ def train_the_decoder(root: Path) -> None:
 
 
 def export(root: Path) -> Path:
-    """Write root/model: the U-Net and the text encoder of root/unet-5 with the VAE of root/vae-6, in float16.
+    """Write root/model: the U-Net and the text encoder of root/unet-6 with the VAE of root/vae-6, in float16.
 
     Returns:
         The folder of the model.
