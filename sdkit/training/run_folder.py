@@ -22,7 +22,7 @@ from sdkit.files import open_regular
 from sdkit.messages import clean, reason
 from sdkit.strict_json import parse_object, read_object, require
 from sdkit.training.checkpoint import Checkpoint, checkpoints, newest, read_state, save
-from sdkit.training.settings import LoopSettings
+from sdkit.training.settings import DenoisingSettings, LoopSettings
 
 DIFFERENCES = {  # setting -> description of the difference, where the two values alone would not explain it
     "data_identity": "its data was different (names, captions, or sizes of files)",
@@ -87,7 +87,7 @@ def metrics_in(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
 
 
 def _warn_of_repeats(config: Mapping[str, Any]) -> None:
-    """Warn if a new run goes on from the result of another one, on the same data with the same seed."""
+    """Warn if a new run that denoises goes on from the result of another one, on the same data with the same seed."""
     settings = config["settings"]
     model, earlier = Path(str(settings.get("model") or "")), dict[str, Any]()
     with contextlib.suppress(OSError, ValueError):
@@ -172,7 +172,7 @@ class RunFolder:
             if checkpoint and read_state(checkpoint).get("run") != self._run:
                 raise TrainingError(f"{checkpoint} is of another run; remove it, or name another out_dir.")
             step = int(checkpoint.name.removeprefix("step-")) if checkpoint else 0
-            if checkpoint is None:
+            if checkpoint is None and isinstance(settings, DenoisingSettings):
                 _warn_of_repeats(config)
             with atomic_write(self.path / "config.json") as temporary:
                 temporary.write_text(json.dumps(config, indent=2) + "\n")

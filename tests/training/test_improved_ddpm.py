@@ -234,7 +234,7 @@ class TestSavedModels:
         assert [path.name for path in (labelled / "samples").iterdir()] == ["step-00000000.png", "step-00000006.png"]
 
     def test_a_saved_model_is_trained_further(self, kit: Kit, labelled: Path, tmp_path: Path) -> None:
-        settings: dict[str, Any] = {"model": labelled / "result", "init": None, "vae": None, "max_steps": 1}
+        settings: dict[str, Any] = {"model": labelled / "result", "init": None, "vae": None, "max_steps": 1, "seed": 1}
         again = load(train_unet(kit.config(tmp_path, **settings)))
         assert again.text.names == ("blue", "green", "red")  # type: ignore[attr-defined]
         assert again.schedule.variance_type == "learned_range"
