@@ -87,7 +87,7 @@ def metrics_in(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
 
 
 def _warn_of_repeats(config: Mapping[str, Any]) -> None:
-    """Warn if a new run that denoises goes on from the result of another one, on the same data with the same seed."""
+    """Warn if a denoising run continues from the result of another run, on the same data with the same seed."""
     settings = config["settings"]
     model, earlier = Path(str(settings.get("model") or "")), dict[str, Any]()
     with contextlib.suppress(OSError, ValueError):
