@@ -99,7 +99,7 @@ GROUPS = {
     "loss": "loss vlb_weight timestep_sampling noise_schedule prediction_type zero_snr snr_gamma noise_offset "
     "caption_dropout condition_dropout embedding_dropout noise_augmentation "
     "reconstruction lpips_weight lpips regularizer codebook_decay normalize_codes kl_weight disc_weight disc_start "
-    "input_noise mask_ratio mask_patch",
+    "input_noise mask_ratio mask_patch latent_noise",
     "optimisation": "max_steps batch_size gradient_accumulation_steps learning_rate lr_scheduler lr_warmup_steps "
     "optimizer max_grad_norm ema_decay seed",
     "speed and memory": "mixed_precision gradient_checkpointing use_8bit_adam",

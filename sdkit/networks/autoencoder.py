@@ -606,19 +606,21 @@ class VAE(Wrapper):
         return SourceError(f"{self._label} gives images that are not finite; its weights are to blame: give another.")
 
     @blames_network
-    def forward(self, x: Tensor, eps: Tensor | None = None) -> Forward:
+    def forward(self, x: Tensor, eps: Tensor | None = None, noise: Tensor | None = None) -> Forward:
         """Reconstruct pixels with gradient, for training.
 
         Args:
             x: Pixels (B, 3, H, W) in [-1, 1]; H and W are multiples of 8.
             eps: Standard normal noise (B, 4, H/8, W/8), for a sample of the posterior. None takes the mean.
+            noise: Noise (B, 4, H/8, W/8) to add to the scaled latents that are decoded.
 
         Returns:
             The reconstruction, the posterior, and a `VQModel`'s codes. The reconstruction's gradient bypasses the
             quantization and reaches `mean`; the gradient of the codes reaches the codebook.
         """
         mean, logvar = self.posterior(x)
-        pixels, codes, numbers = self.kind.reconstruct(mean, logvar, eps, self.dtype)
+        centre = mean if noise is None else mean + noise / self.scale
+        pixels, codes, numbers = self.kind.reconstruct(centre, logvar, eps, self.dtype)
         return Forward(pixels, mean, logvar, codes, numbers)
 
     @property

@@ -310,9 +310,13 @@ IMPROVED_DDPM: dict[str, tuple[str, Any]] = {
 
 
 MADE_HERE: dict[str, tuple[str, Any]] = {"condition": ("canny", "canny")}
+DECODER: dict[str, tuple[str, Any]] = {"latent_noise": ("0.1", 0.1)}
 
 
-@pytest.mark.parametrize(("stage", "own"), [("unet", IMPROVED_DDPM), ("unet", UPSAMPLER), ("controlnet", MADE_HERE)])
+@pytest.mark.parametrize(
+    ("stage", "own"),
+    [("unet", IMPROVED_DDPM), ("unet", UPSAMPLER), ("controlnet", MADE_HERE), ("vae", DECODER)],
+)
 def test_fields_that_exclude_others_can_be_set(stage: str, own: dict[str, tuple[str, Any]]) -> None:
     words = [w for name, (text, _) in own.items() for w in (f"--{name.replace('_', '-')}", *text.split())]
     values = {name: value for name, (_, value) in own.items()}
@@ -330,7 +334,7 @@ def test_the_fields_of_dreambooth_can_be_set() -> None:
 def test_every_field_can_be_set(stage: str) -> None:
     values = COMMON | OWN[stage]
     others = {  # exclude another one
-        "vae": set[str](),
+        "vae": {*DECODER},
         "unet": {
             "init", "conditioning_data", "image_encoder", "embedding_dropout", *DREAMBOOTH, *IMPROVED_DDPM, *UPSAMPLER,
         },

@@ -105,6 +105,25 @@ def test_a_decoder_tuned_on_textures_gains_on_another(tmp_path: Path) -> None:
     assert last["validation/lpips"] < first["validation/lpips"] - 0.05
 
 
+def test_a_decoder_learns_to_forgive_noise_on_its_latents(tmp_path: Path) -> None:
+    """The control is the same run without noise. Its decoder is better at clean latents, and worse at noisy ones."""
+    held_out, spread, found = crops(tmp_path / "held-out", ("brick",), 12), 0.4, {}
+    data = crops(tmp_path / "train", ("grass", "gravel"), 96)
+    for noise in (spread, 0.0):
+        settings: dict[str, Any] = {
+            "data": data, "validation_data": held_out, "size": 64, "batch_size": 8, "learning_rate": 1e-4,
+            "lpips_weight": 0, "ema_decay": 0.0, **COMMON,
+        }  # fmt: skip
+        run = train_vae(VAEConfig(out_dir=tmp_path / f"{noise}", max_steps=80, latent_noise=noise, **settings))
+        judged = VAEConfig(
+            model=run / "result", out_dir=tmp_path / f"judged-{noise}", max_steps=1, latent_noise=spread, **settings
+        )
+        first = read_metrics(train_vae(judged) / "metrics.jsonl")[0]
+        found[noise] = first["validation/psnr"], first["validation/noisy_psnr"]
+    assert found[spread][0] < found[0.0][0]
+    assert found[spread][1] > found[0.0][1] + 1
+
+
 def test_a_vae_and_a_unet_learn_from_nothing(tmp_path: Path) -> None:
     """Train on discs of four colours. The VAE must exceed 22 dB, the U-Net's validation loss (v) fall below 0.35, and a
     prompt draw its colour. One thread is used, because the networks are too small for more.

@@ -42,6 +42,9 @@ class VAEConfig(StageSettings):
             clean image: a denoising autoencoder (Vincent et al. 2008). 0 adds none.
         mask_ratio: Share of the input's square patches that are masked with grey; the target is the whole image.
         mask_patch: Side of a masked patch in pixels.
+        latent_noise: Noise on the scaled latents that the decoder reads, so that it forgives small errors of a U-Net
+            (noise-augmented decoding; Zheng et al. 2025, https://arxiv.org/abs/2510.11690, section 4). The standard
+            deviation for each sample is the absolute value of a normal draw with this standard deviation. 0 adds none.
         validation_data: Held-out images (the first 64 are used); None holds out a twentieth of the data, at
             most 16.
     """
@@ -59,6 +62,7 @@ class VAEConfig(StageSettings):
     input_noise: float = 0.0
     mask_ratio: float = 0.0
     mask_patch: int = 8
+    latent_noise: float = 0.0
     validation_data: str | os.PathLike[str] | None = None
 
     may_change = StageSettings.may_change | {"lpips", "validation_data"}  # paths; fingerprints cover the contents
@@ -94,3 +98,9 @@ class VAEConfig(StageSettings):
         self._keep("mask_patch", whole_number("mask_patch", self.mask_patch, 1))
         if self.mask_patch != type(self).mask_patch and not self.mask_ratio:
             raise ArgumentError("mask_patch is the size of masked patches, and none are masked; give mask_ratio, too.")
+        self._keep("latent_noise", number("latent_noise", self.latent_noise, 0))
+        if self.latent_noise and (self.train_encoder or self.init is not None or self.regularizer == "vq"):
+            raise ArgumentError(
+                "latent_noise trains the decoder of an AutoencoderKL alone, as an encoder would learn larger latents "
+                "against it; leave out train_encoder, init, and regularizer vq, or latent_noise."
+            )

@@ -66,6 +66,7 @@ SHOWN = 8  # images on the sheet of each validation
 AVERAGES = "codebook_averages"  # name of the codebook's moving averages in the VAE
 RESTARTS = 2**32 - 2  # passed to `draw` as the number of an augmentation; no image has this many
 CORRUPTED = 2**32 - 3  # passed to `draw` as the number of an augmentation, for held-out images
+NOISY = 2**32 - 4  # passed to `draw` as the number of an augmentation, for the latents of held-out images
 TOLERATED_DRIFT = 0.1  # drift of latents, in their standard deviations, above which validation warns
 
 
@@ -262,8 +263,11 @@ class VAEStage:
         return corruption
 
     def batch(self, samples: Samples) -> dict[str, Any]:
-        """Return pixels (B, 3, H, W), the posterior's noise (B, 4, H/8, W/8), and the corrupted input, if it is
-        corrupted, of samples (n, item)."""
+        """Return the training batch of samples (n, item).
+
+        It has pixels (B, 3, H, W), the posterior's noise (B, 4, H/8, W/8), the corrupted input if it is corrupted, and
+        the noise on the latents, like the posterior's, if there is any.
+        """
         pixels = [self.images.load(self.train, item, n // self.size)[0] for n, item in samples]
         height, width = (side // self.vae.factor for side in self.images.transform.size)
         sources = [noise_of(self.config.seed, n) for n, _ in samples]
@@ -272,6 +276,10 @@ class VAEStage:
         if self.corruption:
             corrupted = [self.corruption(x, source) for x, source in zip(pixels, sources, strict=True)]
             batch["corrupted"] = torch.stack(corrupted)
+        if spread := self.config.latent_noise:
+            strengths = [spread * torch.randn((), generator=source).abs() for source in sources]
+            noise = [torch.randn(eps[0].shape, generator=source) for source in sources]
+            batch["noise"] = torch.stack([a * b for a, b in zip(strengths, noise, strict=True)])
         return batch
 
     def names(self, samples: Samples) -> list[str]:
@@ -297,7 +305,7 @@ class VAEStage:
         """
         config, x = self.config, batch["pixels"]
         eps = batch["eps"] if config.regularizer == "kl" else None
-        y, mean, logvar, codes, numbers = networks["vae"](batch.get("corrupted", x), eps)
+        y, mean, logvar, codes, numbers = networks["vae"](batch.get("corrupted", x), eps, batch.get("noise"))
         loss = (l1 if config.reconstruction == "l1" else l2)(y, x)
         parts: dict[str, float | Tensor] = {config.reconstruction: loss.detach()}
         if config.lpips_weight and self.training_lpips:
@@ -373,8 +381,9 @@ class VAEStage:
             scaled latents, and `recommended_scale`, the VAE scale that would make their standard deviation 1; for a
             `VQModel`, how much of the codebook is in use, and its perplexity. With corruption, also `corrupted_psnr`,
             `corrupted_ssim`, and `corrupted_lpips` of reconstructions from corrupted input, and `input_psnr` of that
-            input itself, which the reconstruction should exceed; the corruption of an image is always the same. If
-            the encoder is fine-tuned, also
+            input itself, which the reconstruction should exceed; the corruption of an image is always the same. With
+            noise on the latents, also `noisy_psnr`, `noisy_ssim`, and `noisy_lpips` of images decoded from latents
+            with noise of standard deviation `latent_noise`. If the encoder is fine-tuned, also
             `latent_drift`: the root mean square distance of the latents from those of the starting VAE, in standard
             deviations of the latter. Metrics of the `evaluators` come last.
         """
@@ -415,6 +424,10 @@ class VAEStage:
             measured |= self._similarity(x, restored, "corrupted_")
             measured["input_psnr"] = float(psnr(x.cpu(), corrupted.clamp(-1, 1).cpu()))
             pictures += [corrupted, restored]
+        if self.config.latent_noise:
+            noise = torch.randn(mean[0].shape, generator=draw(self.config.seed, i, NOISY))[None].to(x.device)
+            forgiving = VAE.forward(self.vae, x, noise=self.config.latent_noise * noise)[0]
+            measured |= self._similarity(x, forgiving, "noisy_")
         measured |= _moments(mean, logvar, "")
         if self.start:
             start_mean, start_logvar = self.start.to(x.device).posterior(x)
