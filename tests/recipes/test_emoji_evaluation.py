@@ -251,8 +251,8 @@ def test_distances_are_those_of_the_nearer_side(shown: Gallery, drawings: Drawin
 
 def test_a_rank_counts_the_nearer_pictures_of_the_style(shown: Gallery) -> None:
     distances = torch.tensor([[1.0, 9, 9, 9, 9], [5, 4, 3, 2, 6], [9, 9, 9, 9, 9], [9, 9, 9, 9, 0.5]])
-    for i, rank in enumerate((3, 2, 1, 0, 4)):
-        assert shown._match(Prompt((FEW[i],), "flat", "white"), distances) == Match(rank, "twemoji")
+    for i, (rank, own) in enumerate([(3, "3d"), (2, "flat"), (1, "flat"), (0, "flat"), (4, "twemoji")]):
+        assert shown._match(Prompt((FEW[i],), "flat", "white"), distances) == Match(rank, "twemoji", own)
 
 
 def test_features_are_made_once(
@@ -292,11 +292,12 @@ def test_fidelity_of_a_known_mixture(shown: Gallery, drawings: Drawings) -> None
 
 
 def test_the_first_and_the_first_five(shown: Gallery, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = [Match(rank, "flat") for rank in (0, 4, 5, 0)]
+    found = [Match(rank, "flat", "3d") for rank in (0, 4, 5, 0)]
     monkeypatch.setattr(Gallery, "matches", lambda *_: found)
     asked = [Prompt((one,), style, "white") for one, style in zip(FEW, ("flat", "flat", "flat", "3d"), strict=False)]
     measured = evaluation.fidelity(shown, asked, [Image.new("RGB", (16, 16), "white")] * 4)
     assert (measured["top1"], measured["top5"], measured["style"], measured["background"]) == (0.5, 0.75, 0.75, 1)
+    assert measured["own style"] == 0.25
 
 
 def test_halves_are_measured_as_the_left_and_the_right_picture(shown: Gallery, drawings: Drawings) -> None:

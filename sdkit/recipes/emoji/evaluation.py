@@ -45,8 +45,10 @@ def fidelity(gallery: Gallery, asked: Sequence[Prompt], images: Images) -> Measu
 
     Returns:
         `prompts`, their number; `top1` and `top5`, the shares of prompts whose picture ranks first and among the first
-        five of its style; `style`, the share whose nearest picture, among those of all styles, has the named style; and
-        `background`, the share with the right background. Shares are from 0 to 1, or None of no prompts.
+        five of its style; `style`, the share whose nearest picture, among those of all styles, has the named style;
+        `own style`, the share that is nearest to the named style among the named picture's styles, so that a wrong
+        shape counts less; and `background`, the share with the right background. Shares are from 0 to 1, or None of no
+        prompts.
     """
     matches = gallery.matches(asked, images)
     pairs = list(zip(asked, matches, strict=True))
@@ -55,6 +57,7 @@ def fidelity(gallery: Gallery, asked: Sequence[Prompt], images: Images) -> Measu
         "top1": share([match.rank < 1 for match in matches]),
         "top5": share([match.rank < 5 for match in matches]),
         "style": share([match.style == prompt.style for prompt, match in pairs]),
+        "own style": share([match.own_style == prompt.style for prompt, match in pairs]),
         "background": share([background_of(image) == one.background for one, image in zip(asked, images, strict=True)]),
     }
 

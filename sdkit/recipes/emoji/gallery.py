@@ -35,10 +35,12 @@ class Match(NamedTuple):
     Attributes:
         rank: Number of pictures of the named style that are nearer to the image than the named one; 0 is best.
         style: Style of the picture that is nearest, among all pictures in all styles.
+        own_style: Style in which the named picture is nearest.
     """
 
     rank: int
     style: str
+    own_style: str
 
 
 class Gallery:
@@ -84,9 +86,9 @@ class Gallery:
 
     def _match(self, prompt: Prompt, distances: Tensor) -> Match:
         """Return what an image shows, from its distances (styles, pictures)."""
-        in_style = distances[STYLES.index(prompt.style)]
-        rank = int((in_style < in_style[self.files.index(prompt.pictures[0].file)]).sum())
-        return Match(rank, STYLES[int(distances.amin(1).argmin())])
+        own, in_style = self.files.index(prompt.pictures[0].file), distances[STYLES.index(prompt.style)]
+        rank = int((in_style < in_style[own]).sum())
+        return Match(rank, STYLES[int(distances.amin(1).argmin())], STYLES[int(distances[:, own].argmin())])
 
     def _distances(self, background: str, images: Sequence[Image.Image]) -> Tensor:
         """Return squared distances (images, styles, pictures)."""
