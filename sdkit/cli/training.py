@@ -96,8 +96,8 @@ GROUPS = {
     "what is trained": "lora_rank lora_alpha lora_dropout lora_rank_stabilized lora_targets train_text_encoder "
     "classes train_encoder controlnet classifier vectors keep_norm kind conditioned_on level layers width heads "
     "latent_channels codes image_encoder upscale_factor",
-    "loss": "loss vlb_weight timestep_sampling noise_schedule prediction_type zero_snr snr_gamma noise_offset "
-    "caption_dropout condition_dropout embedding_dropout noise_augmentation "
+    "loss": "loss vlb_weight timestep_sampling logit_mean logit_std noise_schedule prediction_type zero_snr snr_gamma "
+    "noise_offset caption_dropout condition_dropout embedding_dropout noise_augmentation "
     "reconstruction lpips_weight lpips regularizer codebook_decay normalize_codes kl_weight disc_weight disc_start "
     "input_noise mask_ratio mask_patch latent_noise",
     "optimisation": "max_steps batch_size gradient_accumulation_steps learning_rate lr_scheduler lr_warmup_steps "

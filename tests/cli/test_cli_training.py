@@ -310,12 +310,23 @@ IMPROVED_DDPM: dict[str, tuple[str, Any]] = {
 
 
 MADE_HERE: dict[str, tuple[str, Any]] = {"condition": ("canny", "canny")}
+LOGIT_NORMAL: dict[str, tuple[str, Any]] = {
+    "timestep_sampling": ("logit_normal", "logit_normal"),
+    "logit_mean": ("-0.5", -0.5),
+    "logit_std": ("1.5", 1.5),
+}
 DECODER: dict[str, tuple[str, Any]] = {"latent_noise": ("0.1", 0.1)}
 
 
 @pytest.mark.parametrize(
     ("stage", "own"),
-    [("unet", IMPROVED_DDPM), ("unet", UPSAMPLER), ("controlnet", MADE_HERE), ("vae", DECODER)],
+    [
+        ("unet", IMPROVED_DDPM),
+        ("unet", LOGIT_NORMAL),
+        ("unet", UPSAMPLER),
+        ("controlnet", MADE_HERE),
+        ("vae", DECODER),
+    ],
 )
 def test_fields_that_exclude_others_can_be_set(stage: str, own: dict[str, tuple[str, Any]]) -> None:
     words = [w for name, (text, _) in own.items() for w in (f"--{name.replace('_', '-')}", *text.split())]
@@ -336,7 +347,8 @@ def test_every_field_can_be_set(stage: str) -> None:
     others = {  # exclude another one
         "vae": {*DECODER},
         "unet": {
-            "init", "conditioning_data", "image_encoder", "embedding_dropout", *DREAMBOOTH, *IMPROVED_DDPM, *UPSAMPLER,
+            "init", "conditioning_data", "image_encoder", "embedding_dropout", *DREAMBOOTH, *IMPROVED_DDPM,
+            *LOGIT_NORMAL, *UPSAMPLER,
         },
         "controlnet": {"init", "conditioning_data", "condition"}, "embedding": {"init"},
         "prior": {"init", "conditioning_data", "level"}, "vqvae2": {"init"},

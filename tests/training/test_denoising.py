@@ -1,11 +1,13 @@
-"""The weights of samples in the denoising objective."""
+"""The weights of samples in the denoising objective, and logit-normal timesteps."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from scipy.stats import norm
 from torch import Tensor
 
 import sdkit
@@ -45,3 +47,23 @@ def test_weights_multiply_those_of_min_snr(settings: dict[str, Any]) -> None:
 def test_a_weight_belongs_to_each_sample() -> None:
     with pytest.raises(ArgumentError, match=r"weight must be \(B, \.\.\.\)"):
         loss(torch.ones(1, 3))
+
+
+@pytest.mark.parametrize(("mean", "std"), [(0.0, 1.0), (0.5, 1.2), (-1.0, 0.3)])
+def test_logit_normal_timesteps_have_their_distribution(mean: float, std: float) -> None:
+    """P(t < aT) is Phi((logit(a) - mean) / std); 20,000 draws, with a standard error of at most 0.0036."""
+    objective = DenoisingObjective(sdkit.NoiseSchedule.scaled_linear(), logit_normal=(mean, std))
+    generator = torch.Generator().manual_seed(0)
+    drawn = np.array([objective.timestep(generator) for _ in range(20_000)])
+    assert drawn.dtype.kind == "i"
+    for a in (0.05, 0.2, 0.5, 0.8, 0.95):
+        expected = norm.cdf((np.log(a / (1 - a)) - mean) / std)
+        assert (drawn < 1000 * a).mean() == pytest.approx(expected, abs=0.015), a
+
+
+def test_logit_normal_timesteps_stay_on_the_schedule() -> None:
+    objective = DenoisingObjective(sdkit.NoiseSchedule.scaled_linear(), logit_normal=(5.0, 5.0))
+    generator = torch.Generator().manual_seed(0)
+    drawn = {objective.timestep(generator) for _ in range(3000)}
+    assert min(drawn) >= 0
+    assert max(drawn) == 999

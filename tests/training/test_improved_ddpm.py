@@ -388,6 +388,7 @@ BAD: list[tuple[str, str, dict[str, Any], str]] = [
     ("one loss too few", "hybrid", {"loss": "simple", "timestep_sampling": "uniform"}, "give loss hybrid, or a U-Net"),
     ("no variance", "plain", {"loss": "hybrid"}, "with 3 output channels, predicts none; set out_channels to 6"),
     ("importance of the simple loss", "plain", {"timestep_sampling": "importance"}, "belongs to the losses hybrid"),
+    ("logit-normal bound", "hybrid", {"timestep_sampling": "logit_normal"}, "logit_normal belongs to the loss simple"),
     ("unknown loss", "plain", {"loss": "elbo"}, "loss 'elbo' is not one of 'simple', 'hybrid', 'vlb'"),
     ("weight of nothing", "plain", {"vlb_weight": 0.1}, "vlb_weight belongs to the loss hybrid"),
     ("no weight", "hybrid", {"vlb_weight": 0.0}, "at vlb_weight 0 nothing trains the variance"),

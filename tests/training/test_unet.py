@@ -301,6 +301,14 @@ class TestNoise:
         lengths = [int(n) for n in batch["mask"].sum(1)]
         return [ids.flatten()[:n].numpy().tobytes() for ids, n in zip(batch["ids"], lengths, strict=True)]
 
+    def test_logit_normal_timesteps_are_drawn_where_they_are_asked_for(self, kit: Kit) -> None:
+        """sigmoid(1) is 0.731, and 3.5 standard deviations are 0.014. They depend on seed and number alone."""
+        stage = kit.stage(timestep_sampling="logit_normal", logit_mean=1.0, logit_std=0.02)
+        found = self.rows(stage, [(n, 3) for n in range(300)])
+        assert {row[0] for row in found} <= {*range(717, 745)}
+        assert len({row[0] for row in found}) > 10
+        assert self.rows(stage, [(17, 0)]) == [found[17]]
+
     def test_a_dropped_caption_is_the_empty_prompt(self, kit: Kit) -> None:
         """The network's input must equal the empty prompt's, for frozen and trained text encoders, and for stored
         embeddings up to float16's rounding.

@@ -10,7 +10,7 @@ from sdkit.training.settings.dreambooth import DreamBoothSettings
 
 CONDITION_KINDS = ("latents", "map")  # names in sdkit.loading.configs.CONDITIONS
 LOSSES = ("simple", "hybrid", "vlb")
-TIMESTEPS = ("uniform", "importance")
+TIMESTEPS = ("uniform", "logit_normal", "importance")
 NOISE_SCHEDULES = {
     "linear": "linear",
     "scaled_linear": "scaled_linear",
@@ -57,8 +57,12 @@ class UNetConfig(DreamBoothSettings):
             channels, which learns its variance (Nichol & Dhariwal 2021): hybrid adds vlb_weight times the
             variational bound, of which the mean has no gradient; vlb is the bound alone.
         vlb_weight: Weight of the variational bound in the hybrid loss.
-        timestep_sampling: uniform, or importance: in proportion to the root mean square of the last ten losses
-            at each timestep, for the losses hybrid and vlb.
+        timestep_sampling: uniform; logit_normal: T times the sigmoid of a normal draw (Esser et al. 2024,
+            https://arxiv.org/abs/2403.03206, section 3.1), so that the middle timesteps are drawn more often; or
+            importance: in proportion to the root mean square of the last ten losses at each timestep, for the losses
+            hybrid and vlb.
+        logit_mean: Mean of that normal draw. Above 0 noisier timesteps are drawn more often, below 0 cleaner ones.
+        logit_std: Its standard deviation.
         bits_per_dimension: Evaluations of the U-Net for each held-out image with which validation estimates
             the bits per dimension of a model of pixels; as many as timesteps give the exact bound, 0 none.
     """
@@ -82,6 +86,8 @@ class UNetConfig(DreamBoothSettings):
     loss: str = "simple"
     vlb_weight: float = 0.001
     timestep_sampling: str = "uniform"
+    logit_mean: float = 0.0
+    logit_std: float = 1.0
     bits_per_dimension: int = 0
 
     # Paths; fingerprints cover the contents.
@@ -124,7 +130,8 @@ class UNetConfig(DreamBoothSettings):
             raise ArgumentError("vlb_weight belongs to the loss hybrid; leave it out, or give loss hybrid.")
         if self.loss == "hybrid" and self.vlb_weight == 0:
             raise ArgumentError("at vlb_weight 0 nothing trains the variance; give a larger one, or loss simple.")
-        if self.loss == "simple" and self.timestep_sampling != "uniform":
+        self._check_timesteps()
+        if self.loss == "simple" and self.timestep_sampling == "importance":
             raise ArgumentError("timestep_sampling importance belongs to the losses hybrid and vlb; give one of them.")
         if self.loss == "vlb" and self.snr_gamma is not None:
             raise ArgumentError("snr_gamma weights the simple loss, and vlb has none; leave it out.")
@@ -134,6 +141,18 @@ class UNetConfig(DreamBoothSettings):
             raise ArgumentError(
                 "noise_offset draws other noise than the variational bound is of; leave one of them out."
             )
+
+    def _check_timesteps(self) -> None:
+        """Check the settings of logit-normal timesteps."""
+        from sdkit.arguments import number
+
+        self._keep("logit_mean", number("logit_mean", self.logit_mean, -5, 5))
+        self._keep("logit_std", number("logit_std", self.logit_std, 0.01, 5))
+        given = [name for name in ("logit_mean", "logit_std") if getattr(self, name) != getattr(type(self), name)]
+        if given and self.timestep_sampling != "logit_normal":
+            raise ArgumentError(f"{given[0]} belongs to timestep_sampling logit_normal; give that, too.")
+        if self.loss != "simple" and self.timestep_sampling == "logit_normal":
+            raise ArgumentError("timestep_sampling logit_normal belongs to the loss simple; leave one of them out.")
 
     def _check_lora(self) -> None:
         """Check the settings of the LoRA, except its rank."""

@@ -26,27 +26,34 @@ class DenoisingObjective:
         snr_gamma: Gamma of the min-SNR weights (Hang et al. 2023); None weights all timesteps equally.
         noise_offset: Standard deviation of the random constant that is added to each channel's noise in training.
         importance: Whether timesteps are drawn by `TimestepSampler`, which needs a place in [0, 1) for each.
+        logit_normal: Mean and standard deviation of the normal draw whose sigmoid is t / T (Esser et al. 2024,
+            section 3.1); None draws t uniformly.
 
     Attributes:
         schedule: The noise schedule.
         snr_gamma: Gamma of the min-SNR weights, or None.
         noise_offset: Standard deviation of the noise offset.
         importance: Whether `timestep` returns a place in [0, 1) in place of a timestep.
+        logit_normal: Mean and standard deviation of logit-normal timesteps, or None.
         zero_snr: Whether the last timestep is pure noise.
     """
 
     def __init__(
         self, schedule: NoiseSchedule, *, snr_gamma: float | None = None, noise_offset: float = 0.0,
-        importance: bool = False,
+        importance: bool = False, logit_normal: tuple[float, float] | None = None,
     ) -> None:  # fmt: skip
         self.schedule, self.snr_gamma, self.noise_offset = schedule, snr_gamma, noise_offset
-        self.importance = importance
+        self.importance, self.logit_normal = importance, logit_normal
         self.zero_snr = float(schedule.alphas_cumprod[-1]) == 0
 
     def timestep(self, generator: torch.Generator) -> int | float:
-        """Draw a timestep uniformly; or, for timesteps drawn by importance, its place in [0, 1)."""
+        """Draw a timestep; or, for timesteps drawn by importance, its place in [0, 1)."""
         if self.importance:
             return float(torch.rand((), generator=generator, dtype=torch.float64))
+        if self.logit_normal:
+            mean, std = self.logit_normal
+            place = torch.sigmoid(mean + std * torch.randn((), generator=generator, dtype=torch.float64))
+            return min(int(place * self.schedule.num_timesteps), self.schedule.num_timesteps - 1)
         return int(torch.randint(self.schedule.num_timesteps, (), generator=generator))
 
     def noise(self, shape: tuple[int, ...], generator: torch.Generator) -> dict[str, Tensor]:

@@ -157,6 +157,7 @@ class UNetStage:
         self.objective = DenoisingObjective(
             self.schedule, snr_gamma=config.snr_gamma, noise_offset=config.noise_offset,
             importance=config.timestep_sampling == "importance",
+            logit_normal=(config.logit_mean, config.logit_std) if config.timestep_sampling == "logit_normal" else None,
         )  # fmt: skip
         if self.objective.zero_snr and self.schedule.prediction_type == "epsilon":
             raise ArgumentError(
