@@ -15,32 +15,26 @@ from PIL import Image
 from sdkit.data.transform import draw
 from sdkit.training import VAEConfig, train_vae
 from sdkit.training.batches import noise_of, samples_of
-from sdkit.training.run_folder import read_metrics
 from sdkit.training.stages.corruption import Corruption
 from sdkit.training.stages.vae import CORRUPTED, VAEStage
-from tests.helpers import tiny
+from tests.helpers import tiny, tiny_vae
+from tests.helpers.tiny_vae import HELD_OUT, LATENT, lines
 
-LATENT = (4, tiny.SIZE // 8, tiny.SIZE // 8)
 NOISE, RATIO, PATCH = 0.4, 0.75, 4
 SQUARES = (tiny.SIZE // PATCH) ** 2
-HELD_OUT = ("010.png", "030.png")
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("corruption")
-    tiny.model(folder / "model")
-    tiny.photos(folder / "photos", 40)
-    return folder
+    return tiny_vae.make(tmp_path_factory.mktemp("corruption"))
 
 
 def config(made: Path, out: Path, **changes: Any) -> VAEConfig:
     settings: dict[str, Any] = {
-        "model": made / "model", "data": made / "photos", "out_dir": out, "batch_size": 2, "max_steps": 3,
-        "learning_rate": 1e-3, "lpips_weight": 0.0, "ema_decay": 0.0, "train_encoder": True, "kl_weight": 0.0,
+        "batch_size": 2, "learning_rate": 1e-3, "train_encoder": True, "kl_weight": 0.0,
         "input_noise": NOISE, "mask_ratio": RATIO, "mask_patch": PATCH,
     }  # fmt: skip
-    return VAEConfig(**settings | changes)
+    return tiny_vae.config(made, out, **settings | changes)
 
 
 def image(path: Path) -> npt.NDArray[np.float32]:
@@ -112,10 +106,6 @@ def test_a_batch_holds_the_clean_image_the_same_noise_as_before_and_the_corrupte
 def run(made: Path) -> Path:
     with pytest.warns(UserWarning, match="latents have moved by"):
         return train_vae(config(made, made / "run", max_steps=10, save_every=1, keep_checkpoints=20))
-
-
-def lines(run: Path, key: str) -> list[dict[str, float]]:
-    return [line for line in read_metrics(run / "metrics.jsonl") if key in line]
 
 
 def test_the_loss_compares_the_reconstruction_with_the_clean_image(made: Path, run: Path, tmp_path: Path) -> None:

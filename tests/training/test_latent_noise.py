@@ -16,29 +16,20 @@ from sdkit.data.transform import draw
 from sdkit.errors import ArgumentError
 from sdkit.training import VAEConfig, train_vae
 from sdkit.training.batches import noise_of, samples_of
-from sdkit.training.run_folder import read_metrics
 from sdkit.training.stages.vae import NOISY, VAEStage
-from tests.helpers import tiny
+from tests.helpers import tiny_vae
+from tests.helpers.tiny_vae import HELD_OUT, LATENT, lines
 
-LATENT = (4, tiny.SIZE // 8, tiny.SIZE // 8)
 NOISE = 0.8
-HELD_OUT = ("010.png", "030.png")
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("latent_noise")
-    tiny.model(folder / "model")
-    tiny.photos(folder / "photos", 40)
-    return folder
+    return tiny_vae.make(tmp_path_factory.mktemp("latent_noise"))
 
 
 def config(made: Path, out: Path, **changes: Any) -> VAEConfig:
-    settings: dict[str, Any] = {
-        "model": made / "model", "data": made / "photos", "out_dir": out, "batch_size": 8, "max_steps": 3,
-        "learning_rate": 3e-3, "lpips_weight": 0.0, "ema_decay": 0.0, "latent_noise": NOISE,
-    }  # fmt: skip
-    return VAEConfig(**settings | changes)
+    return tiny_vae.config(made, out, **{"batch_size": 8, "learning_rate": 3e-3, "latent_noise": NOISE} | changes)
 
 
 @pytest.fixture(scope="module")
@@ -49,10 +40,6 @@ def run(made: Path) -> Path:
 def image(path: Path) -> Tensor:
     """Read an image as (1, 3, H, W) in [-1, 1]."""
     return torch.from_numpy(np.asarray(Image.open(path), np.float32).transpose(2, 0, 1) / 127.5 - 1)[None]
-
-
-def lines(run: Path, key: str) -> list[dict[str, float]]:
-    return [line for line in read_metrics(run / "metrics.jsonl") if key in line]
 
 
 def mean_square(x: Tensor, y: Tensor) -> float:

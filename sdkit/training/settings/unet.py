@@ -116,7 +116,7 @@ class UNetConfig(DreamBoothSettings):
         from sdkit.arguments import number, one_of, whole_number
 
         one_of("loss", self.loss, LOSSES)
-        one_of("timestep_sampling", self.timestep_sampling, TIMESTEPS)
+        self._check_timesteps()
         self._keep("vlb_weight", number("vlb_weight", self.vlb_weight, 0))
         self._keep("bits_per_dimension", whole_number("bits_per_dimension", self.bits_per_dimension, 0))
         if self.noise_schedule is not None:
@@ -130,9 +130,6 @@ class UNetConfig(DreamBoothSettings):
             raise ArgumentError("vlb_weight belongs to the loss hybrid; leave it out, or give loss hybrid.")
         if self.loss == "hybrid" and self.vlb_weight == 0:
             raise ArgumentError("at vlb_weight 0 nothing trains the variance; give a larger one, or loss simple.")
-        self._check_timesteps()
-        if self.loss == "simple" and self.timestep_sampling == "importance":
-            raise ArgumentError("timestep_sampling importance belongs to the losses hybrid and vlb; give one of them.")
         if self.loss == "vlb" and self.snr_gamma is not None:
             raise ArgumentError("snr_gamma weights the simple loss, and vlb has none; leave it out.")
         if self.loss != "simple" and self.instance_data is not None:
@@ -143,14 +140,17 @@ class UNetConfig(DreamBoothSettings):
             )
 
     def _check_timesteps(self) -> None:
-        """Check the settings of logit-normal timesteps."""
-        from sdkit.arguments import number
+        """Check how timesteps are drawn, and whether that suits the loss."""
+        from sdkit.arguments import number, one_of
 
+        one_of("timestep_sampling", self.timestep_sampling, TIMESTEPS)
         self._keep("logit_mean", number("logit_mean", self.logit_mean, -5, 5))
         self._keep("logit_std", number("logit_std", self.logit_std, 0.01, 5))
         given = [name for name in ("logit_mean", "logit_std") if getattr(self, name) != getattr(type(self), name)]
         if given and self.timestep_sampling != "logit_normal":
             raise ArgumentError(f"{given[0]} belongs to timestep_sampling logit_normal; give that, too.")
+        if self.loss == "simple" and self.timestep_sampling == "importance":
+            raise ArgumentError("timestep_sampling importance belongs to the losses hybrid and vlb; give one of them.")
         if self.loss != "simple" and self.timestep_sampling == "logit_normal":
             raise ArgumentError("timestep_sampling logit_normal belongs to the loss simple; leave one of them out.")
 

@@ -277,9 +277,9 @@ class VAEStage:
             corrupted = [self.corruption(x, source) for x, source in zip(pixels, sources, strict=True)]
             batch["corrupted"] = torch.stack(corrupted)
         if spread := self.config.latent_noise:
-            strengths = [spread * torch.randn((), generator=source).abs() for source in sources]
-            noise = [torch.randn(eps[0].shape, generator=source) for source in sources]
-            batch["noise"] = torch.stack([a * b for a, b in zip(strengths, noise, strict=True)])
+            strength = [spread * torch.randn((), generator=source).abs() for source in sources]
+            unit = [torch.randn(eps[0].shape, generator=source) for source in sources]
+            batch["noise"] = torch.stack(strength)[:, None, None, None] * torch.stack(unit)
         return batch
 
     def names(self, samples: Samples) -> list[str]:
