@@ -377,7 +377,9 @@ def test_once_through(
     out = tmp_path / "out" / "evaluation"
     assert command_line(monkeypatch, short, out.parent, "--models", "emoji", *FEWER) == 0
     table = capsys.readouterr().out
-    for metric in ("named: top1", "placed: size", "two: top5", "variety: deviation", "distribution: frechet"):
+    for metric in (
+        "named: top1", "named, large: top1", "placed: size", "two: top5", "variety: deviation", "distribution: frechet",
+    ):  # fmt: skip
         assert f"| {metric} |" in table
     assert (out / "table.md").read_text() == table.rstrip("\n") + "\n"
     numbers = json.loads((out / "evaluation.json").read_text())
@@ -390,7 +392,7 @@ def test_once_through(
     assert model["steps"].keys() == {"1", "2"}
     assert model["samplers"].keys() == {*report.SAMPLERS}
     assert 15 < model["vae, photographs"]["psnr"] < 40
-    for name in ("named", "held-out-pairs", "placed", "two", "variety", "vae", "curves"):
+    for name in ("named", "named-large", "held-out-pairs", "placed", "two", "variety", "vae", "curves"):
         with Image.open(out / f"emoji-{name}.png") as image:
             assert min(image.size) > 150
     other = tmp_path / "other"

@@ -53,7 +53,8 @@ class Questions:
 
     Attributes:
         named: Prompts of a picture, its style, and its background.
-        held_out: The same, of pairs of picture and style that no training image shows.
+        large: The same with the word "large", in which details can be judged.
+        held_out: As `named`, of pairs of picture and style that no training image shows.
         placed: Prompts with sizes, places, and held-out backgrounds.
         two: Prompts of two pictures side by side.
         open: Prompts with a background that leave style, size, and place open, `SEEDS` times each.
@@ -61,6 +62,7 @@ class Questions:
     """
 
     named: Sequence[Prompt]
+    large: Sequence[Prompt]
     held_out: Sequence[Prompt]
     placed: Sequence[Prompt]
     two: Sequence[Prompt]
@@ -72,7 +74,7 @@ class Questions:
         """Return questions with this many prompts of each kind, and this many images for their distribution."""
         repeated = [one for one in ask.open_prompts(max(1, prompts // SEEDS), background=True) for _ in range(SEEDS)]
         return cls(
-            ask.named(prompts), ask.held_out_pairs(prompts), ask.placed(prompts),
+            ask.named(prompts), ask.named(prompts, "large"), ask.held_out_pairs(prompts), ask.placed(prompts),
             ask.pairs_beside(max(1, prompts // TWO)), repeated, ask.sampled(images, "generated"),
         )  # fmt: skip
 
@@ -102,14 +104,17 @@ class Judge:
         groups = {
             name: (asked, paint(name, asked))
             for name, asked in (
-                ("named", questions.named), ("held-out pairs", questions.held_out), ("placed", questions.placed),
-                ("two", questions.two), ("variety", questions.open),
+                ("named", questions.named), ("named, large", questions.large),
+                ("held-out pairs", questions.held_out), ("placed", questions.placed), ("two", questions.two),
+                ("variety", questions.open),
             )
         }  # fmt: skip
         repeated = groups["variety"][1]
         return {
-            "named": measure.fidelity(self.gallery, *groups["named"]),
-            "held-out pairs": measure.fidelity(self.gallery, *groups["held-out pairs"]),
+            **{
+                name: measure.fidelity(self.gallery, *groups[name])
+                for name in ("named", "named, large", "held-out pairs")
+            },
             "placed": measure.arrangement(*groups["placed"]),
             "two": measure.fidelity_of_two(self.gallery, *groups["two"]),
             "variety": {
@@ -204,7 +209,7 @@ def _measured(
     def paint(group: str, asked: Sequence[Prompt]) -> Pictures:
         made = measure.generated(model, [one.text for one in asked])
         true = [one.composition().drawn(judge.drawings) for one in asked] if group == "held-out pairs" else None
-        _save_sheet(Path(f"{out}-{group.replace(' ', '-')}.png"), asked, made, true)
+        _save_sheet(Path(f"{out}-{group.replace(',', '').replace(' ', '-')}.png"), asked, made, true)
         return made
 
     return {
