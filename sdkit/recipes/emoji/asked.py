@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from random import Random
 
 from sdkit.recipes.emoji.compositions import PLACES, Composition, arranged, beside, companions, described, one
@@ -56,17 +56,9 @@ class Prompt:
         )
 
 
-def named(n: int, size: str = "") -> list[Prompt]:
-    """Return n prompts of pairs of picture and style from training, on the backgrounds in `SHOWN_ON`.
-
-    Args:
-        n: Number of prompts.
-        size: "small", "large", or "", which leaves the size open.
-    """
-    return [
-        replace(_on_shown(picture, picture.styles[i % len(picture.styles)], i), size=size)
-        for i, picture in enumerate(_spread(n))
-    ]
+def named(n: int) -> list[Prompt]:
+    """Return n prompts of pairs of picture and style from training, on the backgrounds in `SHOWN_ON`."""
+    return [_on_shown(picture, picture.styles[i % len(picture.styles)], i) for i, picture in enumerate(_spread(n))]
 
 
 def held_out_pairs(n: int) -> list[Prompt]:

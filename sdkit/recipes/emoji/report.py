@@ -6,7 +6,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +53,7 @@ class Questions:
 
     Attributes:
         named: Prompts of a picture, its style, and its background.
-        large: The same with the word "large", in which details can be judged.
-        held_out: As `named`, of pairs of picture and style that no training image shows.
+        held_out: The same, of pairs of picture and style that no training image shows.
         placed: Prompts with sizes, places, and held-out backgrounds.
         two: Prompts of two pictures side by side.
         open: Prompts with a background that leave style, size, and place open, `SEEDS` times each.
@@ -62,7 +61,6 @@ class Questions:
     """
 
     named: Sequence[Prompt]
-    large: Sequence[Prompt]
     held_out: Sequence[Prompt]
     placed: Sequence[Prompt]
     two: Sequence[Prompt]
@@ -74,7 +72,7 @@ class Questions:
         """Return questions with this many prompts of each kind, and this many images for their distribution."""
         repeated = [one for one in ask.open_prompts(max(1, prompts // SEEDS), background=True) for _ in range(SEEDS)]
         return cls(
-            ask.named(prompts), ask.named(prompts, "large"), ask.held_out_pairs(prompts), ask.placed(prompts),
+            ask.named(prompts), ask.held_out_pairs(prompts), ask.placed(prompts),
             ask.pairs_beside(max(1, prompts // TWO)), repeated, ask.sampled(images, "generated"),
         )  # fmt: skip
 
@@ -101,20 +99,20 @@ class Judge:
 
     def row(self, questions: Questions, paint: Paint, pictures: Pictures) -> Row:
         """Return the metrics of the images that `paint` makes, and of images of the questions' compositions."""
+        large = [replace(one, size="large") for one in questions.named]  # in which details can be judged
         groups = {
             name: (asked, paint(name, asked))
             for name, asked in (
-                ("named", questions.named), ("named, large", questions.large),
+                ("named", questions.named), ("named, large", large),
                 ("held-out pairs", questions.held_out), ("placed", questions.placed), ("two", questions.two),
                 ("variety", questions.open),
             )
         }  # fmt: skip
         repeated = groups["variety"][1]
         return {
-            **{
-                name: measure.fidelity(self.gallery, *groups[name])
-                for name in ("named", "named, large", "held-out pairs")
-            },
+            "named": measure.fidelity(self.gallery, *groups["named"]),
+            "named, large": measure.fidelity(self.gallery, *groups["named, large"]),
+            "held-out pairs": measure.fidelity(self.gallery, *groups["held-out pairs"]),
             "placed": measure.arrangement(*groups["placed"]),
             "two": measure.fidelity_of_two(self.gallery, *groups["two"]),
             "variety": {
@@ -209,7 +207,7 @@ def _measured(
     def paint(group: str, asked: Sequence[Prompt]) -> Pictures:
         made = measure.generated(model, [one.text for one in asked])
         true = [one.composition().drawn(judge.drawings) for one in asked] if group == "held-out pairs" else None
-        _save_sheet(Path(f"{out}-{group.replace(',', '').replace(' ', '-')}.png"), asked, made, true)
+        _save_sheet(Path(f"{out}-{_slug(group)}.png"), asked, made, true)
         return made
 
     return {
@@ -245,9 +243,9 @@ def _sweeps(model: StableDiffusion, judge: Judge, questions: Questions, row: Row
     }
 
 
-def _slug(source: str) -> str:
-    """Return a model's source as a slug for file names."""
-    return re.sub(r"[^\w.]+", "-", source)[-100:].strip("-.")
+def _slug(text: str) -> str:
+    """Return a text, such as a model's source, as a slug for file names."""
+    return re.sub(r"[^\w.]+", "-", text)[-100:].strip("-.")
 
 
 def _save_rows(out: Path, rows: Mapping[str, Row]) -> str:

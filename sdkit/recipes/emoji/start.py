@@ -3,8 +3,8 @@
 It has the trained VAE, a tokenizer learned from the captions, an untrained text encoder, and the noise schedule, but no
 U-Net. The schedule is Stable Diffusion's, but begins with a beta of 1e-6. Neighbouring latents of a small image tell
 little of each other, so the same noise hides more of it (Hoogeboom et al. 2023, "simple diffusion", section 2.1): with
-Stable Diffusion's 8.5e-4, the last fifth of the steps would decide all details. The last beta stays: with 0.003, one of
-ten steps would decide the background's colour, and half of the backgrounds would be gray.
+Stable Diffusion's 8.5e-4, the last fifth of the steps would decide all details. The last beta stays: with 0.003, the
+first of ten steps would decide the background's colour, and half of the backgrounds would be gray.
 """
 
 from __future__ import annotations
