@@ -86,8 +86,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 class PlainWhereSmall:
     """A diffusers attention processor for training: unfused for at most 256 tokens, on a CPU under autocast.
 
-    There the backward pass of PyTorch's fused attention takes twice as long. A whole training step of the embedded
-    model's U-Net takes 0.46 s with fused attention, and 0.39 s with this processor.
+    There the backward pass of PyTorch's fused attention takes twice as long. A whole training step of a U-Net of 9.9 M
+    parameters, with attention over 256, 64, and 16 tokens, takes 0.46 s with fused attention, and 0.39 s with this
+    processor.
     """
 
     def __init__(self) -> None:

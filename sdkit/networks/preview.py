@@ -64,9 +64,9 @@ SD1 = RGBMap(weight=((0.298, 0.207, 0.208), (0.187, 0.286, 0.173), (-0.158, 0.18
 """The map that people use for Stable Diffusion 1.x, found by keturn for 1.4; 2.x has the same VAE. Source:
 https://discuss.huggingface.co/t/decoding-latents-to-rgb-without-upscaling/23204/2"""
 EMOJI = RGBMap(
-    weight=((0.4588, 0.0797, -0.4159), (0.3408, 0.1172, 0.8106), (-0.4810, -0.1740, 0.0706), (0.1862, 0.5807, 0.3539)),
-    bias=(0.5387, -0.1582, 0.2894),
-    r2=0.9137,
+    weight=((0.4670, 0.0526, -0.3906), (0.3129, 0.1283, 0.8308), (-0.4694, -0.1989, 0.1202), (0.2200, 0.6046, 0.3742)),
+    bias=(0.4733, -0.1583, 0.2404),
+    r2=0.9307,
 )
 """The map of the embedded model's VAE, fitted with the commands in this module's docstring."""
 EMOJI_IDENTITY = "1ab3cebb762753d3"

@@ -1,7 +1,8 @@
 """One time embedding for a batch of images that share a timestep.
 
 The time embedding's matrix products have one row for each image, and with so few rows rounding depends on their number.
-With a single row, image i is bit-identical whether it is drawn alone or in a batch.
+With a single row, image i is bit-identical whether it is drawn alone or in a batch. A U-Net that adds the pooled text
+(`addition_embed_type: "text"`) still has a row for each image there: in float32, its images may differ by rounding.
 """
 
 from __future__ import annotations

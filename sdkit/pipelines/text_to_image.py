@@ -474,7 +474,7 @@ class StableDiffusion:
             >>> green = sd("a green apple", image=images[0], strength=0.6, num_inference_steps=4)
             >>> mask = Image.new("L", images[0].size)
             >>> mask.paste(255, (32, 32, 96, 96))
-            >>> star = sd("a yellow star", image=images[0], mask_image=mask, num_inference_steps=4)
+            >>> star = sd("a star", image=images[0], mask_image=mask, num_inference_steps=4)
         """
         one_of("output_type", output_type, (*OUTPUT_TYPES, "latent"))
         if callback is not None and not callable(callback):
@@ -525,8 +525,9 @@ class StableDiffusion:
 
         `sd(prompt, latents=sd.invert(image, prompt))` draws about what `sd.vae.reconstruct(image)` returns; another
         prompt in the first place edits the image. The other options must be the same in both calls. Guidance makes the
-        inversion less exact: with the embedded model and 30 steps, the PSNR against the VAE's reconstruction is 48 dB
-        at guidance_scale=1, 41 dB at its own scale of 1.5, and 28 dB at 3.
+        inversion less reliable: for four drawings of the embedded model, inverted in 30 steps and float32, the PSNR
+        against the VAE's reconstruction is 65 to 72 dB at guidance_scale=1; at 1.5 and at 3 it is 64 to 72 dB for three
+        of them, and 10 to 12 dB for the fourth.
 
         Args:
             image: Image to invert, one for all prompts or one for each; see the call.

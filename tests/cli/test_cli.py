@@ -327,7 +327,6 @@ def test_info_as_table_and_as_json(run: Callable[..., Ran]) -> None:
 
 
 def test_demo_shows_a_grid_and_photos(run: Callable[..., Ran], work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sdkit.cli.jobs.DEMO_PROMPTS", ("a red apple", "a red apple on a blue background"))
     monkeypatch.setattr("skimage.data.astronaut", lambda: np.zeros((16, 16, 3), np.uint8))
     call = sdkit.StableDiffusion.__call__
     monkeypatch.setattr(sdkit.StableDiffusion, "__call__", functools.partialmethod(call, num_inference_steps=2))
@@ -335,8 +334,10 @@ def test_demo_shows_a_grid_and_photos(run: Callable[..., Ran], work: Path, monke
     assert (code, err) == (0, "")
     assert "photos given" in out
     assert "good-reconstruction.png" in out
-    assert opened("demo/generated.png").width > 2 * 128
-    monkeypatch.setattr("sdkit.cli.jobs.DEMO_PHOTOS", ("astronaut",))
+    assert opened("demo/generated.png").width > 4 * 128
+    assert opened("demo/generated.png").height > 5 * 128
+    monkeypatch.setattr("sdkit.cli.demo._drawn", lambda _: (["red"], [Image.new("RGB", (64, 64), "red")]))
+    monkeypatch.setattr("sdkit.cli.demo.PHOTOS", ("astronaut",))
     assert "photos of scikit-image" in run("demo").out
     monkeypatch.setitem(sys.modules, "skimage", None)
     assert "generated images" in run("demo").out

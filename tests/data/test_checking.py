@@ -59,7 +59,7 @@ class TestFindings:
         reasons = {name: reason for one in report.findings for name, reason in one.reasons.items()}
         assert reasons.keys() == {"broken.png", "zero.jpg", "smaller.jpg"}
         assert "truncated" in reasons["broken.png"]
-        assert reasons["smaller.jpg"] == "64 tokens in 3 chunks"  # the embedded model's chunks have 30 tokens
+        assert reasons["smaller.jpg"] == "64 tokens in 3 chunks"  # the embedded model's chunks have 23 tokens
 
     def test_shapes(self, report: CheckReport) -> None:
         shapes = {(one.width, one.height): one.count for one in report.shapes}

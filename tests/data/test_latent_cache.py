@@ -301,7 +301,7 @@ def fabricated(path: Path, n: int, settings: Settings) -> Shard:
     ends = torch.arange(1, n + 1)
     tensors = {"mean": moments, "logvar": moments.clone()}
     tensors |= {name: ends.clone() for name in ("index", "names_ends", "ids_ends")}
-    tensors |= {"names": torch.full((n,), ord("a"), dtype=torch.uint8), "ids": torch.zeros(n, 32, dtype=torch.int32)}
+    tensors |= {"names": torch.full((n,), ord("a"), dtype=torch.uint8), "ids": torch.zeros(n, 25, dtype=torch.int32)}
     save(path, tensors, [], settings)
     return Shard(file=path.name, items=n, bytes=path.stat().st_size, sha256=sha256(path))
 

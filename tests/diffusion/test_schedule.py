@@ -114,7 +114,7 @@ def test_from_config_of_stable_diffusion(config: dict[str, Any], prediction_type
 
 def test_from_config_of_the_embedded_model() -> None:
     schedule = NoiseSchedule.from_config(EMOJI)
-    alphas = reference.zero_terminal_snr(reference.scaled_linear_betas(1000, 0.00085, 0.012))
+    alphas = reference.zero_terminal_snr(reference.scaled_linear_betas(1000, 1e-6, 0.012))
     np.testing.assert_allclose(schedule.alphas_cumprod.numpy(), alphas, rtol=1e-9, atol=1e-15)
     assert schedule.alphas_cumprod[-1] == 0
     assert schedule.final_alpha_cumprod == 1

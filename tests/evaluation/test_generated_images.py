@@ -123,7 +123,7 @@ def test_values_are_those_of_the_metrics_themselves(
 
 def test_shuffled_captions_are_worse_the_more_of_them(tmp_path: Path) -> None:
     # A tiny CLIP learns the names of a dozen real emoji. Its scores then fall with the share of wrong captions.
-    folder = Path(__file__).parents[1] / "embedded"
+    folder = Path(__file__).parents[1] / "embedded" / "3d"
     pictures = [sdkit.images.read(folder / f"{name}.webp") for name in EMOJI]
     captions = list(EMOJI.values())
     clip = train_clip(save_clip(tmp_path / "clip"), pictures, captions)

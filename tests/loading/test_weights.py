@@ -31,6 +31,8 @@ TENSORS = {
     "unet": "mid_block.resnets.0.conv1.weight",
     "text_encoder": "text_model.final_layer_norm.bias",
 }
+WITHOUT_POOLED = json.loads((EMOJI / "unet" / "config.json").read_text()) | {"addition_embed_type": None}
+"""Config of the embedded U-Net without the pooled text, for which the original layout has no names."""
 Tensors = dict[str, torch.Tensor]
 
 
@@ -69,8 +71,10 @@ def whole(vae: AutoencoderKL, tmp_path_factory: pytest.TempPathFactory) -> tuple
     configs = shutil.copytree(EMOJI, tmp_path_factory.mktemp("whole") / "model")
     shutil.rmtree(configs / "vae")
     vae.save_pretrained(configs / "vae")
+    (configs / "unet" / "config.json").write_text(json.dumps(WITHOUT_POOLED))
+    unet = {key: tensor for key, tensor in weights_of("unet").items() if not key.startswith("add_embedding.")}
     tensors = original_layout.vae(vae.state_dict())
-    tensors |= original_layout.unet(weights_of("unet"), layers_per_block=1)
+    tensors |= original_layout.unet(unet, layers_per_block=1)
     tensors |= original_layout.clip(weights_of("text_encoder"))
     return configs, {key: tensor.contiguous() for key, tensor in tensors.items()}
 
@@ -310,8 +314,7 @@ class TestNothingIsDropped:
 
     def test_a_guidance_input(self, tmp_path: Path) -> None:
         torch.manual_seed(0)
-        config = json.loads((EMOJI / "unet" / "config.json").read_text()) | {"time_cond_proj_dim": 32}
-        unet = UNet2DConditionModel.from_config(config)
+        unet = UNet2DConditionModel.from_config(WITHOUT_POOLED | {"time_cond_proj_dim": 32})
         unet.save_pretrained(tmp_path / "m" / "unet")
         state = dict(unet.state_dict())
         guidance = {"model.diffusion_model.time_embed.cond_proj.weight": state.pop("time_embedding.cond_proj.weight")}

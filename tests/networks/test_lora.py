@@ -35,7 +35,7 @@ COMMON = {
     "num_inference_steps": 4,
     "output_type": "latent",
 }  # 4 steps divide 1,000; see test_pipeline
-TO_Q = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+TO_Q, WIDTH = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q", 128
 
 
 def trained(sd: sdkit.StableDiffusion, rank: int = RANK) -> sdkit.StableDiffusion:
@@ -160,7 +160,7 @@ class TestTraining:
         assert abs(float(downs.std()) * RANK - 1) < 0.05  # Gaussian of deviation 1 / r, as in diffusers' scripts
 
     def test_names_and_kind_of_what_was_trained(self, live: sdkit.StableDiffusion, tensors: Tensors) -> None:
-        assert tensors[f"unet.{TO_Q}.lora.down.weight"].shape == (RANK, 64)
+        assert tensors[f"unet.{TO_Q}.lora.down.weight"].shape == (RANK, WIDTH)
         prefix = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_linear_layer"
         assert tensors[f"{prefix}.up.weight"].shape == (192, RANK)
         assert all(tensor.dtype == torch.float32 and tensor.is_contiguous() for tensor in tensors.values())
@@ -434,7 +434,7 @@ class TestAlpha:
     def test_ranks_that_differ(self, sd: sdkit.StableDiffusion, tensors: Tensors, write: Callable[..., Path]) -> None:
         """Each layer's factor is its own alpha over its own rank, and 1 without an alpha."""
         name = f"unet.{TO_Q}.lora"
-        wider = {f"{name}.down.weight": torch.randn(6, 64), f"{name}.up.weight": torch.randn(64, 6) * 0.05}
+        wider = {f"{name}.down.weight": torch.randn(6, WIDTH), f"{name}.up.weight": torch.randn(WIDTH, 6) * 0.05}
         file = write(tensors | wider)
         expected = (
             sd.unet.network.get_submodule(TO_Q).weight + wider[f"{name}.up.weight"] @ wider[f"{name}.down.weight"]
@@ -457,7 +457,7 @@ class TestMerging:
             torch.testing.assert_close(half[key], (before[key] + whole[key]) / 2, atol=1e-6, rtol=0)
         none = weights(loaded(sd, files["diffusers"], 0))
         assert all(torch.equal(none[key], before[key]) for key in before)
-        assert sum(not torch.equal(whole[key], before[key]) for key in before) == 8 * 2 * 4 + 3 * 4
+        assert sum(not torch.equal(whole[key], before[key]) for key in before) == 7 * 2 * 4 + 4 * 4
 
     def test_minus_the_scale_undoes_it_and_two_add_up(self, sd: sdkit.StableDiffusion, files: dict[str, Path]) -> None:
         model = loaded(sd, files["diffusers"], 0.7)
@@ -482,11 +482,11 @@ class TestMerging:
         self, tensors: Tensors, write: Callable[..., Path], dtype: str, size: float, scale: float
     ) -> None:
         """The factors in the last layer are finite, but their product is not."""
-        name = "text_encoder.text_model.encoder.layers.2.self_attn.q_proj.lora_linear_layer"
+        name = "text_encoder.text_model.encoder.layers.3.self_attn.q_proj.lora_linear_layer"
         large = {f"{name}.{side}.weight": tensors[f"{name}.{side}.weight"] * 0 + size for side in ("down", "up")}
         model = sdkit.StableDiffusion.from_pretrained("emoji", dtype=dtype, device="cpu")
         before = weights(model)
-        with pytest.raises(SourceError, match=r"at scale \S+ would make encoder_layers_2_self_attn_q_proj infinite"):
+        with pytest.raises(SourceError, match=r"at scale \S+ would make encoder_layers_3_self_attn_q_proj infinite"):
             model.load_lora(write(tensors | large), scale)
         found = weights(model)
         assert all(torch.equal(found[key], before[key]) for key in before)
@@ -494,7 +494,7 @@ class TestMerging:
     def test_what_nearly_overflows_is_merged(self, tensors: Tensors, write: Callable[..., Path]) -> None:
         """The quick bound on the product is not sharp. If it does not decide, the product itself must."""
         name = f"unet.{TO_Q}.lora"
-        down, up = torch.zeros(RANK, 64), torch.zeros(64, RANK)
+        down, up = torch.zeros(RANK, WIDTH), torch.zeros(WIDTH, RANK)
         down[0, 0], up[0, 1] = 2000.0, 2000.0  # these two entries are never multiplied with each other
         model = sdkit.StableDiffusion.from_pretrained("emoji", dtype="fp16", device="cpu")
         before = model.unet.network.get_submodule(TO_Q).weight.clone()
@@ -734,17 +734,17 @@ class TestSources:
         for broken in (
             {key: tensor for key, tensor in tensors.items() if key != up},
             {key: tensor for key, tensor in tensors.items() if key != down},
-            tensors | {up: torch.ones(64, RANK + 1)},
-            tensors | {up: torch.ones(64)},
-            tensors | {up: torch.ones(64, RANK, 3, 3)},
-            tensors | {up: torch.ones(64, 0), down: torch.ones(0, 64)},
+            tensors | {up: torch.ones(WIDTH, RANK + 1)},
+            tensors | {up: torch.ones(WIDTH)},
+            tensors | {up: torch.ones(WIDTH, RANK, 3, 3)},
+            tensors | {up: torch.ones(WIDTH, 0), down: torch.ones(0, WIDTH)},
             tensors | {alpha: torch.ones(2)},
             {alpha: torch.tensor(1.0)},
         ):
             with pytest.raises(SourceError, match=rf"one\.safetensors' is damaged: the tensors of {TO_Q} do not fit"):
                 read_lora(write(broken))
         with pytest.raises(SourceError, match=rf"is damaged: its {up} is not finite; download it again\.$"):
-            read_lora(write(tensors | {up: torch.full((64, RANK), torch.nan)}))
+            read_lora(write(tensors | {up: torch.full((WIDTH, RANK), torch.nan)}))
         for other in (f"unet.{TO_Q}.lora_B.weight", f"lora_unet_{TO_Q.replace('.', '_')}.lora_up.weight"):
             again = {other: tensors[up].clone()}
             again |= {other.replace("up", "down"): tensors[down].clone()} if "up" in other else {}
@@ -784,7 +784,7 @@ class TestSources:
         views = dict(zip(tensors, both.split([x.numel() for x in tensors.values()]), strict=True))
         views = {key: view.view(tensors[key].shape) for key, view in views.items()}
         down, up = f"unet.{TO_Q}.lora.down.weight", f"unet.{TO_Q}.lora.up.weight"
-        views |= {down: tensors[down].T.contiguous().T, up: nn.Parameter(torch.tensor(0.1)).expand(64, RANK)}
+        views |= {down: tensors[down].T.contiguous().T, up: nn.Parameter(torch.tensor(0.1)).expand(WIDTH, RANK)}
         torch.save(views, tmp_path / "views.pt")
         save_file({key: view.detach().clone().contiguous() for key, view in views.items()}, tmp_path / "a.safetensors")
         convert_lora(tmp_path / "views.pt", tmp_path / "b.safetensors")

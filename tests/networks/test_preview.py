@@ -96,7 +96,11 @@ class TestMapsThatShip:
 
     def test_of_the_embedded_model_fits_its_pictures(self, sd: sdkit.StableDiffusion) -> None:
         """It is nearly as good as the best linear map for these very pictures. SD's map is not: it is a control."""
-        z = sd(["a red apple on a blue background", "a panda"], num_inference_steps=10, output_type="latent")
+        prompts = [
+            "a 3d red apple on a yellow background", "a flat panda on a green background",
+            "a noto rocket on a white background", "a twemoji cat on a blue background",
+        ]  # fmt: skip
+        z = sd(prompts, num_inference_steps=10, output_type="latent")
         images = sd.vae.decode(z, output_type="pt")
         small = torch.nn.functional.avg_pool2d(images, 8)
         best = fit_rgb_map([(z, images)])

@@ -137,8 +137,8 @@ CALL: list[tuple[dict[str, Any], str]] = [
     ({"prompt": "a", "latents": torch.zeros(1, 4, 8, 8), "height": 128}, "of shape (1, 4, 16, 8)"),
     ({"prompt": "a", "latents": "noise"}, "latents must be"),
     ({"prompt": "a", "output_type": "gif"}, "output_type 'gif' is not one of"),
-    ({"prompt": "a", "clip_skip": 3}, "clip_skip must be a whole number from 0 to 2"),
-    ({"prompt": "a", "clip_skip": -1}, "clip_skip must be a whole number from 0 to 2"),
+    ({"prompt": "a", "clip_skip": 4}, "clip_skip must be a whole number from 0 to 3"),
+    ({"prompt": "a", "clip_skip": -1}, "clip_skip must be a whole number from 0 to 3"),
     ({"prompt": "a", "batch_size": 0}, "batch_size must be a whole number of at least 1"),
 ]
 

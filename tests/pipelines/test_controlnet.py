@@ -162,12 +162,10 @@ def test_an_image_is_the_same_alone_and_in_a_batch(sd: sdkit.StableDiffusion, gu
     together = model(["a", "b", "c"], control_image=images, seed=5, num_images_per_prompt=2, **options)
     for i, (prompt, image) in enumerate(zip("abc", images, strict=True)):
         alone = model(prompt, control_image=image, seed=6 + 2 * i, **options)
-        if guess_mode:  # the ControlNet then has a single row, whose convolutions round differently
-            torch.testing.assert_close(together[2 * i + 1], alone[0], atol=1e-4, rtol=0)
-        else:
-            assert torch.equal(together[2 * i + 1], alone[0])
+        # In float32, few rows (of pooled text, or of the ControlNet in guess mode) round as their number decides.
+        torch.testing.assert_close(together[2 * i + 1], alone[0], atol=1e-4, rtol=0)
     parts = model(["a", "b", "c"], control_image=images, seed=5, num_images_per_prompt=2, batch_size=2, **options)
-    assert torch.equal(parts, together)
+    torch.testing.assert_close(parts, together, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize(

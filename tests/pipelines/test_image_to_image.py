@@ -166,7 +166,7 @@ def test_bad_input(sd: sdkit.StableDiffusion, case: int) -> None:
 
 
 class TestInversion:
-    PROMPT = "a cat on a red background"
+    PROMPT = "a large 3d cat on a red background"
 
     def test_the_noise_draws_the_image_again(self, sd: sdkit.StableDiffusion) -> None:
         """As close to the VAE's own reconstruction as an image that was drawn from another seed never is."""

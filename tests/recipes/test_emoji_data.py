@@ -17,18 +17,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sdkit.cli.jobs import DEMO_PROMPTS
+from sdkit.cli import demo
 from sdkit.errors import DataError, SdkitError
 from sdkit.recipes.emoji import pictures as table
 from sdkit.recipes.emoji import prepare as module
-from sdkit.recipes.emoji.compositions import Composition, companions
+from sdkit.recipes.emoji.clip_report import told
+from sdkit.recipes.emoji.compositions import Composition, companions, described
 from sdkit.recipes.emoji.drawings import VECTORS, Drawings
 from sdkit.recipes.emoji.pictures import (
     BACKGROUNDS,
     SIDE,
     SIZE,
     Picture,
-    caption,
     composed,
     pictures,
     used,
@@ -107,14 +107,14 @@ def test_backgrounds_are_far_apart() -> None:
     ],
 )
 def test_captions(name: str, background: str, text: str) -> None:
-    assert caption(name, background) == text
-    assert caption(name, background, article=False) == text.removeprefix("a ").removeprefix("an ")
+    assert described([name], background=background) == text
+    assert described([name], background=background, article=False) == text.removeprefix("a ").removeprefix("an ")
     assert text.startswith(with_article(name))
 
 
 def prompts_written_out() -> list[str]:
-    """Collect the prompts in README for the embedded model and in notebooks 2, 6, and 7, except four new words and "a
-    circle".
+    """Collect the prompts in README's commands for the embedded model and in notebooks 2, 6, and 7, except four new
+    words and two negative prompts.
     """
     root = Path(__file__).parents[2]
     readme = (root / "README.md").read_text(encoding="utf-8")
@@ -122,17 +122,20 @@ def prompts_written_out() -> list[str]:
     for path in (root / "notebooks").glob("0[267]*[!h].ipynb"):
         code = "\n".join(cell.source for cell in nbformat.read(path, 4).cells if cell.cell_type == "code")
         found += re.findall(r'"(an? [^"{]+)"', code)
-    return [prompt for prompt in found if prompt not in ("a zork", "a blick", "a frum", "a dwop", "a circle")]
+    others = ("a zork", "a blick", "a frum", "a dwop", "a white background", "a red mushroom")
+    return [prompt for prompt in found if prompt not in others]
 
 
 def test_prompts_that_are_shown_are_captions_that_were_learned() -> None:
-    known = {with_article(name) for one in pictures() for name in one.names} | {"grapes"}
-    shown = [*DEMO_PROMPTS, *prompts_written_out()]
-    assert len(shown) > 27
+    shown = [*demo.SEEDED, *demo.DIFFERENT, demo.SKETCHED, demo.PAIR, demo.CHANGED, *prompts_written_out()]
+    assert len(shown) > 20
     for prompt in shown:
-        name, *background = re.split(r" on an? (\w+) background$", prompt)
-        assert name in known, prompt
-        assert not background or background[0] in BACKGROUNDS, prompt
+        alone = told(prompt)
+        for asked in (alone,) if alone else map(told, prompt.split(" and ")):
+            assert asked, prompt
+            (picture,) = asked.pictures
+            assert not asked.style or asked.style in picture.styles, prompt
+            assert not asked.background or asked.background in picture.backgrounds, prompt
 
 
 def test_composed_in_the_middle() -> None:

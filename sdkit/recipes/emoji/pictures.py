@@ -1,4 +1,4 @@
-"""Captions such as "a red apple on a blue background", and the images that they describe."""
+"""The pictures, with their names, styles, and backgrounds, and images of them on plain backgrounds."""
 
 from __future__ import annotations
 
@@ -102,11 +102,6 @@ def with_article(name: str) -> str:
     if head.endswith("s") and not head.endswith("ss") and head.split()[-1] not in SINGULAR:
         return name
     return f"{'an' if re.match(AN, name) else 'a'} {name}"
-
-
-def caption(name: str, background: str, article: bool = True) -> str:
-    """Return a caption, such as "a red apple on a blue background"."""
-    return f"{with_article(name) if article else name} on {with_article(background)} background"
 
 
 def used(folder: Path) -> list[str]:
