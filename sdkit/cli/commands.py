@@ -231,7 +231,8 @@ def info(args: argparse.Namespace) -> int:
 
 def demo(args: argparse.Namespace) -> int:
     """Generate a few images, and encode and decode photos."""
-    from sdkit.cli.jobs import check_files, demo_files
+    from sdkit.cli.demo import demo_files
+    from sdkit.cli.jobs import check_files
     from sdkit.images import READABLE
     from sdkit.pipelines.generation import Generation
 

@@ -530,50 +530,6 @@ def _enlarged(
     return drawn
 
 
-DEMO_PROMPTS = (
-    "a red apple on a blue background", "a fox on a green background",
-    "a balloon on a turquoise background", "a birthday cake on a pink background",
-    "a panda on an orange background", "a cactus on a yellow background",
-    "an octopus on a white background", "a rocket on a purple background",
-    "a unicorn on a blue background", "a strawberry on a black background",
-    "a sunflower on a red background", "a ghost on a brown background",
-)  # fmt: skip
-DEMO_PHOTOS = ("astronaut", "chelsea", "coffee")
-
-
-def demo_files(
-    sd: StableDiffusion, out: str | Path = "demo", photos: Sequence[str | Path] = ()
-) -> tuple[Path, str, Report[Reconstruction]]:
-    """Generate a grid of images, and encode and decode photos.
-
-    Args:
-        sd: The model.
-        out: Output folder.
-        photos: Images to encode and decode. By default three photos of scikit-image, or the generated images if
-            scikit-image is not installed.
-
-    Returns:
-        The path of the grid, a description of the photos ("photos of scikit-image"), and the report of their
-        reconstructions.
-    """
-    folder = Path(out)
-    check_writable(folder)
-    made = sd(DEMO_PROMPTS, seed=[0] * len(DEMO_PROMPTS))
-    images.save(images.grid(made, 4, padding=6, captions=DEMO_PROMPTS), folder / "generated.png")
-    if photos:
-        return folder / "generated.png", "photos given", reconstruct_files(sd.vae, photos, folder)
-    kind, pictures = "generated images", dict(zip(map(_slug, DEMO_PROMPTS), made, strict=True))
-    with contextlib.suppress(ImportError):
-        from skimage import data  # scikit-image comes with the extra `dev`
-
-        pictures = {name: Image.fromarray(getattr(data, name)()) for name in DEMO_PHOTOS}
-        kind = "photos of scikit-image"
-    photos = [folder / "photos" / f"{name}.png" for name in pictures]
-    for path, picture in zip(photos, pictures.values(), strict=True):
-        images.save(picture, path)
-    return folder / "generated.png", kind, reconstruct_files(sd.vae, photos, folder)
-
-
 def is_image_name(out: Path) -> bool:
     """Return whether `out` names an image file rather than a folder."""
     return out.suffix.lower() in images.FORMATS and not os.path.isdir(out)  # noqa: PTH112 - pathlib's may raise
