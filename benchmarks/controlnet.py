@@ -2,9 +2,9 @@
 
     python benchmarks/controlnet.py --out runs/edges            # about five minutes on one CPU core
 
-The embedded model draws each picture in the middle, at one size. Here each is mirrored, shrunk, and moved at random, so
-that only its edges say where it belongs. The ControlNet learns from 400 pictures with two such variants each, encoded
-once into a latent cache, and is measured on pictures of other emoji.
+The embedded model draws large pictures near the middle. Here each is mirrored, shrunk, and moved at random, and its
+caption says neither size nor place, so that only its edges say where it belongs. The ControlNet learns from 400
+pictures with two such variants each, encoded once into a latent cache, and is measured on pictures of other emoji.
 
 Agreement of edges is the intersection over union (IoU) of the drawing's edges with the given ones, where an edge pixel
 counts as shared if the other image has one within a pixel. It is shown beside two controls: drawings without the
@@ -26,8 +26,9 @@ from PIL import Image
 
 import sdkit
 from sdkit.images import canny, grid, read
+from sdkit.recipes.emoji.compositions import described
 from sdkit.recipes.emoji.figures import FRAME
-from sdkit.recipes.emoji.pictures import SIZE, Picture, caption, pictures
+from sdkit.recipes.emoji.pictures import SIZE, Picture, pictures
 from sdkit.training import ControlNetConfig, train_controlnet
 
 TRAINED, HELD_OUT = pictures()[::2][:400], pictures()[1::60][:16]
@@ -39,7 +40,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Train a ControlNet on edges, and measure how drawings follow them.")
     parser.add_argument("--out", type=Path, default=Path("runs/edges"), help="results (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=300, help="training steps (default: %(default)s)")
-    parser.add_argument("--learning-rate", type=float, default=1e-3, help="(default: %(default)s)")
+    parser.add_argument("--learning-rate", type=float, default=3e-3, help="(default: %(default)s)")
     args = parser.parse_args()
     sd = sdkit.StableDiffusion.from_pretrained("emoji", dtype="fp32")
     start = time.process_time()
@@ -50,7 +51,7 @@ def main() -> None:
     start = time.process_time()
     config = ControlNetConfig(
         data=cache, conditioning_data=data, condition="canny", out_dir=args.out / "run", max_steps=args.steps,
-        batch_size=8, learning_rate=args.learning_rate, lr_scheduler="cosine", lr_warmup_steps=30,
+        batch_size=8, learning_rate=args.learning_rate, optimizer="muon", lr_scheduler="cosine", lr_warmup_steps=30,
         caption_dropout=0.7, mixed_precision="bf16", ema_decay=0, validate_every=args.steps, save_every=100,
     )  # fmt: skip
     run = train_controlnet(config)
@@ -68,10 +69,14 @@ def moved_pictures(sd: sdkit.StableDiffusion, chosen: Sequence[Picture], folder:
         return folder
     folder.mkdir(parents=True, exist_ok=True)
     rng = Random(0)
-    captions = [caption(one.name, rng.choice(one.backgrounds)) for one in chosen]
-    drawn = sd(captions, seed=range(len(captions)), **DRAWN)
+    prompts = [
+        described([one.name], style=rng.choice(one.styles), size="large", background=rng.choice(one.backgrounds))
+        for one in chosen
+    ]
+    drawn = sd(prompts, seed=range(len(prompts)), **DRAWN)
     lines = []
-    for i, (text, image) in enumerate(zip(captions, drawn, strict=True)):
+    for i, (prompt, image) in enumerate(zip(prompts, drawn, strict=True)):
+        text = prompt.replace("large ", "", 1)
         for j in range(variants):
             moved(image, rng).save(folder / f"{i:03}-{j}.png")
             lines.append(json.dumps({"file_name": f"{i:03}-{j}.png", "text": text}))

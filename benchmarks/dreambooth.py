@@ -4,18 +4,17 @@
     python benchmarks/dreambooth.py --ways lora --steps 50 # a quick look
 
 The object is a teapot that no emoji set has, on five backgrounds, in medium sizes; captions name it and its background.
-It is then drawn on other backgrounds at several seeds. The embedded model knows no words for sizes, so smaller and
-larger ones are painted into a box of a plain image (inpainting with `padding_mask_crop`). Controls: the model before
-training, and training without class images. The folder --out gets the pictures and a sheet for each way of training:
-the object, then the class "a teapot", then other prompts.
+It is then drawn on other backgrounds at several seeds, also small and large, as the prompt says. Controls: the model
+before training, and training without class images. The folder --out gets the pictures and a sheet for each way of
+training: the object, then the class "a teapot", then other prompts.
 
 - object: share of drawings of the new object that are nearest to it, by LPIPS of the cut-out object, among it, eight
   teapots, and the other prompts' objects, which the model drew before training.
 - background: share of them whose background is nearest to the named colour.
 - smallest, largest: extents of the object in pixels.
-- class, others: mean LPIPS of drawings of "a teapot", and of other prompts, before and after; retrieved: share of the
-  latter that are nearest to their own prompt's drawing before. `another seed` is what LPIPS says where only the seed
-  differs.
+- class, others: mean LPIPS of drawings of "a teapot", and of other prompts, before and after, with the same seeds;
+  retrieved: share of the latter that are nearest to their own prompt's drawing before. `another seed` is what LPIPS
+  says where only the seed differs.
 """
 
 from __future__ import annotations
@@ -34,6 +33,7 @@ from PIL import Image, ImageDraw
 import sdkit
 from sdkit.images import to_tensors
 from sdkit.networks.lpips import LPIPS
+from sdkit.recipes.emoji.compositions import described
 from sdkit.recipes.emoji.pictures import BACKGROUNDS
 from sdkit.training import UNetConfig, train_unet
 
@@ -41,14 +41,17 @@ SIDE, CROP, FINE = 128, 64, 4  # pixels of an image and of a cut-out object; ove
 INSTANCES = (("white", 72, (64, 64)), ("gray", 84, (60, 70)), ("orange", 64, (74, 56)), ("brown", 90, (66, 66)),
              ("yellow", 78, (52, 60)))  # fmt: skip
 """Background, extent, and centre of the object in each of the five pictures."""
-NEW = (("blue", None), ("pink", None), ("black", None), ("turquoise", (128, 72)), ("purple", (256, 232)))
-"""Backgrounds on which the object is drawn, and where: None is a whole drawing, and a pair is a plain image's side and
-that of a box in its middle, into which it is painted."""
+NEW = (("blue", ""), ("pink", ""), ("black", ""), ("turquoise", "small"), ("purple", "large"))
+"""Backgrounds on which the object is drawn, and the size that the prompt names, if any."""
 OTHERS = (
-    *("a red apple", "a cat on a pink background", "a pizza on a black background", "a rocket", "a panda", "a guitar"),
-    *("a flat dog on a blue background", "a small fish", "a large strawberry", "a house on a yellow background"),
-    *("a 3d sunflower", "an octopus"),
-)
+    "a large 3d red apple on a yellow background", "a large 3d cat on a pink background",
+    "a large 3d pizza on a black background", "a large 3d guitar on a green background",
+    "a large flat dog on a white background", "a large flat panda on an orange background",
+    "a large noto house on a yellow background", "a large noto sunflower on a blue background",
+    "a large twemoji rocket on a purple background", "a large twemoji octopus on a brown background",
+    "a small fish on the left of a red background", "a small strawberry at the top of a turquoise background",
+)  # fmt: skip
+"""Other prompts. They leave little open, so that drawings before and after differ by what training changed."""
 SEEDS, CLASS_SEEDS, KNOWN_SEEDS = range(3), range(8), range(100, 108)
 CLASS: dict[str, Any] = {"class_prompt": "a teapot"}
 WAYS: dict[str, dict[str, Any]] = {
@@ -59,9 +62,9 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
-def called(background: str) -> str:
-    """Return the caption of the object on a background."""
-    return f"a sks teapot on a {background} background"
+def called(background: str, size: str = "") -> str:
+    """Return the caption of the object on a background. `size` is "small", "large", or ""."""
+    return described(["sks teapot"], size=size, background=background)
 
 
 def teapot(extent: int) -> Image.Image:
@@ -128,24 +131,12 @@ def distances(lpips: LPIPS, some: Sequence[torch.Tensor], others: Sequence[torch
         return torch.stack([lpips(one.expand(len(others), -1, -1, -1), torch.stack([*others])) for one in some])
 
 
-def draw(sd: sdkit.StableDiffusion, prompts: Sequence[str], seeds: Sequence[int], **options: Any) -> list[Image.Image]:
+def draw(sd: sdkit.StableDiffusion, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
     """Draw each prompt at each seed, prompt by prompt."""
     found: list[Image.Image] = []
     for prompt in prompts:
-        found += sd([prompt] * len(seeds), seed=list(seeds), num_inference_steps=25, **options)
+        found += sd([prompt] * len(seeds), seed=list(seeds), num_inference_steps=25)
     return found
-
-
-def draw_new(sd: sdkit.StableDiffusion, background: str, place: tuple[int, int] | None) -> list[Image.Image]:
-    """Draw the object on a background at each seed; see NEW."""
-    options: dict[str, Any] = {}
-    if place is not None:
-        side, box = place
-        mask, corner = Image.new("L", (side, side)), (side - box) // 2
-        mask.paste(255, (corner, corner, corner + box, corner + box))
-        plain = Image.new("RGB", mask.size, BACKGROUNDS[background])
-        options = {"image": plain, "mask_image": mask, "padding_mask_crop": 0}
-    return draw(sd, [called(background)], SEEDS, **options)
 
 
 class Drawn(NamedTuple):
@@ -156,21 +147,28 @@ class Drawn(NamedTuple):
     others: list[Image.Image]
 
     @classmethod
-    def by(cls, sd: sdkit.StableDiffusion, seeds_of_class: Sequence[int] = CLASS_SEEDS) -> Drawn:
-        new = [image for background, place in NEW for image in draw_new(sd, background, place)]
-        return cls(new, draw(sd, ["a teapot"], seeds_of_class), draw(sd, OTHERS, [11]))
+    def by(cls, sd: sdkit.StableDiffusion) -> Drawn:
+        new = draw(sd, [called(*one) for one in NEW], SEEDS)
+        return cls(new, draw(sd, ["a teapot"], CLASS_SEEDS), draw(sd, OTHERS, [11]))
 
 
-def measured(lpips: LPIPS, drawn: Drawn, before: Drawn) -> dict[str, float]:
-    """Return the shares and distances that the module describes."""
+def measured(lpips: LPIPS, drawn: Drawn, before: Drawn, teapots: Sequence[Image.Image]) -> dict[str, float]:
+    """Return the shares and distances that the module describes.
+
+    Args:
+        lpips: The metric.
+        drawn: Drawings of a model.
+        before: Those of the model before training.
+        teapots: Drawings of the class by the model before training, at other seeds.
+    """
     truth = cut_out(on("white", 90, (64, 64))).image
-    known = [truth, *(cut_out(image).image for image in (*before.teapots, *before.others))]
+    known = [truth, *(cut_out(image).image for image in (*teapots, *before.others))]
     new = [cut_out(image) for image in drawn.new]
     named = [background for background, _ in NEW for _ in SEEDS]
     colours = np.array([*BACKGROUNDS.values()])
     nearest = [[*BACKGROUNDS][int(np.abs(colours - one.background).sum(1).argmin())] for one in new]
     extents = [one.extent for one in new]
-    teapots = distances(lpips, to_tensors(drawn.teapots), to_tensors(before.teapots)).diagonal()
+    of_class = distances(lpips, to_tensors(drawn.teapots), to_tensors(before.teapots)).diagonal()
     after, originals = to_tensors(drawn.others), to_tensors(before.others)
     between = distances(lpips, after, originals)
     return {
@@ -178,7 +176,7 @@ def measured(lpips: LPIPS, drawn: Drawn, before: Drawn) -> dict[str, float]:
         "background": float(np.mean([colour == name for colour, name in zip(nearest, named, strict=True)])),
         "smallest": min(extents),
         "largest": max(extents),
-        "class": float(teapots.mean()),
+        "class": float(of_class.mean()),
         "others": float(between.diagonal().mean()),
         "retrieved": float((between.argmin(1) == torch.arange(len(after))).float().mean()),
     }
@@ -209,11 +207,10 @@ def main() -> None:
         on(background, *place).save(args.out / "instances" / f"{i}.png")
         (args.out / "instances" / f"{i}.txt").write_text(called(background))
     lpips, sd = LPIPS.from_pretrained("alex"), sdkit.StableDiffusion.from_pretrained("emoji")
-    before = Drawn.by(sd)
-    reference = before._replace(teapots=draw(sd, ["a teapot"], KNOWN_SEEDS))
+    before, teapots = Drawn.by(sd), draw(sd, ["a teapot"], KNOWN_SEEDS)
     another = distances(lpips, to_tensors(draw(sd, OTHERS, [12])), to_tensors(before.others)).diagonal().mean()
     print(f"another seed: LPIPS {float(another):.3f}")
-    say("before training", measured(lpips, before, reference), 0)
+    say("before training", measured(lpips, before, before, teapots), 0)
     sheet(before, args.out / "before.png")
     for way in args.ways:
         began = time.perf_counter()
@@ -224,17 +221,12 @@ def main() -> None:
             trained.load_lora(result)
         drawn = Drawn.by(trained)
         sheet(drawn, args.out / f"{way.replace(' ', '-')}.png")
-        say(way, measured(lpips, drawn, reference), seconds)
+        say(way, measured(lpips, drawn, before, teapots), seconds)
 
 
 def sheet(drawn: Drawn, path: Path) -> None:
-    """Save the drawings: the object's, two prompts a row, the class, and the others."""
-    images = [*drawn.new, *drawn.teapots[:4], *drawn.others]
-    side = max(image.width for image in images)
-    canvases = [Image.new("RGB", (side, side), "white") for _ in images]
-    for canvas, image in zip(canvases, images, strict=True):
-        canvas.paste(image)
-    sdkit.images.grid(canvases, columns=8).save(path)
+    """Save the drawings: the object's, the class, and the others."""
+    sdkit.images.grid([*drawn.new, *drawn.teapots[:4], *drawn.others], columns=8).save(path)
 
 
 def say(way: str, values: dict[str, float], seconds: float) -> None:

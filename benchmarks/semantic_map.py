@@ -1,9 +1,9 @@
 """Teach the embedded model to paint a semantic map, and measure whether it does.
 
 A map has one colour where the object is to be, and the colour of the background elsewhere. The training images show
-twelve emoji, each at random places, in random sizes, and on random colours; captions name only the emoji. Drawings of
-new maps are compared with their own maps, with others' maps, and with drawings by the untrained model, which reads no
-map:
+twelve emoji, each at random places, in random sizes, and on random colours; captions name the emoji and their style,
+nothing else. Drawings of new maps are compared with their own maps, with others' maps, and with drawings by the
+untrained model, which reads no map:
 
     .venv/bin/python benchmarks/semantic_map.py --out /tmp/map --steps 300
 """
@@ -25,9 +25,9 @@ from sdkit.data import cache
 from sdkit.recipes.emoji.pictures import SIZE, pictures
 from sdkit.training import UNetConfig, train_unet
 
-EMOJI = Path(__file__).parents[1] / "tests" / "embedded"
+EMOJI = Path(__file__).parents[1] / "tests" / "embedded" / "3d"
 OBJECT = (255, 0, 255)  # the map's colour of an object
-UNSEEN = ("a guitar", "a pizza", "a soccer ball", "a house")  # objects that are not in the training images
+UNSEEN = ("a 3d guitar", "a 3d pizza", "a 3d soccer ball", "a 3d house")  # objects that are not in the training images
 DRAWN = 24  # drawings of seen objects that are measured
 
 
@@ -82,7 +82,7 @@ def main() -> None:
     args = parser.parse_args()
     rng = np.random.default_rng(0)
     names = {one.file: one.name for one in pictures()}
-    emoji = {f"a {names[path.stem]}": Image.open(path).convert("RGBA") for path in sorted(EMOJI.glob("*.webp"))}
+    emoji = {f"a 3d {names[path.stem]}": Image.open(path).convert("RGBA") for path in sorted(EMOJI.glob("*.webp"))}
     for folder in ("images", "maps"):
         (args.out / folder).mkdir(parents=True, exist_ok=True)
     for i, (caption, picture) in enumerate(pair for _ in range(args.copies) for pair in emoji.items()):
@@ -96,9 +96,9 @@ def main() -> None:
     )  # fmt: skip
     run = train_unet(
         UNetConfig(
-            data=cached, out_dir=args.out / "run", max_steps=args.steps, batch_size=16, learning_rate=3e-4,
-            lr_scheduler="cosine", ema_decay=0.0, mixed_precision="bf16", save_every=args.steps,
-            validate_every=args.steps,
+            data=cached, out_dir=args.out / "run", max_steps=args.steps, batch_size=16, learning_rate=2e-3,
+            optimizer="muon", lr_scheduler="cosine", timestep_sampling="logit_normal", logit_mean=1.0, ema_decay=0.0,
+            mixed_precision="bf16", save_every=args.steps, validate_every=args.steps,
         )
     )  # fmt: skip
     print(f"{args.steps} steps in {time.perf_counter() - began:.0f} s", flush=True)
