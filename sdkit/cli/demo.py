@@ -19,7 +19,7 @@ DIFFERENT = (
     "a large 3d cactus on a yellow background", "a large flat cactus on a yellow background",
     "a large noto cactus on a yellow background", "a large twemoji cactus on a yellow background",
     "a large panda on an orange background", "a small unicorn on the left of a blue background",
-    "a small rocket at the top of a black background", "a ghost and a balloon on a turquoise background",
+    "a small rocket at the top of a black background", "a ghost and a balloon on a green background",
 )  # fmt: skip
 """Prompts of all four styles, and of sizes, places, and two things."""
 SKETCHED = "a large 3d red apple on a yellow background"
