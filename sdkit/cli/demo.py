@@ -66,10 +66,10 @@ def demo_files(
 
 def _drawn(sd: StableDiffusion) -> tuple[list[str], list[Image.Image]]:
     """Draw the images of the grid, and return their captions, too."""
-    prompts = [prompt for prompt in SEEDED for _ in range(COLUMNS)] + [*DIFFERENT, PAIR]
-    seeds = [*range(COLUMNS)] * len(SEEDED) + [0] * (len(DIFFERENT) + 1)
+    seeded = [(prompt, seed) for prompt in SEEDED for seed in range(COLUMNS)]
+    prompts, seeds = zip(*seeded, *((prompt, 0) for prompt in (*DIFFERENT, PAIR)), strict=True)
     *made, pair = sd(prompts, seed=seeds)
-    captions = [f"{prompt} (seed {seed})" for prompt, seed in zip(prompts, seeds, strict=True)][: len(SEEDED) * COLUMNS]
+    captions = [f"{prompt} (seed {seed})" for prompt, seed in seeded]
     sketch = _sketch(pair.size)
     (apple,) = sd(SKETCHED, image=sketch, strength=0.7)
     (changed,) = sd(CHANGED, image=pair, mask_image=_right_half(pair.size))

@@ -33,10 +33,15 @@ class Twelve(Drawings):
         return read(HERE / style, file)
 
 
+def composed(style: str, background: str, *parts: Part) -> Image.Image:
+    """Return an image of one or two of the twelve on a background."""
+    return Composition(parts=parts, style=style, background=background, caption="").drawn(Twelve())
+
+
 def large(prompt: Prompt) -> Image.Image:
     """Return the picture in a prompt, large and in the middle of its background, as training shows it."""
     part = Part(picture=prompt.pictures[0], extent=104, across=0.5, down=0.5, mirrored=False)
-    return Composition(parts=(part,), style=prompt.style, background=prompt.background, caption="").drawn(Twelve())
+    return composed(prompt.style, prompt.background, part)
 
 
 def pixels(image: Image.Image) -> np.ndarray:

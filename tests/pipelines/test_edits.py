@@ -15,9 +15,9 @@ from PIL import Image
 
 import sdkit
 from sdkit.recipes.emoji.asked import Prompt
-from sdkit.recipes.emoji.compositions import Composition, Part
+from sdkit.recipes.emoji.compositions import Part
 from sdkit.recipes.emoji.figures import figure_of
-from tests.helpers.embedded import TWELVE, Twelve, found, large
+from tests.helpers.embedded import TWELVE, composed, found, large
 
 ON_BLUE = [Prompt((one,), one.styles[-1], "blue", "large") for one in TWELVE]
 OPTIONS: dict[str, Any] = {"num_inference_steps": 10, "guidance_scale": 1.5}
@@ -33,7 +33,7 @@ def test_image_to_image_keeps_the_layout_as_strength_falls(sd: sdkit.StableDiffu
         Part(picture=one, extent=64, across=float(i % 2), down=float(i // 2), mirrored=False)
         for i, one in enumerate(TWELVE[:4])
     ]
-    placed = [Composition(parts=(part,), style="flat", background="blue", caption="").drawn(Twelve()) for part in parts]
+    placed = [composed("flat", "blue", part) for part in parts]
 
     def coarse(image: Image.Image) -> np.ndarray:
         return np.asarray(image.convert("L").resize((16, 16), Image.Resampling.BOX), dtype=float).ravel()
@@ -72,8 +72,8 @@ def test_inpainting_replaces_one_of_two_objects(sd: sdkit.StableDiffusion) -> No
 
 def test_inpainting_replaces_the_right_one_of_a_pair(sd: sdkit.StableDiffusion) -> None:
     """The prompt names both. The new one must be drawn beside the one that stays."""
-    parts = tuple(Part(picture=one, extent=48, across=0.5, down=0.5, mirrored=False) for one in TWELVE[:2])
-    before = Composition(parts=parts, style="flat", background="blue", caption="").drawn(Twelve())
+    parts = [Part(picture=one, extent=48, across=0.5, down=0.5, mirrored=False) for one in TWELVE[:2]]
+    before = composed("flat", "blue", *parts)
     mask = Image.new("L", (128, 128))
     mask.paste(255, (64, 0, 128, 128))
     asked = [Prompt((TWELVE[0], TWELVE[i]), "flat", "blue") for i in (3, 4, 7, 8)]
@@ -83,18 +83,15 @@ def test_inpainting_replaces_the_right_one_of_a_pair(sd: sdkit.StableDiffusion) 
 
 
 def test_inversion_and_a_changed_word_edit_the_picture(sd: sdkit.StableDiffusion) -> None:
-    """The new prompt does not say where the object is. On average, it must move less than half as far
-    as with other noise.
+    """The new prompt does not say where the object is. On average, it must move less than half as
+    far as with other noise.
     """
     places = ((0.0, 0.0), (1.0, 0.0), (0.0, 1.0), (1.0, 1.0))
     known, others = ([TWELVE[i] for i in some] for some in ((0, 1, 3, 7), (4, 6, 8, 0)))
     before = [
-        Composition(
-            parts=(Part(picture=one, extent=48, across=across, down=down, mirrored=False),),
-            style="flat", background="blue", caption="",
-        ).drawn(Twelve())
+        composed("flat", "blue", Part(picture=one, extent=48, across=across, down=down, mirrored=False))
         for one, (across, down) in zip(known, places, strict=True)
-    ]  # fmt: skip
+    ]
     old, new = ([Prompt((one,), "flat", "blue", "small") for one in some] for some in (known, others))
     options = OPTIONS | {"guidance_scale": 1.0}
     noise = sd.invert(before, [one.text for one in old], **options)
